@@ -1,0 +1,1 @@
+"""How tokens are computed: Mllama wrapper, attention, caches, sampling."""

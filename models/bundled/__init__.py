@@ -1,0 +1,1 @@
+"""The model that the server serves when it is started without one."""

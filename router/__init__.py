@@ -1,0 +1,1 @@
+"""Which tokens run next: request queue, token-level batching, blocks, engine process."""

@@ -1,0 +1,107 @@
+"""Messages between HTTP workers and the engine, msgpack over a Unix socket.
+
+Owns the wire's types. Knows nothing of tensors, text or HTTP. A frame is a
+4-byte big-endian length and one message; see `wire.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from ..models.batch import ImageSpan, ImageTiles, NonNegative, Positive, SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+FailureKind = Literal["queue_full", "invalid", "internal", "engine_dead"]
+
+
+class AddRequest(msgspec.Struct, tag="add", kw_only=True):
+    """A worker asks for tokens.
+
+    request_id is made by the server, never taken from a client. images and
+    spans run in parallel, in prompt order. A token in `eos_token_ids` ends the
+    turn (stop_token_id None in the answer), one in `stop_token_ids` is reported.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    images: list[ImageTiles] = []
+    spans: list[ImageSpan] = []
+    sampling: SamplingParams = SamplingParams()
+    max_tokens: Positive
+    eos_token_ids: list[int] = []
+    stop_token_ids: list[int] = []
+    tenant: str = ""
+
+
+class AbortRequests(msgspec.Struct, tag="abort"):
+    request_ids: list[str]
+
+
+class EngineStats(msgspec.Struct, kw_only=True):
+    """Counts at one moment; all block counts are of blocks, not bytes."""
+
+    num_running: NonNegative = 0
+    num_waiting: NonNegative = 0
+    num_steps: NonNegative = 0
+    text_blocks_used: NonNegative = 0
+    text_blocks_total: NonNegative = 0
+    image_blocks_used: NonNegative = 0
+    image_blocks_total: NonNegative = 0
+    num_preemptions: NonNegative = 0
+    num_images_encoded: NonNegative = 0
+    vision_seconds: float = 0.0
+
+
+class EngineReady(msgspec.Struct, tag="ready", kw_only=True):
+    """Sent to every worker when it connects and the model is loaded."""
+
+    pid: int
+    max_model_len: Positive
+    vocab_size: Positive
+    max_num_seqs: Positive
+    device: str
+    dtype: str
+    num_text_tokens: NonNegative
+    num_image_tiles: NonNegative
+
+
+class SequenceOutput(msgspec.Struct, kw_only=True):
+    """New tokens of one request; the last one says why it ended.
+
+    token_ids hold the stopping token too. finish_reason is None while the
+    request goes on. stop_token_id is set where one of the request's own
+    stop_token_ids matched.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+
+
+class StepOutputs(msgspec.Struct, tag="step", kw_only=True):
+    """What one step brought for one worker."""
+
+    outputs: list[SequenceOutput]
+
+
+class RequestFailed(msgspec.Struct, tag="failed", kw_only=True):
+    """A request's final message where it could not be served."""
+
+    request_id: str
+    kind: FailureKind
+    message: str
+    retry_after_s: float | None = None
+
+
+class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
+    """Sent every heartbeat_interval_s; step_age_s is the age of the running step, 0 when idle."""
+
+    stats: EngineStats
+    step_age_s: float = 0.0
+
+
+ToEngine = AddRequest | AbortRequests
+FromEngine = EngineReady | StepOutputs | RequestFailed | Heartbeat

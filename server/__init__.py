@@ -1,0 +1,1 @@
+"""What a client sees: routes, schemas, streaming, images, limits, supervisor, CLI."""
