@@ -1,0 +1,66 @@
+# vlmserve: every target sets up what it needs in .venv; `make` lists them.
+PYTHON ?= python3
+PORT ?= 8000
+HOST ?= 127.0.0.1
+MODEL ?=
+ARGS ?=
+# Where torch comes from: the ordinary index unless you name another, for example
+# TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu for a CPU-only build.
+TORCH_INDEX_URL ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_REQUIRE_VIRTUALENV=1 $(BIN)/python -m pip --disable-pip-version-check -q
+TORCH_PIN := $(shell grep -E '^torch==' requirements/base.txt)
+TYPING := build/typing/vlmserve
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-test serve check test test-slow bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "vlmserve needs Python 3.11 or 3.12; name one with PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: $(BIN)/python requirements/base.txt setup.cfg pyproject.toml
+	@echo "installing the pinned requirements into $(VENV) (a few minutes the first time)"
+	$(if $(TORCH_INDEX_URL),$(PIP) install --index-url $(TORCH_INDEX_URL) $(TORCH_PIN))
+	$(PIP) install -r requirements/base.txt
+	$(PIP) install --no-deps -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base requirements/test.txt
+	$(PIP) install -r requirements/test.txt
+	@touch $@
+
+setup: $(VENV)/.base ## make .venv and install; afterwards .venv/bin/vlmserve is there
+
+setup-test: $(VENV)/.test
+
+serve: setup ## serve the bundled model on port 8000 (PORT=, HOST=, MODEL=, ARGS= change it)
+	@exec $(BIN)/vlmserve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+$(TYPING): | $(VENV)/.test
+	@mkdir -p $(TYPING)
+	@for part in __init__.py py.typed server router models; do ln -sfn ../../../$$part $(TYPING)/$$part; done
+
+check: setup-test $(TYPING) ## lint, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=build/typing $(BIN)/mypy -p vlmserve
+	$(BIN)/python -m pytest -q tests/test_floors.py
+
+test: setup-test ## the tests of every run (under 15 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: setup-test ## the long tests: training, both ends of the version range
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+bench: setup-test ## a load run against the bundled model; one JSON document last
+	$(BIN)/python bench/serve.py --spawn --concurrency 1,4,16 $(ARGS)
+
+clean: ## remove .venv and build
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,134 @@
+"""The fence between the three floors: who may import whom, and where torch may not go."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {"models": 0, "router": 1, "server": 2}
+
+# The part of the lower floors that `server` may see: the client side and plain types.
+SERVER_MAY_IMPORT = {
+    "vlmserve.router",
+    "vlmserve.router.client",
+    "vlmserve.router.config",
+    "vlmserve.router.errors",
+    "vlmserve.router.messages",
+    "vlmserve.router.wire",
+    "vlmserve.models",
+    "vlmserve.models.batch",
+    "vlmserve.models.bundled",
+}
+# Decides which tokens run next: knows no tensor.
+TENSOR_FREE = [
+    "router/blocks.py",
+    "router/client.py",
+    "router/config.py",
+    "router/messages.py",
+    "router/queue.py",
+    "router/scheduler.py",
+    "router/wire.py",
+    "models/batch.py",
+]
+FORBIDDEN_CALLS = {"eval", "exec"}
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "shelve", "marshal", "sanic_ext"}
+
+
+def sources(floor: str) -> list[Path]:
+    return sorted((ROOT / floor).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("vlmserve", *(part for part in parts if part != "__init__")))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute names of everything a file imports, lazily or not."""
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            found.add(prefix)
+            found.update(f"{prefix}.{alias.name}" for alias in node.names)
+    return found
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split(".")[1:])
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def all_sources() -> list[Path]:
+    return [path for floor in FLOORS for path in sources(floor)]
+
+
+@pytest.mark.parametrize("path", all_sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_imports_upward(path):
+    own_floor = FLOORS[path.relative_to(ROOT).parts[0]]
+    for name in imported_modules(path):
+        parts = name.split(".")
+        if parts[0] == "vlmserve" and len(parts) > 1 and parts[1] in FLOORS:
+            assert FLOORS[parts[1]] <= own_floor, f"{path} imports {name}, which lies above it"
+
+
+def test_server_imports_only_the_client_side_of_the_lower_floors():
+    for path in sources("server"):
+        for name in imported_modules(path):
+            below = name.startswith(("vlmserve.router", "vlmserve.models")) and is_module(name)
+            assert not below or name in SERVER_MAY_IMPORT, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("file", TENSOR_FREE)
+def test_scheduler_blocks_queue_and_messages_know_no_tensor(file):
+    tops = {name.split(".")[0] for name in imported_modules(ROOT / file)}
+    assert not tops & {"torch", "transformers", "numpy", "accelerate", "safetensors"}
+
+
+def test_the_server_floor_never_names_torch_or_transformers():
+    for path in sources("server"):
+        tops = {name.split(".")[0] for name in imported_modules(path)}
+        assert not tops & {"torch", "transformers", "accelerate", "safetensors"}, path
+
+
+@pytest.mark.parametrize("path", all_sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_evaluates_code_or_unpickles(path):
+    tree = ast.parse(path.read_text())
+    called = {
+        n.func.id
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    }
+    loads = {
+        ast.unparse(n.func)
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+    }
+    assert not called & FORBIDDEN_CALLS
+    assert "torch.load" not in loads
+    assert not {name.split(".")[0] for name in imported_modules(path)} & FORBIDDEN_MODULES
+
+
+def test_importing_the_http_side_loads_no_torch():
+    modules = [
+        module_name(path)
+        for path in sources("server")
+        if path.name not in ("worker.py", "decoder_child.py")
+    ]
+    modules += ["vlmserve.router.client", "vlmserve.models.batch", "vlmserve.models.bundled"]
+    code = "import importlib, sys\n"
+    code += "".join(
+        f"importlib.import_module({name!r})\n" for name in modules if not name.endswith("__main__")
+    )
+    code += "sys.exit(','.join(m for m in ('torch', 'transformers', 'sanic_ext') if m in sys.modules) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
