@@ -1,0 +1,254 @@
+"""The HTTP worker's side of the engine: requests out, tokens in.
+
+Owns one connection to an engine process and the open requests on it. Knows
+nothing of HTTP, text or tensors, and never imports torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+
+from . import wire
+from .errors import (
+    EngineDeadError,
+    EngineError,
+    FrameTooLargeError,
+    InvalidRequestError,
+    WireError,
+    error_of,
+)
+from .messages import (
+    AbortRequests,
+    AddRequest,
+    EngineReady,
+    EngineStats,
+    FromEngine,
+    Heartbeat,
+    RequestFailed,
+    SequenceOutput,
+    StepOutputs,
+)
+
+logger = logging.getLogger("vlmserve.client")
+
+CONNECT_RETRY_S = 0.05
+
+
+class _Stream:
+    """What one open request has been sent and its caller has not taken yet.
+
+    Outputs that pile up are joined, so a slow caller costs its token ids and no more.
+    """
+
+    def __init__(self) -> None:
+        self._arrived = asyncio.Event()
+        self._output: SequenceOutput | None = None
+        self._error: EngineError | None = None
+        self.is_finished = False
+
+    def deliver(self, output: SequenceOutput) -> None:
+        if self._output is not None:
+            output.token_ids = self._output.token_ids + output.token_ids
+        self._output = output
+        self.is_finished = output.finish_reason is not None
+        self._arrived.set()
+
+    def fail(self, error: EngineError) -> None:
+        self._error = error
+        self.is_finished = True
+        self._arrived.set()
+
+    async def next(self) -> SequenceOutput:
+        await self._arrived.wait()
+        self._arrived.clear()
+        if self._output is not None:
+            output, self._output = self._output, None
+            if self._error is not None:
+                self._arrived.set()
+            return output
+        assert self._error is not None, "a stream woke without an output or an error"
+        raise self._error
+
+
+class EngineClient:
+    """One worker's connection to one engine.
+
+    `connect()` once, `generate()` many times at once, `close()` at the end.
+    `on_dead` is called once when the engine's end of the connection goes away.
+    """
+
+    def __init__(
+        self,
+        socket_path: str,
+        *,
+        on_dead: Callable[[], None] | None = None,
+        max_frame_bytes: int = wire.DEFAULT_MAX_FRAME_BYTES,
+    ) -> None:
+        self.socket_path = socket_path
+        self.info: EngineReady | None = None
+        self.stats = EngineStats()
+        self.step_age_s = 0.0
+        self.last_heartbeat: float | None = None
+        self._on_dead = on_dead
+        self._max_frame_bytes = max_frame_bytes
+        self._streams: dict[str, _Stream] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._reader_task: asyncio.Task[None] | None = None
+        self._state_changed = asyncio.Event()
+
+    @property
+    def is_connected(self) -> bool:
+        return self._writer is not None
+
+    @property
+    def is_ready(self) -> bool:
+        """True while the engine is connected and has loaded its model."""
+        return self._writer is not None and self.info is not None
+
+    @property
+    def num_open_requests(self) -> int:
+        return len(self._streams)
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """Seconds since the last heartbeat; infinite before the first."""
+        if self.last_heartbeat is None:
+            return float("inf")
+        return time.monotonic() - self.last_heartbeat
+
+    async def connect(self, timeout_s: float = 60.0) -> None:
+        """Connect, waiting for the engine's socket to appear.
+
+        Raises EngineDeadError if nothing listens there after `timeout_s`. The
+        model may still be loading then: see `wait_ready`. May be called again
+        after the engine died.
+        """
+        assert self._writer is None, "this client is already connected"
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                reader, writer = await asyncio.open_unix_connection(
+                    self.socket_path, limit=wire.READ_BUFFER_BYTES
+                )
+                break
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    raise EngineDeadError(
+                        f"no engine answers on its socket after {timeout_s:g} s ({error.strerror})"
+                    ) from error
+                await asyncio.sleep(CONNECT_RETRY_S)
+        self._writer = writer
+        self._reader_task = asyncio.create_task(self._read(reader), name="engine-client")
+
+    async def wait_ready(self, timeout_s: float | None = None) -> EngineReady:
+        """What the engine said of itself once its model was loaded.
+
+        Raises EngineDeadError if the engine goes away first, TimeoutError after `timeout_s`.
+        """
+        async with asyncio.timeout(timeout_s):
+            while self.info is None:
+                if self._writer is None:
+                    raise EngineDeadError("the engine went away before its model was loaded")
+                self._state_changed.clear()
+                await self._state_changed.wait()
+        return self.info
+
+    async def generate(self, request: AddRequest) -> AsyncIterator[SequenceOutput]:
+        """Yield the request's new tokens as they come; the last output says why it ended.
+
+        Raises QueueFullError, InvalidRequestError, EngineInternalError or
+        EngineDeadError. Cancelling the caller or closing the iterator aborts the
+        request in the engine: wrap it in `contextlib.aclosing` where the loop may
+        be left early.
+        """
+        stream = self._open_stream(request.request_id)
+        try:
+            await self._send_request(request)
+            while True:
+                output = await stream.next()
+                yield output
+                if output.finish_reason is not None:
+                    return
+        finally:
+            self._streams.pop(request.request_id, None)
+            if not stream.is_finished:
+                self._abort(request.request_id)
+
+    async def close(self) -> None:
+        """Leave the engine, which aborts what is still open here. Does not call `on_dead`."""
+        task, self._reader_task = self._reader_task, None
+        self._disconnect("this worker is stopping")
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    def _open_stream(self, request_id: str) -> _Stream:
+        if not self.is_ready:
+            raise EngineDeadError("the engine is not ready")
+        if request_id in self._streams:
+            raise ValueError(f"request {request_id!r} is already open on this connection")
+        stream = self._streams[request_id] = _Stream()
+        return stream
+
+    async def _send_request(self, request: AddRequest) -> None:
+        assert self._writer is not None, "the stream was opened on a live connection"
+        try:
+            frame = wire.encode_frame(request, self._max_frame_bytes)
+        except FrameTooLargeError as error:
+            self._streams[request.request_id].is_finished = True  # nothing to abort
+            raise InvalidRequestError(f"the request is too large: {error}") from error
+        self._writer.write(frame)
+        # A connection lost here is told to the stream by the reader.
+        with contextlib.suppress(ConnectionError):
+            await self._writer.drain()
+
+    def _abort(self, request_id: str) -> None:
+        if self._writer is not None:
+            self._writer.write(wire.encode_frame(AbortRequests([request_id])))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while True:
+                message = await wire.read_message(
+                    reader, wire.from_engine_decoder, self._max_frame_bytes
+                )
+                if message is None:
+                    break
+                self._receive(message)
+        except (WireError, OSError) as error:
+            logger.error("lost the engine: %s", error)
+        self._reader_task = None
+        self._disconnect("the engine process ended")
+        if self._on_dead is not None:
+            self._on_dead()
+
+    def _receive(self, message: FromEngine) -> None:
+        if isinstance(message, StepOutputs):
+            for output in message.outputs:
+                # An output may cross an abort on its way: nobody waits for it then.
+                if stream := self._streams.get(output.request_id):
+                    stream.deliver(output)
+        elif isinstance(message, RequestFailed):
+            if stream := self._streams.get(message.request_id):
+                stream.fail(error_of(message))
+        elif isinstance(message, Heartbeat):
+            self.last_heartbeat = time.monotonic()
+            self.stats, self.step_age_s = message.stats, message.step_age_s
+        else:
+            self.info = message
+            self._state_changed.set()
+
+    def _disconnect(self, reason: str) -> None:
+        writer, self._writer = self._writer, None
+        self.info = None
+        self._state_changed.set()
+        for stream in self._streams.values():
+            if not stream.is_finished:
+                stream.fail(EngineDeadError(reason))
+        if writer is not None:
+            writer.close()

@@ -1,0 +1,96 @@
+"""What can go wrong between a worker and the engine, as one exception tree.
+
+    RouterError
+    ├── EngineError            a request's end, as the worker sees it
+    │   ├── EngineDeadError        the engine is gone, stopping or not ready yet
+    │   ├── QueueFullError         refused for now: try again after `retry_after_s`
+    │   ├── InvalidRequestError    can never be served: the message says what to change
+    │   └── EngineInternalError    the step that computed the request failed
+    ├── WireError              a peer that does not speak the protocol
+    │   ├── FrameTooLargeError
+    │   └── MalformedFrameError
+    └── OutOfBlocksError       more blocks asked for than a pool has free
+
+Owns the names and how a `RequestFailed` on the wire maps to them. Knows nothing
+of HTTP status codes.
+"""
+
+from __future__ import annotations
+
+from .messages import FailureKind, RequestFailed
+
+
+class RouterError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class EngineError(RouterError):
+    """A request could not be served; the message is fit for the client."""
+
+    kind: FailureKind = "internal"
+    retry_after_s: float | None = None
+
+
+class EngineDeadError(EngineError):
+    """The engine is gone, is stopping, or has not loaded its model yet."""
+
+    kind: FailureKind = "engine_dead"
+
+
+class QueueFullError(EngineError):
+    """The queue is full by count, tokens or bytes."""
+
+    kind: FailureKind = "queue_full"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s: float = retry_after_s
+
+
+class InvalidRequestError(EngineError):
+    """The request can never be served as it is; the message names the remedy."""
+
+    kind: FailureKind = "invalid"
+
+
+class EngineInternalError(EngineError):
+    """The model step that computed the request failed."""
+
+    kind: FailureKind = "internal"
+
+
+class WireError(RouterError):
+    """A peer sent something that is not a frame of the protocol."""
+
+
+class FrameTooLargeError(WireError):
+    """A frame announces more bytes than the limit."""
+
+
+class MalformedFrameError(WireError):
+    """A frame's bytes are not one of the expected messages."""
+
+
+class OutOfBlocksError(RouterError):
+    """A pool has fewer free blocks than were asked for."""
+
+
+def error_of(failed: RequestFailed) -> EngineError:
+    """The exception that a `RequestFailed` message stands for."""
+    if failed.kind == "queue_full":
+        return QueueFullError(failed.message, failed.retry_after_s or 1.0)
+    if failed.kind == "invalid":
+        return InvalidRequestError(failed.message)
+    if failed.kind == "engine_dead":
+        return EngineDeadError(failed.message)
+    return EngineInternalError(failed.message)
+
+
+def failure_of(request_id: str, error: EngineError) -> RequestFailed:
+    """The `RequestFailed` message that tells a worker of `error`."""
+    return RequestFailed(
+        request_id=request_id,
+        kind=error.kind,
+        message=str(error),
+        retry_after_s=error.retry_after_s,
+    )
