@@ -1,0 +1,176 @@
+"""How an RGB picture becomes the tiles that Mllama sees: resize, pad, split.
+
+Equal, bit for bit, to transformers' MllamaImageProcessorPil before rescaling and
+normalising (which the engine does); padding tiles are dropped. Owns the choice of
+the tile grid and the tile grid's id. Knows nothing of files, formats or processes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ...models.batch import ImageTiles
+
+BILINEAR = int(Image.Resampling.BILINEAR)
+
+
+@dataclass(frozen=True, slots=True)
+class TileGrid:
+    """How many tiles a picture is cut into, in rows and columns."""
+
+    rows: int
+    columns: int
+
+    @property
+    def num_tiles(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Pixels, height first as in arrays."""
+
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class TilingConfig:
+    """The part of a checkpoint's image processor that decides the tiles.
+
+    resample: Pillow's number of the filter (2 is bilinear). The defaults are
+    those of transformers' MllamaImageProcessor where a checkpoint says nothing.
+    """
+
+    tile_size: int = 224
+    max_image_tiles: int = 4
+    resample: int = BILINEAR
+
+    def __post_init__(self) -> None:
+        if self.tile_size < 1 or self.max_image_tiles < 1:
+            raise ValueError(
+                f"tile size {self.tile_size} and max_image_tiles {self.max_image_tiles} must both "
+                "be at least 1: see the checkpoint's preprocessor_config.json"
+            )
+        Image.Resampling(self.resample)
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path) -> TilingConfig:
+        """The tiling of the checkpoint in `folder`.
+
+        Reads preprocessor_config.json, or the `image_processor` part of
+        processor_config.json, where transformers 5 writes it. Raises
+        FileNotFoundError if there is neither, ValueError if the settings are not
+        ones that Mllama's processor takes.
+        """
+        root = Path(folder)
+        combined = root / "processor_config.json"
+        if combined.is_file():
+            nested = json.loads(combined.read_text("utf-8")).get("image_processor")
+            if nested is not None:
+                return cls.from_dict(nested)
+        plain = root / "preprocessor_config.json"
+        if plain.is_file():
+            return cls.from_dict(json.loads(plain.read_text("utf-8")))
+        raise FileNotFoundError(
+            f"{root} has no preprocessor_config.json and no image_processor in "
+            "processor_config.json: the checkpoint does not say how its images are cut"
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TilingConfig:
+        """The tiling that a processor's settings (as in preprocessor_config.json) describe."""
+        size = values.get("size", {"height": 224, "width": 224})
+        sides = {size} if isinstance(size, int) else {size.get("height"), size.get("width")}
+        side = sides.pop()
+        if sides or not isinstance(side, int):
+            raise ValueError(f"image processor size is {size!r}: height and width must be equal")
+        resample = values.get("resample")
+        return cls(
+            tile_size=side,
+            max_image_tiles=values.get("max_image_tiles", 4),
+            resample=BILINEAR if resample is None else resample,
+        )
+
+    def fingerprint(self, max_tiles: int | None) -> bytes:
+        """Bytes that differ whenever the same picture would give other tiles."""
+        return json.dumps([asdict(self), self.tile_limit(max_tiles)], sort_keys=True).encode()
+
+    def tile_limit(self, max_tiles: int | None) -> int:
+        """How many tiles an image may have: the checkpoint's limit or a smaller one, from 1."""
+        if max_tiles is None:
+            return self.max_image_tiles
+        return max(1, min(max_tiles, self.max_image_tiles))
+
+
+def cut(
+    image: Image.Image, config: TilingConfig, max_tiles: int | None = None, content_hash: bytes = b""
+) -> ImageTiles:
+    """The real tiles of an RGB image, uint8 [num_tiles, 3, tile_size, tile_size].
+
+    max_tiles chooses among fewer grids; the aspect_ratio_id stays the one of the
+    checkpoint's own table. Raises ValueError for a mode other than RGB.
+    Source: transformers 5.23, models/mllama/image_processing_pil_mllama.py.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"image mode is {image.mode}: convert it to RGB before cutting")
+    tile_size = config.tile_size
+    grid = choose_grid(image.height, image.width, config.tile_limit(max_tiles), tile_size)
+    size = fit_to_grid(image.height, image.width, grid, tile_size)
+    resample = Image.Resampling(config.resample)
+    resized = np.asarray(image.resize((size.width, size.height), resample=resample))
+    canvas = np.zeros((grid.rows * tile_size, grid.columns * tile_size, 3), dtype=np.uint8)
+    canvas[: size.height, : size.width] = resized
+    # [rows, tile, columns, tile, 3] -> [rows, columns, 3, tile, tile]
+    tiles = canvas.reshape(grid.rows, tile_size, grid.columns, tile_size, 3)
+    return ImageTiles(
+        data=tiles.transpose(0, 2, 4, 1, 3).tobytes(),
+        num_tiles=grid.num_tiles,
+        tile_size=tile_size,
+        aspect_ratio_id=aspect_ratio_id(grid, config.max_image_tiles),
+        content_hash=content_hash,
+    )
+
+
+@cache
+def supported_grids(max_tiles: int) -> tuple[TileGrid, ...]:
+    """Every grid of at most `max_tiles` tiles, in the order that gives them their ids."""
+    sides = range(1, max_tiles + 1)
+    return tuple(TileGrid(a, b) for a in sides for b in sides if a * b <= max_tiles)
+
+
+def aspect_ratio_id(grid: TileGrid, max_image_tiles: int) -> int:
+    """The id by which the vision encoder knows a grid: its place in the table, from 1."""
+    return supported_grids(max_image_tiles).index(grid) + 1
+
+
+def choose_grid(height: int, width: int, max_tiles: int, tile_size: int) -> TileGrid:
+    """The grid that shrinks a picture least, else enlarges it least, else has fewest tiles."""
+    grids = supported_grids(max_tiles)
+    scales = [
+        min(grid.rows * tile_size / height, grid.columns * tile_size / width) for grid in grids
+    ]
+    enlarging = [scale for scale in scales if scale >= 1]
+    chosen = min(enlarging) if enlarging else max(scales)
+    best = [grid for grid, scale in zip(grids, scales, strict=True) if scale == chosen]
+    return min(best, key=lambda grid: grid.num_tiles)
+
+
+def fit_to_grid(height: int, width: int, grid: TileGrid, tile_size: int) -> Size:
+    """The size of the picture inside its grid: proportions kept, not below one tile if possible."""
+    target_width = min(max(width, tile_size), grid.columns * tile_size)
+    target_height = min(max(height, tile_size), grid.rows * tile_size)
+    scale_height = target_height / height
+    scale_width = target_width / width
+    if scale_width < scale_height:
+        return Size(min(math.floor(height * scale_width) or 1, target_height), target_width)
+    return Size(target_height, min(math.floor(width * scale_height) or 1, target_width))
