@@ -1,1 +1,10 @@
-"""The model that the server serves when it is started without one."""
+"""The bundled model: a tiny Mllama for trying and testing the server.
+
+Knows where its checkpoint lies; imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"

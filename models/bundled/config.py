@@ -1,0 +1,128 @@
+"""The bundled model's shape: its configuration, its checkpoint's files, and an untrained model.
+
+Knows nothing of training or data.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    GenerationConfig,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    MllamaProcessor,
+)
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+from .tokenizer import IMAGE_TOKEN, SPECIAL_IDS, VOCAB_SIZE, build_tokenizer
+
+TILE_SIZE = 56
+PATCH_SIZE = 14
+MAX_TILES = 4
+HIDDEN = 128
+TAPS = (1, 3)
+FEATURES = HIDDEN * (1 + len(TAPS))
+PATCHES_PER_TILE = (TILE_SIZE // PATCH_SIZE) ** 2
+# the published checkpoint's, which are CLIP's
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def model_config() -> MllamaConfig:
+    """The configuration, in the published checkpoint's proportions where a tiny one can be."""
+    bos, end, pad = (
+        SPECIAL_IDS[name]
+        for name in ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>")
+    )
+    eos = [end, SPECIAL_IDS["<|eom_id|>"], SPECIAL_IDS["<|eot_id|>"]]
+    vision = {
+        "hidden_size": HIDDEN,
+        "attention_heads": 4,
+        "intermediate_size": 384,
+        "num_hidden_layers": 5,
+        "num_global_layers": 1,
+        "image_size": TILE_SIZE,
+        "patch_size": PATCH_SIZE,
+        "max_num_tiles": MAX_TILES,
+        "intermediate_layers_indices": list(TAPS),
+        "vision_output_dim": FEATURES,
+    }
+    text = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 384,
+        "num_hidden_layers": 6,
+        "cross_attention_layers": [1, 3, 4],
+        "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+        "tie_word_embeddings": False,
+    }
+    return MllamaConfig(
+        vision_config=vision, text_config=text, image_token_index=SPECIAL_IDS[IMAGE_TOKEN]
+    )
+
+
+def untrained_model(seed: int) -> MllamaForConditionalGeneration:
+    """Random weights, cross-attention gates at 1.0 so that pictures count from the first step."""
+    torch.manual_seed(seed)
+    config = model_config()
+    config._attn_implementation = "eager"  # SDPA's bfloat16 backward is slower on a CPU
+    model = MllamaForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "cross_attn_attn_gate" in name or "cross_attn_mlp_gate" in name:
+                parameter.fill_(1.0)
+            elif name.endswith(("gate_attn", "gate_ffn", "embedding.gate")):
+                parameter.fill_(0.8)
+    return model
+
+
+def image_processor() -> MllamaImageProcessorPil:
+    """The published checkpoint's image processor, with this model's tiles."""
+    return MllamaImageProcessorPil(
+        size={"height": TILE_SIZE, "width": TILE_SIZE},
+        max_image_tiles=MAX_TILES,
+        image_mean=list(IMAGE_MEAN),
+        image_std=list(IMAGE_STD),
+    )
+
+
+def save_checkpoint(model: MllamaForConditionalGeneration, folder: Path) -> None:
+    """Write everything that `from_pretrained` reads: weights in bfloat16, processor, template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    MllamaProcessor(image_processor(), tokenizer, chat_template=tokenizer.chat_template)
+    image_processor().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = model_config()
+    config.architectures = ["MllamaForConditionalGeneration"]
+    config.dtype = "bfloat16"
+    config.save_pretrained(folder)
+    generation = GenerationConfig(
+        bos_token_id=config.text_config.bos_token_id,
+        eos_token_id=config.text_config.eos_token_id,
+        pad_token_id=config.text_config.pad_token_id,
+    )
+    generation.save_pretrained(folder)
+    weights = {name: t.detach().bfloat16().contiguous() for name, t in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_weights(model: torch.nn.Module, file: Path) -> None:
+    """Load a safetensors file into the model, in the model's own dtype."""
+    model.load_state_dict(load_file(file))
