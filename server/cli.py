@@ -53,7 +53,7 @@ class ImagePosition(StrEnum):
 class UnknownFields(StrEnum):
     """What a request field that the API does not have leads to."""
 
-    refuse = "refuse"
+    error = "error"
     ignore = "ignore"
 
 
@@ -150,7 +150,7 @@ def serve(
             help="Answer unknown request fields with 400, or ignore and log them.",
             rich_help_panel=HTTP_PANEL,
         ),
-    ] = UnknownFields.refuse,
+    ] = UnknownFields.error,
 ) -> None:
     """Serve a model until Ctrl-C."""
     try:
@@ -171,11 +171,13 @@ def serve(
         max_queue_requests=max_queue,
     )
     settings = ServerSettings(
-        model_path=str(folder.path),
-        model_name=name,
-        api_keys=tuple(api_key or ()),
-        image_position=image_position.value,
-        unknown_fields=unknown_fields.value,
+        model=str(folder.path),
+        engine_socket="",
+        served_model_names=[name],
+        api_keys=api_key or [],
+        max_num_seqs=max_num_seqs,
+        image_position="front" if image_position is ImagePosition.front else "as-sent",
+        unknown_fields="error" if unknown_fields is UnknownFields.error else "ignore",
     )
     console.print(f"vlmserve {__version__}: loading {name}", markup=False)
 

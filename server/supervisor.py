@@ -23,6 +23,7 @@ import msgspec
 
 from ..router.client import EngineClient
 from ..router.config import EngineConfig
+from ..router.errors import EngineDeadError
 from ..router.messages import EngineReady
 from .settings import ServerSettings
 
@@ -136,6 +137,8 @@ class Supervisor:
         try:
             await client.connect()
             info = await client.wait_ready()
+        except EngineDeadError:
+            return  # _watch sees the engine end and says how
         finally:
             await client.close()
         while not await _is_ready(self._listener):  # noqa: ASYNC110 - polls a socket

@@ -121,7 +121,7 @@ def taps_by_hand(vision: MllamaVisionModel, images: dict[str, Tensor]) -> Tensor
     seen: list[Tensor] = []
     hooks = [
         block.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append((args or [kwargs["hidden_states"]])[0].clone()),
+            lambda _, args, kwargs: seen.append((args or [*kwargs.values()])[0].clone()),
             with_kwargs=True,
         )
         for block in vision.transformer.layers

@@ -1,0 +1,5 @@
+"""`python -m vlmserve.server`: the command line without its console script."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,132 @@
+"""Shared fixtures: a real server as a subprocess, and freshly drawn pictures."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+
+from vlmserve.models.bundled.pictures import data_url, draw, random_scene
+
+START_TIMEOUT_S = 180.0
+MODEL_NAME = "vlmserve-tiny-vision"
+
+
+@dataclass
+class RunningServer:
+    """A server under test: its process, its address, and what it wrote to stderr."""
+
+    process: subprocess.Popen
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return response.read()
+
+    def metric(self, name: str) -> float:
+        """The value of a metric without labels."""
+        for line in self.get("/metrics").decode().splitlines():
+            if line.split(" ")[0] == name:
+                return float(line.split(" ")[1])
+        raise KeyError(name)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(condition, timeout_s: float = 30.0) -> bool:
+    """Whether the condition came true in time."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *options: str, model: str | None = None) -> Iterator[RunningServer]:
+    """`vlmserve serve` on a free port until the block ends; ready when the block starts."""
+    port, log = free_port(), folder / "server.log"
+    command = [sys.executable, "-m", "vlmserve.server", "serve", *([model] if model else [])]
+    command += ["--port", str(port), *options]
+    with log.open("wb") as err:
+        process = subprocess.Popen(command, stdout=err, stderr=err, env={**os.environ})
+    server = RunningServer(process, port, log)
+    try:
+        assert wait_until(lambda: is_ready(server), START_TIMEOUT_S), log.read_text()
+        yield server
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def is_ready(server: RunningServer) -> bool:
+    assert server.process.poll() is None, server.log.read_text()
+    try:
+        server.get("/v1/health/ready")
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[RunningServer]:
+    """The bundled model in float32, shared by all tests that only ask questions."""
+    with serving(tmp_path_factory.mktemp("server"), "--dtype", "float32") as running:
+        yield running
+
+
+@pytest.fixture
+def start_server(tmp_path):
+    """Starts further servers, each ended with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *options, **kw: stack.enter_context(serving(tmp_path, *options, **kw))
+
+
+@pytest.fixture
+def wait_for():
+    return wait_until
+
+
+@dataclass
+class Picture:
+    """A scene that no checkpoint was trained on, and its picture as a data URL."""
+
+    scene: object
+    url: str
+
+
+@pytest.fixture
+def draw_picture():
+    """draw_picture(seed, num_shapes=1, size=(224, 224), fmt="PNG") -> Picture."""
+
+    def make(seed, num_shapes=1, size=(224, 224), fmt="PNG") -> Picture:
+        rng = numpy.random.default_rng([20_261_123, seed])
+        scene = random_scene(rng, num_shapes=num_shapes, size=size, is_distinct=True)
+        return Picture(scene, data_url(draw(scene), fmt))
+
+    return make
