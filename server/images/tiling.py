@@ -113,7 +113,10 @@ class TilingConfig:
 
 
 def cut(
-    image: Image.Image, config: TilingConfig, max_tiles: int | None = None, content_hash: bytes = b""
+    image: Image.Image,
+    config: TilingConfig,
+    max_tiles: int | None = None,
+    content_hash: bytes = b"",
 ) -> ImageTiles:
     """The real tiles of an RGB image, uint8 [num_tiles, 3, tile_size, tile_size].
 

@@ -1,0 +1,237 @@
+"""A pool of killable processes that turn encoded images into tiles.
+
+Owns the children: starting, feeding, killing at a deadline, replacing at once.
+A picture that crashes or hangs its decoder fails alone. Knows nothing of pixels
+(decoding.py does, inside the children), of URLs or of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from asyncio.subprocess import PIPE, Process
+
+import msgspec
+
+from ...models.batch import ImageTiles
+from .decoder_child import DecoderConfig
+from .decoder_frames import REPLY_HEAD, REQUEST_HEAD, DecodeReply, decode_reply, reply_length
+from .header import check_header, read_header
+from .settings import ImageError, ImageSettings
+from .tiling import TilingConfig
+
+logger = logging.getLogger(__name__)
+
+MODULE = "vlmserve.server.images.decoder_child"
+START_TIMEOUT_S = 60.0
+RESTART_PAUSE_S = 1.0
+STREAM_LIMIT = 4 * 1024 * 1024
+CRASHED = "image cannot be decoded: the decoder stopped while reading it"
+# One thread a child: its parallelism is the number of children.
+SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class DecoderLost(Exception):
+    """A child ended, or sent what is no frame."""
+
+
+class PoolClosed(Exception):
+    """The pool was closed while an image waited for it."""
+
+    def __init__(self) -> None:
+        super().__init__("the decoder pool is closed")
+
+
+class DecoderChild:
+    """One decoder process and its pipes. Used by one image at a time."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def start(cls, config: DecoderConfig) -> DecoderChild:
+        """A child that has loaded its libraries and waits; raises DecoderLost if it ends first."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-W", "ignore", "-m", MODULE),
+            msgspec.json.encode(config).decode(),
+            stdin=PIPE, stdout=PIPE, limit=STREAM_LIMIT, env={**os.environ, **SINGLE_THREAD},
+        )  # fmt: skip
+        child = cls(process)
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await child._read_reply()
+        except BaseException as error:
+            await child.kill()
+            if isinstance(error, TimeoutError):
+                raise DecoderLost("a decoder did not start in time") from None
+            raise
+        return child
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.returncode is None
+
+    async def decode(self, data: bytes, max_tiles: int | None) -> DecodeReply:
+        """What the child answers to one image; raises DecoderLost if it ends instead."""
+        stdin = self._process.stdin
+        assert stdin is not None
+        try:
+            stdin.write(REQUEST_HEAD.pack(max_tiles or 0, len(data)))
+            stdin.write(data)
+            await stdin.drain()
+        except (ConnectionError, RuntimeError) as error:
+            raise DecoderLost("a decoder closed its stdin") from error
+        return await self._read_reply()
+
+    async def kill(self) -> None:
+        """End the process and reap it; does nothing to one that has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        await self._process.wait()
+
+    async def _read_reply(self) -> DecodeReply:
+        stdout = self._process.stdout
+        assert stdout is not None
+        try:
+            length = reply_length(await stdout.readexactly(REPLY_HEAD.size))
+            return decode_reply(await stdout.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise DecoderLost("a decoder ended") from error
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise DecoderLost("a decoder sent no valid frame") from error
+
+
+class DecoderPool:
+    """At least two decoder children, each decoding one image at a time.
+
+    Open it before use and close it afterwards, in the same event loop; or use it
+    as an async context manager.
+    """
+
+    def __init__(self, settings: ImageSettings, tiling: TilingConfig) -> None:
+        self._settings = settings
+        self._config = DecoderConfig(settings, tiling, os.getpid())
+        self._children: set[DecoderChild] = set()
+        # None, put back by whoever takes it, tells all who wait that the pool is closed.
+        self._idle: asyncio.LifoQueue[DecoderChild | None] = asyncio.LifoQueue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._jobs: set[asyncio.Task[DecodeReply]] = set()
+        self._is_closed = False
+
+    async def open(self) -> None:
+        """Start all children and wait until they are ready; raises DecoderLost if one cannot."""
+        starts = [self._add_child() for _ in range(self._settings.num_decoders)]
+        results = await asyncio.gather(*starts, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                await self.close()
+                raise result
+
+    async def close(self) -> None:
+        """End all children; images still being decoded fail."""
+        self._is_closed = True
+        self._idle.put_nowait(None)
+        background = [*self._tasks, *self._jobs]
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        children, self._children = self._children, set()
+        await asyncio.gather(*(child.kill() for child in children))
+
+    async def __aenter__(self) -> DecoderPool:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the children that run."""
+        return sorted(child.pid for child in self._children)
+
+    async def decode(self, data: bytes, max_tiles: int | None = None) -> ImageTiles:
+        """The tiles of one encoded image, when a child is free.
+
+        Raises ImageError if the image is refused, broken, crashes its decoder or
+        takes longer than decode_timeout_s. Cancelling leaves the child to finish
+        what it reads (within that time): its pipe never falls out of step.
+        """
+        check_header(read_header(data), self._settings)
+        child = await self._take_idle()
+        job = asyncio.create_task(self._run(child, data, max_tiles))
+        self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)
+        reply = await self._wait_for(job)
+        if reply.tiles is None:
+            raise ImageError(reply.error or CRASHED)
+        return reply.tiles
+
+    async def _wait_for(self, job: asyncio.Task[DecodeReply]) -> DecodeReply:
+        """The job's reply; the job goes on if only the one who waits is cancelled."""
+        try:
+            return await asyncio.shield(job)
+        except asyncio.CancelledError:
+            if job.cancelled():
+                raise PoolClosed from None
+            raise
+
+    async def _take_idle(self) -> DecoderChild:
+        """A child that is ready; one that died while idle is replaced, not handed out."""
+        while (child := await self._idle.get()) is not None:
+            if child.is_alive:
+                return child
+            self._replace(child)
+        self._idle.put_nowait(None)
+        raise PoolClosed
+
+    async def _run(self, child: DecoderChild, data: bytes, max_tiles: int | None) -> DecodeReply:
+        """One image through one child, which is idle again or replaced afterwards."""
+        timeout_s = self._settings.decode_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                reply = await child.decode(data, max_tiles)
+        except TimeoutError:
+            self._replace(child)
+            return DecodeReply(error=f"image takes over {timeout_s:g} s to decode: scale it down")
+        except DecoderLost:
+            self._replace(child)
+            return DecodeReply(error=CRASHED)
+        except BaseException:
+            self._replace(child)
+            raise
+        self._idle.put_nowait(child)
+        return reply
+
+    def _replace(self, child: DecoderChild) -> None:
+        """Kill a child and start another in its place, in the background."""
+        if self._is_closed:
+            return
+        logger.warning("image decoder %d is replaced", child.pid)
+        task = asyncio.create_task(self._kill_and_add(child))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _kill_and_add(self, child: DecoderChild) -> None:
+        await child.kill()
+        self._children.discard(child)
+        while not self._is_closed:
+            try:
+                return await self._add_child()
+            except (DecoderLost, OSError) as error:
+                logger.error("an image decoder cannot be started: %s", error)
+                await asyncio.sleep(RESTART_PAUSE_S)
+
+    async def _add_child(self) -> None:
+        child = await DecoderChild.start(self._config)
+        self._children.add(child)
+        self._idle.put_nowait(child)

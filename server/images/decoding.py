@@ -1,0 +1,142 @@
+"""From an encoded image to its tiles: what one decoder child does with one image.
+
+Owns the way Pillow is used: only our four formats, limits before pixels, the first
+frame, EXIF rotation, everything to 8-bit RGB over white. Runs in a child process
+that may be killed at any moment. Knows nothing of pipes, networks or requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+
+import numpy as np
+from PIL import (
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    WebPImagePlugin,
+)
+
+from ...models.batch import ImageTiles
+from .header import ImageHeader, check_header, read_header
+from .settings import ImageSettings
+from .tiling import TilingConfig, cut
+
+# A JPEG of more pixels is decoded at a half, a quarter or an eighth of its sides, which keeps
+# a rotated one under 200 MB; it has far more detail than four tiles can hold even so.
+DRAFT_PIXELS = 16_000_000
+BAND_ROWS = 256
+ORIENTATION_TAG = 0x0112
+# What undoes each EXIF orientation (1 is upright).
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PLUGINS = (GifImagePlugin, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin)
+
+
+def prepare_pillow(settings: ImageSettings) -> None:
+    """Set Pillow's own safety nets of this process to ours and load no further format."""
+    assert all(plugin.__name__ for plugin in PLUGINS)
+    Image._initialized = 2  # or init() would import some forty formats
+    Image.MAX_IMAGE_PIXELS = max(settings.max_pixels, settings.max_jpeg_pixels)
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def decode(
+    data: bytes, settings: ImageSettings, tiling: TilingConfig, max_tiles: int | None
+) -> ImageTiles:
+    """The tiles of one encoded image.
+
+    Raises ImageError for a header over a limit, and whatever Pillow raises for
+    broken data, which is the caller's to translate.
+    """
+    header = read_header(data)
+    check_header(header, settings)
+    with Image.open(io.BytesIO(data), formats=[header.format]) as image:
+        # Pillow's own reading of the size is what decides how much is allocated.
+        check_header(
+            ImageHeader(header.format, image.width, image.height, header.is_progressive), settings
+        )
+        picture = upright_rgb(image, draft_pixels=DRAFT_PIXELS)
+    return cut(picture, tiling, max_tiles, content_hash(data, tiling, max_tiles))
+
+
+def content_hash(data: bytes, tiling: TilingConfig, max_tiles: int | None) -> bytes:
+    """SHA-256 over the encoded bytes and whatever else changes the tiles.
+
+    The settings' own digest stands first at a fixed length, so that no bytes of
+    a file can pass for settings.
+    """
+    settings = hashlib.sha256(tiling.fingerprint(max_tiles)).digest()
+    return hashlib.sha256(settings + data).digest()
+
+
+def upright_rgb(image: ImageFile.ImageFile, draft_pixels: int) -> Image.Image:
+    """The first frame as RGB, turned as its EXIF says, transparent parts over white."""
+    if image.format in ("JPEG", "MPO"):
+        image.draft(None, _draft_size(image.size, draft_pixels))
+    image.load()
+    return to_rgb(_turn_upright(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode that our formats give as 8-bit RGB, as transformers' convert_to_rgb does.
+
+    16-bit grey keeps its high byte, where a plain convert would clip it to white.
+    """
+    if image.mode.startswith("I"):
+        return _grey_to_8_bit(image).convert("RGB")
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        return _over_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _draft_size(size: tuple[int, int], draft_pixels: int) -> tuple[int, int]:
+    """The size to ask of draft(): the largest of 1, 1/2, 1/4 and 1/8 within draft_pixels."""
+    width, height = size
+    scale = 1
+    while scale < 8 and (width // scale) * (height // scale) > draft_pixels:
+        scale *= 2
+    return max(width // scale, 1), max(height // scale, 1)
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Apply EXIF orientation; an EXIF block that cannot be read turns nothing."""
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG)
+        turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+    except MemoryError:
+        raise
+    except Exception:
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _grey_to_8_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey (I;16, or I from 32 bits that hold 16) to L."""
+    values = np.asarray(image)
+    high = np.clip(values, 0, 65_535) >> 8
+    return Image.fromarray(high.astype(np.uint8))
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Composite onto white in bands of rows: whole copies of a large image take too much."""
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, BAND_ROWS):
+        box = (0, top, image.width, min(top + BAND_ROWS, image.height))
+        band = image.crop(box)
+        band.info = image.info
+        rgba = band.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        result.paste(Image.alpha_composite(white, rgba).convert("RGB"), box)
+    return result

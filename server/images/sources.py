@@ -1,0 +1,136 @@
+"""What an image's URL says: the bytes themselves, or a place to fetch them from.
+
+Owns the syntax that is taken: base64 data: URLs and http(s) URLs. One parser reads
+each URL once, and what it found is what is connected to, so no second reading can
+disagree. Knows nothing of networks, addresses or image formats.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+from dataclasses import dataclass
+
+import httpx2
+
+from .settings import ImageError, ImageSettings
+
+# 0x85 and the line separators end a line for some readers of a log or a header.
+FORBIDDEN_IN_URL = re.compile(r"[\x00-\x20\x7f-\xa0\u2028\u2029\\]")
+HOST_NAME = re.compile(r"(?=.{1,253}\Z)[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_-]{1,63})*\.?")
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}(?=:)")
+MAX_DATA_URL_LABEL = 256
+DEFAULT_PORTS = {"http": 80, "https": 443}
+# Low ports other than these belong to mail, shells and the like, never to pictures.
+FIRST_FREE_PORT = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class InlineImage:
+    """An image that came with its URL; `data` is the encoded file."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteImage:
+    """An image to be fetched.
+
+    host: lower-case ASCII (IDNA applied), an IPv6 literal without brackets.
+    target: path and query, percent-encoded, from "/".
+    """
+
+    scheme: str
+    host: str
+    port: int
+    target: str
+
+    @property
+    def authority(self) -> str:
+        """The Host header: the port only where it is not the scheme's own."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://{self.authority}{self.target}"
+
+
+def parse_source(url: str, settings: ImageSettings) -> InlineImage | RemoteImage:
+    """Where the image of this URL is.
+
+    Raises ImageError, which never repeats the URL, for anything but a base64
+    data: URL within max_image_bytes or a plain http(s) URL.
+    """
+    if url[:5].lower() == "data:":
+        return parse_data_url(url, settings.max_image_bytes)
+    return parse_remote_url(url, settings.max_url_chars)
+
+
+def parse_data_url(url: str, max_bytes: int) -> InlineImage:
+    """The bytes of `data:<any label>;base64,<base64>`: the label is forgiven, base64 is not."""
+    comma = url.find(",", 0, MAX_DATA_URL_LABEL)
+    if comma < 0 or not url[:comma].lower().endswith(";base64"):
+        raise ImageError("data URL must look like data:image/png;base64,<the file in base64>")
+    num_chars = len(url) - comma - 1
+    if num_chars // 4 * 3 > max_bytes + 2:
+        raise ImageError(too_large(num_chars // 4 * 3, max_bytes))
+    try:
+        data = binascii.a2b_base64(url[comma + 1 :], strict_mode=True)
+    except ValueError:  # binascii.Error is one; so is what it says of characters beyond ASCII
+        raise ImageError(
+            "data URL is not valid base64: use the standard alphabet with padding, and no spaces "
+            "or line breaks"
+        ) from None
+    if len(data) > max_bytes:
+        raise ImageError(too_large(len(data), max_bytes))
+    if not data:
+        raise ImageError("data URL holds no data: append the file in base64")
+    return InlineImage(data)
+
+
+def parse_remote_url(url: str, max_chars: int) -> RemoteImage:
+    """The place that a plain http(s) URL names: no user, no odd characters, a sane port."""
+    if len(url) > max_chars:
+        raise ImageError(f"image URL has {len(url):,} characters; the limit is {max_chars:,}")
+    if FORBIDDEN_IN_URL.search(url):
+        raise ImageError(
+            "image URL holds a space, backslash or control character: percent-encode it"
+        )
+    scheme = SCHEME.match(url)
+    if scheme is None:
+        raise ImageError("image URL has no scheme: start it with https://, http:// or data:image/")
+    if scheme.group().lower() not in DEFAULT_PORTS:
+        raise ImageError(
+            f"image URL has the scheme {scheme.group().lower()!r}: only http, https and data "
+            "are taken"
+        )
+    if not url[scheme.end() :].startswith("://"):
+        raise ImageError("image URL has no host: it must start with https:// or http://")
+    return _from_parsed(_parse(url))
+
+
+def too_large(num_bytes: int, max_bytes: int) -> str:
+    """The message for an image over its limit of bytes."""
+    return f"image has {num_bytes:,} bytes; the limit is {max_bytes:,}: send a smaller file"
+
+
+def _parse(url: str) -> httpx2.URL:
+    try:
+        return httpx2.URL(url)
+    except (httpx2.InvalidURL, ValueError):
+        raise ImageError("image URL cannot be read: check its host and port") from None
+
+
+def _from_parsed(parsed: httpx2.URL) -> RemoteImage:
+    if parsed.userinfo or b"@" in parsed.netloc:
+        raise ImageError("image URL holds a user name or password: remove it")
+    host = parsed.raw_host.decode("ascii").lower()
+    if ":" not in host and not HOST_NAME.fullmatch(host):
+        raise ImageError("image URL has no valid host name")
+    port = parsed.port if parsed.port is not None else DEFAULT_PORTS[parsed.scheme]
+    if port not in DEFAULT_PORTS.values() and not FIRST_FREE_PORT <= port <= 65_535:
+        raise ImageError(
+            f"image URL has port {port}: only 80, 443 and {FIRST_FREE_PORT} to 65535 are taken"
+        )
+    return RemoteImage(parsed.scheme, host, port, parsed.raw_path.decode("ascii"))
