@@ -19,6 +19,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     "auto", "float32", "bfloat16" or "float16". max_model_len None takes the
     model's own context. kv_cache_bytes None sizes both pools from free memory.
     num_threads None takes the cores that HTTP and image decoding leave.
+    max_frame_bytes caps one message from a worker; a worker that leaves more than
+    max_outgoing_bytes unread is dropped. parent_pid: the process whose end ends
+    the engine, None for whoever started it.
     """
 
     model: str
@@ -35,5 +38,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_queue_requests: Positive = 256
     max_queue_tokens: Positive = 1_048_576
     max_queue_bytes: Positive = 1_073_741_824
+    max_frame_bytes: Positive = 268_435_456
+    max_outgoing_bytes: Positive = 16_777_216
     heartbeat_interval_s: Annotated[float, msgspec.Meta(gt=0)] = 0.5
     num_threads: Positive | None = None
+    parent_pid: Positive | None = None

@@ -1,0 +1,243 @@
+"""The engine: one asyncio loop that turns accepted requests into tokens.
+
+Owns the queue, the scheduler with its blocks, and the one thread that computes
+steps. Everything but `runner.execute` runs on the loop and returns at once. Knows
+nothing of sockets (it is handed a `send`), tensors or text.
+
+Every accepted request ends in exactly one final message: an output with a finish
+reason, or a `RequestFailed`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from ..models.batch import ModelInfo, StepBatch, StepResult
+from .admission import AdmissionLimits, check_request
+from .config import EngineConfig
+from .errors import EngineError, EngineInternalError, failure_of
+from .messages import (
+    AddRequest,
+    EngineReady,
+    EngineStats,
+    FromEngine,
+    SequenceOutput,
+    StepOutputs,
+)
+from .queue import QueueLimits, RequestQueue
+from .scheduler import Progress, Scheduler, SchedulerLimits
+from .sequence import Sequence
+
+logger = logging.getLogger("vlmserve.engine")
+
+Send = Callable[[int, FromEngine], None]
+
+
+class Runner(Protocol):
+    """What computes a step; see `models/batch.py` for both types."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded."""
+        ...
+
+    def execute(self, batch: StepBatch) -> StepResult:
+        """Compute one step. Called from one thread, one call at a time."""
+        ...
+
+
+class DuplicateRequestError(ValueError):
+    """A worker used the id of one of its open requests again: it is broken."""
+
+
+class Engine:
+    """Requests in by `add`, messages out by `send(worker_id, message)`, while `run` runs.
+
+    executor: one thread, the one that loaded the runner; made where None.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        send: Send,
+        executor: ThreadPoolExecutor | None = None,
+    ) -> None:
+        self._runner = runner
+        self._config = config
+        self._send = send
+        self._limits = AdmissionLimits.of(runner.info)
+        self._queue = RequestQueue(_queue_limits(config))
+        self.scheduler = Scheduler(runner.info, self._scheduler_limits(), self._queue)
+        self._open: dict[tuple[int, str], Sequence] = {}
+        self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._step_started: float | None = None
+        self._num_steps = 0
+        self._vision_seconds = 0.0
+
+    # What workers ask for
+
+    def add(self, worker_id: int, request: AddRequest) -> None:
+        """Queue a request, or answer at once why not.
+
+        Raises DuplicateRequestError if the worker has an open request of this id.
+        """
+        if (worker_id, request.request_id) in self._open:
+            raise DuplicateRequestError(f"request {request.request_id!r} is open already")
+        try:
+            check_request(request, self._limits)
+            sequence = Sequence(f"{worker_id}/{request.request_id}", worker_id, request)
+            self._queue.put(sequence)
+        except EngineError as error:
+            self._send(worker_id, failure_of(request.request_id, error))
+            return
+        self._open[worker_id, request.request_id] = sequence
+
+    def abort(self, worker_id: int, request_ids: Iterable[str]) -> None:
+        """End requests of this worker; ids that are not open any more are passed over.
+
+        What is freed is free at once, or right after the step that computes it.
+        """
+        found = [self._open.get((worker_id, request_id)) for request_id in request_ids]
+        progress = [self.scheduler.abort(sequence) for sequence in found if sequence is not None]
+        self._deliver([one for one in progress if one is not None])
+
+    def drop_worker(self, worker_id: int) -> None:
+        """Abort everything of a worker that has gone."""
+        self.abort(
+            worker_id, [request_id for owner, request_id in self._open if owner == worker_id]
+        )
+
+    # The loop
+
+    async def run(self) -> None:
+        """Compute steps for ever, or until cancelled."""
+        while True:
+            batch = self.scheduler.schedule()
+            if batch is None:
+                await self._queue.wait()
+            else:
+                await self._run_step(batch)
+
+    async def _run_step(self, batch: StepBatch) -> None:
+        self._step_started = time.monotonic()
+        loop = asyncio.get_running_loop()
+        try:
+            result = await loop.run_in_executor(self._executor, self._execute, batch)
+        except Exception:
+            logger.exception("a step of %d sequences failed", len(batch.sequences))
+            self._fail(self.scheduler.fail_step(), _step_failure())
+        else:
+            self._vision_seconds += result.vision_seconds
+            self._deliver(self.scheduler.update(result))
+        finally:
+            self._num_steps += 1
+            self._step_started = None
+
+    def _execute(self, batch: StepBatch) -> StepResult:
+        """In the step's thread: compute, and make sure that every answer is there."""
+        result = self._runner.execute(batch)
+        expected = {one.request_id for one in batch.sequences if one.sampling is not None}
+        if result.token_ids.keys() != expected:
+            raise RuntimeError(
+                f"the runner sampled {len(result.token_ids)} tokens, {len(expected)} were due"
+            )
+        return result
+
+    def close(self, error: EngineError) -> None:
+        """End every open request with `error`. Call when `run` is over; a step may still run."""
+        self._fail(list(self._open.values()), error)
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    # Answers
+
+    def _deliver(self, progress: list[Progress]) -> None:
+        """Send one message to each worker that a step brought something."""
+        outputs: dict[int, list[SequenceOutput]] = defaultdict(list)
+        for one in progress:
+            outputs[one.sequence.worker_id].append(_output_of(one))
+            if one.finish_reason is not None:
+                self._forget(one.sequence)
+        for worker_id, of_worker in outputs.items():
+            self._send(worker_id, StepOutputs(outputs=of_worker))
+
+    def _fail(self, sequences: list[Sequence], error: EngineError) -> None:
+        for sequence in sequences:
+            self._forget(sequence)
+            self._send(sequence.worker_id, failure_of(sequence.request.request_id, error))
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._open[sequence.worker_id, sequence.request.request_id]
+
+    # What can be known of it
+
+    def ready_message(self) -> EngineReady:
+        """What a worker is told once the model is loaded."""
+        info = self._runner.info
+        return EngineReady(
+            pid=os.getpid(),
+            max_model_len=self._limits.max_model_len,
+            vocab_size=info.vocab_size,
+            max_num_seqs=self._config.max_num_seqs,
+            device=info.device,
+            dtype=info.dtype,
+            num_text_tokens=info.pools.num_text_blocks * info.pools.block_size,
+            num_image_tiles=info.pools.num_image_blocks,
+        )
+
+    def stats(self) -> EngineStats:
+        """Counts at this moment."""
+        text, image = self.scheduler.text_pool, self.scheduler.image_pool.blocks
+        return EngineStats(
+            num_running=self.scheduler.num_running,
+            num_waiting=len(self._queue),
+            num_steps=self._num_steps,
+            text_blocks_used=text.num_used,
+            text_blocks_total=text.num_total,
+            image_blocks_used=image.num_used,
+            image_blocks_total=image.num_total,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_images_encoded=self.scheduler.num_images_encoded,
+            vision_seconds=self._vision_seconds,
+        )
+
+    @property
+    def step_age_s(self) -> float:
+        """How long the running step has been running, in seconds; 0 when idle."""
+        return 0.0 if self._step_started is None else time.monotonic() - self._step_started
+
+    def _scheduler_limits(self) -> SchedulerLimits:
+        return SchedulerLimits(
+            max_num_seqs=self._config.max_num_seqs,
+            max_num_batched_tokens=self._config.max_num_batched_tokens,
+            max_model_len=self._limits.max_model_len,
+        )
+
+
+def _queue_limits(config: EngineConfig) -> QueueLimits:
+    return QueueLimits(
+        max_requests=config.max_queue_requests,
+        max_tokens=config.max_queue_tokens,
+        max_bytes=config.max_queue_bytes,
+    )
+
+
+def _output_of(progress: Progress) -> SequenceOutput:
+    return SequenceOutput(
+        request_id=progress.sequence.request.request_id,
+        token_ids=progress.token_ids,
+        finish_reason=progress.finish_reason,
+        stop_token_id=progress.stop_token_id,
+    )
+
+
+def _step_failure() -> EngineInternalError:
+    # The cause stays in the log: it may name paths or quote a prompt.
+    return EngineInternalError("the engine failed while it computed this request; send it again")

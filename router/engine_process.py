@@ -1,0 +1,168 @@
+"""The engine's process: `python -m vlmserve.router.engine_process < config.json`.
+
+Owns the process's life: its settings from stdin, its death with its parent, its
+signals and its exit code. Knows nothing of scheduling or tensors.
+
+Exit codes: 0 after SIGTERM, 1 if the engine itself fails, 2 for settings or a
+socket path that cannot be used, 3 if the model cannot be loaded. Each non-zero
+exit but 1 says why in one line on stderr.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn, cast
+
+import msgspec
+
+from .config import EngineConfig
+from .engine import Engine, Runner
+from .engine_server import EngineServer, SocketPathError
+from .errors import EngineDeadError
+
+logger = logging.getLogger("vlmserve.engine")
+
+EXIT_STOPPED = 0
+EXIT_FAILED = 1
+EXIT_BAD_SETTINGS = 2
+EXIT_MODEL_ERROR = 3
+
+PR_SET_PDEATHSIG = 1
+
+LoadRunner = Callable[[EngineConfig], Runner]
+
+
+class ParentGoneError(RuntimeError):
+    """The process that started this one ended before it could be watched."""
+
+
+def load_model_runner(config: EngineConfig) -> Runner:
+    """Load the model that `config` names. Imports torch: call it late, off the loop."""
+    from ..models.runner import create_runner
+
+    runner = create_runner(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+        num_text_blocks=config.num_text_blocks,
+        num_image_blocks=config.num_image_blocks,
+        kv_cache_bytes=config.kv_cache_bytes,
+        num_threads=config.num_threads,
+    )
+    return cast(Runner, runner)
+
+
+async def serve(config: EngineConfig, load_runner: LoadRunner = load_model_runner) -> int:
+    """Listen, load, and compute steps until SIGTERM; the process's exit code."""
+    stopping = _stop_on_sigterm()
+    server = EngineServer(config)
+    try:
+        await server.start()
+    except SocketPathError as error:
+        return _complain(str(error), EXIT_BAD_SETTINGS)
+    try:
+        return await _load_and_run(config, load_runner, server, stopping)
+    finally:
+        await server.close()
+
+
+async def _load_and_run(
+    config: EngineConfig, load_runner: LoadRunner, server: EngineServer, stopping: asyncio.Event
+) -> int:
+    # Loaded in the thread that will compute: some of torch's state is a thread's own.
+    executor = ThreadPoolExecutor(1, thread_name_prefix="model")
+    loading = asyncio.get_running_loop().run_in_executor(executor, load_runner, config)
+    stop = asyncio.create_task(stopping.wait())
+    await _first_of(loading, stop)
+    if not loading.done():
+        return EXIT_STOPPED
+    if (error := loading.exception()) is not None:
+        return _complain_of_model(config, error)
+    engine = Engine(loading.result(), config, server.send, executor)
+    server.attach(engine)
+    logger.info("the engine is ready")
+    running = asyncio.create_task(engine.run(), name="engine")
+    await _first_of(running, stop)
+    engine.close(EngineDeadError("the engine is stopping"))
+    if running.done():
+        logger.error("the engine failed", exc_info=running.exception())
+        return EXIT_FAILED
+    running.cancel()
+    return EXIT_STOPPED
+
+
+async def _first_of(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+
+
+def main(load_runner: LoadRunner = load_model_runner) -> NoReturn:
+    """Run one engine process to its end. Does not return."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    try:
+        config = read_config()
+        die_with_parent(config.parent_pid)
+    except (msgspec.DecodeError, UnicodeDecodeError, ParentGoneError) as error:
+        _exit(_complain(f"engine settings: {error}", EXIT_BAD_SETTINGS))
+    _exit(asyncio.run(serve(config, load_runner)))
+
+
+def read_config() -> EngineConfig:
+    """The settings: one line of JSON on stdin. Raises msgspec.ValidationError."""
+    return msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+
+
+def die_with_parent(parent_pid: int | None) -> None:
+    """Have the kernel kill this process when its parent ends.
+
+    parent_pid: who is expected to be the parent; None takes whoever is now.
+    Raises ParentGoneError if that one ended before the kernel knew (Linux, prctl(2)).
+    """
+    expected = os.getppid() if parent_pid is None else parent_pid
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != expected:
+        raise ParentGoneError("the parent process ended while this one started")
+
+
+def _stop_on_sigterm() -> asyncio.Event:
+    """Set by SIGTERM. SIGINT is left to the parent: Ctrl-C reaches the whole group."""
+    stopping = asyncio.Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
+    return stopping
+
+
+def _complain_of_model(config: EngineConfig, error: BaseException) -> int:
+    if not isinstance(error, (ValueError, OSError)):  # those say it all in their message
+        logger.error("loading the model failed", exc_info=error)
+    first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
+    return _complain(f"cannot load the model {config.model!r}: {first_line}", EXIT_MODEL_ERROR)
+
+
+def _complain(message: str, exit_code: int) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return exit_code
+
+
+def _exit(exit_code: int) -> NoReturn:
+    """End now: a step that never ends must not hold up the exit, as its thread would."""
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

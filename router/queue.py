@@ -1,0 +1,95 @@
+"""The requests that wait for their first step, or for their next after preemption.
+
+Owns the order (first in, first out) and the limits by count, prompt tokens and
+image bytes. Knows nothing of blocks, steps or workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from .errors import QueueFullError
+from .sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """How much may wait at once, and when a refused client should come back."""
+
+    max_requests: int
+    max_tokens: int
+    max_bytes: int
+    retry_after_s: float = 1.0
+
+
+class RequestQueue:
+    """A bounded asyncio queue of sequences that only its reader waits for.
+
+    `put` never waits: it takes the request or refuses it, so the client hears at once.
+    """
+
+    def __init__(self, limits: QueueLimits) -> None:
+        self._limits = limits
+        self._sequences: OrderedDict[str, Sequence] = OrderedDict()
+        self._not_empty = asyncio.Event()
+        self.num_tokens = 0
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def put(self, sequence: Sequence) -> None:
+        """Take `sequence` at the end. Raises QueueFullError, naming the limit, if it is full."""
+        self._refuse_over(
+            "requests", len(self) + 1, self._limits.max_requests, "--max-queue-requests"
+        )
+        self._refuse_over(
+            "prompt tokens",
+            self.num_tokens + sequence.num_tokens,
+            self._limits.max_tokens,
+            "--max-queue-tokens",
+        )
+        self._refuse_over(
+            "image bytes",
+            self.num_bytes + sequence.num_image_bytes,
+            self._limits.max_bytes,
+            "--max-queue-bytes",
+        )
+        self._insert(sequence)
+
+    def put_front(self, sequence: Sequence) -> None:
+        """Take back a preempted sequence as the next. It was accepted before: no limit."""
+        self._insert(sequence)
+        self._sequences.move_to_end(sequence.sequence_id, last=False)
+
+    def peek(self) -> Sequence | None:
+        """The sequence whose turn it is, or None."""
+        return next(iter(self._sequences.values()), None)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take `sequence` out, from wherever it stands."""
+        del self._sequences[sequence.sequence_id]
+        self.num_tokens -= sequence.num_tokens
+        self.num_bytes -= sequence.num_image_bytes
+        if not self._sequences:
+            self._not_empty.clear()
+
+    async def wait(self) -> None:
+        """Return when the queue is not empty."""
+        await self._not_empty.wait()
+
+    def _insert(self, sequence: Sequence) -> None:
+        self._sequences[sequence.sequence_id] = sequence
+        self.num_tokens += sequence.num_tokens
+        self.num_bytes += sequence.num_image_bytes
+        self._not_empty.set()
+
+    def _refuse_over(self, what: str, wanted: int, limit: int, option: str) -> None:
+        if wanted > limit:
+            raise QueueFullError(
+                f"the queue is full: with this request {wanted:,} {what} would wait, the limit is "
+                f"{limit:,}. Try again later or start the server with a larger {option}",
+                self._limits.retry_after_s,
+            )

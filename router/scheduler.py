@@ -1,0 +1,280 @@
+"""Decides which tokens run next. Knows nothing of tensors, text or workers.
+
+Owns the sequences that run and the blocks they hold. One step is planned so:
+
+    1. every running sequence that is one token behind gets that token (a decode);
+       if the text pool is empty the newest running sequence is preempted for it
+    2. what is left of the token budget goes to running sequences that are further
+       behind, oldest first, in chunks
+    3. waiting requests are admitted, first come first served, while there is
+       budget, a place and room in both pools
+
+Why this cannot deadlock, nor starve anyone: `running` is in order of arrival, and
+only its newest member is ever preempted, so the oldest always proceeds; a
+preempted sequence waits before everyone who came after it; and admission refuses
+what could not run alone. A sequence is given the blocks of all its known tokens
+and of its images when it is admitted, so only step 1 can run out.
+
+    waiting ──admit──> running ──stop, length, abort, failure──> finished
+       ^                  │
+       └────preempt───────┘   both kinds of blocks freed, everything recomputed
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..models.batch import ImageToEncode, ModelInfo, ScheduledSequence, StepBatch, StepResult
+from .blocks import BlockPool, ImageEntry, ImagePool
+from .messages import FinishReason
+from .queue import RequestQueue
+from .segments import cut_segments, is_seen
+from .sequence import Sequence, Status
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """How much one step may hold, and how long a sequence may grow."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a step, or an abort, brought for one sequence."""
+
+    sequence: Sequence
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(slots=True)
+class _Step:
+    """The step being planned or computed."""
+
+    budget: int
+    batch: StepBatch = field(default_factory=StepBatch)
+    sequences: list[Sequence] = field(default_factory=list)
+    due_images: list[ImageEntry] = field(default_factory=list)
+
+
+class Scheduler:
+    """Plans steps and takes in their results; one step at a time."""
+
+    def __init__(self, info: ModelInfo, limits: SchedulerLimits, queue: RequestQueue) -> None:
+        self.text_pool = BlockPool(info.pools.num_text_blocks)
+        self.image_pool = ImagePool(info.pools.num_image_blocks)
+        self.num_preemptions = 0
+        self.num_images_encoded = 0
+        self._block_size = info.pools.block_size
+        self._limits = limits
+        # More sequences than budget would leave some without their token.
+        self._max_num_seqs = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+        self._waiting = queue
+        self._running: list[Sequence] = []
+        self._step: _Step | None = None
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running) or len(self._waiting) > 0
+
+    # Planning a step
+
+    def schedule(self) -> StepBatch | None:
+        """The next step, or None if nothing waits or runs.
+
+        Hand its result to `update`, or call `fail_step`, before the next call.
+        """
+        assert self._step is None, "the last step has no result yet"
+        step = _Step(budget=self._limits.max_num_batched_tokens)
+        self._plan_decodes(step)
+        self._plan_chunks(step)
+        self._admit(step)
+        if not step.sequences:
+            assert not self.has_work, "requests wait, but none can run"
+            return None
+        self._step = step
+        return step.batch
+
+    def _plan_decodes(self, step: _Step) -> None:
+        for sequence in list(self._running):
+            # A sequence later in the copy may have been preempted for an earlier one.
+            if sequence.num_uncomputed_tokens == 1 and sequence.status is Status.RUNNING:
+                self._give_room(sequence)
+                if sequence.status is Status.RUNNING:
+                    self._plan(step, sequence, num_tokens=1)
+
+    def _plan_chunks(self, step: _Step) -> None:
+        for sequence in self._running:
+            if step.budget == 0:
+                return
+            if not sequence.is_in_step:
+                num_tokens = min(sequence.num_uncomputed_tokens, step.budget)
+                self._plan(step, sequence, num_tokens)
+
+    def _admit(self, step: _Step) -> None:
+        while step.budget > 0 and len(self._running) < self._max_num_seqs:
+            sequence = self._waiting.peek()
+            if sequence is None or not self._fits(sequence):
+                return
+            self._waiting.remove(sequence)
+            self._start(sequence)
+            self._plan(step, sequence, min(sequence.num_uncomputed_tokens, step.budget))
+
+    def _plan(self, step: _Step, sequence: Sequence, num_tokens: int) -> None:
+        """Put the next `num_tokens` of `sequence` into the step."""
+        start = sequence.num_computed_tokens
+        end = start + num_tokens
+        self._plan_images(step, sequence, start, end)
+        image_block_ids = [entry.block_ids for entry in sequence.images]
+        is_last_chunk = end == sequence.num_tokens
+        step.batch.sequences.append(
+            ScheduledSequence(
+                request_id=sequence.sequence_id,
+                token_ids=sequence.token_ids[start:end],
+                start=start,
+                block_ids=sequence.block_ids[: self._num_blocks(end)],
+                segments=cut_segments(sequence.request.spans, image_block_ids, start, end),
+                sampling=sequence.request.sampling if is_last_chunk else None,
+                sample_index=sequence.num_generated_tokens,
+            )
+        )
+        step.sequences.append(sequence)
+        step.budget -= num_tokens
+        sequence.is_in_step = True
+
+    def _plan_images(self, step: _Step, sequence: Sequence, start: int, end: int) -> None:
+        """Encode what these positions see and no step has encoded, once."""
+        for entry, span in zip(sequence.images, sequence.request.spans, strict=True):
+            if not entry.is_encoded and entry not in step.due_images and is_seen(span, start, end):
+                step.due_images.append(entry)
+                step.batch.images.append(ImageToEncode(entry.image, entry.block_ids))
+
+    # Blocks
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """True if `sequence` can start now.
+
+        One free block is left for each that runs, so that the newcomer is not
+        preempted again by the next decodes of its elders.
+        """
+        num_blocks = self._num_blocks(sequence.num_tokens) + len(self._running)
+        return self.text_pool.can_allocate(num_blocks) and self.image_pool.can_acquire(
+            sequence.image_keys
+        )
+
+    def _start(self, sequence: Sequence) -> None:
+        sequence.block_ids = self.text_pool.allocate(self._num_blocks(sequence.num_tokens))
+        sequence.images = self.image_pool.acquire(sequence.image_keys, sequence.request.images)
+        sequence.status = Status.RUNNING
+        self._running.append(sequence)
+
+    def _give_room(self, sequence: Sequence) -> None:
+        """Cover the newest token with a block, preempting from the newest sequence on.
+
+        The newest may be `sequence` itself: it then waits for its elders.
+        """
+        num_missing = self._num_blocks(sequence.num_tokens) - len(sequence.block_ids)
+        while not self.text_pool.can_allocate(num_missing):
+            newest = self._running[-1]
+            self._preempt(newest)
+            if newest is sequence:
+                return
+        sequence.block_ids += self.text_pool.allocate(num_missing)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert not sequence.is_in_step, "a planned sequence is never preempted"
+        self._leave(sequence, Status.WAITING)
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self._waiting.put_front(sequence)
+
+    def _leave(self, sequence: Sequence, status: Status) -> None:
+        """Take a running sequence out and free both kinds of its blocks."""
+        assert sequence.status is Status.RUNNING
+        self._running.remove(sequence)
+        self.text_pool.free(sequence.block_ids)
+        self.image_pool.release(sequence.images)
+        sequence.block_ids, sequence.images = [], []
+        sequence.status = status
+
+    # Taking in what happened
+
+    def update(self, result: StepResult) -> list[Progress]:
+        """Take in the result of the step that `schedule` planned; what it brought to whom.
+
+        Sequences that merely computed a chunk of their prompt are left out.
+        """
+        step = self._end_step()
+        for entry in step.due_images:
+            entry.is_encoded = True
+        self.num_images_encoded += len(step.due_images)
+        advanced = zip(step.sequences, step.batch.sequences, strict=True)
+        progress = (self._advance(sequence, planned, result) for sequence, planned in advanced)
+        return [one for one in progress if one is not None]
+
+    def fail_step(self) -> list[Sequence]:
+        """End every sequence of the planned step, whose computation failed; those sequences.
+
+        Its images stay unencoded: whoever else needs them has them encoded again.
+        """
+        step = self._end_step()
+        for sequence in step.sequences:
+            self._leave(sequence, Status.FINISHED)
+        return step.sequences
+
+    def abort(self, sequence: Sequence) -> Progress | None:
+        """End `sequence` early; None if it ends with the step that is being computed."""
+        if sequence.is_finished:
+            return None
+        if sequence.is_in_step:
+            sequence.is_aborted = True
+            return None
+        if sequence.status is Status.WAITING:
+            self._waiting.remove(sequence)
+            sequence.status = Status.FINISHED
+        else:
+            self._leave(sequence, Status.FINISHED)
+        return Progress(sequence, [], "abort")
+
+    def _end_step(self) -> _Step:
+        step, self._step = self._step, None
+        assert step is not None, "there is no step to end"
+        for sequence in step.sequences:
+            sequence.is_in_step = False
+        return step
+
+    def _advance(
+        self, sequence: Sequence, planned: ScheduledSequence, result: StepResult
+    ) -> Progress | None:
+        sequence.num_computed_tokens += len(planned.token_ids)
+        if sequence.is_aborted:
+            self._leave(sequence, Status.FINISHED)
+            return Progress(sequence, [], "abort")
+        if planned.sampling is None:
+            return None
+        token_id = result.token_ids[sequence.sequence_id]
+        finish_reason = sequence.append(token_id, self._limits.max_model_len)
+        if finish_reason is None:
+            return Progress(sequence, [token_id])
+        self._leave(sequence, Status.FINISHED)
+        return Progress(sequence, [token_id], finish_reason, sequence.matched_stop_token_id())
+
+    def check(self) -> None:
+        """Assert that blocks are held by running sequences alone. For tests and debugging."""
+        self.text_pool.check()
+        self.image_pool.check()
+        owned = [block_id for sequence in self._running for block_id in sequence.block_ids]
+        assert len(set(owned)) == len(owned), "two sequences own the same block"
+        assert len(owned) == self.text_pool.num_used, "a used text block has no owner"

@@ -1,0 +1,88 @@
+"""One request as the scheduler sees it: its tokens, and how far they are computed.
+
+Owns the state of one accepted request. There is no prefill or decode phase:
+`num_computed_tokens` catches up with `num_tokens`, and whoever is behind by
+exactly one token is decoding. Knows nothing of budgets, other requests or tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from .blocks import ImageEntry, ImageKey
+from .messages import AddRequest, FinishReason
+
+
+class Status(Enum):
+    """Where a sequence is; it leaves FINISHED never."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The tokens of one request and the blocks that hold what is computed of them.
+
+    sequence_id is unique in the engine; `request.request_id` only on its worker.
+    token_ids: the prompt, then what was generated. block_ids cover all of them
+    while the sequence runs; images[i] is the pool's entry for request.images[i].
+    """
+
+    sequence_id: str
+    worker_id: int
+    request: AddRequest
+    token_ids: list[int] = field(init=False)
+    image_keys: list[ImageKey] = field(init=False)
+    end_token_ids: frozenset[int] = field(init=False)
+    stop_token_ids: frozenset[int] = field(init=False)
+    status: Status = Status.WAITING
+    num_computed_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    images: list[ImageEntry] = field(default_factory=list)
+    is_in_step: bool = False
+    is_aborted: bool = False
+    num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.token_ids = list(request.prompt_token_ids)
+        self.image_keys = [ImageKey.of(image, request.tenant) for image in request.images]
+        self.end_token_ids = frozenset(request.eos_token_ids)
+        self.stop_token_ids = frozenset(request.stop_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_image_bytes(self) -> int:
+        return sum(len(image.data) for image in self.request.images)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is Status.FINISHED
+
+    def append(self, token_id: int, max_model_len: int) -> FinishReason | None:
+        """Take a generated token; why the request ends with it, or None if it goes on."""
+        self.token_ids.append(token_id)
+        if token_id in self.end_token_ids or token_id in self.stop_token_ids:
+            return "stop"
+        if self.num_generated_tokens >= self.request.max_tokens:
+            return "length"
+        return "length" if self.num_tokens >= max_model_len else None
+
+    def matched_stop_token_id(self) -> int | None:
+        """The last token if it is one of the request's own stops and not an end of turn."""
+        last = self.token_ids[-1]
+        return last if last in self.stop_token_ids and last not in self.end_token_ids else None

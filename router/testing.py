@@ -1,0 +1,171 @@
+"""A runner that hashes instead of computing, for tests and for load without a model.
+
+Owns two make-believe pools in which each block remembers what was written to it.
+Its next token is a hash of everything the position may see, read back from the
+pools: a wrong block, span, chunk or order of steps changes the output, and what
+no correct scheduler may do raises `SchedulingError`. Knows nothing of tensors.
+
+`expected_token_ids` says what a request must answer, from its spans alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..models.batch import (
+    ImageTiles,
+    ModelInfo,
+    PoolSizes,
+    ScheduledSequence,
+    StepBatch,
+    StepResult,
+)
+from .messages import AddRequest
+
+DEFAULT_POOLS = PoolSizes(num_text_blocks=256, num_image_blocks=32, block_size=16)
+
+
+class SchedulingError(AssertionError):
+    """The scheduler asked for something that no correct one does."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """What one position's keys and values depend on."""
+
+    token_id: int
+    position: int
+    visible: tuple[bytes, ...]
+
+
+def fake_image(name: str, num_tiles: int = 1, tile_size: int = 2) -> ImageTiles:
+    """An image whose content is its name; images of one name are the same picture."""
+    digest = hashlib.sha256(name.encode()).digest()
+    num_bytes = num_tiles * 3 * tile_size**2
+    return ImageTiles(
+        data=(digest * (num_bytes // len(digest) + 1))[:num_bytes],
+        num_tiles=num_tiles,
+        tile_size=tile_size,
+        aspect_ratio_id=num_tiles,
+        content_hash=digest,
+    )
+
+
+def fake_info(pools: PoolSizes = DEFAULT_POOLS, max_model_len: int = 1024) -> ModelInfo:
+    """A model of 1,000 tokens that takes images of up to four 2-pixel tiles."""
+    return ModelInfo(
+        vocab_size=1000,
+        max_model_len=max_model_len,
+        max_num_tiles=4,
+        tile_size=2,
+        device="fake",
+        dtype="hash",
+        pools=pools,
+    )
+
+
+def expected_token_ids(request: AddRequest, vocab_size: int = 1000) -> list[int]:
+    """What the fake model answers to `request` alone, ended by eos, stop id or max_tokens."""
+    cells: list[_Cell] = []
+    token_ids = list(request.prompt_token_ids)
+    ends = {*request.eos_token_ids, *request.stop_token_ids}
+    while True:
+        for position in range(len(cells), len(token_ids)):
+            visible: tuple[bytes, ...] = ()
+            for image, span in zip(request.images, request.spans, strict=True):
+                if span.covers(position):
+                    visible += _tile_contents(image)
+            cells.append(_Cell(token_ids[position], position, visible))
+        token_ids.append(_next_token_id(cells, request.sampling.seed, vocab_size))
+        num_generated = len(token_ids) - len(request.prompt_token_ids)
+        if token_ids[-1] in ends or num_generated == request.max_tokens:
+            return token_ids[len(request.prompt_token_ids) :]
+
+
+@dataclass
+class FakeRunner:
+    """A runner as the engine expects one: `info` and `execute`.
+
+    step_seconds: how long each step takes at least. num_restarts: sequences that
+    were computed from their start once more. before_step: called with each
+    batch in the step's thread; what it raises is the step's failure.
+    """
+
+    info: ModelInfo = field(default_factory=fake_info)
+    step_seconds: float = 0.0
+    before_step: Callable[[StepBatch], None] | None = None
+    num_steps: int = 0
+    num_images_encoded: int = 0
+    num_restarts: int = 0
+    max_batched_tokens: int = 0
+    max_batched_sequences: int = 0
+    _text: dict[tuple[int, int], _Cell] = field(default_factory=dict)
+    _images: dict[int, bytes] = field(default_factory=dict)
+    _num_computed: dict[str, int] = field(default_factory=dict)
+
+    def execute(self, batch: StepBatch) -> StepResult:
+        """Write the batch into the pools and hash what its last positions see."""
+        if self.before_step is not None:
+            self.before_step(batch)
+        if self.step_seconds:
+            time.sleep(self.step_seconds)
+        self._count(batch)
+        for due in batch.images:
+            for block_id, content in zip(due.block_ids, _tile_contents(due.image), strict=True):
+                self._images[block_id] = content
+        for sequence in batch.sequences:
+            self._write(sequence)
+        sampled = [sequence for sequence in batch.sequences if sequence.sampling is not None]
+        return StepResult({one.request_id: self._sample(one) for one in sampled})
+
+    def _count(self, batch: StepBatch) -> None:
+        if not batch.sequences:
+            raise SchedulingError("an empty step")
+        self.num_steps += 1
+        self.num_images_encoded += len(batch.images)
+        self.max_batched_tokens = max(self.max_batched_tokens, batch.num_tokens)
+        self.max_batched_sequences = max(self.max_batched_sequences, len(batch.sequences))
+
+    def _write(self, sequence: ScheduledSequence) -> None:
+        self._check_progress(sequence)
+        position = sequence.start
+        for segment in sequence.segments:
+            visible = tuple(self._images[block_id] for block_id in segment.block_ids)
+            for _ in range(segment.num_tokens):
+                token_id = sequence.token_ids[position - sequence.start]
+                self._text[self._slot(sequence, position)] = _Cell(token_id, position, visible)
+                position += 1
+        if position != sequence.start + len(sequence.token_ids):
+            raise SchedulingError("the segments do not add up to the tokens")
+
+    def _check_progress(self, sequence: ScheduledSequence) -> None:
+        num_computed = self._num_computed.get(sequence.request_id, 0)
+        if sequence.start not in (0, num_computed):
+            raise SchedulingError(f"starts at {sequence.start}, {num_computed} are computed")
+        self.num_restarts += sequence.start == 0 and num_computed > 0
+        end = sequence.start + len(sequence.token_ids)
+        self._num_computed[sequence.request_id] = end
+        if len(sequence.block_ids) != -(-end // self.info.pools.block_size):
+            raise SchedulingError(f"{len(sequence.block_ids)} blocks for {end} tokens")
+
+    def _sample(self, sequence: ScheduledSequence) -> int:
+        assert sequence.sampling is not None
+        end = sequence.start + len(sequence.token_ids)
+        cells = [self._text[self._slot(sequence, position)] for position in range(end)]
+        return _next_token_id(cells, sequence.sampling.seed, self.info.vocab_size)
+
+    def _slot(self, sequence: ScheduledSequence, position: int) -> tuple[int, int]:
+        block_index, offset = divmod(position, self.info.pools.block_size)
+        return sequence.block_ids[block_index], offset
+
+
+def _tile_contents(image: ImageTiles) -> tuple[bytes, ...]:
+    return tuple(image.content_hash + bytes([tile]) for tile in range(image.num_tiles))
+
+
+def _next_token_id(cells: list[_Cell], seed: int, vocab_size: int) -> int:
+    digest = hashlib.blake2b(repr((seed, cells)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % vocab_size
