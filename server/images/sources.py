@@ -17,7 +17,11 @@ from .settings import ImageError, ImageSettings
 
 # 0x85 and the line separators end a line for some readers of a log or a header.
 FORBIDDEN_IN_URL = re.compile(r"[\x00-\x20\x7f-\xa0\u2028\u2029\\]")
-HOST_NAME = re.compile(r"(?=.{1,253}\Z)[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_-]{1,63})*\.?")
+HOST = re.compile(
+    r"(?=.{1,253}\Z)([a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_-]{1,63})*\.?|[0-9a-f.]*:[0-9a-f:.]*)"
+)
+# No user, and a port in plain digits: the parser below would forgive "@h" and ":+80".
+AUTHORITY = re.compile(r"([^@:\[\]]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{0,5})?")
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}(?=:)")
 MAX_DATA_URL_LABEL = 256
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -107,7 +111,16 @@ def parse_remote_url(url: str, max_chars: int) -> RemoteImage:
         )
     if not url[scheme.end() :].startswith("://"):
         raise ImageError("image URL has no host: it must start with https:// or http://")
+    check_authority(re.split("[/?#]", url[scheme.end() + 3 :], maxsplit=1)[0])
     return _from_parsed(_parse(url))
+
+
+def check_authority(authority: str) -> None:
+    """Raise ImageError unless this is one host with at most one port."""
+    if "@" in authority:
+        raise ImageError("image URL holds a user name or password: remove it")
+    if not AUTHORITY.fullmatch(authority):
+        raise ImageError("image URL cannot be read: check its host and port")
 
 
 def too_large(num_bytes: int, max_bytes: int) -> str:
@@ -123,10 +136,8 @@ def _parse(url: str) -> httpx2.URL:
 
 
 def _from_parsed(parsed: httpx2.URL) -> RemoteImage:
-    if parsed.userinfo or b"@" in parsed.netloc:
-        raise ImageError("image URL holds a user name or password: remove it")
     host = parsed.raw_host.decode("ascii").lower()
-    if ":" not in host and not HOST_NAME.fullmatch(host):
+    if not HOST.fullmatch(host):
         raise ImageError("image URL has no valid host name")
     port = parsed.port if parsed.port is not None else DEFAULT_PORTS[parsed.scheme]
     if port not in DEFAULT_PORTS.values() and not FIRST_FREE_PORT <= port <= 65_535:
