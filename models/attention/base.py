@@ -1,0 +1,91 @@
+"""What every attention backend does: write keys and values to slots, attend rows to paged keys.
+
+Owns the interface and the description of a step's rows. Knows nothing of models, of requests or
+of which layer calls it.
+
+Layout of one layer's keys (values alike), the one that flash_attn reads:
+
+    [num_blocks, block_size, num_kv_heads, head_dim]
+    slot = block_id * block_size + offset
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(slots=True, frozen=True)
+class PagedRows:
+    """The rows of one step on one pool; a row is consecutive queries over the same keys.
+
+    query_start_loc: int64 [num_rows + 1], the packed queries of row i are
+    query_start_loc[i] : query_start_loc[i + 1]. key_lens: int64 [num_rows], 0 for a row that sees
+    nothing. block_table: int64 [num_rows, max blocks], padded with 0; row i's key j lies in block
+    block_table[i, j // block_size]. is_causal: the row's queries are the last tokens of its keys
+    and see no later one; otherwise each query sees all keys of its row.
+    On the host, so that a backend plans without waiting for the device.
+    """
+
+    query_start_loc: NDArray[np.int64]
+    key_lens: NDArray[np.int64]
+    block_table: NDArray[np.int64]
+    block_size: int
+    is_causal: bool
+
+    @property
+    def query_lens(self) -> NDArray[np.int64]:
+        return np.diff(self.query_start_loc)
+
+    @property
+    def num_queries(self) -> int:
+        return int(self.query_start_loc[-1])
+
+    @property
+    def max_query_len(self) -> int:
+        return int(self.query_lens.max(initial=0))
+
+    @property
+    def max_key_len(self) -> int:
+        return int(self.key_lens.max(initial=0))
+
+
+class AttentionBackend(ABC):
+    """Attention over paged keys and values. Holds no state between steps.
+
+    A step calls `prepare` once a pool and then, layer by layer, `write` and `attend`.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def prepare(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> Any:
+        """A plan for these rows, which every layer of the step shares; opaque to the caller."""
+
+    @abstractmethod
+    def attend(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any, scale: float
+    ) -> Tensor:
+        """The attention output of the plan's rows, [num_queries, num_heads, head_dim].
+
+        query: [num_queries, num_heads, head_dim]; caches: one layer's, in the module's layout.
+        A row without keys gives zeros. No slot beyond a row's own keys is read, whatever it holds.
+        """
+
+    def write(
+        self, keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+    ) -> None:
+        """Store this step's keys and values in their slots.
+
+        keys, values: [num_tokens, num_kv_heads, head_dim]; slots: [num_tokens] int64.
+        Layout: PagedAttention (Kwon et al., 2023), section 4.1.
+        """
+        width = keys.shape[-2] * keys.shape[-1]
+        key_cache.view(-1, width).index_copy_(0, slots, keys.reshape(-1, width))
+        value_cache.view(-1, width).index_copy_(0, slots, values.reshape(-1, width))

@@ -1,0 +1,65 @@
+"""What a checkpoint's folder holds, and whether it may be loaded.
+
+Owns the checks on files before anything is loaded. Knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelError
+
+ARCHITECTURE = "MllamaForConditionalGeneration"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ModelError unless the folder holds a Mllama checkpoint in safetensors."""
+    config = read_json(folder / "config.json")
+    architectures = config.get("architectures") or []
+    if config.get("model_type") != "mllama" or architectures not in ([], [ARCHITECTURE]):
+        found = ", ".join(map(str, architectures)) or config.get("model_type")
+        raise ModelError(f"{folder}: the checkpoint is a {found}; only {ARCHITECTURE} is served")
+    if config.get("quantization_config"):
+        raise ModelError(f"{folder}: the checkpoint is quantized; use the unquantized one")
+    if (folder / "model.safetensors.index.json").is_file():
+        _check_shards(folder)
+    elif not (folder / "model.safetensors").is_file():
+        _refuse_without_safetensors(folder)
+
+
+def _check_shards(folder: Path) -> None:
+    """Raise ModelError unless every shard of the index is a safetensors file of this folder."""
+    shards = read_json(folder / "model.safetensors.index.json").get("weight_map")
+    if not isinstance(shards, dict):
+        raise ModelError(f"{folder}: model.safetensors.index.json has no weight_map")
+    for name in sorted(set(map(str, shards.values()))):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{folder}: the index names {name!r}, not a safetensors file")
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder}: {name} is missing; download the checkpoint again")
+
+
+def _refuse_without_safetensors(folder: Path) -> None:
+    pickles = [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))]
+    if pickles:
+        raise ModelError(
+            f"{folder}: {pickles[0]} is a pickle file, which can run code and is never loaded; "
+            "convert the weights to model.safetensors"
+        )
+    raise ModelError(f"{folder}: model.safetensors is missing")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object of a checkpoint's file. Raises ModelError if it is not there or not one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{file.parent}: {file.name} is missing: not a checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file.parent}: {file.name} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file.parent}: {file.name} is not a JSON object")
+    return content

@@ -1,0 +1,22 @@
+"""What goes wrong on this floor.
+
+    ModelError (ValueError)        the model cannot be loaded or sized as asked; one line
+    StepError (RuntimeError)       one step failed; the engine ends the requests of that step
+      NonFiniteLogitsError         the model's logits were NaN or infinite
+
+Knows nothing of HTTP or of the engine's answers.
+"""
+
+from __future__ import annotations
+
+
+class ModelError(ValueError):
+    """The model cannot be loaded or sized as asked; the message is one line with the remedy."""
+
+
+class StepError(RuntimeError):
+    """One step could not be computed; nothing is wrong with later steps."""
+
+
+class NonFiniteLogitsError(StepError):
+    """The model produced NaN or infinite logits for some rows of a step."""

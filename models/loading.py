@@ -1,0 +1,122 @@
+"""Loads a Mllama checkpoint from a local folder onto a device.
+
+Owns the choice of device and dtype and what is done to the module once. Knows nothing of hubs,
+pools or requests. Weights come from safetensors only; code from a checkpoint is never run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import MllamaForConditionalGeneration, MllamaTextConfig
+
+from .cache import ATTENTION_NAME
+from .checkpoint import check_folder
+from .errors import ModelError
+from .reference import mend_vision
+from .vision import ImageNormalization, read_normalization
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True, frozen=True)
+class LoadedModel:
+    """A model ready to compute: eval mode, on its device, attention set to the paged function."""
+
+    model: MllamaForConditionalGeneration
+    normalization: ImageNormalization
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def num_patches(self) -> int:
+        """Vision tokens of one tile, the class token included."""
+        return int(self.model.model.vision_model.num_patches)
+
+    @property
+    def text_config(self) -> MllamaTextConfig:
+        return cast(MllamaTextConfig, self.model.config.text_config)
+
+
+def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """The checkpoint of a local folder on a device.
+
+    device: "auto", "cpu", "cuda" or "cuda:N"; dtype: "auto", "float32", "bfloat16" or "float16".
+    A progress bar goes to stderr. Raises ModelError, one line with the remedy.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    normalization = read_normalization(folder)
+    chosen = choose_device(device)
+    torch_dtype = choose_dtype(dtype, chosen)
+    model = _read_weights(folder, chosen, torch_dtype)
+    model.eval().requires_grad_(False)
+    # published taps are block inputs; transformers collects block outputs
+    mend_vision(model)
+    loaded = LoadedModel(model, normalization, chosen, torch_dtype)
+    # the text model alone: the vision encoder keeps transformers' own attention
+    loaded.text_config._attn_implementation = ATTENTION_NAME
+    return loaded
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first GPU, else the CPU. Raises ModelError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ModelError(f"device {name!r} is not there ({count} CUDA devices): use --device cpu")
+    return torch.device("cuda", index)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is bfloat16 where the device has it in hardware."""
+    if name == "auto":
+        has_bfloat16 = device.type == "cuda" or _cpu_has_bfloat16()
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    if name not in _DTYPES:
+        raise ModelError(f"dtype {name!r} is unknown: use auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself; the probes are private and may go."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
+
+
+def _read_weights(
+    folder: Path, device: torch.device, dtype: torch.dtype
+) -> MllamaForConditionalGeneration:
+    read: Any = MllamaForConditionalGeneration.from_pretrained
+    try:
+        model, report = read(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=dtype,
+            device_map={"": device},
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds here
+        raise ModelError(f"{folder}: cannot be loaded: {_one_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"{folder}: {len(missing)} weights are missing, {missing[0]} among them")
+    return cast(MllamaForConditionalGeneration, model)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,205 @@
+"""Computes one step: images in, tokens in, sampled tokens out.
+
+Owns the order of a step and the pools' memory. Knows nothing of queues, of when a block is free,
+or of what a token means.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .attention import get_backend
+from .batch import ModelInfo, ScheduledSequence, StepBatch, StepResult
+from .cache import KVPools, PagedCache, PagedStep, allocate_pools, tile_bytes, token_bytes
+from .errors import StepError
+from .inputs import StepInputs, image_slots, pack
+from .loading import LoadedModel, load_model
+from .pools import PoolPlan, PoolRequest, default_budget_bytes, plan_pools
+from .sampling import sample
+from .vision import VisionEncoder
+
+
+def create_runner(
+    model: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    max_num_seqs: int = 64,
+    max_num_batched_tokens: int = 2048,
+    block_size: int = 16,
+    num_text_blocks: int | None = None,
+    num_image_blocks: int | None = None,
+    kv_cache_bytes: int | None = None,
+    num_threads: int | None = None,
+) -> ModelRunner:
+    """The runner of a local checkpoint folder, loaded and with its pools allocated.
+
+    The arguments are the engine's settings of the same names. Raises ModelError, one line with the
+    remedy. Shows a progress bar on stderr.
+    """
+    set_threads(num_threads)
+    loaded = load_model(model, device, dtype)
+    text_config = loaded.text_config
+    request = PoolRequest(
+        context_len=text_config.max_position_embeddings,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_tiles=loaded.model.model.vision_model.max_num_tiles,
+        block_size=block_size,
+        token_bytes=token_bytes(text_config, loaded.dtype),
+        tile_bytes=tile_bytes(text_config, loaded.num_patches, loaded.dtype),
+        num_text_blocks=num_text_blocks,
+        num_image_blocks=num_image_blocks,
+    )
+    budget_bytes = kv_cache_bytes or default_budget_bytes(loaded.device)
+    return ModelRunner(loaded, plan_pools(request, budget_bytes))
+
+
+def set_threads(num_threads: int | None) -> None:
+    """How many threads torch computes with; None leaves one core to HTTP and image decoding.
+
+    OMP_NUM_THREADS, where it is set, is the user's word and stands.
+    """
+    if num_threads is None and "OMP_NUM_THREADS" in os.environ:
+        return
+    torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) - 1))
+
+
+class ModelRunner:
+    """Runs step after step of one model on one device; not safe for two threads at once."""
+
+    def __init__(self, loaded: LoadedModel, plan: PoolPlan, backend: str = "sdpa") -> None:
+        """Allocates the pools of `plan`; `backend` is a name of `attention.backend_names`."""
+        self._loaded = loaded
+        self._model = loaded.model
+        self._text_model = loaded.model.model.language_model
+        self._vision = VisionEncoder(loaded.model, loaded.normalization)
+        self._backend = get_backend(backend)
+        self._sizes = plan.sizes
+        config = loaded.text_config
+        self._num_embeddings = self._text_model.embed_tokens.num_embeddings
+        self.pools: KVPools = allocate_pools(
+            config, plan.sizes, loaded.num_patches, loaded.dtype, loaded.device
+        )
+        self.info = ModelInfo(
+            vocab_size=config.vocab_size,
+            max_model_len=plan.max_model_len,
+            max_num_tiles=self._vision.max_num_tiles,
+            tile_size=self._vision.tile_size,
+            device=str(loaded.device),
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            pools=plan.sizes,
+        )
+
+    @torch.inference_mode()
+    def execute(self, batch: StepBatch) -> StepResult:
+        """Encode the batch's images, run its tokens, sample what is due.
+
+        Raises StepError if the step cannot be computed; blocks of the batch then hold anything.
+        """
+        vision_states, vision_seconds = self._encode(batch)
+        if not batch.sequences:
+            raise StepError(
+                "a step has no sequence: images are encoded with the tokens that see them"
+            )
+        inputs = self._pack(batch)
+        hidden = self._forward(batch, inputs, vision_states)
+        token_ids = self._sample(hidden, inputs)
+        return StepResult(token_ids=token_ids, vision_seconds=vision_seconds)
+
+    @torch.inference_mode()
+    def compute_logits(self, batch: StepBatch) -> Tensor:
+        """The logits after every token of the batch, float32 [num_tokens, vocab_size].
+
+        Runs the step as `execute` does, keys and values included, without sampling: for tests and
+        for measuring, where each position matters.
+        """
+        vision_states, _ = self._encode(batch)
+        inputs = self._pack(batch)
+        return self._logits(self._forward(batch, inputs, vision_states))
+
+    def _encode(self, batch: StepBatch) -> tuple[Tensor | None, float]:
+        """The projected states of the batch's images and the seconds that took."""
+        if not batch.images:
+            return None, 0.0
+        start = time.perf_counter()
+        states = self._vision.encode([entry.image for entry in batch.images])
+        if states.device.type == "cuda":
+            torch.cuda.synchronize(states.device)
+        return states, time.perf_counter() - start
+
+    def _pack(self, batch: StepBatch) -> StepInputs:
+        """The packed inputs, with every id and block inside its table: a CUDA gather outside of one
+        would end the whole process."""
+        for sequence in batch.sequences:
+            _check_ids(sequence.token_ids, self._num_embeddings, "token id", sequence)
+            _check_ids(sequence.block_ids, self._sizes.num_text_blocks, "text block", sequence)
+            for segment in sequence.segments:
+                count = self._sizes.num_image_blocks
+                _check_ids(segment.block_ids, count, "image block", sequence)
+        return pack(batch, self._sizes.block_size, self._loaded.num_patches)
+
+    def _forward(self, batch: StepBatch, inputs: StepInputs, vision: Tensor | None) -> Tensor:
+        """The normalised hidden states of all tokens, [num_tokens, hidden]."""
+        step = self._step(batch, inputs)
+        output = self._text_model(
+            input_ids=self._upload(inputs.token_ids)[None],
+            position_ids=self._upload(inputs.positions)[None],
+            cross_attention_states=None if vision is None else vision[None],
+            full_text_row_masked_out_mask=self._row_mask(inputs),
+            past_key_values=PagedCache(self.pools, step),
+            use_cache=True,
+            paged_step=step,
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def _step(self, batch: StepBatch, inputs: StepInputs) -> PagedStep:
+        """What every layer of the step shares; each plan is made once."""
+        prepare, device, dtype = self._backend.prepare, self._loaded.device, self._loaded.dtype
+        cross, slots = inputs.cross_rows, None
+        if batch.images:
+            slots = self._upload(image_slots(batch.images, self._loaded.num_patches))
+        return PagedStep(
+            backend=self._backend,
+            text_slots=self._upload(inputs.text_slots),
+            image_slots=slots,
+            text_plan=prepare(inputs.text_rows, device, dtype),
+            cross_plan=None if cross is None else prepare(cross, device, dtype),
+        )
+
+    def _row_mask(self, inputs: StepInputs) -> Tensor | None:
+        """1 for a token that sees an image, else 0, [1, 1, num_tokens, 1]; None if all see one."""
+        if inputs.sees_image.all():
+            return None
+        return self._upload(inputs.sees_image).to(self._loaded.dtype)[None, None, :, None]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._model.lm_head(hidden).float()
+        return logits
+
+    def _sample(self, hidden: Tensor, inputs: StepInputs) -> dict[str, int]:
+        sequences = inputs.sampled_sequences
+        if not sequences:
+            return {}
+        logits = self._logits(hidden.index_select(0, self._upload(inputs.sampled)))
+        params = [s.sampling for s in sequences if s.sampling is not None]
+        token_ids = sample(logits, params, [s.sample_index for s in sequences]).tolist()
+        return dict(zip((s.request_id for s in sequences), token_ids, strict=True))
+
+    def _upload(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
+        return torch.from_numpy(array).to(self._loaded.device)
+
+
+def _check_ids(ids: list[int], limit: int, what: str, sequence: ScheduledSequence) -> None:
+    """Raise StepError unless all ids are in [0, limit)."""
+    if ids and (min(ids) < 0 or max(ids) >= limit):
+        wrong = next(i for i in ids if not 0 <= i < limit)
+        raise StepError(f"request {sequence.request_id}: {what} {wrong} is not below {limit}")

@@ -1,0 +1,110 @@
+"""Chooses each row's next token from its logits, all rows of a step at once.
+
+Owns temperature, top-k, top-p and the requests' random streams. Knows nothing of models, text or
+sequences.
+
+A request's stream is counter-based: the uniform number for its n-th token is a hash of (seed, n).
+So what is drawn for a request depends on its own logits, seed and place, and on nothing else that
+runs, was preempted or ran before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .batch import SamplingParams
+from .errors import NonFiniteLogitsError
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+# 52 bits, not 53: with 1 - 2**-53 the product with a total just over 1 would round to the total
+_BITS = 52
+
+
+def uniform(seed: int, sample_index: int) -> float:
+    """The number in [0, 1) for a request's sample_index-th token (from 0).
+
+    splitmix64 (Steele et al., 2014): the seed is mixed first, so that the streams of neighbouring
+    seeds are not shifts of each other.
+    """
+    state = (_mix(seed & _MASK) + (sample_index + 1) * _GOLDEN) & _MASK
+    return (_mix(state) >> (64 - _BITS)) * 2.0**-_BITS
+
+
+def _mix(value: int) -> int:
+    """splitmix64's finalizer: 64 bits in, 64 well mixed bits out."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def sample(
+    logits: Tensor, params: Sequence[SamplingParams], sample_indices: Sequence[int]
+) -> Tensor:
+    """A token id for each row, int64 [num_rows], on the logits' device.
+
+    logits: float32 [num_rows, vocab_size]; params and sample_indices: one a row. -inf bans a token.
+    Raises NonFiniteLogitsError, naming the rows, where logits hold NaN or +inf or ban all tokens.
+    """
+    best, token_ids = logits.max(dim=-1)
+    _check_finite(best)
+    rows = [row for row, param in enumerate(params) if not param.is_greedy]
+    if not rows:
+        return token_ids
+    chosen = [params[row] for row in rows]
+    uniforms = [uniform(params[row].seed, sample_indices[row]) for row in rows]
+    at = torch.tensor(rows, device=logits.device)
+    token_ids[at] = _draw(logits[at], best[at], chosen, uniforms)
+    return token_ids
+
+
+def _check_finite(best: Tensor) -> None:
+    """max() hands NaN and +inf on, so a row's best logit tells of the whole row."""
+    is_finite = best.isfinite()
+    if not bool(is_finite.all()):
+        rows = (~is_finite).nonzero().flatten().tolist()
+        raise NonFiniteLogitsError(
+            f"logits of rows {rows} of {len(best)} are not finite: the weights are damaged or the "
+            "dtype is too narrow for them; try --dtype bfloat16 or float32"
+        )
+
+
+def _draw(
+    logits: Tensor, best: Tensor, params: Sequence[SamplingParams], uniforms: list[float]
+) -> Tensor:
+    """A draw for each row from its filtered distribution; all rows sampled, none greedy."""
+    device = logits.device
+    temperature = torch.tensor([p.temperature for p in params], device=device, dtype=torch.float64)
+    # from the best logit down, so that a tiny temperature ends in 0 and 1, not in inf - inf
+    scaled = (logits.double() - best.double()[:, None]) / temperature[:, None]
+    weights = scaled.exp_()
+    filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0]
+    if filtered:
+        at = torch.tensor(filtered, device=device)
+        weights[at] = _filter(weights[at], [params[i] for i in filtered])
+    cumulative = weights.cumsum(dim=-1)
+    target = torch.tensor(uniforms, device=device, dtype=torch.float64) * cumulative[:, -1]
+    # the first token whose cumulative weight passes the target: its own weight is never 0
+    return torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
+
+
+def _filter(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The weights with what top-k and then top-p leave out set to 0; both keep the best token.
+
+    weights: float64 [num_rows, vocab_size], not normalised. top_p keeps the fewest best tokens
+    whose share of what top_k left reaches top_p. Among equals the lower id comes first.
+    """
+    device, vocab_size = weights.device, weights.shape[-1]
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    top_k = torch.tensor(
+        [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params], device=device
+    )
+    ordered = ordered.masked_fill(torch.arange(vocab_size, device=device) >= top_k[:, None], 0.0)
+    top_p = torch.tensor([p.top_p for p in params], device=device, dtype=torch.float64)
+    before = ordered.cumsum(dim=-1) - ordered
+    is_over = (before >= top_p[:, None] * ordered.sum(dim=-1, keepdim=True)) & (top_p < 1)[:, None]
+    is_over[:, 0] = False
+    return torch.zeros_like(weights).scatter_(-1, order, ordered.masked_fill(is_over, 0.0))
