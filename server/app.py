@@ -1,0 +1,206 @@
+"""Builds one worker's Sanic application: routes, guards, errors, and its parts' lives.
+
+Owns Sanic's configuration and what starts and stops with the server. Knows
+nothing of processes or of where the listening socket comes from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import uuid
+from pathlib import Path
+from typing import Any
+
+from sanic import HTTPResponse, Request, Sanic
+from sanic.exceptions import PayloadTooLarge, SanicException
+
+from ..router.client import EngineClient
+from ..router.errors import EngineDeadError
+from .errors import ApiError, InternalError, error_body, type_of_status
+from .generation import Engine, Generator, Images
+from .guards import HeadGuard, HeadTooLargeError, request_id_of
+from .images.decoders import DecoderPool
+from .images.fetch import ImageFetcher
+from .images.loader import ImageLoader
+from .images.tiling import TilingConfig
+from .metrics import Metrics
+from .prompt import Processor
+from .routes import chat, health, llama_stack
+from .routes.services import Services, json_response
+from .settings import ServerSettings
+from .template import Clock
+
+logger = logging.getLogger(__name__)
+
+DAY_S = 24 * 3600
+
+
+def build_app(
+    settings: ServerSettings,
+    *,
+    fetcher: ImageFetcher | None = None,
+    images: Images | None = None,
+    engine_client: Engine | None = None,
+    now: Clock | None = None,
+) -> Sanic[Any, Any]:
+    """The application that serves `settings`.
+
+    fetcher, images, engine_client and now take the place of the real ones in
+    tests; who hands them in closes them.
+    Raises FileNotFoundError or ValueError if the checkpoint's files do not serve.
+    """
+    app: Sanic[Any, Any] = Sanic(
+        f"vlmserve-{uuid.uuid4().hex[:8]}", env_prefix="", configure_logging=False
+    )
+    app.config.update(_sanic_config(settings))
+    parts = Parts(settings, fetcher, images, engine_client)
+    app.ctx.services = parts.services(now)
+    app.before_server_start(parts.open)
+    app.after_server_stop(parts.close)
+    for routes in (chat, health, llama_stack):
+        app.blueprint(routes.blueprint())
+    _add_guards(app, settings)
+    app.exception(Exception)(answer_error)
+    return app
+
+
+class Parts:
+    """What lives as long as the server: the engine's connection, fetcher and decoders."""
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        fetcher: ImageFetcher | None,
+        images: Images | None,
+        engine: Engine | None,
+    ) -> None:
+        self._settings = settings
+        self._is_dead = asyncio.Event()
+        self._own_client: EngineClient | None = None
+        self._own_fetcher: ImageFetcher | None = None
+        self._decoders: DecoderPool | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._engine = engine or self._make_client()
+        self._images = images or self._make_images(fetcher)
+
+    def services(self, now: Clock | None) -> Services:
+        """The parts as the routes use them."""
+        settings = self._settings
+        folder = Path(settings.model)
+        clock = {} if now is None else {"now": now}
+        processor = Processor.from_folder(folder, settings.image_position, **clock)
+        metrics = Metrics(settings.max_num_seqs)
+        generator = Generator(
+            processor, self._images, self._engine, metrics, settings.image_deadline_s
+        )
+        return Services(settings, self._engine, generator, metrics, _context_of(folder))
+
+    async def open(self, app: Sanic[Any, Any]) -> None:
+        """Start the decoders and begin to look for the engine; it may still be loading."""
+        if self._decoders is not None:
+            await self._decoders.open()
+        if self._own_client is not None:
+            self._connecting = asyncio.create_task(self._stay_connected(self._own_client))
+
+    async def close(self, app: Sanic[Any, Any]) -> None:
+        """Close what `open` opened."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.gather(self._connecting, return_exceptions=True)
+        if self._own_client is not None:
+            await self._own_client.close()
+        if self._own_fetcher is not None:
+            await self._own_fetcher.close()
+        if self._decoders is not None:
+            await self._decoders.close()
+
+    async def _stay_connected(self, client: EngineClient) -> None:
+        """Connect, and again whenever the engine went away."""
+        while True:
+            self._is_dead.clear()
+            try:
+                await client.connect()
+            except EngineDeadError as error:
+                logger.warning("%s", error)
+                continue
+            await self._is_dead.wait()
+            logger.error("the engine is gone: its requests ended with an error")
+
+    def _make_client(self) -> EngineClient:
+        self._own_client = EngineClient(self._settings.engine_socket, on_dead=self._is_dead.set)
+        return self._own_client
+
+    def _make_images(self, fetcher: ImageFetcher | None) -> ImageLoader:
+        limits = self._settings.images
+        if fetcher is None:
+            fetcher = self._own_fetcher = ImageFetcher(limits)
+        tiling = TilingConfig.from_checkpoint(self._settings.model)
+        self._decoders = DecoderPool(limits, tiling)
+        return ImageLoader(limits, fetcher, self._decoders)
+
+
+def answer_error(request: Request, error: Exception) -> HTTPResponse:
+    """Any exception as the JSON body that the API documents."""
+    headers: dict[str, str] = {}
+    if isinstance(error, PayloadTooLarge) and "header" in str(error):
+        error = HeadTooLargeError("the request's head is over 16 kB")
+    if isinstance(error, SanicException):
+        headers |= {name: str(value) for name, value in error.headers.items()}
+        error = _of_sanic(error)
+    if not isinstance(error, ApiError):
+        # The traceback goes to the log, never to the client.
+        logger.error("a request failed", exc_info=error)
+        error = InternalError("internal error")
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return json_response(error_body(error), error.status, headers)
+
+
+def _of_sanic(error: SanicException) -> ApiError:
+    """Sanic's own refusals (404, 405, 408, 413, ...) in the API's terms."""
+    status = error.status_code or 500
+    converted = ApiError(str(error) if status < 500 else "the server could not answer")
+    converted.status = status
+    converted.type = type_of_status(status)
+    return converted
+
+
+def _add_guards(app: Sanic[Any, Any], settings: ServerSettings) -> None:
+    guard = HeadGuard(settings.api_keys)
+
+    # Before routing, so that the head is judged before a byte of the body is kept.
+    @app.signal("http.routing.before")
+    async def check_head(request: Request) -> None:
+        guard.check(request)
+
+    @app.on_response
+    async def name_request(request: Request, response: HTTPResponse) -> None:
+        response.headers["X-Request-Id"] = request_id_of(request)
+
+
+def _sanic_config(settings: ServerSettings) -> dict[str, Any]:
+    return {
+        "ACCESS_LOG": False,
+        "AUTO_EXTEND": False,
+        "FALLBACK_ERROR_FORMAT": "json",
+        "GRACEFUL_SHUTDOWN_TIMEOUT": settings.graceful_shutdown_timeout_s,
+        "KEEP_ALIVE_TIMEOUT": settings.keep_alive_timeout_s,
+        "MOTD": False,
+        "NOISY_EXCEPTIONS": False,
+        "REQUEST_MAX_HEADER_SIZE": 16_384,
+        "REQUEST_MAX_SIZE": settings.max_body_bytes,
+        "REQUEST_TIMEOUT": settings.request_timeout_s,
+        # A timer a gap, which would cut a long plain answer: requests have their own deadlines.
+        "RESPONSE_TIMEOUT": DAY_S,
+    }
+
+
+def _context_of(folder: Path) -> int:
+    """The context that the checkpoint's config names, until the engine tells its own."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    return int(config.get("text_config", config).get("max_position_embeddings", 0))

@@ -1,0 +1,105 @@
+"""The errors that a client may see, and the one JSON body they all become.
+
+    ApiError
+    |- BadRequestError         400  the request names something it must not
+    |- AuthenticationError     401  no key or a wrong one
+    |- ModelNotFoundError      404  a model that is not served here
+    |- UnsupportedMediaError   415  a compressed body
+    |- OverloadedError         429  the queue is full; Retry-After says when
+    |- InternalError           500  a model step failed
+    `- NotReadyError           503  no engine, or it is loading
+
+Owns status, type and wording. Knows nothing of Sanic or of where an error came from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ApiError(Exception):
+    """An answer other than 200: what the client reads, in OpenAI's terms."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class BadRequestError(ApiError):
+    status = 400
+    type = "invalid_request_error"
+
+
+class AuthenticationError(ApiError):
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class ModelNotFoundError(ApiError):
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class UnsupportedMediaError(ApiError):
+    status = 415
+    type = "invalid_request_error"
+
+
+class OverloadedError(ApiError):
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+
+class InternalError(ApiError):
+    status = 500
+
+
+class NotReadyError(ApiError):
+    status = 503
+    type = "service_unavailable_error"
+
+
+def type_of_status(status: int) -> str:
+    """The `type` of an error that has only an HTTP status."""
+    if status == 429:
+        return OverloadedError.type
+    if status == 503:
+        return NotReadyError.type
+    return BadRequestError.type if status < 500 else ApiError.type
+
+
+def nested_body(error: ApiError) -> dict[str, Any]:
+    """`{"error": {...}}`: the form of OpenAI's SDK, also used inside a stream."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """Both documented forms at once: the nested one, and the older flat keys.
+
+    The nested `code` is OpenAI's word or null; the flat one is the HTTP status.
+    """
+    return nested_body(error) | {
+        "object": "error",
+        "message": error.message,
+        "type": error.type,
+        "param": error.param,
+        "code": error.status,
+    }

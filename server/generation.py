@@ -1,0 +1,336 @@
+"""One generation from a conversation to text: what every API has in common.
+
+Owns the way of a request between the schemas: prompt, images, engine, text,
+usage. Knows nothing of HTTP, nor of the form in which a client asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from ..models.batch import ImageTiles, SamplingParams
+from ..router.errors import (
+    EngineDeadError,
+    EngineError,
+    InvalidRequestError,
+    QueueFullError,
+)
+from ..router.messages import AddRequest, EngineReady, EngineStats, SequenceOutput
+from .conversation import ImagePart, Message
+from .detokenizer import Detokenizer
+from .errors import ApiError, BadRequestError, InternalError, NotReadyError, OverloadedError
+from .images.settings import ImageError, ImageRequest
+from .metrics import Metrics
+from .prompt import PreparedPrompt, Processor, PromptTooLongError
+
+logger = logging.getLogger(__name__)
+
+# Longer texts are tokenized in a thread, so that the event loop goes on.
+MAX_INLINE_CHARS = 20_000
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class GenerationRequest:
+    """What to generate, however it was asked for. max_tokens None: what the context leaves."""
+
+    messages: tuple[Message, ...]
+    sampling: SamplingParams
+    max_tokens: int | None = None
+    max_tokens_field: str = "max_tokens"
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(slots=True, frozen=True)
+class Usage:
+    """Tokens of a request; the stopping token counts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(slots=True, frozen=True)
+class TextDelta:
+    """A piece of the answer, never empty."""
+
+    text: str
+
+
+@dataclass(slots=True, frozen=True)
+class Finish:
+    """The last event: why the answer ended.
+
+    stop_reason: None at an end of turn, else the stop string or token id that
+    matched. is_end_of_message: the turn ended by `<|eom_id|>`.
+    """
+
+    reason: Literal["stop", "length"]
+    stop_reason: str | int | None
+    usage: Usage
+    is_end_of_message: bool = False
+
+
+Event = TextDelta | Finish
+
+
+@dataclass(slots=True, frozen=True)
+class Answer:
+    """A whole answer."""
+
+    text: str
+    finish: Finish
+
+
+class Engine(Protocol):
+    """What is used of `router.client.EngineClient`."""
+
+    @property
+    def is_ready(self) -> bool: ...
+    @property
+    def info(self) -> EngineReady | None: ...
+    @property
+    def stats(self) -> EngineStats: ...
+    @property
+    def heartbeat_age_s(self) -> float: ...
+    def generate(self, request: AddRequest) -> AsyncIterator[SequenceOutput]: ...
+
+
+class Images(Protocol):
+    """What is used of `images.loader.ImageLoader`."""
+
+    async def load(
+        self, images: Sequence[ImageRequest], deadline: float | None = None
+    ) -> list[ImageTiles]: ...
+
+
+def sampling_params(
+    temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None
+) -> SamplingParams:
+    """The API's defaults where a field is None; a random seed where none is given."""
+    return SamplingParams(
+        temperature=1.0 if temperature is None else temperature,
+        top_p=1.0 if top_p is None else top_p,
+        top_k=top_k or -1,
+        # The sign has no meaning for a random stream: 63 bits, never negative.
+        seed=secrets.randbits(63) if seed is None else seed & (2**63 - 1),
+    )
+
+
+@dataclass(slots=True, frozen=True)
+class PreparedGeneration:
+    """A request that passed every check but the engine's own."""
+
+    request: AddRequest
+    stop: tuple[str, ...]
+
+
+class Generator:
+    """Serves generation requests by a processor, an image loader and an engine."""
+
+    def __init__(
+        self,
+        processor: Processor,
+        images: Images,
+        engine: Engine,
+        metrics: Metrics,
+        image_deadline_s: float = 30.0,
+    ) -> None:
+        self._processor = processor
+        self._images = images
+        self._engine = engine
+        self._metrics = metrics
+        self._image_deadline_s = image_deadline_s
+
+    async def prepare(self, request: GenerationRequest) -> PreparedGeneration:
+        """The engine's request: the prompt is checked before any image is fetched.
+
+        Raises BadRequestError, or NotReadyError while there is no engine.
+        """
+        info = self._engine.info
+        if info is None or not self._engine.is_ready:
+            raise NotReadyError("Service is not ready.", retry_after_s=1.0)
+        _check_against(info, request)
+        prompt = await self._prompt(request, info.max_model_len)
+        max_tokens = _room(request, len(prompt.token_ids), info.max_model_len)
+        tiles = await self._tiles(prompt.images)
+        added = AddRequest(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=prompt.token_ids,
+            images=tiles,
+            spans=prompt.spans,
+            sampling=request.sampling,
+            max_tokens=max_tokens,
+            eos_token_ids=[] if request.ignore_eos else self._processor.eos_token_ids,
+            stop_token_ids=list(request.stop_token_ids),
+        )
+        return PreparedGeneration(added, request.stop)
+
+    async def stream(self, prepared: PreparedGeneration) -> AsyncIterator[Event]:
+        """The answer's pieces, and one Finish. Closing the iterator aborts the request.
+
+        Raises ApiError: before the first event if the engine refuses the request.
+        """
+        growing = GrowingAnswer(prepared, self._processor)
+        timer = self._metrics.start(len(prepared.request.prompt_token_ids))
+        try:
+            async with contextlib.aclosing(self._engine.generate(prepared.request)) as outputs:  # type: ignore[type-var]
+                async for output in outputs:
+                    timer.tokens(len(output.token_ids))
+                    for event in growing.take(output):
+                        yield event
+                        if isinstance(event, Finish):
+                            timer.finish(event.reason)
+                            return
+        except EngineError as error:
+            timer.fail()
+            raise api_error_of(error) from error
+        finally:
+            timer.leave()
+        raise InternalError("the engine ended the request without an answer")
+
+    async def answer(self, prepared: PreparedGeneration) -> Answer:
+        """The whole answer: the pieces of `stream`, joined."""
+        texts: list[str] = []
+        async with contextlib.aclosing(self.stream(prepared)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, Finish):
+                    return Answer("".join(texts), event)
+                texts.append(event.text)
+        raise AssertionError("a stream of events ends with a Finish or an error")
+
+    async def _prompt(self, request: GenerationRequest, max_model_len: int) -> PreparedPrompt:
+        num_chars = sum(len(message.text) for message in request.messages)
+        prepare = self._processor.prepare
+        try:
+            if num_chars <= MAX_INLINE_CHARS:
+                return prepare(request.messages, max_model_len - 1)
+            return await asyncio.to_thread(prepare, request.messages, max_model_len - 1)
+        except PromptTooLongError as error:
+            raise BadRequestError(str(error), param="messages") from error
+
+    async def _tiles(self, images: Sequence[ImagePart]) -> list[ImageTiles]:
+        if not images:
+            return []
+        wanted = [ImageRequest(image.url, image.max_tiles) for image in images]
+        deadline = asyncio.get_running_loop().time() + self._image_deadline_s
+        try:
+            return await self._images.load(wanted, deadline)
+        except ImageError as error:
+            field = "messages" if error.index is None else images[error.index].field
+            raise BadRequestError(f"{field}: {error.message}", param=field) from error
+        except TimeoutError as error:
+            raise BadRequestError(
+                f"the images took longer than {self._image_deadline_s:g} s to load: send fewer or"
+                " smaller ones, or as data URLs",
+                param="messages",
+            ) from error
+
+
+class GrowingAnswer:
+    """Turns the engine's outputs for one request into events."""
+
+    def __init__(self, prepared: PreparedGeneration, processor: Processor) -> None:
+        self._text = Detokenizer(processor.tokenizer, prepared.stop)
+        self._end_of_message_id = processor.end_of_message_id
+        self._num_prompt = len(prepared.request.prompt_token_ids)
+        self._num_tokens = 0
+
+    def take(self, output: SequenceOutput) -> list[Event]:
+        """The text that became due, then a Finish if this is the end.
+
+        A stop string ends the answer at the token that completes it: later
+        tokens of the same output are neither shown nor counted.
+        Raises InternalError if the engine aborted the request.
+        """
+        if output.finish_reason == "abort":
+            raise InternalError("the engine aborted the request")
+        stopping = 1 if output.finish_reason == "stop" else 0
+        text = ""
+        for token_id in output.token_ids[: len(output.token_ids) - stopping]:
+            self._num_tokens += 1
+            piece = self._text.push(token_id)
+            text += piece.text
+            if piece.stop is not None:
+                return self._events(text, self._finish("stop", piece.stop))
+        if output.finish_reason is None:
+            return self._events(text, None)
+        self._num_tokens += stopping
+        return self._end(text, output)
+
+    def _end(self, text: str, output: SequenceOutput) -> list[Event]:
+        tail = self._text.flush()
+        if tail.stop is not None:
+            return self._events(text + tail.text, self._finish("stop", tail.stop))
+        if output.finish_reason == "length":
+            return self._events(text + tail.text, self._finish("length", None))
+        is_end_of_message = output.token_ids[-1:] == [self._end_of_message_id]
+        finish = self._finish("stop", output.stop_token_id, is_end_of_message)
+        return self._events(text + tail.text, finish)
+
+    def _finish(
+        self,
+        reason: Literal["stop", "length"],
+        stop_reason: str | int | None,
+        is_end_of_message: bool = False,
+    ) -> Finish:
+        usage = Usage(self._num_prompt, self._num_tokens)
+        return Finish(reason, stop_reason, usage, is_end_of_message)
+
+    @staticmethod
+    def _events(text: str, finish: Finish | None) -> list[Event]:
+        events: list[Event] = [TextDelta(text)] if text else []
+        return events if finish is None else [*events, finish]
+
+
+def api_error_of(error: EngineError) -> ApiError:
+    """The client's error for the engine's."""
+    if isinstance(error, QueueFullError):
+        return OverloadedError(str(error), retry_after_s=error.retry_after_s)
+    if isinstance(error, InvalidRequestError):
+        return BadRequestError(str(error))
+    if isinstance(error, EngineDeadError):
+        return NotReadyError("the engine is not available: try again later", retry_after_s=1.0)
+    return InternalError("the model could not compute this request")
+
+
+def _check_against(info: EngineReady, request: GenerationRequest) -> None:
+    """Refuse what the loaded model cannot do, before any work."""
+    if request.max_tokens is not None and request.max_tokens >= info.max_model_len:
+        field = request.max_tokens_field
+        raise BadRequestError(
+            f"{field} is {request.max_tokens:,}; max_model_len is {info.max_model_len:,}"
+            " with the prompt: lower it or start with a larger --max-model-len",
+            param=field,
+        )
+    for token_id in request.stop_token_ids:
+        if token_id >= info.vocab_size:
+            raise BadRequestError(
+                f"stop_token_ids holds {token_id}; the vocabulary ends at {info.vocab_size - 1}",
+                param="stop_token_ids",
+            )
+
+
+def _room(request: GenerationRequest, num_prompt: int, max_model_len: int) -> int:
+    """How many tokens may be generated.
+
+    Raises BadRequestError if prompt and max_tokens do not fit the context.
+    """
+    left = max_model_len - num_prompt
+    if request.max_tokens is None:
+        return left
+    if request.max_tokens > left:
+        field = request.max_tokens_field
+        raise BadRequestError(
+            f"the prompt has {num_prompt:,} tokens and {field} is {request.max_tokens:,};"
+            f" max_model_len is {max_model_len:,}: lower {field} to {left:,} or shorten the prompt",
+            param=field,
+        )
+    return request.max_tokens

@@ -1,0 +1,83 @@
+"""What is refused by a request's head alone, before its body is read.
+
+Owns the API keys, the shapes of heads that proxies and servers read in two ways,
+and request ids. Knows nothing of routes but the two that need no key.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+import uuid
+from collections.abc import Sequence
+
+from sanic import Request
+
+from .errors import ApiError, AuthenticationError, BadRequestError, UnsupportedMediaError
+from .routes.health import LIVE, READY
+
+MAX_HEADERS = 100
+OPEN_PATHS = frozenset({LIVE, READY})
+
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class HeadTooLargeError(ApiError):
+    status = 431
+    type = "invalid_request_error"
+
+
+class HeadGuard:
+    """Checks every request's head, whatever its path."""
+
+    def __init__(self, api_keys: Sequence[str]) -> None:
+        self._api_keys = [key.encode() for key in api_keys]
+
+    def check(self, request: Request) -> None:
+        """Raises ApiError; the connection closes then, its body being unread."""
+        try:
+            _check_shape(request)
+            self._check_key(request)
+            _check_encoding(request)
+        except ApiError:
+            if request.stream is not None:
+                request.stream.keep_alive = False
+            raise
+
+    def _check_key(self, request: Request) -> None:
+        """One answer for no key and a wrong one; every key is compared to its end."""
+        if not self._api_keys or request.path in OPEN_PATHS:
+            return
+        scheme, _, key = request.headers.getone("authorization", "").partition(" ")
+        given = key.strip().encode(errors="surrogateescape")
+        matches = [hmac.compare_digest(given, known) for known in self._api_keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise AuthenticationError(
+                "a valid API key is required: send it as 'Authorization: Bearer KEY'"
+            )
+
+
+def request_id_of(request: Request) -> str:
+    """The client's X-Request-Id if it is harmless, else a new one."""
+    given = str(request.headers.getone("x-request-id", ""))
+    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _check_shape(request: Request) -> None:
+    if len(request.headers) > MAX_HEADERS:
+        raise HeadTooLargeError(f"the request has over {MAX_HEADERS} headers")
+    for name, value in request.headers.items():
+        if not _TOKEN.fullmatch(name) or _CONTROL.search(value):
+            raise BadRequestError("a header's name or value holds a character it must not")
+    if len(request.headers.getall("host", [])) != 1 and request.version != "1.0":
+        raise BadRequestError("the request must have one Host header")
+    if not request.headers.getone("content-length", "0").isascii():
+        raise BadRequestError("Content-Length must be digits")
+
+
+def _check_encoding(request: Request) -> None:
+    encoding = request.headers.getone("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise UnsupportedMediaError("compressed bodies are not taken: send it uncompressed")

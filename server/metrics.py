@@ -1,0 +1,145 @@
+"""The figures at /metrics, under the documented service's names.
+
+Owns one worker's registry. No label takes its value from a client.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ..router.messages import EngineStats
+
+_LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 131072)
+
+
+class Metrics:
+    """All figures of one HTTP worker, and the engine's counts as it last told them."""
+
+    def __init__(self, num_request_max: int) -> None:
+        self.registry = CollectorRegistry()
+        self._add_engine_gauges()
+        self._add_request_figures()
+        self.num_request_max.set(num_request_max)
+
+    def start(self, num_prompt_tokens: int) -> RequestTimer:
+        """Begin to time one request."""
+        return RequestTimer(self, num_prompt_tokens)
+
+    def render(self, stats: EngineStats) -> bytes:
+        """All figures in Prometheus' text format."""
+        self.num_requests_running.set(stats.num_running)
+        self.num_requests_waiting.set(stats.num_waiting)
+        used, total = stats.text_blocks_used, stats.text_blocks_total
+        self.gpu_cache_usage_perc.set(used / total if total else 0.0)
+        return generate_latest(self.registry)
+
+    def _add_engine_gauges(self) -> None:
+        registry = self.registry
+        self.gpu_cache_usage_perc = Gauge(
+            "gpu_cache_usage_perc", "Text blocks in use; 1 is all of them.", registry=registry
+        )
+        self.num_requests_running = Gauge(
+            "num_requests_running", "Requests in the running batch.", registry=registry
+        )
+        self.num_requests_waiting = Gauge(
+            "num_requests_waiting", "Requests waiting for the batch.", registry=registry
+        )
+        self.num_request_max = Gauge(
+            "num_request_max", "Most requests that run at once.", registry=registry
+        )
+
+    def _add_request_figures(self) -> None:
+        registry = self.registry
+        self.prompt_tokens = Counter("prompt_tokens", "Prompt tokens taken.", registry=registry)
+        self.generation_tokens = Counter(
+            "generation_tokens", "Tokens generated.", registry=registry
+        )
+        self.time_to_first_token = Histogram(
+            "time_to_first_token_seconds",
+            "From admission to the first token.",
+            buckets=_LATENCY_S,
+            registry=registry,
+        )
+        self.time_per_output_token = Histogram(
+            "time_per_output_token_seconds",
+            "Between two tokens of a request.",
+            buckets=_TOKEN_S,
+            registry=registry,
+        )
+        self.e2e_request_latency = Histogram(
+            "e2e_request_latency_seconds",
+            "From admission to the last token.",
+            buckets=_LATENCY_S,
+            registry=registry,
+        )
+        self.request_prompt_tokens = Histogram(
+            "request_prompt_tokens", "Prompt tokens a request.", buckets=_TOKENS, registry=registry
+        )
+        self.request_generation_tokens = Histogram(
+            "request_generation_tokens",
+            "Generated tokens a request.",
+            buckets=_TOKENS,
+            registry=registry,
+        )
+        self.request_finish = Counter(
+            "request_finish",
+            "Requests that ended, by reason.",
+            ["finished_reason"],
+            registry=registry,
+        )
+        self.request_success = Counter(
+            "request_success", "Requests answered to their end.", registry=registry
+        )
+        self.request_failure = Counter(
+            "request_failure", "Requests that failed in the engine.", registry=registry
+        )
+
+
+class RequestTimer:
+    """One request's times; exactly one of its ends is counted."""
+
+    def __init__(self, metrics: Metrics, num_prompt_tokens: int) -> None:
+        self._metrics = metrics
+        self._began = self._last = time.monotonic()
+        self._num_tokens = 0
+        self._is_open = True
+        metrics.prompt_tokens.inc(num_prompt_tokens)
+        metrics.request_prompt_tokens.observe(num_prompt_tokens)
+
+    def tokens(self, count: int) -> None:
+        """Some tokens came."""
+        now = time.monotonic()
+        if self._num_tokens == 0:
+            self._metrics.time_to_first_token.observe(now - self._began)
+        elif count:
+            self._metrics.time_per_output_token.observe((now - self._last) / count)
+        self._num_tokens += count
+        self._last = now
+        self._metrics.generation_tokens.inc(count)
+
+    def finish(self, reason: Literal["stop", "length"]) -> None:
+        """The request was answered."""
+        self._metrics.request_success.inc()
+        self._close(reason)
+
+    def fail(self) -> None:
+        """The engine failed the request."""
+        self._metrics.request_failure.inc()
+        self._close("error")
+
+    def leave(self) -> None:
+        """Nobody waits any more; without effect after another end."""
+        self._close("abort")
+
+    def _close(self, reason: str) -> None:
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._metrics.request_finish.labels(reason).inc()
+        self._metrics.e2e_request_latency.observe(time.monotonic() - self._began)
+        self._metrics.request_generation_tokens.observe(self._num_tokens)

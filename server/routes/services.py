@@ -1,0 +1,82 @@
+"""What the routes share: the services of one worker and the JSON they answer with.
+
+Owns no endpoint. Knows nothing of any API's shapes.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import orjson
+from sanic import HTTPResponse, Request
+
+from ..errors import ModelNotFoundError
+from ..generation import Engine, Generator
+from ..metrics import Metrics
+from ..schemas.decoding import decode_body
+from ..settings import ServerSettings
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+@dataclass(slots=True)
+class Services:
+    """One worker's parts, as `app.ctx.services`."""
+
+    settings: ServerSettings
+    engine: Engine
+    generator: Generator
+    metrics: Metrics
+    configured_model_len: int
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def max_model_len(self) -> int:
+        """The engine's context; before it is ready, the checkpoint's."""
+        info = self.engine.info
+        return self.configured_model_len if info is None else info.max_model_len
+
+    @property
+    def is_ready(self) -> bool:
+        """The engine has loaded its model and its heartbeat is young."""
+        age_s = self.engine.heartbeat_age_s
+        is_late = age_s != float("inf") and age_s > self.settings.heartbeat_timeout_s
+        return self.engine.is_ready and not is_late
+
+
+class _Context(Protocol):
+    services: Services
+
+
+def services_of(request: Request) -> Services:
+    """The services of the worker that serves this request."""
+    context: _Context = request.app.ctx
+    return context.services
+
+
+def json_response(
+    content: Any, status: int = 200, headers: dict[str, str] | None = None
+) -> HTTPResponse:
+    """A JSON answer, its keys in the order in which they were written."""
+    return HTTPResponse(
+        orjson.dumps(content), status=status, headers=headers, content_type="application/json"
+    )
+
+
+def read_body(request: Request, schema: type[T]) -> T:
+    """The request's body as a `schema`. Raises BadRequestError."""
+    ignore = services_of(request).settings.unknown_fields == "ignore"
+    return decode_body(request.body, schema, ignore_unknown=ignore)
+
+
+def check_model(request: Request, name: str) -> None:
+    """Raises ModelNotFoundError unless a model is served under this name."""
+    served = services_of(request).settings.served_model_names
+    if name not in served:
+        raise ModelNotFoundError(
+            f"The model {name[:200]!r} does not exist; this server has {', '.join(served)}.",
+            param="model",
+        )

@@ -1,0 +1,248 @@
+"""POST /v1/chat/completions: the request as OpenAI's clients write it.
+
+Owns names, ranges and spellings of the request, and how it becomes a
+`GenerationRequest`. Knows nothing of tokens or of the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from ..conversation import ImagePart, Message, Part, Role, TextPart
+from ..errors import BadRequestError
+from ..generation import GenerationRequest, sampling_params
+from .decoding import no_nul
+
+INT64 = msgspec.Meta(ge=-(2**63), le=2**63 - 1)
+Name = Annotated[str, msgspec.Meta(max_length=256)]
+Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
+StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+TokenId = Annotated[int, msgspec.Meta(ge=0)]
+
+MAX_PARTS = 2048
+
+# Only data URLs: a link inside a text is never fetched.
+_IMG_TAG = re.compile(r"""<img\s+src=(?P<quote>["'])(?P<url>data:image/[^"']*)(?P=quote)\s*/?>""")
+
+
+class ImageUrl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """detail "low" takes one tile; "auto" and "high" take what the checkpoint allows."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class TextContent(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"
+):
+    text: str
+
+
+class ImageContent(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="image_url"
+):
+    image_url: ImageUrl | str
+
+
+TextList = Annotated[list[TextContent], msgspec.Meta(max_length=MAX_PARTS)]
+PartList = Annotated[list[TextContent | ImageContent], msgspec.Meta(max_length=MAX_PARTS)]
+
+
+class _Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="role"):
+    """What all roles share; `name` is taken and has no effect."""
+
+
+class SystemMessage(_Turn, frozen=True, tag="system"):
+    content: str | TextList
+    name: Name | None = None
+
+
+class DeveloperMessage(_Turn, frozen=True, tag="developer"):
+    """The newer name of a system message."""
+
+    content: str | TextList
+    name: Name | None = None
+
+
+class UserMessage(_Turn, frozen=True, tag="user"):
+    content: str | PartList
+    name: Name | None = None
+
+
+class AssistantMessage(_Turn, frozen=True, tag="assistant"):
+    """An earlier answer; fields that the SDK echoes back are taken at null."""
+
+    content: str | TextList
+    name: Name | None = None
+    refusal: None = None
+    audio: None = None
+    annotations: Annotated[list[Any], msgspec.Meta(max_length=0)] | None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], msgspec.Meta(max_length=0)] | None = None
+
+
+AnyMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+
+
+class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body. Fields of `NOT_YET` are taken at their neutral value only."""
+
+    model: Annotated[str, msgspec.Meta(max_length=1024)]
+    messages: Annotated[list[AnyMessage], msgspec.Meta(min_length=1, max_length=2048)]
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None
+    seed: Annotated[int, INT64] | None = None
+    stop: StopString | Annotated[list[StopString], msgspec.Meta(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=1024)] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Taken at their neutral value only, see NOT_YET.
+    n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
+    min_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=2.0)] | None = None
+    logit_bias: Annotated[dict[str, float], msgspec.Meta(max_length=1024)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[Any] | None = None
+    function_call: str | dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    nvext: dict[str, Any] | None = None
+    # Taken without effect.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+
+
+# What each field may hold besides null until it is built.
+NOT_YET: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "min_p": (0.0,),
+    "min_tokens": (0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "repetition_penalty": (1.0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "nvext": ({},),
+    "store": (False,),
+    "service_tier": ("auto",),
+}
+
+
+def chat_generation(body: ChatCompletionRequest) -> GenerationRequest:
+    """What is to be generated for this body.
+
+    Raises BadRequestError that names the field and the remedy.
+    """
+    refuse_not_yet(body, NOT_YET)
+    messages = [_message(turn, f"messages[{i}]") for i, turn in enumerate(body.messages)]
+    return GenerationRequest(
+        messages=tuple(messages),
+        sampling=sampling_params(body.temperature, body.top_p, body.top_k, body.seed),
+        max_tokens=_max_tokens(body),
+        max_tokens_field=_max_tokens_field(body),
+        stop=_stops(body.stop),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+    )
+
+
+def refuse_not_yet(body: msgspec.Struct, neutral: dict[str, tuple[Any, ...]]) -> None:
+    """Raises BadRequestError at the first field that asks for what is not built yet."""
+    for field, values in neutral.items():
+        value = getattr(body, field)
+        if value is not None and value not in values:
+            raise BadRequestError(f"{field} is not supported yet: leave it out", param=field)
+
+
+def _max_tokens(body: ChatCompletionRequest) -> int | None:
+    """max_completion_tokens is the newer name of max_tokens."""
+    old, new = body.max_tokens, body.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise BadRequestError(
+            f"max_tokens is {old} and max_completion_tokens is {new}: send one of them",
+            param="max_completion_tokens",
+        )
+    return old if new is None else new
+
+
+def _max_tokens_field(body: ChatCompletionRequest) -> str:
+    return "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+
+
+def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    return tuple(no_nul(text, "stop") for text in stops)
+
+
+def _message(turn: AnyMessage, field: str) -> Message:
+    return Message(_role(turn), _parts(turn, f"{field}.content"))
+
+
+def _role(turn: AnyMessage) -> Role:
+    if isinstance(turn, UserMessage):
+        return "user"
+    return "assistant" if isinstance(turn, AssistantMessage) else "system"
+
+
+def _parts(turn: AnyMessage, field: str) -> tuple[Part, ...]:
+    if isinstance(turn.content, str):
+        text = no_nul(turn.content, field)
+        return parts_of_text(text, field) if isinstance(turn, UserMessage) else (TextPart(text),)
+    return tuple(_part(part, f"{field}[{i}]") for i, part in enumerate(turn.content))
+
+
+def _part(part: TextContent | ImageContent, field: str) -> Part:
+    if isinstance(part, TextContent):
+        return TextPart(no_nul(part.text, f"{field}.text"))
+    if isinstance(part.image_url, str):
+        return ImagePart(part.image_url, f"{field}.image_url")
+    max_tiles = 1 if part.image_url.detail == "low" else None
+    return ImagePart(part.image_url.url, f"{field}.image_url.url", max_tiles)
+
+
+def parts_of_text(text: str, field: str) -> tuple[Part, ...]:
+    """A string content in parts: `<img src="data:image/...">` in it is an image."""
+    parts: list[Part] = []
+    begin = 0
+    for tag in _IMG_TAG.finditer(text):
+        parts += [TextPart(text[begin : tag.start()]), ImagePart(tag["url"], field)]
+        begin = tag.end()
+    parts.append(TextPart(text[begin:]))
+    return tuple(part for part in parts if isinstance(part, ImagePart) or part.text)

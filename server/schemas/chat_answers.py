@@ -1,0 +1,96 @@
+"""What a client of /v1/chat/completions reads: the plain answer and the chunks.
+
+Owns keys and their order. Knows nothing of how they are sent.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..generation import Answer, Finish, TextDelta, Usage
+
+
+def _new_id() -> str:
+    return f"chat-{uuid.uuid4().hex}"
+
+
+@dataclass(slots=True, frozen=True)
+class ChatAnswers:
+    """The answers to one request: all carry the same id and time."""
+
+    model: str
+    include_usage: bool = False
+    id: str = field(default_factory=_new_id)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def plain(self, answer: Answer) -> dict[str, Any]:
+        """The whole answer, as api-reference.txt shows it."""
+        return {
+            "id": self.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": answer.text},
+                    "logprobs": None,
+                    "finish_reason": answer.finish.reason,
+                    "stop_reason": answer.finish.stop_reason,
+                }
+            ],
+            "usage": _usage(answer.finish.usage),
+            "prompt_logprobs": None,
+        }
+
+    def first(self) -> dict[str, Any]:
+        """The chunk before any text."""
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def chunks(self, event: TextDelta | Finish) -> list[dict[str, Any]]:
+        """The chunks that tell of one event."""
+        if isinstance(event, TextDelta):
+            return [self._chunk({"content": event.text})]
+        last = self._chunk({}, event.reason, event.stop_reason)
+        return [last, self._usage_chunk(event.usage)] if self.include_usage else [last]
+
+    def _chunk(
+        self,
+        delta: dict[str, str],
+        finish_reason: str | None = None,
+        stop_reason: str | int | None = None,
+    ) -> dict[str, Any]:
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "logprobs": None,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+        }
+        chunk = self._frame([choice])
+        if self.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def _usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        return self._frame([]) | {"usage": _usage(usage)}
+
+    def _frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+
+def _usage(usage: Usage) -> dict[str, int]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "completion_tokens": usage.completion_tokens,
+    }

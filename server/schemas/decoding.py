@@ -1,0 +1,109 @@
+"""Strict JSON: a body becomes a schema's object or a 400 that names the field.
+
+Owns what is not JSON here (NaN, Infinity, lone surrogates, numbers without end)
+and what becomes of unknown fields. Knows no schema.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from ..errors import BadRequestError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+MAX_IGNORED_FIELDS = 64
+
+_PLACE = re.compile(r"^(?P<problem>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
+_UNKNOWN = re.compile(r"^Object contains unknown field `(?P<field>.*)`$", re.DOTALL)
+_MISSING = re.compile(r"^Object missing required field `(?P<field>.*)`$", re.DOTALL)
+
+
+def decode_body(body: bytes, schema: type[T], *, ignore_unknown: bool = False) -> T:
+    """The body as a `schema`; unknown fields are refused, or logged and dropped.
+
+    Raises BadRequestError whose `param` is the path of the field.
+    """
+    if not body:
+        raise BadRequestError("the request has no body: send a JSON object")
+    try:
+        if ignore_unknown:
+            return _convert_without_unknown(msgspec.json.decode(body), schema)
+        return msgspec.json.decode(body, type=schema)
+    except msgspec.ValidationError as error:
+        raise _named(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequestError(f"the body is not valid JSON: {_reason(error)}") from None
+
+
+def no_nul(text: str, field: str) -> str:
+    """The text itself. Raises BadRequestError if it holds U+0000."""
+    if "\0" in text:
+        raise BadRequestError(f"{field} holds the character U+0000: remove it", param=field)
+    return text
+
+
+def _convert_without_unknown(raw: Any, schema: type[T]) -> T:
+    """Drop one unknown field a round, each with a log line, until none is left."""
+    for _ in range(MAX_IGNORED_FIELDS):
+        try:
+            return msgspec.convert(raw, schema)
+        except msgspec.ValidationError as error:
+            problem, path = _split(error)
+            unknown = _UNKNOWN.match(problem)
+            if unknown is None:
+                raise
+            del _follow(raw, path)[unknown["field"]]
+            logger.warning("ignored the unknown field %r", _join(path, unknown["field"])[:200])
+    raise BadRequestError(f"more than {MAX_IGNORED_FIELDS} unknown fields: remove them")
+
+
+def _split(error: msgspec.ValidationError) -> tuple[str, str]:
+    """msgspec's message without its place, and the place without its `$`."""
+    match = _PLACE.match(str(error))
+    assert match is not None, "the pattern takes any text"
+    return match["problem"], match["path"] or ""
+
+
+def _follow(raw: Any, path: str) -> Any:
+    for step in re.findall(r"[^.\[\]]+", path):
+        raw = raw[int(step)] if isinstance(raw, list) else raw[step]
+    return raw
+
+
+def _join(path: str, field: str) -> str:
+    return f"{path}.{field}" if path else field
+
+
+def _named(error: msgspec.ValidationError) -> BadRequestError:
+    """The error in a client's words, with the field's path as `param`."""
+    problem, path = _split(error)
+    if unknown := _UNKNOWN.match(problem):
+        field = _join(path, unknown["field"])[:200]
+        return BadRequestError(
+            f"{field} is not a field of this API: remove it (a server started with"
+            " --unknown-fields ignore drops it)",
+            param=field,
+        )
+    if missing := _MISSING.match(problem):
+        field = _join(path, missing["field"])
+        return BadRequestError(f"{field} is required", param=field)
+    if not path:
+        return BadRequestError(f"the body does not fit: {problem}")
+    return BadRequestError(f"{path}: {problem[:300]}", param=path)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if "truncated" in str(error):
+        return "it ends too early, or holds half of a surrogate pair"
+    return str(error)[:200]

@@ -1,0 +1,214 @@
+"""Llama Stack's chat completion: the request of every client line since 0.0.25.
+
+Owns the spellings of roles, contents and strategies, and how they become a
+`GenerationRequest`. The lines differ in their answers by path only, so one
+schema takes them all. Knows nothing of tokens or of the answer.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from ...models.batch import SamplingParams
+from ..conversation import ImagePart, Message, Part, Role, TextPart
+from ..errors import BadRequestError
+from ..generation import GenerationRequest, sampling_params
+from .chat import MAX_PARTS, StopString, parts_of_text, refuse_not_yet
+from .decoding import no_nul
+
+Temperature = Annotated[float, msgspec.Meta(ge=0.0, le=2.0)]
+TopP = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+TopK = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
+
+
+class Url(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    uri: str
+
+
+class ImageSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`{"uri"}` of the oldest line, `{"url": {"uri"}}` or `{"data": base64}` of the newest."""
+
+    uri: str | None = None
+    url: Url | str | None = None
+    data: str | None = None
+
+
+class ContentItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A text or an image in any line's spelling; `_item` tells which."""
+
+    type: Literal["text", "image"] | None = None
+    text: str | None = None
+    image: ImageSource | None = None
+    url: Url | str | None = None
+    data: str | None = None
+
+
+Content = str | ContentItem | Annotated[list[str | ContentItem], msgspec.Meta(max_length=MAX_PARTS)]
+
+
+class StackMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One turn. The roles ipython and tool come with tools, which are not built yet."""
+
+    role: Literal["system", "user", "assistant", "ipython", "tool"]
+    content: Content
+    context: Content | None = None
+    stop_reason: Literal["end_of_turn", "end_of_message", "out_of_tokens"] | None = None
+    tool_calls: Annotated[list[Any], msgspec.Meta(max_length=0)] | None = None
+    call_id: str | None = None
+    tool_name: Any = None
+
+
+class Strategy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The strategy of the /v1/ line."""
+
+    type: Literal["greedy", "top_p", "top_k"]
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+
+
+class StackSampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Without a strategy it is greedy; 0 and null leave a field unset."""
+
+    strategy: Literal["greedy", "top_p", "top_k"] | Strategy | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] | None = None
+    stop: Annotated[list[StopString], msgspec.Meta(max_length=16)] | None = None
+
+
+class StackChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body. Fields of `NOT_YET` are taken at their neutral value only."""
+
+    messages: Annotated[list[StackMessage], msgspec.Meta(min_length=1, max_length=2048)]
+    model: Annotated[str, msgspec.Meta(max_length=1024)] | None = None
+    model_id: Annotated[str, msgspec.Meta(max_length=1024)] | None = None
+    sampling_params: StackSampling | None = None
+    stream: bool | None = None
+    # Taken at their neutral value only, see NOT_YET.
+    tools: list[Any] | None = None
+    tool_choice: str | None = None
+    tool_config: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    logprobs: dict[str, Any] | None = None
+    # Without effect as long as there are no tools.
+    tool_prompt_format: Literal["json", "function_tag", "python_list"] | None = None
+
+
+NOT_YET: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("auto", "none"),
+    "tool_config": ({},),
+    "response_format": (),
+    "logprobs": ({}, {"top_k": 0}),
+}
+
+
+def stack_model(body: StackChatRequest) -> str:
+    """The model's name under either key. Raises BadRequestError without one."""
+    name = body.model_id if body.model is None else body.model
+    if name is None:
+        raise BadRequestError("model_id is required (or model, its older name)", param="model_id")
+    return name
+
+
+def stack_generation(body: StackChatRequest) -> GenerationRequest:
+    """What is to be generated for this body.
+
+    Raises BadRequestError that names the field and the remedy.
+    """
+    refuse_not_yet(body, NOT_YET)
+    messages = [_message(turn, f"messages[{i}]") for i, turn in enumerate(body.messages)]
+    params = body.sampling_params or StackSampling()
+    if params.repetition_penalty not in (None, 0.0, 1.0):
+        field = "sampling_params.repetition_penalty"
+        raise BadRequestError(f"{field} is not supported yet: leave it out", param=field)
+    return GenerationRequest(
+        messages=tuple(messages),
+        sampling=_sampling(params),
+        max_tokens=params.max_tokens or None,
+        max_tokens_field="sampling_params.max_tokens",
+        stop=tuple(no_nul(text, "sampling_params.stop") for text in params.stop or ()),
+    )
+
+
+def _sampling(params: StackSampling) -> SamplingParams:
+    """The strategy in OpenAI's terms; the old lines keep its numbers beside it."""
+    strategy = params.strategy
+    if strategy is None or isinstance(strategy, str):
+        strategy = Strategy(strategy or "greedy", params.temperature, params.top_p, params.top_k)
+    if strategy.type == "greedy":
+        return sampling_params(0.0, None, None, None)
+    if strategy.type == "top_k":
+        return sampling_params(strategy.temperature, None, strategy.top_k, None)
+    # 0 is how the old clients write an unset top_p.
+    return sampling_params(strategy.temperature, strategy.top_p or None, None, None)
+
+
+def _message(turn: StackMessage, field: str) -> Message:
+    if turn.role in ("ipython", "tool"):
+        raise BadRequestError(
+            f"{field}.role {turn.role!r} is not supported yet: tools come later",
+            param=f"{field}.role",
+        )
+    if turn.context is not None:
+        raise BadRequestError(
+            f"{field}.context is not supported: put its text into content",
+            param=f"{field}.context",
+        )
+    message = Message(_role(turn.role), _parts(turn, f"{field}.content"))
+    if message.images and message.role != "user":
+        raise BadRequestError(
+            f"{field}: only a user's message may hold an image", param=f"{field}.content"
+        )
+    return message
+
+
+def _role(role: str) -> Role:
+    if role == "user":
+        return "user"
+    return "assistant" if role == "assistant" else "system"
+
+
+def _parts(turn: StackMessage, field: str) -> tuple[Part, ...]:
+    content = turn.content
+    if isinstance(content, str):
+        text = no_nul(content, field)
+        return parts_of_text(text, field) if turn.role == "user" else (TextPart(text),)
+    if isinstance(content, ContentItem):
+        return (_item(content, field),)
+    return tuple(_item(item, f"{field}[{i}]") for i, item in enumerate(content))
+
+
+def _item(item: str | ContentItem, field: str) -> Part:
+    """The part that an item stands for: exactly one of its spellings must be there."""
+    if isinstance(item, str):
+        return TextPart(no_nul(item, field))
+    if item.text is not None and item.type != "image":
+        return TextPart(no_nul(item.text, f"{field}.text"))
+    if item.image is not None and item.type != "text":
+        return _image(item.image, f"{field}.image")
+    if item.type == "image":
+        return _image(ImageSource(url=item.url, data=item.data), field)
+    raise BadRequestError(
+        f'{field} is neither a text nor an image: send a string, {{"type":"text","text":...}} or'
+        ' {"type":"image","image":{"url":{"uri":...}}}',
+        param=field,
+    )
+
+
+def _image(source: ImageSource, field: str) -> ImagePart:
+    if source.uri is not None:
+        return ImagePart(source.uri, f"{field}.uri")
+    if isinstance(source.url, Url):
+        return ImagePart(source.url.uri, f"{field}.url.uri")
+    if source.url is not None:
+        return ImagePart(source.url, f"{field}.url")
+    if source.data is not None:
+        # The label is forgiven: what the image is, its bytes say.
+        return ImagePart(f"data:image/png;base64,{source.data}", f"{field}.data")
+    raise BadRequestError(f"{field} has no uri, url or data: send one", param=field)

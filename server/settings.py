@@ -1,0 +1,49 @@
+"""The settings of one HTTP worker, as the supervisor hands them over.
+
+Owns names, defaults and ranges. Knows nothing of the engine's settings.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from ..models.batch import Positive
+from .images.settings import ImageSettings
+
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything a worker needs; it travels as JSON.
+
+    model: a local folder with tokenizer and chat template. served_model_names:
+    the first is the name in answers, all are taken in requests. listen_fd: the
+    inherited listening socket. first_output_wait_s: how long a stream waits for
+    its first token before its headers go out, so that a refusal still has a status.
+    """
+
+    model: str
+    engine_socket: str
+    served_model_names: list[str]
+    listen_fd: int | None = None
+    api_keys: list[str] = []
+    image_position: Literal["front", "as-sent"] = "front"
+    unknown_fields: Literal["error", "ignore"] = "error"
+    max_body_bytes: Positive = 64 * 1024 * 1024
+    max_num_seqs: Positive = 64
+    request_timeout_s: Seconds = 10.0
+    keep_alive_timeout_s: Seconds = 75.0
+    stream_ping_interval_s: Seconds = 15.0
+    first_output_wait_s: Seconds = 1.0
+    heartbeat_timeout_s: Seconds = 2.0
+    graceful_shutdown_timeout_s: Seconds = 10.0
+    image_deadline_s: Seconds = 30.0
+    images: ImageSettings = msgspec.field(default_factory=ImageSettings)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def model_name(self) -> str:
+        """The name that answers carry."""
+        return self.served_model_names[0]

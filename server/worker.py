@@ -1,0 +1,72 @@
+"""One HTTP worker process: `python -m vlmserve.server.worker`, settings on stdin.
+
+Owns the process: its socket, its parent, its log. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+
+import msgspec
+
+from .app import build_app
+from .settings import ServerSettings
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Exits with 2 and one line on stderr if the settings or the checkpoint do not serve.
+    """
+    parent = os.getppid()
+    try:
+        settings = msgspec.json.decode(sys.stdin.buffer.read(), type=ServerSettings)
+        _set_up_logging(settings)
+        _die_with(parent)
+        app = build_app(settings)
+        listening = _listening_socket(settings)
+    except (msgspec.DecodeError, OSError, ValueError) as error:
+        sys.exit(_fail(error))
+    app.run(sock=listening, single_process=True, access_log=False, motd=False)
+
+
+def _fail(error: Exception) -> int:
+    sys.stderr.write(f"HTTP worker cannot start: {error}\n")
+    return 2
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel end this process when its parent ends, however that ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # It may have ended before the call, which would then never fire.
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _listening_socket(settings: ServerSettings) -> socket.socket:
+    if settings.listen_fd is None:
+        raise ValueError("listen_fd is not set: a worker serves a socket it inherits")
+    listening = socket.socket(fileno=settings.listen_fd)
+    listening.setblocking(False)
+    return listening
+
+
+def _set_up_logging(settings: ServerSettings) -> None:
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    # Sanic tells of each start and stop and of every cancelled request.
+    logging.getLogger("sanic").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()
