@@ -351,21 +351,6 @@ def test_an_image_that_was_due_in_a_failed_step_is_encoded_for_the_next_who_need
     bench.assert_all_free()
 
 
-def test_a_running_neighbour_has_an_image_encoded_whose_first_step_failed():
-    bench = Bench(max_num_batched_tokens=9)
-    image = fake_image("p")
-    # The neighbour holds the image, but its chunks reach it only in its third step.
-    bench.add(request_of("neighbour", prompt=range(24), images=[image], spans=[ImageSpan(20)]))
-    bench.step()
-    bench.step()
-    neighbour = bench.sequences["neighbour"]
-    assert (neighbour.num_computed_tokens, neighbour.images[0].is_encoded) == (18, False)
-    assert len(bench.plan().images) == 1
-    bench.scheduler.fail_step()
-    assert not neighbour.images
-    bench.assert_all_free()
-
-
 def test_a_failed_step_ends_its_sequences_and_spares_those_that_wait():
     bench = Bench(max_num_seqs=1)
     bench.add(request_of("fails"))

@@ -1,0 +1,92 @@
+"""The request queue: first in first out, bounded by count, tokens and bytes."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from vlmserve.models.batch import ImageSpan
+from vlmserve.router.errors import QueueFullError, error_of, failure_of
+from vlmserve.router.messages import AddRequest
+from vlmserve.router.queue import QueueLimits, RequestQueue
+from vlmserve.router.sequence import Sequence
+from vlmserve.router.testing import fake_image
+
+
+def sequence_of(name: str, num_tokens: int = 3, num_images: int = 0) -> Sequence:
+    request = AddRequest(
+        request_id=name,
+        prompt_token_ids=[1] * num_tokens,
+        images=[fake_image("p")] * num_images,
+        spans=[ImageSpan(0)] * num_images,
+        max_tokens=1,
+    )
+    return Sequence(name, 0, request)
+
+
+def queue_of(max_requests=10, max_tokens=100, max_bytes=100) -> RequestQueue:
+    return RequestQueue(QueueLimits(max_requests, max_tokens, max_bytes, retry_after_s=2.5))
+
+
+@pytest.mark.parametrize(
+    ("queue", "what"),
+    [
+        (queue_of(max_requests=2), "3 requests would wait, the limit is 2"),
+        (queue_of(max_tokens=8), "9 prompt tokens would wait, the limit is 8"),
+        (queue_of(max_bytes=30), "36 image bytes would wait, the limit is 30"),
+    ],
+)
+def test_a_full_queue_refuses_with_the_limit_and_when_to_come_back(queue, what):
+    first = sequence_of("a", num_images=1)
+    queue.put(first)
+    queue.put(sequence_of("b", num_images=1))
+    with pytest.raises(QueueFullError, match=what) as refusal:
+        queue.put(sequence_of("c", num_images=1))
+    assert refusal.value.retry_after_s == 2.5
+    assert len(queue) == 2
+    queue.remove(first)
+    queue.put(sequence_of("c", num_images=1))
+
+
+def test_a_refusal_keeps_its_message_and_its_delay_over_the_wire():
+    error = error_of(failure_of("a", QueueFullError("full", 3.0)))
+    assert isinstance(error, QueueFullError)
+    assert (str(error), error.retry_after_s) == ("full", 3.0)
+
+
+def test_requests_leave_in_order_and_preempted_ones_come_first():
+    queue = queue_of()
+    sequences = [sequence_of(name) for name in "abc"]
+    for sequence in sequences:
+        queue.put(sequence)
+    assert queue.peek() is sequences[0]
+    queue.remove(sequences[1])
+    queue.put_front(sequences[1])
+    order = []
+    while (sequence := queue.peek()) is not None:
+        order.append(sequence.sequence_id)
+        queue.remove(sequence)
+    assert order == ["b", "a", "c"]
+    assert queue.num_tokens == queue.num_bytes == len(queue) == 0
+
+
+def test_a_preempted_sequence_is_taken_back_by_a_full_queue():
+    queue = queue_of(max_requests=1)
+    queue.put(sequence_of("a"))
+    queue.put_front(sequence_of("b"))
+    assert len(queue) == 2
+
+
+def test_waiting_ends_when_a_request_comes_and_not_before():
+    async def scenario() -> None:
+        queue = queue_of()
+        queue.put(sequence := sequence_of("a"))
+        queue.remove(sequence)
+        waiting = asyncio.create_task(queue.wait())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        queue.put(sequence_of("b"))
+        await asyncio.wait_for(waiting, 5)
+
+    asyncio.run(scenario())
