@@ -29,7 +29,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-_TINY_VISION = {
+_TINY_VISION: dict[str, Any] = {
     "hidden_size": 32,
     "attention_heads": 2,
     "intermediate_size": 48,
@@ -38,7 +38,7 @@ _TINY_VISION = {
     "image_size": 28,
     "intermediate_layers_indices": [1, 2],
 }
-_TINY_TEXT = {
+_TINY_TEXT: dict[str, Any] = {
     "hidden_size": 64,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -119,18 +119,20 @@ def build(
     """
     folder = Path(folder)
     config = layout(name_or_config) if isinstance(name_or_config, str) else name_or_config
-    random_model(config, seed).to(dtype).save_pretrained(folder)
-    eos_token_id = config.text_config.eos_token_id
+    model: Any = random_model(config, seed)
+    model.to(dtype).save_pretrained(folder)
+    text_config: Any = config.text_config
     GenerationConfig(
-        bos_token_id=config.text_config.bos_token_id,
-        eos_token_id=eos_token_id,
-        pad_token_id=config.text_config.pad_token_id,
+        bos_token_id=text_config.bos_token_id,
+        eos_token_id=text_config.eos_token_id,
+        pad_token_id=text_config.pad_token_id,
     ).save_pretrained(folder)
     if with_processor:
         from vlmserve.models.bundled.tokenizer import build_tokenizer
 
         build_tokenizer().save_pretrained(folder)
-    _write_processor(folder, config.vision_config.image_size, config.vision_config.max_num_tiles)
+    vision_config: Any = config.vision_config
+    _write_processor(folder, vision_config.image_size, vision_config.max_num_tiles)
     return folder
 
 
