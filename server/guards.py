@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Sequence
 
 from sanic import Request
+from sanic.http import Http
 
 from .errors import ApiError, AuthenticationError, BadRequestError, UnsupportedMediaError
 from .routes.health import LIVE, READY
@@ -42,7 +43,7 @@ class HeadGuard:
             self._check_key(request)
             _check_encoding(request)
         except ApiError:
-            if request.stream is not None:
+            if isinstance(request.stream, Http):
                 request.stream.keep_alive = False
             raise
 
