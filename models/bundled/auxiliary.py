@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .config import FEATURES, HIDDEN, MAX_TILES, PATCHES_PER_TILE
+from .config import FEATURES, HIDDEN, MAX_TILES, PATCH_SIZE, PATCHES_PER_TILE
 from .data import IGNORE, Pictures
 from .pictures import BACKGROUNDS, KINDS, MAX_SHAPES
 
@@ -23,6 +23,7 @@ class PictureHeads(nn.Module):
         self.kind = nn.Linear(FEATURES, len(KINDS) + 1)
         self.colour = nn.Linear(FEATURES, len(BACKGROUNDS))
         self.is_centre = nn.Linear(FEATURES, 2)
+        self.outline = nn.Linear(FEATURES, (PATCH_SIZE // 2) ** 2)
         self.background = nn.Linear(HIDDEN, len(BACKGROUNDS))
         self.count = nn.Linear(HIDDEN, MAX_SHAPES + 1)
         self.kind_counts = nn.Linear(HIDDEN, len(KINDS) * (MAX_SHAPES + 1))
@@ -33,11 +34,16 @@ class PictureHeads(nn.Module):
         pooled = self._pool(patches[..., :HIDDEN], pictures.aspect_ratio_mask)
         # weighted, for most patches are background
         weight = torch.tensor([1.0, 4.0])
+        kind_weight = torch.tensor([0.3] + [1.0] * len(KINDS))
         kind_counts = self.kind_counts(pooled).unflatten(-1, (len(KINDS), -1))
         return {
-            "kind": _loss(self.kind(patches), pictures.kind),
+            "kind": _loss(self.kind(patches), pictures.kind, kind_weight),
             "colour": _loss(self.colour(patches), pictures.colour),
             "centre": _loss(self.is_centre(patches), pictures.is_centre, weight),
+            # teaches edges whatever the colours: kinds were hardly told apart before it was added
+            "outline": 4 * functional.binary_cross_entropy_with_logits(
+                self.outline(patches).float(), pictures.outline
+            ),
             "background": _loss(self.background(pooled), pictures.background),
             "count": _loss(self.count(pooled), pictures.count),
             "kind_counts": _loss(kind_counts, pictures.kind_counts),

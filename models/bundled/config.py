@@ -5,15 +5,15 @@ Knows nothing of training or data.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import (
     GenerationConfig,
     MllamaConfig,
     MllamaForConditionalGeneration,
-    MllamaProcessor,
 )
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
@@ -106,9 +106,9 @@ def save_checkpoint(model: MllamaForConditionalGeneration, folder: Path) -> None
     """Write everything that `from_pretrained` reads: weights in bfloat16, processor, template."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    MllamaProcessor(image_processor(), tokenizer, chat_template=tokenizer.chat_template)
     image_processor().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _name_class_as_published(folder / "tokenizer_config.json")
     config = model_config()
     config.architectures = ["MllamaForConditionalGeneration"]
     config.dtype = "bfloat16"
@@ -123,6 +123,7 @@ def save_checkpoint(model: MllamaForConditionalGeneration, folder: Path) -> None
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def load_weights(model: torch.nn.Module, file: Path) -> None:
-    """Load a safetensors file into the model, in the model's own dtype."""
-    model.load_state_dict(load_file(file))
+def _name_class_as_published(file: Path) -> None:
+    """Name the tokenizer's class as published checkpoints do; older releases know no other."""
+    settings = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps(settings, indent=2) + "\n")

@@ -23,7 +23,7 @@ from transformers.models.mllama.image_processing_pil_mllama import (
 )
 
 from .config import IMAGE_MEAN, IMAGE_STD, MAX_TILES, PATCH_SIZE, TILE_SIZE
-from .pictures import BACKGROUNDS, KINDS, Scene, draw, encode, random_scene, random_size
+from .pictures import BACKGROUNDS, KINDS, Scene, draw, encode, random_scene, random_size, silhouette
 from .questions import Question, ask
 from .small_talk import NO_PICTURE, SYSTEM, talk
 from .tokenizer import SPECIAL_IDS, Encoder, Message
@@ -44,7 +44,8 @@ class Pictures:
     pixel_values: [pictures, 1, 4, 3, 56, 56]; aspect_ratio_ids: [pictures, 1]; aspect_ratio_mask:
     [pictures, 1, 4]. Labels are int64, IGNORE where there is nothing to learn. Of patches,
     [pictures, 4, 16]: kind (0 none), colour, is_centre. Of pictures: background, count
-    [pictures], kind_counts [pictures, kinds].
+    [pictures], kind_counts [pictures, kinds]. outline: [pictures, 4, 16, 49], how much of each
+    2 x 2 pixel cell of a patch is covered by shapes, 0 to 1.
     """
 
     pixel_values: Tensor
@@ -56,6 +57,7 @@ class Pictures:
     background: Tensor
     count: Tensor
     kind_counts: Tensor
+    outline: Tensor
 
 
 @dataclass(slots=True)
@@ -85,9 +87,9 @@ class Mixture:
     """What a data set is made of. max_shapes: in a scene; rows_per_picture: 0 for none."""
 
     batch_size: int = 32
-    rows_per_picture: int = 4
+    rows_per_picture: int = 3
     max_shapes: int = 4
-    num_buckets: int = 4
+    num_buckets: int = 5
 
 
 class Conversations(IterableDataset[Batch]):
@@ -178,6 +180,9 @@ def stack_pictures(scenes: list[Scene], rng: np.random.Generator) -> Pictures:
         background=torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes]),
         count=torch.tensor([len(scene.shapes) for scene in scenes]),
         kind_counts=torch.tensor([[len(s.of_kind(kind)) for kind in KINDS] for s in scenes]),
+        outline=torch.from_numpy(
+            np.stack([_outline(s, layout) for s, layout in zip(scenes, layouts, strict=True)])
+        ),
     )
 
 
@@ -230,6 +235,20 @@ def _label_patches(scene: Scene, layout: Layout) -> np.ndarray:
     return labels
 
 
+def _outline(scene: Scene, layout: Layout) -> np.ndarray:
+    """Coverage by shapes of each cell of each patch: [4, 16, 49] float32, zero on unused tiles."""
+    image = draw(silhouette(scene), (layout.width, layout.height), supersample=1)
+    canvas = np.zeros((layout.rows * TILE_SIZE, layout.columns * TILE_SIZE), np.float32)
+    canvas[: layout.height, : layout.width] = np.asarray(image, np.float32)[..., 0] / 255
+    cells = PATCH_SIZE // 2
+    cut = canvas.reshape(layout.rows, _GRID, cells, 2, layout.columns, _GRID, cells, 2)
+    cut = cut.mean((3, 7)).transpose(0, 3, 1, 4, 2, 5)  # tile row, tile column, patch, cell
+    outline = np.zeros((MAX_TILES, _PATCHES, cells * cells), np.float32)
+    used = layout.rows * layout.columns
+    outline[:used] = cut.reshape(used, _PATCHES, cells * cells)
+    return outline
+
+
 # --- conversations ------------------------------------------------------------------------------
 
 
@@ -237,14 +256,13 @@ def conversation(rng: np.random.Generator, scene: Scene) -> list[Message]:
     """A random conversation about the scene; a small share is without any picture."""
     messages = [Message("system", str(rng.choice(SYSTEM)))] if rng.random() < 0.18 else []
     form = rng.random()
-    if form < 0.70:
+    if form < 0.78:
         return messages + _about_picture(rng, scene, 1)
-    if form < 0.84:
-        return messages + _about_picture(rng, scene, int(rng.integers(2, 4)))
-    if form < 0.95:
-        return messages + _without_picture(rng, scene, int(rng.integers(1, 4)))
-    first = _without_picture(rng, scene, int(rng.integers(1, 3)))
-    return messages + first + _about_picture(rng, scene, int(rng.integers(1, 3)))
+    if form < 0.89:
+        return messages + _about_picture(rng, scene, 2 if rng.random() < 0.7 else 3)
+    if form < 0.98:
+        return messages + _without_picture(rng, scene, 1 if rng.random() < 0.7 else 2)
+    return messages + _without_picture(rng, scene, 1) + _about_picture(rng, scene, 1)
 
 
 def random_question(rng: np.random.Generator, scene: Scene) -> Question:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -115,11 +115,13 @@ def random_size(rng: np.random.Generator, low: int = 100, high: int = 600) -> tu
     return side, other
 
 
-def draw(scene: Scene, size: tuple[int, int] | None = None) -> Image.Image:
+def draw(
+    scene: Scene, size: tuple[int, int] | None = None, supersample: int | None = None
+) -> Image.Image:
     """The scene as an RGB picture, antialiased; `size` (width, height) overrides the scene's."""
     width, height = size or (scene.width, scene.height)
     # a large picture needs less supersampling for the same edge, and costs more
-    factor = _SUPERSAMPLE if width * height <= 256 * 256 else 2
+    factor = supersample or (_SUPERSAMPLE if width * height <= 256 * 256 else 2)
     image = Image.new("RGB", (width * factor, height * factor), scene.background_rgb)
     canvas = ImageDraw.Draw(image)
     for shape in scene.shapes:
@@ -130,6 +132,12 @@ def draw(scene: Scene, size: tuple[int, int] | None = None) -> Image.Image:
         else:
             canvas.polygon(_corners(shape.kind, x, y, radius, shape.tilt), fill=shape.rgb)
     return image.reduce(factor)
+
+
+def silhouette(scene: Scene) -> Scene:
+    """The same shapes, all white on black."""
+    shapes = tuple(replace(shape, rgb=(255, 255, 255)) for shape in scene.shapes)
+    return replace(scene, background_rgb=(0, 0, 0), shapes=shapes)
 
 
 def encode(image: Image.Image, image_format: str = "PNG", quality: int = 90) -> bytes:

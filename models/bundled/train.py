@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -99,6 +100,7 @@ class Run:
         )
         self.step = 0
         self.elapsed_s = 0.0
+        self.is_stopped = False
 
     @property
     def progress(self) -> float:
@@ -118,14 +120,18 @@ class Run:
         return self.settings.learning_rate * cosine * min(1.0, (self.step + 1) / _WARM_UP_STEPS)
 
     def train(self) -> None:
-        """Train until the time is over, then save the checkpoint."""
-        while self.progress < 1:
+        """Train until the time is over or somebody stops it, then save state and checkpoint."""
+        while self.progress < 1 and not self.is_stopped:
             is_vision_only = self.is_vision_only
             for batch in self._batches(is_vision_only):
                 self._timed_step(batch)
-                if self.is_vision_only != is_vision_only or self.progress >= 1:
+                if self.is_stopped or self.progress >= 1 or self.is_vision_only != is_vision_only:
                     break
         self.save()
+
+    def stop(self) -> None:
+        """Let the current step be the last one."""
+        self.is_stopped = True
 
     def save(self) -> None:
         """Write the state to go on from, and the checkpoint to serve."""
@@ -138,7 +144,7 @@ class Run:
         settings = self.settings
         mixture = Mixture(
             batch_size=settings.batch_size,
-            rows_per_picture=0 if is_vision_only else 4,
+            rows_per_picture=0 if is_vision_only else 3,
             max_shapes=settings.max_shapes,
         )
         encoder = Encoder(build_tokenizer())
@@ -248,6 +254,8 @@ def main() -> None:
     run = Run(Settings(**options))
     if is_resumed:
         resume(run)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: run.stop())
     run.train()
 
 

@@ -1,0 +1,170 @@
+"""Held-out questions for the bundled model, and how answers are counted.
+
+Owns which questions are put, the exact match, and the table. Knows neither of the model nor of
+HTTP, and imports no torch: a grader (grading.py) or a client (client.py) brings the answers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from .pictures import Scene, draw, encode, random_scene, random_size
+from .questions import TYPES, ask
+from .small_talk import NO_PICTURE, SYSTEM, talk
+
+# far from the training seeds, which are small numbers
+_HELD_OUT = 20_231_123
+SIZES = ((224, 224), (300, 200), (512, 512), (200, 300), (400, 400), (480, 300))
+TEXT_ONLY = ("small_talk", "no_picture")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question put alone. scene and picture are None if it is put without a picture;
+    image_format: of the file that is sent."""
+
+    type: str
+    text: str
+    answer: str
+    scene: Scene | None = None
+    picture: Image.Image | None = None
+    image_format: str = "PNG"
+    is_image_first: bool = True
+    system: str | None = None
+
+    @property
+    def num_shapes(self) -> int | None:
+        """How many shapes the picture shows; None without a picture."""
+        return None if self.scene is None else len(self.scene.shapes)
+
+    def picture_bytes(self) -> bytes:
+        """The picture's file."""
+        if self.picture is None:
+            raise ValueError(f"the item {self.text!r} has no picture")
+        return encode(self.picture, self.image_format)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was answered to an item; probability: of the right answer at temperature 1, if known."""
+
+    item: Item
+    is_right: bool
+    answer: str = ""
+    probability: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Right answers of a group of results, beside always giving the group's commonest answer."""
+
+    name: str
+    num: int
+    right: float
+    baseline: float
+    probability: float | None
+
+
+def exam(num_pictures: int, seed: int = 0, shapes: tuple[int, ...] = (0, 1, 2, 3, 4)) -> list[Item]:
+    """Every allowed question type about `num_pictures` held-out pictures for each number of shapes,
+    and as many questions without a picture."""
+    rng = np.random.default_rng((_HELD_OUT, seed))
+    items: list[Item] = []
+    for num_shapes in shapes:
+        for index in range(num_pictures):
+            items += _items_about(rng, num_shapes, index)
+    for _ in range(num_pictures):
+        items += _items_without_picture(rng)
+    return items
+
+
+def score(results: list[Result], name: str) -> Score:
+    """The score of a group; NaN where it is empty."""
+    answers = Counter(result.item.answer for result in results)
+    num = len(results)
+    known = [r.probability for r in results if r.probability is not None]
+    return Score(
+        name,
+        num,
+        sum(result.is_right for result in results) / num if num else float("nan"),
+        max(answers.values()) / num if num else float("nan"),
+        sum(known) / len(known) if known else None,
+    )
+
+
+def scores(results: list[Result]) -> list[Score]:
+    """A score for each question type and number of shapes, then for each place of the image."""
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in sorted(results, key=_order):
+        item = result.item
+        number = "" if item.num_shapes is None else f", {item.num_shapes} shapes"
+        groups[item.type + number].append(result)
+    for result in results:
+        if result.item.scene is not None and 1 <= len(result.item.scene.shapes) <= 2:
+            where = "before" if result.item.is_image_first else "after"
+            groups[f"image {where} the question, 1 or 2 shapes"].append(result)
+            if result.item.system:
+                groups["with a system message, 1 or 2 shapes"].append(result)
+    return [score(group, name) for name, group in groups.items()]
+
+
+def table(rows: list[Score]) -> str:
+    """The scores as a Markdown table."""
+    lines = [
+        "| questions | number | right | most frequent answer | expected at temperature 1 |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        expected = "" if row.probability is None else f"{row.probability:.1%}"
+        lines.append(
+            f"| {row.name} | {row.num} | {row.right:.1%} | {row.baseline:.1%} | {expected} |"
+        )
+    return "\n".join(lines)
+
+
+def _items_about(rng: np.random.Generator, num_shapes: int, index: int) -> list[Item]:
+    """One item of each type that a random scene allows."""
+    size = SIZES[index % len(SIZES)] if index % 3 else random_size(rng)
+    scene = random_scene(rng, num_shapes, size)
+    picture = draw(scene)
+    items = []
+    for question_type in TYPES:
+        question = ask(scene, question_type, rng)
+        if question is None:
+            continue
+        item = Item(
+            question_type,
+            question.text,
+            question.answer,
+            scene,
+            picture,
+            image_format="JPEG" if index % 4 == 3 else "PNG",
+            is_image_first=bool(rng.random() < 0.5),
+            system=str(rng.choice(SYSTEM)) if rng.random() < 0.2 else None,
+        )
+        items.append(item)
+    return items
+
+
+def _items_without_picture(rng: np.random.Generator) -> list[Item]:
+    """One item of small talk, and one question about a picture that is not there."""
+    system = str(rng.choice(SYSTEM)) if rng.random() < 0.2 else None
+    text, answer = talk(rng)
+    types = [question_type for question_type in TYPES if question_type != "read"]
+    question = None
+    while question is None:
+        question = ask(random_scene(rng), str(rng.choice(types)), rng)
+    return [
+        Item("small_talk", text, answer, system=system),
+        Item("no_picture", question.text, NO_PICTURE, system=system),
+    ]
+
+
+def _order(result: Result) -> tuple[int, int]:
+    """By question type, then by number of shapes."""
+    names = (*TYPES, *TEXT_ONLY)
+    return names.index(result.item.type), result.item.num_shapes or 0
