@@ -54,8 +54,7 @@ def check_request(request: AddRequest, limits: AdmissionLimits) -> None:
         )
     for image in request.images:
         _check_tiles(image, limits)
-    for span in request.spans:
-        _check_span(span, len(request.prompt_token_ids))
+    _check_spans(request.spans, len(request.prompt_token_ids))
     _check_image_blocks(request, limits)
 
 
@@ -89,12 +88,20 @@ def _check_tiles(image: ImageTiles, limits: AdmissionLimits) -> None:
         )
 
 
-def _check_span(span: ImageSpan, num_prompt_tokens: int) -> None:
-    if span.start >= num_prompt_tokens or (span.end is not None and span.end <= span.start):
-        raise InvalidRequestError(
-            f"an image's span [{span.start}, {span.end}) holds no token of the prompt's "
-            f"{num_prompt_tokens}"
-        )
+def _check_spans(spans: list[ImageSpan], num_prompt_tokens: int) -> None:
+    last_start = -1
+    for span in spans:
+        if span.start >= num_prompt_tokens or (span.end is not None and span.end <= span.start):
+            raise InvalidRequestError(
+                f"an image's span [{span.start}, {span.end}) holds no token of the prompt's "
+                f"{num_prompt_tokens}"
+            )
+        if span.start <= last_start:
+            raise InvalidRequestError(
+                f"an image's span starts at {span.start}, not after the one before it at "
+                f"{last_start}: give each image its own token, in prompt order"
+            )
+        last_start = span.start
 
 
 def _check_image_blocks(request: AddRequest, limits: AdmissionLimits) -> None:

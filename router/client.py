@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from . import wire
 from .errors import (
@@ -157,7 +157,7 @@ class EngineClient:
                 await self._state_changed.wait()
         return self.info
 
-    async def generate(self, request: AddRequest) -> AsyncIterator[SequenceOutput]:
+    async def generate(self, request: AddRequest) -> AsyncGenerator[SequenceOutput, None]:
         """Yield the request's new tokens as they come; the last output says why it ended.
 
         Raises QueueFullError, InvalidRequestError, EngineInternalError or

@@ -17,7 +17,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: a local folder. device: "auto", "cpu", "cuda" or "cuda:N". dtype:
     "auto", "float32", "bfloat16" or "float16". max_model_len None takes the
-    model's own context. kv_cache_bytes None sizes both pools from free memory.
+    model's own context. max_num_batched_tokens and max_num_batched_images cap what
+    one step computes. kv_cache_bytes None sizes both pools from free memory.
     num_threads None takes the cores that HTTP and image decoding leave.
     max_frame_bytes caps one message from a worker; a worker that leaves more than
     max_outgoing_bytes unread is dropped. parent_pid: the process whose end ends
@@ -31,6 +32,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: Positive | None = None
     max_num_seqs: Positive = 64
     max_num_batched_tokens: Positive = 2048
+    max_num_batched_images: Positive = 4
     block_size: Positive = 16
     num_text_blocks: Positive | None = None
     num_image_blocks: Positive | None = None

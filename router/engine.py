@@ -217,6 +217,7 @@ class Engine:
         return SchedulerLimits(
             max_num_seqs=self._config.max_num_seqs,
             max_num_batched_tokens=self._config.max_num_batched_tokens,
+            max_num_batched_images=self._config.max_num_batched_images,
             max_model_len=self._limits.max_model_len,
         )
 

@@ -41,7 +41,10 @@ class RequestQueue:
         return len(self._sequences)
 
     def put(self, sequence: Sequence) -> None:
-        """Take `sequence` at the end. Raises QueueFullError, naming the limit, if it is full."""
+        """Take `sequence` at the end. Raises QueueFullError, naming the limit, if it is full.
+
+        An empty queue takes any sequence: what came alone would else be refused for ever.
+        """
         self._refuse_over(
             "requests", len(self) + 1, self._limits.max_requests, "--max-queue-requests"
         )
@@ -87,7 +90,7 @@ class RequestQueue:
         self._not_empty.set()
 
     def _refuse_over(self, what: str, wanted: int, limit: int, option: str) -> None:
-        if wanted > limit:
+        if self._sequences and wanted > limit:
             raise QueueFullError(
                 f"the queue is full: with this request {wanted:,} {what} would wait, the limit is "
                 f"{limit:,}. Try again later or start the server with a larger {option}",

@@ -9,6 +9,9 @@ Owns the sequences that run and the blocks they hold. One step is planned so:
     3. waiting requests are admitted, first come first served, while there is
        budget, a place and room in both pools
 
+A step encodes a few images at most, so that a burst of pictures does not hold up
+those who decode: a chunk ends before an image that has to wait for the next step.
+
 Why this cannot deadlock, nor starve anyone: `running` is in order of arrival, and
 only its newest member is ever preempted, so the oldest always proceeds; a
 preempted sequence waits before everyone who came after it; and admission refuses
@@ -38,6 +41,7 @@ class SchedulerLimits:
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_num_batched_images: int
     max_model_len: int
 
 
@@ -56,6 +60,7 @@ class _Step:
     """The step being planned or computed."""
 
     budget: int
+    image_budget: int
     batch: StepBatch = field(default_factory=StepBatch)
     sequences: list[Sequence] = field(default_factory=list)
     due_images: list[ImageEntry] = field(default_factory=list)
@@ -93,7 +98,8 @@ class Scheduler:
         Hand its result to `update`, or call `fail_step`, before the next call.
         """
         assert self._step is None, "the last step has no result yet"
-        step = _Step(budget=self._limits.max_num_batched_tokens)
+        limits = self._limits
+        step = _Step(limits.max_num_batched_tokens, limits.max_num_batched_images)
         self._plan_decodes(step)
         self._plan_chunks(step)
         self._admit(step)
@@ -109,30 +115,33 @@ class Scheduler:
             if sequence.num_uncomputed_tokens == 1 and sequence.status is Status.RUNNING:
                 self._give_room(sequence)
                 if sequence.status is Status.RUNNING:
-                    self._plan(step, sequence, num_tokens=1)
+                    self._plan(step, sequence)
 
     def _plan_chunks(self, step: _Step) -> None:
         for sequence in self._running:
             if step.budget == 0:
                 return
             if not sequence.is_in_step:
-                num_tokens = min(sequence.num_uncomputed_tokens, step.budget)
-                self._plan(step, sequence, num_tokens)
+                self._plan(step, sequence)
 
     def _admit(self, step: _Step) -> None:
         while step.budget > 0 and len(self._running) < self._max_num_seqs:
             sequence = self._waiting.peek()
             if sequence is None or not self._fits(sequence):
                 return
+            if sequence.image_keys and step.image_budget == 0:
+                return  # it would hold blocks and wait for its images
             self._waiting.remove(sequence)
             self._start(sequence)
-            self._plan(step, sequence, min(sequence.num_uncomputed_tokens, step.budget))
+            self._plan(step, sequence)
 
-    def _plan(self, step: _Step, sequence: Sequence, num_tokens: int) -> None:
-        """Put the next `num_tokens` of `sequence` into the step."""
+    def _plan(self, step: _Step, sequence: Sequence) -> None:
+        """Put as many of the next tokens of `sequence` into the step as its budgets allow."""
         start = sequence.num_computed_tokens
-        end = start + num_tokens
-        self._plan_images(step, sequence, start, end)
+        end = start + min(sequence.num_uncomputed_tokens, step.budget)
+        end = self._plan_images(step, sequence, start, end)
+        if end == start:
+            return
         image_block_ids = [entry.block_ids for entry in sequence.images]
         is_last_chunk = end == sequence.num_tokens
         step.batch.sequences.append(
@@ -147,15 +156,24 @@ class Scheduler:
             )
         )
         step.sequences.append(sequence)
-        step.budget -= num_tokens
+        step.budget -= end - start
         sequence.is_in_step = True
 
-    def _plan_images(self, step: _Step, sequence: Sequence, start: int, end: int) -> None:
-        """Encode what these positions see and no step has encoded, once."""
+    def _plan_images(self, step: _Step, sequence: Sequence, start: int, end: int) -> int:
+        """Encode what these positions see and no step has encoded, once.
+
+        Returns where the chunk ends: before the first image that is one too many.
+        What computed positions saw is encoded, so that image starts at `start` or later.
+        """
         for entry, span in zip(sequence.images, sequence.request.spans, strict=True):
-            if not entry.is_encoded and entry not in step.due_images and is_seen(span, start, end):
-                step.due_images.append(entry)
-                step.batch.images.append(ImageToEncode(entry.image, entry.block_ids))
+            if entry.is_encoded or entry in step.due_images or not is_seen(span, start, end):
+                continue
+            if step.image_budget == 0:
+                return span.start
+            step.image_budget -= 1
+            step.due_images.append(entry)
+            step.batch.images.append(ImageToEncode(entry.image, entry.block_ids))
+        return end
 
     # Blocks
 

@@ -40,6 +40,8 @@ def is_seen(span: ImageSpan, start: int, end: int) -> bool:
 
 def _borders(spans: list[ImageSpan], start: int, end: int) -> list[int]:
     """start, end and every position between them where some image appears or goes."""
+    if end - start == 1:
+        return [start, end]
     edges = {start, end}
     for span in spans:
         edges.update(edge for edge in (span.start, span.end) if edge and start < edge < end)

@@ -49,6 +49,13 @@ def test_a_full_queue_refuses_with_the_limit_and_when_to_come_back(queue, what):
     queue.put(sequence_of("c", num_images=1))
 
 
+def test_an_empty_queue_takes_a_request_that_is_larger_than_its_limits():
+    queue = queue_of(max_tokens=5, max_bytes=5)
+    queue.put(sequence_of("a", num_tokens=6, num_images=1))
+    with pytest.raises(QueueFullError):
+        queue.put(sequence_of("b", num_tokens=1))
+
+
 def test_a_refusal_keeps_its_message_and_its_delay_over_the_wire():
     error = error_of(failure_of("a", QueueFullError("full", 3.0)))
     assert isinstance(error, QueueFullError)

@@ -29,6 +29,7 @@ class Bench:
     pools: PoolSizes = field(default_factory=lambda: PoolSizes(32, 8, 4))
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 16
+    max_num_batched_images: int = 4
     max_model_len: int = 64
 
     def __post_init__(self) -> None:
@@ -36,7 +37,10 @@ class Bench:
         self.queue = RequestQueue(QueueLimits(1000, 10**6, 10**9))
         self.limits = AdmissionLimits.of(self.runner.info)
         limits = SchedulerLimits(
-            self.max_num_seqs, self.max_num_batched_tokens, self.limits.max_model_len
+            self.max_num_seqs,
+            self.max_num_batched_tokens,
+            self.max_num_batched_images,
+            self.limits.max_model_len,
         )
         self.scheduler = Scheduler(self.runner.info, limits, self.queue)
         self.tokens: dict[str, list[int]] = {}
@@ -132,6 +136,7 @@ def scenarios(draw):
         pools=pools,
         max_num_seqs=draw(st.integers(1, 6)),
         max_num_batched_tokens=draw(st.integers(1, 12)),
+        max_num_batched_images=draw(st.integers(1, 3)),
         max_model_len=max_model_len,
     )
     count = draw(st.integers(1, 7))
@@ -169,6 +174,7 @@ def test_any_mix_of_arrivals_aborts_and_tiny_pools_answers_as_if_alone(scenario,
         if batch is not None:
             assert 0 < batch.num_tokens <= bench.max_num_batched_tokens
             assert len(batch.sequences) <= bench.max_num_seqs
+            assert len(batch.images) <= bench.max_num_batched_images
             bench.finish(batch)
         now += 1
         assert now < 5000, "the requests do not finish"
@@ -300,6 +306,28 @@ def test_an_image_is_encoded_in_the_step_that_first_sees_it_and_only_there():
     assert [len(bench.step().images) for _ in range(4)] == [0, 1, 0, 0]
 
 
+def test_a_chunk_ends_before_an_image_that_is_too_many_for_its_step():
+    bench = Bench(max_num_batched_tokens=64, max_num_batched_images=2)
+    bench.add(request_of("decoding", max_tokens=20))
+    bench.step()
+    images = [fake_image(name) for name in "pqr"]
+    spans = [ImageSpan(2), ImageSpan(3), ImageSpan(8)]
+    bench.add(request_of("three", prompt=range(12), images=images, spans=spans))
+    bench.add(request_of("image", images=images[:1], spans=spans[:1]))
+    bench.add(request_of("text"))
+    planned = [
+        ({one.request_id: len(one.token_ids) for one in batch.sequences}, len(batch.images))
+        for batch in (bench.step(), bench.step())
+    ]
+    assert planned == [
+        ({"decoding": 1, "three": 8}, 2),
+        ({"decoding": 1, "three": 4, "image": 3, "text": 3}, 1),
+    ]
+    bench.run()
+    assert bench.runner.num_images_encoded == 3
+    bench.assert_all_free()
+
+
 def test_the_same_picture_in_two_requests_is_stored_and_encoded_once():
     bench = Bench(max_num_batched_tokens=64)
     for name in "ab":
@@ -429,10 +457,14 @@ def test_a_context_larger_than_the_pool_is_cut_to_the_pool():
         ({"images": [fake_image("p")]}, "1 images but 0 spans"),
         ({"images": [fake_image("p")], "spans": [ImageSpan(3)]}, "holds no token"),
         ({"images": [fake_image("p")], "spans": [ImageSpan(2, 2)]}, "holds no token"),
+        ({"images": [fake_image("p")] * 2, "spans": [ImageSpan(1)] * 2}, "its own token"),
         ({"images": [fake_image("p", 5)], "spans": [ImageSpan(0)]}, "up to 4 of 2"),
         ({"images": [fake_image("p", 1, 3)], "spans": [ImageSpan(0)]}, "up to 4 of 2"),
         (
-            {"images": [fake_image(n, 4) for n in "pqr"], "spans": [ImageSpan(0)] * 3},
+            {
+                "images": [fake_image(n, 4) for n in "pqr"],
+                "spans": [ImageSpan(0), ImageSpan(1), ImageSpan(2)],
+            },
             "12 tiles; the cache holds 8",
         ),
     ],
