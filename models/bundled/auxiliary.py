@@ -23,6 +23,7 @@ class PictureHeads(nn.Module):
         self.kind = nn.Linear(FEATURES, len(KINDS) + 1)
         self.colour = nn.Linear(FEATURES, len(BACKGROUNDS))
         self.is_centre = nn.Linear(FEATURES, 2)
+        self.place = nn.Linear(FEATURES, 3)
         self.outline = nn.Linear(FEATURES, (PATCH_SIZE // 2) ** 2)
         self.background = nn.Linear(HIDDEN, len(BACKGROUNDS))
         self.count = nn.Linear(HIDDEN, MAX_SHAPES + 1)
@@ -37,13 +38,14 @@ class PictureHeads(nn.Module):
         kind_weight = torch.tensor([0.3] + [1.0] * len(KINDS))
         kind_counts = self.kind_counts(pooled).unflatten(-1, (len(KINDS), -1))
         return {
-            "kind": _loss(self.kind(patches), pictures.kind, kind_weight),
+            "kind": 2 * _loss(self.kind(patches), pictures.kind, kind_weight),
             "colour": _loss(self.colour(patches), pictures.colour),
             "centre": _loss(self.is_centre(patches), pictures.is_centre, weight),
             # teaches edges whatever the colours: kinds were hardly told apart before it was added
             "outline": 4 * functional.binary_cross_entropy_with_logits(
                 self.outline(patches).float(), pictures.outline
             ),
+            "place": _place_loss(self.place(patches), pictures.place),
             "background": _loss(self.background(pooled), pictures.background),
             "count": _loss(self.count(pooled), pictures.count),
             "kind_counts": _loss(kind_counts, pictures.kind_counts),
@@ -61,6 +63,14 @@ def _loss(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tenso
     return functional.cross_entropy(
         logits.float().flatten(0, -2), labels.flatten(), weight=weight, ignore_index=IGNORE
     )
+
+
+def _place_loss(places: Tensor, labels: Tensor) -> Tensor:
+    """Mean distance in patches, over the patches of shapes; teaches which patches belong together."""
+    is_shape = ~labels.isnan().any(-1)
+    if not is_shape.any():
+        return places.float().sum() * 0
+    return functional.smooth_l1_loss(places.float()[is_shape], labels[is_shape], beta=0.3)
 
 
 @torch.no_grad()

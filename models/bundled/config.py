@@ -1,4 +1,4 @@
-"""The bundled model's shape: its configuration, its checkpoint's files, and an untrained model.
+"""The bundled model's shape: its configuration and its checkpoint's files.
 
 Knows nothing of training or data.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from transformers import (
     GenerationConfig,
@@ -75,21 +74,6 @@ def model_config() -> MllamaConfig:
     return MllamaConfig(
         vision_config=vision, text_config=text, image_token_index=SPECIAL_IDS[IMAGE_TOKEN]
     )
-
-
-def untrained_model(seed: int) -> MllamaForConditionalGeneration:
-    """Random weights, cross-attention gates at 1.0 so that pictures count from the first step."""
-    torch.manual_seed(seed)
-    config = model_config()
-    config._attn_implementation = "eager"  # SDPA's bfloat16 backward is slower on a CPU
-    model = MllamaForConditionalGeneration(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "cross_attn_attn_gate" in name or "cross_attn_mlp_gate" in name:
-                parameter.fill_(1.0)
-            elif name.endswith(("gate_attn", "gate_ffn", "embedding.gate")):
-                parameter.fill_(0.8)
-    return model
 
 
 def image_processor() -> MllamaImageProcessorPil:

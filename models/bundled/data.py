@@ -45,7 +45,9 @@ class Pictures:
     [pictures, 1, 4]. Labels are int64, IGNORE where there is nothing to learn. Of patches,
     [pictures, 4, 16]: kind (0 none), colour, is_centre. Of pictures: background, count
     [pictures], kind_counts [pictures, kinds]. outline: [pictures, 4, 16, 49], how much of each
-    2 x 2 pixel cell of a patch is covered by shapes, 0 to 1.
+    2 x 2 pixel cell of a patch is covered by shapes, 0 to 1. place: [pictures, 4, 16, 3], from a
+    patch to the centre of the shape it belongs to, x and y, and that shape's radius, in patches;
+    NaN where kind is not above 0.
     """
 
     pixel_values: Tensor
@@ -58,6 +60,7 @@ class Pictures:
     count: Tensor
     kind_counts: Tensor
     outline: Tensor
+    place: Tensor
 
 
 @dataclass(slots=True)
@@ -89,7 +92,7 @@ class Mixture:
     batch_size: int = 32
     rows_per_picture: int = 3
     max_shapes: int = 4
-    num_buckets: int = 5
+    num_buckets: int = 6
 
 
 class Conversations(IterableDataset[Batch]):
@@ -168,7 +171,7 @@ def stack_pictures(scenes: list[Scene], rng: np.random.Generator) -> Pictures:
     layouts = [layout_of(scene.width, scene.height) for scene in scenes]
     pixels = np.stack([_tiles(s, layout, rng) for s, layout in zip(scenes, layouts, strict=True)])
     patches = np.stack([_label_patches(s, lay) for s, lay in zip(scenes, layouts, strict=True)])
-    labels = torch.from_numpy(patches)
+    labels = torch.from_numpy(patches[:, :3]).long()
     num_tiles = torch.tensor([layout.rows * layout.columns for layout in layouts])
     return Pictures(
         pixel_values=torch.from_numpy(pixels)[:, None],
@@ -180,6 +183,7 @@ def stack_pictures(scenes: list[Scene], rng: np.random.Generator) -> Pictures:
         background=torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes]),
         count=torch.tensor([len(scene.shapes) for scene in scenes]),
         kind_counts=torch.tensor([[len(s.of_kind(kind)) for kind in KINDS] for s in scenes]),
+        place=torch.from_numpy(patches[:, 3:].transpose(0, 2, 3, 1)),
         outline=torch.from_numpy(
             np.stack([_outline(s, layout) for s, layout in zip(scenes, layouts, strict=True)])
         ),
@@ -214,24 +218,27 @@ def _through_a_file(
 
 
 def _label_patches(scene: Scene, layout: Layout) -> np.ndarray:
-    """Kind, colour and is-centre of each patch: [3, 4, 16] int64, IGNORE on unused tiles."""
+    """Kind, colour, is-centre and place of each patch: [6, 4, 16] float32, IGNORE on unused tiles."""
     shape = (layout.rows * _GRID, layout.columns * _GRID)
     y, x = ((np.indices(shape) + 0.5) * PATCH_SIZE).astype(np.float32)
-    kind, is_centre = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    colour = np.full(shape, BACKGROUNDS.index(scene.background), np.int64)
+    grid = np.full((6, *shape), np.nan, np.float32)
+    grid[[0, 2]] = 0
+    grid[1] = BACKGROUNDS.index(scene.background)
     for thing in scene.shapes:
         centre_x, centre_y = thing.x * layout.width, thing.y * layout.height
-        radius = thing.radius * min(layout.width, layout.height) * 0.9 + 2
-        is_inside = np.hypot(x - centre_x, y - centre_y) < radius
-        kind[is_inside] = KINDS.index(thing.kind) + 1
-        colour[is_inside] = BACKGROUNDS.index(thing.colour)
-        is_centre[int(centre_y) // PATCH_SIZE, int(centre_x) // PATCH_SIZE] = 1
-    is_outside = (y > layout.height) | (x > layout.width)
-    colour[is_outside] = IGNORE
-    labels = np.full((3, MAX_TILES, _PATCHES), IGNORE, np.int64)
-    grid = np.stack([kind, colour, is_centre]).reshape(3, layout.rows, _GRID, layout.columns, _GRID)
+        radius = thing.radius * min(layout.width, layout.height)
+        is_inside = np.hypot(x - centre_x, y - centre_y) < radius * 0.9 + 2
+        grid[0, is_inside] = KINDS.index(thing.kind) + 1
+        grid[1, is_inside] = BACKGROUNDS.index(thing.colour)
+        grid[2, int(centre_y) // PATCH_SIZE, int(centre_x) // PATCH_SIZE] = 1
+        place = np.stack([centre_x - x, centre_y - y, np.full_like(x, radius)]) / PATCH_SIZE
+        grid[3:, is_inside] = place[:, is_inside]
+    grid[1, (y > layout.height) | (x > layout.width)] = IGNORE
+    labels = np.full((6, MAX_TILES, _PATCHES), IGNORE, np.float32)
+    labels[3:] = np.nan
+    grid = grid.reshape(6, layout.rows, _GRID, layout.columns, _GRID)
     used = layout.rows * layout.columns
-    labels[:, :used] = grid.transpose(0, 1, 3, 2, 4).reshape(3, used, _PATCHES)
+    labels[:, :used] = grid.transpose(0, 1, 3, 2, 4).reshape(6, used, _PATCHES)
     return labels
 
 
@@ -256,9 +263,9 @@ def conversation(rng: np.random.Generator, scene: Scene) -> list[Message]:
     """A random conversation about the scene; a small share is without any picture."""
     messages = [Message("system", str(rng.choice(SYSTEM)))] if rng.random() < 0.18 else []
     form = rng.random()
-    if form < 0.78:
+    if form < 0.84:
         return messages + _about_picture(rng, scene, 1)
-    if form < 0.89:
+    if form < 0.91:
         return messages + _about_picture(rng, scene, 2 if rng.random() < 0.7 else 3)
     if form < 0.98:
         return messages + _without_picture(rng, scene, 1 if rng.random() < 0.7 else 2)

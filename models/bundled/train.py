@@ -28,8 +28,9 @@ from transformers import MllamaForConditionalGeneration
 
 from ..reference import mend
 from .auxiliary import PictureHeads, accuracies
-from .config import save_checkpoint, untrained_model
+from .config import save_checkpoint
 from .data import IGNORE, Batch, Conversations, Mixture, Pictures, Rows
+from .initial import untrained_model
 from .tokenizer import Encoder, build_tokenizer
 
 _WARM_UP_STEPS = 150
