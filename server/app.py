@@ -21,7 +21,7 @@ from ..router.client import EngineClient
 from ..router.errors import EngineDeadError
 from .errors import ApiError, InternalError, error_body, type_of_status
 from .generation import Engine, Generator, Images
-from .guards import HeadGuard, HeadTooLargeError, request_id_of
+from .guards import HeadGuard, HeadTooLargeError, receive_body, request_id_of
 from .images.decoders import DecoderPool
 from .images.fetch import ImageFetcher
 from .images.loader import ImageLoader
@@ -175,8 +175,9 @@ def _add_guards(app: Sanic[Any, Any], settings: ServerSettings) -> None:
 
     # Before routing, so that the head is judged before a byte of the body is kept.
     @app.signal("http.routing.before")
-    async def check_head(request: Request) -> None:
+    async def admit(request: Request) -> None:
         guard.check(request)
+        await receive_body(request, settings.request_timeout_s)
 
     @app.on_response
     async def name_request(request: Request, response: HTTPResponse) -> None:

@@ -185,9 +185,11 @@ class Generator:
                 async for output in outputs:
                     timer.tokens(len(output.token_ids))
                     for event in growing.take(output):
-                        yield event
+                        # Counted before it is told: nobody may come back after a Finish.
                         if isinstance(event, Finish):
                             timer.finish(event.reason)
+                        yield event
+                        if isinstance(event, Finish):
                             return
         except EngineError as error:
             timer.fail()

@@ -6,6 +6,7 @@ and request ids. Knows nothing of routes but the two that need no key.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import re
 import uuid
@@ -18,6 +19,7 @@ from .errors import ApiError, AuthenticationError, BadRequestError, UnsupportedM
 from .routes.health import LIVE, READY
 
 MAX_HEADERS = 100
+MIN_BYTES_PER_S = 65_536
 OPEN_PATHS = frozenset({LIVE, READY})
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
@@ -58,6 +60,37 @@ class HeadGuard:
             raise AuthenticationError(
                 "a valid API key is required: send it as 'Authorization: Bearer KEY'"
             )
+
+
+class SlowBodyError(ApiError):
+    status = 408
+    type = "invalid_request_error"
+
+
+async def receive_body(request: Request, timeout_s: float) -> None:
+    """Read the whole body, which must keep coming.
+
+    timeout_s: how long it may take, and longer by what came already at
+    `MIN_BYTES_PER_S`, so that a large body is not a slow one.
+    Raises SlowBodyError; Sanic raises PayloadTooLarge where it passes its cap.
+    """
+    stream = request.stream
+    if not isinstance(stream, Http) or not stream.request_body:
+        return
+    chunks: list[bytes] = []
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    try:
+        async with asyncio.timeout_at(deadline) as timer:
+            async for chunk in stream:
+                chunks.append(chunk)
+                deadline += len(chunk) / MIN_BYTES_PER_S
+                timer.reschedule(deadline)
+    except TimeoutError as error:
+        # The rest is not waited for.
+        stream.keep_alive, stream.request_body = False, None
+        raise SlowBodyError(f"the body did not come within {timeout_s:g} s") from error
+    request.body = b"".join(chunks)
 
 
 def request_id_of(request: Request) -> str:

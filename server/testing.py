@@ -246,6 +246,8 @@ def tokens_one_by_one(
 async def running_server(settings: ServerSettings, **parts: Any) -> AsyncIterator[str]:
     """A real server on a free loopback port, in this event loop; gives its base URL."""
     app = build_app(settings, **parts)
+    # It rewrites Sanic's classes for the one application of a process; tests have many.
+    app.config.TOUCHUP = False
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = await app.create_server(sock=listening, return_asyncio_server=True)
         assert server is not None, "sanic gives a server when asked to"

@@ -1,0 +1,433 @@
+"""Models, health, metrics, keys and what is refused by a request's head."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx2
+import msgspec
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from vlmserve.server.settings import ServerSettings
+from vlmserve.server.testing import (
+    MODEL,
+    OneTileImages,
+    ScriptedEngine,
+    meta_like_tokenizer,
+    running_server,
+    tokens_one_by_one,
+    write_checkpoint,
+)
+
+DATA = Path(__file__).parent / "data"
+TOKENIZER = meta_like_tokenizer()
+CHAT = "/v1/chat/completions"
+DEADLINE_S = 25.0
+EXCHANGE_S = 5.0
+BODY = {"model": MODEL, "messages": [{"role": "user", "content": "What?"}]}
+ROUTES = [
+    ("GET", "/v1/models"),
+    ("GET", "/metrics"),
+    ("GET", "/v1/metrics"),
+    ("GET", "/nothing"),
+    ("POST", "/v1/models"),
+    ("POST", CHAT),
+    *(
+        ("POST", prefix + path)
+        for prefix in ("", "/ls", "/experimental/ls")
+        for path in (
+            "/inference/chat_completion",
+            "/alpha/inference/chat-completion",
+            "/v1/inference/chat-completion",
+        )
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def serve(checkpoint, use, *, engine=None, **settings):
+    """Run `use(client, engine)` against a server and give what it gives."""
+
+    async def run():
+        script = lambda request: list(tokens_one_by_one(TOKENIZER, "What?"))  # noqa: E731
+        fake = engine or ScriptedEngine(script)
+        options = {"served_model_names": [MODEL]} | settings
+        options = ServerSettings(model=str(checkpoint), engine_socket="", **options)
+        parts = {"engine_client": fake, "images": OneTileImages()}
+        async with (
+            asyncio.timeout(DEADLINE_S),
+            running_server(options, **parts) as url,
+            httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
+        ):
+            return await use(client, fake)
+
+    return asyncio.run(run())
+
+
+def get(checkpoint, path, *, method="GET", headers=None, **options):
+    async def use(client, engine):
+        return await client.request(method, path, headers=headers)
+
+    return serve(checkpoint, use, **options)
+
+
+def exchange(checkpoint, raw, **options):
+    """Send bytes as they are; gives all that comes back until the server closes."""
+
+    async def use(client, engine):
+        url = client.base_url
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(raw)
+        async with asyncio.timeout(EXCHANGE_S):
+            answer = await reader.read()
+        writer.close()
+        return answer
+
+    return serve(checkpoint, use, **options)
+
+
+def shape_of(value):
+    if isinstance(value, dict):
+        return [(key, shape_of(inner)) for key, inner in value.items()]
+    if isinstance(value, list):
+        return [shape_of(inner) for inner in value]
+    return type(value)
+
+
+def test_models_has_the_documented_shape(checkpoint):
+    sample = json.loads((DATA / "models.response.json").read_text())
+    answer = get(checkpoint, "/v1/models").json()
+    assert shape_of(answer) == shape_of(sample)
+    card, expected = answer["data"][0], sample["data"][0]
+    changing = {"created", "permission"}
+    assert {k: v for k, v in card.items() if k not in changing} == {
+        k: v for k, v in expected.items() if k not in changing
+    }
+    permission, documented = card["permission"][0], expected["permission"][0]
+    assert len(permission["id"]) == len(documented["id"])
+    assert {k: v for k, v in permission.items() if k not in ("id", "created")} == {
+        k: v for k, v in documented.items() if k not in ("id", "created")
+    }
+
+
+def test_models_is_the_same_twice_and_lists_every_served_name(checkpoint):
+    async def use(client, engine):
+        return [(await client.get("/v1/models")).json() for _ in range(2)]
+
+    one, two = serve(checkpoint, use, served_model_names=["a", "b"])
+    assert one == two
+    assert [(card["id"], card["root"]) for card in one["data"]] == [("a", "a"), ("b", "a")]
+
+
+def test_max_model_len_is_the_engines_and_before_that_the_checkpoints(checkpoint):
+    engine = ScriptedEngine(lambda request: [], max_model_len=512)
+
+    async def use(client, engine):
+        before = (await client.get("/v1/models")).json()["data"][0]["max_model_len"]
+        engine.info = None
+        after = (await client.get("/v1/models")).json()["data"][0]["max_model_len"]
+        return before, after
+
+    assert serve(checkpoint, use, engine=engine) == (512, 131072)
+
+
+def test_health_answers_as_documented(checkpoint):
+    for name in ("ready", "live"):
+        response = get(checkpoint, f"/v1/health/{name}")
+        assert response.status_code == 200
+        assert list(response.json().items()) == list(
+            json.loads((DATA / f"{name}.response.json").read_text()).items()
+        )
+
+
+def test_not_ready_is_a_503_and_live_stays_200(checkpoint):
+    async def use(client, engine):
+        answers = []
+        for is_ready, age_s in ((False, 0.1), (True, 30.0), (True, float("inf"))):
+            engine.is_ready, engine.heartbeat_age_s = is_ready, age_s
+            answers.append(await client.get("/v1/health/ready"))
+        return answers, await client.get("/v1/health/live")
+
+    (not_ready, late, not_yet), live = serve(checkpoint, use)
+    for response in (not_ready, late):
+        assert response.status_code == 503
+        assert response.text == '{"object":"health.response","message":"Service is not ready."}'
+    assert (not_yet.status_code, live.status_code) == (200, 200)
+
+
+def test_unknown_routes_and_methods_are_json_errors(checkpoint):
+    missing = get(checkpoint, "/nothing")
+    assert (missing.status_code, missing.json()["error"]["type"]) == (404, "invalid_request_error")
+    wrong = get(checkpoint, CHAT)
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert wrong.json()["object"] == "error"
+
+
+def test_metrics_count_requests_under_the_documented_names(checkpoint):
+    async def use(client, engine):
+        await client.post(CHAT, json=BODY)
+        return (await client.get("/metrics")).text, (await client.get("/v1/metrics")).text
+
+    text, other = serve(checkpoint, use)
+    values = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert values["generation_tokens_total"] == 3
+    assert values["request_success_total"] == values["request_finish_total"] == 1
+    assert values["time_to_first_token_seconds_count"] == 1
+    assert values["e2e_request_latency_seconds_count"] == 1
+    assert values["request_prompt_tokens_count"] == 1
+    assert values["prompt_tokens_total"] == values["request_prompt_tokens_sum"] > 0
+    assert values["gpu_cache_usage_perc"] == 0.25
+    assert values["num_requests_running"] == 1
+    assert values["num_request_max"] == 64
+    assert {"num_requests_waiting", "request_failure_total"} <= set(values)
+    assert set(map(str, text_string_to_metric_families(other)))
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer wrong",
+        "Basic key",
+        "key",
+        "Bearer k\xe9y",
+        "bearer KEY",
+    ],
+)
+def test_every_route_but_live_and_ready_needs_the_key(checkpoint, authorization):
+    async def use(client, engine):
+        headers = (
+            [] if authorization is None else [(b"authorization", authorization.encode("latin-1"))]
+        )
+        answers = [await client.request(*route, headers=headers) for route in ROUTES]
+        health = [
+            await client.get(f"/v1/health/{name}", headers=headers) for name in ("live", "ready")
+        ]
+        return answers, health
+
+    answers, health = serve(checkpoint, use, api_keys=["key", "other"])
+    assert {answer.status_code for answer in answers} == {401}
+    assert len({answer.content for answer in answers}) == 1
+    assert answers[0].json()["error"]["code"] == "invalid_api_key"
+    assert answers[0].headers["www-authenticate"] == "Bearer"
+    assert {answer.status_code for answer in health} == {200}
+
+
+def test_any_of_the_keys_opens_the_routes(checkpoint):
+    for key in ("key", "schlüssel"):
+        headers = [(b"Authorization", f"Bearer {key}".encode())]
+        response = get(checkpoint, "/v1/models", headers=headers, api_keys=["key", "schlüssel"])
+        assert response.status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/health/live/", "/V1/health/live", "//v1/health/live"])
+def test_a_path_that_only_looks_open_needs_the_key(checkpoint, path):
+    response = get(checkpoint, path, api_keys=["key"])
+    assert response.status_code in (200, 401)
+    if response.status_code == 200:
+        assert response.json()["message"] == "Service is live."
+
+
+HEAD = b"Host: a\r\nContent-Type: application/json\r\n"
+SMUGGLED = b"GET /v1/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        HEAD + b"Content-Length : 41\r\n",
+        b"Content-Length: 41\r\n",
+        HEAD + b"Host: b\r\nContent-Length: 41\r\n",
+        HEAD + b"X-A: a\x00b\r\nContent-Length: 41\r\n",
+        HEAD + b"X-A: a\r\n folded\r\nContent-Length: 41\r\n",
+        HEAD + "Content-Length: ٤١\r\n".encode(),
+        HEAD + b"Content-Length: 41\r\nContent-Length: 41\r\n",
+        HEAD + b"Content-Length: 41\r\nTransfer-Encoding: chunked\r\n",
+        HEAD + b"Transfer-Encoding: gzip, chunked\r\n",
+        HEAD + b"Content-Length: -1\r\n",
+        HEAD + b"X(A): a\r\nContent-Length: 41\r\n",
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, "/ls/inference/chat_completion"])
+def test_a_head_that_two_readers_could_read_differently_is_refused_once(checkpoint, head, path):
+    raw = b"POST " + path.encode() + b" HTTP/1.1\r\n" + head + b"\r\n" + SMUGGLED
+    answer = exchange(checkpoint, raw)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b'"object":"error"' in answer
+
+
+def test_a_head_that_is_too_large_is_a_431(checkpoint):
+    for headers in (b"X-A: " + b"a" * 17_000 + b"\r\n", b"X-A: a\r\n" * 101):
+        answer = exchange(checkpoint, b"GET /v1/models HTTP/1.1\r\nHost: a\r\n" + headers + b"\r\n")
+        assert answer.startswith(b"HTTP/1.1 431 ")
+        assert b'"object":"error"' in answer
+
+
+def test_a_head_that_never_ends_is_a_408(checkpoint):
+    answer = exchange(checkpoint, b"GET /v1/models HTTP/1.1\r\nHost: a\r\n", request_timeout_s=0.2)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"object":"error"' in answer
+
+
+@pytest.mark.parametrize("path", [CHAT, "/ls/inference/chat_completion"])
+def test_a_body_that_never_ends_is_a_408(checkpoint, path):
+    head = b"POST " + path.encode() + b" HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{"
+    answer = exchange(checkpoint, head, request_timeout_s=0.2)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"object":"error"' in answer
+
+
+def test_a_large_body_is_not_a_slow_one(checkpoint):
+    """It may take as long as its bytes allow, beyond the time for a small one."""
+
+    async def slowly():
+        yield b'{"model":"x","user":"'
+        for _ in range(5):
+            await asyncio.sleep(0.1)
+            yield b"a" * 65_536
+        yield b'","messages":[{"role":"user","content":"a"}]}'
+
+    async def use(client, engine):
+        return await client.post(CHAT, content=slowly())
+
+    assert serve(checkpoint, use, request_timeout_s=0.3).status_code == 404
+
+
+def test_a_harmless_request_id_is_echoed_and_another_replaced(checkpoint):
+    async def use(client, engine):
+        ids = []
+        for given in (b"abc-1.2:3_4", b"a b", b"a" * 129, b"\xc3\xa9"):
+            response = await client.get("/v1/models", headers=[(b"X-Request-Id", given)])
+            ids.append(response.headers["x-request-id"])
+        return ids
+
+    kept, *replaced = serve(checkpoint, use)
+    assert kept == "abc-1.2:3_4"
+    assert all(len(request_id) == 32 for request_id in replaced)
+
+
+def test_settings_travel_as_json():
+    settings = ServerSettings(model="m", engine_socket="s", served_model_names=["a"], listen_fd=3)
+    assert msgspec.json.decode(msgspec.json.encode(settings), type=ServerSettings) == settings
+
+
+@contextlib.contextmanager
+def worker_process(checkpoint, tmp_path, **settings):
+    """A worker as the supervisor starts it; gives the process and its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        options = ServerSettings(
+            model=str(checkpoint),
+            engine_socket=str(tmp_path / "engine.sock"),
+            served_model_names=[MODEL],
+            listen_fd=listening.fileno(),
+            **settings,
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vlmserve.server.worker"],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=[listening.fileno()],
+        )
+        try:
+            process.stdin.write(msgspec.json.encode(options))
+            process.stdin.close()
+            yield process, f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+
+
+def loaded_libraries(pid):
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {Path(line.split()[-1]).name for line in lines if "/" in line}
+
+
+def test_a_worker_serves_an_inherited_socket_and_knows_no_torch(checkpoint, tmp_path):
+    with worker_process(checkpoint, tmp_path) as (process, url):
+        with httpx2.Client(base_url=url, timeout=DEADLINE_S) as client:
+            assert client.get("/v1/health/live").json()["message"] == "Service is live."
+            assert client.get("/v1/health/ready").status_code == 503
+            assert client.post(CHAT, json=BODY).status_code == 503
+            assert client.get("/v1/models").json()["data"][0]["id"] == MODEL
+        assert not {name for name in loaded_libraries(process.pid) if "torch" in name}
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+
+
+def test_importing_the_worker_loads_no_torch_and_no_transformers():
+    code = (
+        "import sys, vlmserve.server.worker; "
+        "print(sorted({'torch', 'transformers', 'sanic_ext'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_worker_ends_with_its_parent(checkpoint, tmp_path):
+    code = (
+        "import os, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-m', 'vlmserve.server.worker'],"
+        " stdin=subprocess.PIPE, pass_fds=[int(sys.argv[1])])\n"
+        "child.stdin.write(sys.argv[2].encode()); child.stdin.close()\n"
+        "print(child.pid, flush=True); time.sleep(60)\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        options = ServerSettings(
+            model=str(checkpoint),
+            engine_socket=str(tmp_path / "engine.sock"),
+            served_model_names=[MODEL],
+            listen_fd=listening.fileno(),
+        )
+        arguments = [str(listening.fileno()), msgspec.json.encode(options).decode()]
+        parent = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            stdout=subprocess.PIPE,
+            pass_fds=[listening.fileno()],
+        )
+        with parent:
+            worker = int(parent.stdout.readline())
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/health/live"
+            assert httpx2.get(url, timeout=DEADLINE_S).status_code == 200
+            parent.kill()
+    deadline = time.monotonic() + DEADLINE_S
+    while is_running(worker):
+        assert time.monotonic() < deadline, "the worker outlived its parent"
+        time.sleep(0.02)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+@pytest.mark.parametrize("stdin", [b"", b"{}", b'{"model": "/nowhere", "x": 1}'])
+def test_a_worker_without_good_settings_says_so_in_one_line(stdin):
+    done = subprocess.run(
+        [sys.executable, "-m", "vlmserve.server.worker"], input=stdin, capture_output=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1
+    assert done.stderr.startswith(b"HTTP worker cannot start: ")
