@@ -16,6 +16,7 @@ import time
 import zlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -106,6 +107,10 @@ def is_running(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"
+
+
+def read_proc(pid: int, name: str) -> bytes:
+    return Path(f"/proc/{pid}/{name}").read_bytes()
 
 
 # ---- headers
@@ -259,7 +264,9 @@ def test_every_mode_becomes_rgb_as_transformers_converts_it(name: str) -> None:
 
     with Image.open(io.BytesIO(encoded(MODES[name]))) as image:
         image.load()
-        assert np.array_equal(np.asarray(to_rgb(image)), convert_to_rgb(image, return_numpy=True))
+        assert np.array_equal(
+            np.asarray(to_rgb(image)), np.asarray(convert_to_rgb(image, return_numpy=True))
+        )
 
 
 def test_transparent_parts_are_white_even_of_palettes_and_large_pictures() -> None:
@@ -340,11 +347,13 @@ def test_large_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch: pytest.Mon
     monkeypatch.setattr("vlmserve.server.images.decoding.DRAFT_PIXELS", 10_000)
     half = Image.new("RGB", (400, 200), "white")
     half.paste((0, 0, 0), (0, 0, 200, 200))
-    sizes = []
-    monkeypatch.setattr(
-        "vlmserve.server.images.decoding.cut",
-        lambda image, *rest: sizes.append(image.size) or cut(image, *rest),
-    )
+    sizes: list[tuple[int, int]] = []
+
+    def noting_cut(image: Image.Image, *rest: Any) -> ImageTiles:
+        sizes.append(image.size)
+        return cut(image, *rest)
+
+    monkeypatch.setattr("vlmserve.server.images.decoding.cut", noting_cut)
     tiles = decoded(encoded(half, "JPEG"))
     assert sizes == [(100, 50)]
     assert max(first_pixel(tiles)) < 10
@@ -647,6 +656,32 @@ print([name for name in sys.modules if name.split(".")[0] in ("torch", "transfor
     assert out.stdout.splitlines() == ["['GIF', 'JPEG', 'PNG', 'TIFF', 'WEBP']", "[]"]
 
 
+def test_live_child_has_no_torch_and_none_of_the_servers_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLMSERVE_API_KEY", "a secret")
+
+    async def use(pool: DecoderPool) -> None:
+        await pool.decode(encoded(picture()))
+        for pid in pool.pids:
+            assert b"torch" not in read_proc(pid, "maps")
+            assert b"a secret" not in read_proc(pid, "environ")
+
+    with_pool(use)
+
+
+def test_signals_to_the_whole_group_leave_children_to_their_parent() -> None:
+    async def use(pool: DecoderPool) -> None:
+        pids = pool.pids
+        for pid in pids:
+            os.kill(pid, signal.SIGINT)
+            os.kill(pid, signal.SIGTERM)
+        await asyncio.gather(*(pool.decode(encoded(picture())) for _ in range(4)))
+        assert pool.pids == pids
+
+    with_pool(use)
+
+
 def test_image_side_never_imports_torch() -> None:
     code = (
         "import sys, vlmserve.server.images.loader;"
@@ -752,6 +787,24 @@ def test_bytes_of_all_data_urls_are_counted_before_any_fetch() -> None:
     assert failure(result).index == 2
     assert "together" in failure(result).message
     assert fetcher.fetched == []
+
+
+def test_pixels_of_all_data_urls_are_counted_before_any_fetch() -> None:
+    settings = ImageSettings(max_request_pixels=2 * 70 * 50)
+    images = [inline(encoded(picture()))] * 2
+    assert isinstance(load(images, {}, settings)[0], list)
+    result, fetcher = load([remote("a.example"), *images, images[0]], {}, settings)
+    assert failure(result).index == 3
+    assert "7,000 pixels together" in failure(result).message
+    assert fetcher.fetched == []
+
+
+def test_pixels_of_fetches_count_into_the_same_budget() -> None:
+    settings = ImageSettings(max_request_pixels=2 * 70 * 50 - 1)
+    data = encoded(picture())
+    result, _ = load([inline(data), remote("a.example")], {"a.example": data}, settings)
+    assert failure(result).index == 1
+    assert "pixels together" in failure(result).message
 
 
 def test_bytes_of_fetches_count_into_the_same_budget() -> None:

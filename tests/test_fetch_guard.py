@@ -482,6 +482,11 @@ def test_body_longer_than_declared_gives_what_was_declared() -> None:
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0x5\r\n12345\r\n0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n12345",
         b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n12345",
+        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n12345",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"f" * 30 + b"\r\n12345",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n5\r\n12345\r\n0\r\n\r\n",
+        b"HTTP/1.1 99999 OK\r\n\r\n12345",
+        b"HTTP/1.1 \xff\xff\xff OK\r\n\r\n12345",
         b"no HTTP at all\r\n\r\n",
         b"",
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
@@ -490,6 +495,22 @@ def test_body_longer_than_declared_gives_what_was_declared() -> None:
 def test_lying_or_broken_answers_are_refused(answer: bytes) -> None:
     outcome = fetch("http://pictures.example/a", Site({"/a": answer}), settings=SMALL)
     assert outcome.message.startswith("image URL")
+
+
+def test_random_answers_give_bytes_or_an_image_error() -> None:
+    """A small seeded sample of a fuzzer over heads and bodies."""
+    rng = random.Random(4)
+    pieces = [
+        b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 302 F\r\n", b"HTTP/1.1 100 C\r\n\r\n", b"\r\n",
+        b"\r\n\r\n", b"Location: /a\r\n", b"Location: //\xff\r\n", b"Content-Length: 3\r\n",
+        b"abc", b"\x00", b": \r\n", b"Transfer-Encoding: chunked\r\n", b"3\r\nabc\r\n",
+        b"0\r\n\r\n", b" folded\r\n", b"\xff\xfe",
+        b"Content-Length: \xd9\xa3\r\n", b"Connection: upgrade\r\n", b"Upgrade: h2c\r\n",
+    ]  # fmt: skip
+    for _ in range(150):
+        answer = pieces[0] * rng.randint(0, 1) + b"".join(rng.choices(pieces, k=rng.randint(0, 7)))
+        outcome = fetch("http://pictures.example/a", Site({"/a": answer}), settings=SMALL)
+        assert outcome.body or outcome.message.startswith("image URL"), answer
 
 
 async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,7 +1,7 @@
 """The decoder's own process: reads encoded images from stdin, writes tiles to stdout.
 
 Owns what a process must do to be safe to kill: it dies with its parent, at the end
-of its stdin, or by its own alarm; it caps its memory, opens no file and no network.
+of its stdin, or by its own alarm; it caps its memory and can write no file.
 Knows nothing of requests or URLs. Started as `python -m vlmserve.server.images.decoder_child`
 with a DecoderConfig as JSON in its only argument.
 """
@@ -87,13 +87,15 @@ def send(replies: BinaryIO, reply: DecodeReply) -> None:
 def die_with(parent_pid: int) -> None:
     """Have the kernel kill this process when its parent dies; exit if it already has."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group: the parent decides
+    # Both may reach a whole group of processes: when to end is for the parent to decide.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if os.getppid() != parent_pid:
         sys.exit(0)
 
 
 def limit_memory(extra_bytes: int) -> None:
-    """Cap the address space at what is taken now plus extra_bytes; no core file, no new file."""
+    """Cap the address space at what is taken now plus extra_bytes; no core, no file written."""
     with open("/proc/self/statm", encoding="ascii") as statm:
         pages = int(statm.read().split()[0])
     limit = pages * resource.getpagesize() + extra_bytes

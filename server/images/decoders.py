@@ -30,8 +30,19 @@ START_TIMEOUT_S = 60.0
 RESTART_PAUSE_S = 1.0
 STREAM_LIMIT = 4 * 1024 * 1024
 CRASHED = "image cannot be decoded: the decoder stopped while reading it"
+# A child reads strangers' files: it is given what Python needs, and none of the server's keys.
+KEPT_VARIABLES = (
+    *("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONHASHSEED", "VIRTUAL_ENV"),
+    *("LANG", "LC_ALL", "LC_CTYPE", "MALLOC_ARENA_MAX"),
+)
 # One thread a child: its parallelism is the number of children.
 SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def child_environment() -> dict[str, str]:
+    """The environment variables that a child is started with."""
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    return kept | SINGLE_THREAD
 
 
 class DecoderLost(Exception):
@@ -57,7 +68,7 @@ class DecoderChild:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-W", "ignore", "-m", MODULE),
             msgspec.json.encode(config).decode(),
-            stdin=PIPE, stdout=PIPE, limit=STREAM_LIMIT, env={**os.environ, **SINGLE_THREAD},
+            stdin=PIPE, stdout=PIPE, limit=STREAM_LIMIT, env=child_environment(),
         )  # fmt: skip
         child = cls(process)
         try:

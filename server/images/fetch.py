@@ -27,6 +27,8 @@ from .sources import RemoteImage, parse_remote_url, too_large
 USER_AGENT = b"vlmserve (image fetch for a vision-language model)"
 REDIRECTS = {301, 302, 303, 307, 308}
 MAX_ADDRESSES = 4
+# For one address of several, so that one that swallows packets leaves time for the next.
+CONNECT_TIMEOUT_S = 3.0
 PLAIN = {b"", b"identity"}
 NOT_PUBLIC = (
     "image URL's host is not a public address: private, loopback, link-local and other special "
@@ -96,9 +98,10 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         """
         addresses = await self._judged_addresses(host, port)
         failure: Exception = httpcore2.ConnectError(UNREACHABLE)
+        timeout_s = CONNECT_TIMEOUT_S if timeout is None else timeout
         for address in addresses[:MAX_ADDRESSES]:
             try:
-                return await self._connector.connect(str(address), port, timeout)
+                return await self._connector.connect(str(address), port, timeout_s)
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout, OSError) as error:
                 failure = error
         raise failure
@@ -182,7 +185,7 @@ class ImageFetcher:
                 raise ImageError(f"image URL took over {timeout_s:g} s to download") from None
             except (httpcore2.NetworkError, OSError):
                 raise ImageError(UNREACHABLE) from None
-            except (httpcore2.ProtocolError, httpcore2.UnsupportedProtocol):
+            except (httpcore2.ProtocolError, httpcore2.UnsupportedProtocol, ValueError):
                 raise ImageError("image URL's server broke off or sent no valid HTTP") from None
 
     async def _follow(self, source: RemoteImage, spend: Callable[[int], None]) -> bytes:

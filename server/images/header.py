@@ -103,8 +103,9 @@ def _name_refused(data: bytes) -> str:
             return "image is HEIC, which is not supported: convert it to JPEG or PNG first"
         if data[8:12] in AVIF_BRANDS:
             return "image is AVIF, which is not supported: convert it to JPEG or PNG first"
+    start = data[:64]
     for magic, name in OTHER_FORMATS.items():
-        if data.lstrip().startswith(magic):
+        if start.startswith(magic) or start.lstrip().startswith(magic):
             return f"image is {name}, which is not supported: {ACCEPTED}"
     return f"image is of no known format: {ACCEPTED}"
 

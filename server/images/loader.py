@@ -1,7 +1,7 @@
 """From the image URLs of one request to their tiles, within the request's budget.
 
-Owns the order of things: count and bytes are checked before anything is fetched,
-then all images are fetched and decoded at once, and the first that fails ends the
+Owns the order of things: count, bytes and pixels are checked before anything is
+fetched, then all images are fetched and decoded at once, and the first that fails ends the
 others. Knows nothing of HTTP routes, prompts or models.
 """
 
@@ -14,24 +14,40 @@ from contextlib import contextmanager
 from ...models.batch import ImageTiles
 from .decoders import DecoderPool
 from .fetch import ImageFetcher
+from .header import check_header, read_header
 from .settings import MEBI, ImageError, ImageRequest, ImageSettings
 from .sources import InlineImage, RemoteImage, parse_source
 
 
-class ByteBudget:
-    """How many encoded bytes the images of one request may still have together."""
+class RequestBudget:
+    """How many encoded bytes and pixels the images of one request may have together."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._spent = 0
+    def __init__(self, settings: ImageSettings) -> None:
+        self._settings = settings
+        self._bytes_left = settings.max_request_bytes
+        self._pixels_left = settings.max_request_pixels
 
-    def spend(self, num_bytes: int) -> None:
+    def spend_bytes(self, num_bytes: int) -> None:
         """Count bytes that have come; raises ImageError once they are too many."""
-        self._spent += num_bytes
-        if self._spent > self._max_bytes:
+        self._bytes_left -= num_bytes
+        if self._bytes_left < 0:
             raise ImageError(
-                f"the request's images have over {self._max_bytes / MEBI:g} MiB together, the "
-                "limit: send fewer or smaller ones"
+                f"the request's images have over {self._settings.max_request_bytes / MEBI:g} MiB "
+                "together, the limit: send fewer or smaller ones"
+            )
+
+    def spend_pixels(self, data: bytes) -> None:
+        """Count the pixels that an image's header declares, and judge the header itself.
+
+        Raises ImageError if this image, or all together, may not be decoded.
+        """
+        header = read_header(data)
+        check_header(header, self._settings)
+        self._pixels_left -= header.width * header.height
+        if self._pixels_left < 0:
+            raise ImageError(
+                f"the request's images have over {self._settings.max_request_pixels:,} pixels "
+                "together, the limit: send fewer or smaller ones"
             )
 
 
@@ -54,13 +70,13 @@ class ImageLoader:
         ImageError with the index of the first image that fails (None if the
         request as a whole does), TimeoutError past the deadline.
         """
-        budget = ByteBudget(self._settings.max_request_bytes)
+        budget = RequestBudget(self._settings)
         sources = self._check(images, budget)
         async with asyncio.timeout_at(deadline):
             return await self._load_all(images, sources, budget)
 
     def _check(
-        self, images: Sequence[ImageRequest], budget: ByteBudget
+        self, images: Sequence[ImageRequest], budget: RequestBudget
     ) -> list[InlineImage | RemoteImage]:
         """What each URL stands for, as far as the budget goes; nothing has been fetched yet."""
         limit = self._settings.max_images
@@ -71,7 +87,8 @@ class ImageLoader:
             with _blaming(index):
                 source = parse_source(image.url, self._settings)
                 if isinstance(source, InlineImage):
-                    budget.spend(len(source.data))
+                    budget.spend_bytes(len(source.data))
+                    budget.spend_pixels(source.data)
             sources.append(source)
         return sources
 
@@ -79,7 +96,7 @@ class ImageLoader:
         self,
         images: Sequence[ImageRequest],
         sources: Sequence[InlineImage | RemoteImage],
-        budget: ByteBudget,
+        budget: RequestBudget,
     ) -> list[ImageTiles]:
         """All images at once; the first failure cancels the rest and is the one raised."""
         try:
@@ -93,13 +110,18 @@ class ImageLoader:
         return [task.result() for task in tasks]
 
     async def _load_one(
-        self, index: int, image: ImageRequest, source: InlineImage | RemoteImage, budget: ByteBudget
+        self,
+        index: int,
+        image: ImageRequest,
+        source: InlineImage | RemoteImage,
+        budget: RequestBudget,
     ) -> ImageTiles:
         with _blaming(index):
             if isinstance(source, InlineImage):
                 data = source.data
             else:
-                data = await self._fetcher.fetch(source, budget.spend)
+                data = await self._fetcher.fetch(source, budget.spend_bytes)
+                budget.spend_pixels(data)
             return await self._decoders.decode(data, image.max_tiles)
 
 

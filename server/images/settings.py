@@ -42,7 +42,8 @@ class ImageRequest:
 class ImageSettings:
     """All limits on images, with their defaults.
 
-    Counts and bytes of one request are checked before anything is fetched.
+    Count, bytes and pixels of one request are checked before anything is fetched,
+    as far as its data URLs tell, and again as fetches come in.
     max_image_bytes: encoded bytes of one image, after base64. max_pixels: JPEG
     has a limit of its own, because it can be decoded at a fraction of its size
     (a progressive one cannot, so max_pixels is its limit too).
@@ -55,6 +56,7 @@ class ImageSettings:
     max_images: int = 16
     max_image_bytes: int = DEFAULT_MAX_IMAGE_BYTES
     max_request_bytes: int = 64 * MEBI
+    max_request_pixels: int = 200_000_000
     max_url_chars: int = 8192
     max_pixels: int = 25_000_000
     max_jpeg_pixels: int = 100_000_000
