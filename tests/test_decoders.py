@@ -483,7 +483,7 @@ def test_killed_child_is_replaced_and_only_its_picture_fails() -> None:
 
 
 def test_hung_child_is_killed_at_its_deadline_while_others_go_on() -> None:
-    settings = ImageSettings(decode_timeout_s=0.5)
+    settings = ImageSettings(decode_timeout_s=2.0)
 
     async def use(pool: DecoderPool) -> None:
         data = encoded(picture())
@@ -493,7 +493,7 @@ def test_hung_child_is_killed_at_its_deadline_while_others_go_on() -> None:
             *(pool.decode(data) for _ in range(6)), return_exceptions=True
         )
         failures = [result for result in results if isinstance(result, ImageError)]
-        assert ["0.5 s" in failure.message for failure in failures] == [True]
+        assert ["2 s" in failure.message for failure in failures] == [True]
         assert sum(isinstance(result, ImageTiles) for result in results) == 5
         await wait_until(lambda: len(pool.pids) == 2 and hung not in pool.pids)
         assert not is_running(hung)
@@ -506,8 +506,7 @@ def test_child_that_died_while_idle_costs_no_picture() -> None:
         victims = pool.pids
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
-        await wait_until(lambda: not any(is_running(pid) for pid in victims))
-        await asyncio.sleep(0.1)  # the loop hears of it by a signal
+        await wait_until(lambda: not pool.pids)
         assert (await pool.decode(encoded(picture()))).num_tiles > 0
         assert not set(victims) & set(pool.pids)
 
@@ -535,7 +534,7 @@ def test_cancelled_decodes_leave_every_answer_with_its_question() -> None:
 
 
 def test_cancelled_decode_of_a_hung_child_frees_it_at_the_deadline() -> None:
-    settings = ImageSettings(decode_timeout_s=0.3)
+    settings = ImageSettings(decode_timeout_s=2.0)
 
     async def use(pool: DecoderPool) -> None:
         before = pool.pids

@@ -23,6 +23,8 @@ from vlmserve.server.images.sources import parse_remote_url
 
 PUBLIC = "93.184.215.14"
 TLS_FILE = Path(__file__).parent / "data" / "tls_test_only.pem"
+# Reading the system's authorities for every fetch would take most of the tests' time.
+NO_AUTHORITIES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 BODY = b"\x89PNG what stands here does not matter to a fetch"
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -117,7 +119,7 @@ def fetch(
     settings: ImageSettings | None = None,
     dead: Sequence[str] = (),
     server_tls: ssl.SSLContext | None = None,
-    client_tls: ssl.SSLContext | None = None,
+    client_tls: ssl.SSLContext = NO_AUTHORITIES,
     spend: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Fetch one URL from a site on loopback (or from nobody)."""
@@ -289,7 +291,9 @@ def test_second_fetch_is_judged_anew() -> None:
         server = await asyncio.start_server(site, "127.0.0.1", 0)
         resolver = ScriptedResolver({"pictures.example": [[PUBLIC], ["10.0.0.1"]]})
         connector = LoopbackConnector(server.sockets[0].getsockname()[1])
-        fetcher = ImageFetcher(ImageSettings(), resolver=resolver, connector=connector)
+        fetcher = ImageFetcher(
+            ImageSettings(), resolver=resolver, connector=connector, ssl_context=NO_AUTHORITIES
+        )
         source = parse_remote_url("http://pictures.example/a", 100)
         assert await fetcher.fetch(source) == BODY
         with pytest.raises(ImageError, match="not a public"):
@@ -507,7 +511,7 @@ def test_random_answers_give_bytes_or_an_image_error() -> None:
         b"0\r\n\r\n", b" folded\r\n", b"\xff\xfe",
         b"Content-Length: \xd9\xa3\r\n", b"Connection: upgrade\r\n", b"Upgrade: h2c\r\n",
     ]  # fmt: skip
-    for _ in range(150):
+    for _ in range(100):
         answer = pieces[0] * rng.randint(0, 1) + b"".join(rng.choices(pieces, k=rng.randint(0, 7)))
         outcome = fetch("http://pictures.example/a", Site({"/a": answer}), settings=SMALL)
         assert outcome.body or outcome.message.startswith("image URL"), answer
@@ -616,7 +620,7 @@ def test_wrong_name_or_unknown_authority_is_refused(host: str, is_trusted: bool)
     site = Site({"/a": plain_response()})
     outcome = fetch(
         f"https://{host}/a", site, answers={host: [[PUBLIC]]},
-        server_tls=server_context(), client_tls=client_context() if is_trusted else None,
+        server_tls=server_context(), client_tls=client_context() if is_trusted else NO_AUTHORITIES,
     )  # fmt: skip
     assert "cannot be reached" in outcome.message
     assert site.heads == []

@@ -168,7 +168,7 @@ class DecoderPool:
     @property
     def pids(self) -> list[int]:
         """The process ids of the children that run."""
-        return sorted(child.pid for child in self._children)
+        return sorted(child.pid for child in self._children if child.is_alive)
 
     async def decode(self, data: bytes, max_tiles: int | None = None) -> ImageTiles:
         """The tiles of one encoded image, when a child is free.
