@@ -452,6 +452,28 @@ def test_memory_of_a_child_is_capped() -> None:
     with_pool(use, settings)
 
 
+@pytest.mark.slow
+def test_rotated_jpeg_of_100_megapixels_takes_under_200_megabytes() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noisy = Image.fromarray(noise(1250, 1250)).resize((10_000, 10_000))
+    data = encoded(noisy, "JPEG", quality=60, exif=exif)
+    del noisy
+
+    async def use(pool: DecoderPool) -> None:
+        assert (await pool.decode(data)).num_tiles == 4
+        peaks = [
+            int(line.split()[1])
+            for pid in pool.pids
+            for line in read_proc(pid, "status").decode().splitlines()
+            if line.startswith("VmHWM")
+        ]
+        assert len(peaks) == 2
+        assert max(peaks) < 200_000  # kB
+
+    with_pool(use, ImageSettings(max_image_bytes=len(data), decode_timeout_s=25.0))
+
+
 def test_max_tiles_reaches_the_child() -> None:
     async def use(pool: DecoderPool) -> None:
         data = encoded(picture(60, 200))
