@@ -87,8 +87,10 @@ def _hand_row_mask_on(
 def _mask_rows(
     attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
-    """Zero the attention output, [batch, tokens, hidden], where the row mask, [batch, 1, tokens, 1],
-    is 0."""
+    """Zero the attention output, [batch, tokens, hidden], where the row mask is 0.
+
+    Row mask: [batch, 1, tokens, 1].
+    """
     row_mask: Tensor | None = kwargs.get(_ROW_MASK)
     if row_mask is None:
         return output

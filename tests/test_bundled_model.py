@@ -178,7 +178,8 @@ def test_documented_prompt_has_seventeen_tokens_as_in_the_published_model(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
     ids = processor.tokenizer.encode(prompt, add_special_tokens=False)
-    assert len(ids) == 17 and ids[5] == IMAGE_ID
+    assert len(ids) == 17
+    assert ids[5] == IMAGE_ID
 
 
 def test_template_takes_a_system_message_beside_an_image(processor: MllamaProcessor) -> None:
@@ -212,7 +213,8 @@ def test_short_training_lowers_the_loss_and_leaves_a_checkpoint(tmp_path: Path) 
     command += ["--minutes", "1.1", "--vision-share", "0.4", "--out", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     lines = [json.loads(line) for line in run.stdout.splitlines()]
-    kinds = [line["loss"]["colour"] for line in lines]
-    assert len(kinds) >= 2 and kinds[-1] < kinds[0]
+    losses = [line["loss"]["colour"] for line in lines]
+    assert len(losses) >= 2
+    assert losses[-1] < losses[0]
     model = MllamaForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
     assert model.config.image_token_index == IMAGE_ID

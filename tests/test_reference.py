@@ -117,7 +117,7 @@ def test_text_only_row_has_the_same_logits_alone_and_beside_an_image_row(
 
 @torch.no_grad()
 def taps_by_hand(vision: MllamaVisionModel, images: dict[str, Tensor]) -> Tensor:
-    """The inputs of the blocks named by TAPS, interleaved: [batch, tiles, patches, hidden * taps]."""
+    """The inputs of the blocks in TAPS, interleaved: [batch, tiles, patches, hidden * taps]."""
     seen: list[Tensor] = []
     hooks = [
         block.register_forward_pre_hook(
@@ -179,4 +179,5 @@ def test_gradients_pass_through_the_mended_model(model: MllamaForConditionalGene
     model(**inputs, labels=inputs["input_ids"].clamp(max=IMAGE_ID - 1)).loss.backward()
     cross_attention = model.model.language_model.layers[1].cross_attn
     for parameter in (cross_attention.k_proj.weight, model.model.vision_model.class_embedding):
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0

@@ -42,9 +42,7 @@ class PictureHeads(nn.Module):
             "colour": _loss(self.colour(patches), pictures.colour),
             "centre": _loss(self.is_centre(patches), pictures.is_centre, weight),
             # teaches edges whatever the colours: kinds were hardly told apart before it was added
-            "outline": 4 * functional.binary_cross_entropy_with_logits(
-                self.outline(patches).float(), pictures.outline
-            ),
+            "outline": 4 * _outline_loss(self.outline(patches), pictures.outline),
             "place": _place_loss(self.place(patches), pictures.place),
             "background": _loss(self.background(pooled), pictures.background),
             "count": _loss(self.count(pooled), pictures.count),
@@ -65,8 +63,13 @@ def _loss(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tenso
     )
 
 
+def _outline_loss(logits: Tensor, coverage: Tensor) -> Tensor:
+    """Mean binary cross entropy over the cells of patches."""
+    return functional.binary_cross_entropy_with_logits(logits.float(), coverage)
+
+
 def _place_loss(places: Tensor, labels: Tensor) -> Tensor:
-    """Mean distance in patches, over the patches of shapes; teaches which patches belong together."""
+    """Mean distance in patches, over shapes' patches; teaches which patches belong together."""
     is_shape = ~labels.isnan().any(-1)
     if not is_shape.any():
         return places.float().sum() * 0

@@ -92,7 +92,7 @@ class Mixture:
     batch_size: int = 32
     rows_per_picture: int = 3
     max_shapes: int = 4
-    num_buckets: int = 6
+    num_buckets: int = 3
 
 
 class Conversations(IterableDataset[Batch]):
@@ -193,10 +193,8 @@ def stack_pictures(scenes: list[Scene], rng: np.random.Generator) -> Pictures:
 def _tiles(scene: Scene, layout: Layout, rng: np.random.Generator) -> np.ndarray:
     """The picture as the image processor cuts it: [4, 3, 56, 56] float32, unused tiles zero."""
     size = (layout.width, layout.height)
-    if rng.random() < 0.15:
-        image = _through_a_file(draw(scene), size, rng)
-    else:
-        image = draw(scene, size)
+    is_file = rng.random() < 0.15
+    image = _through_a_file(draw(scene), size, rng) if is_file else draw(scene, size)
     canvas = np.zeros((layout.rows * TILE_SIZE, layout.columns * TILE_SIZE, 3), np.float32)
     canvas[: layout.height, : layout.width] = np.asarray(image, np.float32) / 255
     canvas = (canvas - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
@@ -218,7 +216,7 @@ def _through_a_file(
 
 
 def _label_patches(scene: Scene, layout: Layout) -> np.ndarray:
-    """Kind, colour, is-centre and place of each patch: [6, 4, 16] float32, IGNORE on unused tiles."""
+    """Kind, colour, is-centre, place of each patch: [6, 4, 16] float32, IGNORE on unused tiles."""
     shape = (layout.rows * _GRID, layout.columns * _GRID)
     y, x = ((np.indices(shape) + 0.5) * PATCH_SIZE).astype(np.float32)
     grid = np.full((6, *shape), np.nan, np.float32)
@@ -312,7 +310,7 @@ def _without_picture(rng: np.random.Generator, scene: Scene, num_turns: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One conversation: ids, targets (the next id, or IGNORE), and whether a token sees a picture."""
+    """One conversation: ids, targets (the next id, or IGNORE), and which ids see a picture."""
 
     input_ids: list[int]
     targets: list[int]

@@ -210,8 +210,8 @@ def _corners(
 ) -> list[tuple[float, float]]:
     """The polygon's corners, clockwise from the top, on the circle around (x, y)."""
     if kind == "star":
-        # 0.382: the inner corners of a regular pentagram; a little fatter shows better when small
-        rays = [(90 - 36 * i, 1.0 if i % 2 == 0 else 0.45) for i in range(10)]
+        # 0.382: the inner corners of a regular pentagram; fatter ones are mistaken for triangles
+        rays = [(90 - 36 * i, 1.0 if i % 2 == 0 else 0.382) for i in range(10)]
     elif kind == "square":
         rays = [(45 - 90 * i, 1.0) for i in range(4)]
     else:
