@@ -24,6 +24,9 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{folder}: the checkpoint is a {found}; only {ARCHITECTURE} is served")
     if config.get("quantization_config"):
         raise ModelError(f"{folder}: the checkpoint is quantized; use the unquantized one")
+    if (folder / "adapter_config.json").exists():
+        # transformers would fetch the base model it names, and read adapter weights of any kind
+        raise ModelError(f"{folder}: adapters are not served; merge it into the weights first")
     if (folder / "model.safetensors.index.json").is_file():
         _check_shards(folder)
     elif not (folder / "model.safetensors").is_file():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from transformers import MllamaForConditionalGeneration
 
 from .batch import ImageTiles
 from .checkpoint import read_json
-from .errors import StepError
+from .errors import ModelError, StepError
 
 # transformers' defaults, where a checkpoint's file leaves them out
 _DEFAULT_MEAN = _DEFAULT_STD = (0.5, 0.5, 0.5)
@@ -53,12 +54,30 @@ def read_normalization(folder: Path) -> ImageNormalization:
         settings = read_json(folder / "processor_config.json").get("image_processor", {})
     else:
         settings = read_json(file)
-    normalizes = settings.get("do_normalize", True)
-    return ImageNormalization(
-        scale=settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0,
-        mean=tuple(settings.get("image_mean", _DEFAULT_MEAN)) if normalizes else (0.0,) * 3,
-        std=tuple(settings.get("image_std", _DEFAULT_STD)) if normalizes else (1.0,) * 3,
+    try:
+        return _normalization(settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder}: the image normalisation is unusable: {error}") from None
+
+
+def _normalization(settings: dict[str, Any]) -> ImageNormalization:
+    """Raises ValueError or TypeError for settings that are no numbers, one a channel."""
+    rescales, normalizes = settings.get("do_rescale", True), settings.get("do_normalize", True)
+    found = ImageNormalization(
+        scale=float(settings.get("rescale_factor", 1 / 255)) if rescales else 1.0,
+        mean=_channels(settings.get("image_mean", _DEFAULT_MEAN)) if normalizes else (0.0,) * 3,
+        std=_channels(settings.get("image_std", _DEFAULT_STD)) if normalizes else (1.0,) * 3,
     )
+    if 0.0 in found.std:
+        raise ValueError("image_std has a 0")
+    return found
+
+
+def _channels(values: Sequence[float]) -> tuple[float, ...]:
+    numbers = tuple(float(value) for value in values)
+    if len(numbers) != 3:
+        raise ValueError(f"{len(numbers)} values for 3 channels")
+    return numbers
 
 
 class VisionEncoder:

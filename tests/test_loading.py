@@ -91,6 +91,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a shard that is a pickle": (write_index("pytorch_model.bin"), "not a safetensors file"),
     "a shard elsewhere": (write_index("../x.safetensors"), "not a safetensors file"),
     "a shard that is missing": (write_index("x.safetensors"), "x.safetensors is missing"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapters are not"),
+    "normalisation of two channels": (
+        lambda f: edit(f / "preprocessor_config.json", image_mean=[0.5, 0.5]),
+        "2 values for 3 channels",
+    ),
+    "normalisation by nothing": (
+        lambda f: edit(f / "preprocessor_config.json", image_std=[0.5, 0, 0.5]),
+        "image_std has a 0",
+    ),
+    "normalisation by words": (
+        lambda f: edit(f / "preprocessor_config.json", rescale_factor="much"),
+        "normalisation is unusable",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "no processor": (
