@@ -11,7 +11,7 @@ import contextlib
 import logging
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -33,7 +33,7 @@ from .prompt import PreparedPrompt, Processor, PromptTooLongError
 logger = logging.getLogger(__name__)
 
 # Longer texts are tokenized in a thread, so that the event loop goes on.
-MAX_INLINE_CHARS = 20_000
+MAX_INLINE_CHARS = 4_000
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ class Generator:
         )
         return PreparedGeneration(added, request.stop)
 
-    async def stream(self, prepared: PreparedGeneration) -> AsyncIterator[Event]:
+    async def stream(self, prepared: PreparedGeneration) -> AsyncGenerator[Event, None]:
         """The answer's pieces, and one Finish. Closing the iterator aborts the request.
 
         Raises ApiError: before the first event if the engine refuses the request.
@@ -196,12 +196,13 @@ class Generator:
             raise api_error_of(error) from error
         finally:
             timer.leave()
+            logger.info("request %s: %s", prepared.request.request_id, timer.summary)
         raise InternalError("the engine ended the request without an answer")
 
     async def answer(self, prepared: PreparedGeneration) -> Answer:
         """The whole answer: the pieces of `stream`, joined."""
         texts: list[str] = []
-        async with contextlib.aclosing(self.stream(prepared)) as events:  # type: ignore[type-var]
+        async with contextlib.aclosing(self.stream(prepared)) as events:
             async for event in events:
                 if isinstance(event, Finish):
                     return Answer("".join(texts), event)

@@ -106,8 +106,9 @@ class RequestTimer:
     def __init__(self, metrics: Metrics, num_prompt_tokens: int) -> None:
         self._metrics = metrics
         self._began = self._last = time.monotonic()
+        self._num_prompt_tokens = num_prompt_tokens
         self._num_tokens = 0
-        self._is_open = True
+        self._outcome: str | None = None
         metrics.prompt_tokens.inc(num_prompt_tokens)
         metrics.request_prompt_tokens.observe(num_prompt_tokens)
 
@@ -136,10 +137,18 @@ class RequestTimer:
         """Nobody waits any more; without effect after another end."""
         self._close("abort")
 
+    @property
+    def summary(self) -> str:
+        """One line for the log; it tells no word of prompt or answer."""
+        return (
+            f"{self._outcome or 'running'}, {self._num_prompt_tokens} prompt tokens,"
+            f" {self._num_tokens} generated, {time.monotonic() - self._began:.3f} s"
+        )
+
     def _close(self, reason: str) -> None:
-        if not self._is_open:
+        if self._outcome is not None:
             return
-        self._is_open = False
+        self._outcome = reason
         self._metrics.request_finish.labels(reason).inc()
         self._metrics.e2e_request_latency.observe(time.monotonic() - self._began)
         self._metrics.request_generation_tokens.observe(self._num_tokens)

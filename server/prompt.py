@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 TURN_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 END_OF_MESSAGE = "<|eom_id|>"
 
+SLICE_CHARS = 65_536
+SLICE_SLACK = 16
+
 
 class PromptTooLongError(Exception):
     """The prompt leaves no room for an answer in the model's context."""
@@ -67,7 +70,6 @@ class Processor:
         self._image_position = image_position
         self._bos_id = tokenizer.token_to_id(BEGIN_OF_TEXT)
         self._image_id = tokenizer.token_to_id(IMAGE)
-        self._longest_token = max(len(token) for token in tokenizer.get_vocab())
         self.eos_token_ids = sorted(set(eos_token_ids) | set(_ids_of(tokenizer, TURN_ENDS)))
         self.end_of_message_id = tokenizer.token_to_id(END_OF_MESSAGE)
 
@@ -103,11 +105,20 @@ class Processor:
         return with_images_in_front(message) if self._image_position == "front" else message
 
     def _check_size(self, messages: Sequence[Message], max_tokens: int) -> None:
-        """Refuse a hopeless text before tokenizing it, which takes a while for megabytes."""
-        num_bytes = sum(len(message.text.strip().encode()) for message in messages)
-        least = num_bytes // self._longest_token
-        if least > max_tokens:
-            raise PromptTooLongError(_too_long(f"over {least:,}", max_tokens))
+        """Refuse a hopeless text before it is tokenized to its end, which may be seconds away.
+
+        A cut inside a word adds a few tokens, so each slice counts for a few less.
+        """
+        num_tokens = 0
+        for message in messages:
+            text = message.text.strip()
+            if len(text) <= SLICE_CHARS:
+                continue
+            for begin in range(0, len(text), SLICE_CHARS):
+                num_slice = len(_encode(self._plain, text[begin : begin + SLICE_CHARS]))
+                num_tokens += max(0, num_slice - SLICE_SLACK)
+                if num_tokens > max_tokens:
+                    raise PromptTooLongError(_too_long(f"over {num_tokens:,}", max_tokens))
 
     def _render(self, messages: Sequence[Message]) -> list[RenderedPiece]:
         """By the checkpoint's template, and where that cannot, in Meta's format."""
@@ -124,7 +135,7 @@ class Processor:
         token_ids: list[int] = []
         for piece in pieces:
             tokenizer = self.tokenizer if piece.is_template else self._plain
-            token_ids += tokenizer.encode(piece.text, add_special_tokens=False).ids
+            token_ids += _encode(tokenizer, piece.text)
         if self._bos_id is not None and token_ids[:1] != [self._bos_id]:
             token_ids.insert(0, self._bos_id)
         return token_ids
@@ -147,6 +158,12 @@ def image_spans(token_ids: Sequence[int], image_id: int | None) -> list[ImageSpa
         spans.append(ImageSpan(place, end))
         following = place
     return spans[::-1]
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    # As a batch: only that lets other threads run meanwhile, the event loop's among them.
+    token_ids: list[int] = tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+    return token_ids
 
 
 def _plain_twin(tokenizer: Tokenizer) -> Tokenizer:

@@ -107,8 +107,10 @@ class _Sentinels:
     Letters and digits only, so that no filter of a template changes them.
     """
 
+    _NONCE = secrets.token_hex(16)
+    _PATTERN = re.compile(f"s{_NONCE}x([0-9]+)e")
+
     def __init__(self) -> None:
-        self._nonce = secrets.token_hex(16)
         self._texts: list[str] = []
 
     def hide(self, text: str) -> str:
@@ -117,11 +119,11 @@ class _Sentinels:
         if not text:
             return ""
         self._texts.append(text)
-        return f"s{self._nonce}x{len(self._texts) - 1}e"
+        return f"s{self._NONCE}x{len(self._texts) - 1}e"
 
     def split(self, rendered: str) -> list[RenderedPiece]:
         """The rendered text in pieces, with the user's texts back in place."""
-        parts = re.split(f"s{self._nonce}x([0-9]+)e", rendered)
+        parts = self._PATTERN.split(rendered)
         if [int(index) for index in parts[1::2]] != list(range(len(self._texts))):
             raise TemplateRefusedError("the template lost, doubled or moved a text")
         pieces = [

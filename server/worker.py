@@ -26,6 +26,8 @@ def main() -> None:
     Exits with 2 and one line on stderr if the settings or the checkpoint do not serve.
     """
     parent = os.getppid()
+    # One text at a time: a pool of threads would only take cores from the engine.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         settings = msgspec.json.decode(sys.stdin.buffer.read(), type=ServerSettings)
         _set_up_logging(settings)

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from vlmserve.models.batch import ImageSpan
+from vlmserve.server import prompt
 from vlmserve.server.conversation import ImagePart, Message, TextPart
 from vlmserve.server.prompt import Processor, PromptTooLongError, image_spans
 from vlmserve.server.template import ChatTemplate, TemplateRefusedError, render_as_meta
@@ -206,13 +207,27 @@ def test_a_prompt_that_is_too_long_names_the_numbers_and_the_remedy(processor):
     assert len(processor.prepare([user(1, QUESTION)], 17).token_ids) == 17
 
 
-def test_megabytes_of_text_are_refused_without_tokenizing_them(processor, monkeypatch):
-    def fail(*_):
-        raise AssertionError("tokenized a hopeless text")
+def test_megabytes_of_text_are_refused_without_tokenizing_them_all(processor, monkeypatch):
+    tokenized = []
 
-    monkeypatch.setattr(processor, "_encode", fail)
+    def encode(tokenizer, text):
+        tokenized.append(len(text))
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    monkeypatch.setattr(prompt, "_encode", encode)
     with pytest.raises(PromptTooLongError, match="over"):
         processor.prepare([user("x" * 10_000_000)], 8191)
+    assert sum(tokenized) <= 65_536
+
+
+def test_a_long_text_that_fits_is_not_refused_for_its_slices(in_metas_format):
+    """Cuts inside words and characters make more tokens than there are."""
+    text = "What 🐻 is in this image? " * 8000
+    token_ids = in_metas_format.prepare([user(text)], 10**6).token_ids
+    exact = len(token_ids)
+    assert in_metas_format.prepare([user(text)], exact).token_ids == token_ids
+    with pytest.raises(PromptTooLongError):
+        in_metas_format.prepare([user(text)], exact - 1)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 import orjson
-from sanic import Request
+from sanic import HTTPResponse, Request
 
 from ..errors import ApiError, InternalError, nested_body
 from ..generation import Event, PreparedGeneration
-from .services import Services, services_of
+from .services import services_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,23 +43,15 @@ async def send_stream(
     Raises ApiError while nothing has been sent: the engine's refusal has a status.
     """
     services = services_of(request)
-    events = services.generator.stream(prepared)
-    async with contextlib.aclosing(_paced(events, services)) as items:  # type: ignore[type-var]
-        event = await anext(items)
+    settings = services.settings
+    async with (
+        contextlib.aclosing(services.generator.stream(prepared)) as events,
+        _first_of(events, settings.first_output_wait_s) as first,
+    ):
         response = await request.respond(headers=_HEADERS, content_type="text/event-stream")
         assert response is not None, "sanic gives a response to fill"
-        await response.send(frame(answers.first()))
-        try:
-            while True:
-                await response.send(_frames(answers, event))
-                event = await anext(items)
-        except StopAsyncIteration:
-            pass
-        except ApiError as error:
-            await response.send(frame(nested_body(error)))
-        except Exception:
-            logger.exception("a stream failed")
-            await response.send(frame(nested_body(InternalError("internal error"))))
+        async with _pings(response, settings.stream_ping_interval_s):
+            await _send_events(response, answers, first, events)
         if with_done:
             await response.send(DONE)
         await response.eof()
@@ -70,44 +62,68 @@ def frame(content: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(content) + b"\n\n"
 
 
-def _frames(answers: Answers, event: Event | None) -> bytes:
-    if event is None:
-        return PING
+async def _send_events(
+    response: HTTPResponse,
+    answers: Answers,
+    first: asyncio.Task[Event],
+    events: AsyncIterator[Event],
+) -> None:
+    """Send every event's chunks; an error becomes the last frame."""
+    try:
+        await response.send(frame(answers.first()))
+        await response.send(_frames(answers, await first))
+        async for event in events:
+            await response.send(_frames(answers, event))
+    except ApiError as error:
+        await response.send(frame(nested_body(error)))
+    except Exception:
+        logger.exception("a stream failed")
+        await response.send(frame(nested_body(InternalError("internal error"))))
+
+
+def _frames(answers: Answers, event: Event) -> bytes:
     return b"".join(map(frame, answers.chunks(event)))
 
 
-async def _paced(events: AsyncIterator[Event], services: Services) -> AsyncIterator[Event | None]:
-    """The events, and None for each interval in which none came.
+@contextlib.asynccontextmanager
+async def _first_of(
+    events: AsyncIterator[Event], wait_s: float
+) -> AsyncIterator[asyncio.Task[Event]]:
+    """The task of the first event, which had `wait_s` to come.
 
-    The first wait is short: it only gives a refusal the time to become a status.
+    Raises what the first event raised in that time.
     """
-    wait_s = services.settings.first_output_wait_s
-    pending: asyncio.Task[Event] | None = None
+    first = asyncio.ensure_future(_next(events))
     try:
-        while True:
-            pending = pending or asyncio.ensure_future(_next(events))
-            done, _ = await asyncio.wait({pending}, timeout=wait_s)
-            wait_s = services.settings.stream_ping_interval_s
-            if not done:
-                yield None
-                continue
-            task, pending = pending, None
-            try:
-                event = task.result()
-            except StopAsyncIteration:
-                return
-            yield event
+        await asyncio.wait({first}, timeout=wait_s)
+        if first.done():
+            first.result()
+        yield first
     finally:
-        await _close(events, pending)
+        # The events cannot be closed while a task waits for one.
+        await _end(first)
+
+
+@contextlib.asynccontextmanager
+async def _pings(response: HTTPResponse, interval_s: float) -> AsyncIterator[None]:
+    """Send a comment every interval, whatever else is sent: each send is one whole frame."""
+    task = asyncio.ensure_future(_ping(response, interval_s))
+    try:
+        yield
+    finally:
+        await _end(task)
+
+
+async def _ping(response: HTTPResponse, interval_s: float) -> None:
+    while True:
+        await asyncio.sleep(interval_s)
+        await response.send(PING)
 
 
 async def _next(events: AsyncIterator[Event]) -> Event:
     return await anext(events)
 
 
-async def _close(events: AsyncIterator[Event], pending: asyncio.Task[Event] | None) -> None:
-    """End the source, whether it is waiting or not: that aborts the request."""
-    if pending is not None:
-        pending.cancel()
-        await asyncio.gather(pending, return_exceptions=True)
-    await events.aclose()  # type: ignore[attr-defined]
+async def _end(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
