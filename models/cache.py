@@ -13,9 +13,11 @@ global is kept between steps.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, MllamaTextConfig
@@ -72,7 +74,7 @@ def allocate_pools(
     dtype: torch.dtype,
     device: torch.device,
 ) -> KVPools:
-    """Both pools, zeroed: an unused slot of a block in use must hold a number, not a NaN."""
+    """Both pools, zeroed; on a CPU, memory is taken as blocks are first used."""
     head_dim = config.hidden_size // config.num_attention_heads
     cross_layers = frozenset(config.cross_attention_layers or ())
     layers = []
@@ -81,9 +83,23 @@ def allocate_pools(
         is_cross = index in cross_layers
         blocks = (sizes.num_image_blocks, num_patches) if is_cross else text_shape
         shape = (*blocks, config.num_key_value_heads, head_dim)
-        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        keys, values = (_zeros(shape, dtype, device) for _ in range(2))
         layers.append(LayerCache(keys, values))
     return KVPools(layers, cross_layers, num_patches)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A zeroed tensor which on a CPU takes memory only as it is written.
+
+    torch.zeros writes its zeros: a pool of 4 GiB would be resident before the first request. The
+    system's zero pages come from calloc, through numpy.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    align, num_bytes = 64, math.prod(shape) * dtype.itemsize
+    raw = torch.from_numpy(np.zeros(num_bytes + align, dtype=np.uint8))
+    offset = -raw.data_ptr() % align
+    return raw[offset : offset + num_bytes].view(dtype).view(shape)
 
 
 def token_bytes(config: MllamaTextConfig, dtype: torch.dtype) -> int:

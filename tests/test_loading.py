@@ -19,7 +19,7 @@ from transformers import MllamaProcessor, MllamaTextConfig
 from vlmserve.bench.checkpoints import build
 from vlmserve.models import loading
 from vlmserve.models.batch import PoolSizes
-from vlmserve.models.cache import tile_bytes, token_bytes
+from vlmserve.models.cache import allocate_pools, tile_bytes, token_bytes
 from vlmserve.models.errors import ModelError
 from vlmserve.models.loading import choose_device, choose_dtype, load_model
 from vlmserve.models.pools import PoolRequest, default_budget_bytes, plan_pools
@@ -274,6 +274,22 @@ def test_create_runner_makes_a_runner_that_answers() -> None:
     request = prompt("r", "hello")
     generate(runner, [request], num_tokens=3, chunk=100)
     assert len(request.generated) == 3
+
+
+def test_pools_take_memory_only_as_they_are_used() -> None:
+    """A pool made by torch.zeros was resident at once: 4 GiB for the smallest model."""
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before, config = resident_bytes(), loaded("tiny").text_config
+    sizes = PoolSizes(num_text_blocks=100_000, num_image_blocks=10_000, block_size=16)
+    pools = allocate_pools(config, sizes, 5, torch.float32, torch.device("cpu"))
+    num_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in pools.layers)
+    assert num_bytes > 1 << 30
+    assert resident_bytes() - before < 100 << 20
+    assert {layer.keys.data_ptr() % 64 for layer in pools.layers} == {0}
+    assert not pools.layers[0].keys[-1].any()
 
 
 def test_threads_leave_a_core_unless_someone_says_otherwise(
