@@ -76,8 +76,6 @@ class Scheduler:
         self.num_images_encoded = 0
         self._block_size = info.pools.block_size
         self._limits = limits
-        # More sequences than budget would leave some without their token.
-        self._max_num_seqs = min(limits.max_num_seqs, limits.max_num_batched_tokens)
         self._waiting = queue
         self._running: list[Sequence] = []
         self._step: _Step | None = None
@@ -125,7 +123,7 @@ class Scheduler:
                 self._plan(step, sequence)
 
     def _admit(self, step: _Step) -> None:
-        while step.budget > 0 and len(self._running) < self._max_num_seqs:
+        while step.budget > 0 and len(self._running) < self._limits.max_num_seqs:
             sequence = self._waiting.peek()
             if sequence is None or not self._fits(sequence):
                 return

@@ -26,10 +26,7 @@ def cut_segments(
         for span, image_block_ids in zip(spans, block_ids, strict=True):
             if span.covers(left):
                 visible += image_block_ids
-        if segments and segments[-1].block_ids == visible:
-            segments[-1].num_tokens += right - left
-        else:
-            segments.append(CrossSegment(right - left, visible))
+        segments.append(CrossSegment(right - left, visible))
     return segments
 
 

@@ -149,14 +149,26 @@ def scenarios(draw):
     return bench, plan
 
 
-@given(scenarios(), st.booleans())
-@settings(
-    max_examples=300,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    derandomize=True,
+mixes = given(scenarios(), st.booleans())
+quiet = settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
+
+
+@mixes
+@settings(quiet, max_examples=100, derandomize=True)
 def test_any_mix_of_arrivals_aborts_and_tiny_pools_answers_as_if_alone(scenario, aborts_in_step):
+    run_mix(scenario, aborts_in_step)
+
+
+@pytest.mark.slow
+@mixes
+@settings(quiet, max_examples=3000)
+def test_thousands_of_mixes_answer_as_if_alone(scenario, aborts_in_step):
+    run_mix(scenario, aborts_in_step)
+
+
+def run_mix(scenario, aborts_in_step: bool) -> None:
     bench, plan = scenario
     aborted = set()
     last_arrival = max(arrives_at for arrives_at, _, _ in plan)
@@ -276,11 +288,13 @@ def test_a_preempted_request_runs_before_those_that_came_after_it():
 
 def test_a_newcomer_leaves_each_running_sequence_a_block_to_grow_into():
     bench = Bench(pools=PoolSizes(4, 4, 4))
-    bench.add(request_of("old", prompt=range(4), max_tokens=4))
+    bench.add(request_of("old", prompt=range(5), max_tokens=6))
     bench.step()
-    bench.add(request_of("new", prompt=range(9), max_tokens=1))
+    # Two blocks are free and it needs two, but "old" is about to need a third.
+    bench.add(request_of("new", prompt=range(8), max_tokens=6))
     bench.run()
     assert bench.scheduler.num_preemptions == 0
+    assert list(bench.endings) == ["old", "new"]
 
 
 def test_a_chunk_is_cut_where_images_appear_and_go():
