@@ -28,15 +28,14 @@ PATCHES_PER_TILE = (TILE_SIZE // PATCH_SIZE) ** 2
 # the published checkpoint's, which are CLIP's
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+BOS_ID = SPECIAL_IDS["<|begin_of_text|>"]
+PAD_ID = SPECIAL_IDS["<|finetune_right_pad_id|>"]
+# a turn ends at any of them
+EOS_IDS = tuple(SPECIAL_IDS[f"<|{name}|>"] for name in ("end_of_text", "eom_id", "eot_id"))
 
 
 def model_config() -> MllamaConfig:
     """The configuration, in the published checkpoint's proportions where a tiny one can be."""
-    bos, end, pad = (
-        SPECIAL_IDS[name]
-        for name in ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>")
-    )
-    eos = [end, SPECIAL_IDS["<|eom_id|>"], SPECIAL_IDS["<|eot_id|>"]]
     vision = {
         "hidden_size": HIDDEN,
         "attention_heads": 4,
@@ -66,9 +65,9 @@ def model_config() -> MllamaConfig:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         },
-        "bos_token_id": bos,
-        "eos_token_id": eos,
-        "pad_token_id": pad,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": list(EOS_IDS),
+        "pad_token_id": PAD_ID,
         "tie_word_embeddings": False,
     }
     return MllamaConfig(
@@ -98,9 +97,7 @@ def save_checkpoint(model: MllamaForConditionalGeneration, folder: Path) -> None
     config.dtype = "bfloat16"
     config.save_pretrained(folder)
     generation = GenerationConfig(
-        bos_token_id=config.text_config.bos_token_id,
-        eos_token_id=config.text_config.eos_token_id,
-        pad_token_id=config.text_config.pad_token_id,
+        bos_token_id=BOS_ID, eos_token_id=list(EOS_IDS), pad_token_id=PAD_ID
     )
     generation.save_pretrained(folder)
     weights = {name: t.detach().bfloat16().contiguous() for name, t in model.state_dict().items()}

@@ -67,14 +67,15 @@ class Pictures:
 class Rows:
     """Conversations of about the same length, padded on the right.
 
-    input_ids, targets (IGNORE where nothing is learned), sees_picture: [rows, tokens];
-    picture: [rows], the index of the row's picture in its batch.
+    input_ids, targets (IGNORE where nothing is learned): [rows, tokens]. pictures: [rows, k], the
+    indices of a row's pictures in its batch; sees: bool [rows, tokens, k], which of them a token
+    sees: the latest before it, itself included.
     """
 
     input_ids: Tensor
     targets: Tensor
-    sees_picture: Tensor
-    picture: Tensor
+    sees: Tensor
+    pictures: Tensor
 
 
 @dataclass(slots=True)
@@ -115,17 +116,23 @@ class Conversations(IterableDataset[Batch]):
         mixture = self._mixture
         scenes = [training_scene(rng, mixture.max_shapes) for _ in range(mixture.batch_size)]
         rows = [
-            (self._row(rng, scene), index)
-            for index, scene in enumerate(scenes)
+            self._row(rng, scenes, index)
+            for index in range(len(scenes))
             for _ in range(mixture.rows_per_picture)
         ]
-        rows.sort(key=lambda row: len(row[0].input_ids))
+        rows.sort(key=lambda row: len(row.input_ids))
         size = max(1, -(-len(rows) // mixture.num_buckets))
         buckets = [pad_rows(rows[i : i + size]) for i in range(0, len(rows), size)]
         return Batch(stack_pictures(scenes, rng), buckets)
 
-    def _row(self, rng: np.random.Generator, scene: Scene) -> Row:
-        return encode_row(self._encoder, conversation(rng, scene))
+    def _row(self, rng: np.random.Generator, scenes: list[Scene], index: int) -> Row:
+        """A conversation about the picture at this index; rarely another picture follows in it."""
+        messages, pictures = conversation(rng, scenes[index]), [index]
+        if rng.random() < 0.03:
+            other = int(rng.integers(len(scenes)))
+            messages += conversation(rng, scenes[other], is_first=False)
+            pictures.append(other)
+        return encode_row(self._encoder, messages, pictures)
 
 
 def training_scene(rng: np.random.Generator, max_shapes: int) -> Scene:
@@ -195,7 +202,8 @@ def _tiles(scene: Scene, layout: Layout, rng: np.random.Generator) -> np.ndarray
     size = (layout.width, layout.height)
     is_file = rng.random() < 0.15
     image = _through_a_file(draw(scene), size, rng) if is_file else draw(scene, size)
-    canvas = np.zeros((layout.rows * TILE_SIZE, layout.columns * TILE_SIZE, 3), np.float32)
+    shape = (layout.rows * TILE_SIZE, layout.columns * TILE_SIZE, 3)
+    canvas: np.ndarray = np.zeros(shape, np.float32)
     canvas[: layout.height, : layout.width] = np.asarray(image, np.float32) / 255
     canvas = (canvas - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
     tiles = np.zeros((MAX_TILES, 3, TILE_SIZE, TILE_SIZE), np.float32)
@@ -257,8 +265,11 @@ def _outline(scene: Scene, layout: Layout) -> np.ndarray:
 # --- conversations ------------------------------------------------------------------------------
 
 
-def conversation(rng: np.random.Generator, scene: Scene) -> list[Message]:
-    """A random conversation about the scene; a small share is without any picture."""
+def conversation(rng: np.random.Generator, scene: Scene, is_first: bool = True) -> list[Message]:
+    """A random conversation about the scene; a small share is without any picture, unless other
+    messages went before."""
+    if not is_first:
+        return _about_picture(rng, scene, 1)
     messages = [Message("system", str(rng.choice(SYSTEM)))] if rng.random() < 0.18 else []
     form = rng.random()
     if form < 0.84:
@@ -310,33 +321,38 @@ def _without_picture(rng: np.random.Generator, scene: Scene, num_turns: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One conversation: ids, targets (the next id, or IGNORE), and which ids see a picture."""
+    """One conversation: ids, targets (the next id, or IGNORE), the indices of its pictures, and the
+    position of each picture that a token sees: 0 for the first, -1 for none."""
 
     input_ids: list[int]
     targets: list[int]
-    sees_picture: list[bool]
+    pictures: list[int]
+    sees: list[int]
 
 
-def encode_row(encoder: Encoder, messages: list[Message]) -> Row:
-    """The conversation as ids, each with what it is to predict."""
+def encode_row(encoder: Encoder, messages: list[Message], pictures: list[int]) -> Row:
+    """The conversation as ids, each with what it is to predict; its pictures stand apart."""
     encoded = encoder.encode(messages)
     ids, is_learned = encoded.ids, encoded.is_learned
     learned = zip(ids[1:], is_learned[1:], strict=True)
     targets = [token_id if flag else IGNORE for token_id, flag in learned]
     image_id = SPECIAL_IDS["<|image|>"]
-    first = ids.index(image_id) if image_id in ids else len(ids)
-    return Row(ids[:-1], targets, [position >= first for position in range(len(ids) - 1)])
+    sees = np.cumsum([token_id == image_id for token_id in ids[:-1]]) - 1
+    # a conversation that shows fewer pictures than it was given shows the last of them
+    return Row(ids[:-1], targets, pictures[-max(1, int(sees[-1]) + 1) :], sees.tolist())
 
 
-def pad_rows(rows: list[tuple[Row, int]]) -> Rows:
-    """Rows, each with its picture's index, as tensors."""
-    length = max(len(row.input_ids) for row, _ in rows)
-    shape = (len(rows), length)
+def pad_rows(rows: list[Row]) -> Rows:
+    """Rows as tensors."""
+    shape = (len(rows), max(len(row.input_ids) for row in rows))
+    num_pictures = max(len(row.pictures) for row in rows)
     input_ids = torch.full(shape, SPECIAL_IDS["<|finetune_right_pad_id|>"])
-    targets, sees = torch.full(shape, IGNORE), torch.zeros(shape, dtype=torch.bool)
-    for i, (row, _) in enumerate(rows):
+    targets, sees = torch.full(shape, IGNORE), torch.full(shape, -1)
+    pictures = torch.zeros((len(rows), num_pictures), dtype=torch.int64)
+    for i, row in enumerate(rows):
         end = len(row.input_ids)
         input_ids[i, :end] = torch.tensor(row.input_ids)
         targets[i, :end] = torch.tensor(row.targets)
-        sees[i, :end] = torch.tensor(row.sees_picture)
-    return Rows(input_ids, targets, sees, torch.tensor([index for _, index in rows]))
+        sees[i, :end] = torch.tensor(row.sees)
+        pictures[i, : len(row.pictures)] = torch.tensor(row.pictures)
+    return Rows(input_ids, targets, sees[..., None] == torch.arange(num_pictures), pictures)

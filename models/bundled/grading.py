@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -47,9 +48,9 @@ class Grader:
 
     @torch.inference_mode()
     def _grade_batch(self, items: list[Item]) -> list[Result]:
-        rows = pad_rows([(row_of(item, self.encoder), i) for i, item in enumerate(items)])
+        rows = pad_rows([row_of(item, self.encoder) for item in items])
         images, tile_mask = self._process(items)
-        sees_tiles = rows.sees_picture[..., None, None] * tile_mask[:, None]
+        sees_tiles = rows.sees[..., None] * tile_mask[:, None]
         logits = self.model(
             input_ids=rows.input_ids, cross_attention_mask=sees_tiles, use_cache=False, **images
         ).logits
@@ -62,7 +63,7 @@ class Grader:
         """The items' pictures as the model takes them, a blank one for an item without; and which
         tiles may be seen, [items, 1, 4]."""
         blank = Image.new("RGB", (56, 56))
-        pictures = [[_decoded(item) if item.picture is not None else blank] for item in items]
+        pictures: Any = [[_decoded(item) if item.picture is not None else blank] for item in items]
         inputs = image_processor()(images=pictures, return_tensors="pt")
         names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
         return {name: inputs[name] for name in names}, inputs["aspect_ratio_mask"]
@@ -74,7 +75,7 @@ def row_of(item: Item, encoder: Encoder) -> Row:
     num_images = int(item.scene is not None)
     messages.append(Message("user", item.text, num_images, item.is_image_first))
     messages.append(Message("assistant", item.answer))
-    return encode_row(encoder, messages)
+    return encode_row(encoder, messages, pictures=[0])
 
 
 def _decoded(item: Item) -> Image.Image:

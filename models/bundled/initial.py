@@ -11,6 +11,9 @@ import math
 import torch
 from torch import Tensor, nn
 from transformers import MllamaForConditionalGeneration
+from transformers.models.mllama.image_processing_pil_mllama import (
+    get_all_supported_aspect_ratios,
+)
 from transformers.models.mllama.modeling_mllama import MllamaPrecomputedPositionEmbedding
 
 from .config import HIDDEN, MAX_TILES, PATCH_SIZE, TILE_SIZE, model_config
@@ -31,7 +34,7 @@ def untrained_model(seed: int) -> MllamaForConditionalGeneration:
         _scale_matrices(model)
         _open_gates(model)
         embedding = model.model.vision_model.gated_positional_embedding
-        _place_patches(embedding, config.vision_config.supported_aspect_ratios)
+        _place_patches(embedding, get_all_supported_aspect_ratios(MAX_TILES))
     return model
 
 
@@ -55,7 +58,7 @@ def _open_gates(model: nn.Module) -> None:
 
 
 def _place_patches(
-    embedding: MllamaPrecomputedPositionEmbedding, aspect_ratios: list[list[int]]
+    embedding: MllamaPrecomputedPositionEmbedding, aspect_ratios: list[tuple[int, int]]
 ) -> None:
     """Begin with sines of each patch's place on the canvas, whatever tile it is on.
 

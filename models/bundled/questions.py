@@ -112,9 +112,9 @@ def _absent(scene: Scene, rng: np.random.Generator) -> Plain:
     """The colour of a kind, or the shape of a colour, that the picture does not show."""
     if rng.random() < 0.5:
         kind = _pick(rng, KINDS, lambda kind: not scene.of_kind(kind))
-        return kind and (_colour_wordings(kind), f"There is no {kind}.")
+        return (_colour_wordings(kind), f"There is no {kind}.") if kind else None
     colour = _pick(rng, COLOURS, lambda colour: not scene.of_colour(colour))
-    return colour and (_shape_wordings(colour), f"There is no {colour} shape.")
+    return (_shape_wordings(colour), f"There is no {colour} shape.") if colour else None
 
 
 def _shape(scene: Scene, rng: np.random.Generator) -> Plain:

@@ -81,10 +81,10 @@ class Trainee(nn.Module):
 
     def _read(self, states: Tensor, tile_mask: Tensor, rows: Rows) -> Tensor:
         """The decoder's last hidden states, [rows, tokens, hidden]."""
-        sees_tiles = rows.sees_picture[..., None, None] * tile_mask[rows.picture][:, None]
+        sees_tiles = rows.sees[..., None] * tile_mask[rows.pictures, 0][:, None]
         return self.model.model(
             input_ids=rows.input_ids,
-            cross_attention_states=states[rows.picture],
+            cross_attention_states=states[rows.pictures].flatten(1, 2),
             cross_attention_mask=sees_tiles,
             use_cache=False,
         ).last_hidden_state
