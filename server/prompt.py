@@ -77,11 +77,14 @@ class Processor:
     def from_folder(
         cls, folder: Path, image_position: str = "front", now: Clock = datetime.datetime.now
     ) -> Processor:
-        """The processor of a checkpoint's folder: tokenizer.json and its neighbours."""
+        """The processor of a checkpoint's folder: tokenizer.json and its neighbours.
+
+        Raises FileNotFoundError or ValueError that names the file.
+        """
         config = _read_json(folder / "tokenizer_config.json")
         source = _template_source(folder, config)
         template = ChatTemplate(source, _special_tokens(config), now) if source else None
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = _read_tokenizer(folder / "tokenizer.json")
         # Batch settings of a training run must not cut or pad a prompt.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -158,6 +161,16 @@ def image_spans(token_ids: Sequence[int], image_id: int | None) -> list[ImageSpa
         spans.append(ImageSpan(place, end))
         following = place
     return spans[::-1]
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}: it is not a whole checkpoint")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:
+        # The tokenizers library raises nothing more special.
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:

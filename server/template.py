@@ -42,7 +42,7 @@ class ChatTemplate:
 
     special_tokens: names such as bos_token that the template may use. now gives
     the time for `strftime_now` and is injectable, as the published template
-    writes the date.
+    writes the date. Raises ValueError if the source is no template.
     """
 
     def __init__(
@@ -77,7 +77,10 @@ class ChatTemplate:
         )
         environment.globals["raise_exception"] = _raise_template_error
         environment.globals["strftime_now"] = lambda form: self._now().strftime(form)
-        return environment.from_string(source)
+        try:
+            return environment.from_string(source)
+        except TemplateError as error:
+            raise ValueError(f"the chat template does not compile: {error}") from error
 
 
 def render_as_meta(messages: Sequence[Message]) -> list[RenderedPiece]:

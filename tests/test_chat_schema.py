@@ -103,6 +103,7 @@ def test_max_completion_tokens_is_the_newer_name_of_max_tokens():
         ({"top_p": 0}, "top_p"),
         ({"top_p": 1.01}, "top_p"),
         ({"top_k": -2}, "top_k"),
+        ({"top_k": 0}, "top_k"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),

@@ -2,9 +2,11 @@
 
 import datetime
 import json
+from pathlib import Path
 
 import pytest
 
+from vlmserve.models import bundled
 from vlmserve.models.batch import ImageSpan
 from vlmserve.server import prompt
 from vlmserve.server.conversation import ImagePart, Message, TextPart
@@ -271,3 +273,61 @@ def test_the_template_is_found_where_checkpoints_keep_it(tmp_path, place):
     (folder / name).write_text(json.dumps(content))
     prompt = Processor.from_folder(folder, now=fixed_now).prepare([user("hi")], LIMIT)
     assert "Cutting Knowledge" in Processor.from_folder(folder).tokenizer.decode(prompt.token_ids)
+
+
+def test_files_that_do_not_serve_are_named(tmp_path):
+    for name, error in (("tokenizer.json", ValueError), ("chat_template.jinja", ValueError)):
+        folder = write_checkpoint(tmp_path / name)
+        (folder / name).write_text("{% if")
+        with pytest.raises(error, match=r"tokenizer|template"):
+            Processor.from_folder(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        Processor.from_folder(folder)
+
+
+BUNDLED = Path(bundled.__file__).parent / "checkpoint"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [user("What colour is the shape?")],
+        [user(1, "What shape is it?")],
+        [user("How many shapes are there?", 1)],
+        [user(1, 2, "Which one?", 3)],
+        [text("system", "You are a helpful assistant."), user(1, "What is in this image?")],
+        [user("hi"), text("assistant", "Hello."), user("  Who are you? ")],
+    ],
+)
+def test_the_bundled_prompt_is_the_one_that_transformers_makes(messages):
+    """Encoded piece by piece here, whole there."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(BUNDLED)
+    turns = [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "image"}
+                if isinstance(part, ImagePart)
+                else {"type": "text", "text": part.text}
+                for part in message.parts
+            ],
+        }
+        for message in messages
+    ]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    expected = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    ours = Processor.from_folder(BUNDLED, "as-sent").prepare(messages, LIMIT)
+    assert ours.token_ids == expected
+    assert len(ours.spans) == sum(len(message.images) for message in messages)
+
+
+def test_the_bundled_tokenizer_keeps_spelled_special_tokens_as_text():
+    processor = Processor.from_folder(BUNDLED)
+    plain = processor.prepare([user(1, "a b")], LIMIT).token_ids
+    spelled = processor.prepare([user(1, "a <|image|><|eot_id|> b")], LIMIT)
+    specials = {processor.tokenizer.token_to_id(name) for name in SPECIAL_IDS}
+    assert [i for i in spelled.token_ids if i in specials] == [i for i in plain if i in specials]
+    assert len(spelled.spans) == 1

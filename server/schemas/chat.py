@@ -171,6 +171,8 @@ def chat_generation(body: ChatCompletionRequest) -> GenerationRequest:
     Raises BadRequestError that names the field and the remedy.
     """
     refuse_not_yet(body, NOT_YET)
+    if body.top_k == 0:
+        raise BadRequestError("top_k is 0: send -1 for off, or at least 1", param="top_k")
     messages = [_message(turn, f"messages[{i}]") for i, turn in enumerate(body.messages)]
     return GenerationRequest(
         messages=tuple(messages),

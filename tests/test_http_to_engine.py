@@ -1,0 +1,220 @@
+"""The HTTP side over a real socket to a real engine, whose runner only hashes."""
+
+import asyncio
+import contextlib
+import json
+from pathlib import Path
+
+import httpx2
+
+from vlmserve.models import bundled
+from vlmserve.models.batch import PoolSizes
+from vlmserve.router.config import EngineConfig
+from vlmserve.router.engine import Engine
+from vlmserve.router.engine_server import EngineServer
+from vlmserve.router.errors import EngineDeadError
+from vlmserve.router.testing import FakeRunner, fake_image, fake_info
+from vlmserve.server.settings import ServerSettings
+from vlmserve.server.testing import running_server
+
+BUNDLED = Path(bundled.__file__).parent / "checkpoint"
+CHAT = "/v1/chat/completions"
+DEADLINE_S = 30.0
+
+
+def body(text="What shape is it?", *, images=0, **fields):
+    """A request of up to 8 greedy tokens whose end of turn counts for nothing."""
+    parts = [{"type": "text", "text": text}]
+    parts += [{"type": "image_url", "image_url": f"picture {i}"} for i in range(images)]
+    turn = {"role": "user", "content": parts}
+    greedy = {"temperature": 0, "seed": 1, "max_tokens": 8, "ignore_eos": True}
+    return {"model": "m", "messages": [turn]} | greedy | fields
+
+
+class FakeImages:
+    """Two tiles for every URL."""
+
+    async def load(self, images, deadline=None):
+        return [fake_image(image.url, 2) for image in images]
+
+
+@contextlib.asynccontextmanager
+async def engine_at(path, runner, **options):
+    """An engine that listens at `path`; gives the engine."""
+    config = EngineConfig(model="fake", socket_path=str(path), **options)
+    server = EngineServer(config)
+    await server.start()
+    engine = Engine(runner, config, server.send)
+    server.attach(engine)
+    running = asyncio.create_task(engine.run())
+    try:
+        yield engine
+    finally:
+        running.cancel()
+        engine.close(EngineDeadError("over"))
+        await server.close()
+
+
+@contextlib.asynccontextmanager
+async def server_at(path):
+    """An HTTP server that looks for its engine at `path`; gives a client of it."""
+    settings = ServerSettings(model=str(BUNDLED), engine_socket=str(path), served_model_names=["m"])
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        running_server(settings, images=FakeImages()) as url,
+        httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
+    ):
+        yield client
+
+
+async def until_ready(client, status=200):
+    while (await client.get("/v1/health/ready")).status_code != status:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+async def until_free(engine):
+    """Wait until nothing runs, then check that every block came back."""
+    async with asyncio.timeout(DEADLINE_S):
+        while engine.scheduler.has_work:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    engine.scheduler.check()
+    stats = engine.stats()
+    assert (stats.text_blocks_used, stats.image_blocks_used) == (0, 0)
+
+
+def test_mixed_requests_at_once_get_the_answers_they_get_alone(tmp_path):
+    async def scenario():
+        path = tmp_path / "engine.sock"
+        async with engine_at(path, FakeRunner()) as engine, server_at(path) as client:
+            await until_ready(client)
+            bodies = [body(f"picture {i}?", images=i % 3) for i in range(12)]
+            alone = [(await client.post(CHAT, json=one)).json() for one in bodies]
+            together = await asyncio.gather(*(client.post(CHAT, json=one) for one in bodies))
+            await until_free(engine)
+        for one, other in zip(alone, together, strict=True):
+            other = other.json()
+            assert other["choices"] == one["choices"]
+            assert other["usage"] == one["usage"]
+            assert other["usage"]["completion_tokens"] == 8
+
+    asyncio.run(scenario())
+
+
+def test_a_full_queue_is_a_429_and_comes_free_again(tmp_path):
+    async def scenario():
+        path = tmp_path / "engine.sock"
+        options = {"max_num_seqs": 1, "max_queue_requests": 1}
+        runner = FakeRunner(step_seconds=0.02)
+        async with engine_at(path, runner, **options) as engine, server_at(path) as client:
+            await until_ready(client)
+            calls = (client.post(CHAT, json=body(stream=bool(i % 2))) for i in range(8))
+            answers = await asyncio.gather(*calls)
+            statuses = {answer.status_code for answer in answers}
+            assert statuses == {200, 429}
+            for answer in answers:
+                if answer.status_code == 429:
+                    assert int(answer.headers["retry-after"]) >= 1
+                    assert answer.json()["error"]["type"] == "rate_limit_error"
+            await until_free(engine)
+            assert (await client.post(CHAT, json=body())).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_what_the_pools_can_never_hold_is_a_400(tmp_path):
+    async def scenario():
+        path = tmp_path / "engine.sock"
+        runner = FakeRunner(fake_info(PoolSizes(64, 2, 16)))
+        async with engine_at(path, runner), server_at(path) as client:
+            await until_ready(client)
+            for stream in (False, True):
+                answer = await client.post(CHAT, json=body(images=2, stream=stream))
+                assert answer.status_code == 400
+
+    asyncio.run(scenario())
+
+
+def test_clients_that_leave_free_everything(tmp_path):
+    async def scenario():
+        path = tmp_path / "engine.sock"
+        runner = FakeRunner(step_seconds=0.01)
+        async with engine_at(path, runner, max_num_seqs=2) as engine, server_at(path) as client:
+            await until_ready(client)
+            calls = [
+                asyncio.create_task(
+                    client.post(CHAT, json=body(images=1, stream=bool(i % 2), max_tokens=900))
+                )
+                for i in range(6)
+            ]
+            while engine.stats().num_running + engine.stats().num_waiting < 6:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+            await until_free(engine)
+            assert runner.num_steps < 900
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_string_frees_the_request_in_the_engine(tmp_path):
+    async def scenario():
+        path = tmp_path / "engine.sock"
+        runner = FakeRunner(step_seconds=0.005)
+        async with engine_at(path, runner) as engine, server_at(path) as client:
+            await until_ready(client)
+            text = (await client.post(CHAT, json=body(max_tokens=40))).json()
+            text = text["choices"][0]["message"]["content"]
+            stop = text[len(text) // 2 :][:3]
+            answer = await client.post(CHAT, json=body(max_tokens=900, stop=stop))
+            choice = answer.json()["choices"][0]
+            assert choice["message"]["content"] == text[: text.index(stop)]
+            assert choice["stop_reason"] == stop
+            await until_free(engine)
+            assert runner.num_steps < 400
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_goes_away_ends_streams_and_its_successor_is_found(tmp_path):
+    async def scenario():
+        path = tmp_path / "engine.sock"
+        async with server_at(path) as client:
+            assert (await client.post(CHAT, json=body())).status_code == 503
+            async with engine_at(path, FakeRunner(step_seconds=0.02)):
+                await until_ready(client)
+                streamed = client.post(CHAT, json=body(max_tokens=900, stream=True))
+                streamed = asyncio.create_task(streamed)
+                plain = asyncio.create_task(client.post(CHAT, json=body(max_tokens=900)))
+                await asyncio.sleep(1.5)
+            *_, error, done = (await streamed).text.removesuffix("\n\n").split("\n\n")
+            assert done == "data: [DONE]"
+            assert list(json.loads(error.removeprefix("data: "))) == ["error"]
+            assert (await plain).status_code == 503
+            await until_ready(client, 503)
+            async with engine_at(path, FakeRunner()):
+                await until_ready(client)
+                assert (await client.post(CHAT, json=body())).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_failed_step_is_a_500_and_the_next_request_is_served(tmp_path):
+    async def scenario():
+        def fail_once(batch):
+            if runner.num_steps == 0 and not failed:
+                failed.append(batch)
+                raise RuntimeError("secret")
+
+        failed = []
+        runner = FakeRunner(before_step=fail_once)
+        path = tmp_path / "engine.sock"
+        async with engine_at(path, runner) as engine, server_at(path) as client:
+            await until_ready(client)
+            broken = await client.post(CHAT, json=body(images=1))
+            assert broken.status_code == 500
+            assert "secret" not in broken.text
+            await until_free(engine)
+            assert (await client.post(CHAT, json=body(images=1))).status_code == 200
+
+    asyncio.run(scenario())
