@@ -21,7 +21,7 @@ from ..router.client import EngineClient
 from ..router.errors import EngineDeadError
 from .errors import ApiError, InternalError, error_body, type_of_status
 from .generation import Engine, Generator, Images
-from .guards import HeadGuard, HeadTooLargeError, receive_body, request_id_of
+from .guards import HardyRequest, HeadGuard, HeadTooLargeError, receive_body, request_id_of
 from .images.decoders import DecoderPool
 from .images.fetch import ImageFetcher
 from .images.loader import ImageLoader
@@ -53,7 +53,10 @@ def build_app(
     Raises FileNotFoundError or ValueError if the checkpoint's files do not serve.
     """
     app: Sanic[Any, Any] = Sanic(
-        f"vlmserve-{uuid.uuid4().hex[:8]}", env_prefix="", configure_logging=False
+        f"vlmserve-{uuid.uuid4().hex[:8]}",
+        env_prefix="",
+        configure_logging=False,
+        request_class=HardyRequest,
     )
     app.config.update(_sanic_config(settings))
     parts = Parts(settings, fetcher, images, engine_client)
@@ -164,7 +167,7 @@ def answer_error(request: Request, error: Exception) -> HTTPResponse:
 def _of_sanic(error: SanicException) -> ApiError:
     """Sanic's own refusals (404, 405, 408, 413, ...) in the API's terms."""
     status = error.status_code or 500
-    converted = ApiError(str(error) if status < 500 else "the server could not answer")
+    converted = ApiError(str(error)[:300] if status < 500 else "the server could not answer")
     converted.status = status
     converted.type = type_of_status(status)
     return converted

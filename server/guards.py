@@ -11,8 +11,11 @@ import hmac
 import re
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from sanic import Request
+from sanic.compat import Header
+from sanic.exceptions import BadURL
 from sanic.http import Http
 
 from .errors import ApiError, AuthenticationError, BadRequestError, UnsupportedMediaError
@@ -60,6 +63,31 @@ class HeadGuard:
             raise AuthenticationError(
                 "a valid API key is required: send it as 'Authorization: Bearer KEY'"
             )
+
+
+class HardyRequest(Request):
+    """A request that can also stand for one whose URL no parser takes.
+
+    Sanic makes an empty request (method NONE) to answer a head that it could not
+    read, with the same URL: without this the second failure would close the
+    connection without an answer.
+    """
+
+    def __init__(
+        self,
+        url_bytes: bytes,
+        headers: Header,
+        version: str,
+        method: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        try:
+            super().__init__(url_bytes, headers, version, method, *args, **kwargs)
+        except BadURL:
+            if method != "NONE":
+                raise
+            super().__init__(b"*", headers, version, method, *args, **kwargs)
 
 
 class SlowBodyError(ApiError):

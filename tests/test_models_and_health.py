@@ -282,6 +282,29 @@ def test_a_head_that_is_too_large_is_a_431(checkpoint):
         assert b'"object":"error"' in answer
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"GARBAGE",
+        b"GET  /v1/models HTTP/1.1",
+        b"GET /v1/models HTTP/3.0",
+        b"GET /v1/models?\x1b[31m HTTP/1.1",
+        b"GET /caf\xc3\xa9 HTTP/1.1",
+        b"GET /%ff HTTP/1.1",
+        b"FOO /v1/models HTTP/1.1",
+        b"OPTIONS * HTTP/1.1",
+        b"GET //[ HTTP/1.1",
+        b"GET /" + b"a" * 9000 + b" HTTP/1.1",
+    ],
+)
+def test_a_strange_request_line_gets_a_json_error(checkpoint, line, caplog):
+    answer = exchange(checkpoint, line + b"\r\nHost: a\r\nConnection: close\r\n\r\n")
+    assert answer[:10] == b"HTTP/1.1 4"
+    assert b'"object":"error"' in answer
+    assert len(answer) < 2000
+    assert "\x1b" not in caplog.text
+
+
 def test_a_head_that_never_ends_is_a_408(checkpoint):
     answer = exchange(checkpoint, b"GET /v1/models HTTP/1.1\r\nHost: a\r\n", request_timeout_s=0.2)
     assert answer.startswith(b"HTTP/1.1 408 ")
