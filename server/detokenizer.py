@@ -7,11 +7,14 @@ the plain answer. Knows nothing of requests or of HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+# No character is as long; only bytes that never become text are.
+MAX_UNREAD = 64
 
 
 @dataclass(slots=True, frozen=True)
@@ -62,10 +65,19 @@ class StopStrings:
 
 
 class Detokenizer:
-    """The text of one growing sequence; special tokens have none."""
+    """The text of one growing sequence; special tokens have none.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    special_ids: the tokenizer's, so that a run of them costs nothing.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        special_ids: Container[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._special_ids = special_ids
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stops = StopStrings(stops)
         self._unread: list[int] = []
@@ -75,12 +87,12 @@ class Detokenizer:
 
         Tokens that end inside a character wait in `_unread` for the rest of it.
         """
-        text = self._stream.step(self._tokenizer, token_id)
-        if text is None:
-            self._unread.append(token_id)
+        if token_id in self._special_ids:
             return Piece("")
-        self._unread.clear()
-        return self._stops.push(text)
+        text = self._step(token_id)
+        if len(self._unread) > MAX_UNREAD:
+            text += self._give_up_on_unread()
+        return self._stops.push(text) if text else Piece("")
 
     def flush(self) -> Piece:
         """The tail: held text, and a character that never became whole (as U+FFFD)."""
@@ -88,3 +100,20 @@ class Detokenizer:
         self._unread.clear()
         piece = self._stops.push(tail)
         return piece if piece.stop is not None else Piece(piece.text + self._stops.flush())
+
+    def _step(self, token_id: int) -> str:
+        text = self._stream.step(self._tokenizer, token_id)
+        if text is None:
+            self._unread.append(token_id)
+            return ""
+        self._unread.clear()
+        return text
+
+    def _give_up_on_unread(self) -> str:
+        """The text of bytes that are no characters: a stream of them would be decoded
+        from its beginning with each token. The last few may still become one."""
+        settled, open_end = self._unread[:-3], self._unread[-3:]
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._unread.clear()
+        text: str = self._tokenizer.decode(settled, skip_special_tokens=True)
+        return text + "".join(map(self._step, open_end))

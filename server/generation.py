@@ -241,7 +241,7 @@ class GrowingAnswer:
     """Turns the engine's outputs for one request into events."""
 
     def __init__(self, prepared: PreparedGeneration, processor: Processor) -> None:
-        self._text = Detokenizer(processor.tokenizer, prepared.stop)
+        self._text = Detokenizer(processor.tokenizer, prepared.stop, processor.special_ids)
         self._end_of_message_id = processor.end_of_message_id
         self._num_prompt = len(prepared.request.prompt_token_ids)
         self._num_tokens = 0

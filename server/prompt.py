@@ -71,6 +71,8 @@ class Processor:
         self._bos_id = tokenizer.token_to_id(BEGIN_OF_TEXT)
         self._image_id = tokenizer.token_to_id(IMAGE)
         self.eos_token_ids = sorted(set(eos_token_ids) | set(_ids_of(tokenizer, TURN_ENDS)))
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.end_of_message_id = tokenizer.token_to_id(END_OF_MESSAGE)
 
     @classmethod

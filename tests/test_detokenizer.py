@@ -14,6 +14,7 @@ from vlmserve.server.testing import meta_like_tokenizer
 TOKENIZER = meta_like_tokenizer()
 TOKENIZER.encode_special_tokens = True  # no text here is to become a special token
 EOT = 128009
+SPECIAL_IDS = Processor(TOKENIZER, None, [EOT]).special_ids
 
 
 def ids_of(text):
@@ -22,7 +23,7 @@ def ids_of(text):
 
 def pieces_of(token_ids, stops=()):
     """The pieces of a whole answer; the last is the flush, absent after a stop."""
-    detokenizer = Detokenizer(TOKENIZER, stops)
+    detokenizer = Detokenizer(TOKENIZER, stops, SPECIAL_IDS)
     pieces = []
     for token_id in token_ids:
         pieces.append(detokenizer.push(token_id))
@@ -48,6 +49,39 @@ def test_a_character_split_over_tokens_comes_whole(character):
 def test_half_a_character_at_the_end_is_flushed():
     token_ids = ids_of("a🐻")[:-1]
     assert [piece.text for piece in pieces_of(token_ids)][-1] == "�"
+
+
+def test_a_long_run_of_broken_bytes_is_not_decoded_over_and_over(monkeypatch):
+    """Each token once decoded all that came before it in the run."""
+    (half, *_) = ids_of("🐻")
+    num_decoded = 0
+
+    class CountingStream:
+        def __init__(self, **_):
+            self.num_ids = 0
+
+        def step(self, tokenizer, token_id):
+            nonlocal num_decoded
+            self.num_ids += 1
+            num_decoded += self.num_ids
+
+    detokenizer = Detokenizer(TOKENIZER)
+    texts = [detokenizer.push(half).text for _ in range(500)]
+    assert "".join(texts) + detokenizer.flush().text == "�" * 500
+
+    monkeypatch.setattr("vlmserve.server.detokenizer.DecodeStream", CountingStream)
+    detokenizer = Detokenizer(TOKENIZER, special_ids=SPECIAL_IDS)
+    for _ in range(1000):
+        detokenizer.push(half)
+        detokenizer.push(EOT)
+    assert num_decoded < 1000 * 70
+
+
+def test_a_character_after_a_long_run_of_broken_bytes_comes_whole():
+    bear = ids_of("🐻")
+    for num_broken in range(60, 70):
+        pieces = pieces_of([bear[0]] * num_broken + bear + ids_of("x"))
+        assert "".join(piece.text for piece in pieces) == "�" * num_broken + "🐻x"
 
 
 def test_special_tokens_have_no_text():
