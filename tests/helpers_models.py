@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import MllamaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from vlmserve.bench.checkpoints import build
+from vlmserve.bench.checkpoints import LAYOUTS, build
 from vlmserve.models.batch import (
     CrossSegment,
     ImageSpan,
@@ -40,6 +40,7 @@ TILE_SIZE = 28
 # tile grids by aspect_ratio_id, from 1, as transformers numbers them for four tiles
 NUM_TILES = {1: 1, 2: 2, 3: 3, 4: 4, 5: 2, 6: 4, 7: 3, 8: 4}
 BLOCK_SIZE = 4
+TINY_LAYOUTS = [name for name in LAYOUTS if name != "m100"]
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -127,6 +128,22 @@ def prompt(request_id: str, text: str, images: Sequence[ImageTiles] = ()) -> Req
     """A request whose text's bytes are its tokens, `|` standing for an image."""
     token_ids = [IMAGE_ID if c == "|" else 1 + ord(c) for c in text]
     return Request(request_id, token_ids, list(images))
+
+
+PROMPTS: dict[str, Callable[[], Request]] = {
+    "text": lambda: prompt("text", "only words, and a few more"),
+    "short": lambda: prompt("short", "a"),
+    "one": lambda: prompt("one", "|what is in it?", [image(2, 1)]),
+    "late": lambda: prompt("late", "a question before |", [image(6, 2)]),
+    "adjacent": lambda: prompt("adjacent", "see ||both", [image(1, 3), image(8, 4)]),
+    "apart": lambda: prompt("apart", "|first then |second", [image(5, 5), image(3, 6)]),
+    "three": lambda: prompt("three", "a||b|c d", [image(1, 7), image(4, 8), image(7, 9)]),
+}
+
+
+def requests(*names: str) -> list[Request]:
+    """The prompts of those names; all of them without names."""
+    return [PROMPTS[name]() for name in names or PROMPTS]
 
 
 class Blocks:
