@@ -6,9 +6,12 @@ Owns one worker's registry. No label takes its value from a client.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from ..router.messages import EngineStats
 
@@ -17,14 +20,47 @@ _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 131072)
 
 
+class EngineFigures(Collector):
+    """What the engine last told of itself; the unprefixed names are the documented ones."""
+
+    def __init__(self, num_request_max: int) -> None:
+        self.stats = EngineStats()
+        self._num_request_max = num_request_max
+
+    def collect(self) -> Iterator[Metric]:
+        """Each figure once, as it stands."""
+        stats = self.stats
+        usage = stats.text_blocks_used / stats.text_blocks_total if stats.text_blocks_total else 0.0
+        gauges = {
+            "gpu_cache_usage_perc": ("Text blocks in use; 1 is all of them.", usage),
+            "num_requests_running": ("Requests in the running batch.", stats.num_running),
+            "num_requests_waiting": ("Requests waiting for the batch.", stats.num_waiting),
+            "num_request_max": ("Most requests that run at once.", self._num_request_max),
+            "vlmserve_text_blocks_used": ("Text blocks in use.", stats.text_blocks_used),
+            "vlmserve_text_blocks_total": ("Text blocks there are.", stats.text_blocks_total),
+            "vlmserve_image_blocks_used": ("Image blocks (tiles) in use.", stats.image_blocks_used),
+            "vlmserve_image_blocks_total": ("Image blocks there are.", stats.image_blocks_total),
+        }
+        counters = {
+            "vlmserve_steps": ("Steps of the model.", stats.num_steps),
+            "vlmserve_preemptions": ("Requests set back for room.", stats.num_preemptions),
+            "vlmserve_images_encoded": ("Images encoded.", stats.num_images_encoded),
+            "vlmserve_vision_seconds": ("Time in the vision encoder.", stats.vision_seconds),
+        }
+        for name, (help_text, value) in gauges.items():
+            yield GaugeMetricFamily(name, help_text, value)
+        for name, (help_text, value) in counters.items():
+            yield CounterMetricFamily(name, help_text, value)
+
+
 class Metrics:
     """All figures of one HTTP worker, and the engine's counts as it last told them."""
 
     def __init__(self, num_request_max: int) -> None:
         self.registry = CollectorRegistry()
-        self._add_engine_gauges()
+        self._engine = EngineFigures(num_request_max)
+        self.registry.register(self._engine)
         self._add_request_figures()
-        self.num_request_max.set(num_request_max)
 
     def start(self, num_prompt_tokens: int) -> RequestTimer:
         """Begin to time one request."""
@@ -32,26 +68,8 @@ class Metrics:
 
     def render(self, stats: EngineStats) -> bytes:
         """All figures in Prometheus' text format."""
-        self.num_requests_running.set(stats.num_running)
-        self.num_requests_waiting.set(stats.num_waiting)
-        used, total = stats.text_blocks_used, stats.text_blocks_total
-        self.gpu_cache_usage_perc.set(used / total if total else 0.0)
+        self._engine.stats = stats
         return generate_latest(self.registry)
-
-    def _add_engine_gauges(self) -> None:
-        registry = self.registry
-        self.gpu_cache_usage_perc = Gauge(
-            "gpu_cache_usage_perc", "Text blocks in use; 1 is all of them.", registry=registry
-        )
-        self.num_requests_running = Gauge(
-            "num_requests_running", "Requests in the running batch.", registry=registry
-        )
-        self.num_requests_waiting = Gauge(
-            "num_requests_waiting", "Requests waiting for the batch.", registry=registry
-        )
-        self.num_request_max = Gauge(
-            "num_request_max", "Most requests that run at once.", registry=registry
-        )
 
     def _add_request_figures(self) -> None:
         registry = self.registry
