@@ -32,8 +32,8 @@ IGNORE = -100
 _GRID = TILE_SIZE // PATCH_SIZE  # patches along a tile's side
 _PATCHES = _GRID * _GRID
 _WEIGHTS = {
-    "describe": 0.18, "colour": 0.17, "shape": 0.17, "background": 0.10, "count": 0.13,
-    "count_kind": 0.06, "list": 0.06, "is_there": 0.05, "is_it": 0.04, "absent": 0.03, "read": 0.01,
+    "describe": 0.15, "colour": 0.12, "shape": 0.12, "background": 0.06, "count": 0.14,
+    "count_kind": 0.08, "list": 0.07, "is_there": 0.09, "is_it": 0.08, "absent": 0.08, "read": 0.01,
 }  # fmt: skip
 
 
@@ -121,9 +121,15 @@ class Conversations(IterableDataset[Batch]):
             for _ in range(mixture.rows_per_picture)
         ]
         rows.sort(key=lambda row: len(row.input_ids))
-        size = max(1, -(-len(rows) // mixture.num_buckets))
-        buckets = [pad_rows(rows[i : i + size]) for i in range(0, len(rows), size)]
-        return Batch(stack_pictures(scenes, rng), buckets)
+        return Batch(stack_pictures(scenes, rng), [pad_rows(b) for b in self._buckets(rows)])
+
+    def _buckets(self, rows: list[Row]) -> list[list[Row]]:
+        """Sorted rows in buckets: the longest few alone, for most are much shorter."""
+        num_long = len(rows) // 16
+        most, long = rows[: len(rows) - num_long], rows[len(rows) - num_long :]
+        size = max(1, -(-len(most) // self._mixture.num_buckets))
+        buckets = [most[i : i + size] for i in range(0, len(most), size)]
+        return [*buckets, long] if long else buckets
 
     def _row(self, rng: np.random.Generator, scenes: list[Scene], index: int) -> Row:
         """A conversation about the picture at this index; rarely another picture follows in it."""
@@ -272,12 +278,14 @@ def conversation(rng: np.random.Generator, scene: Scene, is_first: bool = True) 
         return _about_picture(rng, scene, 1)
     messages = [Message("system", str(rng.choice(SYSTEM)))] if rng.random() < 0.18 else []
     form = rng.random()
-    if form < 0.84:
+    if form < 0.80:
         return messages + _about_picture(rng, scene, 1)
+    if form < 0.87:
+        return messages + _about_picture(rng, scene, int(rng.integers(2, 4)))
     if form < 0.91:
-        return messages + _about_picture(rng, scene, 2 if rng.random() < 0.7 else 3)
+        return messages + _about_picture(rng, scene, int(rng.integers(4, 10)))
     if form < 0.98:
-        return messages + _without_picture(rng, scene, 1 if rng.random() < 0.7 else 2)
+        return messages + _without_picture(rng, scene, 1 if rng.random() < 0.7 else 3)
     return messages + _without_picture(rng, scene, 1) + _about_picture(rng, scene, 1)
 
 
@@ -295,7 +303,7 @@ def _about_picture(rng: np.random.Generator, scene: Scene, num_turns: int) -> li
     messages: list[Message] = []
     is_first = bool(rng.random() < 0.65)
     for turn in range(num_turns):
-        if rng.random() < 0.05:
+        if rng.random() < (0.04 if turn == 0 else 0.12):
             text, answer = talk(rng)
         else:
             question = random_question(rng, scene)

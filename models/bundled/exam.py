@@ -97,18 +97,21 @@ def score(results: list[Result], name: str) -> Score:
 
 
 def scores(results: list[Result]) -> list[Score]:
-    """A score for each question type and number of shapes, then for each place of the image."""
+    """A score for each question type, whole and by number of shapes, then by form of the request.
+
+    Within one number of shapes a constant answer to "how many" is right, so that the whole is what
+    the baseline of counting is to be read from.
+    """
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in sorted(results, key=_order):
         item = result.item
-        number = "" if item.num_shapes is None else f", {item.num_shapes} shapes"
-        groups[item.type + number].append(result)
+        groups[item.type].append(result)
+        if item.num_shapes is not None:
+            groups[f"{item.type}, {_number_of_shapes(item.num_shapes)}"].append(result)
     for result in results:
-        if result.item.scene is not None and 1 <= len(result.item.scene.shapes) <= 2:
-            where = "before" if result.item.is_image_first else "after"
-            groups[f"image {where} the question, 1 or 2 shapes"].append(result)
-            if result.item.system:
-                groups["with a system message, 1 or 2 shapes"].append(result)
+        if result.item.num_shapes in (1, 2):
+            for form in _forms(result.item):
+                groups[f"{form}, 1 or 2 shapes"].append(result)
     return [score(group, name) for name, group in groups.items()]
 
 
@@ -162,6 +165,18 @@ def _items_without_picture(rng: np.random.Generator) -> list[Item]:
         Item("small_talk", text, answer, system=system),
         Item("no_picture", question.text, NO_PICTURE, system=system),
     ]
+
+
+def _number_of_shapes(number: int) -> str:
+    return "1 shape" if number == 1 else f"{number} shapes"
+
+
+def _forms(item: Item) -> list[str]:
+    """The forms of request that the item's result counts for."""
+    forms = ["image before the question" if item.is_image_first else "image after the question"]
+    if item.system:
+        forms.append("with a system message")
+    return [*forms, f"as {item.image_format}"]
 
 
 def _order(result: Result) -> tuple[int, int]:

@@ -44,9 +44,9 @@ class Settings:
     seed: int
     minutes: float
     out: Path
-    vision_share: float = 0.25
+    vision_share: float = 0.17
     learning_rate: float = 1.3e-3
-    auxiliary_weight: float = 0.3
+    auxiliary_weight: float = 0.4
     batch_size: int = 32
     max_shapes: int = 4
 
@@ -244,9 +244,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True, help="of training, in all")
     parser.add_argument("--out", type=Path, required=True, help="folder for state and checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
-    parser.add_argument("--vision-share", type=float, default=0.25)
+    parser.add_argument("--vision-share", type=float, default=0.17)
     parser.add_argument("--learning-rate", type=float, default=1.3e-3)
-    parser.add_argument("--auxiliary-weight", type=float, default=0.3)
+    parser.add_argument("--auxiliary-weight", type=float, default=0.4)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-shapes", type=int, default=4)
     options = vars(parser.parse_args())
