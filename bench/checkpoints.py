@@ -103,6 +103,9 @@ def random_model(config: MllamaConfig, seed: int = 0) -> MllamaForConditionalGen
                 parameter.fill_(GATE)
             elif name.endswith(("layernorm.weight", "norm.weight")):
                 parameter.uniform_(0.5, 1.5)  # ones would hide a norm left out
+        # a logit of 0 is never the greatest: every greedy answer is as long as it was asked for
+        text_config: Any = config.text_config
+        model.lm_head.weight[text_config.eos_token_id] = 0.0
     return model
 
 
