@@ -322,7 +322,7 @@ def test_what_can_never_run_is_refused_with_a_remedy(tmp_path):
         2 * wire.encode_frame(request_of("twice", max_tokens=500)),
     ],
 )
-def test_a_peer_that_breaks_the_protocol_is_dropped_alone(tmp_path, data):
+def test_a_peer_that_breaks_the_protocol_is_dropped_alone(tmp_path, caplog, data):
     gate = Gate()
 
     async def scenario() -> None:
@@ -340,6 +340,9 @@ def test_a_peer_that_breaks_the_protocol_is_dropped_alone(tmp_path, data):
             assert rig.server.num_workers == 1
 
     asyncio.run(scenario())
+    (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "broke the protocol" in line.getMessage()
+    assert line.exc_info is None
 
 
 def test_a_worker_that_does_not_read_is_dropped_and_blocks_nobody(tmp_path):
