@@ -7,6 +7,7 @@ requests are served; never imports torch.
 from __future__ import annotations
 
 import asyncio
+import os
 from enum import StrEnum
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from .. import __version__
 from ..router.config import EngineConfig
 from ..router.messages import EngineReady
+from .images.settings import ImageSettings
 from .model_files import ModelFilesError, resolve_model
 from .settings import ServerSettings
 from .supervisor import ListenError, Supervisor, listen
@@ -113,12 +115,46 @@ def serve(
     max_num_batched_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens in one step.", rich_help_panel=ENGINE_PANEL)
     ] = 2048,
-    max_queue: Annotated[
+    max_num_batched_images: Annotated[
+        int,
+        typer.Option(min=1, help="Most images encoded in one step.", rich_help_panel=ENGINE_PANEL),
+    ] = 4,
+    kv_cache_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Memory for keys and values of text and images; default: from what is free.",
+            rich_help_panel=ENGINE_PANEL,
+        ),
+    ] = None,
+    num_image_blocks: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Image tiles that fit the cache at once.", rich_help_panel=ENGINE_PANEL
+        ),
+    ] = None,
+    num_threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="CPU threads of the model; default: the cores that are left, or OMP_NUM_THREADS.",
+            rich_help_panel=ENGINE_PANEL,
+        ),
+    ] = None,
+    max_queue_requests: Annotated[
         int,
         typer.Option(
             min=1, help="Requests that may wait; beyond that 429.", rich_help_panel=ENGINE_PANEL
         ),
     ] = 256,
+    max_queue_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Prompt tokens that may wait.", rich_help_panel=ENGINE_PANEL),
+    ] = 1_048_576,
+    max_queue_bytes: Annotated[
+        int,
+        typer.Option(min=1, help="Bytes of images that may wait.", rich_help_panel=ENGINE_PANEL),
+    ] = 1_073_741_824,
     host: Annotated[
         str, typer.Option(help="Address to listen on.", rich_help_panel=HTTP_PANEL)
     ] = "127.0.0.1",
@@ -144,6 +180,18 @@ def serve(
             rich_help_panel=HTTP_PANEL,
         ),
     ] = ImagePosition.front,
+    max_images: Annotated[
+        int, typer.Option(min=1, help="Images in one request.", rich_help_panel=HTTP_PANEL)
+    ] = 16,
+    allow_private_image_urls: Annotated[
+        bool,
+        typer.Option(
+            "--allow-private-image-urls",
+            help="Fetch images from private and loopback addresses too: only where every client "
+            "is trusted.",
+            rich_help_panel=HTTP_PANEL,
+        ),
+    ] = False,
     unknown_fields: Annotated[
         UnknownFields,
         typer.Option(
@@ -168,7 +216,14 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        max_queue_requests=max_queue,
+        max_num_batched_images=max_num_batched_images,
+        kv_cache_bytes=kv_cache_bytes,
+        num_image_blocks=num_image_blocks,
+        num_threads=num_threads,
+        max_queue_requests=max_queue_requests,
+        max_queue_tokens=max_queue_tokens,
+        max_queue_bytes=max_queue_bytes,
+        parent_pid=os.getpid(),
     )
     settings = ServerSettings(
         model=str(folder.path),
@@ -176,6 +231,9 @@ def serve(
         served_model_names=[name],
         api_keys=api_key or [],
         max_num_seqs=max_num_seqs,
+        images=ImageSettings(
+            max_images=max_images, allow_private_addresses=allow_private_image_urls
+        ),
         image_position="front" if image_position is ImagePosition.front else "as-sent",
         unknown_fields="error" if unknown_fields is UnknownFields.error else "ignore",
     )
