@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from transformers import AutoProcessor, MllamaForConditionalGeneration, MllamaProcessor
 
 from vlmserve.models.bundled import CHECKPOINT
-from vlmserve.models.bundled.client import messages_of
+from vlmserve.models.bundled.client import Client, ClientError, messages_of
 from vlmserve.models.bundled.exam import Item, Result, exam, score
 from vlmserve.models.bundled.pictures import (
     MAX_SHAPES,
@@ -126,6 +130,52 @@ def test_request_carries_the_image_where_the_item_says() -> None:
     parts = messages_of(item)[-1]["content"]
     kinds = ["image_url", "text"] if item.is_image_first else ["text", "image_url"]
     assert [part["type"] for part in parts] == kinds
+
+
+@pytest.fixture
+def recorded() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The URL of a server that always answers "two", and the bodies it was sent."""
+    bodies: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._reply({"data": [{"id": "tiny"}]})
+
+        def do_POST(self) -> None:
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self._reply({"choices": [{"message": {"content": "two"}}]})
+
+        def _reply(self, body: dict[str, Any]) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *args: object) -> None:
+            """Keep the tests' output clean."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1", bodies
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("temperature", "sent"), [(0.0, {"temperature": 0.0}), (None, {})])
+def test_client_sends_no_sampling_field_it_was_not_told_to(
+    recorded: tuple[str, list[dict[str, Any]]],
+    temperature: float | None,
+    sent: dict[str, float],
+) -> None:
+    url, bodies = recorded
+    items = [Item("count", "How many?", answer) for answer in ("two", "one")]
+    results = Client(url, temperature).put(items, concurrency=2)
+    assert [result.is_right for result in results] == [True, False]
+    message = {"role": "user", "content": "How many?"}
+    assert bodies == [{"model": "tiny", "messages": [message], **sent}] * 2
+
+
+def test_client_names_the_server_that_it_cannot_reach() -> None:
+    with pytest.raises(ClientError, match=r"http://127.0.0.1:9/v1 cannot be reached"):
+        Client("http://127.0.0.1:9/v1").put([Item("count", "How many?", "two")])
 
 
 def test_score_stands_beside_the_most_frequent_answer() -> None:
