@@ -6,6 +6,7 @@ module never imports torch, so the scheduler and the wire can use it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -13,24 +14,47 @@ import msgspec
 
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
+Bias = Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How the next token of a request is chosen.
+    """How the next token of a request is chosen; the defaults change nothing.
 
-    temperature 0 is greedy; top_p 1.0 and top_k -1 are off. `seed` is always
-    set: a request without one is given a random one when it arrives, so that a
-    preempted request repeats itself.
+    temperature 0 is greedy; top_p 1.0, top_k -1 and min_p 0.0 are off. `seed` is
+    always set: a request without one is given a random one when it arrives, so
+    that a preempted request repeats itself. repetition_penalty counts the prompt
+    and what was generated, presence and frequency what was generated. logit_bias:
+    (token id, bias) pairs, each id once. The ids that end the answer are banned
+    for the first min_tokens tokens. num_logprobs: how many of the likeliest tokens
+    are told beside the chosen one's log-probability; None tells of none.
+    `models/sampling.py` has the order of these.
     """
 
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] = 1.0
     top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, msgspec.Meta(ge=-1)] = -1
     seed: int = 0
+    min_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=2.0)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: tuple[tuple[NonNegative, Bias], ...] = ()
+    min_tokens: NonNegative = 0
+    num_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """True if the choice depends on which tokens the text already holds."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
 
 
 class ImageTiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +99,32 @@ class CrossSegment:
     block_ids: list[int]
 
 
+@dataclass(slots=True, frozen=True)
+class SamplingContext:
+    """What the choice of a request's next token needs to know of its text so far.
+
+    prompt_token_ids, in any order and each at least once, are told where
+    repetition_penalty is on; generated_token_ids where any penalty is;
+    banned_token_ids are those that may not come yet.
+    """
+
+    prompt_token_ids: Sequence[int] = ()
+    generated_token_ids: Sequence[int] = ()
+    banned_token_ids: Sequence[int] = ()
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """The natural log-probabilities at one generated token, before any sampling parameter.
+
+    logprob: of the chosen token. top_token_ids, top_logprobs: the likeliest
+    tokens, best first, as many as were asked for. None is below -9999.
+    """
+
+    logprob: float
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+
 @dataclass(slots=True)
 class ScheduledSequence:
     """What one sequence runs in one step.
@@ -84,7 +134,8 @@ class ScheduledSequence:
     counts add up to len(token_ids). `sampling` is None for a prefill chunk that
     does not reach the end of the sequence: nothing is sampled for it.
     `sample_index` counts the tokens generated before this one (0 for the first);
-    it picks the place in the request's own random stream.
+    it picks the place in the request's own random stream. `context` is None where
+    the choice depends on the logits alone.
     """
 
     request_id: str
@@ -94,6 +145,7 @@ class ScheduledSequence:
     segments: list[CrossSegment]
     sampling: SamplingParams | None = None
     sample_index: int = 0
+    context: SamplingContext | None = None
 
 
 @dataclass(slots=True)
@@ -120,11 +172,13 @@ class StepBatch:
 class StepResult:
     """What one model step sampled: request_id -> token_id.
 
-    Holds an entry for each sequence of the batch whose `sampling` was set.
+    Holds an entry for each sequence of the batch whose `sampling` was set, and in
+    `logprobs` for those that asked for them.
     """
 
     token_ids: dict[str, int]
     vision_seconds: float = 0.0
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
 
 
 @dataclass(slots=True, frozen=True)

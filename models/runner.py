@@ -20,6 +20,7 @@ from .cache import KVPools, PagedCache, PagedStep, allocate_pools, tile_bytes, t
 from .errors import StepError
 from .inputs import StepInputs, image_slots, pack
 from .loading import LoadedModel, load_model
+from .logprobs import RawLogprobs
 from .pools import PoolPlan, PoolRequest, default_budget_bytes, plan_pools
 from .sampling import sample
 from .vision import VisionEncoder
@@ -111,8 +112,9 @@ class ModelRunner:
             )
         inputs = self._pack(batch)
         hidden = self._forward(batch, inputs, vision_states)
-        token_ids = self._sample(hidden, inputs)
-        return StepResult(token_ids=token_ids, vision_seconds=vision_seconds)
+        result = self._sample(hidden, inputs)
+        result.vision_seconds = vision_seconds
+        return result
 
     @torch.inference_mode()
     def compute_logits(self, batch: StepBatch) -> Tensor:
@@ -185,14 +187,20 @@ class ModelRunner:
         logits: Tensor = self._model.lm_head(hidden).float()
         return logits
 
-    def _sample(self, hidden: Tensor, inputs: StepInputs) -> dict[str, int]:
+    def _sample(self, hidden: Tensor, inputs: StepInputs) -> StepResult:
         sequences = inputs.sampled_sequences
         if not sequences:
-            return {}
+            return StepResult({})
         logits = self._logits(hidden.index_select(0, self._upload(inputs.sampled)))
         params = [s.sampling for s in sequences if s.sampling is not None]
-        token_ids = sample(logits, params, [s.sample_index for s in sequences]).tolist()
-        return dict(zip((s.request_id for s in sequences), token_ids, strict=True))
+        raw = RawLogprobs(logits, params)
+        indices, contexts = [s.sample_index for s in sequences], [s.context for s in sequences]
+        token_ids = sample(logits, params, indices, contexts)
+        logprobs = raw.of(token_ids)
+        return StepResult(
+            token_ids=dict(zip((s.request_id for s in sequences), token_ids.tolist(), strict=True)),
+            logprobs={sequences[row].request_id: one for row, one in logprobs.items()},
+        )
 
     def _upload(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
         return torch.from_numpy(array).to(self._loaded.device)

@@ -1,7 +1,17 @@
 """Chooses each row's next token from its logits, all rows of a step at once.
 
-Owns temperature, top-k, top-p and the requests' random streams. Knows nothing of models, text or
-sequences.
+Owns temperature, top-k, top-p, min-p and the requests' random streams. Knows nothing of models,
+text or sequences.
+
+The order, which is that of transformers, whose documents most parameters were tried out with:
+
+    repetition, presence, frequency penalty -> logit_bias -> min_tokens   penalties.py; greedy too
+    temperature -> top_k -> top_p -> min_p                                only where one draws
+
+A filter sees what the one before it left: top_p is a share of what top_k kept. min_p compares with
+the best token, which both keep, and so never sees them.
+
+A row pays for what it asks for alone: a step of greedy rows without further wishes is one argmax.
 
 A request's stream is counter-based: the uniform number for its n-th token is a hash of (seed, n).
 So what is drawn for a request depends on its own logits, seed and place, and on nothing else that
@@ -15,8 +25,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .batch import SamplingParams
+from .batch import SamplingContext, SamplingParams
 from .errors import NonFiniteLogitsError
+from .penalties import adjust
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -42,15 +53,23 @@ def _mix(value: int) -> int:
 
 
 def sample(
-    logits: Tensor, params: Sequence[SamplingParams], sample_indices: Sequence[int]
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    sample_indices: Sequence[int],
+    contexts: Sequence[SamplingContext | None] | None = None,
 ) -> Tensor:
     """A token id for each row, int64 [num_rows], on the logits' device.
 
-    logits: float32 [num_rows, vocab_size]; params and sample_indices: one a row. -inf bans a token.
+    logits: float32 [num_rows, vocab_size], contiguous; params, sample_indices and contexts (where
+    any row has one): one a row. -inf bans a token. Rows with penalties, biases or bans are changed
+    in place.
     Raises NonFiniteLogitsError, naming the rows, where logits hold NaN or +inf or ban all tokens.
     """
     best, token_ids = logits.max(dim=-1)
     _check_finite(best)
+    if changed := adjust(logits, params, contexts or [None] * len(params)):
+        at = torch.tensor(changed, device=logits.device)
+        best[at], token_ids[at] = logits[at].max(dim=-1)
     rows = [row for row, param in enumerate(params) if not param.is_greedy]
     if not rows:
         return token_ids
@@ -85,6 +104,10 @@ def _draw(
     if filtered:
         at = torch.tensor(filtered, device=device)
         weights[at] = _filter(weights[at], [params[i] for i in filtered])
+    relative = [i for i, p in enumerate(params) if p.min_p > 0.0]
+    if relative:
+        at = torch.tensor(relative, device=device)
+        weights[at] = _drop_unlikely(weights[at], [params[i] for i in relative])
     cumulative = weights.cumsum(dim=-1)
     target = torch.tensor(uniforms, device=device, dtype=torch.float64) * cumulative[:, -1]
     # the first token whose cumulative weight passes the target: its own weight is never 0
@@ -108,3 +131,9 @@ def _filter(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     is_over = (before >= top_p[:, None] * ordered.sum(dim=-1, keepdim=True)) & (top_p < 1)[:, None]
     is_over[:, 0] = False
     return torch.zeros_like(weights).scatter_(-1, order, ordered.masked_fill(is_over, 0.0))
+
+
+def _drop_unlikely(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The weights with those below min_p of the best token's set to 0; the best one's is 1."""
+    min_p = torch.tensor([p.min_p for p in params], device=weights.device, dtype=torch.float64)
+    return weights.masked_fill(weights < min_p[:, None], 0.0)

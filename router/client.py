@@ -53,6 +53,7 @@ class _Stream:
     def deliver(self, output: SequenceOutput) -> None:
         if self._output is not None:
             output.token_ids = self._output.token_ids + output.token_ids
+            output.logprobs = self._output.logprobs + output.logprobs
         self._output = output
         self.is_finished = output.finish_reason is not None
         self._arrived.set()

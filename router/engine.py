@@ -236,6 +236,7 @@ def _output_of(progress: Progress) -> SequenceOutput:
         token_ids=progress.token_ids,
         finish_reason=progress.finish_reason,
         stop_token_id=progress.stop_token_id,
+        logprobs=[] if progress.logprobs is None else [progress.logprobs],
     )
 
 

@@ -10,7 +10,14 @@ from typing import Literal
 
 import msgspec
 
-from ..models.batch import ImageSpan, ImageTiles, NonNegative, Positive, SamplingParams
+from ..models.batch import (
+    ImageSpan,
+    ImageTiles,
+    NonNegative,
+    Positive,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 FinishReason = Literal["stop", "length", "abort"]
 FailureKind = Literal["queue_full", "invalid", "internal", "engine_dead"]
@@ -72,13 +79,15 @@ class SequenceOutput(msgspec.Struct, kw_only=True):
 
     token_ids hold the stopping token too. finish_reason is None while the
     request goes on. stop_token_id is set where one of the request's own
-    stop_token_ids matched.
+    stop_token_ids matched. logprobs holds one entry a token where the request
+    asked for them, else none.
     """
 
     request_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    logprobs: list[TokenLogprobs] = []
 
 
 class StepOutputs(msgspec.Struct, tag="step", kw_only=True):

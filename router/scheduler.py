@@ -27,7 +27,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..models.batch import ImageToEncode, ModelInfo, ScheduledSequence, StepBatch, StepResult
+from ..models.batch import (
+    ImageToEncode,
+    ModelInfo,
+    ScheduledSequence,
+    StepBatch,
+    StepResult,
+    TokenLogprobs,
+)
 from .blocks import BlockPool, ImageEntry, ImagePool
 from .messages import FinishReason
 from .queue import RequestQueue
@@ -53,6 +60,7 @@ class Progress:
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(slots=True)
@@ -151,6 +159,7 @@ class Scheduler:
                 segments=cut_segments(sequence.request.spans, image_block_ids, start, end),
                 sampling=sequence.request.sampling if is_last_chunk else None,
                 sample_index=sequence.num_generated_tokens,
+                context=sequence.sampling_context() if is_last_chunk else None,
             )
         )
         step.sequences.append(sequence)
@@ -281,11 +290,13 @@ class Scheduler:
         if planned.sampling is None:
             return None
         token_id = result.token_ids[sequence.sequence_id]
+        logprobs = result.logprobs.get(sequence.sequence_id)
         finish_reason = sequence.append(token_id, self._limits.max_model_len)
         if finish_reason is None:
-            return Progress(sequence, [token_id])
+            return Progress(sequence, [token_id], logprobs=logprobs)
         self._leave(sequence, Status.FINISHED)
-        return Progress(sequence, [token_id], finish_reason, sequence.matched_stop_token_id())
+        stop_token_id = sequence.matched_stop_token_id()
+        return Progress(sequence, [token_id], finish_reason, stop_token_id, logprobs)
 
     def check(self) -> None:
         """Assert that blocks are held by running sequences alone. For tests and debugging."""

@@ -7,9 +7,11 @@ exactly one token is decoding. Knows nothing of budgets, other requests or tenso
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
+from ..models.batch import SamplingContext
 from .blocks import ImageEntry, ImageKey
 from .messages import AddRequest, FinishReason
 
@@ -38,6 +40,7 @@ class Sequence:
     image_keys: list[ImageKey] = field(init=False)
     end_token_ids: frozenset[int] = field(init=False)
     stop_token_ids: frozenset[int] = field(init=False)
+    penalized_prompt_ids: array[int] = field(init=False)
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
@@ -52,6 +55,8 @@ class Sequence:
         self.image_keys = [ImageKey.of(image, request.tenant) for image in request.images]
         self.end_token_ids = frozenset(request.eos_token_ids)
         self.stop_token_ids = frozenset(request.stop_token_ids)
+        is_penalized = request.sampling.repetition_penalty != 1.0
+        self.penalized_prompt_ids = array("q", set(self.token_ids) if is_penalized else ())
 
     @property
     def num_tokens(self) -> int:
@@ -81,6 +86,19 @@ class Sequence:
         if self.num_generated_tokens >= self.request.max_tokens:
             return "length"
         return "length" if self.num_tokens >= max_model_len else None
+
+    def sampling_context(self) -> SamplingContext | None:
+        """What the choice of the next token depends on besides the logits; None if nothing."""
+        params = self.request.sampling
+        is_short = self.num_generated_tokens < params.min_tokens
+        if not is_short and not params.has_penalties:
+            return None
+        num_prompt = len(self.request.prompt_token_ids)
+        return SamplingContext(
+            prompt_token_ids=self.penalized_prompt_ids,
+            generated_token_ids=self.token_ids[num_prompt:] if params.has_penalties else (),
+            banned_token_ids=[*self.end_token_ids, *self.stop_token_ids] if is_short else (),
+        )
 
     def matched_stop_token_id(self) -> int | None:
         """The last token if it is one of the request's own stops and not an end of turn."""
