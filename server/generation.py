@@ -24,9 +24,10 @@ from ..router.errors import (
 )
 from ..router.messages import AddRequest, EngineReady, EngineStats, SequenceOutput
 from .conversation import ImagePart, Message
-from .detokenizer import Detokenizer
+from .detokenizer import Detokenizer, Piece, StopStrings
 from .errors import ApiError, BadRequestError, InternalError, NotReadyError, OverloadedError
 from .images.settings import ImageError, ImageRequest
+from .logprobs import TokenEntry, TokenReader
 from .metrics import Metrics
 from .prompt import PreparedPrompt, Processor, PromptTooLongError
 
@@ -59,9 +60,15 @@ class Usage:
 
 @dataclass(slots=True, frozen=True)
 class TextDelta:
-    """A piece of the answer, never empty."""
+    """A piece of the answer, never empty.
+
+    logprobs: of the tokens since the last piece, where the request asked. A token
+    whose text is held back, as half a character or the start of a stop string,
+    is told of with the next piece.
+    """
 
     text: str
+    logprobs: tuple[TokenEntry, ...] = ()
 
 
 @dataclass(slots=True, frozen=True)
@@ -69,13 +76,15 @@ class Finish:
     """The last event: why the answer ended.
 
     stop_reason: None at an end of turn, else the stop string or token id that
-    matched. is_end_of_message: the turn ended by `<|eom_id|>`.
+    matched. is_end_of_message: the turn ended by `<|eom_id|>`. logprobs: of the
+    tokens after the last piece, the stopping token's among them.
     """
 
     reason: Literal["stop", "length"]
     stop_reason: str | int | None
     usage: Usage
     is_end_of_message: bool = False
+    logprobs: tuple[TokenEntry, ...] = ()
 
 
 Event = TextDelta | Finish
@@ -83,10 +92,11 @@ Event = TextDelta | Finish
 
 @dataclass(slots=True, frozen=True)
 class Answer:
-    """A whole answer."""
+    """A whole answer; logprobs: one entry for each token that usage counts, where asked."""
 
     text: str
     finish: Finish
+    logprobs: tuple[TokenEntry, ...] = ()
 
 
 class Engine(Protocol):
@@ -144,6 +154,7 @@ class Generator:
         image_deadline_s: float = 30.0,
     ) -> None:
         self._processor = processor
+        self._reader = TokenReader(processor.tokenizer)
         self._images = images
         self._engine = engine
         self._metrics = metrics
@@ -160,6 +171,7 @@ class Generator:
         _check_against(info, request)
         prompt = await self._prompt(request, info.max_model_len)
         max_tokens = _room(request, len(prompt.token_ids), info.max_model_len)
+        _check_min_tokens(request.sampling.min_tokens, max_tokens)
         tiles = await self._tiles(prompt.images)
         added = AddRequest(
             request_id=uuid.uuid4().hex,
@@ -178,7 +190,7 @@ class Generator:
 
         Raises ApiError: before the first event if the engine refuses the request.
         """
-        growing = GrowingAnswer(prepared, self._processor)
+        growing = GrowingAnswer(prepared, self._processor, self._reader)
         timer = self._metrics.start(len(prepared.request.prompt_token_ids))
         try:
             async with contextlib.aclosing(self._engine.generate(prepared.request)) as outputs:  # type: ignore[type-var]
@@ -202,10 +214,12 @@ class Generator:
     async def answer(self, prepared: PreparedGeneration) -> Answer:
         """The whole answer: the pieces of `stream`, joined."""
         texts: list[str] = []
+        logprobs: list[TokenEntry] = []
         async with contextlib.aclosing(self.stream(prepared)) as events:
             async for event in events:
+                logprobs += event.logprobs
                 if isinstance(event, Finish):
-                    return Answer("".join(texts), event)
+                    return Answer("".join(texts), event, tuple(logprobs))
                 texts.append(event.text)
         raise AssertionError("a stream of events ends with a Finish or an error")
 
@@ -240,11 +254,17 @@ class Generator:
 class GrowingAnswer:
     """Turns the engine's outputs for one request into events."""
 
-    def __init__(self, prepared: PreparedGeneration, processor: Processor) -> None:
-        self._text = Detokenizer(processor.tokenizer, prepared.stop, processor.special_ids)
+    def __init__(
+        self, prepared: PreparedGeneration, processor: Processor, reader: TokenReader
+    ) -> None:
+        self._text = Detokenizer(processor.tokenizer, special_ids=processor.special_ids)
+        self._stops = StopStrings(prepared.stop)
+        self._reader = reader
         self._end_of_message_id = processor.end_of_message_id
         self._num_prompt = len(prepared.request.prompt_token_ids)
+        self._min_tokens = prepared.request.sampling.min_tokens
         self._num_tokens = 0
+        self._untold: list[TokenEntry] = []
 
     def take(self, output: SequenceOutput) -> list[Event]:
         """The text that became due, then a Finish if this is the end.
@@ -255,28 +275,43 @@ class GrowingAnswer:
         """
         if output.finish_reason == "abort":
             raise InternalError("the engine aborted the request")
-        stopping = 1 if output.finish_reason == "stop" else 0
+        num_shown = len(output.token_ids) - (output.finish_reason == "stop")
         text = ""
-        for token_id in output.token_ids[: len(output.token_ids) - stopping]:
-            self._num_tokens += 1
-            piece = self._text.push(token_id)
+        for place in range(num_shown):
+            self._count(output, place)
+            piece = self._cut(self._text.push(output.token_ids[place]).text)
             text += piece.text
             if piece.stop is not None:
-                return self._events(text, self._finish("stop", piece.stop))
-        if output.finish_reason is None:
-            return self._events(text, None)
-        self._num_tokens += stopping
-        return self._end(text, output)
+                return [*self._delta(text), self._finish("stop", piece.stop)]
+        return self._delta(text) if output.finish_reason is None else self._end(text, output)
+
+    def _count(self, output: SequenceOutput, place: int) -> None:
+        self._num_tokens += 1
+        if output.logprobs:
+            token_id, logprobs = output.token_ids[place], output.logprobs[place]
+            self._untold.append(self._reader.entry(token_id, logprobs))
+
+    def _cut(self, text: str) -> Piece:
+        """What of the text is due; the text of the first min_tokens tokens stops nothing."""
+        if not text or self._num_tokens <= self._min_tokens:
+            return Piece(text)
+        return self._stops.push(text)
 
     def _end(self, text: str, output: SequenceOutput) -> list[Event]:
-        tail = self._text.flush()
+        tail = self._cut(self._text.flush().text)
+        held = self._stops.flush() if tail.stop is None else ""
+        events = self._delta(text + tail.text + held)
+        if output.finish_reason == "stop":
+            self._count(output, -1)
         if tail.stop is not None:
-            return self._events(text + tail.text, self._finish("stop", tail.stop))
+            return [*events, self._finish("stop", tail.stop)]
         if output.finish_reason == "length":
-            return self._events(text + tail.text, self._finish("length", None))
+            return [*events, self._finish("length", None)]
         is_end_of_message = output.token_ids[-1:] == [self._end_of_message_id]
-        finish = self._finish("stop", output.stop_token_id, is_end_of_message)
-        return self._events(text + tail.text, finish)
+        return [*events, self._finish("stop", output.stop_token_id, is_end_of_message)]
+
+    def _delta(self, text: str) -> list[Event]:
+        return [TextDelta(text, self._tell())] if text else []
 
     def _finish(
         self,
@@ -285,12 +320,13 @@ class GrowingAnswer:
         is_end_of_message: bool = False,
     ) -> Finish:
         usage = Usage(self._num_prompt, self._num_tokens)
-        return Finish(reason, stop_reason, usage, is_end_of_message)
+        return Finish(reason, stop_reason, usage, is_end_of_message, self._tell())
 
-    @staticmethod
-    def _events(text: str, finish: Finish | None) -> list[Event]:
-        events: list[Event] = [TextDelta(text)] if text else []
-        return events if finish is None else [*events, finish]
+    def _tell(self) -> tuple[TokenEntry, ...]:
+        """The entries that no event has told of yet."""
+        entries = tuple(self._untold)
+        self._untold.clear()
+        return entries
 
 
 def api_error_of(error: EngineError) -> ApiError:
@@ -313,12 +349,22 @@ def _check_against(info: EngineReady, request: GenerationRequest) -> None:
             " with the prompt: lower it or start with a larger --max-model-len",
             param=field,
         )
-    for token_id in request.stop_token_ids:
-        if token_id >= info.vocab_size:
+    biased = [token_id for token_id, _ in request.sampling.logit_bias]
+    for field, token_ids in (("stop_token_ids", request.stop_token_ids), ("logit_bias", biased)):
+        if token_ids and max(token_ids) >= info.vocab_size:
             raise BadRequestError(
-                f"stop_token_ids holds {token_id}; the vocabulary ends at {info.vocab_size - 1}",
-                param="stop_token_ids",
+                f"{field} holds {max(token_ids)}; the vocabulary ends at {info.vocab_size - 1}",
+                param=field,
             )
+
+
+def _check_min_tokens(min_tokens: int, max_tokens: int) -> None:
+    if min_tokens > max_tokens:
+        raise BadRequestError(
+            f"min_tokens is {min_tokens:,}, but at most {max_tokens:,} tokens may be generated:"
+            " lower it or raise max_tokens",
+            param="min_tokens",
+        )
 
 
 def _room(request: GenerationRequest, num_prompt: int, max_model_len: int) -> int:

@@ -111,12 +111,32 @@ def test_max_completion_tokens_is_the_newer_name_of_max_tokens():
         ({"seed": 10**400}, "seed"),
         ({"n": 129}, "n"),
         ({"n": 0}, "n"),
-        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"logprobs": False, "top_logprobs": 1}, "top_logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"min_p": -0.01}, "min_p"),
+        ({"min_p": 1.01}, "min_p"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 2**31}, "min_tokens"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": [""]}, "stop[0]"),
         ({"stop": "a\0b"}, "stop"),
         ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"presence_penalty": -2.5}, "presence_penalty"),
+        ({"frequency_penalty": 2.01}, "frequency_penalty"),
+        ({"frequency_penalty": "1"}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 2.01}, "repetition_penalty"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"05": 1}}, "logit_bias"),
+        ({"logit_bias": {"\u0665": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"logit_bias": {"5": 100.5}}, "logit_bias[...]"),
+        ({"logit_bias": {"5": None}}, "logit_bias[...]"),
         ({"logit_bias": {str(i): 0 for i in range(1025)}}, "logit_bias"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
         ({"stop_token_ids": [True]}, "stop_token_ids[0]"),
@@ -173,14 +193,6 @@ def test_a_field_that_is_not_built_yet_is_taken_at_its_neutral_value_only(field)
         generation(**{field: value})
     other = {
         "n": 2,
-        "min_p": 0.1,
-        "min_tokens": 1,
-        "presence_penalty": 0.1,
-        "frequency_penalty": -0.1,
-        "repetition_penalty": 1.1,
-        "logit_bias": {"5": 1},
-        "logprobs": True,
-        "top_logprobs": 1,
         "prompt_logprobs": 1,
         "response_format": {"type": "json_object"},
         "tools": [{"type": "function", "function": {"name": "f"}}],
@@ -198,6 +210,64 @@ def test_a_field_that_is_not_built_yet_is_taken_at_its_neutral_value_only(field)
     error = refused(generation, **{field: other[field]})
     assert error.param == field
     assert f"{field} is not supported yet" in error.message
+
+
+def test_sampling_fields_at_null_or_neutral_change_nothing():
+    plain = generation(seed=1).sampling
+    neutral = {
+        "min_p": 0,
+        "min_tokens": 0,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1,
+        "logit_bias": {},
+        "logprobs": False,
+        "top_logprobs": 0,
+    }
+    assert generation(seed=1, **neutral).sampling == plain
+    assert generation(seed=1, **dict.fromkeys(neutral)).sampling == plain
+    assert plain == SamplingParams(seed=1)
+
+
+def test_every_sampling_field_reaches_the_engine():
+    assert generation(
+        seed=1,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        min_p=0.1,
+        min_tokens=3,
+        presence_penalty=-1.5,
+        frequency_penalty=0.25,
+        repetition_penalty=1.3,
+        logit_bias={"5": -100, "0": 2.5},
+        logprobs=True,
+        top_logprobs=4,
+    ).sampling == SamplingParams(
+        seed=1,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        min_p=0.1,
+        min_tokens=3,
+        presence_penalty=-1.5,
+        frequency_penalty=0.25,
+        repetition_penalty=1.3,
+        logit_bias=((5, -100.0), (0, 2.5)),
+        num_logprobs=4,
+    )
+
+
+def test_logprobs_alone_ask_for_the_chosen_token_only():
+    assert generation(logprobs=True).sampling.num_logprobs == 0
+
+
+def test_llama_stack_asks_for_logprobs_and_a_repetition_penalty():
+    asked = stack(logprobs={"top_k": 3}, sampling_params={"repetition_penalty": 1.5}).sampling
+    assert (asked.num_logprobs, asked.repetition_penalty) == (3, 1.5)
+    for off in (None, {}, {"top_k": 0}, {"top_k": None}):
+        unset = stack(logprobs=off, sampling_params={"repetition_penalty": 0}).sampling
+        assert (unset.num_logprobs, unset.repetition_penalty) == (None, 1.0)
 
 
 def test_the_documented_list_is_taken_without_effect():
@@ -379,9 +449,10 @@ def test_llama_stack_takes_an_answer_back():
         ({"model_id": None}, "model_id"),
         ({"foo": 1}, "foo"),
         ({"tools": [{"tool_name": "f"}]}, "tools"),
-        ({"logprobs": {"top_k": 1}}, "logprobs"),
+        ({"logprobs": {"top_k": 21}}, "logprobs.top_k"),
+        ({"logprobs": {"top_p": 1}}, "logprobs.top_p"),
         ({"response_format": {"type": "grammar", "bnf": {}}}, "response_format"),
-        ({"sampling_params": {"repetition_penalty": 1.5}}, "sampling_params.repetition_penalty"),
+        ({"sampling_params": {"repetition_penalty": 2.5}}, "sampling_params.repetition_penalty"),
         ({"sampling_params": {"strategy": {"type": "x"}}}, "sampling_params.strategy.type"),
         ({"sampling_params": {"temperature": 3}}, "sampling_params.temperature"),
         ({"messages": [{"role": "tool", "content": "a", "call_id": "1"}]}, "messages[0].role"),

@@ -8,11 +8,13 @@ from vlmserve.router.messages import AddRequest, SequenceOutput
 from vlmserve.server.detokenizer import Detokenizer, StopStrings
 from vlmserve.server.errors import InternalError
 from vlmserve.server.generation import Finish, GrowingAnswer, PreparedGeneration, TextDelta
+from vlmserve.server.logprobs import TokenReader
 from vlmserve.server.prompt import Processor
 from vlmserve.server.testing import meta_like_tokenizer
 
 TOKENIZER = meta_like_tokenizer()
 TOKENIZER.encode_special_tokens = True  # no text here is to become a special token
+READER = TokenReader(TOKENIZER)
 EOT = 128009
 SPECIAL_IDS = Processor(TOKENIZER, None, [EOT]).special_ids
 
@@ -153,7 +155,7 @@ def test_stop_strings_cut_like_a_search_in_the_whole_text(chunks, stops):
 def growing(stops=()):
     request = AddRequest(request_id="r", prompt_token_ids=[1, 2, 3], max_tokens=10)
     processor = Processor(TOKENIZER, None, [EOT])
-    return GrowingAnswer(PreparedGeneration(request, tuple(stops)), processor)
+    return GrowingAnswer(PreparedGeneration(request, tuple(stops)), processor, READER)
 
 
 def output(token_ids, finish_reason=None, stop_token_id=None):

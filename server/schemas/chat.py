@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from ...models.batch import Bias, Penalty, SamplingParams
 from ..conversation import ImagePart, Message, Part, Role, TextPart
 from ..errors import BadRequestError
 from ..generation import GenerationRequest, sampling_params
@@ -18,11 +19,13 @@ from .decoding import no_nul
 
 INT64 = msgspec.Meta(ge=-(2**63), le=2**63 - 1)
 Name = Annotated[str, msgspec.Meta(max_length=256)]
-Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 TokenId = Annotated[int, msgspec.Meta(ge=0)]
 
 MAX_PARTS = 2048
+
+# One spelling each, so that no id has two biases.
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 # Only data URLs: a link inside a text is never fetched.
 _IMG_TAG = re.compile(r"""<img\s+src=(?P<quote>["'])(?P<url>data:image/[^"']*)(?P=quote)\s*/?>""")
@@ -107,16 +110,16 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Taken at their neutral value only, see NOT_YET.
-    n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
     min_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
-    min_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    min_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=2.0)] | None = None
-    logit_bias: Annotated[dict[str, float], msgspec.Meta(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[str, Bias], msgspec.Meta(max_length=1024)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    # Taken at their neutral value only, see NOT_YET.
+    n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
     prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
@@ -141,14 +144,6 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
 # What each field may hold besides null until it is built.
 NOT_YET: dict[str, tuple[Any, ...]] = {
     "n": (1,),
-    "min_p": (0.0,),
-    "min_tokens": (0,),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-    "repetition_penalty": (1.0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
     "tools": ([],),
@@ -176,13 +171,46 @@ def chat_generation(body: ChatCompletionRequest) -> GenerationRequest:
     messages = [_message(turn, f"messages[{i}]") for i, turn in enumerate(body.messages)]
     return GenerationRequest(
         messages=tuple(messages),
-        sampling=sampling_params(body.temperature, body.top_p, body.top_k, body.seed),
+        sampling=_sampling(body),
         max_tokens=_max_tokens(body),
         max_tokens_field=_max_tokens_field(body),
         stop=_stops(body.stop),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
     )
+
+
+def _sampling(body: ChatCompletionRequest) -> SamplingParams:
+    """All that decides which token comes next; null leaves a field at its default."""
+    return msgspec.structs.replace(
+        sampling_params(body.temperature, body.top_p, body.top_k, body.seed),
+        min_p=body.min_p or 0.0,
+        min_tokens=body.min_tokens or 0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        logit_bias=_logit_bias(body.logit_bias or {}),
+        num_logprobs=_num_logprobs(body),
+    )
+
+
+def _logit_bias(biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    """JSON's keys are strings; OpenAI's clients write token ids into them."""
+    for key in biases:
+        if not _TOKEN_ID.fullmatch(key):
+            raise BadRequestError(
+                f"logit_bias has the key {key[:32]!r}: its keys are token ids in decimal",
+                param="logit_bias",
+            )
+    return tuple((int(key), bias) for key, bias in biases.items())
+
+
+def _num_logprobs(body: ChatCompletionRequest) -> int | None:
+    if body.logprobs:
+        return body.top_logprobs or 0
+    if body.top_logprobs:
+        raise BadRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+    return None
 
 
 def refuse_not_yet(body: msgspec.Struct, neutral: dict[str, tuple[Any, ...]]) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..generation import Answer, Finish, TextDelta, Usage
+from ..logprobs import TokenEntry, TokenLogprob
 
 
 def _new_id() -> str:
@@ -37,7 +39,7 @@ class ChatAnswers:
                 {
                     "index": 0,
                     "message": {"role": "assistant", "content": answer.text},
-                    "logprobs": None,
+                    "logprobs": _logprobs(answer.logprobs),
                     "finish_reason": answer.finish.reason,
                     "stop_reason": answer.finish.stop_reason,
                 }
@@ -53,20 +55,21 @@ class ChatAnswers:
     def chunks(self, event: TextDelta | Finish) -> list[dict[str, Any]]:
         """The chunks that tell of one event."""
         if isinstance(event, TextDelta):
-            return [self._chunk({"content": event.text})]
-        last = self._chunk({}, event.reason, event.stop_reason)
+            return [self._chunk({"content": event.text}, event.logprobs)]
+        last = self._chunk({}, event.logprobs, event.reason, event.stop_reason)
         return [last, self._usage_chunk(event.usage)] if self.include_usage else [last]
 
     def _chunk(
         self,
         delta: dict[str, str],
+        logprobs: Sequence[TokenEntry] = (),
         finish_reason: str | None = None,
         stop_reason: str | int | None = None,
     ) -> dict[str, Any]:
         choice = {
             "index": 0,
             "delta": delta,
-            "logprobs": None,
+            "logprobs": _logprobs(logprobs),
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }
@@ -86,6 +89,26 @@ class ChatAnswers:
             "model": self.model,
             "choices": choices,
         }
+
+
+def _logprobs(entries: Sequence[TokenEntry]) -> dict[str, Any] | None:
+    """OpenAI's ChoiceLogprobs; None where the request did not ask or no token came."""
+    if not entries:
+        return None
+    content = [
+        _candidate(entry.chosen) | {"top_logprobs": [_candidate(one) for one in entry.top]}
+        for entry in entries
+    ]
+    return {"content": content}
+
+
+def _candidate(one: TokenLogprob) -> dict[str, Any]:
+    text_bytes = one.token.text_bytes
+    return {
+        "token": one.token.text,
+        "logprob": one.logprob,
+        "bytes": None if text_bytes is None else list(text_bytes),
+    }
 
 
 def _usage(usage: Usage) -> dict[str, int]:

@@ -81,6 +81,12 @@ class StackSampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop: Annotated[list[StopString], msgspec.Meta(max_length=16)] | None = None
 
 
+class LogprobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many candidates to tell of for each token; 0 and null tell of none."""
+
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+
+
 class StackChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The body. Fields of `NOT_YET` are taken at their neutral value only."""
 
@@ -89,12 +95,12 @@ class StackChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     model_id: Annotated[str, msgspec.Meta(max_length=1024)] | None = None
     sampling_params: StackSampling | None = None
     stream: bool | None = None
+    logprobs: LogprobConfig | None = None
     # Taken at their neutral value only, see NOT_YET.
     tools: list[Any] | None = None
     tool_choice: str | None = None
     tool_config: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
-    logprobs: dict[str, Any] | None = None
     # Without effect as long as there are no tools.
     tool_prompt_format: Literal["json", "function_tag", "python_list"] | None = None
 
@@ -104,7 +110,6 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("auto", "none"),
     "tool_config": ({},),
     "response_format": (),
-    "logprobs": ({}, {"top_k": 0}),
 }
 
 
@@ -124,12 +129,13 @@ def stack_generation(body: StackChatRequest) -> GenerationRequest:
     refuse_not_yet(body, NOT_YET)
     messages = [_message(turn, f"messages[{i}]") for i, turn in enumerate(body.messages)]
     params = body.sampling_params or StackSampling()
-    if params.repetition_penalty not in (None, 0.0, 1.0):
-        field = "sampling_params.repetition_penalty"
-        raise BadRequestError(f"{field} is not supported yet: leave it out", param=field)
     return GenerationRequest(
         messages=tuple(messages),
-        sampling=_sampling(params),
+        sampling=msgspec.structs.replace(
+            _sampling(params),
+            repetition_penalty=params.repetition_penalty or 1.0,
+            num_logprobs=(body.logprobs and body.logprobs.top_k) or None,
+        ),
         max_tokens=params.max_tokens or None,
         max_tokens_field="sampling_params.max_tokens",
         stop=tuple(no_nul(text, "sampling_params.stop") for text in params.stop or ()),

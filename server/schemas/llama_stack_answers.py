@@ -6,10 +6,12 @@ typed deltas and always a `tool_calls`. Knows nothing of how they are sent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..generation import Answer, Finish, TextDelta
+from ..logprobs import TokenEntry
 
 
 @dataclass(slots=True, frozen=True)
@@ -27,7 +29,7 @@ class StackAnswers:
         }
         if self.is_new:
             message["tool_calls"] = []
-        return {"completion_message": message, "logprobs": None}
+        return {"completion_message": message, "logprobs": _logprobs(answer.logprobs)}
 
     def first(self) -> dict[str, Any]:
         """The event before any text."""
@@ -36,18 +38,42 @@ class StackAnswers:
     def chunks(self, event: TextDelta | Finish) -> list[dict[str, Any]]:
         """The events that tell of one event of the answer."""
         if isinstance(event, TextDelta):
-            return [self._event("progress", event.text)]
-        return [self._event("complete", "", _stop_reason(event))]
+            return [self._event("progress", event.text, event.logprobs)]
+        return [self._event("complete", "", event.logprobs, _stop_reason(event))]
 
-    def _event(self, kind: str, text: str, stop_reason: str | None = None) -> dict[str, Any]:
+    def _event(
+        self,
+        kind: str,
+        text: str,
+        logprobs: Sequence[TokenEntry] = (),
+        stop_reason: str | None = None,
+    ) -> dict[str, Any]:
         return {
             "event": {
                 "event_type": kind,
                 "delta": {"type": "text", "text": text} if self.is_new else text,
-                "logprobs": None,
+                "logprobs": _logprobs(logprobs),
                 "stop_reason": stop_reason,
             }
         }
+
+
+def _logprobs(entries: Sequence[TokenEntry]) -> list[dict[str, Any]] | None:
+    """For each token the likeliest candidates and the chosen one, by their texts.
+
+    None where the request did not ask or no token came. Of two candidates of one
+    text the likelier one is told of.
+    """
+    if not entries:
+        return None
+    return [{"logprobs_by_token": _by_token(entry)} for entry in entries]
+
+
+def _by_token(entry: TokenEntry) -> dict[str, float]:
+    by_token: dict[str, float] = {}
+    for one in (*entry.top, entry.chosen):
+        by_token.setdefault(one.token.text, one.logprob)
+    return by_token
 
 
 def _stop_reason(finish: Finish) -> str:
