@@ -16,6 +16,7 @@ from transformers import MllamaForConditionalGeneration, MllamaTextConfig
 from .cache import ATTENTION_NAME
 from .checkpoint import check_folder
 from .errors import ModelError
+from .packed import pack_linears
 from .reference import mend_vision
 from .vision import ImageNormalization, read_normalization
 
@@ -56,6 +57,7 @@ def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") ->
     model.eval().requires_grad_(False)
     # published taps are block inputs; transformers collects block outputs
     mend_vision(model)
+    pack_linears(model)
     loaded = LoadedModel(model, normalization, chosen, torch_dtype)
     # the text model alone: the vision encoder keeps transformers' own attention
     loaded.text_config._attn_implementation = ATTENTION_NAME
