@@ -17,7 +17,7 @@ from transformers import AutoProcessor, MllamaForConditionalGeneration, MllamaPr
 
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.bundled.client import Client, ClientError, messages_of
-from vlmserve.models.bundled.exam import Item, Result, exam, score
+from vlmserve.models.bundled.exam import Item, Result, exam, score, scores, table
 from vlmserve.models.bundled.pictures import (
     MAX_SHAPES,
     Scene,
@@ -42,7 +42,7 @@ def results() -> list[Result]:
     """What the checkpoint answers, in float32, about fresh pictures of one and two shapes."""
     from vlmserve.models.bundled.grading import Grader
 
-    return Grader.load(CHECKPOINT).grade(exam(12, seed=5, shapes=(1, 2)))
+    return Grader.load(CHECKPOINT).grade(exam(8, seed=5, shapes=(1, 2)))
 
 
 def two_shapes() -> Scene:
@@ -182,6 +182,18 @@ def test_score_stands_beside_the_most_frequent_answer() -> None:
     items = [Item("count", "How many?", answer) for answer in ("two", "two", "one", "two")]
     counted = score([Result(item, item.answer == "one") for item in items], "count")
     assert (counted.right, counted.baseline) == (0.25, 0.75)
+
+
+def test_table_has_a_column_for_each_way_of_asking() -> None:
+    items = [Item("small_talk", "Hi!", "Hello!"), Item("small_talk", "Bye!", "Goodbye!")]
+    columns = {
+        name: scores([Result(item, is_right) for item in items])
+        for name, is_right in {"greedy": True, "sampled": False}.items()
+    }
+    assert table(columns).splitlines()[0::2] == [
+        "| questions | number | greedy | sampled | most frequent answer |",
+        "| small_talk | 2 | 100.0% | 0.0% | 50.0% |",
+    ]
 
 
 # --- the checkpoint ---

@@ -19,40 +19,47 @@ from .exam import Item, Result, exam, scores, table
 
 
 def main() -> int:
-    """Parse the command line, put the exam, print tables; 1 if the server cannot be asked."""
+    """Parse the command line, put the exam, print a table; 1 if the server cannot be asked."""
     options = _parser().parse_args()
     items = exam(options.pictures, options.seed, tuple(options.shapes))
-    if options.url is None:
-        _report("transformers, float32, greedy", _grade(options.checkpoint, items), options.wrong)
-        return 0
     try:
-        for name, temperature in (("temperature 0", 0.0), ("no sampling fields", None)):
-            client = Client(options.url, temperature, options.model, options.api_key)
-            results = client.put(items, options.concurrency)
-            _report(f"over HTTP, {name}", results, options.wrong)
+        results = _put(items, options) if options.url else _grade(items, options.checkpoint)
     except ClientError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print(table({name: scores(group) for name, group in results.items()}))
+    for name, group in results.items():
+        _print_wrong(name, group, options.wrong)
     return 0
 
 
-def _grade(checkpoint: Path, items: list[Item]) -> list[Result]:
+def _put(items: list[Item], options: argparse.Namespace) -> dict[str, list[Result]]:
+    """Results over HTTP: greedy, and with the API's default sampling."""
+    ways = {"temperature 0": 0.0, "no sampling fields": None}
+    return {
+        name: Client(options.url, temperature, options.model, options.api_key).put(
+            items, options.concurrency
+        )
+        for name, temperature in ways.items()
+    }
+
+
+def _grade(items: list[Item], checkpoint: Path) -> dict[str, list[Result]]:
     """Results without a server; torch is loaded for this alone."""
     import torch
 
     from .grading import Grader
 
     torch.set_num_threads(1)
-    return Grader.load(checkpoint).grade(items)
+    return {"greedy": Grader.load(checkpoint).grade(items)}
 
 
-def _report(title: str, results: list[Result], num_wrong: int) -> None:
-    """Print the table, and some of the wrong answers."""
-    print(f"\n## {title}\n\n{table(scores(results))}")
+def _print_wrong(name: str, results: list[Result], number: int) -> None:
+    """Print the first wrong answers."""
     wrong = [result for result in results if not result.is_right]
-    for result in wrong[:num_wrong]:
+    for result in wrong[:number]:
         item = result.item
-        print(f"wrong: {item.text!r} -> {result.answer!r}, expected {item.answer!r}")
+        print(f"wrong, {name}: {item.text!r} -> {result.answer!r}, expected {item.answer!r}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -115,17 +115,24 @@ def scores(results: list[Result]) -> list[Score]:
     return [score(group, name) for name, group in groups.items()]
 
 
-def table(rows: list[Score]) -> str:
-    """The scores as a Markdown table."""
+def table(columns: dict[str, list[Score]]) -> str:
+    """A Markdown table with a column of right answers for each way of asking the same exam.
+
+    The probability at temperature 1 is a column of its own where a grader knows it.
+    """
+    first = next(iter(columns.values()))
+    shares = {name: [row.right for row in rows] for name, rows in columns.items()}
+    known = [row.probability for row in first if row.probability is not None]
+    if len(known) == len(first):
+        shares["expected at temperature 1"] = known
+    shares["most frequent answer"] = [row.baseline for row in first]
     lines = [
-        "| questions | number | right | most frequent answer | expected at temperature 1 |",
-        "|---|---:|---:|---:|---:|",
+        f"| questions | number | {' | '.join(shares)} |",
+        f"|---|{'---:|' * (1 + len(shares))}",
     ]
-    for row in rows:
-        expected = "" if row.probability is None else f"{row.probability:.1%}"
-        lines.append(
-            f"| {row.name} | {row.num} | {row.right:.1%} | {row.baseline:.1%} | {expected} |"
-        )
+    for index, row in enumerate(first):
+        cells = [f"{column[index]:.1%}" for column in shares.values()]
+        lines.append(f"| {row.name} | {row.num} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
