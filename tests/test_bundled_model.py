@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from vlmserve.models.bundled.pictures import (
     random_scene,
     random_size,
 )
-from vlmserve.models.bundled.questions import TYPES, describe, questions
+from vlmserve.models.bundled.questions import TYPES, Question, describe, questions
 
 IMAGE_ID = 768
 
@@ -127,9 +128,20 @@ def test_yes_and_no_are_about_as_frequent() -> None:
 
 def test_request_carries_the_image_where_the_item_says() -> None:
     item = next(item for item in exam(4, shapes=(1,)) if item.picture is not None)
-    parts = messages_of(item)[-1]["content"]
+    parts = messages_of(replace(item, system=None, history=()))[0]["content"]
     kinds = ["image_url", "text"] if item.is_image_first else ["text", "image_url"]
     assert [part["type"] for part in parts] == kinds
+
+
+def test_request_of_a_later_turn_carries_the_image_in_its_first_message() -> None:
+    scene = two_shapes()
+    asked = Question("count", "How many shapes are there?", "There are two shapes.")
+    item = Item("colour", "What colour is the star?", "The star is blue.", scene, draw(scene))
+    messages = messages_of(replace(item, system="Be brief.", history=(asked,)))
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
+    assert messages[1]["content"][1]["text"] == asked.text
+    assert messages[2]["content"] == asked.answer
+    assert messages[3]["content"] == item.text
 
 
 @pytest.fixture

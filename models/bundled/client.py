@@ -71,13 +71,22 @@ def messages_of(item: Item) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     if item.system:
         messages.append({"role": "system", "content": item.system})
-    if item.picture is None:
-        return [*messages, {"role": "user", "content": item.text}]
+    for text, answer in item.turns:
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": answer})
+    messages.pop()  # the last answer is the server's to give
+    if item.picture is not None:
+        first = messages[1 if item.system else 0]
+        first["content"] = _parts(item, first["content"])
+    return messages
+
+
+def _parts(item: Item, text: str) -> list[dict[str, Any]]:
+    """The item's picture and a text, in the item's order."""
     body = base64.b64encode(item.picture_bytes()).decode("ascii")
     url = f"data:image/{item.image_format.lower()};base64,{body}"
     parts: list[dict[str, Any]] = [
         {"type": "image_url", "image_url": {"url": url}},
-        {"type": "text", "text": item.text},
+        {"type": "text", "text": text},
     ]
-    content = parts if item.is_image_first else parts[::-1]
-    return [*messages, {"role": "user", "content": content}]
+    return parts if item.is_image_first else parts[::-1]

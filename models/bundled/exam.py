@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .pictures import Scene, draw, encode, random_scene, random_size
-from .questions import TYPES, ask
+from .questions import TYPES, Question, ask, questions
 from .small_talk import NO_PICTURE, SYSTEM, talk
 
 # far from the training seeds, which are small numbers
@@ -24,8 +24,9 @@ TEXT_ONLY = ("small_talk", "no_picture")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question put alone. scene and picture are None if it is put without a picture;
-    image_format: of the file that is sent."""
+    """One question. scene and picture are None if it is put without a picture; image_format: of the
+    file that is sent; history: questions about the same picture that were asked and rightly
+    answered before, the picture standing with the first of them."""
 
     type: str
     text: str
@@ -35,6 +36,13 @@ class Item:
     image_format: str = "PNG"
     is_image_first: bool = True
     system: str | None = None
+    history: tuple[Question, ...] = ()
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        """All questions with their right answers, this one last."""
+        before = [(question.text, question.answer) for question in self.history]
+        return [*before, (self.text, self.answer)]
 
     @property
     def num_shapes(self) -> int | None:
@@ -155,9 +163,17 @@ def _items_about(rng: np.random.Generator, num_shapes: int, index: int) -> list[
             image_format="JPEG" if index % 4 == 3 else "PNG",
             is_image_first=bool(rng.random() < 0.5),
             system=str(rng.choice(SYSTEM)) if rng.random() < 0.2 else None,
+            history=_history(rng, scene) if rng.random() < 0.2 else (),
         )
         items.append(item)
     return items
+
+
+def _history(rng: np.random.Generator, scene: Scene) -> tuple[Question, ...]:
+    """One to four questions about the scene."""
+    asked = questions(scene, rng)
+    picked = rng.choice(len(asked), int(rng.integers(1, 5)), replace=False)
+    return tuple(asked[int(index)] for index in picked)
 
 
 def _items_without_picture(rng: np.random.Generator) -> list[Item]:
@@ -183,6 +199,8 @@ def _forms(item: Item) -> list[str]:
     forms = ["image before the question" if item.is_image_first else "image after the question"]
     if item.system:
         forms.append("with a system message")
+    if item.history:
+        forms.append("as a later turn of a conversation")
     return [*forms, f"as {item.image_format}"]
 
 

@@ -8,7 +8,7 @@ therefore grades many questions, and yields the answer's probability at temperat
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,15 @@ class Grader:
 
 
 def row_of(item: Item, encoder: Encoder) -> Row:
-    """The item with its right answer as a conversation."""
+    """The item with its right answer as a conversation; only the last answer is to be learned."""
     messages = [Message("system", item.system)] if item.system else []
-    num_images = int(item.scene is not None)
-    messages.append(Message("user", item.text, num_images, item.is_image_first))
-    messages.append(Message("assistant", item.answer))
-    return encode_row(encoder, messages, pictures=[0])
+    for index, (text, answer) in enumerate(item.turns):
+        num_images = int(item.scene is not None and index == 0)
+        messages.append(Message("user", text, num_images, item.is_image_first))
+        messages.append(Message("assistant", answer))
+    row = encode_row(encoder, messages, pictures=[0])
+    num_before = len(row.targets) - len(encoder.text_ids(item.answer)) - 1
+    return replace(row, targets=[IGNORE] * num_before + row.targets[num_before:])
 
 
 def _decoded(item: Item) -> Image.Image:
