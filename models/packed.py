@@ -11,6 +11,7 @@ that a torch without them keeps its own layers.
 from __future__ import annotations
 
 import logging
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def pack_linears(model: nn.Module) -> int:
     return count
 
 
-def _is_packable(module: nn.Module) -> bool:
+def _is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
     # exactly nn.Linear: a quantized layer is a subclass with a weight of its own kind
     if type(module) is not nn.Linear:
         return False
