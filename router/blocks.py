@@ -1,36 +1,50 @@
 """The two pools of cache blocks, by number only.
 
-Owns which block belongs to whom: text blocks by tokens, image blocks by tiles.
-Knows nothing of tensors, of what a block holds, or of when to give one up.
-`free + used == total` holds after every call; `check()` proves it from scratch.
+Owns which block belongs to whom: text blocks by tokens, image blocks by tiles, and
+which blocks nobody needs but somebody may need again. Knows nothing of tensors or
+text, nor of when to give a running sequence's blocks up.
+`free + cached + used == total` holds after every call; `check()` proves it from scratch.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..models.batch import ImageTiles
 from .errors import OutOfBlocksError
 
+_FREE, _USED, _CACHED = 0, 1, 2
+
 
 class BlockPool:
-    """A fixed number of interchangeable blocks, each free or used by exactly one owner."""
+    """A fixed number of interchangeable blocks, each free, used or cached.
+
+    A cached block is needed by nobody, but what it holds is kept until there is
+    need of room. Whoever parks blocks decides which to evict.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_total = num_blocks
+        self.num_cached = 0
         # A stack that hands out 0, 1, 2, ... first: neighbours in memory stay
         # neighbours in a sequence as long as nobody came between.
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._is_used = bytearray(num_blocks)
+        self._states = bytearray(num_blocks)
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
     @property
+    def num_available(self) -> int:
+        """Blocks that can be had at once, if need be by evicting."""
+        return len(self._free) + self.num_cached
+
+    @property
     def num_used(self) -> int:
-        return self.num_total - len(self._free)
+        return self.num_total - len(self._free) - self.num_cached
 
     def can_allocate(self, num_blocks: int) -> bool:
         return num_blocks <= len(self._free)
@@ -47,21 +61,37 @@ class BlockPool:
         block_ids = self._free[: -num_blocks - 1 : -1]
         del self._free[-num_blocks:]
         for block_id in block_ids:
-            self._is_used[block_id] = 1
+            self._states[block_id] = _USED
         return block_ids
 
     def free(self, block_ids: list[int]) -> None:
         """Give blocks back. Each must be in use: a double free is a fault of ours."""
         for block_id in reversed(block_ids):
-            assert self._is_used[block_id], f"block {block_id} is freed twice"
-            self._is_used[block_id] = 0
+            assert self._states[block_id] == _USED, f"block {block_id} is freed twice"
+            self._states[block_id] = _FREE
             self._free.append(block_id)
 
+    def park(self, block_ids: list[int]) -> None:
+        """Used blocks become cached ones."""
+        for block_id in block_ids:
+            assert self._states[block_id] == _USED, f"block {block_id} is parked but not used"
+            self._states[block_id] = _CACHED
+        self.num_cached += len(block_ids)
+
+    def unpark(self, block_ids: list[int]) -> None:
+        """Cached blocks become the caller's again."""
+        for block_id in block_ids:
+            assert self._states[block_id] == _CACHED, f"block {block_id} is not cached"
+            self._states[block_id] = _USED
+        self.num_cached -= len(block_ids)
+
     def check(self) -> None:
-        """Assert that every block is either free, once, or used. For tests and debugging."""
+        """Assert that every block is free, once, or cached, or used. For tests and debugging."""
         assert len(set(self._free)) == len(self._free), "a block is in the free list twice"
-        assert sum(self._is_used) == self.num_used, "free + used != total"
-        assert not any(self._is_used[block_id] for block_id in self._free), "a free block is used"
+        assert self._states.count(_USED) == self.num_used, "free + cached + used != total"
+        assert self._states.count(_CACHED) == self.num_cached, "the cached blocks are miscounted"
+        free = (self._states[block_id] for block_id in self._free)
+        assert all(state == _FREE for state in free), "a free block is used"
 
 
 class ImageKey(NamedTuple):
@@ -88,11 +118,12 @@ class ImageKey(NamedTuple):
 class ImageEntry:
     """An image in the pool: its blocks, one a real tile in order, and who needs them.
 
-    is_encoded: a step has written its keys and values into the blocks.
+    is_encoded: a step has written its keys and values into the blocks. image is
+    None, to save its memory, from when nobody needs an encoded image.
     """
 
     key: ImageKey
-    image: ImageTiles
+    image: ImageTiles | None
     block_ids: list[int]
     num_references: int = 0
     is_encoded: bool = False
@@ -101,17 +132,30 @@ class ImageEntry:
 class ImagePool:
     """Image blocks keyed by content and counted by reference.
 
-    The same picture in several running requests is stored, and encoded, once.
+    The same picture in several running requests is stored, and encoded, once. An
+    encoded picture that nobody needs stays until others need its room, least
+    recently used first; one that was never encoded goes at once. is_caching False
+    lets every picture go with its last reference.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, is_caching: bool = True) -> None:
         self.blocks = BlockPool(num_blocks)
+        self.num_hits = 0
+        self.num_misses = 0
+        self.num_evictions = 0
+        self._is_caching = is_caching
         self._entries: dict[ImageKey, ImageEntry] = {}
+        self._unused: OrderedDict[ImageKey, ImageEntry] = OrderedDict()
 
     def can_acquire(self, keys: list[ImageKey]) -> bool:
-        """True if every image of `keys` is here or there is room for it."""
-        missing = {key for key in keys if key not in self._entries}
-        return self.blocks.can_allocate(sum(key.num_tiles for key in missing))
+        """True if every image of `keys` is here or room for it can be made."""
+        wanted = {key for key in keys if key not in self._entries or key in self._unused}
+        return sum(key.num_tiles for key in wanted) <= self.blocks.num_available
+
+    def has_encoded(self, key: ImageKey) -> bool:
+        """True if the keys and values of this image are here."""
+        entry = self._entries.get(key)
+        return entry is not None and entry.is_encoded
 
     def acquire(self, keys: list[ImageKey], images: list[ImageTiles]) -> list[ImageEntry]:
         """The entries of `images`, made where they are new, one reference each taken.
@@ -119,30 +163,65 @@ class ImagePool:
         Raises OutOfBlocksError, having taken nothing, if they do not all fit.
         """
         if not self.can_acquire(keys):
-            raise OutOfBlocksError(f"no room for {len(keys)} images: {self.blocks.num_free} free")
+            raise OutOfBlocksError(
+                f"no room for {len(keys)} images: {self.blocks.num_available} blocks are available"
+            )
+        # Those that are here come first, so that none of them is evicted for another.
+        for key in dict.fromkeys(keys):
+            self._hold(key)
         return [self._acquire_one(key, image) for key, image in zip(keys, images, strict=True)]
 
     def release(self, entries: list[ImageEntry]) -> None:
-        """Give back one reference to each entry; the last one frees its blocks."""
+        """Give back one reference to each entry; the last one caches or frees its blocks."""
         for entry in entries:
             assert entry.num_references > 0, "an image is released twice"
             entry.num_references -= 1
             if entry.num_references == 0:
-                del self._entries[entry.key]
-                self.blocks.free(entry.block_ids)
+                self._let_go(entry)
 
     def check(self) -> None:
-        """Assert that the entries own exactly the used blocks. For tests and debugging."""
+        """Assert that the entries own exactly the blocks that are not free. For tests."""
         self.blocks.check()
         owned = [block_id for entry in self._entries.values() for block_id in entry.block_ids]
         assert len(set(owned)) == len(owned), "two images own the same block"
-        assert len(owned) == self.blocks.num_used, "a used image block has no owner"
-        assert all(entry.num_references > 0 for entry in self._entries.values())
+        assert len(owned) == self.blocks.num_total - self.blocks.num_free, "a block has no owner"
+        for key, entry in self._entries.items():
+            assert (entry.num_references == 0) == (key in self._unused), "a reference is miscounted"
+        cached = sum(len(entry.block_ids) for entry in self._unused.values())
+        assert cached == self.blocks.num_cached, "a cached block has no image"
+
+    def _hold(self, key: ImageKey) -> None:
+        """Count a look-up, and keep from eviction what it found."""
+        if key in self._entries:
+            self.num_hits += 1
+        else:
+            self.num_misses += 1
+        entry = self._unused.pop(key, None)
+        if entry is not None:
+            self.blocks.unpark(entry.block_ids)
 
     def _acquire_one(self, key: ImageKey, image: ImageTiles) -> ImageEntry:
         entry = self._entries.get(key)
         if entry is None:
+            self._make_room(image.num_tiles)
             entry = ImageEntry(key, image, self.blocks.allocate(image.num_tiles))
             self._entries[key] = entry
         entry.num_references += 1
         return entry
+
+    def _make_room(self, num_blocks: int) -> None:
+        while not self.blocks.can_allocate(num_blocks):
+            key, entry = self._unused.popitem(last=False)
+            del self._entries[key]
+            self.blocks.unpark(entry.block_ids)
+            self.blocks.free(entry.block_ids)
+            self.num_evictions += 1
+
+    def _let_go(self, entry: ImageEntry) -> None:
+        if self._is_caching and entry.is_encoded:
+            entry.image = None
+            self._unused[entry.key] = entry
+            self.blocks.park(entry.block_ids)
+        else:
+            del self._entries[entry.key]
+            self.blocks.free(entry.block_ids)

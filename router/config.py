@@ -19,7 +19,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     "auto", "float32", "bfloat16" or "float16". max_model_len None takes the
     model's own context. max_num_batched_tokens and max_num_batched_images cap what
     one step computes. kv_cache_bytes None sizes both pools from free memory.
-    num_threads None takes the cores that HTTP and image decoding leave.
+    prefix_cache and image_cache keep text and image blocks after use, until others
+    need the room. num_threads None takes the cores that HTTP and image decoding leave.
     max_frame_bytes caps one message from a worker; a worker that leaves more than
     max_outgoing_bytes unread is dropped. parent_pid: the process whose end ends
     the engine, None for whoever started it.
@@ -37,6 +38,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_text_blocks: Positive | None = None
     num_image_blocks: Positive | None = None
     kv_cache_bytes: Positive | None = None
+    prefix_cache: bool = True
+    image_cache: bool = True
     max_queue_requests: Positive = 256
     max_queue_tokens: Positive = 1_048_576
     max_queue_bytes: Positive = 1_073_741_824

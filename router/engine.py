@@ -194,18 +194,26 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts at this moment."""
-        text, image = self.scheduler.text_pool, self.scheduler.image_pool.blocks
+        text, images = self.scheduler.text_pool, self.scheduler.image_pool
+        image = images.blocks
         return EngineStats(
             num_running=self.scheduler.num_running,
             num_waiting=len(self._queue),
             num_steps=self._num_steps,
             text_blocks_used=text.num_used,
             text_blocks_total=text.num_total,
+            text_blocks_cached=text.num_cached,
             image_blocks_used=image.num_used,
+            image_blocks_cached=image.num_cached,
             image_blocks_total=image.num_total,
             num_preemptions=self.scheduler.num_preemptions,
             num_images_encoded=self.scheduler.num_images_encoded,
             vision_seconds=self._vision_seconds,
+            image_cache_hits=images.num_hits,
+            image_cache_misses=images.num_misses,
+            image_cache_evictions=images.num_evictions,
+            prefix_tokens_queried=self.scheduler.num_prefix_tokens_queried,
+            prefix_tokens_hit=self.scheduler.num_prefix_tokens_hit,
         )
 
     @property
@@ -219,6 +227,8 @@ class Engine:
             max_num_batched_tokens=self._config.max_num_batched_tokens,
             max_num_batched_images=self._config.max_num_batched_images,
             max_model_len=self._limits.max_model_len,
+            prefix_cache=self._config.prefix_cache,
+            image_cache=self._config.image_cache,
         )
 
 
@@ -231,9 +241,12 @@ def _queue_limits(config: EngineConfig) -> QueueLimits:
 
 
 def _output_of(progress: Progress) -> SequenceOutput:
+    sequence = progress.sequence
+    is_first = sequence.num_generated_tokens == len(progress.token_ids)
     return SequenceOutput(
-        request_id=progress.sequence.request.request_id,
+        request_id=sequence.request.request_id,
         token_ids=progress.token_ids,
+        num_cached_tokens=sequence.num_cached_tokens if is_first else 0,
         finish_reason=progress.finish_reason,
         stop_token_id=progress.stop_token_id,
         logprobs=[] if progress.logprobs is None else [progress.logprobs],

@@ -47,18 +47,31 @@ class AbortRequests(msgspec.Struct, tag="abort"):
 
 
 class EngineStats(msgspec.Struct, kw_only=True):
-    """Counts at one moment; all block counts are of blocks, not bytes."""
+    """Counts at one moment; all block counts are of blocks, not bytes.
+
+    Used blocks are those that running requests need; cached ones are kept in case
+    they are needed again. An image counts once a request and picture: a miss is one
+    that had no blocks yet. prefix_tokens_queried: tokens of requests that started,
+    prefix_tokens_hit: those of them that were not computed again.
+    """
 
     num_running: NonNegative = 0
     num_waiting: NonNegative = 0
     num_steps: NonNegative = 0
     text_blocks_used: NonNegative = 0
     text_blocks_total: NonNegative = 0
+    text_blocks_cached: NonNegative = 0
     image_blocks_used: NonNegative = 0
+    image_blocks_cached: NonNegative = 0
     image_blocks_total: NonNegative = 0
     num_preemptions: NonNegative = 0
     num_images_encoded: NonNegative = 0
     vision_seconds: float = 0.0
+    image_cache_hits: NonNegative = 0
+    image_cache_misses: NonNegative = 0
+    image_cache_evictions: NonNegative = 0
+    prefix_tokens_queried: NonNegative = 0
+    prefix_tokens_hit: NonNegative = 0
 
 
 class EngineReady(msgspec.Struct, tag="ready", kw_only=True):
@@ -80,7 +93,8 @@ class SequenceOutput(msgspec.Struct, kw_only=True):
     token_ids hold the stopping token too. finish_reason is None while the
     request goes on. stop_token_id is set where one of the request's own
     stop_token_ids matched. logprobs holds one entry a token where the request
-    asked for them, else none.
+    asked for them, else none. num_cached_tokens comes with the first output: how
+    many of the prompt's tokens the prefix cache had.
     """
 
     request_id: str
@@ -88,6 +102,7 @@ class SequenceOutput(msgspec.Struct, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     logprobs: list[TokenLogprobs] = []
+    num_cached_tokens: NonNegative = 0
 
 
 class StepOutputs(msgspec.Struct, tag="step", kw_only=True):

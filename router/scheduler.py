@@ -18,13 +18,17 @@ preempted sequence waits before everyone who came after it; and admission refuse
 what could not run alone. A sequence is given the blocks of all its known tokens
 and of its images when it is admitted, so only step 1 can run out.
 
+A sequence starts behind the full blocks that the text pool still has of its
+beginning, but computes its last token in any case: something must be sampled from.
+
     waiting ──admit──> running ──stop, length, abort, failure──> finished
        ^                  │
-       └────preempt───────┘   both kinds of blocks freed, everything recomputed
+       └────preempt───────┘   both kinds of blocks given up, recomputed where others took them
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from ..models.batch import (
@@ -35,21 +39,24 @@ from ..models.batch import (
     StepResult,
     TokenLogprobs,
 )
-from .blocks import BlockPool, ImageEntry, ImagePool
+from .blocks import ImageEntry, ImagePool
 from .messages import FinishReason
 from .queue import RequestQueue
 from .segments import cut_segments, is_seen
 from .sequence import Sequence, Status
+from .text_pool import TextPool
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """How much one step may hold, and how long a sequence may grow."""
+    """How much one step may hold, how long a sequence may grow, and what is kept after use."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_num_batched_images: int
     max_model_len: int
+    prefix_cache: bool = True
+    image_cache: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +85,10 @@ class Scheduler:
     """Plans steps and takes in their results; one step at a time."""
 
     def __init__(self, info: ModelInfo, limits: SchedulerLimits, queue: RequestQueue) -> None:
-        self.text_pool = BlockPool(info.pools.num_text_blocks)
-        self.image_pool = ImagePool(info.pools.num_image_blocks)
+        self.text_pool = TextPool(info.pools.num_text_blocks)
+        self.image_pool = ImagePool(info.pools.num_image_blocks, limits.image_cache)
+        self.num_prefix_tokens_queried = 0
+        self.num_prefix_tokens_hit = 0
         self.num_preemptions = 0
         self.num_images_encoded = 0
         self._block_size = info.pools.block_size
@@ -135,7 +144,9 @@ class Scheduler:
             sequence = self._waiting.peek()
             if sequence is None or not self._fits(sequence):
                 return
-            if sequence.image_keys and step.image_budget == 0:
+            if step.image_budget == 0 and not all(
+                self.image_pool.has_encoded(key) for key in sequence.image_keys
+            ):
                 return  # it would hold blocks and wait for its images
             self._waiting.remove(sequence)
             self._start(sequence)
@@ -169,14 +180,16 @@ class Scheduler:
     def _plan_images(self, step: _Step, sequence: Sequence, start: int, end: int) -> int:
         """Encode what these positions see and no step has encoded, once.
 
-        Returns where the chunk ends: before the first image that is one too many.
-        What computed positions saw is encoded, so that image starts at `start` or later.
+        Returns where the chunk ends: before the first image that is one too many. That
+        image may start before `start` where the tokens from there on came from the
+        prefix cache; `_cached_blocks` sees to it that one step can encode what `start` sees.
         """
         for entry, span in zip(sequence.images, sequence.request.spans, strict=True):
             if entry.is_encoded or entry in step.due_images or not is_seen(span, start, end):
                 continue
             if step.image_budget == 0:
-                return span.start
+                return max(span.start, start)
+            assert entry.image is not None, "only an encoded image gives up its tiles"
             step.image_budget -= 1
             step.due_images.append(entry)
             step.batch.images.append(ImageToEncode(entry.image, entry.block_ids))
@@ -193,16 +206,56 @@ class Scheduler:
         One free block is left for each that runs, so that the newcomer is not
         preempted again by the next decodes of its elders.
         """
-        num_blocks = self._num_blocks(sequence.num_tokens) + len(self._running)
-        return self.text_pool.can_allocate(num_blocks) and self.image_pool.can_acquire(
-            sequence.image_keys
-        )
+        shared = self._cached_blocks(sequence)
+        num_blocks = self._num_blocks(sequence.num_tokens) - len(shared) + len(self._running)
+        return self.text_pool.can_share_and_allocate(
+            shared, num_blocks
+        ) and self.image_pool.can_acquire(sequence.image_keys)
 
     def _start(self, sequence: Sequence) -> None:
-        sequence.block_ids = self.text_pool.allocate(self._num_blocks(sequence.num_tokens))
+        shared = self._cached_blocks(sequence)
+        self.text_pool.share(shared)
+        num_blocks = self._num_blocks(sequence.num_tokens) - len(shared)
+        sequence.block_ids = shared + self.text_pool.allocate(num_blocks)
+        sequence.num_kept_blocks = len(shared)
+        sequence.num_computed_tokens = len(shared) * self._block_size
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.num_prefix_tokens_queried += sequence.num_tokens
+            self.num_prefix_tokens_hit += sequence.num_cached_tokens
         sequence.images = self.image_pool.acquire(sequence.image_keys, sequence.request.images)
         sequence.status = Status.RUNNING
         self._running.append(sequence)
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        """The blocks that are here of the beginning of `sequence`, without its last token.
+
+        Cut where the first token behind them sees more images that are not here than a
+        step may encode: that token could never be computed.
+        """
+        if not self._limits.prefix_cache:
+            return []
+        num_whole = (sequence.num_tokens - 1) // self._block_size
+        found = self.text_pool.find(sequence.full_block_keys(self._block_size)[:num_whole])
+        most = self._limits.max_num_batched_images
+        while found and self._num_images_due(sequence, len(found) * self._block_size) > most:
+            found.pop()
+        return found
+
+    def _num_images_due(self, sequence: Sequence, position: int) -> int:
+        seen = zip(sequence.image_keys, sequence.request.spans, strict=True)
+        keys = {key for key, span in seen if span.covers(position)}
+        return sum(not self.image_pool.has_encoded(key) for key in keys)
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Let the blocks that `sequence` has filled be found by others."""
+        num_full = sequence.num_computed_tokens // self._block_size
+        if num_full == sequence.num_kept_blocks or not self._limits.prefix_cache:
+            return
+        keys = sequence.full_block_keys(self._block_size)
+        for index in range(sequence.num_kept_blocks, num_full):
+            self.text_pool.keep(sequence.block_ids[index], keys[index])
+        sequence.num_kept_blocks = num_full
 
     def _give_room(self, sequence: Sequence) -> None:
         """Cover the newest token with a block, preempting from the newest sequence on.
@@ -226,7 +279,7 @@ class Scheduler:
         self._waiting.put_front(sequence)
 
     def _leave(self, sequence: Sequence, status: Status) -> None:
-        """Take a running sequence out and free both kinds of its blocks."""
+        """Take a running sequence out and give up both kinds of its blocks."""
         assert sequence.status is Status.RUNNING
         self._running.remove(sequence)
         self.text_pool.free(sequence.block_ids)
@@ -284,6 +337,7 @@ class Scheduler:
         self, sequence: Sequence, planned: ScheduledSequence, result: StepResult
     ) -> Progress | None:
         sequence.num_computed_tokens += len(planned.token_ids)
+        self._keep(sequence)
         if sequence.is_aborted:
             self._leave(sequence, Status.FINISHED)
             return Progress(sequence, [], "abort")
@@ -302,6 +356,10 @@ class Scheduler:
         """Assert that blocks are held by running sequences alone. For tests and debugging."""
         self.text_pool.check()
         self.image_pool.check()
-        owned = [block_id for sequence in self._running for block_id in sequence.block_ids]
-        assert len(set(owned)) == len(owned), "two sequences own the same block"
-        assert len(owned) == self.text_pool.num_used, "a used text block has no owner"
+        owners = Counter(block_id for one in self._running for block_id in one.block_ids)
+        assert len(owners) == self.text_pool.num_used, "a used text block has no owner"
+        for block_id, num_owners in owners.items():
+            assert num_owners == self.text_pool.num_references(block_id), "a lost reference"
+        for one in self._running:
+            unfilled = one.block_ids[one.num_computed_tokens // self._block_size :]
+            assert all(owners[block_id] == 1 for block_id in unfilled), "a shared block is written"

@@ -14,6 +14,7 @@ from enum import Enum
 from ..models.batch import SamplingContext
 from .blocks import ImageEntry, ImageKey
 from .messages import AddRequest, FinishReason
+from .prefix import extend_block_keys
 
 
 class Status(Enum):
@@ -31,6 +32,8 @@ class Sequence:
     sequence_id is unique in the engine; `request.request_id` only on its worker.
     token_ids: the prompt, then what was generated. block_ids cover all of them
     while the sequence runs; images[i] is the pool's entry for request.images[i].
+    num_kept_blocks: how many of them, from the first, the prefix cache knows.
+    num_cached_tokens: how many tokens it had when the sequence first ran.
     """
 
     sequence_id: str
@@ -48,6 +51,9 @@ class Sequence:
     is_in_step: bool = False
     is_aborted: bool = False
     num_preemptions: int = 0
+    num_kept_blocks: int = 0
+    num_cached_tokens: int = 0
+    block_keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         request = self.request
@@ -86,6 +92,20 @@ class Sequence:
         if self.num_generated_tokens >= self.request.max_tokens:
             return "length"
         return "length" if self.num_tokens >= max_model_len else None
+
+    def full_block_keys(self, block_size: int) -> list[bytes]:
+        """The prefix cache's keys of all full blocks of tokens; each is made once."""
+        if len(self.block_keys) < self.num_tokens // block_size:
+            request = self.request
+            extend_block_keys(
+                self.block_keys,
+                self.token_ids,
+                request.spans,
+                self.image_keys,
+                request.tenant,
+                block_size,
+            )
+        return self.block_keys
 
     def sampling_context(self) -> SamplingContext | None:
         """What the choice of the next token depends on besides the logits; None if nothing."""

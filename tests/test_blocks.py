@@ -78,8 +78,8 @@ def test_one_picture_has_one_entry_until_its_last_reference_goes():
         pool.release([second])
 
 
-def test_a_picture_that_comes_back_after_its_release_must_be_encoded_again():
-    pool = ImagePool(4)
+def test_without_caching_a_picture_must_be_encoded_again_after_its_release():
+    pool = ImagePool(4, is_caching=False)
     (entry,) = acquire(pool, "p3")
     entry.is_encoded = True
     pool.release([entry])
