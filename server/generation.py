@@ -26,7 +26,7 @@ from ..router.messages import AddRequest, EngineReady, EngineStats, SequenceOutp
 from .conversation import ImagePart, Message
 from .detokenizer import Detokenizer, Piece, StopStrings
 from .errors import ApiError, BadRequestError, InternalError, NotReadyError, OverloadedError
-from .images.settings import ImageError, ImageRequest
+from .images.settings import ImageError, ImageRequest, PoolClosed
 from .logprobs import TokenEntry, TokenReader
 from .metrics import Metrics
 from .prompt import PreparedPrompt, Processor, PromptTooLongError
@@ -39,7 +39,10 @@ MAX_INLINE_CHARS = 4_000
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class GenerationRequest:
-    """What to generate, however it was asked for. max_tokens None: what the context leaves."""
+    """What to generate, however it was asked for. max_tokens None: what the context leaves.
+
+    tenant: only with requests of the same tenant are cached pictures and texts shared.
+    """
 
     messages: tuple[Message, ...]
     sampling: SamplingParams
@@ -48,14 +51,19 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    tenant: str = ""
 
 
 @dataclass(slots=True, frozen=True)
 class Usage:
-    """Tokens of a request; the stopping token counts."""
+    """Tokens of a request; the stopping token counts.
+
+    cached_tokens: those of the prompt that were not computed again.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(slots=True, frozen=True)
@@ -172,7 +180,7 @@ class Generator:
         prompt = await self._prompt(request, info.max_model_len)
         max_tokens = _room(request, len(prompt.token_ids), info.max_model_len)
         _check_min_tokens(request.sampling.min_tokens, max_tokens)
-        tiles = await self._tiles(prompt.images)
+        tiles = await self._tiles(prompt.images, request.tenant)
         added = AddRequest(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=prompt.token_ids,
@@ -182,6 +190,7 @@ class Generator:
             max_tokens=max_tokens,
             eos_token_ids=[] if request.ignore_eos else self._processor.eos_token_ids,
             stop_token_ids=list(request.stop_token_ids),
+            tenant=request.tenant,
         )
         return PreparedGeneration(added, request.stop)
 
@@ -233,10 +242,10 @@ class Generator:
         except PromptTooLongError as error:
             raise BadRequestError(str(error), param="messages") from error
 
-    async def _tiles(self, images: Sequence[ImagePart]) -> list[ImageTiles]:
+    async def _tiles(self, images: Sequence[ImagePart], tenant: str) -> list[ImageTiles]:
         if not images:
             return []
-        wanted = [ImageRequest(image.url, image.max_tiles) for image in images]
+        wanted = [ImageRequest(image.url, image.max_tiles, tenant) for image in images]
         deadline = asyncio.get_running_loop().time() + self._image_deadline_s
         try:
             return await self._images.load(wanted, deadline)
@@ -249,6 +258,8 @@ class Generator:
                 " smaller ones, or as data URLs",
                 param="messages",
             ) from error
+        except PoolClosed as error:
+            raise NotReadyError("the server is stopping: try again", retry_after_s=1.0) from error
 
 
 class GrowingAnswer:
@@ -264,6 +275,7 @@ class GrowingAnswer:
         self._num_prompt = len(prepared.request.prompt_token_ids)
         self._min_tokens = prepared.request.sampling.min_tokens
         self._num_tokens = 0
+        self._num_cached = 0
         self._untold: list[TokenEntry] = []
 
     def take(self, output: SequenceOutput) -> list[Event]:
@@ -275,6 +287,7 @@ class GrowingAnswer:
         """
         if output.finish_reason == "abort":
             raise InternalError("the engine aborted the request")
+        self._num_cached += output.num_cached_tokens  # told once, with the first output
         num_shown = len(output.token_ids) - (output.finish_reason == "stop")
         text = ""
         for place in range(num_shown):
@@ -319,7 +332,7 @@ class GrowingAnswer:
         stop_reason: str | int | None,
         is_end_of_message: bool = False,
     ) -> Finish:
-        usage = Usage(self._num_prompt, self._num_tokens)
+        usage = Usage(self._num_prompt, self._num_tokens, self._num_cached)
         return Finish(reason, stop_reason, usage, is_end_of_message, self._tell())
 
     def _tell(self) -> tuple[TokenEntry, ...]:

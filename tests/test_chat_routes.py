@@ -15,7 +15,7 @@ from vlmserve.router.errors import (
     QueueFullError,
 )
 from vlmserve.router.messages import SequenceOutput
-from vlmserve.server.images.settings import ImageError
+from vlmserve.server.images.settings import ImageError, PoolClosed
 from vlmserve.server.settings import ServerSettings
 from vlmserve.server.testing import (
     MODEL,
@@ -407,6 +407,18 @@ def test_images_that_take_too_long_are_a_400(checkpoint):
 
     response = post(checkpoint, with_image(), images=Slow(), image_deadline_s=0.05)
     assert "0.05 s" in error_of(response, 400)["message"]
+
+
+def test_images_that_wait_while_the_server_stops_are_a_503(checkpoint):
+    """It was a 500, as for a bug, with a traceback in the log."""
+
+    class ClosedImages:
+        async def load(self, images, deadline=None):
+            raise PoolClosed
+
+    response = post(checkpoint, with_image(), images=ClosedImages())
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "1"
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_its_images_are_loaded(checkpoint):

@@ -20,7 +20,7 @@ from ...models.batch import ImageTiles
 from .decoder_child import DecoderConfig
 from .decoder_frames import REPLY_HEAD, REQUEST_HEAD, DecodeReply, decode_reply, reply_length
 from .header import check_header, read_header
-from .settings import ImageError, ImageSettings
+from .settings import ImageError, ImageSettings, PoolClosed
 from .tiling import TilingConfig
 
 logger = logging.getLogger(__name__)
@@ -47,13 +47,6 @@ def child_environment() -> dict[str, str]:
 
 class DecoderLost(Exception):
     """A child ended, or sent what is no frame."""
-
-
-class PoolClosed(Exception):
-    """The pool was closed while an image waited for it."""
-
-    def __init__(self) -> None:
-        super().__init__("the decoder pool is closed")
 
 
 class DecoderChild:

@@ -1,7 +1,7 @@
 """The limits of everything that has to do with a request's images.
 
-Owns the names and defaults of the limits, what a request asks for, and the one
-error that reaches a client. Knows nothing of HTTP routes, pixels or processes.
+Owns the names and defaults of the limits, what a request asks for, and the errors
+of loading. Knows nothing of HTTP routes, pixels or processes.
 """
 
 from __future__ import annotations
@@ -26,16 +26,25 @@ class ImageError(Exception):
         self.index = index
 
 
+class PoolClosed(Exception):
+    """The decoders were closed, by a server that stops, while an image waited for them."""
+
+    def __init__(self) -> None:
+        super().__init__("the decoder pool is closed")
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
     """One image of a request, as the client named it.
 
     url: a data: URL with base64, or an http(s) URL. max_tiles: at most so many
-    tiles (1 for `detail: low`); None takes what the checkpoint allows.
+    tiles (1 for `detail: low`); None takes what the checkpoint allows. tenant: only
+    among images of the same tenant are decoded tiles shared.
     """
 
     url: str
     max_tiles: int | None = None
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,8 @@ class ImageSettings:
     for a server whose clients are all trusted; link-local ones (where clouds
     keep their credentials) stay refused.
     decoder_memory_bytes: address space a decoder child may take beyond its start.
+    tile_cache_bytes: tiles that are kept so that the same bytes are not decoded
+    again; 0 keeps none.
     """
 
     max_images: int = 16
@@ -69,6 +80,7 @@ class ImageSettings:
     num_decoders: int = 2
     decode_timeout_s: float = 5.0
     decoder_memory_bytes: int = 768 * MEBI
+    tile_cache_bytes: int = 256 * MEBI
 
     def __post_init__(self) -> None:
         if self.num_decoders < 2:
