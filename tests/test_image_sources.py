@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import base64
+import binascii
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmserve.server.images import sources
 from vlmserve.server.images.settings import ImageError, ImageSettings
 from vlmserve.server.images.sources import InlineImage, RemoteImage, parse_source
 
 SETTINGS = ImageSettings()
 SECRET = "token-5f2c"
+BASE64 = re.compile("([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 
 
 def data_url(data: bytes, label: str = "data:image/png;base64,") -> str:
@@ -42,6 +46,28 @@ def test_data_url_gives_its_bytes_whatever_its_label(label: str) -> None:
 @given(st.binary(min_size=1, max_size=300))
 def test_any_bytes_survive_a_data_url(data: bytes) -> None:
     assert parse_source(data_url(data), SETTINGS) == InlineImage(data)
+
+
+@given(st.binary(min_size=1, max_size=100), st.text("AB=", max_size=6))
+def test_long_data_url_is_read_in_slices_like_a_short_one(data: bytes, tail: str) -> None:
+    """One call for 20 MB held the interpreter, and the event loop with it, for 0.1 s."""
+    payload = base64.b64encode(data).decode().rstrip("=") + tail
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "BASE64_SLICE_CHARS", 8)
+        assert outcome(payload) == outcome_in_one_piece(payload)
+
+
+def outcome(payload: str) -> bytes | None:
+    try:
+        source = parse_source("data:image/png;base64," + payload, SETTINGS)
+    except ImageError:
+        return None
+    assert isinstance(source, InlineImage)
+    return source.data
+
+
+def outcome_in_one_piece(payload: str) -> bytes | None:
+    return binascii.a2b_base64(payload) or None if BASE64.fullmatch(payload) else None
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,11 @@ from .decoders import DecoderPool
 from .fetch import ImageFetcher
 from .header import check_header, read_header
 from .settings import MEBI, ImageError, ImageRequest, ImageSettings
-from .sources import InlineImage, RemoteImage, parse_source
+from .sources import BASE64_SLICE_CHARS, InlineImage, RemoteImage, parse_source
+from .tile_cache import TileCache
+
+# A data URL of this length is decoded in about a millisecond.
+MAX_INLINE_CHARS = BASE64_SLICE_CHARS
 
 
 class RequestBudget:
@@ -60,6 +64,7 @@ class ImageLoader:
         self._settings = settings
         self._fetcher = fetcher
         self._decoders = decoders
+        self._cache = TileCache(settings.tile_cache_bytes)
 
     async def load(
         self, images: Sequence[ImageRequest], deadline: float | None = None
@@ -71,11 +76,11 @@ class ImageLoader:
         request as a whole does), TimeoutError past the deadline.
         """
         budget = RequestBudget(self._settings)
-        sources = self._check(images, budget)
         async with asyncio.timeout_at(deadline):
+            sources = await self._check(images, budget)
             return await self._load_all(images, sources, budget)
 
-    def _check(
+    async def _check(
         self, images: Sequence[ImageRequest], budget: RequestBudget
     ) -> list[InlineImage | RemoteImage]:
         """What each URL stands for, as far as the budget goes; nothing has been fetched yet."""
@@ -85,12 +90,18 @@ class ImageLoader:
         sources = []
         for index, image in enumerate(images):
             with _blaming(index):
-                source = parse_source(image.url, self._settings)
+                source = await self._parse(image.url)
                 if isinstance(source, InlineImage):
                     budget.spend_bytes(len(source.data))
                     budget.spend_pixels(source.data)
             sources.append(source)
         return sources
+
+    async def _parse(self, url: str) -> InlineImage | RemoteImage:
+        """Megabytes of base64 are read in a thread, so that the event loop goes on."""
+        if len(url) <= MAX_INLINE_CHARS:
+            return parse_source(url, self._settings)
+        return await asyncio.to_thread(parse_source, url, self._settings)
 
     async def _load_all(
         self,
@@ -122,7 +133,16 @@ class ImageLoader:
             else:
                 data = await self._fetcher.fetch(source, budget.spend_bytes)
                 budget.spend_pixels(data)
-            return await self._decoders.decode(data, image.max_tiles)
+            return await self._decode(data, image)
+
+    async def _decode(self, data: bytes, image: ImageRequest) -> ImageTiles:
+        """The tiles of checked bytes; the same bytes are decoded once while their tiles are kept."""
+        key = await self._cache.key_of(data, image.max_tiles, image.tenant)
+        tiles = self._cache.get(key)
+        if tiles is None:
+            tiles = await self._decoders.decode(data, image.max_tiles)
+            self._cache.put(key, tiles)
+        return tiles
 
 
 @contextmanager
