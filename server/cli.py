@@ -133,6 +133,19 @@ def serve(
             min=1, help="Image tiles that fit the cache at once.", rich_help_panel=ENGINE_PANEL
         ),
     ] = None,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            help="Keep computed text for prompts that begin alike.", rich_help_panel=ENGINE_PANEL
+        ),
+    ] = True,
+    image_cache: Annotated[
+        bool,
+        typer.Option(
+            help="Keep encoded pictures for whoever sends them again.",
+            rich_help_panel=ENGINE_PANEL,
+        ),
+    ] = True,
     num_threads: Annotated[
         int | None,
         typer.Option(
@@ -219,6 +232,8 @@ def serve(
         max_num_batched_images=max_num_batched_images,
         kv_cache_bytes=kv_cache_bytes,
         num_image_blocks=num_image_blocks,
+        prefix_cache=prefix_cache,
+        image_cache=image_cache,
         num_threads=num_threads,
         max_queue_requests=max_queue_requests,
         max_queue_tokens=max_queue_tokens,

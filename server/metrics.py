@@ -40,17 +40,42 @@ class EngineFigures(Collector):
             "vlmserve_text_blocks_total": ("Text blocks there are.", stats.text_blocks_total),
             "vlmserve_image_blocks_used": ("Image blocks (tiles) in use.", stats.image_blocks_used),
             "vlmserve_image_blocks_total": ("Image blocks there are.", stats.image_blocks_total),
+            "vlmserve_text_blocks_cached": (
+                "Text blocks kept in case they are needed again.",
+                stats.text_blocks_cached,
+            ),
+            "vlmserve_image_blocks_cached": (
+                "Image blocks kept in case they are needed again.",
+                stats.image_blocks_cached,
+            ),
         }
         counters = {
             "vlmserve_steps": ("Steps of the model.", stats.num_steps),
             "vlmserve_preemptions": ("Requests set back for room.", stats.num_preemptions),
             "vlmserve_images_encoded": ("Images encoded.", stats.num_images_encoded),
             "vlmserve_vision_seconds": ("Time in the vision encoder.", stats.vision_seconds),
+            **_cache_counters(stats),
         }
         for name, (help_text, value) in gauges.items():
             yield GaugeMetricFamily(name, help_text, value)
         for name, (help_text, value) in counters.items():
             yield CounterMetricFamily(name, help_text, value)
+
+
+def _cache_counters(stats: EngineStats) -> dict[str, tuple[str, int]]:
+    return {
+        "vlmserve_image_cache_hits": ("Images found encoded or due.", stats.image_cache_hits),
+        "vlmserve_image_cache_misses": ("Images not found.", stats.image_cache_misses),
+        "vlmserve_image_cache_evictions": ("Images given up.", stats.image_cache_evictions),
+        "vlmserve_prefix_cache_queried_tokens": (
+            "Tokens of requests that started.",
+            stats.prefix_tokens_queried,
+        ),
+        "vlmserve_prefix_cache_hit_tokens": (
+            "Tokens found computed when their request started.",
+            stats.prefix_tokens_hit,
+        ),
+    }
 
 
 class Metrics:

@@ -50,7 +50,7 @@ def test_the_documented_chat_curl_is_answered_in_the_documented_shape(answers):
     assert list(choice) == ["index", "message", "logprobs", "finish_reason", "stop_reason"]
     assert list(choice["message"]) == ["role", "content"]
     assert choice["message"]["content"]
-    assert list(answer["usage"]) == ["prompt_tokens", "total_tokens", "completion_tokens"]
+    assert list(answer["usage"])[:3] == ["prompt_tokens", "total_tokens", "completion_tokens"]
     assert answer["prompt_logprobs"] is None
 
 

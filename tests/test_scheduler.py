@@ -257,9 +257,7 @@ def test_every_running_sequence_gets_its_token_even_if_the_budget_is_small():
 
 def test_the_newest_sequence_is_preempted_and_its_output_is_unchanged():
     # Two sequences of two blocks each that grow to four: only six are there.
-    bench = Bench(
-        pools=PoolSizes(6, 4, 4), max_model_len=24, prefix_cache=False, image_cache=False
-    )
+    bench = Bench(pools=PoolSizes(6, 4, 4), max_model_len=24, prefix_cache=False, image_cache=False)
     old = request_of("old", prompt=range(7), max_tokens=9)
     new = request_of(
         "new",

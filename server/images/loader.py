@@ -136,7 +136,7 @@ class ImageLoader:
             return await self._decode(data, image)
 
     async def _decode(self, data: bytes, image: ImageRequest) -> ImageTiles:
-        """The tiles of checked bytes; the same bytes are decoded once while their tiles are kept."""
+        """The tiles of checked bytes, which are not decoded again while their tiles are kept."""
         key = await self._cache.key_of(data, image.max_tiles, image.tenant)
         tiles = self._cache.get(key)
         if tiles is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sanic import Blueprint, HTTPResponse, Request
 
 from ..errors import BadRequestError
 from ..schemas.chat import ChatCompletionRequest, chat_generation
 from ..schemas.chat_answers import ChatAnswers
-from .services import check_model, json_response, read_body, services_of
+from .services import check_model, json_response, read_body, services_of, tenant_of
 from .streaming import send_stream
 
 
@@ -25,7 +27,8 @@ async def chat_completions(request: Request) -> HTTPResponse | None:
     if body.stream_options is not None and not body.stream:
         raise BadRequestError("stream_options needs stream: true", param="stream_options")
     generator = services_of(request).generator
-    prepared = await generator.prepare(chat_generation(body))
+    tenant = tenant_of(request, body.cache_salt)
+    prepared = await generator.prepare(replace(chat_generation(body), tenant=tenant))
     include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     answers = ChatAnswers(body.model, include_usage)
     if body.stream:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sanic import Blueprint, HTTPResponse, Request
 
 from ..schemas.llama_stack import StackChatRequest, stack_generation, stack_model
 from ..schemas.llama_stack_answers import StackAnswers
-from .services import check_model, json_response, read_body, services_of
+from .services import check_model, json_response, read_body, services_of, tenant_of
 from .streaming import send_stream
 
 PREFIXES = ("", "/ls", "/experimental/ls")
@@ -41,7 +43,8 @@ async def _complete(request: Request, answers: StackAnswers) -> HTTPResponse | N
     body = read_body(request, StackChatRequest)
     check_model(request, stack_model(body))
     generator = services_of(request).generator
-    prepared = await generator.prepare(stack_generation(body))
+    generation = replace(stack_generation(body), tenant=tenant_of(request))
+    prepared = await generator.prepare(generation)
     if body.stream:
         # Never [DONE]: every client of Llama Stack raises on it.
         await send_stream(request, prepared, answers, with_done=False)

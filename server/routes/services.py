@@ -5,6 +5,7 @@ Owns no endpoint. Knows nothing of any API's shapes.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -70,6 +71,20 @@ def read_body(request: Request, schema: type[T]) -> T:
     """The request's body as a `schema`. Raises BadRequestError."""
     ignore = services_of(request).settings.unknown_fields == "ignore"
     return decode_body(request.body, schema, ignore_unknown=ignore)
+
+
+def tenant_of(request: Request, cache_salt: str | None = None) -> str:
+    """Who shares cached pictures and texts with this request: same API key, same cache_salt.
+
+    A hash, as the engine has no use for the key itself; empty without a key and a salt.
+    """
+    has_keys = bool(services_of(request).settings.api_keys)
+    key = request.headers.getone("authorization", "").partition(" ")[2].strip() if has_keys else ""
+    if not key and not cache_salt:
+        return ""
+    # The first hash has a fixed length, so that no key and salt pass for others.
+    first = hashlib.sha256(key.encode(errors="surrogatepass")).digest()
+    return hashlib.sha256(first + (cache_salt or "").encode(errors="surrogatepass")).hexdigest()
 
 
 def check_model(request: Request, name: str) -> None:

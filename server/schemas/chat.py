@@ -118,6 +118,7 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     logit_bias: Annotated[dict[str, Bias], msgspec.Meta(max_length=1024)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
     # Taken at their neutral value only, see NOT_YET.
     n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
     prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
