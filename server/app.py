@@ -36,6 +36,8 @@ from .template import Clock
 logger = logging.getLogger(__name__)
 
 DAY_S = 24 * 3600
+# What is left of the drain for the last frames of requests that it ends.
+LAST_FRAMES_S = 1.0
 
 
 def build_app(
@@ -62,6 +64,7 @@ def build_app(
     parts = Parts(settings, fetcher, images, engine_client)
     app.ctx.services = parts.services(now)
     app.before_server_start(parts.open)
+    app.before_server_stop(parts.drain)
     app.after_server_stop(parts.close)
     for routes in (chat, health, llama_stack):
         app.blueprint(routes.blueprint())
@@ -86,6 +89,7 @@ class Parts:
         self._own_fetcher: ImageFetcher | None = None
         self._decoders: DecoderPool | None = None
         self._connecting: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None
         self._engine = engine or self._make_client()
         self._images = images or self._make_images(fetcher)
 
@@ -108,15 +112,30 @@ class Parts:
         if self._own_client is not None:
             self._connecting = asyncio.create_task(self._stay_connected(self._own_client))
 
+    async def drain(self, app: Sanic[Any, Any]) -> None:
+        """Let requests end by themselves, and near the end of that time by an error.
+
+        Sanic cuts the connections that are open after graceful_shutdown_timeout_s.
+        """
+        self._draining = asyncio.create_task(self._end_requests())
+
+    async def _end_requests(self) -> None:
+        timeout_s = self._settings.graceful_shutdown_timeout_s
+        await asyncio.sleep(max(timeout_s / 2, timeout_s - LAST_FRAMES_S))
+        await self._disconnect()
+
     async def close(self, app: Sanic[Any, Any]) -> None:
         """Close what `open` opened."""
-        if self._connecting is not None:
-            self._connecting.cancel()
-            await asyncio.gather(self._connecting, return_exceptions=True)
-        if self._own_client is not None:
-            await self._own_client.close()
+        await _cancelled(self._draining)
+        await self._disconnect()
         if self._own_fetcher is not None:
             await self._own_fetcher.close()
+
+    async def _disconnect(self) -> None:
+        """End every request that is with the engine or the decoders."""
+        await _cancelled(self._connecting)
+        if self._own_client is not None:
+            await self._own_client.close()
         if self._decoders is not None:
             await self._decoders.close()
 
@@ -143,6 +162,12 @@ class Parts:
         tiling = TilingConfig.from_checkpoint(self._settings.model)
         self._decoders = DecoderPool(limits, tiling)
         return ImageLoader(limits, fetcher, self._decoders)
+
+
+async def _cancelled(task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def answer_error(request: Request, error: Exception) -> HTTPResponse:

@@ -108,6 +108,8 @@ class Supervisor:
             announce.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await announce
+            # Else the kernel takes connections that nobody answers until the drain is over.
+            self._listener.close()
             await self._end([worker, engine])
 
     async def _watch(
@@ -120,6 +122,7 @@ class Supervisor:
         try:
             await asyncio.wait([stop, engine_end, worker_end], return_when="FIRST_COMPLETED")
             if stop.done():
+                _say("stopping; open requests have a few seconds, a second signal ends them now")
                 return EXIT_OK
             if engine_end.done():
                 _say(f"the engine ended ({_how_it_ended(engine)}); stopping")

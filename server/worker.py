@@ -57,6 +57,8 @@ def _listening_socket(settings: ServerSettings) -> socket.socket:
         raise ValueError("listen_fd is not set: a worker serves a socket it inherits")
     listening = socket.socket(fileno=settings.listen_fd)
     listening.setblocking(False)
+    # For this process alone: a decoder that reads strangers' files has no use for it.
+    listening.set_inheritable(False)
     return listening
 
 
