@@ -402,6 +402,39 @@ def test_heartbeats_tell_the_counts_and_the_age_of_the_running_step(tmp_path):
     asyncio.run(scenario())
 
 
+def test_the_first_output_tells_how_many_tokens_were_cached(tmp_path):
+    async def scenario() -> None:
+        async with engine_of(tmp_path, max_num_batched_tokens=16) as rig:
+            client = await rig.connect()
+            told = []
+            for name in "ab":
+                request = image_request(name, prompt=range(40))
+                told.append([one.num_cached_tokens async for one in client.generate(request)])
+            assert told == [[0, 0, 0, 0], [32, 0, 0, 0]]
+            stats = rig.engine.stats()
+            assert (stats.prefix_tokens_queried, stats.prefix_tokens_hit) == (80, 32)
+            assert (stats.image_cache_hits, stats.image_cache_misses) == (1, 1)
+            assert (stats.image_blocks_used, stats.image_blocks_cached) == (0, 2)
+            assert stats.text_blocks_cached == 2
+            assert stats.num_images_encoded == 1
+
+    asyncio.run(scenario())
+
+
+def test_caches_that_are_switched_off_keep_nothing(tmp_path):
+    async def scenario() -> None:
+        async with engine_of(tmp_path, prefix_cache=False, image_cache=False) as rig:
+            client = await rig.connect()
+            for name in "ab":
+                await tokens_of(client, image_request(name, prompt=range(40)))
+            stats = rig.engine.stats()
+            assert (stats.text_blocks_cached, stats.image_blocks_cached) == (0, 0)
+            assert stats.prefix_tokens_hit == 0
+            assert stats.num_images_encoded == 2
+
+    asyncio.run(scenario())
+
+
 def test_the_socket_is_for_its_owner_alone_and_is_removed_at_the_end(tmp_path):
     async def scenario() -> None:
         async with engine_of(tmp_path) as rig:
