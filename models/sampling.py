@@ -69,7 +69,8 @@ def sample(
     _check_finite(best)
     if changed := adjust(logits, params, contexts or [None] * len(params)):
         at = torch.tensor(changed, device=logits.device)
-        best[at], token_ids[at] = logits[at].max(dim=-1)
+        is_every_row = len(changed) == len(logits)
+        best[at], token_ids[at] = (logits if is_every_row else logits[at]).max(dim=-1)
     rows = [row for row, param in enumerate(params) if not param.is_greedy]
     if not rows:
         return token_ids
