@@ -8,16 +8,16 @@ import json
 import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-
-from vlmserve.router.messages import EngineStats, SequenceOutput
-from vlmserve.server.settings import ServerSettings
-from vlmserve.server.testing import (
+from support.http_side import (
     MODEL,
     OneTileImages,
     ScriptedEngine,
     running_server,
     write_checkpoint,
 )
+
+from vlmserve.router.messages import EngineStats, SequenceOutput
+from vlmserve.server.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
 STACK = "/inference/chat_completion"
@@ -159,3 +159,28 @@ def test_metrics_tell_of_both_caches(checkpoint):
     assert values["vlmserve_image_cache_evictions_total"] == 6
     assert values["vlmserve_prefix_cache_queried_tokens_total"] == 7
     assert values["vlmserve_prefix_cache_hit_tokens_total"] == 8
+
+
+def test_a_second_turn_about_a_picture_encodes_nothing_and_computes_little(
+    server, draw_picture, wait_for
+):
+    picture = draw_picture(77, num_shapes=2)
+
+    def ask(messages):
+        body = {"model": "vlmserve-tiny-vision", "messages": messages, "temperature": 0}
+        answer = httpx2.post(f"{server.url}{CHAT}", json=body | {"max_tokens": 32}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    image = {"type": "image_url", "image_url": {"url": picture.url}}
+    turns = [{"role": "user", "content": [image, {"type": "text", "text": "What shape is it?"}]}]
+    encoded = server.metric("vlmserve_images_encoded_total")
+    first = ask(turns)
+    assert wait_for(lambda: server.metric("vlmserve_images_encoded_total") == encoded + 1)
+    hits = server.metric("vlmserve_image_cache_hits_total")
+    turns.append({"role": "assistant", "content": first["choices"][0]["message"]["content"]})
+    turns.append({"role": "user", "content": "How many shapes are there?"})
+    second = ask(turns)
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 16
+    assert wait_for(lambda: server.metric("vlmserve_image_cache_hits_total") == hits + 1)
+    assert server.metric("vlmserve_images_encoded_total") == encoded + 1
