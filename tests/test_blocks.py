@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fake_runner import fake_image
 
 from vlmserve.router.blocks import BlockPool, ImageKey, ImagePool
 from vlmserve.router.errors import OutOfBlocksError
-from vlmserve.router.testing import fake_image
 
 
 @given(st.lists(st.integers(-5, 5)))

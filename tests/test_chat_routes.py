@@ -7,6 +7,15 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
+from support.http_side import (
+    MODEL,
+    OneTileImages,
+    ScriptedEngine,
+    meta_like_tokenizer,
+    running_server,
+    tokens_one_by_one,
+    write_checkpoint,
+)
 
 from vlmserve.router.errors import (
     EngineDeadError,
@@ -17,15 +26,6 @@ from vlmserve.router.errors import (
 from vlmserve.router.messages import SequenceOutput
 from vlmserve.server.images.settings import ImageError, PoolClosed
 from vlmserve.server.settings import ServerSettings
-from vlmserve.server.testing import (
-    MODEL,
-    OneTileImages,
-    ScriptedEngine,
-    meta_like_tokenizer,
-    running_server,
-    tokens_one_by_one,
-    write_checkpoint,
-)
 
 DATA = Path(__file__).parent / "data"
 TOKENIZER = meta_like_tokenizer()

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.http_side import meta_like_tokenizer
 
 from vlmserve.router.messages import AddRequest, SequenceOutput
 from vlmserve.server.detokenizer import Detokenizer, StopStrings
@@ -10,7 +11,6 @@ from vlmserve.server.errors import InternalError
 from vlmserve.server.generation import Finish, GrowingAnswer, PreparedGeneration, TextDelta
 from vlmserve.server.logprobs import TokenReader
 from vlmserve.server.prompt import Processor
-from vlmserve.server.testing import meta_like_tokenizer
 
 TOKENIZER = meta_like_tokenizer()
 TOKENIZER.encode_special_tokens = True  # no text here is to become a special token

@@ -12,13 +12,13 @@ from pathlib import Path
 import httpx2
 import msgspec
 import pytest
+from support.fake_runner import FakeRunner
 
 from vlmserve.models import bundled
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine import Engine
 from vlmserve.router.engine_server import EngineServer
 from vlmserve.router.errors import EngineDeadError
-from vlmserve.router.testing import FakeRunner
 from vlmserve.server.settings import ServerSettings
 
 BUNDLED = Path(bundled.__file__).parent / "checkpoint"

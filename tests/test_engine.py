@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import pytest
+from support.fake_runner import FakeRunner, expected_token_ids, fake_image, fake_info
 
 from vlmserve.models.batch import ImageSpan, PoolSizes, StepBatch, StepResult
 from vlmserve.router import wire
@@ -25,7 +26,6 @@ from vlmserve.router.errors import (
     QueueFullError,
 )
 from vlmserve.router.messages import AbortRequests, AddRequest, SequenceOutput
-from vlmserve.router.testing import FakeRunner, expected_token_ids, fake_image, fake_info
 
 DEADLINE_S = 20
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from support.fake_runner import expected_token_ids
 
 from vlmserve.router import wire
 from vlmserve.router.client import EngineClient
@@ -26,7 +27,6 @@ from vlmserve.router.messages import (
     StepOutputs,
     ToEngine,
 )
-from vlmserve.router.testing import expected_token_ids
 
 DEADLINE_S = 60
 
@@ -41,10 +41,11 @@ READY = EngineReady(
     num_image_tiles=4,
 )
 
-FAKE_ENGINE = """
-import sys, time
+FAKE_ENGINE = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+FAKE_ENGINE += """
+import time
 from vlmserve.router.engine_process import main
-from vlmserve.router.testing import FakeRunner
+from support.fake_runner import FakeRunner
 
 def load(config):
     {load}

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import httpx2
+from support.fake_runner import FakeRunner, fake_image, fake_info
+from support.http_side import running_server
 
 from vlmserve.models import bundled
 from vlmserve.models.batch import PoolSizes
@@ -13,9 +15,7 @@ from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine import Engine
 from vlmserve.router.engine_server import EngineServer
 from vlmserve.router.errors import EngineDeadError
-from vlmserve.router.testing import FakeRunner, fake_image, fake_info
 from vlmserve.server.settings import ServerSettings
-from vlmserve.server.testing import running_server
 
 BUNDLED = Path(bundled.__file__).parent / "checkpoint"
 CHAT = "/v1/chat/completions"

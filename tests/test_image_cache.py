@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.fake_runner import FakeRunner, expected_token_ids, fake_image, fake_info
 
 from vlmserve.models.batch import ImageSpan, ImageTiles, PoolSizes, SamplingParams
 from vlmserve.models.bundled import CHECKPOINT
@@ -20,7 +21,6 @@ from vlmserve.router.messages import AddRequest
 from vlmserve.router.queue import QueueLimits, RequestQueue
 from vlmserve.router.scheduler import Scheduler, SchedulerLimits
 from vlmserve.router.sequence import Sequence
-from vlmserve.router.testing import FakeRunner, expected_token_ids, fake_image, fake_info
 from vlmserve.server.conversation import ImagePart, Message, TextPart
 from vlmserve.server.images.loader import ImageLoader
 from vlmserve.server.images.settings import ImageError, ImageRequest, ImageSettings

@@ -6,10 +6,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-
-from vlmserve.router.errors import EngineDeadError
-from vlmserve.server.settings import ServerSettings
-from vlmserve.server.testing import (
+from support.http_side import (
     MODEL,
     OneTileImages,
     ScriptedEngine,
@@ -18,6 +15,9 @@ from vlmserve.server.testing import (
     tokens_one_by_one,
     write_checkpoint,
 )
+
+from vlmserve.router.errors import EngineDeadError
+from vlmserve.server.settings import ServerSettings
 
 DATA = Path(__file__).parent / "data"
 TOKENIZER = meta_like_tokenizer()

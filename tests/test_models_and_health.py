@@ -15,9 +15,7 @@ import httpx2
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-
-from vlmserve.server.settings import ServerSettings
-from vlmserve.server.testing import (
+from support.http_side import (
     MODEL,
     OneTileImages,
     ScriptedEngine,
@@ -26,6 +24,8 @@ from vlmserve.server.testing import (
     tokens_one_by_one,
     write_checkpoint,
 )
+
+from vlmserve.server.settings import ServerSettings
 
 DATA = Path(__file__).parent / "data"
 TOKENIZER = meta_like_tokenizer()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.fake_runner import FakeRunner, expected_token_ids, fake_image, fake_info
 
 from vlmserve.models.batch import ImageSpan, PoolSizes, SamplingParams
 from vlmserve.router.admission import AdmissionLimits, check_request
@@ -21,7 +22,6 @@ from vlmserve.router.prefix import extend_block_keys
 from vlmserve.router.queue import QueueLimits, RequestQueue
 from vlmserve.router.scheduler import Scheduler, SchedulerLimits
 from vlmserve.router.sequence import Sequence
-from vlmserve.router.testing import FakeRunner, expected_token_ids, fake_image, fake_info
 from vlmserve.router.text_pool import TextPool
 
 BLOCK_SIZE = 4

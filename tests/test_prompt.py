@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.http_side import LLAMA_TEMPLATE, SPECIAL_IDS, write_checkpoint
 
 from vlmserve.models import bundled
 from vlmserve.models.batch import ImageSpan
@@ -12,7 +13,6 @@ from vlmserve.server import prompt
 from vlmserve.server.conversation import ImagePart, Message, TextPart
 from vlmserve.server.prompt import Processor, PromptTooLongError, image_spans
 from vlmserve.server.template import ChatTemplate, TemplateRefusedError, render_as_meta
-from vlmserve.server.testing import LLAMA_TEMPLATE, SPECIAL_IDS, write_checkpoint
 
 IMAGE = 128256
 QUESTION = "What is in this image?"

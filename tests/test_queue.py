@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from support.fake_runner import fake_image
 
 from vlmserve.models.batch import ImageSpan
 from vlmserve.router.errors import QueueFullError, error_of, failure_of
 from vlmserve.router.messages import AddRequest
 from vlmserve.router.queue import QueueLimits, RequestQueue
 from vlmserve.router.sequence import Sequence
-from vlmserve.router.testing import fake_image
 
 
 def sequence_of(name: str, num_tokens: int = 3, num_images: int = 0) -> Sequence:

@@ -9,13 +9,13 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from support.fake_runner import FakeRunner
 
 from vlmserve.models.batch import SamplingParams, StepBatch, TokenLogprobs
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine import Engine
 from vlmserve.router.errors import EngineDeadError
 from vlmserve.router.messages import AddRequest, FromEngine, SequenceOutput, StepOutputs
-from vlmserve.router.testing import FakeRunner
 from vlmserve.tests.helpers_models import PROMPTS, runner
 
 DEADLINE_S = 120.0

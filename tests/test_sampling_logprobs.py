@@ -11,6 +11,14 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from support.http_side import (
+    MODEL,
+    OneTileImages,
+    ScriptedEngine,
+    meta_like_tokenizer,
+    running_server,
+    write_checkpoint,
+)
 from tokenizers import Tokenizer, decoders, models
 
 from vlmserve.models.batch import SamplingContext, SamplingParams, TokenLogprobs
@@ -21,14 +29,6 @@ from vlmserve.server.generation import Finish, GrowingAnswer, PreparedGeneration
 from vlmserve.server.logprobs import TokenReader
 from vlmserve.server.prompt import Processor
 from vlmserve.server.settings import ServerSettings
-from vlmserve.server.testing import (
-    MODEL,
-    OneTileImages,
-    ScriptedEngine,
-    meta_like_tokenizer,
-    running_server,
-    write_checkpoint,
-)
 
 TOKENIZER = meta_like_tokenizer()
 READER = TokenReader(TOKENIZER)

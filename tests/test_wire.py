@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fake_runner import fake_image
 
 from vlmserve.models.batch import ImageSpan, SamplingParams
 from vlmserve.router import wire
@@ -21,7 +22,6 @@ from vlmserve.router.messages import (
     SequenceOutput,
     StepOutputs,
 )
-from vlmserve.router.testing import fake_image
 
 TO_ENGINE = [
     AddRequest(

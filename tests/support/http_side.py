@@ -17,12 +17,12 @@ from typing import Any
 import msgspec
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ..models.batch import ImageTiles
-from ..router.errors import EngineError
-from ..router.messages import AddRequest, EngineReady, EngineStats, SequenceOutput
-from .app import build_app
-from .images.settings import ImageRequest
-from .settings import ServerSettings
+from vlmserve.models.batch import ImageTiles
+from vlmserve.router.errors import EngineError
+from vlmserve.router.messages import AddRequest, EngineReady, EngineStats, SequenceOutput
+from vlmserve.server.app import build_app
+from vlmserve.server.images.settings import ImageRequest
+from vlmserve.server.settings import ServerSettings
 
 MODEL = "meta/llama-3.2-11b-vision-instruct"
 

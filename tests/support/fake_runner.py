@@ -1,4 +1,4 @@
-"""A runner that hashes instead of computing, for tests and for load without a model.
+"""A runner that hashes instead of computing, for tests.
 
 Owns two make-believe pools in which each block remembers what was written to it.
 Its next token is a hash of everything the position may see, read back from the
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..models.batch import (
+from vlmserve.models.batch import (
     ImageTiles,
     ModelInfo,
     PoolSizes,
@@ -23,7 +23,7 @@ from ..models.batch import (
     StepBatch,
     StepResult,
 )
-from .messages import AddRequest
+from vlmserve.router.messages import AddRequest
 
 DEFAULT_POOLS = PoolSizes(num_text_blocks=256, num_image_blocks=32, block_size=16)
 
