@@ -267,6 +267,24 @@ def test_a_prefix_is_cut_where_a_step_could_not_encode_all_images_behind_it():
     assert bench.runner.num_images_encoded == 6
 
 
+def test_a_sequence_waits_for_the_images_behind_its_prefix_that_a_step_has_no_room_for():
+    bench = Bench(image_cache=False, max_num_batched_images=2, max_num_batched_tokens=64)
+    one = [("p1", ImageSpan(1))]
+    two = [("q1", ImageSpan(1)), ("r1", ImageSpan(2))]
+    bench.ask(ask_for(range(14), *one))
+    bench.ask(ask_for(range(20, 34), *two, name="b"))
+    first = bench.add(ask_for(range(14), *one, name="c"))
+    second = bench.add(ask_for(range(20, 34), *two, name="d"))
+    bench.step()
+    assert (first.num_computed_tokens, second.num_computed_tokens) == (14, 12)
+    bench.step()
+    assert second.num_computed_tokens == 14
+    bench.run()
+    bench.assert_answered_as_if_alone(first)
+    bench.assert_answered_as_if_alone(second)
+    assert bench.runner.num_images_encoded == 6
+
+
 # Any mix
 
 
