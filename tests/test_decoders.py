@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import io
 import os
@@ -12,7 +11,6 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Awaitable, Callable
@@ -23,37 +21,17 @@ import msgspec
 import numpy as np
 import pytest
 from PIL import Image
+from support.pictures import SETTINGS, TILING, encoded, noise, picture, png_chunk, png_of_zeros
 
 from vlmserve.models.batch import ImageTiles
-from vlmserve.server.images import loader as image_loader
 from vlmserve.server.images.decoder_child import DecoderConfig
 from vlmserve.server.images.decoders import DecoderPool
 from vlmserve.server.images.decoding import content_hash, decode, to_rgb
-from vlmserve.server.images.fetch import ImageFetcher
 from vlmserve.server.images.header import ImageHeader, check_header, read_header
-from vlmserve.server.images.loader import ImageLoader
-from vlmserve.server.images.settings import ImageError, ImageRequest, ImageSettings, PoolClosed
-from vlmserve.server.images.sources import InlineImage, RemoteImage, parse_source
+from vlmserve.server.images.settings import ImageError, ImageSettings, PoolClosed
 from vlmserve.server.images.tiling import TilingConfig, cut
 
-TILING = TilingConfig(tile_size=56, max_image_tiles=4)
-SETTINGS = ImageSettings()
 CHILD = "vlmserve.server.images.decoder_child"
-
-
-def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:
-    shape = (height, width, channels) if channels > 1 else (height, width)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def picture(width: int = 70, height: int = 50) -> Image.Image:
-    return Image.fromarray(noise(width, height))
 
 
 def decoded(data: bytes, settings: ImageSettings = SETTINGS) -> ImageTiles:
@@ -64,21 +42,6 @@ def decoded(data: bytes, settings: ImageSettings = SETTINGS) -> ImageTiles:
 def first_pixel(tiles: ImageTiles) -> tuple[int, ...]:
     pixels = np.frombuffer(tiles.data, np.uint8).reshape(-1, 3, tiles.tile_size, tiles.tile_size)
     return tuple(int(value) for value in pixels[0, :, 0, 0])
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    body = kind + data
-    return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-
-def png_of_zeros(width: int, height: int) -> bytes:
-    """A valid 1-bit PNG of any size, a few kilobytes long."""
-    packer = zlib.compressobj(9)
-    row = bytes(1 + (width + 7) // 8)
-    packed = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
-    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    chunks = png_chunk(b"IHDR", head) + png_chunk(b"IDAT", packed) + png_chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 def with_png_chunk(data: bytes, kind: bytes, body: bytes) -> bytes:
@@ -712,169 +675,3 @@ def test_image_side_never_imports_torch() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert out.stdout.strip() == "[]"
-
-
-# ---- the loader
-
-
-class ScriptedFetcher(ImageFetcher):
-    """Gives bytes by host name; never connects."""
-
-    def __init__(self, files: dict[str, bytes | ImageError | None]) -> None:
-        self._files = files
-        self.fetched: list[str] = []
-        self.num_cancelled = 0
-
-    async def fetch(self, source: RemoteImage, spend: Callable[[int], None] | None = None) -> bytes:
-        self.fetched.append(source.host)
-        found = self._files[source.host]
-        if found is None:
-            try:
-                await asyncio.Event().wait()
-            finally:
-                self.num_cancelled += 1
-        if isinstance(found, ImageError):
-            raise found
-        assert found is not None
-        assert spend is not None
-        spend(len(found))
-        return found
-
-
-def inline(data: bytes) -> ImageRequest:
-    return ImageRequest("data:image/png;base64," + base64.b64encode(data).decode())
-
-
-def remote(host: str, max_tiles: int | None = None) -> ImageRequest:
-    return ImageRequest(f"https://{host}/x", max_tiles)
-
-
-def load(
-    images: list[ImageRequest],
-    files: dict[str, bytes | ImageError | None] | None = None,
-    settings: ImageSettings = SETTINGS,
-    deadline_s: float | None = None,
-) -> tuple[list[ImageTiles] | Exception, ScriptedFetcher]:
-    fetcher = ScriptedFetcher(files or {})
-
-    async def run() -> list[ImageTiles] | Exception:
-        async with asyncio.timeout(60), DecoderPool(settings, TILING) as pool:
-            loader = ImageLoader(settings, fetcher, pool)
-            now = asyncio.get_running_loop().time()
-            deadline = None if deadline_s is None else now + deadline_s
-            try:
-                return await loader.load(images, deadline)
-            except (ImageError, TimeoutError) as error:
-                return error
-
-    return asyncio.run(run()), fetcher
-
-
-def failure(result: list[ImageTiles] | Exception) -> ImageError:
-    assert isinstance(result, ImageError), result
-    return result
-
-
-def test_images_are_loaded_in_the_order_of_the_request() -> None:
-    wide, tall = picture(200, 50), picture(50, 200)
-    result, _ = load(
-        [remote("a.example"), inline(encoded(tall)), remote("a.example", 1)],
-        {"a.example": encoded(wide)},
-    )
-    assert isinstance(result, list)
-    expected = [cut(wide, TILING), cut(tall, TILING), cut(wide, TILING, 1)]
-    assert [tiles.data for tiles in result] == [tiles.data for tiles in expected]
-
-
-def test_long_data_url_is_read_in_a_thread_and_a_short_one_is_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """All were read on the event loop, which stood still for 0.1 s with each 20 MB."""
-    threads: dict[int, int] = {}
-
-    def parse(url: str, settings: ImageSettings) -> InlineImage | RemoteImage:
-        threads[len(url)] = threading.get_ident()
-        return parse_source(url, settings)
-
-    monkeypatch.setattr(image_loader, "parse_source", parse)
-    short, long = inline(encoded(picture())), inline(encoded(picture()) + b"\0" * 300_000)
-    result, _ = load([short, long])
-    assert isinstance(result, list)
-    assert result[0].data == result[1].data
-    assert threads[len(short.url)] == threading.get_ident() != threads[len(long.url)]
-
-
-def test_no_images_are_no_work() -> None:
-    assert load([])[0] == []
-
-
-def test_too_many_images_are_refused_before_any_fetch() -> None:
-    images = [remote("a.example")] * 3
-    result, fetcher = load(images, {"a.example": b""}, ImageSettings(max_images=2))
-    assert failure(result).index == 2
-    assert fetcher.fetched == []
-
-
-def test_bad_url_is_named_by_its_place_before_any_fetch() -> None:
-    result, fetcher = load([remote("a.example"), ImageRequest("file:///etc/passwd")])
-    assert failure(result).index == 1
-    assert fetcher.fetched == []
-
-
-def test_bytes_of_all_data_urls_are_counted_before_any_fetch() -> None:
-    data = encoded(picture())
-    settings = ImageSettings(max_request_bytes=len(data) + 10)
-    result, fetcher = load([remote("a.example"), inline(data), inline(data)], {}, settings)
-    assert failure(result).index == 2
-    assert "together" in failure(result).message
-    assert fetcher.fetched == []
-
-
-def test_pixels_of_all_data_urls_are_counted_before_any_fetch() -> None:
-    settings = ImageSettings(max_request_pixels=2 * 70 * 50)
-    images = [inline(encoded(picture()))] * 2
-    assert isinstance(load(images, {}, settings)[0], list)
-    result, fetcher = load([remote("a.example"), *images, images[0]], {}, settings)
-    assert failure(result).index == 3
-    assert "7,000 pixels together" in failure(result).message
-    assert fetcher.fetched == []
-
-
-def test_pixels_of_fetches_count_into_the_same_budget() -> None:
-    settings = ImageSettings(max_request_pixels=2 * 70 * 50 - 1)
-    data = encoded(picture())
-    result, _ = load([inline(data), remote("a.example")], {"a.example": data}, settings)
-    assert failure(result).index == 1
-    assert "pixels together" in failure(result).message
-
-
-def test_bytes_of_fetches_count_into_the_same_budget() -> None:
-    data = encoded(picture())
-    settings = ImageSettings(max_request_bytes=len(data) + 10)
-    result, _ = load([inline(data), remote("a.example")], {"a.example": data}, settings)
-    assert failure(result).index == 1
-    assert "together" in failure(result).message
-
-
-def test_first_failure_cancels_the_other_fetches() -> None:
-    files: dict[str, bytes | ImageError | None] = {
-        "slow.example": None, "bad.example": ImageError("no such picture"),
-    }  # fmt: skip
-    result, fetcher = load([remote("slow.example"), remote("bad.example")], files)
-    assert failure(result).index == 1
-    assert failure(result).message == "no such picture"
-    assert fetcher.num_cancelled == 1
-
-
-def test_fetched_bytes_that_are_no_image_are_refused_with_their_place() -> None:
-    result, _ = load(
-        [inline(encoded(picture())), remote("a.example")], {"a.example": b"<html>login</html>"}
-    )
-    assert failure(result).index == 1
-    assert "HTML" in failure(result).message
-
-
-def test_deadline_ends_a_load() -> None:
-    result, fetcher = load([remote("slow.example")], {"slow.example": None}, deadline_s=0.1)
-    assert isinstance(result, TimeoutError)
-    assert fetcher.num_cancelled == 1
