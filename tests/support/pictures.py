@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from vlmserve.server.images.header import ImageHeader
 from vlmserve.server.images.settings import ImageSettings
 from vlmserve.server.images.tiling import TilingConfig
 
@@ -44,3 +45,19 @@ def png_of_zeros(width: int, height: int) -> bytes:
     head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     chunks = png_chunk(b"IHDR", head) + png_chunk(b"IDAT", packed) + png_chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+# Files, and what their headers say.
+HEADERS = [
+    (encoded(picture(70, 50), "PNG"), ImageHeader("PNG", 70, 50)),
+    (encoded(picture(70, 50), "JPEG"), ImageHeader("JPEG", 70, 50)),
+    (encoded(picture(70, 50), "JPEG", progressive=True), ImageHeader("JPEG", 70, 50, True)),
+    (encoded(picture(70, 50), "WEBP"), ImageHeader("WEBP", 70, 50)),
+    (encoded(picture(70, 50), "WEBP", lossless=True), ImageHeader("WEBP", 70, 50)),
+    (encoded(Image.fromarray(noise(70, 50, 4)), "WEBP"), ImageHeader("WEBP", 70, 50)),
+    (encoded(picture(70, 50), "GIF"), ImageHeader("GIF", 70, 50)),
+    (
+        encoded(picture(70, 50), "JPEG", exif=b"Exif\0\0" + bytes(60_000)),
+        ImageHeader("JPEG", 70, 50),
+    ),
+]
