@@ -478,3 +478,27 @@ def test_llama_stack_names_a_bad_field(fields, param):
         stack_generation(request)
 
     assert refused(build).param == param
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "text", "text": "hi", "image": {"uri": "data:,"}},
+        {"text": "hi", "url": {"uri": "data:,"}},
+        {"type": "image", "url": {"uri": "data:,"}, "data": "AAAA"},
+        {"type": "image", "image": {"url": {"uri": "data:,"}, "data": "AAAA"}},
+        {"image": {"uri": "data:,", "data": "AAAA"}},
+    ],
+)
+def test_an_item_that_says_two_things_is_refused(item):
+    """Regression: one of the two was dropped without a word."""
+    error = refused(stack, messages=[{"role": "user", "content": [item]}])
+    assert error.param.startswith("messages[0].content[0]")
+    assert "send one" in str(error)
+
+
+def test_two_model_keys_that_differ_are_refused():
+    """Regression: model won and model_id was ignored."""
+    body = {"model": "a", "model_id": "b", "messages": [TURN]}
+    request = decode_body(json.dumps(body).encode(), StackChatRequest)
+    assert refused(stack_model, request).param == "model_id"

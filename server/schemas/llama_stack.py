@@ -114,7 +114,9 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
 
 
 def stack_model(body: StackChatRequest) -> str:
-    """The model's name under either key. Raises BadRequestError without one."""
+    """The model's name under either key. Raises BadRequestError without one, or with two."""
+    if body.model is not None and body.model_id is not None and body.model != body.model_id:
+        raise BadRequestError("model and model_id differ: send one of them", param="model_id")
     name = body.model_id if body.model is None else body.model
     if name is None:
         raise BadRequestError("model_id is required (or model, its older name)", param="model_id")
@@ -194,6 +196,7 @@ def _item(item: str | ContentItem, field: str) -> Part:
     """The part that an item stands for: exactly one of its spellings must be there."""
     if isinstance(item, str):
         return TextPart(no_nul(item, field))
+    _one_of(field, text=item.text, image=item.image, url=item.url, data=item.data)
     if item.text is not None and item.type != "image":
         return TextPart(no_nul(item.text, f"{field}.text"))
     if item.image is not None and item.type != "text":
@@ -207,7 +210,15 @@ def _item(item: str | ContentItem, field: str) -> Part:
     )
 
 
+def _one_of(field: str, **spellings: object) -> None:
+    """Raises BadRequestError if an item says two things, of which one would be lost."""
+    given = [name for name, value in spellings.items() if value is not None]
+    if len(given) > 1:
+        raise BadRequestError(f"{field} has both {given[0]} and {given[1]}: send one", param=field)
+
+
 def _image(source: ImageSource, field: str) -> ImagePart:
+    _one_of(field, uri=source.uri, url=source.url, data=source.data)
     if source.uri is not None:
         return ImagePart(source.uri, f"{field}.uri")
     if isinstance(source.url, Url):
