@@ -11,7 +11,6 @@ exit but 1 says why in one line on stderr.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
@@ -26,6 +25,7 @@ from .config import EngineConfig
 from .engine import Engine, Runner
 from .engine_server import EngineServer, SocketPathError
 from .errors import EngineDeadError
+from .parent import ParentGoneError, die_with_parent
 
 logger = logging.getLogger("vlmserve.engine")
 
@@ -34,13 +34,7 @@ EXIT_FAILED = 1
 EXIT_BAD_SETTINGS = 2
 EXIT_MODEL_ERROR = 3
 
-PR_SET_PDEATHSIG = 1
-
 LoadRunner = Callable[[EngineConfig], Runner]
-
-
-class ParentGoneError(RuntimeError):
-    """The process that started this one ended before it could be watched."""
 
 
 def load_model_runner(config: EngineConfig) -> Runner:
@@ -122,20 +116,6 @@ def main(load_runner: LoadRunner = load_model_runner) -> NoReturn:
 def read_config() -> EngineConfig:
     """The settings: one line of JSON on stdin. Raises msgspec.ValidationError."""
     return msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
-
-
-def die_with_parent(parent_pid: int | None) -> None:
-    """Have the kernel kill this process when its parent ends.
-
-    parent_pid: who is expected to be the parent; None takes whoever is now.
-    Raises ParentGoneError if that one ended before the kernel knew (Linux, prctl(2)).
-    """
-    expected = os.getppid() if parent_pid is None else parent_pid
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != expected:
-        raise ParentGoneError("the parent process ended while this one started")
 
 
 def _stop_on_sigterm() -> asyncio.Event:

@@ -5,19 +5,16 @@ Owns the process: its socket, its parent, its log. Knows nothing of requests.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import signal
 import socket
 import sys
 
 import msgspec
 
+from ..router.parent import ParentGoneError, die_with_parent
 from .app import build_app
 from .settings import ServerSettings
-
-PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -31,10 +28,10 @@ def main() -> None:
     try:
         settings = msgspec.json.decode(sys.stdin.buffer.read(), type=ServerSettings)
         _set_up_logging(settings)
-        _die_with(parent)
+        die_with_parent(parent)
         app = build_app(settings)
         listening = _listening_socket(settings)
-    except (msgspec.DecodeError, OSError, ValueError) as error:
+    except (msgspec.DecodeError, OSError, ValueError, ParentGoneError) as error:
         sys.exit(_fail(error))
     app.run(sock=listening, single_process=True, access_log=False, motd=False)
 
@@ -42,14 +39,6 @@ def main() -> None:
 def _fail(error: Exception) -> int:
     sys.stderr.write(f"HTTP worker cannot start: {error}\n")
     return 2
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel end this process when its parent ends, however that ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # It may have ended before the call, which would then never fire.
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _listening_socket(settings: ServerSettings) -> socket.socket:

@@ -18,6 +18,9 @@ import pytest
 
 from vlmserve.models.bundled.pictures import data_url, draw, random_scene
 
+# Tiny models gain nothing from a second thread, and lose much where another process is busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 START_TIMEOUT_S = 180.0
 MODEL_NAME = "vlmserve-tiny-vision"
 

@@ -8,7 +8,6 @@ with a DecoderConfig as JSON in its only argument.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import signal
@@ -18,12 +17,12 @@ from typing import BinaryIO
 
 import msgspec
 
+from ...router.parent import ParentGoneError, die_with_parent
 from .decoder_frames import REQUEST_HEAD, DecodeReply, encode_reply
 from .decoding import decode, prepare_pillow
 from .settings import ImageError, ImageSettings
 from .tiling import TilingConfig
 
-PR_SET_PDEATHSIG = 1
 # The parent kills at decode_timeout_s; this is for a parent that no longer can.
 ALARM_FACTOR = 3
 BROKEN = "image cannot be decoded: the file is broken, cut off or not what its header says"
@@ -42,7 +41,7 @@ class DecoderConfig:
 def main() -> None:
     """Serve decode requests until stdin ends."""
     config = msgspec.json.decode(sys.argv[1].encode(), type=DecoderConfig)
-    die_with(config.parent_pid)
+    end_only_with(config.parent_pid)
     prepare_pillow(config.settings)
     limit_memory(config.settings.decoder_memory_bytes)
     # Whatever a library prints must not land among the frames.
@@ -84,14 +83,15 @@ def send(replies: BinaryIO, reply: DecodeReply) -> None:
     replies.flush()
 
 
-def die_with(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent dies; exit if it already has."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # Both may reach a whole group of processes: when to end is for the parent to decide.
+def end_only_with(parent_pid: int) -> None:
+    """Die with the parent, exit if it is gone, and leave it to the parent to end this before."""
+    try:
+        die_with_parent(parent_pid)
+    except ParentGoneError:
+        sys.exit(0)
+    # Both may reach a whole group of processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if os.getppid() != parent_pid:
-        sys.exit(0)
 
 
 def limit_memory(extra_bytes: int) -> None:

@@ -6,7 +6,6 @@ this script and a certificate that only it trusts. Prints one JSON document: the
 answer of each curl.
 """
 
-import ctypes
 import fcntl
 import http.server
 import json
@@ -38,7 +37,6 @@ from vlmserve.server.settings import ServerSettings
 DATA = Path(__file__).resolve().parent.parent / "data"
 PUBLIC_ADDRESS = "198.35.26.112"
 NAME = "meta/llama-3.2-11b-vision-instruct"
-PR_SET_PDEATHSIG = 1
 
 
 def bring_up_loopback() -> None:
@@ -98,12 +96,13 @@ class ToLoopback:
 
 
 def start_engine(socket_path: str) -> subprocess.Popen:
-    config = EngineConfig(model=str(CHECKPOINT), socket_path=socket_path, dtype="float32")
+    config = EngineConfig(
+        model=str(CHECKPOINT), socket_path=socket_path, dtype="float32", parent_pid=os.getpid()
+    )
     child = subprocess.Popen(
         [sys.executable, "-m", "vlmserve.router.engine_process"],
         stdin=subprocess.PIPE,
         stdout=sys.stderr,
-        preexec_fn=lambda: ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
     )
     child.stdin.write(msgspec.json.encode(config) + b"\n")
     child.stdin.close()

@@ -1,0 +1,31 @@
+"""Ties a child process's life to its parent's. Linux only.
+
+Owns one call to the kernel. Knows nothing of what the processes do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+
+PR_SET_PDEATHSIG = 1
+
+
+class ParentGoneError(RuntimeError):
+    """The process that started this one ended before it could be watched."""
+
+
+def die_with_parent(parent_pid: int | None = None) -> None:
+    """Have the kernel kill this process when its parent ends, however that ends.
+
+    parent_pid: who is expected to be the parent; None takes whoever is now.
+    Raises ParentGoneError if that one ended before the kernel knew, OSError if the
+    kernel refuses (prctl(2), PR_SET_PDEATHSIG).
+    """
+    expected = os.getppid() if parent_pid is None else parent_pid
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != expected:
+        raise ParentGoneError("the parent process ended while this one started")
