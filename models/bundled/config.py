@@ -56,7 +56,7 @@ def model_config() -> MllamaConfig:
         "intermediate_size": 384,
         "num_hidden_layers": 6,
         "cross_attention_layers": [1, 3, 4],
-        "max_position_embeddings": 131072,
+        "max_position_embeddings": 16384,
         "rope_parameters": {
             "rope_type": "llama3",
             "rope_theta": 500000.0,

@@ -106,7 +106,7 @@ def build_tokenizer(num_scenes: int = 600, seed: int = 0) -> PreTrainedTokenizer
         bos_token="<|begin_of_text|>",
         eos_token="<|eot_id|>",
         pad_token="<|finetune_right_pad_id|>",
-        model_max_length=131072,
+        model_max_length=16384,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
