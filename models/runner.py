@@ -66,11 +66,14 @@ def create_runner(
 def set_threads(num_threads: int | None) -> None:
     """How many threads torch computes with; None leaves one core to HTTP and image decoding.
 
-    OMP_NUM_THREADS, where it is set, is the user's word and stands.
+    Of two cores it takes both: they need the second for a few milliseconds a step only, and the
+    model computes a third faster with it (docs/benchmarks.md). OMP_NUM_THREADS, where it is set, is
+    the user's word and stands.
     """
     if num_threads is None and "OMP_NUM_THREADS" in os.environ:
         return
-    torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) - 1))
+    num_cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(num_threads or (num_cores if num_cores <= 2 else num_cores - 1))
 
 
 class ModelRunner:

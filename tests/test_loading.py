@@ -292,7 +292,7 @@ def test_pools_take_memory_only_as_they_are_used() -> None:
     assert not pools.layers[0].keys[-1].any()
 
 
-def test_threads_leave_a_core_unless_someone_says_otherwise(
+def test_threads_leave_one_core_of_more_than_two_unless_someone_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[int] = []
@@ -301,11 +301,12 @@ def test_threads_leave_a_core_unless_someone_says_otherwise(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     set_threads(None)
     set_threads(3)
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
-    set_threads(None)
+    for cores in ({0}, {0, 1}, {0, 1, 2}):
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid, cores=cores: cores)
+        set_threads(None)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     set_threads(None)
-    assert calls == [5, 3, 1]
+    assert calls == [5, 3, 1, 2, 2]
 
 
 # --- the random checkpoints --------------------------------------------------------------------
