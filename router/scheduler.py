@@ -142,14 +142,17 @@ class Scheduler:
     def _admit(self, step: _Step) -> None:
         while step.budget > 0 and len(self._running) < self._limits.max_num_seqs:
             sequence = self._waiting.peek()
-            if sequence is None or not self._fits(sequence):
+            if sequence is None:
+                return
+            shared = self._cached_blocks(sequence)
+            if not self._fits(sequence, shared):
                 return
             if step.image_budget == 0 and not all(
                 self.image_pool.has_encoded(key) for key in sequence.image_keys
             ):
                 return  # it would hold blocks and wait for its images
             self._waiting.remove(sequence)
-            self._start(sequence)
+            self._start(sequence, shared)
             self._plan(step, sequence)
 
     def _plan(self, step: _Step, sequence: Sequence) -> None:
@@ -200,20 +203,18 @@ class Scheduler:
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def _fits(self, sequence: Sequence) -> bool:
-        """True if `sequence` can start now.
+    def _fits(self, sequence: Sequence, shared: list[int]) -> bool:
+        """True if `sequence` can start now, behind the `shared` blocks that are here of it.
 
         One free block is left for each that runs, so that the newcomer is not
         preempted again by the next decodes of its elders.
         """
-        shared = self._cached_blocks(sequence)
         num_blocks = self._num_blocks(sequence.num_tokens) - len(shared) + len(self._running)
         return self.text_pool.can_share_and_allocate(
             shared, num_blocks
         ) and self.image_pool.can_acquire(sequence.image_keys)
 
-    def _start(self, sequence: Sequence) -> None:
-        shared = self._cached_blocks(sequence)
+    def _start(self, sequence: Sequence, shared: list[int]) -> None:
         self.text_pool.share(shared)
         num_blocks = self._num_blocks(sequence.num_tokens) - len(shared)
         sequence.block_ids = shared + self.text_pool.allocate(num_blocks)
