@@ -12,6 +12,7 @@ from array import array
 
 from ..models.batch import ImageSpan
 from .blocks import ImageKey
+from .segments import is_seen
 
 
 def extend_block_keys(
@@ -46,7 +47,7 @@ def _visible(spans: list[ImageSpan], image_keys: list[ImageKey], start: int, end
     seen = [
         (max(span.start, start), min(span.end or end, end), key)
         for span, key in zip(spans, image_keys, strict=True)
-        if span.start < end and (span.end is None or start < span.end)
+        if is_seen(span, start, end)
     ]
     # Tuples of ints, str and bytes: their repr is unambiguous.
     return repr([(first, last, tuple(key)) for first, last, key in seen]).encode() if seen else b""
