@@ -11,7 +11,7 @@ import contextlib
 import logging
 import secrets
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -118,7 +118,7 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
     @property
     def heartbeat_age_s(self) -> float: ...
-    def generate(self, request: AddRequest) -> AsyncIterator[SequenceOutput]: ...
+    def generate(self, request: AddRequest) -> AsyncGenerator[SequenceOutput, None]: ...
 
 
 class Images(Protocol):
@@ -202,7 +202,7 @@ class Generator:
         growing = GrowingAnswer(prepared, self._processor, self._reader)
         timer = self._metrics.start(len(prepared.request.prompt_token_ids))
         try:
-            async with contextlib.aclosing(self._engine.generate(prepared.request)) as outputs:  # type: ignore[type-var]
+            async with contextlib.aclosing(self._engine.generate(prepared.request)) as outputs:
                 async for output in outputs:
                     timer.tokens(len(output.token_ids))
                     for event in growing.take(output):

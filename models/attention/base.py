@@ -47,14 +47,6 @@ class PagedRows:
     def num_queries(self) -> int:
         return int(self.query_start_loc[-1])
 
-    @property
-    def max_query_len(self) -> int:
-        return int(self.query_lens.max(initial=0))
-
-    @property
-    def max_key_len(self) -> int:
-        return int(self.key_lens.max(initial=0))
-
 
 class AttentionBackend(ABC):
     """Attention over paged keys and values. Holds no state between steps.
