@@ -12,13 +12,10 @@ from pathlib import Path
 import httpx2
 import msgspec
 import pytest
+from support.engine_side import engine_at
 from support.fake_runner import FakeRunner
 
 from vlmserve.models import bundled
-from vlmserve.router.config import EngineConfig
-from vlmserve.router.engine import Engine
-from vlmserve.router.engine_server import EngineServer
-from vlmserve.router.errors import EngineDeadError
 from vlmserve.server.settings import ServerSettings
 
 BUNDLED = Path(bundled.__file__).parent / "checkpoint"
@@ -31,21 +28,9 @@ def body(**fields):
     return {"model": "m", "messages": [turn], "ignore_eos": True, "max_tokens": 1000} | fields
 
 
-@contextlib.asynccontextmanager
-async def slow_engine(path):
+def slow_engine(path):
     """An engine of 50 steps a second: 1,000 tokens take ten times the drain."""
-    config = EngineConfig(model="fake", socket_path=path)
-    server = EngineServer(config)
-    await server.start()
-    engine = Engine(FakeRunner(step_seconds=0.02), config, server.send)
-    server.attach(engine)
-    running = asyncio.create_task(engine.run())
-    try:
-        yield engine
-    finally:
-        running.cancel()
-        engine.close(EngineDeadError("over"))
-        await server.close()
+    return engine_at(path, FakeRunner(step_seconds=0.02))
 
 
 @contextlib.asynccontextmanager

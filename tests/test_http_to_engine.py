@@ -6,15 +6,12 @@ import json
 from pathlib import Path
 
 import httpx2
+from support.engine_side import engine_at
 from support.fake_runner import FakeRunner, fake_image, fake_info
 from support.http_side import running_server
 
 from vlmserve.models import bundled
 from vlmserve.models.batch import PoolSizes
-from vlmserve.router.config import EngineConfig
-from vlmserve.router.engine import Engine
-from vlmserve.router.engine_server import EngineServer
-from vlmserve.router.errors import EngineDeadError
 from vlmserve.server.settings import ServerSettings
 
 BUNDLED = Path(bundled.__file__).parent / "checkpoint"
@@ -36,23 +33,6 @@ class FakeImages:
 
     async def load(self, images, deadline=None):
         return [fake_image(image.url, 2) for image in images]
-
-
-@contextlib.asynccontextmanager
-async def engine_at(path, runner, **options):
-    """An engine that listens at `path`; gives the engine."""
-    config = EngineConfig(model="fake", socket_path=str(path), **options)
-    server = EngineServer(config)
-    await server.start()
-    engine = Engine(runner, config, server.send)
-    server.attach(engine)
-    running = asyncio.create_task(engine.run())
-    try:
-        yield engine
-    finally:
-        running.cancel()
-        engine.close(EngineDeadError("over"))
-        await server.close()
 
 
 @contextlib.asynccontextmanager
