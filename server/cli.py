@@ -1,15 +1,14 @@
 """The command line: `vlmserve serve`.
 
-Owns option names, help and the lines an operator reads. Knows nothing of how
-requests are served; never imports torch.
+Owns the commands, their defaults and the lines an operator reads; options.py has
+what each option is called and says. Knows nothing of how requests are served;
+never imports torch.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from enum import StrEnum
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,14 +16,11 @@ from rich.console import Console
 from .. import __version__
 from ..router.config import EngineConfig
 from ..router.messages import EngineReady
+from . import options
 from .images.settings import ImageSettings
 from .model_files import ModelFilesError, resolve_model
 from .settings import ServerSettings
 from .supervisor import ListenError, Supervisor, listen
-
-MODEL_PANEL = "Model"
-ENGINE_PANEL = "Engine"
-HTTP_PANEL = "HTTP"
 
 app = typer.Typer(
     name="vlmserve",
@@ -34,29 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True, highlight=False)
-
-
-class Dtype(StrEnum):
-    """Compute types; auto is bfloat16 where the device has its instructions."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class ImagePosition(StrEnum):
-    """Where a user message's images stand in its prompt."""
-
-    front = "front"
-    as_sent = "as-sent"
-
-
-class UnknownFields(StrEnum):
-    """What a request field that the API does not have leads to."""
-
-    error = "error"
-    ignore = "ignore"
 
 
 @app.callback()
@@ -72,146 +45,30 @@ def version() -> None:
 
 @app.command()
 def serve(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A model folder or hub id; nothing serves the small bundled model."),
-    ] = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=MODEL_PANEL),
-    ] = None,
-    served_model_name: Annotated[
-        str | None,
-        typer.Option(
-            help="Name in the API; default: the hub id or the folder's name.",
-            rich_help_panel=MODEL_PANEL,
-        ),
-    ] = None,
-    dtype: Annotated[
-        Dtype,
-        typer.Option(
-            help="Compute type; auto is bfloat16 where the device has it, else float32.",
-            rich_help_panel=MODEL_PANEL,
-        ),
-    ] = Dtype.auto,
-    device: Annotated[
-        str,
-        typer.Option(
-            help="auto, cpu, cuda or cuda:N; auto is CUDA where there is one.",
-            rich_help_panel=MODEL_PANEL,
-        ),
-    ] = "auto",
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Longest prompt plus answer, in tokens; default: the model's own.",
-            rich_help_panel=ENGINE_PANEL,
-        ),
-    ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(min=1, help="Requests that run at once.", rich_help_panel=ENGINE_PANEL)
-    ] = 64,
-    max_num_batched_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens in one step.", rich_help_panel=ENGINE_PANEL)
-    ] = 2048,
-    max_num_batched_images: Annotated[
-        int,
-        typer.Option(min=1, help="Most images encoded in one step.", rich_help_panel=ENGINE_PANEL),
-    ] = 4,
-    kv_cache_bytes: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Memory for keys and values of text and images; default: from what is free.",
-            rich_help_panel=ENGINE_PANEL,
-        ),
-    ] = None,
-    num_image_blocks: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Image tiles that fit the cache at once.", rich_help_panel=ENGINE_PANEL
-        ),
-    ] = None,
-    prefix_cache: Annotated[
-        bool,
-        typer.Option(
-            help="Keep computed text for prompts that begin alike.", rich_help_panel=ENGINE_PANEL
-        ),
-    ] = True,
-    image_cache: Annotated[
-        bool,
-        typer.Option(
-            help="Keep encoded pictures for whoever sends them again.",
-            rich_help_panel=ENGINE_PANEL,
-        ),
-    ] = True,
-    num_threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="CPU threads of the model; default: the cores that are left, or OMP_NUM_THREADS.",
-            rich_help_panel=ENGINE_PANEL,
-        ),
-    ] = None,
-    max_queue_requests: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Requests that may wait; beyond that 429.", rich_help_panel=ENGINE_PANEL
-        ),
-    ] = 256,
-    max_queue_tokens: Annotated[
-        int,
-        typer.Option(min=1, help="Prompt tokens that may wait.", rich_help_panel=ENGINE_PANEL),
-    ] = 1_048_576,
-    max_queue_bytes: Annotated[
-        int,
-        typer.Option(min=1, help="Bytes of images that may wait.", rich_help_panel=ENGINE_PANEL),
-    ] = 1_073_741_824,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on.", rich_help_panel=HTTP_PANEL)
-    ] = "127.0.0.1",
-    port: Annotated[
-        int,
-        typer.Option(
-            min=0, max=65535, help="Port; 0 picks a free one.", rich_help_panel=HTTP_PANEL
-        ),
-    ] = 8000,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Key that clients must send; may be given several times. "
-            "The environment variable keeps it out of the process list.",
-            envvar="VLMSERVE_API_KEY",
-            rich_help_panel=HTTP_PANEL,
-        ),
-    ] = None,
-    image_position: Annotated[
-        ImagePosition,
-        typer.Option(
-            help="front moves a message's images before its text, where the text can see them.",
-            rich_help_panel=HTTP_PANEL,
-        ),
-    ] = ImagePosition.front,
-    max_images: Annotated[
-        int, typer.Option(min=1, help="Images in one request.", rich_help_panel=HTTP_PANEL)
-    ] = 16,
-    allow_private_image_urls: Annotated[
-        bool,
-        typer.Option(
-            "--allow-private-image-urls",
-            help="Fetch images from private and loopback addresses too: only where every client "
-            "is trusted.",
-            rich_help_panel=HTTP_PANEL,
-        ),
-    ] = False,
-    unknown_fields: Annotated[
-        UnknownFields,
-        typer.Option(
-            help="Answer unknown request fields with 400, or ignore and log them.",
-            rich_help_panel=HTTP_PANEL,
-        ),
-    ] = UnknownFields.error,
+    model: options.ModelArgument = None,
+    revision: options.Revision = None,
+    served_model_name: options.ServedModelName = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: options.MaxNumSeqs = 64,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = 2048,
+    max_num_batched_images: options.MaxNumBatchedImages = 4,
+    kv_cache_bytes: options.KvCacheBytes = None,
+    num_image_blocks: options.NumImageBlocks = None,
+    prefix_cache: options.PrefixCache = True,
+    image_cache: options.ImageCache = True,
+    num_threads: options.NumThreads = None,
+    max_queue_requests: options.MaxQueueRequests = 256,
+    max_queue_tokens: options.MaxQueueTokens = 1_048_576,
+    max_queue_bytes: options.MaxQueueBytes = 1_073_741_824,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    api_key: options.ApiKey = None,
+    image_position: options.ImagePositionOption = options.ImagePosition.front,
+    max_images: options.MaxImages = 16,
+    allow_private_image_urls: options.AllowPrivateImageUrls = False,
+    unknown_fields: options.UnknownFieldsOption = options.UnknownFields.error,
 ) -> None:
     """Serve a model until Ctrl-C."""
     try:
@@ -249,8 +106,8 @@ def serve(
         images=ImageSettings(
             max_images=max_images, allow_private_addresses=allow_private_image_urls
         ),
-        image_position="front" if image_position is ImagePosition.front else "as-sent",
-        unknown_fields="error" if unknown_fields is UnknownFields.error else "ignore",
+        image_position="front" if image_position is options.ImagePosition.front else "as-sent",
+        unknown_fields="error" if unknown_fields is options.UnknownFields.error else "ignore",
     )
     console.print(f"vlmserve {__version__}: loading {name}", markup=False)
 

@@ -1,0 +1,172 @@
+"""The options of the command line: names, types, ranges and help.
+
+Owns one annotation an option, named after the command's parameter. Knows neither
+defaults nor what becomes of a value.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+MODEL_PANEL = "Model"
+ENGINE_PANEL = "Engine"
+HTTP_PANEL = "HTTP"
+
+
+class Dtype(StrEnum):
+    """Compute types; auto is bfloat16 where the device has its instructions."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class ImagePosition(StrEnum):
+    """Where a user message's images stand in its prompt."""
+
+    front = "front"
+    as_sent = "as-sent"
+
+
+class UnknownFields(StrEnum):
+    """What a request field that the API does not have leads to."""
+
+    error = "error"
+    ignore = "ignore"
+
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(help="A model folder or hub id; nothing serves the small bundled model."),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=MODEL_PANEL)
+]
+ServedModelName = Annotated[
+    str | None,
+    typer.Option(
+        help="Name in the API; default: the hub id or the folder's name.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        help="Compute type; auto is bfloat16 where the device has it, else float32.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto, cpu, cuda or cuda:N; auto is CUDA where there is one.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Longest prompt plus answer, in tokens; default: the model's own.",
+        rich_help_panel=ENGINE_PANEL,
+    ),
+]
+MaxNumSeqs = Annotated[
+    int, typer.Option(min=1, help="Requests that run at once.", rich_help_panel=ENGINE_PANEL)
+]
+MaxNumBatchedTokens = Annotated[
+    int, typer.Option(min=1, help="Most tokens in one step.", rich_help_panel=ENGINE_PANEL)
+]
+MaxNumBatchedImages = Annotated[
+    int, typer.Option(min=1, help="Most images encoded in one step.", rich_help_panel=ENGINE_PANEL)
+]
+KvCacheBytes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Memory for keys and values of text and images; default: from what is free.",
+        rich_help_panel=ENGINE_PANEL,
+    ),
+]
+NumImageBlocks = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Image tiles that fit the cache at once.", rich_help_panel=ENGINE_PANEL
+    ),
+]
+PrefixCache = Annotated[
+    bool,
+    typer.Option(
+        help="Keep computed text for prompts that begin alike.", rich_help_panel=ENGINE_PANEL
+    ),
+]
+ImageCache = Annotated[
+    bool,
+    typer.Option(
+        help="Keep encoded pictures for whoever sends them again.", rich_help_panel=ENGINE_PANEL
+    ),
+]
+NumThreads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="CPU threads of the model; default: the cores that are left, or OMP_NUM_THREADS.",
+        rich_help_panel=ENGINE_PANEL,
+    ),
+]
+MaxQueueRequests = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Requests that may wait; beyond that 429.", rich_help_panel=ENGINE_PANEL
+    ),
+]
+MaxQueueTokens = Annotated[
+    int, typer.Option(min=1, help="Prompt tokens that may wait.", rich_help_panel=ENGINE_PANEL)
+]
+MaxQueueBytes = Annotated[
+    int, typer.Option(min=1, help="Bytes of images that may wait.", rich_help_panel=ENGINE_PANEL)
+]
+Host = Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=HTTP_PANEL)]
+Port = Annotated[
+    int,
+    typer.Option(min=0, max=65535, help="Port; 0 picks a free one.", rich_help_panel=HTTP_PANEL),
+]
+ApiKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Key that clients must send; may be given several times. "
+        "The environment variable keeps it out of the process list.",
+        envvar="VLMSERVE_API_KEY",
+        rich_help_panel=HTTP_PANEL,
+    ),
+]
+ImagePositionOption = Annotated[
+    ImagePosition,
+    typer.Option(
+        help="front moves a message's images before its text, where the text can see them.",
+        rich_help_panel=HTTP_PANEL,
+    ),
+]
+MaxImages = Annotated[
+    int, typer.Option(min=1, help="Images in one request.", rich_help_panel=HTTP_PANEL)
+]
+AllowPrivateImageUrls = Annotated[
+    bool,
+    typer.Option(
+        "--allow-private-image-urls",
+        help="Fetch images from private and loopback addresses too: only where every client "
+        "is trusted.",
+        rich_help_panel=HTTP_PANEL,
+    ),
+]
+UnknownFieldsOption = Annotated[
+    UnknownFields,
+    typer.Option(
+        help="Answer unknown request fields with 400, or ignore and log them.",
+        rich_help_panel=HTTP_PANEL,
+    ),
+]
