@@ -15,7 +15,7 @@ TORCH_PIN := $(shell grep -E '^torch==' requirements/base.txt)
 TYPING := build/typing/vlmserve
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test serve check test test-slow bench clean
+.PHONY: help setup setup-test serve check test test-slow soak bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -54,10 +54,13 @@ check: setup-test $(TYPING) ## lint, types and import rules
 	$(BIN)/python -m pytest -q tests/test_floors.py
 
 test: setup-test ## the tests of every run (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not soak and not gpu" $(ARGS)
 
 test-slow: setup-test ## the long tests: training, both ends of the version range
-	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not soak and not gpu" $(ARGS)
+
+soak: setup-test ## ten thousand random requests against one engine, each checked against itself alone
+	$(BIN)/python -m pytest -s -m soak $(ARGS)
 
 bench: setup-test ## a load run against the bundled model; one JSON document last
 	$(BIN)/python bench/serve.py --spawn --concurrency 1,4,16 $(ARGS)

@@ -42,6 +42,7 @@ NUM_TILES = {1: 1, 2: 2, 3: 3, 4: 4, 5: 2, 6: 4, 7: 3, 8: 4}
 BLOCK_SIZE = 4
 TINY_LAYOUTS = [name for name in LAYOUTS if name != "m100"]
 GREEDY = SamplingParams(temperature=0.0)
+EXCUSED_GAP = 1e-4
 
 
 @functools.cache
@@ -69,23 +70,28 @@ def runner(layout: str, num_text_blocks: int = 200, num_image_blocks: int = 40) 
     return ModelRunner(loaded(layout), PoolPlan(sizes, num_text_blocks * BLOCK_SIZE))
 
 
-def image(aspect_ratio_id: int, seed: int) -> ImageTiles:
-    """Random tiles in the grid of that id."""
-    num_tiles = NUM_TILES[aspect_ratio_id]
-    shape = (num_tiles, 3, TILE_SIZE, TILE_SIZE)
+def image(
+    aspect_ratio_id: int,
+    seed: int,
+    num_tiles: int | None = None,
+    tile_size: int = TILE_SIZE,
+) -> ImageTiles:
+    """Random tiles in the grid of that id, by default of a model of up to four tiles."""
+    num_tiles = NUM_TILES[aspect_ratio_id] if num_tiles is None else num_tiles
+    shape = (num_tiles, 3, tile_size, tile_size)
     data = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8).tobytes()
     return ImageTiles(
         data=data,
         num_tiles=num_tiles,
-        tile_size=TILE_SIZE,
+        tile_size=tile_size,
         aspect_ratio_id=aspect_ratio_id,
         content_hash=seed.to_bytes(8, "big"),
     )
 
 
-def spans(token_ids: Sequence[int]) -> list[ImageSpan]:
+def spans(token_ids: Sequence[int], image_id: int = IMAGE_ID) -> list[ImageSpan]:
     """What Meta's mask lets see each image: until the next one that is not adjacent starts."""
-    starts = [i for i, token_id in enumerate(token_ids) if token_id == IMAGE_ID]
+    starts = [i for i, token_id in enumerate(token_ids) if token_id == image_id]
     found: list[ImageSpan] = []
     end = None
     for index in reversed(range(len(starts))):
@@ -241,31 +247,33 @@ def generate(
         step += 1
 
 
-def pixel_values(images: Sequence[ImageTiles]) -> Tensor:
-    """What transformers' processor would hand on for these tiles, [1, num_images, 4, 3, s, s]."""
+def pixel_values(images: Sequence[ImageTiles], max_num_tiles: int = 4) -> Tensor:
+    """What transformers' processor would hand on, [1, num_images, max_num_tiles, 3, s, s]."""
     mean = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)[:, None, None]
     std = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)[:, None, None]
-    padded = np.zeros((1, len(images), 4, 3, TILE_SIZE, TILE_SIZE), dtype=np.float32)
+    size = images[0].tile_size
+    padded = np.zeros((1, len(images), max_num_tiles, 3, size, size), dtype=np.float32)
     for index, tiles in enumerate(images):
-        values = np.frombuffer(tiles.data, dtype=np.uint8).reshape(-1, 3, TILE_SIZE, TILE_SIZE)
+        values = np.frombuffer(tiles.data, dtype=np.uint8).reshape(-1, 3, size, size)
         scaled = (values.astype(np.float64) * 0.00392156862745098).astype(np.float32)
         padded[0, index, : tiles.num_tiles] = (scaled - mean) / std
     return torch.from_numpy(padded)
 
 
-def image_arguments(request: Request) -> dict[str, Tensor]:
+def image_arguments(request: Request, max_num_tiles: int = 4) -> dict[str, Tensor]:
     """The oracle's arguments for a request's images and who sees them; none without images."""
     if not request.images:
         return {}
-    mask = torch.zeros(1, len(request.token_ids), len(request.images), 4, dtype=torch.int64)
+    shape = (1, len(request.token_ids), len(request.images), max_num_tiles)
+    mask = torch.zeros(shape, dtype=torch.int64)
     for position in range(len(request.token_ids)):
         for index in request.visible(position):
             mask[0, position, index, : request.images[index].num_tiles] = 1
     num_tiles = torch.tensor([[tiles.num_tiles for tiles in request.images]])
     return {
-        "pixel_values": pixel_values(request.images),
+        "pixel_values": pixel_values(request.images, max_num_tiles),
         "aspect_ratio_ids": torch.tensor([[tiles.aspect_ratio_id for tiles in request.images]]),
-        "aspect_ratio_mask": (torch.arange(4) < num_tiles[..., None]).long(),
+        "aspect_ratio_mask": (torch.arange(max_num_tiles) < num_tiles[..., None]).long(),
         "cross_attention_mask": mask,
     }
 
@@ -276,3 +284,19 @@ def oracle_logits(layout: str, request: Request) -> Tensor:
     input_ids = torch.tensor([request.token_ids])
     output = oracle(layout)(input_ids=input_ids, use_cache=False, **image_arguments(request))
     return output.logits[0].float()
+
+
+def count_excuses(layout: str, request: Request, generated: list[int]) -> int:
+    """0 if all tokens are the oracle's, 1 if the first other one is a near tie; else fails."""
+    whole = prompt("whole", "x")
+    whole.token_ids, whole.images = request.token_ids + generated, request.images
+    whole.spans = request.spans
+    logits = oracle_logits(layout, whole)[len(request.token_ids) - 1 : -1]
+    for token_id, row in zip(generated, logits, strict=True):
+        best = row.topk(2)
+        if token_id != best.indices[0]:
+            gap = float(best.values[0] - best.values[1])
+            assert gap <= EXCUSED_GAP, f"{request.request_id}: {gap} apart"
+            assert token_id == best.indices[1]
+            return 1
+    return 0

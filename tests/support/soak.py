@@ -1,0 +1,212 @@
+"""Thousands of random requests through one engine on tiny pools, each checked against itself alone.
+
+Owns the load and the check. Requests come in bursts, leave early, repeat pictures and prompts, and
+are greedy or seeded. What each must answer is what it answers alone: on roomy pools, with no cache
+and no company. Where the first other token of a greedy answer is the oracle's second best by less
+than 1e-4, rounding decided between them: such excuses are counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+from support.stepped import MAX_MODEL_LEN, SteppedEngine
+
+from vlmserve.models.batch import ImageTiles, PoolSizes, SamplingParams
+from vlmserve.models.pools import PoolPlan
+from vlmserve.models.runner import ModelRunner
+from vlmserve.router.config import EngineConfig
+from vlmserve.router.engine import Engine
+from vlmserve.router.errors import EngineDeadError
+from vlmserve.router.messages import AddRequest, FromEngine, RequestFailed, StepOutputs
+from vlmserve.tests.helpers_models import count_excuses, image, loaded, prompt
+
+LAYOUT = "tiny"
+POOLS = PoolSizes(num_text_blocks=24, num_image_blocks=14, block_size=4)
+ROOMY_POOLS = PoolSizes(num_text_blocks=64, num_image_blocks=32, block_size=4)
+NUM_RECURRING = 6
+MAX_OPEN = 24
+TIMEOUT_S = 3600.0
+
+
+@dataclass
+class Answer:
+    """What came back for one request."""
+
+    token_ids: list[int] = field(default_factory=list)
+    ending: str | None = None
+
+
+@dataclass
+class Report:
+    """What a soak saw. rss_early, rss_late: bytes of memory after a fifth and at the end."""
+
+    endings: Counter[str] = field(default_factory=Counter)
+    num_excuses: int = 0
+    num_preemptions: int = 0
+    num_evictions: int = 0
+    num_image_hits: int = 0
+    num_prefix_hits: int = 0
+    rss_early: int = 0
+    rss_late: int = 0
+
+
+class Soak:
+    """One engine and the requests that went through it.
+
+    Each request is drawn from its number, and drawn again for the check: nothing of it is kept.
+    """
+
+    def __init__(self, num_requests: int, seed: int) -> None:
+        self._seed = seed
+        self._rng = np.random.default_rng(seed)
+        self._num_requests = num_requests
+        self._answers: dict[str, Answer] = {}
+        self._open: set[str] = set()
+        self._changed = asyncio.Event()
+        runner = ModelRunner(loaded(LAYOUT), PoolPlan(POOLS, MAX_MODEL_LEN))
+        config = EngineConfig(
+            model=LAYOUT,
+            socket_path="unused",
+            max_num_seqs=8,
+            max_num_batched_tokens=24,
+            max_num_batched_images=2,
+        )
+        self.engine = Engine(runner, config, self._receive)
+        self.report = Report()
+
+    async def run(self) -> Report:
+        """Send all requests, wait for all answers, check all of them."""
+        running = asyncio.create_task(self.engine.run())
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                await self._send_all()
+                while self._open:
+                    await self._change()
+        finally:
+            running.cancel()
+            self.engine.close(EngineDeadError("over"))
+        self._check_pools()
+        self._check_answers()
+        return self.report
+
+    async def _send_all(self) -> None:
+        for number in range(self._num_requests):
+            while len(self._open) >= MAX_OPEN or (self._open and self._rng.random() < 0.3):
+                self._abort_one()
+                await self._change()
+            self._add(self._draw(number))
+            if number == self._num_requests // 5:
+                self.report.rss_early = _resident_bytes()
+        self.report.rss_late = _resident_bytes()
+
+    def _add(self, request: AddRequest) -> None:
+        self._answers[request.request_id] = Answer()
+        self._open.add(request.request_id)
+        self.engine.add(1, request)
+
+    def _abort_one(self) -> None:
+        """Now and then a client leaves, whatever its request is just doing."""
+        if self._open and self._rng.random() < 0.05:
+            self.engine.abort(1, [str(self._rng.choice(sorted(self._open)))])
+
+    async def _change(self) -> None:
+        """Return when something came back."""
+        self._changed.clear()
+        await self._changed.wait()
+
+    def _receive(self, worker_id: int, message: FromEngine) -> None:
+        assert worker_id == 1
+        self._changed.set()
+        if isinstance(message, RequestFailed):
+            self._end(message.request_id, message.kind)
+        elif isinstance(message, StepOutputs):
+            for output in message.outputs:
+                answer = self._answers[output.request_id]
+                assert answer.ending is None, "an output after the last one"
+                answer.token_ids += output.token_ids
+                if output.finish_reason is not None:
+                    self._end(output.request_id, output.finish_reason)
+
+    def _end(self, request_id: str, ending: str) -> None:
+        assert self._answers[request_id].ending is None, "two final messages"
+        self._answers[request_id].ending = ending
+        self._open.remove(request_id)
+
+    # What a request is, and what it must answer
+
+    def _draw(self, number: int) -> AddRequest:
+        rng, name = np.random.default_rng([self._seed, number]), f"r{number}"
+        num_images = int(rng.choice([0, 0, 1, 1, 2, 3]))
+        letters = list("abcdefgh"[: rng.integers(1, 9)]) + ["|"] * num_images
+        text = "shared start " * int(rng.integers(0, 2)) + "".join(rng.permutation(letters)) + "?"
+        request = prompt(name, text, [_picture(rng) for _ in range(num_images)])
+        greedy = rng.random() < 0.7
+        sampling = SamplingParams(
+            temperature=0.0 if greedy else 0.9,
+            top_p=float(rng.choice([1.0, 0.9])),
+            seed=int(rng.integers(1000)),
+            repetition_penalty=float(rng.choice([1.0, 1.0, 1.2])) if not greedy else 1.0,
+        )
+        return AddRequest(
+            request_id=name,
+            prompt_token_ids=request.token_ids,
+            images=request.images,
+            spans=request.spans,
+            sampling=sampling,
+            max_tokens=int(rng.integers(1, 20)),
+            tenant=str(rng.choice(["", "t"])),
+        )
+
+    def _check_pools(self) -> None:
+        scheduler = self.engine.scheduler
+        scheduler.check()
+        assert scheduler.text_pool.num_used == 0
+        assert scheduler.image_pool.blocks.num_used == 0
+        assert self.engine.stats().num_waiting == self.engine.stats().num_running == 0
+        stats = self.engine.stats()
+        self.report.num_preemptions = stats.num_preemptions
+        self.report.num_evictions = stats.image_cache_evictions
+        self.report.num_image_hits = stats.image_cache_hits
+        self.report.num_prefix_hits = stats.prefix_tokens_hit
+
+    def _check_answers(self) -> None:
+        alone = ModelRunner(loaded(LAYOUT), PoolPlan(ROOMY_POOLS, MAX_MODEL_LEN))
+        for number in range(self._num_requests):
+            request = self._draw(number)
+            answer = self._answers[request.request_id]
+            assert answer.ending in ("length", "abort"), f"{request.request_id}: {answer.ending}"
+            self.report.endings[answer.ending] += 1
+            self._check_answer(request, answer, alone)
+
+    def _check_answer(self, request: AddRequest, answer: Answer, alone: ModelRunner) -> None:
+        caches_off = {"prefix_cache": False, "image_cache": False}
+        solo = SteppedEngine(alone, caches_off)
+        solo.add(request)
+        solo.run()
+        expected = solo.generated(request.request_id)
+        if answer.ending == "abort":
+            expected = expected[: len(answer.token_ids)]
+        if answer.token_ids != expected:
+            assert request.sampling.is_greedy, f"{request.request_id}: another seeded answer"
+            whole = prompt(request.request_id, "x")
+            whole.token_ids, whole.images = request.prompt_token_ids, request.images
+            whole.spans = request.spans
+            self.report.num_excuses += count_excuses(LAYOUT, whole, answer.token_ids)
+
+
+def _picture(rng: np.random.Generator) -> ImageTiles:
+    """One of a few, or one that nobody sent before."""
+    is_recurring = rng.random() < 0.6
+    number = int(rng.integers(NUM_RECURRING) if is_recurring else rng.integers(10**6, 10**9))
+    return image(1 + number % 8, number)
+
+
+def _resident_bytes() -> int:
+    """The memory that this process holds now."""
+    with open("/proc/self/statm", encoding="ascii") as fields:
+        return int(fields.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,67 @@
+"""The true scheduler over a runner on tiny pools, stepped by hand.
+
+Owns no model: the runner is handed in. Every step checks both pools from scratch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlmserve.router.engine import Runner
+from vlmserve.router.messages import AddRequest
+from vlmserve.router.queue import QueueLimits, RequestQueue
+from vlmserve.router.scheduler import Scheduler, SchedulerLimits
+from vlmserve.router.sequence import Sequence
+
+MAX_MODEL_LEN = 64
+
+
+@dataclass
+class SteppedEngine:
+    """A scheduler and a runner. `limits` change fields of SchedulerLimits."""
+
+    runner: Runner
+    limits: dict[str, Any] = field(default_factory=dict)
+    sequences: dict[str, Sequence] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        fields = {
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 24,
+            "max_num_batched_images": 2,
+            "max_model_len": MAX_MODEL_LEN,
+        }
+        self.queue = RequestQueue(QueueLimits(1000, 10**6, 10**9))
+        limits = SchedulerLimits(**(fields | self.limits))
+        self.scheduler = Scheduler(self.runner.info, limits, self.queue)
+
+    def add(self, request: AddRequest) -> None:
+        self.sequences[request.request_id] = Sequence(request.request_id, 0, request)
+        self.queue.put(self.sequences[request.request_id])
+
+    def abort(self, request_id: str) -> None:
+        self.scheduler.abort(self.sequences[request_id])
+
+    def step(self) -> bool:
+        """Plan, compute and take in one step; False if there is nothing to do."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return False
+        self.scheduler.update(self.runner.execute(batch))
+        self.scheduler.check()
+        return True
+
+    def run(self) -> None:
+        while self.step():
+            pass
+
+    def generated(self, request_id: str) -> list[int]:
+        sequence = self.sequences[request_id]
+        return sequence.token_ids[len(sequence.request.prompt_token_ids) :]
+
+    def assert_all_free(self) -> None:
+        assert self.scheduler.text_pool.num_used == 0
+        assert self.scheduler.image_pool.blocks.num_used == 0
+        assert len(self.queue) == 0
+        self.scheduler.check()
