@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlmserve.models import sampling
 from vlmserve.models.batch import SamplingParams
 from vlmserve.models.errors import NonFiniteLogitsError
 from vlmserve.models.sampling import sample, uniform
@@ -181,3 +182,41 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_rows(
 def test_a_row_that_bans_every_token_is_an_error() -> None:
     with pytest.raises(NonFiniteLogitsError):
         sample(torch.full((1, VOCAB), float("-inf")), [SamplingParams()], [0])
+
+
+@pytest.mark.parametrize("num_levels", [3, 40, 100_000])
+def test_the_window_of_best_tokens_cuts_as_a_sort_of_the_whole_row_does(
+    monkeypatch: pytest.MonkeyPatch, num_levels: int
+) -> None:
+    """Few levels make many ties, at the cut and at the window's end as well."""
+    rng = np.random.default_rng(num_levels)
+    logits = rng.integers(0, num_levels, (60, 500)) * (12.0 / num_levels)
+    params = [
+        SamplingParams(
+            top_k=int(rng.choice([-1, 1, 7, 63, 64, 65, 400, 900])),
+            top_p=float(rng.choice([1.0, 0.05, 0.5, 0.9, 0.999])),
+        )
+        for _ in range(60)
+    ]
+    weights = torch.from_numpy(np.exp(logits - logits.max(axis=1, keepdims=True)))
+    whole = sampling._filter(weights, params)
+    monkeypatch.setattr(sampling, "WINDOW", 64)
+    assert torch.equal(sampling._filter(weights, params), whole)
+    assert ((whole > 0).sum(-1) > 64).any()
+    assert ((whole > 0).sum(-1) < 64).any()
+
+
+def test_a_cut_within_the_window_sorts_no_whole_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    ordered = sampling._ordered
+    monkeypatch.setattr(
+        sampling,
+        "_ordered",
+        lambda weights, ids: (
+            sizes.append(weights.shape[-1] if ids is None else ids.shape[-1])
+            or ordered(weights, ids)
+        ),
+    )
+    logits = torch.from_numpy(np.random.default_rng(5).normal(0, 4, (2, 20_000))).float()
+    sample(logits, [SamplingParams(top_p=0.9, seed=1), SamplingParams(top_k=50, seed=2)], [0, 0])
+    assert sizes == [sampling.WINDOW]
