@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import time
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import MllamaConfig
 
 from .attention import get_backend
 from .batch import ModelInfo, ScheduledSequence, StepBatch, StepResult
@@ -101,6 +103,11 @@ class ModelRunner:
             dtype=str(loaded.dtype).removeprefix("torch."),
             pools=plan.sizes,
         )
+
+    @property
+    def config(self) -> MllamaConfig:
+        """The model's configuration: its sizes, for measuring."""
+        return cast(MllamaConfig, self._model.config)
 
     @torch.inference_mode()
     def execute(self, batch: StepBatch) -> StepResult:

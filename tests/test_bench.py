@@ -64,3 +64,36 @@ def test_a_failed_request_is_counted_as_an_error_and_not_as_a_fast_one():
     assert (summary.requests, summary.errors, summary.output_tokens) == (1, 1, 2)
     assert summary.ttft_p50_ms == 500.0
     assert summary.inter_token_p50_ms == 100.0
+
+
+def test_a_run_of_steps_alone_ends_in_one_json_document_with_the_bound_of_each():
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(BENCH / "decode.py"),
+            "--sequences",
+            "1,3",
+            "--prefills",
+            "2",
+            "--rounds",
+            "2",
+            "--steps",
+            "1",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.strip().splitlines()[-1])
+    steps = [(level["step"], level["sequences"]) for level in document["levels"]]
+    decodes = [(f"decode, {kind}", count) for kind in ("text", "image") for count in (1, 3)]
+    assert steps == [*decodes, ("prefill", 2)]
+    text, image, prefill = document["levels"][1], document["levels"][3], document["levels"][4]
+    assert 0 < text["gflop"] < image["gflop"] < prefill["gflop"]
+    assert text["megabytes"] < image["megabytes"]
+    for level in document["levels"]:
+        assert level["wall_ms"] > 0
+        assert level["bound_ms"] > 0
+    assert {"processor", "torch", "commit", "command"} <= set(document["machine"])
+    assert {"device", "dtype", "threads", "model", "reached"} <= set(document)
