@@ -6,17 +6,20 @@ pools or requests. Weights come from safetensors only; code from a checkpoint is
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import MllamaForConditionalGeneration, MllamaTextConfig
+from transformers import BitsAndBytesConfig, MllamaForConditionalGeneration, MllamaTextConfig
 
 from .cache import ATTENTION_NAME
 from .checkpoint import check_folder
 from .errors import ModelError
+from .heap import large_buffers_mapped
 from .packed import pack_linears
+from .quantization import quantization_config, settle
 from .reference import mend_vision
 from .vision import ImageNormalization, read_normalization
 
@@ -42,10 +45,13 @@ class LoadedModel:
         return cast(MllamaTextConfig, self.model.config.text_config)
 
 
-def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(
+    folder: str | Path, device: str = "auto", dtype: str = "auto", quantize: str | None = None
+) -> LoadedModel:
     """The checkpoint of a local folder on a device.
 
-    device: "auto", "cpu", "cuda" or "cuda:N"; dtype: "auto", "float32", "bfloat16" or "float16".
+    device: "auto", "cpu", "cuda" or "cuda:N"; dtype: "auto", "float32", "bfloat16" or "float16";
+    quantize: one of `quantization.METHODS`.
     A progress bar goes to stderr. Raises ModelError, one line with the remedy.
     """
     folder = Path(folder)
@@ -53,7 +59,10 @@ def load_model(folder: str | Path, device: str = "auto", dtype: str = "auto") ->
     normalization = read_normalization(folder)
     chosen = choose_device(device)
     torch_dtype = choose_dtype(dtype, chosen)
-    model = _read_weights(folder, chosen, torch_dtype)
+    quantization = quantization_config(quantize, torch_dtype)
+    with large_buffers_mapped() if quantization else nullcontext():
+        model = _read_weights(folder, chosen, torch_dtype, quantization)
+    settle(model, torch_dtype)
     model.eval().requires_grad_(False)
     # published taps are block inputs; transformers collects block outputs
     mend_vision(model)
@@ -100,7 +109,10 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def _read_weights(
-    folder: Path, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: BitsAndBytesConfig | None,
 ) -> MllamaForConditionalGeneration:
     read: Any = MllamaForConditionalGeneration.from_pretrained
     try:
@@ -110,6 +122,7 @@ def _read_weights(
             use_safetensors=True,
             trust_remote_code=False,
             dtype=dtype,
+            quantization_config=quantization,
             device_map={"": device},
             output_loading_info=True,
         )

@@ -58,7 +58,7 @@ def plan_pools(request: PoolRequest, budget_bytes: int) -> PoolPlan:
     if num_image_blocks < request.max_num_tiles:
         raise ModelError(
             f"the image pool has {num_image_blocks} tiles and one image may take "
-            f"{request.max_num_tiles}: raise --num-image-blocks or --kv-cache-bytes"
+            f"{request.max_num_tiles}: raise --num-image-blocks or --kv-cache-memory"
         )
     left_bytes = budget_bytes - num_image_blocks * request.tile_bytes
     num_text_blocks = request.num_text_blocks or _text_blocks(request, wanted_len, left_bytes)
@@ -66,7 +66,7 @@ def plan_pools(request: PoolRequest, budget_bytes: int) -> PoolPlan:
     if capacity < 1 or (request.max_model_len is not None and capacity < wanted_len):
         raise ModelError(
             f"max_model_len is {wanted_len:,} and the text pool has room for {max(capacity, 0):,} "
-            "tokens: lower --max-model-len or raise --kv-cache-bytes"
+            "tokens: lower --max-model-len or raise --kv-cache-memory"
         )
     sizes = PoolSizes(num_text_blocks, num_image_blocks, request.block_size)
     return PoolPlan(sizes, min(wanted_len, capacity))

@@ -33,6 +33,7 @@ def create_runner(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
     max_model_len: int | None = None,
     max_num_seqs: int = 64,
     max_num_batched_tokens: int = 2048,
@@ -48,7 +49,7 @@ def create_runner(
     remedy. Shows a progress bar on stderr.
     """
     set_threads(num_threads)
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, quantize)
     text_config = loaded.text_config
     request = PoolRequest(
         context_len=text_config.max_position_embeddings,

@@ -16,7 +16,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of one engine process.
 
     model: a local folder. device: "auto", "cpu", "cuda" or "cuda:N". dtype:
-    "auto", "float32", "bfloat16" or "float16". max_model_len None takes the
+    "auto", "float32", "bfloat16" or "float16". quantize: None, "bitsandbytes" or
+    "bitsandbytes-nf4". max_model_len None takes the
     model's own context. max_num_batched_tokens and max_num_batched_images cap what
     one step computes. kv_cache_bytes None sizes both pools from free memory.
     prefix_cache and image_cache keep text and image blocks after use, until others
@@ -30,6 +31,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     socket_path: str
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str | None = None
     max_model_len: Positive | None = None
     max_num_seqs: Positive = 64
     max_num_batched_tokens: Positive = 2048

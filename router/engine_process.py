@@ -45,6 +45,7 @@ def load_model_runner(config: EngineConfig) -> Runner:
         config.model,
         device=config.device,
         dtype=config.dtype,
+        quantize=config.quantize,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

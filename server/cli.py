@@ -50,11 +50,12 @@ def serve(
     served_model_name: options.ServedModelName = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
+    quantize: options.Quantize = None,
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
     max_num_batched_tokens: options.MaxNumBatchedTokens = 2048,
     max_num_batched_images: options.MaxNumBatchedImages = 4,
-    kv_cache_bytes: options.KvCacheBytes = None,
+    kv_cache_memory: options.KvCacheMemory = None,
     num_image_blocks: options.NumImageBlocks = None,
     prefix_cache: options.PrefixCache = True,
     image_cache: options.ImageCache = True,
@@ -83,11 +84,12 @@ def serve(
         socket_path="",
         device=device,
         dtype=dtype.value,
+        quantize=None if quantize is None else quantize.value,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_batched_images=max_num_batched_images,
-        kv_cache_bytes=kv_cache_bytes,
+        kv_cache_bytes=kv_cache_memory,
         num_image_blocks=num_image_blocks,
         prefix_cache=prefix_cache,
         image_cache=image_cache,
@@ -122,8 +124,8 @@ def serve(
 def _say_ready(url: str, name: str, info: EngineReady) -> None:
     console.print(
         f"vlmserve is ready on {url} (model {name}, {info.device} {info.dtype}, "
-        f"context {info.max_model_len}, room for {info.num_text_tokens} text tokens "
-        f"and {info.num_image_tiles} image tiles)",
+        f"context {info.max_model_len:,}, room for {info.num_text_tokens:,} text tokens "
+        f"and {info.num_image_tiles:,} image tiles)",
         markup=False,
         soft_wrap=True,
     )

@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from .units import parse_bytes
+
 MODEL_PANEL = "Model"
 ENGINE_PANEL = "Engine"
 HTTP_PANEL = "HTTP"
@@ -25,6 +27,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Quantization(StrEnum):
+    """How the decoder's weights are held; the vision encoder stays in the compute type."""
+
+    bitsandbytes = "bitsandbytes"
+    bitsandbytes_nf4 = "bitsandbytes-nf4"
+
+
 class ImagePosition(StrEnum):
     """Where a user message's images stand in its prompt."""
 
@@ -37,6 +46,14 @@ class UnknownFields(StrEnum):
 
     error = "error"
     ignore = "ignore"
+
+
+def _bytes(text: str) -> int:
+    """`parse_bytes` with the command line's own error."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 ModelArgument = Annotated[
@@ -67,6 +84,13 @@ Device = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+Quantize = Annotated[
+    Quantization | None,
+    typer.Option(
+        help="Hold the decoder's weights in 8 bits (bitsandbytes) or in 4 (bitsandbytes-nf4).",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(
@@ -84,11 +108,13 @@ MaxNumBatchedTokens = Annotated[
 MaxNumBatchedImages = Annotated[
     int, typer.Option(min=1, help="Most images encoded in one step.", rich_help_panel=ENGINE_PANEL)
 ]
-KvCacheBytes = Annotated[
+KvCacheMemory = Annotated[
     int | None,
     typer.Option(
-        min=1,
-        help="Memory for keys and values of text and images; default: from what is free.",
+        parser=_bytes,
+        metavar="BYTES",
+        help="Memory for keys and values of text and images, such as 8GiB; on a CPU too. "
+        "Default: a share of what is free.",
         rich_help_panel=ENGINE_PANEL,
     ),
 ]

@@ -71,7 +71,16 @@ def test_the_engine_and_server_pass_their_tests_at_the_lower_end_of_the_range(ol
     files = [name for name in OLDEST_PYTHON_TESTS if (ROOT / name).exists()]
     assert len(files) == len(OLDEST_PYTHON_TESTS), "a listed test file is gone: mend the list"
     done = subprocess.run(
-        [str(oldest_python), "-m", "pytest", "-q", "-m", "not slow and not soak and not gpu", "-x", *files],
+        [
+            str(oldest_python),
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "not slow and not soak and not gpu",
+            "-x",
+            *files,
+        ],
         cwd=ROOT,
         timeout=TEST_TIMEOUT_S,
     )

@@ -1,0 +1,128 @@
+"""Measures quantized weights: size, speed, error of logits and of the bundled model's answers.
+
+    python bench/quantization.py                 # ten pictures for each number of shapes
+    python bench/quantization.py --pictures 20
+
+One self-attention layer of Llama-3.2-11B's shape (hidden 4096, MLP 14336, 32 heads, 8 KV heads)
+with random weights, a small head on top of it. Milliseconds are CPU time. The last line printed is
+one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import MllamaForConditionalGeneration
+
+from checkpoints import build, layout
+from vlmserve.models.bundled import CHECKPOINT
+from vlmserve.models.bundled.exam import exam
+from vlmserve.models.bundled.grading import Grader
+from vlmserve.models.packed import pack_linears
+from vlmserve.models.quantization import METHODS, quantization_config, settle
+from vlmserve.models.reference import mend
+
+LAYER_11B = {
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 1,
+    "cross_attention_layers": [],
+    "initializer_range": 0.02,
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load(folder: Path, dtype: torch.dtype, method: str | None) -> MllamaForConditionalGeneration:
+    """A folder's model on the CPU with transformers' own attention, mended."""
+    read: Any = MllamaForConditionalGeneration.from_pretrained
+    config = quantization_config(method, dtype)
+    model = read(folder, dtype=dtype, quantization_config=config, device_map={"": "cpu"})
+    settle(model, dtype)
+    return mend(model.eval().requires_grad_(False))
+
+
+def layer_bytes(model: MllamaForConditionalGeneration) -> int:
+    """Bytes of the decoder's layers, statistics of quantized weights included."""
+    return sum(
+        parameter.nbytes + sum(t.nbytes for t in _statistics(parameter))
+        for parameter in model.model.language_model.layers.parameters()
+    )
+
+
+def _statistics(parameter: Any) -> list[torch.Tensor]:
+    state = getattr(parameter, "quant_state", None)
+    found = (getattr(parameter, "SCB", None), getattr(state, "absmax", None))
+    return [tensor for tensor in found if tensor is not None]
+
+
+def answers(model: MllamaForConditionalGeneration, pictures: int) -> float:
+    """The share of right answers to the bundled model's exam about pictures of 1 to 4 shapes."""
+    grader = Grader(model, Grader.load(CHECKPOINT).encoder)
+    results = grader.grade(exam(pictures, shapes=(1, 2, 3, 4)))
+    return sum(result.is_right for result in results) / len(results)
+
+
+@torch.inference_mode()
+def logits(model: MllamaForConditionalGeneration, num_tokens: int = 64) -> torch.Tensor:
+    input_ids = (torch.arange(num_tokens) * 7 % 700)[None]
+    return model(input_ids=input_ids, use_cache=False).logits[0].float()
+
+
+@torch.inference_mode()
+def layer_ms(model: MllamaForConditionalGeneration, num_tokens: int, rounds: int = 7) -> float:
+    """Median CPU milliseconds of one pass, head included."""
+    input_ids = (torch.arange(num_tokens) * 7 % 700)[None]
+    seconds = []
+    for _ in range(rounds + 2):
+        start = time.process_time()
+        model(input_ids=input_ids, use_cache=False)
+        seconds.append(time.process_time() - start)
+    return 1000 * statistics.median(seconds[2:])
+
+
+def measure(layer: Path, method: str | None, dtype: str, pictures: int) -> dict[str, Any]:
+    """A row of the table; `logits` is dropped before it is printed."""
+    bundled = load(Path(CHECKPOINT), DTYPES[dtype], method)
+    row: dict[str, Any] = {"method": method or "none", "dtype": dtype}
+    row["right_answers"] = answers(bundled, pictures) if dtype == "float32" else None
+    model = load(layer, DTYPES[dtype], method)
+    row["layer_bytes"] = layer_bytes(model)
+    pack_linears(model)  # as the server does; quantized layers are left alone
+    row["ms_1_token"], row["ms_16_tokens"] = layer_ms(model, 1), layer_ms(model, 16)
+    row["logits"] = logits(model)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=10, help="for each number of shapes")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    config = layout("tiny")
+    text: Any = config.text_config
+    for name, value in LAYER_11B.items():
+        setattr(text, name, value)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = build(config, Path(folder), with_processor=False)
+        for dtype in DTYPES:
+            rows += [measure(path, m, dtype, options.pictures) for m in (None, *METHODS)]
+    exact = rows[0]["logits"]
+    for row in rows:
+        error = (row.pop("logits") - exact).square().mean().sqrt()
+        row["logits_error"] = float(error / exact.square().mean().sqrt())
+        print(row, flush=True)
+    print(json.dumps({"torch": torch.__version__, "device": "cpu", "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Holds the decoder's linear layers in 8 or 4 bits, by bitsandbytes through transformers.
+
+Owns the methods' names, what stays in the compute dtype, and what bitsandbytes needs to be told.
+Knows nothing of devices or of how a layer computes. bitsandbytes is an extra and loads only when a
+method is asked for.
+
+    bitsandbytes       LLM.int8 (Dettmers et al., 2022): int8 weights by row, outlier columns of the
+                       activations in the compute dtype
+    bitsandbytes-nf4   NF4 (Dettmers et al., 2023): 4 bits in blocks of 64 weights
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from .errors import ModelError
+
+INT8, NF4 = "bitsandbytes", "bitsandbytes-nf4"
+METHODS = (INT8, NF4)
+# gates and norms are no linear layers and the embedding is a table: they stay as they are
+KEPT_MODULES = ("model.vision_model", "model.multi_modal_projector", "lm_head")
+NF4_BLOCK = 64
+_CPU_PACKED_ROWS = 32
+
+
+def quantization_config(method: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What transformers quantizes by while it loads; None for no method. Raises ModelError."""
+    if method is None:
+        return None
+    if method not in METHODS:
+        raise ModelError(f"quantization {method!r} is unknown: use one of {', '.join(METHODS)}")
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"--quantize {method} needs the package bitsandbytes: pip install 'vlmserve[quantize]'"
+        )
+    # it warns at every product of activations that are not float16, and of a kernel it cannot fetch
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    kept = list(KEPT_MODULES)
+    if method == INT8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
+    )
+
+
+def settle(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let each 4-bit layer on a CPU compute in the compute dtype, whatever its shape.
+
+    bitsandbytes rearranges 4-bit weights for bfloat16 instructions at their first use. That fails
+    for shapes that are no multiples of its blocks, and computes float32 activations in bfloat16.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            layer: Any = module
+            is_whole = not (layer.in_features % NF4_BLOCK or layer.out_features % _CPU_PACKED_ROWS)
+            if dtype != torch.bfloat16 or not is_whole:
+                layer.support_avx512bf16_for_cpu = False

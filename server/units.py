@@ -1,0 +1,30 @@
+"""Amounts of memory as an operator writes them.
+
+Owns the units. Knows nothing of what an amount is for.
+"""
+
+from __future__ import annotations
+
+import re
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes of "8GiB", "1.5 GB" or "500000000"; at least 1.
+
+    KiB, MiB, GiB and TiB count in 1024s, KB, MB, GB and TB in 1000s. Raises ValueError, one line.
+    """
+    found = _AMOUNT.fullmatch(text.strip())
+    units = {name.lower(): size for name, size in _UNITS.items()}
+    if found is None or found[2].lower() not in units:
+        raise ValueError(f"{text!r} is no amount of memory: write it as 8GiB, 500MB or in bytes")
+    number = int(float(found[1]) * units[found[2].lower()])
+    if number < 1:
+        raise ValueError(f"{text!r} is less than one byte")
+    return number
