@@ -156,12 +156,24 @@ class ImageToEncode:
     block_ids: list[int]
 
 
+@dataclass(slots=True, frozen=True)
+class BlockCopy:
+    """A text block whose keys and values another is to begin with."""
+
+    source: int
+    target: int
+
+
 @dataclass(slots=True)
 class StepBatch:
-    """Everything one model step computes."""
+    """Everything one model step computes.
+
+    copies come first of all: every source is read before any block is written.
+    """
 
     sequences: list[ScheduledSequence] = field(default_factory=list)
     images: list[ImageToEncode] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

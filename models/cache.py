@@ -14,6 +14,7 @@ global is kept between steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
 from .attention import AttentionBackend
-from .batch import PoolSizes
+from .batch import BlockCopy, PoolSizes
 
 ATTENTION_NAME = "vlmserve_paged"
 
@@ -100,6 +101,20 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     raw = torch.from_numpy(np.zeros(num_bytes + align, dtype=np.uint8))
     offset = -raw.data_ptr() % align
     return raw[offset : offset + num_bytes].view(dtype).view(shape)
+
+
+def copy_blocks(pools: KVPools, copies: Sequence[BlockCopy]) -> None:
+    """Copy text blocks in every self-attention layer; all sources are read first."""
+    if not copies:
+        return
+    for index, layer in enumerate(pools.layers):
+        if index in pools.cross_layers:
+            continue
+        device = layer.keys.device
+        sources = torch.tensor([one.source for one in copies], device=device)
+        targets = torch.tensor([one.target for one in copies], device=device)
+        layer.keys[targets] = layer.keys[sources]
+        layer.values[targets] = layer.values[sources]
 
 
 def token_bytes(config: MllamaTextConfig, dtype: torch.dtype) -> int:

@@ -18,7 +18,15 @@ from transformers import MllamaConfig
 
 from .attention import get_backend
 from .batch import ModelInfo, ScheduledSequence, StepBatch, StepResult
-from .cache import KVPools, PagedCache, PagedStep, allocate_pools, tile_bytes, token_bytes
+from .cache import (
+    KVPools,
+    PagedCache,
+    PagedStep,
+    allocate_pools,
+    copy_blocks,
+    tile_bytes,
+    token_bytes,
+)
 from .errors import StepError
 from .inputs import StepInputs, image_slots, pack
 from .loading import LoadedModel, load_model
@@ -161,6 +169,7 @@ class ModelRunner:
 
     def _forward(self, batch: StepBatch, inputs: StepInputs, vision: Tensor | None) -> Tensor:
         """The normalised hidden states of all tokens, [num_tokens, hidden]."""
+        copy_blocks(self.pools, batch.copies)
         step = self._step(batch, inputs)
         output = self._text_model(
             input_ids=self._upload(inputs.token_ids)[None],

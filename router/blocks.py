@@ -171,6 +171,12 @@ class ImagePool:
             self._hold(key)
         return [self._acquire_one(key, image) for key, image in zip(keys, images, strict=True)]
 
+    def share(self, entries: list[ImageEntry]) -> None:
+        """Take one more reference to each entry, which somebody holds."""
+        for entry in entries:
+            assert entry.num_references > 0, "an image is shared that nobody holds"
+            entry.num_references += 1
+
     def release(self, entries: list[ImageEntry]) -> None:
         """Give back one reference to each entry; the last one caches or frees its blocks."""
         for entry in entries:

@@ -41,38 +41,45 @@ CONNECT_RETRY_S = 0.05
 class _Stream:
     """What one open request has been sent and its caller has not taken yet.
 
-    Outputs that pile up are joined, so a slow caller costs its token ids and no more.
+    open_ids: the choices that have no final message yet. Outputs of a choice that
+    pile up are joined, so a slow caller costs its token ids and no more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, choice_ids: list[str]) -> None:
         self._arrived = asyncio.Event()
-        self._output: SequenceOutput | None = None
+        self._outputs: dict[str, SequenceOutput] = {}
         self._error: EngineError | None = None
-        self.is_finished = False
+        self.open_ids = dict.fromkeys(choice_ids)
 
     def deliver(self, output: SequenceOutput) -> None:
-        if self._output is not None:
-            output.token_ids = self._output.token_ids + output.token_ids
-            output.logprobs = self._output.logprobs + output.logprobs
-        self._output = output
-        self.is_finished = output.finish_reason is not None
+        waiting = self._outputs.get(output.request_id)
+        if waiting is not None:
+            output.token_ids = waiting.token_ids + output.token_ids
+            output.logprobs = waiting.logprobs + output.logprobs
+            output.num_cached_tokens += waiting.num_cached_tokens
+        self._outputs[output.request_id] = output
+        if output.finish_reason is not None:
+            self.open_ids.pop(output.request_id, None)
         self._arrived.set()
 
-    def fail(self, error: EngineError) -> None:
-        self._error = error
-        self.is_finished = True
+    def fail(self, request_id: str, error: EngineError) -> None:
+        self._error = self._error or error
+        self.open_ids.pop(request_id, None)
         self._arrived.set()
+
+    def leave(self, request_id: str) -> None:
+        """Nobody waits for this choice any more."""
+        self._outputs.pop(request_id, None)
+        self.open_ids.pop(request_id, None)
 
     async def next(self) -> SequenceOutput:
-        await self._arrived.wait()
-        self._arrived.clear()
-        if self._output is not None:
-            output, self._output = self._output, None
+        """The output that has waited longest; an error comes behind all outputs."""
+        while not self._outputs:
             if self._error is not None:
-                self._arrived.set()
-            return output
-        assert self._error is not None, "a stream woke without an output or an error"
-        raise self._error
+                raise self._error
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._outputs.pop(next(iter(self._outputs)))
 
 
 class EngineClient:
@@ -159,25 +166,37 @@ class EngineClient:
         return self.info
 
     async def generate(self, request: AddRequest) -> AsyncGenerator[SequenceOutput, None]:
-        """Yield the request's new tokens as they come; the last output says why it ended.
+        """Yield the new tokens of all the request's choices as they come.
 
-        Raises QueueFullError, InvalidRequestError, EngineInternalError or
+        Each output names its choice by `request_id`; the last one of a choice says why
+        it ended. Raises QueueFullError, InvalidRequestError, EngineInternalError or
         EngineDeadError. Cancelling the caller or closing the iterator aborts the
         request in the engine: wrap it in `contextlib.aclosing` where the loop may
         be left early.
         """
-        stream = self._open_stream(request.request_id)
+        choice_ids = [request.request_id, *request.choice_ids]
+        stream = self._open_stream(choice_ids)
+        num_left = len(choice_ids)
         try:
-            await self._send_request(request)
-            while True:
+            await self._send_request(request, stream)
+            while num_left:
                 output = await stream.next()
+                num_left -= output.finish_reason is not None
                 yield output
-                if output.finish_reason is not None:
-                    return
         finally:
-            self._streams.pop(request.request_id, None)
-            if not stream.is_finished:
-                self._abort(request.request_id)
+            for request_id in choice_ids:
+                self._streams.pop(request_id, None)
+            self._abort(list(stream.open_ids))
+
+    def leave(self, request_id: str) -> None:
+        """Abort one choice of an open request, whose caller goes on with the others.
+
+        Nothing more comes of it, not even an end: with the last one, close the iterator.
+        """
+        stream = self._streams.pop(request_id, None)
+        if stream is not None and request_id in stream.open_ids:
+            self._abort([request_id])
+            stream.leave(request_id)
 
     async def close(self) -> None:
         """Leave the engine, which aborts what is still open here. Does not call `on_dead`."""
@@ -188,29 +207,31 @@ class EngineClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
-    def _open_stream(self, request_id: str) -> _Stream:
+    def _open_stream(self, choice_ids: list[str]) -> _Stream:
         if not self.is_ready:
             raise EngineDeadError("the engine is not ready")
-        if request_id in self._streams:
-            raise ValueError(f"request {request_id!r} is already open on this connection")
-        stream = self._streams[request_id] = _Stream()
+        for request_id in choice_ids:
+            if request_id in self._streams:
+                raise ValueError(f"request {request_id!r} is already open on this connection")
+        stream = _Stream(choice_ids)
+        self._streams |= dict.fromkeys(choice_ids, stream)
         return stream
 
-    async def _send_request(self, request: AddRequest) -> None:
+    async def _send_request(self, request: AddRequest, stream: _Stream) -> None:
         assert self._writer is not None, "the stream was opened on a live connection"
         try:
             frame = wire.encode_frame(request, self._max_frame_bytes)
         except FrameTooLargeError as error:
-            self._streams[request.request_id].is_finished = True  # nothing to abort
+            stream.open_ids.clear()  # nothing to abort
             raise InvalidRequestError(f"the request is too large: {error}") from error
         self._writer.write(frame)
         # A connection lost here is told to the stream by the reader.
         with contextlib.suppress(ConnectionError):
             await self._writer.drain()
 
-    def _abort(self, request_id: str) -> None:
-        if self._writer is not None:
-            self._writer.write(wire.encode_frame(AbortRequests([request_id])))
+    def _abort(self, request_ids: list[str]) -> None:
+        if request_ids and self._writer is not None:
+            self._writer.write(wire.encode_frame(AbortRequests(request_ids)))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:
@@ -236,7 +257,7 @@ class EngineClient:
                     stream.deliver(output)
         elif isinstance(message, RequestFailed):
             if stream := self._streams.get(message.request_id):
-                stream.fail(error_of(message))
+                stream.fail(message.request_id, error_of(message))
         elif isinstance(message, Heartbeat):
             self.last_heartbeat = time.monotonic()
             self.stats, self.step_age_s = message.stats, message.step_age_s
@@ -248,8 +269,8 @@ class EngineClient:
         writer, self._writer = self._writer, None
         self.info = None
         self._state_changed.set()
-        for stream in self._streams.values():
-            if not stream.is_finished:
-                stream.fail(EngineDeadError(reason))
+        for request_id, stream in self._streams.items():
+            if request_id in stream.open_ids:
+                stream.fail(request_id, EngineDeadError(reason))
         if writer is not None:
             writer.close()

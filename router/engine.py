@@ -89,16 +89,20 @@ class Engine:
 
         Raises DuplicateRequestError if the worker has an open request of this id.
         """
-        if (worker_id, request.request_id) in self._open:
-            raise DuplicateRequestError(f"request {request.request_id!r} is open already")
+        request_ids = [request.request_id, *request.choice_ids]
+        for request_id in request_ids:
+            if (worker_id, request_id) in self._open or request_ids.count(request_id) > 1:
+                raise DuplicateRequestError(f"request {request_id!r} is open already")
         try:
             check_request(request, self._limits)
-            sequence = Sequence(f"{worker_id}/{request.request_id}", worker_id, request)
-            self._queue.put(sequence)
+            sequences = Sequence.of(worker_id, request)
+            self._queue.put(sequences[0])
         except EngineError as error:
-            self._send(worker_id, failure_of(request.request_id, error))
+            for request_id in request_ids:
+                self._send(worker_id, failure_of(request_id, error))
             return
-        self._open[worker_id, request.request_id] = sequence
+        for sequence in sequences:
+            self._open[worker_id, sequence.request_id] = sequence
 
     def abort(self, worker_id: int, request_ids: Iterable[str]) -> None:
         """End requests of this worker; ids that are not open any more are passed over.
@@ -171,10 +175,10 @@ class Engine:
     def _fail(self, sequences: list[Sequence], error: EngineError) -> None:
         for sequence in sequences:
             self._forget(sequence)
-            self._send(sequence.worker_id, failure_of(sequence.request.request_id, error))
+            self._send(sequence.worker_id, failure_of(sequence.request_id, error))
 
     def _forget(self, sequence: Sequence) -> None:
-        del self._open[sequence.worker_id, sequence.request.request_id]
+        del self._open[sequence.worker_id, sequence.request_id]
 
     # What can be known of it
 
@@ -244,7 +248,7 @@ def _output_of(progress: Progress) -> SequenceOutput:
     sequence = progress.sequence
     is_first = sequence.num_generated_tokens == len(progress.token_ids)
     return SequenceOutput(
-        request_id=sequence.request.request_id,
+        request_id=sequence.request_id,
         token_ids=progress.token_ids,
         num_cached_tokens=sequence.num_cached_tokens if is_first else 0,
         finish_reason=progress.finish_reason,

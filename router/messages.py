@@ -26,7 +26,10 @@ FailureKind = Literal["queue_full", "invalid", "internal", "engine_dead"]
 class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     """A worker asks for tokens.
 
-    request_id is made by the server, never taken from a client. images and
+    request_id is made by the server, never taken from a client. choice_ids: the ids
+    of further answers to the same prompt, each with outputs and an end of its own;
+    the prompt and its images are computed once for all. Of two requests that wait
+    the one of lower priority runs first. images and
     spans run in parallel, in prompt order. A token in `eos_token_ids` ends the
     turn (stop_token_id None in the answer), one in `stop_token_ids` is reported.
     """
@@ -40,6 +43,8 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     eos_token_ids: list[int] = []
     stop_token_ids: list[int] = []
     tenant: str = ""
+    choice_ids: list[str] = []
+    priority: int = 0
 
 
 class AbortRequests(msgspec.Struct, tag="abort"):

@@ -1,13 +1,13 @@
 """The requests that wait for their first step, or for their next after preemption.
 
-Owns the order (first in, first out) and the limits by count, prompt tokens and
-image bytes. Knows nothing of blocks, steps or workers.
+Owns the order (by priority, then first in, first out) and the limits by count,
+prompt tokens and image bytes. Knows nothing of blocks, steps or workers.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+import bisect
 from dataclasses import dataclass
 
 from .errors import QueueFullError
@@ -32,7 +32,8 @@ class RequestQueue:
 
     def __init__(self, limits: QueueLimits) -> None:
         self._limits = limits
-        self._sequences: OrderedDict[str, Sequence] = OrderedDict()
+        self._sequences: list[Sequence] = []
+        self._num_arrivals = 0
         self._not_empty = asyncio.Event()
         self.num_tokens = 0
         self.num_bytes = 0
@@ -41,12 +42,16 @@ class RequestQueue:
         return len(self._sequences)
 
     def put(self, sequence: Sequence) -> None:
-        """Take `sequence` at the end. Raises QueueFullError, naming the limit, if it is full.
+        """Take `sequence` behind all of its priority. Raises QueueFullError, naming the limit.
 
+        Its followers count as requests; they wait outside until their prompt is computed.
         An empty queue takes any sequence: what came alone would else be refused for ever.
         """
         self._refuse_over(
-            "requests", len(self) + 1, self._limits.max_requests, "--max-queue-requests"
+            "requests",
+            len(self) + 1 + len(sequence.followers),
+            self._limits.max_requests,
+            "--max-queue-requests",
         )
         self._refuse_over(
             "prompt tokens",
@@ -60,20 +65,25 @@ class RequestQueue:
             self._limits.max_bytes,
             "--max-queue-bytes",
         )
+        self._num_arrivals += 1
+        for one in (sequence, *sequence.followers):
+            one.arrival = self._num_arrivals
         self._insert(sequence)
 
-    def put_front(self, sequence: Sequence) -> None:
-        """Take back a preempted sequence as the next. It was accepted before: no limit."""
+    def put_back(self, sequence: Sequence) -> None:
+        """Take a preempted sequence, or a follower, to its place by arrival.
+
+        It was accepted before: no limit.
+        """
         self._insert(sequence)
-        self._sequences.move_to_end(sequence.sequence_id, last=False)
 
     def peek(self) -> Sequence | None:
         """The sequence whose turn it is, or None."""
-        return next(iter(self._sequences.values()), None)
+        return self._sequences[0] if self._sequences else None
 
     def remove(self, sequence: Sequence) -> None:
         """Take `sequence` out, from wherever it stands."""
-        del self._sequences[sequence.sequence_id]
+        self._sequences.remove(sequence)
         self.num_tokens -= sequence.num_tokens
         self.num_bytes -= sequence.num_image_bytes
         if not self._sequences:
@@ -84,7 +94,7 @@ class RequestQueue:
         await self._not_empty.wait()
 
     def _insert(self, sequence: Sequence) -> None:
-        self._sequences[sequence.sequence_id] = sequence
+        bisect.insort(self._sequences, sequence, key=lambda one: one.rank)
         self.num_tokens += sequence.num_tokens
         self.num_bytes += sequence.num_image_bytes
         self._not_empty.set()

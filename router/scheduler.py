@@ -3,24 +3,32 @@
 Owns the sequences that run and the blocks they hold. One step is planned so:
 
     1. every running sequence that is one token behind gets that token (a decode);
-       if the text pool is empty the newest running sequence is preempted for it
+       if the text pool is empty the last running sequence is preempted for it
     2. what is left of the token budget goes to running sequences that are further
        behind, oldest first, in chunks
-    3. waiting requests are admitted, first come first served, while there is
-       budget, a place and room in both pools
+    3. waiting requests are admitted, by priority and then first come first served,
+       while there is budget, a place and room in both pools
 
 A step encodes a few images at most, so that a burst of pictures does not hold up
 those who decode: a chunk ends before an image that has to wait for the next step.
 
-Why this cannot deadlock, nor starve anyone: `running` is in order of arrival, and
-only its newest member is ever preempted, so the oldest always proceeds; a
-preempted sequence waits before everyone who came after it; and admission refuses
-what could not run alone. A sequence is given the blocks of all its known tokens
-and of its images when it is admitted, so only step 1 can run out.
+Why this cannot deadlock, nor starve anyone: `running` is in the order of priority
+and arrival, and only its last member is ever preempted, so the first always
+proceeds; a preempted sequence waits before everyone who came after it; and
+admission refuses what could not run alone. Among equal priorities nobody is passed
+over; an endless stream of better priority does hold up the others: that is what it
+says. A sequence is given the blocks of all its known tokens and of its images when
+it is admitted, so only step 1 can run out.
 
 A sequence starts behind the full blocks that the text pool still has of its
 beginning, but computes its last token in any case: something must be sampled from.
 
+Further answers to the same prompt follow the first one: when it has computed the
+prompt they fork, on references to its full blocks and a copy of its last one, and
+compute the prompt's last token to sample from. Those without room, or whose leader
+has gone, wait as if they had just been preempted.
+
+    following ──fork──> running, or waiting
     waiting ──admit──> running ──stop, length, abort, failure──> finished
        ^                  │
        └────preempt───────┘   both kinds of blocks given up, recomputed where others took them
@@ -28,10 +36,12 @@ beginning, but computes its last token in any case: something must be sampled fr
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from dataclasses import dataclass, field
 
 from ..models.batch import (
+    BlockCopy,
     ImageToEncode,
     ModelInfo,
     ScheduledSequence,
@@ -79,6 +89,7 @@ class _Step:
     batch: StepBatch = field(default_factory=StepBatch)
     sequences: list[Sequence] = field(default_factory=list)
     due_images: list[ImageEntry] = field(default_factory=list)
+    copies: dict[Sequence, BlockCopy] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -95,6 +106,7 @@ class Scheduler:
         self._limits = limits
         self._waiting = queue
         self._running: list[Sequence] = []
+        self._copies: dict[Sequence, BlockCopy] = {}
         self._step: _Step | None = None
 
     @property
@@ -121,6 +133,8 @@ class Scheduler:
         if not step.sequences:
             assert not self.has_work, "requests wait, but none can run"
             return None
+        step.copies, self._copies = self._copies, {}
+        step.batch.copies = list(step.copies.values())
         self._step = step
         return step.batch
 
@@ -171,7 +185,7 @@ class Scheduler:
                 start=start,
                 block_ids=sequence.block_ids[: self._num_blocks(end)],
                 segments=cut_segments(sequence.request.spans, image_block_ids, start, end),
-                sampling=sequence.request.sampling if is_last_chunk else None,
+                sampling=sequence.sampling if is_last_chunk else None,
                 sample_index=sequence.num_generated_tokens,
                 context=sequence.sampling_context() if is_last_chunk else None,
             )
@@ -225,8 +239,53 @@ class Scheduler:
             self.num_prefix_tokens_queried += sequence.num_tokens
             self.num_prefix_tokens_hit += sequence.num_cached_tokens
         sequence.images = self.image_pool.acquire(sequence.image_keys, sequence.request.images)
+        self._run(sequence)
+
+    def _run(self, sequence: Sequence) -> None:
         sequence.status = Status.RUNNING
-        self._running.append(sequence)
+        bisect.insort(self._running, sequence, key=lambda one: one.rank)
+
+    def _fork(self, leader: Sequence) -> None:
+        """Start the followers of `leader`, which has just computed its prompt, beside it.
+
+        One free block is left for each that runs, as at admission.
+        """
+        followers, leader.followers = leader.followers, []
+        for follower in followers:
+            follower.leader = None
+            has_place = len(self._running) < self._limits.max_num_seqs
+            if has_place and self.text_pool.can_allocate(1 + len(self._running)):
+                self._start_beside(leader, follower)
+            else:
+                self._wait(follower)
+
+    def _start_beside(self, leader: Sequence, follower: Sequence) -> None:
+        """Share what lies before the prompt's last token; copy the block that it is in."""
+        last = len(follower.request.prompt_token_ids) - 1
+        num_shared, num_copied = divmod(last, self._block_size)
+        shared = leader.block_ids[:num_shared]
+        self.text_pool.share(shared)
+        follower.block_ids = shared + self.text_pool.allocate(1)
+        if num_copied:
+            copy = BlockCopy(leader.block_ids[num_shared], follower.block_ids[-1])
+            self._copies[follower] = copy
+        follower.num_kept_blocks = min(num_shared, leader.num_kept_blocks)
+        follower.block_keys = leader.block_keys[:num_shared]
+        follower.num_computed_tokens = last
+        self.image_pool.share(leader.images)
+        follower.images = list(leader.images)
+        self._run(follower)
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        self._waiting.put_back(sequence)
+
+    def _release_followers(self, leader: Sequence) -> None:
+        """Let the followers of a leader that ends before its prompt compute it themselves."""
+        followers, leader.followers = leader.followers, []
+        for follower in followers:
+            follower.leader = None
+            self._wait(follower)
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """The blocks that are here of the beginning of `sequence`, without its last token.
@@ -259,34 +318,45 @@ class Scheduler:
         sequence.num_kept_blocks = num_full
 
     def _give_room(self, sequence: Sequence) -> None:
-        """Cover the newest token with a block, preempting from the newest sequence on.
+        """Cover the newest token with a block, preempting from the last sequence on.
 
-        The newest may be `sequence` itself: it then waits for its elders.
+        The last may be `sequence` itself: it then waits for those before it.
         """
         num_missing = self._num_blocks(sequence.num_tokens) - len(sequence.block_ids)
         while not self.text_pool.can_allocate(num_missing):
-            newest = self._running[-1]
-            self._preempt(newest)
-            if newest is sequence:
+            last = self._running[-1]
+            self._preempt(last)
+            if last is sequence:
                 return
         sequence.block_ids += self.text_pool.allocate(num_missing)
 
     def _preempt(self, sequence: Sequence) -> None:
         assert not sequence.is_in_step, "a planned sequence is never preempted"
-        self._leave(sequence, Status.WAITING)
+        self._leave(sequence)
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self._waiting.put_front(sequence)
+        self._wait(sequence)
 
-    def _leave(self, sequence: Sequence, status: Status) -> None:
+    def _finish(self, sequence: Sequence) -> None:
+        """End a sequence that runs or waits, and let its followers, if any, go on alone."""
+        if sequence.status is Status.RUNNING:
+            self._leave(sequence)
+        elif sequence.leader is not None:
+            sequence.leader.followers.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        self._release_followers(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
         """Take a running sequence out and give up both kinds of its blocks."""
         assert sequence.status is Status.RUNNING
         self._running.remove(sequence)
+        self._copies.pop(sequence, None)
         self.text_pool.free(sequence.block_ids)
         self.image_pool.release(sequence.images)
         sequence.block_ids, sequence.images = [], []
-        sequence.status = status
 
     # Taking in what happened
 
@@ -306,11 +376,15 @@ class Scheduler:
     def fail_step(self) -> list[Sequence]:
         """End every sequence of the planned step, whose computation failed; those sequences.
 
-        Its images stay unencoded: whoever else needs them has them encoded again.
+        Its images stay unencoded: whoever else needs them has them encoded again. Who
+        waited for a copy that the step was to make computes it instead.
         """
         step = self._end_step()
         for sequence in step.sequences:
-            self._leave(sequence, Status.FINISHED)
+            self._finish(sequence)
+        for sequence in step.copies:
+            if sequence.status is Status.RUNNING:
+                self._preempt(sequence)
         return step.sequences
 
     def abort(self, sequence: Sequence) -> Progress | None:
@@ -320,11 +394,7 @@ class Scheduler:
         if sequence.is_in_step:
             sequence.is_aborted = True
             return None
-        if sequence.status is Status.WAITING:
-            self._waiting.remove(sequence)
-            sequence.status = Status.FINISHED
-        else:
-            self._leave(sequence, Status.FINISHED)
+        self._finish(sequence)
         return Progress(sequence, [], "abort")
 
     def _end_step(self) -> _Step:
@@ -339,8 +409,10 @@ class Scheduler:
     ) -> Progress | None:
         sequence.num_computed_tokens += len(planned.token_ids)
         self._keep(sequence)
+        if planned.sampling is not None:
+            self._fork(sequence)
         if sequence.is_aborted:
-            self._leave(sequence, Status.FINISHED)
+            self._finish(sequence)
             return Progress(sequence, [], "abort")
         if planned.sampling is None:
             return None
@@ -349,7 +421,7 @@ class Scheduler:
         finish_reason = sequence.append(token_id, self._limits.max_model_len)
         if finish_reason is None:
             return Progress(sequence, [token_id], logprobs=logprobs)
-        self._leave(sequence, Status.FINISHED)
+        self._finish(sequence)
         stop_token_id = sequence.matched_stop_token_id()
         return Progress(sequence, [token_id], finish_reason, stop_token_id, logprobs)
 

@@ -7,19 +7,26 @@ exactly one token is decoding. Knows nothing of budgets, other requests or tenso
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ..models.batch import SamplingContext
+import msgspec
+
+from ..models.batch import SamplingContext, SamplingParams
 from .blocks import ImageEntry, ImageKey
 from .messages import AddRequest, FinishReason
 from .prefix import extend_block_keys
 
 
 class Status(Enum):
-    """Where a sequence is; it leaves FINISHED never."""
+    """Where a sequence is; it leaves FINISHED never.
 
+    FOLLOWING: another answer to the prompt that its leader is to compute for both.
+    """
+
+    FOLLOWING = "following"
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -34,11 +41,16 @@ class Sequence:
     while the sequence runs; images[i] is the pool's entry for request.images[i].
     num_kept_blocks: how many of them, from the first, the prefix cache knows.
     num_cached_tokens: how many tokens it had when the sequence first ran.
+    arrival: counts the requests that were queued before this one's.
+    choice: which of the request's answers this is; the first is the leader of the
+    others, its followers, until it has computed their prompt or has gone.
     """
 
     sequence_id: str
     worker_id: int
     request: AddRequest
+    choice: int = 0
+    sampling: SamplingParams = field(init=False)
     token_ids: list[int] = field(init=False)
     image_keys: list[ImageKey] = field(init=False)
     end_token_ids: frozenset[int] = field(init=False)
@@ -54,6 +66,9 @@ class Sequence:
     num_kept_blocks: int = 0
     num_cached_tokens: int = 0
     block_keys: list[bytes] = field(default_factory=list)
+    followers: list[Sequence] = field(default_factory=list)
+    leader: Sequence | None = None
+    arrival: int = 0
 
     def __post_init__(self) -> None:
         request = self.request
@@ -61,8 +76,32 @@ class Sequence:
         self.image_keys = [ImageKey.of(image, request.tenant) for image in request.images]
         self.end_token_ids = frozenset(request.eos_token_ids)
         self.stop_token_ids = frozenset(request.stop_token_ids)
+        self.sampling = _sampling_of(request, self.choice)
         is_penalized = request.sampling.repetition_penalty != 1.0
         self.penalized_prompt_ids = array("q", set(self.token_ids) if is_penalized else ())
+
+    @classmethod
+    def of(cls, worker_id: int, request: AddRequest) -> list[Sequence]:
+        """The sequences of a request, one a choice: the leader, then its followers."""
+        leader, *followers = (
+            cls(f"{worker_id}/{request_id}", worker_id, request, choice)
+            for choice, request_id in enumerate([request.request_id, *request.choice_ids])
+        )
+        for follower in followers:
+            follower.status, follower.leader = Status.FOLLOWING, leader
+        leader.followers = followers
+        return [leader, *followers]
+
+    @property
+    def request_id(self) -> str:
+        """The id under which the worker knows this choice."""
+        request = self.request
+        return request.choice_ids[self.choice - 1] if self.choice else request.request_id
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Who goes first: the lower priority number, then who came first."""
+        return self.request.priority, self.arrival, self.choice
 
     @property
     def num_tokens(self) -> int:
@@ -109,7 +148,7 @@ class Sequence:
 
     def sampling_context(self) -> SamplingContext | None:
         """What the choice of the next token depends on besides the logits; None if nothing."""
-        params = self.request.sampling
+        params = self.sampling
         is_short = self.num_generated_tokens < params.min_tokens
         if not is_short and not params.has_penalties:
             return None
@@ -124,3 +163,15 @@ class Sequence:
         """The last token if it is one of the request's own stops and not an end of turn."""
         last = self.token_ids[-1]
         return last if last in self.stop_token_ids and last not in self.end_token_ids else None
+
+
+def _sampling_of(request: AddRequest, choice: int) -> SamplingParams:
+    """The request's parameters, with a random stream of its own for each choice.
+
+    The first choice's is the request's: an answer does not depend on how many were asked for.
+    """
+    if choice == 0:
+        return request.sampling
+    digest = hashlib.sha256(f"{request.sampling.seed}/{choice}".encode()).digest()
+    seed = int.from_bytes(digest[:8], "big") >> 1
+    return msgspec.structs.replace(request.sampling, seed=seed)

@@ -14,13 +14,14 @@ from vlmserve.router.queue import QueueLimits, RequestQueue
 from vlmserve.router.sequence import Sequence
 
 
-def sequence_of(name: str, num_tokens: int = 3, num_images: int = 0) -> Sequence:
+def sequence_of(name: str, num_tokens: int = 3, num_images: int = 0, **fields) -> Sequence:
     request = AddRequest(
         request_id=name,
         prompt_token_ids=[1] * num_tokens,
         images=[fake_image("p")] * num_images,
         spans=[ImageSpan(0)] * num_images,
         max_tokens=1,
+        **fields,
     )
     return Sequence(name, 0, request)
 
@@ -62,26 +63,48 @@ def test_a_refusal_keeps_its_message_and_its_delay_over_the_wire():
     assert (str(error), error.retry_after_s) == ("full", 3.0)
 
 
-def test_requests_leave_in_order_and_preempted_ones_come_first():
-    queue = queue_of()
-    sequences = [sequence_of(name) for name in "abc"]
-    for sequence in sequences:
-        queue.put(sequence)
-    assert queue.peek() is sequences[0]
-    queue.remove(sequences[1])
-    queue.put_front(sequences[1])
+def names_in_order(queue: RequestQueue) -> list[str]:
     order = []
     while (sequence := queue.peek()) is not None:
         order.append(sequence.sequence_id)
         queue.remove(sequence)
-    assert order == ["b", "a", "c"]
     assert queue.num_tokens == queue.num_bytes == len(queue) == 0
+    return order
+
+
+def test_requests_leave_in_order_and_preempted_ones_before_those_that_came_later():
+    queue = queue_of()
+    sequences = [sequence_of(name) for name in "abc"]
+    for sequence in sequences:
+        queue.put(sequence)
+    for sequence in sequences[:2]:
+        assert queue.peek() is sequence
+        queue.remove(sequence)
+    queue.put(sequence_of("d"))
+    for sequence in sequences[:2]:
+        queue.put_back(sequence)
+    assert names_in_order(queue) == ["a", "b", "c", "d"]
+
+
+def test_a_lower_priority_number_goes_first_and_equal_ones_by_arrival():
+    queue = queue_of()
+    for name, priority in [("a", 0), ("b", 5), ("c", -1), ("d", 0), ("e", -1)]:
+        queue.put(sequence_of(name, priority=priority))
+    assert names_in_order(queue) == ["c", "e", "a", "d", "b"]
+
+
+def test_each_answer_that_is_asked_for_counts_as_a_request():
+    queue = queue_of(max_requests=3)
+    queue.put(sequence_of("a"))
+    leader, _, _ = Sequence.of(0, sequence_of("b", choice_ids=["c", "d"]).request)
+    with pytest.raises(QueueFullError, match="4 requests would wait"):
+        queue.put(leader)
 
 
 def test_a_preempted_sequence_is_taken_back_by_a_full_queue():
     queue = queue_of(max_requests=1)
     queue.put(sequence_of("a"))
-    queue.put_front(sequence_of("b"))
+    queue.put_back(sequence_of("b"))
     assert len(queue) == 2
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from support.fake_runner import FakeRunner, expected_token_ids, fake_image, fake_info
 
 from vlmserve.models.batch import ImageSpan, PoolSizes, SamplingParams, StepBatch
@@ -53,11 +54,13 @@ class Bench:
 
     def add(self, request: AddRequest) -> Sequence:
         check_request(request, self.limits)
-        sequence = Sequence(request.request_id, 0, request)
-        self.queue.put(sequence)
-        self.tokens[request.request_id] = []
-        self.sequences[request.request_id] = sequence
-        return sequence
+        sequences = Sequence.of(0, request)
+        self.queue.put(sequences[0])
+        for sequence in sequences:
+            sequence.sequence_id = sequence.request_id
+            self.tokens[sequence.request_id] = []
+            self.sequences[sequence.request_id] = sequence
+        return sequences[0]
 
     def plan(self) -> StepBatch | None:
         return self.scheduler.schedule()
@@ -128,6 +131,10 @@ def requests(draw, request_id: str, max_model_len: int, num_image_blocks: int) -
         eos_token_ids=draw(st.sampled_from([[], list(range(0, 1000, 5))])),
         stop_token_ids=draw(st.sampled_from([[], list(range(1, 1000, 7))])),
         tenant=draw(st.sampled_from(["", "t"])),
+        choice_ids=draw(
+            st.sampled_from([[], [], [f"{request_id}b"], [f"{request_id}b", f"{request_id}c"]])
+        ),
+        priority=draw(st.sampled_from([0, 0, 0, -1])),
     )
 
 
@@ -186,8 +193,9 @@ def run_mix(scenario, aborts_in_step: bool) -> None:
         batch = bench.plan() if aborts_in_step else None
         for arrives_at, request, aborts_after in plan:
             if aborts_after is not None and arrives_at + aborts_after == now:
-                aborted.add(request.request_id)
-                bench.abort(request.request_id)
+                for request_id in choices_of(request)[:: 1 + (aborts_after % 2)]:
+                    aborted.add(request_id)
+                    bench.abort(request_id)
         batch = batch or (None if aborts_in_step else bench.plan())
         if batch is not None:
             assert 0 < batch.num_tokens <= bench.max_num_batched_tokens
@@ -205,6 +213,20 @@ def run_mix(scenario, aborts_in_step: bool) -> None:
 
 
 def assert_answered_as_if_alone(bench: Bench, request: AddRequest, aborted: set[str]) -> None:
+    for choice, request_id in enumerate(choices_of(request)):
+        seed = bench.sequences[request_id].sampling.seed
+        assert (choice == 0) == (seed == request.sampling.seed)
+        alone = replace(
+            request, sampling=SamplingParams(seed=seed), request_id=request_id, choice_ids=[]
+        )
+        assert_choice_as_if_alone(bench, alone, aborted)
+
+
+def choices_of(request: AddRequest) -> list[str]:
+    return [request.request_id, *request.choice_ids]
+
+
+def assert_choice_as_if_alone(bench: Bench, request: AddRequest, aborted: set[str]) -> None:
     got, ending = bench.tokens[request.request_id], bench.endings[request.request_id]
     room = bench.limits.max_model_len - len(request.prompt_token_ids)
     alone = expected_token_ids(request)[:room]

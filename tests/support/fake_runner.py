@@ -104,6 +104,7 @@ class FakeRunner:
     max_batched_sequences: int = 0
     _text: dict[tuple[int, int], _Cell] = field(default_factory=dict)
     _images: dict[int, bytes] = field(default_factory=dict)
+    _copied: set[int] = field(default_factory=set)
     _num_computed: dict[str, int] = field(default_factory=dict)
 
     def execute(self, batch: StepBatch) -> StepResult:
@@ -113,6 +114,7 @@ class FakeRunner:
         if self.step_seconds:
             time.sleep(self.step_seconds)
         self._count(batch)
+        self._copy(batch)
         for due in batch.images:
             for block_id, content in zip(due.block_ids, _tile_contents(due.image), strict=True):
                 self._images[block_id] = content
@@ -129,6 +131,20 @@ class FakeRunner:
         self.max_batched_tokens = max(self.max_batched_tokens, batch.num_tokens)
         self.max_batched_sequences = max(self.max_batched_sequences, len(batch.sequences))
 
+    def _copy(self, batch: StepBatch) -> None:
+        """Copy what the source blocks remember; all are read before any is written."""
+        if len({copy.target for copy in batch.copies}) != len(batch.copies):
+            raise SchedulingError("two copies into one block")
+        read = [
+            (copy.target, offset, self._text[copy.source, offset])
+            for copy in batch.copies
+            for offset in range(self.info.pools.block_size)
+            if (copy.source, offset) in self._text
+        ]
+        for target, offset, cell in read:
+            self._text[target, offset] = cell
+        self._copied |= {copy.target for copy in batch.copies}
+
     def _write(self, sequence: ScheduledSequence) -> None:
         self._check_progress(sequence)
         position = sequence.start
@@ -143,8 +159,10 @@ class FakeRunner:
 
     def _check_progress(self, sequence: ScheduledSequence) -> None:
         num_computed = self._num_computed.get(sequence.request_id, 0)
-        # A start elsewhere is a restart behind cached blocks; what they hold is hashed.
-        if sequence.start != num_computed and sequence.start % self.info.pools.block_size:
+        # A start elsewhere is one behind cached or copied blocks; what they hold is hashed.
+        block_index, offset = divmod(sequence.start, self.info.pools.block_size)
+        is_copied = sequence.block_ids[block_index] in self._copied
+        if sequence.start != num_computed and offset and not is_copied:
             raise SchedulingError(f"starts at {sequence.start}, {num_computed} are computed")
         self.num_restarts += sequence.start < num_computed
         end = sequence.start + len(sequence.token_ids)

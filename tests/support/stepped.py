@@ -24,6 +24,7 @@ class SteppedEngine:
     runner: Runner
     limits: dict[str, Any] = field(default_factory=dict)
     sequences: dict[str, Sequence] = field(default_factory=dict)
+    num_tokens: int = 0
 
     def __post_init__(self) -> None:
         fields = {
@@ -37,8 +38,11 @@ class SteppedEngine:
         self.scheduler = Scheduler(self.runner.info, limits, self.queue)
 
     def add(self, request: AddRequest) -> None:
-        self.sequences[request.request_id] = Sequence(request.request_id, 0, request)
-        self.queue.put(self.sequences[request.request_id])
+        sequences = Sequence.of(0, request)
+        for sequence in sequences:
+            sequence.sequence_id = sequence.request_id
+            self.sequences[sequence.request_id] = sequence
+        self.queue.put(sequences[0])
 
     def abort(self, request_id: str) -> None:
         self.scheduler.abort(self.sequences[request_id])
@@ -48,13 +52,17 @@ class SteppedEngine:
         batch = self.scheduler.schedule()
         if batch is None:
             return False
+        self.num_tokens += batch.num_tokens
         self.scheduler.update(self.runner.execute(batch))
         self.scheduler.check()
         return True
 
-    def run(self) -> None:
+    def run(self) -> int:
+        """Step until all is done; how many tokens the steps computed."""
+        before = self.num_tokens
         while self.step():
             pass
+        return self.num_tokens - before
 
     def generated(self, request_id: str) -> list[int]:
         sequence = self.sequences[request_id]
