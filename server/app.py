@@ -101,7 +101,12 @@ class Parts:
         processor = Processor.from_folder(folder, settings.image_position, **clock)
         metrics = Metrics(settings.max_num_seqs)
         generator = Generator(
-            processor, self._images, self._engine, metrics, settings.image_deadline_s
+            processor,
+            self._images,
+            self._engine,
+            metrics,
+            settings.image_deadline_s,
+            settings.max_request_time_s,
         )
         return Services(settings, self._engine, generator, metrics, _context_of(folder))
 

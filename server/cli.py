@@ -66,6 +66,7 @@ def serve(
     host: options.Host = "127.0.0.1",
     port: options.Port = 8000,
     api_key: options.ApiKey = None,
+    max_request_time: options.MaxRequestTime = 600.0,
     image_position: options.ImagePositionOption = options.ImagePosition.front,
     max_images: options.MaxImages = 16,
     allow_private_image_urls: options.AllowPrivateImageUrls = False,
@@ -105,6 +106,7 @@ def serve(
         served_model_names=[name],
         api_keys=api_key or [],
         max_num_seqs=max_num_seqs,
+        max_request_time_s=max_request_time,
         images=ImageSettings(
             max_images=max_images, allow_private_addresses=allow_private_image_urls
         ),

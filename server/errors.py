@@ -7,7 +7,8 @@
     |- UnsupportedMediaError   415  a compressed body
     |- OverloadedError         429  the queue is full; Retry-After says when
     |- InternalError           500  a model step failed
-    `- NotReadyError           503  no engine, or it is loading
+    |- NotReadyError           503  no engine, or it is loading
+    `- DeadlineError           504  the request's time is over
 
 Owns status, type and wording. Knows nothing of Sanic or of where an error came from.
 """
@@ -68,6 +69,12 @@ class InternalError(ApiError):
 class NotReadyError(ApiError):
     status = 503
     type = "service_unavailable_error"
+
+
+class DeadlineError(ApiError):
+    status = 504
+    type = "timeout_error"
+    code = "timeout"
 
 
 def type_of_status(status: int) -> str:

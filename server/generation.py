@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from ..models.batch import ImageTiles, SamplingParams
 from ..router.errors import (
@@ -23,12 +24,19 @@ from ..router.errors import (
     QueueFullError,
 )
 from ..router.messages import AddRequest, EngineReady, EngineStats, SequenceOutput
+from .answers import Answer, Completion, End, Event, Finish, GrowingAnswer, Usage
 from .conversation import ImagePart, Message
-from .detokenizer import Detokenizer, Piece, StopStrings
-from .errors import ApiError, BadRequestError, InternalError, NotReadyError, OverloadedError
+from .errors import (
+    ApiError,
+    BadRequestError,
+    DeadlineError,
+    InternalError,
+    NotReadyError,
+    OverloadedError,
+)
 from .images.settings import ImageError, ImageRequest, PoolClosed
 from .logprobs import TokenEntry, TokenReader
-from .metrics import Metrics
+from .metrics import Metrics, RequestTimer
 from .prompt import PreparedPrompt, Processor, PromptTooLongError
 
 logger = logging.getLogger(__name__)
@@ -42,6 +50,8 @@ class GenerationRequest:
     """What to generate, however it was asked for. max_tokens None: what the context leaves.
 
     tenant: only with requests of the same tenant are cached pictures and texts shared.
+    num_choices: how many answers to the same prompt. Of requests that wait the one of
+    lower priority goes first. timeout_s: from its arrival to the end of its answer.
     """
 
     messages: tuple[Message, ...]
@@ -52,59 +62,9 @@ class GenerationRequest:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     tenant: str = ""
-
-
-@dataclass(slots=True, frozen=True)
-class Usage:
-    """Tokens of a request; the stopping token counts.
-
-    cached_tokens: those of the prompt that were not computed again.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
-
-
-@dataclass(slots=True, frozen=True)
-class TextDelta:
-    """A piece of the answer, never empty.
-
-    logprobs: of the tokens since the last piece, where the request asked. A token
-    whose text is held back, as half a character or the start of a stop string,
-    is told of with the next piece.
-    """
-
-    text: str
-    logprobs: tuple[TokenEntry, ...] = ()
-
-
-@dataclass(slots=True, frozen=True)
-class Finish:
-    """The last event: why the answer ended.
-
-    stop_reason: None at an end of turn, else the stop string or token id that
-    matched. is_end_of_message: the turn ended by `<|eom_id|>`. logprobs: of the
-    tokens after the last piece, the stopping token's among them.
-    """
-
-    reason: Literal["stop", "length"]
-    stop_reason: str | int | None
-    usage: Usage
-    is_end_of_message: bool = False
-    logprobs: tuple[TokenEntry, ...] = ()
-
-
-Event = TextDelta | Finish
-
-
-@dataclass(slots=True, frozen=True)
-class Answer:
-    """A whole answer; logprobs: one entry for each token that usage counts, where asked."""
-
-    text: str
-    finish: Finish
-    logprobs: tuple[TokenEntry, ...] = ()
+    num_choices: int = 1
+    priority: int = 0
+    timeout_s: float | None = None
 
 
 class Engine(Protocol):
@@ -119,6 +79,7 @@ class Engine(Protocol):
     @property
     def heartbeat_age_s(self) -> float: ...
     def generate(self, request: AddRequest) -> AsyncGenerator[SequenceOutput, None]: ...
+    def leave(self, request_id: str) -> None: ...
 
 
 class Images(Protocol):
@@ -144,10 +105,14 @@ def sampling_params(
 
 @dataclass(slots=True, frozen=True)
 class PreparedGeneration:
-    """A request that passed every check but the engine's own."""
+    """A request that passed every check but the engine's own.
+
+    deadline: when it is given up, in the loop's time; infinite where it never is.
+    """
 
     request: AddRequest
     stop: tuple[str, ...]
+    deadline: float = math.inf
 
 
 class Generator:
@@ -160,6 +125,7 @@ class Generator:
         engine: Engine,
         metrics: Metrics,
         image_deadline_s: float = 30.0,
+        max_request_time_s: float = math.inf,
     ) -> None:
         self._processor = processor
         self._reader = TokenReader(processor.tokenizer)
@@ -167,12 +133,19 @@ class Generator:
         self._engine = engine
         self._metrics = metrics
         self._image_deadline_s = image_deadline_s
+        self._max_request_time_s = max_request_time_s
 
     async def prepare(self, request: GenerationRequest) -> PreparedGeneration:
         """The engine's request: the prompt is checked before any image is fetched.
 
-        Raises BadRequestError, or NotReadyError while there is no engine.
+        Raises BadRequestError, NotReadyError while there is no engine, or DeadlineError.
         """
+        timeout_s = min(request.timeout_s or math.inf, self._max_request_time_s)
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        async with _until(deadline):
+            return await self._prepare(request, deadline)
+
+    async def _prepare(self, request: GenerationRequest, deadline: float) -> PreparedGeneration:
         info = self._engine.info
         if info is None or not self._engine.is_ready:
             raise NotReadyError("Service is not ready.", retry_after_s=1.0)
@@ -191,46 +164,83 @@ class Generator:
             eos_token_ids=[] if request.ignore_eos else self._processor.eos_token_ids,
             stop_token_ids=list(request.stop_token_ids),
             tenant=request.tenant,
+            choice_ids=[uuid.uuid4().hex for _ in range(1, request.num_choices)],
+            priority=request.priority,
         )
-        return PreparedGeneration(added, request.stop)
+        return PreparedGeneration(added, request.stop, deadline)
 
     async def stream(self, prepared: PreparedGeneration) -> AsyncGenerator[Event, None]:
-        """The answer's pieces, and one Finish. Closing the iterator aborts the request.
+        """The answers' pieces, a Finish a choice, and an End. Closing it aborts the request.
 
         Raises ApiError: before the first event if the engine refuses the request.
         """
-        growing = GrowingAnswer(prepared, self._processor, self._reader)
         timer = self._metrics.start(len(prepared.request.prompt_token_ids))
         try:
-            async with contextlib.aclosing(self._engine.generate(prepared.request)) as outputs:
-                async for output in outputs:
-                    timer.tokens(len(output.token_ids))
-                    for event in growing.take(output):
-                        # Counted before it is told: nobody may come back after a Finish.
-                        if isinstance(event, Finish):
-                            timer.finish(event.reason)
-                        yield event
-                        if isinstance(event, Finish):
-                            return
+            async with (
+                contextlib.aclosing(self._engine.generate(prepared.request)) as outputs,
+                contextlib.aclosing(self._events(prepared, outputs, timer)) as events,
+            ):
+                async for event in events:
+                    yield event
         except EngineError as error:
             timer.fail()
             raise api_error_of(error) from error
+        except DeadlineError:
+            timer.fail()
+            raise
         finally:
             timer.leave()
             logger.info("request %s: %s", prepared.request.request_id, timer.summary)
-        raise InternalError("the engine ended the request without an answer")
 
-    async def answer(self, prepared: PreparedGeneration) -> Answer:
-        """The whole answer: the pieces of `stream`, joined."""
-        texts: list[str] = []
-        logprobs: list[TokenEntry] = []
+    async def _events(
+        self,
+        prepared: PreparedGeneration,
+        outputs: AsyncGenerator[SequenceOutput, None],
+        timer: RequestTimer,
+    ) -> AsyncGenerator[Event, None]:
+        growing = self._growing_answers(prepared)
+        usages: dict[int, Usage] = {}
+        while growing:
+            output = await _next_output(outputs, prepared.deadline)
+            timer.tokens(len(output.token_ids))
+            for event in growing[output.request_id].take(output):
+                if isinstance(event, Finish):
+                    del growing[output.request_id]
+                    usages[event.choice] = event.usage
+                    # A stop string ends an answer here first.
+                    self._engine.leave(output.request_id)
+                    if not growing:
+                        # Counted before it is told: nobody may come back after a Finish.
+                        timer.finish(event.reason)
+                yield event
+        yield End(_total(usages))
+
+    def _growing_answers(self, prepared: PreparedGeneration) -> dict[str, GrowingAnswer]:
+        """The answers that have not ended, by the ids under which the engine has them."""
+        request = prepared.request
+        return {
+            request_id: GrowingAnswer(request, prepared.stop, self._processor, self._reader, choice)
+            for choice, request_id in enumerate([request.request_id, *request.choice_ids])
+        }
+
+    async def answer(self, prepared: PreparedGeneration) -> Completion:
+        """The whole answers: the pieces of `stream`, joined."""
+        num_choices = 1 + len(prepared.request.choice_ids)
+        texts: list[list[str]] = [[] for _ in range(num_choices)]
+        logprobs: list[list[TokenEntry]] = [[] for _ in range(num_choices)]
+        answers: dict[int, Answer] = {}
         async with contextlib.aclosing(self.stream(prepared)) as events:
             async for event in events:
-                logprobs += event.logprobs
+                if isinstance(event, End):
+                    return Completion(tuple(answers[i] for i in range(num_choices)), event.usage)
+                choice = event.choice
+                logprobs[choice] += event.logprobs
                 if isinstance(event, Finish):
-                    return Answer("".join(texts), event, tuple(logprobs))
-                texts.append(event.text)
-        raise AssertionError("a stream of events ends with a Finish or an error")
+                    text = "".join(texts[choice])
+                    answers[choice] = Answer(text, event, tuple(logprobs[choice]))
+                else:
+                    texts[choice].append(event.text)
+        raise AssertionError("a stream of events ends with an End or an error")
 
     async def _prompt(self, request: GenerationRequest, max_model_len: int) -> PreparedPrompt:
         num_chars = sum(len(message.text) for message in request.messages)
@@ -262,84 +272,36 @@ class Generator:
             raise NotReadyError("the server is stopping: try again", retry_after_s=1.0) from error
 
 
-class GrowingAnswer:
-    """Turns the engine's outputs for one request into events."""
+async def _next_output(
+    outputs: AsyncGenerator[SequenceOutput, None], deadline: float
+) -> SequenceOutput:
+    """The engine's next output. Raises DeadlineError, or InternalError if there is none."""
+    async with _until(deadline):
+        try:
+            return await anext(outputs)
+        except StopAsyncIteration:
+            raise InternalError("the engine ended the request without an answer") from None
 
-    def __init__(
-        self, prepared: PreparedGeneration, processor: Processor, reader: TokenReader
-    ) -> None:
-        self._text = Detokenizer(processor.tokenizer, special_ids=processor.special_ids)
-        self._stops = StopStrings(prepared.stop)
-        self._reader = reader
-        self._end_of_message_id = processor.end_of_message_id
-        self._num_prompt = len(prepared.request.prompt_token_ids)
-        self._min_tokens = prepared.request.sampling.min_tokens
-        self._num_tokens = 0
-        self._num_cached = 0
-        self._untold: list[TokenEntry] = []
 
-    def take(self, output: SequenceOutput) -> list[Event]:
-        """The text that became due, then a Finish if this is the end.
+@contextlib.asynccontextmanager
+async def _until(deadline: float) -> AsyncGenerator[None, None]:
+    """Raise DeadlineError where the block takes longer."""
+    try:
+        async with asyncio.timeout_at(None if deadline == math.inf else deadline) as scope:
+            yield
+    except TimeoutError as error:
+        if not scope.expired():
+            raise
+        raise DeadlineError(
+            "the request took longer than its timeout: ask for fewer tokens, raise timeout_s or"
+            " start the server with a larger --max-request-time"
+        ) from error
 
-        A stop string ends the answer at the token that completes it: later
-        tokens of the same output are neither shown nor counted.
-        Raises InternalError if the engine aborted the request.
-        """
-        if output.finish_reason == "abort":
-            raise InternalError("the engine aborted the request")
-        self._num_cached += output.num_cached_tokens  # told once, with the first output
-        num_shown = len(output.token_ids) - (output.finish_reason == "stop")
-        text = ""
-        for place in range(num_shown):
-            self._count(output, place)
-            piece = self._cut(self._text.push(output.token_ids[place]).text)
-            text += piece.text
-            if piece.stop is not None:
-                return [*self._delta(text), self._finish("stop", piece.stop)]
-        return self._delta(text) if output.finish_reason is None else self._end(text, output)
 
-    def _count(self, output: SequenceOutput, place: int) -> None:
-        self._num_tokens += 1
-        if output.logprobs:
-            token_id, logprobs = output.token_ids[place], output.logprobs[place]
-            self._untold.append(self._reader.entry(token_id, logprobs))
-
-    def _cut(self, text: str) -> Piece:
-        """What of the text is due; the text of the first min_tokens tokens stops nothing."""
-        if not text or self._num_tokens <= self._min_tokens:
-            return Piece(text)
-        return self._stops.push(text)
-
-    def _end(self, text: str, output: SequenceOutput) -> list[Event]:
-        tail = self._cut(self._text.flush().text)
-        held = self._stops.flush() if tail.stop is None else ""
-        events = self._delta(text + tail.text + held)
-        if output.finish_reason == "stop":
-            self._count(output, -1)
-        if tail.stop is not None:
-            return [*events, self._finish("stop", tail.stop)]
-        if output.finish_reason == "length":
-            return [*events, self._finish("length", None)]
-        is_end_of_message = output.token_ids[-1:] == [self._end_of_message_id]
-        return [*events, self._finish("stop", output.stop_token_id, is_end_of_message)]
-
-    def _delta(self, text: str) -> list[Event]:
-        return [TextDelta(text, self._tell())] if text else []
-
-    def _finish(
-        self,
-        reason: Literal["stop", "length"],
-        stop_reason: str | int | None,
-        is_end_of_message: bool = False,
-    ) -> Finish:
-        usage = Usage(self._num_prompt, self._num_tokens, self._num_cached)
-        return Finish(reason, stop_reason, usage, is_end_of_message, self._tell())
-
-    def _tell(self) -> tuple[TokenEntry, ...]:
-        """The entries that no event has told of yet."""
-        entries = tuple(self._untold)
-        self._untold.clear()
-        return entries
+def _total(usages: dict[int, Usage]) -> Usage:
+    """The usage of a request: its prompt counts once."""
+    completion_tokens = sum(usage.completion_tokens for usage in usages.values())
+    return replace(usages[0], completion_tokens=completion_tokens)
 
 
 def api_error_of(error: EngineError) -> ApiError:

@@ -124,6 +124,14 @@ NumImageBlocks = Annotated[
         min=1, help="Image tiles that fit the cache at once.", rich_help_panel=ENGINE_PANEL
     ),
 ]
+MaxRequestTime = Annotated[
+    float,
+    typer.Option(
+        min=0.001,
+        help="Longest time of a request in seconds, from its arrival to the end of its answer.",
+        rich_help_panel=HTTP_PANEL,
+    ),
+]
 PrefixCache = Annotated[
     bool,
     typer.Option(

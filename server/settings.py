@@ -22,6 +22,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     the first is the name in answers, all are taken in requests. listen_fd: the
     inherited listening socket. first_output_wait_s: how long a stream waits for
     its first token before its headers go out, so that a refusal still has a status.
+    max_request_time_s: from a request's arrival to the end of its answer; a request's
+    own timeout_s may be shorter.
     """
 
     model: str
@@ -40,6 +42,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     heartbeat_timeout_s: Seconds = 2.0
     graceful_shutdown_timeout_s: Seconds = 10.0
     image_deadline_s: Seconds = 30.0
+    max_request_time_s: Seconds = 600.0
     images: ImageSettings = msgspec.field(default_factory=ImageSettings)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from support.http_side import meta_like_tokenizer
 
 from vlmserve.router.messages import AddRequest, SequenceOutput
+from vlmserve.server.answers import Finish, GrowingAnswer, TextDelta
 from vlmserve.server.detokenizer import Detokenizer, StopStrings
 from vlmserve.server.errors import InternalError
-from vlmserve.server.generation import Finish, GrowingAnswer, PreparedGeneration, TextDelta
 from vlmserve.server.logprobs import TokenReader
 from vlmserve.server.prompt import Processor
 
@@ -155,7 +155,7 @@ def test_stop_strings_cut_like_a_search_in_the_whole_text(chunks, stops):
 def growing(stops=()):
     request = AddRequest(request_id="r", prompt_token_ids=[1, 2, 3], max_tokens=10)
     processor = Processor(TOKENIZER, None, [EOT])
-    return GrowingAnswer(PreparedGeneration(request, tuple(stops)), processor, READER)
+    return GrowingAnswer(request, stops, processor, READER)
 
 
 def output(token_ids, finish_reason=None, stop_token_id=None):

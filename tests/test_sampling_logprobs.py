@@ -25,7 +25,7 @@ from vlmserve.models.batch import SamplingContext, SamplingParams, TokenLogprobs
 from vlmserve.models.logprobs import RawLogprobs
 from vlmserve.models.sampling import sample
 from vlmserve.router.messages import AddRequest, SequenceOutput
-from vlmserve.server.generation import Finish, GrowingAnswer, PreparedGeneration, TextDelta
+from vlmserve.server.answers import Finish, GrowingAnswer, TextDelta
 from vlmserve.server.logprobs import TokenReader
 from vlmserve.server.prompt import Processor
 from vlmserve.server.settings import ServerSettings
@@ -155,9 +155,7 @@ def growing(stops: tuple[str, ...] = (), **sampling: Any) -> GrowingAnswer:
         max_tokens=99,
         sampling=SamplingParams(num_logprobs=2, **sampling),
     )
-    return GrowingAnswer(
-        PreparedGeneration(request, stops), Processor(TOKENIZER, None, [EOT]), READER
-    )
+    return GrowingAnswer(request, stops, Processor(TOKENIZER, None, [EOT]), READER)
 
 
 def told(event: TextDelta | Finish) -> list[int]:

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import orjson
 from sanic import HTTPResponse, Request
 
+from ..answers import Event
 from ..errors import ApiError, InternalError, nested_body
-from ..generation import Event, PreparedGeneration
+from ..generation import PreparedGeneration
 from .services import services_of
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 class Answers(Protocol):
     """The shapes of one API's chunks."""
 
-    def first(self) -> dict[str, Any]: ...
+    def first(self) -> list[dict[str, Any]]: ...
     def chunks(self, event: Event) -> list[dict[str, Any]]: ...
 
 
@@ -70,10 +71,10 @@ async def _send_events(
 ) -> None:
     """Send every event's chunks; an error becomes the last frame."""
     try:
-        await response.send(frame(answers.first()))
-        await response.send(_frames(answers, await first))
+        await _send_chunks(response, answers.first())
+        await _send_chunks(response, answers.chunks(await first))
         async for event in events:
-            await response.send(_frames(answers, event))
+            await _send_chunks(response, answers.chunks(event))
     except ApiError as error:
         await response.send(frame(nested_body(error)))
     except Exception:
@@ -81,8 +82,9 @@ async def _send_events(
         await response.send(frame(nested_body(InternalError("internal error"))))
 
 
-def _frames(answers: Answers, event: Event) -> bytes:
-    return b"".join(map(frame, answers.chunks(event)))
+async def _send_chunks(response: HTTPResponse, chunks: list[dict[str, Any]]) -> None:
+    if chunks:
+        await response.send(b"".join(map(frame, chunks)))
 
 
 @contextlib.asynccontextmanager

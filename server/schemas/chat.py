@@ -119,8 +119,10 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
-    # Taken at their neutral value only, see NOT_YET.
     n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    timeout_s: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
+    # Taken at their neutral value only, see NOT_YET.
     prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
@@ -144,7 +146,6 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
 
 # What each field may hold besides null until it is built.
 NOT_YET: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
     "tools": ([],),
@@ -178,6 +179,9 @@ def chat_generation(body: ChatCompletionRequest) -> GenerationRequest:
         stop=_stops(body.stop),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
+        num_choices=body.n or 1,
+        priority=body.priority or 0,
+        timeout_s=body.timeout_s,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..generation import Answer, Finish, TextDelta, Usage
+from ..answers import Answer, Completion, End, Event, TextDelta, Usage
 from ..logprobs import TokenEntry, TokenLogprob
 
 
@@ -25,49 +25,45 @@ class ChatAnswers:
 
     model: str
     include_usage: bool = False
+    num_choices: int = 1
     id: str = field(default_factory=_new_id)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def plain(self, answer: Answer) -> dict[str, Any]:
-        """The whole answer, as api-reference.txt shows it."""
+    def plain(self, completion: Completion) -> dict[str, Any]:
+        """The whole answers, as api-reference.txt shows them."""
         return {
             "id": self.id,
             "object": "chat.completion",
             "created": self.created,
             "model": self.model,
-            "choices": [
-                {
-                    "index": 0,
-                    "message": {"role": "assistant", "content": answer.text},
-                    "logprobs": _logprobs(answer.logprobs),
-                    "finish_reason": answer.finish.reason,
-                    "stop_reason": answer.finish.stop_reason,
-                }
-            ],
-            "usage": _usage(answer.finish.usage),
+            "choices": [_choice(index, answer) for index, answer in enumerate(completion.answers)],
+            "usage": _usage(completion.usage),
             "prompt_logprobs": None,
         }
 
-    def first(self) -> dict[str, Any]:
-        """The chunk before any text."""
-        return self._chunk({"role": "assistant", "content": ""})
+    def first(self) -> list[dict[str, Any]]:
+        """The chunks before any text, one a choice."""
+        delta = {"role": "assistant", "content": ""}
+        return [self._chunk(choice, delta) for choice in range(self.num_choices)]
 
-    def chunks(self, event: TextDelta | Finish) -> list[dict[str, Any]]:
+    def chunks(self, event: Event) -> list[dict[str, Any]]:
         """The chunks that tell of one event."""
         if isinstance(event, TextDelta):
-            return [self._chunk({"content": event.text}, event.logprobs)]
-        last = self._chunk({}, event.logprobs, event.reason, event.stop_reason)
-        return [last, self._usage_chunk(event.usage)] if self.include_usage else [last]
+            return [self._chunk(event.choice, {"content": event.text}, event.logprobs)]
+        if isinstance(event, End):
+            return [self._usage_chunk(event.usage)] if self.include_usage else []
+        return [self._chunk(event.choice, {}, event.logprobs, event.reason, event.stop_reason)]
 
     def _chunk(
         self,
+        index: int,
         delta: dict[str, str],
         logprobs: Sequence[TokenEntry] = (),
         finish_reason: str | None = None,
         stop_reason: str | int | None = None,
     ) -> dict[str, Any]:
         choice = {
-            "index": 0,
+            "index": index,
             "delta": delta,
             "logprobs": _logprobs(logprobs),
             "finish_reason": finish_reason,
@@ -89,6 +85,16 @@ class ChatAnswers:
             "model": self.model,
             "choices": choices,
         }
+
+
+def _choice(index: int, answer: Answer) -> dict[str, Any]:
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": answer.text},
+        "logprobs": _logprobs(answer.logprobs),
+        "finish_reason": answer.finish.reason,
+        "stop_reason": answer.finish.stop_reason,
+    }
 
 
 def _logprobs(entries: Sequence[TokenEntry]) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..generation import Answer, Finish, TextDelta
+from ..answers import Completion, End, Event, Finish, TextDelta
 from ..logprobs import TokenEntry
 
 
@@ -20,8 +20,9 @@ class StackAnswers:
 
     is_new: bool
 
-    def plain(self, answer: Answer) -> dict[str, Any]:
+    def plain(self, completion: Completion) -> dict[str, Any]:
         """The whole answer, as api-reference.txt shows it."""
+        answer = completion.answers[0]
         message: dict[str, Any] = {
             "role": "assistant",
             "content": answer.text,
@@ -31,12 +32,14 @@ class StackAnswers:
             message["tool_calls"] = []
         return {"completion_message": message, "logprobs": _logprobs(answer.logprobs)}
 
-    def first(self) -> dict[str, Any]:
+    def first(self) -> list[dict[str, Any]]:
         """The event before any text."""
-        return self._event("start", "")
+        return [self._event("start", "")]
 
-    def chunks(self, event: TextDelta | Finish) -> list[dict[str, Any]]:
+    def chunks(self, event: Event) -> list[dict[str, Any]]:
         """The events that tell of one event of the answer."""
+        if isinstance(event, End):
+            return []
         if isinstance(event, TextDelta):
             return [self._event("progress", event.text, event.logprobs)]
         return [self._event("complete", "", event.logprobs, _stop_reason(event))]

@@ -165,6 +165,7 @@ class ScriptedEngine:
         self.stats = EngineStats(num_running=1, text_blocks_used=1, text_blocks_total=4)
         self.requests: list[AddRequest] = []
         self.aborted: list[str] = []
+        self.open: set[str] = set()
         self.info: EngineReady | None = EngineReady(
             pid=1,
             max_model_len=max_model_len,
@@ -181,20 +182,31 @@ class ScriptedEngine:
         # As over a real wire: what cannot be encoded never arrives.
         msgspec.msgpack.encode(request)
         self.requests.append(request)
-        is_finished = False
+        choice_ids = [request.request_id, *request.choice_ids]
+        self.open |= set(choice_ids)
         try:
             for item in self.script(request):
                 if isinstance(item, EngineError):
-                    is_finished = True
+                    self.open.clear()
                     raise item
                 if isinstance(item, SequenceOutput):
-                    is_finished = item.finish_reason is not None
-                    yield item
+                    # A script names a choice by its number; without one it is the first.
+                    choice = int(item.request_id) if item.request_id.isdigit() else 0
+                    request_id = choice_ids[choice]
+                    if item.finish_reason is not None:
+                        self.open.discard(request_id)
+                    yield msgspec.structs.replace(item, request_id=request_id)
                 else:
                     await asyncio.sleep(item)
         finally:
-            if not is_finished:
-                self.aborted.append(request.request_id)
+            for request_id in choice_ids:
+                self.leave(request_id)
+
+    def leave(self, request_id: str) -> None:
+        """Keep the id of a request that is left before its end."""
+        if request_id in self.open:
+            self.open.remove(request_id)
+            self.aborted.append(request_id)
 
 
 class OneTileImages:

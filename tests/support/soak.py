@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec.structs import replace
 from support.stepped import MAX_MODEL_LEN, SteppedEngine
 
 from vlmserve.models.batch import ImageTiles, PoolSizes, SamplingParams
@@ -23,6 +24,7 @@ from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine import Engine
 from vlmserve.router.errors import EngineDeadError
 from vlmserve.router.messages import AddRequest, FromEngine, RequestFailed, StepOutputs
+from vlmserve.router.sequence import Sequence
 from vlmserve.tests.helpers_models import count_excuses, image, loaded, prompt
 
 LAYOUT = "tiny"
@@ -105,8 +107,9 @@ class Soak:
         self.report.rss_late = _resident_bytes()
 
     def _add(self, request: AddRequest) -> None:
-        self._answers[request.request_id] = Answer()
-        self._open.add(request.request_id)
+        for request_id in choices_of(request):
+            self._answers[request_id] = Answer()
+            self._open.add(request_id)
         self.engine.add(1, request)
 
     def _abort_one(self) -> None:
@@ -160,6 +163,8 @@ class Soak:
             sampling=sampling,
             max_tokens=int(rng.integers(1, 20)),
             tenant=str(rng.choice(["", "t"])),
+            choice_ids=[f"{name}-{i}" for i in range(1, int(rng.choice([1, 1, 1, 2, 4])))],
+            priority=int(rng.choice([0, 0, 0, 1])),
         )
 
     def _check_pools(self) -> None:
@@ -178,10 +183,11 @@ class Soak:
         alone = ModelRunner(loaded(LAYOUT), PoolPlan(ROOMY_POOLS, MAX_MODEL_LEN))
         for number in range(self._num_requests):
             request = self._draw(number)
-            answer = self._answers[request.request_id]
-            assert answer.ending in ("length", "abort"), f"{request.request_id}: {answer.ending}"
-            self.report.endings[answer.ending] += 1
-            self._check_answer(request, answer, alone)
+            for request_id, solo in zip(choices_of(request), solos_of(request), strict=True):
+                answer = self._answers[request_id]
+                assert answer.ending in ("length", "abort"), f"{request_id}: {answer.ending}"
+                self.report.endings[answer.ending] += 1
+                self._check_answer(solo, answer, alone)
 
     def _check_answer(self, request: AddRequest, answer: Answer, alone: ModelRunner) -> None:
         caches_off = {"prefix_cache": False, "image_cache": False}
@@ -197,6 +203,18 @@ class Soak:
             whole.token_ids, whole.images = request.prompt_token_ids, request.images
             whole.spans = request.spans
             self.report.num_excuses += count_excuses(LAYOUT, whole, answer.token_ids)
+
+
+def choices_of(request: AddRequest) -> list[str]:
+    return [request.request_id, *request.choice_ids]
+
+
+def solos_of(request: AddRequest) -> list[AddRequest]:
+    """One request for each choice that asks for it alone, by the seed that it is given."""
+    return [
+        replace(request, request_id=one.request_id, sampling=one.sampling, choice_ids=[])
+        for one in Sequence.of(1, request)
+    ]
 
 
 def _picture(rng: np.random.Generator) -> ImageTiles:
