@@ -7,9 +7,10 @@ nothing of any wire format, nor of tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
+ToolFormat = Literal["json", "function_tag", "python_list"]
 
 
 @dataclass(slots=True, frozen=True)
@@ -33,11 +34,53 @@ Part = TextPart | ImagePart
 
 
 @dataclass(slots=True, frozen=True)
+class Tool:
+    """A function that the model may ask the client to call.
+
+    parameters: a JSON schema of an object; None means that it takes none.
+    """
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """OpenAI's function object, which chat templates expect; nothing in it is null."""
+        function: dict[str, Any] = {"name": self.name}
+        if self.description is not None:
+            function["description"] = self.description
+        if self.parameters is not None:
+            function["parameters"] = self.parameters
+        return {"type": "function", "function": function}
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of the arguments, an object in any case."""
+        if self.parameters is None:
+            return {"type": "object", "properties": {}, "additionalProperties": False}
+        return {"type": "object"} | self.parameters
+
+
+@dataclass(slots=True, frozen=True)
+class ToolCall:
+    """A call that an earlier answer made; its result is a later message of the role tool."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(slots=True, frozen=True)
 class Message:
-    """One turn: its parts in the order in which the model is to read them."""
+    """One turn: its parts in the order in which the model is to read them.
+
+    tool_calls: what an assistant asked for, behind its text. A message of the
+    role tool holds one call's result.
+    """
 
     role: Role
     parts: tuple[Part, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def text(self) -> str:

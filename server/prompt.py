@@ -10,7 +10,8 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,23 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from ..models.batch import ImageSpan
-from .conversation import ImagePart, Message, with_images_in_front, with_joined_texts
-from .template import (
-    BEGIN_OF_TEXT,
-    IMAGE,
-    ChatTemplate,
-    Clock,
-    RenderedPiece,
-    TemplateRefusedError,
-    render_as_meta,
+from .conversation import (
+    ImagePart,
+    Message,
+    Tool,
+    ToolFormat,
+    with_images_in_front,
+    with_joined_texts,
 )
+from .meta_format import render_as_meta
+from .sentinels import RenderedPiece
+from .template import BEGIN_OF_TEXT, IMAGE, ChatTemplate, Clock, TemplateRefusedError
 
 logger = logging.getLogger(__name__)
 
 TURN_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 END_OF_MESSAGE = "<|eom_id|>"
+PYTHON_TAG = "<|python_tag|>"
 
 SLICE_CHARS = 65_536
 SLICE_SLACK = 16
@@ -73,7 +76,10 @@ class Processor:
         self.eos_token_ids = sorted(set(eos_token_ids) | set(_ids_of(tokenizer, TURN_ENDS)))
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self._mark_ids = {token.content: token_id for token_id, token in added.items()}
+        self._marks = _any_of(self._mark_ids)
         self.end_of_message_id = tokenizer.token_to_id(END_OF_MESSAGE)
+        self.python_tag_id = tokenizer.token_to_id(PYTHON_TAG)
 
     @classmethod
     def from_folder(
@@ -92,15 +98,22 @@ class Processor:
         tokenizer.no_padding()
         return cls(tokenizer, template, _configured_eos_ids(folder), image_position)
 
-    def prepare(self, messages: Sequence[Message], max_tokens: int) -> PreparedPrompt:
+    def prepare(
+        self,
+        messages: Sequence[Message],
+        max_tokens: int,
+        tools: Sequence[Tool] = (),
+        tool_format: ToolFormat = "json",
+    ) -> PreparedPrompt:
         """The prompt's token ids, its image spans, and its images in prompt order.
 
-        max_tokens: how long the prompt may be.
+        max_tokens: how long the prompt may be. tools: what the model is told that
+        it may call, and in which format.
         Raises PromptTooLongError.
         """
         arranged = [with_joined_texts(self._arrange(message)) for message in messages]
-        self._check_size(arranged, max_tokens)
-        token_ids = self._encode(self._render(arranged))
+        self._check_size(arranged, tools, max_tokens)
+        token_ids = self._encode(self._render(arranged, tools, tool_format))
         if len(token_ids) > max_tokens:
             raise PromptTooLongError(_too_long(f"{len(token_ids):,}", max_tokens))
         images = [image for message in arranged for image in message.images]
@@ -109,14 +122,15 @@ class Processor:
     def _arrange(self, message: Message) -> Message:
         return with_images_in_front(message) if self._image_position == "front" else message
 
-    def _check_size(self, messages: Sequence[Message], max_tokens: int) -> None:
+    def _check_size(
+        self, messages: Sequence[Message], tools: Sequence[Tool], max_tokens: int
+    ) -> None:
         """Refuse a hopeless text before it is tokenized to its end, which may be seconds away.
 
         A cut inside a word adds a few tokens, so each slice counts for a few less.
         """
         num_tokens = 0
-        for message in messages:
-            text = message.text.strip()
+        for text in _texts_of(messages, tools):
             if len(text) <= SLICE_CHARS:
                 continue
             for begin in range(0, len(text), SLICE_CHARS):
@@ -125,25 +139,60 @@ class Processor:
                 if num_tokens > max_tokens:
                     raise PromptTooLongError(_too_long(f"over {num_tokens:,}", max_tokens))
 
-    def _render(self, messages: Sequence[Message]) -> list[RenderedPiece]:
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Tool], tool_format: ToolFormat
+    ) -> list[RenderedPiece]:
         """By the checkpoint's template, and where that cannot, in Meta's format."""
-        if self._template is None:
-            return render_as_meta(messages)
+        if self._template is None or (tools and tool_format != "json"):
+            return render_as_meta(messages, tools, tool_format)
         try:
-            return self._template.render(messages)
+            return self._template.render(messages, tools)
         except TemplateRefusedError as error:
             logger.debug("chat template refused, using Meta's format: %s", error)
-            return render_as_meta(messages)
+            return render_as_meta(messages, tools, tool_format)
 
     def _encode(self, pieces: Sequence[RenderedPiece]) -> list[int]:
-        """Each piece by itself, as Meta's ChatFormat does; one BOS in front."""
+        """The template's marks by name, all between two of them as one text; one BOS in front.
+
+        So the tokens are those of the whole rendering, wherever a user's text begins in it.
+        """
         token_ids: list[int] = []
-        for piece in pieces:
-            tokenizer = self.tokenizer if piece.is_template else self._plain
-            token_ids += _encode(tokenizer, piece.text)
+        text = ""
+        for part, is_mark in self._parts(pieces):
+            if not is_mark:
+                text += part
+                continue
+            token_ids += _encode(self._plain, text)
+            token_ids.append(self._mark_ids[part])
+            text = ""
+        token_ids += _encode(self._plain, text)
         if self._bos_id is not None and token_ids[:1] != [self._bos_id]:
             token_ids.insert(0, self._bos_id)
         return token_ids
+
+    def _parts(self, pieces: Sequence[RenderedPiece]) -> Iterator[tuple[str, bool]]:
+        """The rendering cut at the template's marks; True for a mark."""
+        for piece in pieces:
+            if not piece.is_template:
+                yield piece.text, False
+                continue
+            for number, part in enumerate(self._marks.split(piece.text)):
+                yield part, number % 2 == 1
+
+
+def _texts_of(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[str]:
+    """Every text of the client's that a prompt will hold, about as long as there."""
+    for message in messages:
+        yield message.text.strip()
+        yield from (json.dumps(call.arguments, ensure_ascii=False) for call in message.tool_calls)
+    yield from (json.dumps(tool.definition, ensure_ascii=False) for tool in tools)
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Finds the names of added tokens, the longest where one begins another."""
+    longest_first = sorted(names, key=len, reverse=True)
+    # Without names, one that never matches.
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
 
 def image_spans(token_ids: Sequence[int], image_id: int | None) -> list[ImageSpan]:
@@ -176,6 +225,8 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    if not text:
+        return []
     # As a batch: only that lets other threads run meanwhile, the event loop's among them.
     token_ids: list[int] = tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
     return token_ids

@@ -1,36 +1,24 @@
-"""Renders a conversation as pieces: the template's own text, and the users' text.
+"""Renders a conversation by the checkpoint's chat template, run in jinja2's sandbox.
 
-Owns the checkpoint's chat template (run in jinja2's sandbox) and Meta's format,
-which takes over where the template cannot serve. User text never passes through
-the template: a sentinel stands for it, so that no text can act as a special
-token. Knows nothing of token ids.
+User text never passes through the template: a sentinel stands for it, so that
+no text, tool or call can act as a special token. Knows nothing of token ids.
 """
 
 from __future__ import annotations
 
 import datetime
-import re
-import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .conversation import ImagePart, Message, TextPart
+from .conversation import ImagePart, Message, Tool
+from .sentinels import LostTextError, RenderedPiece, Sentinels
 
 IMAGE = "<|image|>"
 BEGIN_OF_TEXT = "<|begin_of_text|>"
 Clock = Callable[[], datetime.datetime]
-
-
-@dataclass(slots=True, frozen=True)
-class RenderedPiece:
-    """A part of a prompt; is_template says that its special tokens are special."""
-
-    text: str
-    is_template: bool
 
 
 class TemplateRefusedError(Exception):
@@ -50,31 +38,52 @@ class ChatTemplate:
     ) -> None:
         self._now = now
         self._special_tokens = special_tokens
+        self._takes_tools = "tools" in source and "tool_calls" in source
         self._template = self._compile(source)
 
-    def render(self, messages: Sequence[Message]) -> list[RenderedPiece]:
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = ()
+    ) -> list[RenderedPiece]:
         """The prompt in pieces, up to and with the assistant's header.
 
         Raises TemplateRefusedError where the template cannot take the
-        conversation (the published one refuses a system message with an image).
+        conversation (the published one refuses a system message with an image,
+        and several calls in one turn).
         """
-        sentinels = _Sentinels()
+        self._check_tools(messages, tools)
+        sentinels = Sentinels()
         turns = [_as_template_turn(message, sentinels) for message in messages]
+        offered = {"tools": [sentinels.hide_all(tool.definition) for tool in tools]}
         try:
             text = self._template.render(
-                messages=turns, add_generation_prompt=True, **self._special_tokens
+                messages=turns,
+                add_generation_prompt=True,
+                **(offered if tools else {}),
+                **self._special_tokens,
             )
+            pieces = sentinels.split(text)
+        except LostTextError as error:
+            raise TemplateRefusedError(str(error)) from error
         except Exception as error:
             # A template is a program of the checkpoint's: it may fail in any way.
             raise TemplateRefusedError(f"{type(error).__name__}: {error}") from error
-        pieces = sentinels.split(text)
         _check_images(pieces, sum(len(message.images) for message in messages))
         return pieces
+
+    def _check_tools(self, messages: Sequence[Message], tools: Sequence[Tool]) -> None:
+        """Refuse what a template would lose or put into another's mouth, without a word."""
+        uses_tools = any(message.tool_calls or message.role == "tool" for message in messages)
+        if (tools or uses_tools) and not self._takes_tools:
+            raise TemplateRefusedError("the template knows no tools")
+        first = next((message for message in messages if message.role != "system"), None)
+        if tools and (first is None or first.role != "user"):
+            raise TemplateRefusedError("tools stand in the first user message: there is none")
 
     def _compile(self, source: str) -> Template:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
+        environment.filters["tojson"] = Sentinels.tojson
         environment.globals["raise_exception"] = _raise_template_error
         environment.globals["strftime_now"] = lambda form: self._now().strftime(form)
         try:
@@ -83,72 +92,33 @@ class ChatTemplate:
             raise ValueError(f"the chat template does not compile: {error}") from error
 
 
-def render_as_meta(messages: Sequence[Message]) -> list[RenderedPiece]:
-    """The prompt in Meta's ChatFormat: no preamble, no date, every role with images."""
-    pieces = [RenderedPiece(BEGIN_OF_TEXT, is_template=True)]
-    for message in messages:
-        pieces.append(_header(message.role))
-        pieces.extend(_meta_part(part) for part in message.parts)
-        pieces.append(RenderedPiece("<|eot_id|>", is_template=True))
-    pieces.append(_header("assistant"))
-    return pieces
-
-
-def _header(role: str) -> RenderedPiece:
-    return RenderedPiece(f"<|start_header_id|>{role}<|end_header_id|>\n\n", is_template=True)
-
-
-def _meta_part(part: TextPart | ImagePart) -> RenderedPiece:
-    if isinstance(part, ImagePart):
-        return RenderedPiece(IMAGE, is_template=True)
-    return RenderedPiece(part.text.strip(), is_template=False)
-
-
-class _Sentinels:
-    """Stands an unguessable word for each user text, and finds them again.
-
-    Letters and digits only, so that no filter of a template changes them.
-    """
-
-    _NONCE = secrets.token_hex(16)
-    _PATTERN = re.compile(f"s{_NONCE}x([0-9]+)e")
-
-    def __init__(self) -> None:
-        self._texts: list[str] = []
-
-    def hide(self, text: str) -> str:
-        """The word that stands for text; an empty text needs none."""
-        text = text.strip()
-        if not text:
-            return ""
-        self._texts.append(text)
-        return f"s{self._NONCE}x{len(self._texts) - 1}e"
-
-    def split(self, rendered: str) -> list[RenderedPiece]:
-        """The rendered text in pieces, with the user's texts back in place."""
-        parts = self._PATTERN.split(rendered)
-        if [int(index) for index in parts[1::2]] != list(range(len(self._texts))):
-            raise TemplateRefusedError("the template lost, doubled or moved a text")
-        pieces = [
-            RenderedPiece(part if number % 2 == 0 else self._texts[int(part)], number % 2 == 0)
-            for number, part in enumerate(parts)
-        ]
-        return [piece for piece in pieces if piece.text]
-
-
-def _as_template_turn(message: Message, sentinels: _Sentinels) -> dict[str, Any]:
+def _as_template_turn(message: Message, sentinels: Sentinels) -> dict[str, Any]:
     """The message as templates expect it: a string, or a list where it has images."""
+    if message.role == "tool":
+        return {"role": "tool", "content": sentinels.hide(message.text)}
     if not message.images:
-        return {"role": message.role, "content": sentinels.hide(message.text)}
+        turn = {"role": message.role, "content": sentinels.hide(message.text.strip())}
+        return turn | _as_template_calls(message, sentinels)
     return {
         "role": message.role,
         "content": [
             {"type": "image"}
             if isinstance(part, ImagePart)
-            else {"type": "text", "text": sentinels.hide(part.text)}
+            else {"type": "text", "text": sentinels.hide(part.text.strip())}
             for part in message.parts
         ],
     }
+
+
+def _as_template_calls(message: Message, sentinels: Sentinels) -> dict[str, Any]:
+    # Templates ask whether the key is there at all.
+    if not message.tool_calls:
+        return {}
+    functions = [
+        {"name": sentinels.hide_all(call.name), "arguments": sentinels.hide_all(call.arguments)}
+        for call in message.tool_calls
+    ]
+    return {"tool_calls": [{"type": "function", "function": one} for one in functions]}
 
 
 def _check_images(pieces: Sequence[RenderedPiece], num_images: int) -> None:

@@ -11,8 +11,9 @@ from vlmserve.models import bundled
 from vlmserve.models.batch import ImageSpan
 from vlmserve.server import prompt
 from vlmserve.server.conversation import ImagePart, Message, TextPart
+from vlmserve.server.meta_format import render_as_meta
 from vlmserve.server.prompt import Processor, PromptTooLongError, image_spans
-from vlmserve.server.template import ChatTemplate, TemplateRefusedError, render_as_meta
+from vlmserve.server.template import ChatTemplate, TemplateRefusedError
 
 IMAGE = 128256
 QUESTION = "What is in this image?"
