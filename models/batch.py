@@ -125,6 +125,32 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top_logprobs: list[float]
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True):
+    """The same at one token of the prompt, given all that stands before it.
+
+    rank: of this token among all, the likeliest is 1; equals share the better rank.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(slots=True, frozen=True)
+class PromptTargets:
+    """Which tokens of the prompt a chunk is to tell the log-probabilities of.
+
+    token_ids are what follows the chunk's tokens first, first + 1, ... (counted in
+    the chunk). num_top: how many of the likeliest tokens are told beside each.
+    """
+
+    first: int
+    token_ids: list[int]
+    num_top: int
+
+
 @dataclass(slots=True)
 class ScheduledSequence:
     """What one sequence runs in one step.
@@ -135,7 +161,8 @@ class ScheduledSequence:
     does not reach the end of the sequence: nothing is sampled for it.
     `sample_index` counts the tokens generated before this one (0 for the first);
     it picks the place in the request's own random stream. `context` is None where
-    the choice depends on the logits alone.
+    the choice depends on the logits alone, `prompt` where no log-probabilities of
+    the prompt are due.
     """
 
     request_id: str
@@ -146,6 +173,7 @@ class ScheduledSequence:
     sampling: SamplingParams | None = None
     sample_index: int = 0
     context: SamplingContext | None = None
+    prompt: PromptTargets | None = None
 
 
 @dataclass(slots=True)
@@ -185,12 +213,14 @@ class StepResult:
     """What one model step sampled: request_id -> token_id.
 
     Holds an entry for each sequence of the batch whose `sampling` was set, and in
-    `logprobs` for those that asked for them.
+    `logprobs` for those that asked for them. prompt_logprobs: for each sequence with
+    `prompt` one entry a target, None at `<|image|>`, which has no logit.
     """
 
     token_ids: dict[str, int]
     vision_seconds: float = 0.0
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[PromptLogprobs | None]] = field(default_factory=dict)
 
 
 @dataclass(slots=True, frozen=True)

@@ -1,21 +1,24 @@
 """Tells how likely chosen tokens and their rivals were, by the model's own logits.
 
-Owns log-probabilities for the rows that ask for them. They are of the raw logits, before penalties,
-biases, bans and temperature: what the model thinks, the same whatever the sampling parameters, and
-as vLLM defines them. Knows nothing of how a token is chosen.
+Owns log-probabilities for the rows that ask for them, and for prompts. They are of the raw logits,
+before penalties, biases, bans and temperature: what the model thinks, the same whatever the
+sampling parameters, and as vLLM defines them. Knows nothing of how a token is chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .batch import SamplingParams, TokenLogprobs
+from .batch import PromptLogprobs, PromptTargets, SamplingParams, TokenLogprobs
 
 # JSON has no -inf.
 LOWEST_LOGPROB = -9999.0
+
+# Rows of a prompt at a time: 131 MB of float32 logits for a vocabulary of 128,256.
+PROMPT_ROWS = 256
 
 
 class RawLogprobs:
@@ -44,3 +47,33 @@ class RawLogprobs:
                 self._counts.items(), chosen, tops, strict=True
             )
         }
+
+
+def prompt_logprobs(
+    hidden: Tensor, targets: PromptTargets, logits_of: Callable[[Tensor], Tensor]
+) -> list[PromptLogprobs | None]:
+    """One entry a target; None where the target has no logit, as `<|image|>`.
+
+    hidden: [num_targets, hidden_size], of the tokens before the targets; logits_of:
+    hidden rows -> float32 [num_rows, vocab_size], asked for PROMPT_ROWS rows at a time.
+    """
+    entries: list[PromptLogprobs | None] = []
+    for begin in range(0, len(targets.token_ids), PROMPT_ROWS):
+        end = begin + PROMPT_ROWS
+        logits = logits_of(hidden[begin:end])
+        entries += _of_rows(logits, targets.token_ids[begin:end], targets.num_top)
+    return entries
+
+
+def _of_rows(logits: Tensor, token_ids: list[int], num_top: int) -> Iterator[PromptLogprobs | None]:
+    vocab_size = logits.shape[-1]
+    logprobs = logits.log_softmax(dim=-1).clamp_(min=LOWEST_LOGPROB)
+    at = torch.tensor([min(one, vocab_size - 1) for one in token_ids], device=logits.device)
+    chosen = logprobs.gather(-1, at[:, None])
+    ranks = ((logprobs > chosen).sum(dim=-1) + 1).tolist()
+    top = logprobs.topk(min(num_top, vocab_size), dim=-1)
+    tops = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    rows = zip(token_ids, chosen.squeeze(1).tolist(), ranks, tops, strict=True)
+    for token_id, logprob, rank, (ids, values) in rows:
+        has_logit = token_id < vocab_size
+        yield PromptLogprobs(token_id, logprob, rank, ids, values) if has_logit else None

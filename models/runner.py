@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import MllamaConfig
 
 from .attention import get_backend
-from .batch import ModelInfo, ScheduledSequence, StepBatch, StepResult
+from .batch import ModelInfo, PromptLogprobs, ScheduledSequence, StepBatch, StepResult
 from .cache import (
     KVPools,
     PagedCache,
@@ -30,7 +30,7 @@ from .cache import (
 from .errors import StepError
 from .inputs import StepInputs, image_slots, pack
 from .loading import LoadedModel, load_model
-from .logprobs import RawLogprobs
+from .logprobs import RawLogprobs, prompt_logprobs
 from .pools import PoolPlan, PoolRequest, default_budget_bytes, plan_pools
 from .sampling import sample
 from .vision import VisionEncoder
@@ -132,6 +132,7 @@ class ModelRunner:
         inputs = self._pack(batch)
         hidden = self._forward(batch, inputs, vision_states)
         result = self._sample(hidden, inputs)
+        result.prompt_logprobs = self._prompt_logprobs(hidden, batch)
         result.vision_seconds = vision_seconds
         return result
 
@@ -221,6 +222,20 @@ class ModelRunner:
             token_ids=dict(zip((s.request_id for s in sequences), token_ids.tolist(), strict=True)),
             logprobs={sequences[row].request_id: one for row, one in logprobs.items()},
         )
+
+    def _prompt_logprobs(
+        self, hidden: Tensor, batch: StepBatch
+    ) -> dict[str, list[PromptLogprobs | None]]:
+        """request_id -> an entry a target, for the sequences that have some."""
+        told = {}
+        begin = 0
+        for sequence in batch.sequences:
+            if targets := sequence.prompt:
+                first = begin + targets.first
+                rows = hidden[first : first + len(targets.token_ids)]
+                told[sequence.request_id] = prompt_logprobs(rows, targets, self._logits)
+            begin += len(sequence.token_ids)
+        return told
 
     def _upload(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
         return torch.from_numpy(array).to(self._loaded.device)

@@ -153,6 +153,10 @@ class Engine:
             raise RuntimeError(
                 f"the runner sampled {len(result.token_ids)} tokens, {len(expected)} were due"
             )
+        targets = {one.request_id: one.prompt for one in batch.sequences if one.prompt is not None}
+        told = {one: len(entries) for one, entries in result.prompt_logprobs.items()}
+        if told != {one: len(due.token_ids) for one, due in targets.items()}:
+            raise RuntimeError("the runner told other log-probabilities of prompts than were due")
         return result
 
     def close(self, error: EngineError) -> None:
@@ -246,7 +250,7 @@ def _queue_limits(config: EngineConfig) -> QueueLimits:
 
 def _output_of(progress: Progress) -> SequenceOutput:
     sequence = progress.sequence
-    is_first = sequence.num_generated_tokens == len(progress.token_ids)
+    is_first = 0 < len(progress.token_ids) == sequence.num_generated_tokens
     return SequenceOutput(
         request_id=sequence.request_id,
         token_ids=progress.token_ids,
@@ -254,6 +258,7 @@ def _output_of(progress: Progress) -> SequenceOutput:
         finish_reason=progress.finish_reason,
         stop_token_id=progress.stop_token_id,
         logprobs=[] if progress.logprobs is None else [progress.logprobs],
+        prompt_logprobs=sequence.prompt_logprobs if is_first else None,
     )
 
 

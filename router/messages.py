@@ -6,7 +6,7 @@ Owns the wire's types. Knows nothing of tensors, text or HTTP. A frame is a
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -15,6 +15,7 @@ from ..models.batch import (
     ImageTiles,
     NonNegative,
     Positive,
+    PromptLogprobs,
     SamplingParams,
     TokenLogprobs,
 )
@@ -32,6 +33,8 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     the one of lower priority runs first. images and
     spans run in parallel, in prompt order. A token in `eos_token_ids` ends the
     turn (stop_token_id None in the answer), one in `stop_token_ids` is reported.
+    num_prompt_logprobs: how many of the likeliest tokens are told beside each token of
+    the prompt, with the first choice's first output; None tells of none.
     """
 
     request_id: str
@@ -45,6 +48,7 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     tenant: str = ""
     choice_ids: list[str] = []
     priority: int = 0
+    num_prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
 
 
 class AbortRequests(msgspec.Struct, tag="abort"):
@@ -99,7 +103,8 @@ class SequenceOutput(msgspec.Struct, kw_only=True):
     request goes on. stop_token_id is set where one of the request's own
     stop_token_ids matched. logprobs holds one entry a token where the request
     asked for them, else none. num_cached_tokens comes with the first output: how
-    many of the prompt's tokens the prefix cache had.
+    many of the prompt's tokens the prefix cache had. So does prompt_logprobs, where
+    asked for: an entry a token, None at the first and at `<|image|>`.
     """
 
     request_id: str
@@ -108,6 +113,7 @@ class SequenceOutput(msgspec.Struct, kw_only=True):
     stop_token_id: int | None = None
     logprobs: list[TokenLogprobs] = []
     num_cached_tokens: NonNegative = 0
+    prompt_logprobs: list[PromptLogprobs | None] | None = None
 
 
 class StepOutputs(msgspec.Struct, tag="step", kw_only=True):

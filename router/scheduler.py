@@ -188,6 +188,7 @@ class Scheduler:
                 sampling=sequence.sampling if is_last_chunk else None,
                 sample_index=sequence.num_generated_tokens,
                 context=sequence.sampling_context() if is_last_chunk else None,
+                prompt=sequence.prompt_targets(start, end),
             )
         )
         step.sequences.append(sequence)
@@ -288,14 +289,14 @@ class Scheduler:
             self._wait(follower)
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """The blocks that are here of the beginning of `sequence`, without its last token.
+        """The blocks that are here of the beginning of `sequence`, as far as it may use them.
 
         Cut where the first token behind them sees more images that are not here than a
         step may encode: that token could never be computed.
         """
         if not self._limits.prefix_cache:
             return []
-        num_whole = (sequence.num_tokens - 1) // self._block_size
+        num_whole = sequence.num_reusable_tokens // self._block_size
         found = self.text_pool.find(sequence.full_block_keys(self._block_size)[:num_whole])
         most = self._limits.max_num_batched_images
         while found and self._num_images_due(sequence, len(found) * self._block_size) > most:
@@ -409,6 +410,8 @@ class Scheduler:
     ) -> Progress | None:
         sequence.num_computed_tokens += len(planned.token_ids)
         self._keep(sequence)
+        if planned.prompt is not None and sequence.prompt_logprobs is not None:
+            sequence.prompt_logprobs += result.prompt_logprobs[sequence.sequence_id]
         if planned.sampling is not None:
             self._fork(sequence)
         if sequence.is_aborted:

@@ -14,7 +14,7 @@ from enum import Enum
 
 import msgspec
 
-from ..models.batch import SamplingContext, SamplingParams
+from ..models.batch import PromptLogprobs, PromptTargets, SamplingContext, SamplingParams
 from .blocks import ImageEntry, ImageKey
 from .messages import AddRequest, FinishReason
 from .prefix import extend_block_keys
@@ -44,6 +44,8 @@ class Sequence:
     arrival: counts the requests that were queued before this one's.
     choice: which of the request's answers this is; the first is the leader of the
     others, its followers, until it has computed their prompt or has gone.
+    prompt_logprobs: of the prompt's tokens so far, kept when blocks are given up; None
+    where they are not asked for, and for followers.
     """
 
     sequence_id: str
@@ -69,6 +71,7 @@ class Sequence:
     followers: list[Sequence] = field(default_factory=list)
     leader: Sequence | None = None
     arrival: int = 0
+    prompt_logprobs: list[PromptLogprobs | None] | None = None
 
     def __post_init__(self) -> None:
         request = self.request
@@ -77,6 +80,8 @@ class Sequence:
         self.end_token_ids = frozenset(request.eos_token_ids)
         self.stop_token_ids = frozenset(request.stop_token_ids)
         self.sampling = _sampling_of(request, self.choice)
+        if request.num_prompt_logprobs is not None and self.choice == 0:
+            self.prompt_logprobs = [None]  # nothing stands before the first token
         is_penalized = request.sampling.repetition_penalty != 1.0
         self.penalized_prompt_ids = array("q", set(self.token_ids) if is_penalized else ())
 
@@ -158,6 +163,30 @@ class Sequence:
             generated_token_ids=self.token_ids[num_prompt:] if params.has_penalties else (),
             banned_token_ids=[*self.end_token_ids, *self.stop_token_ids] if is_short else (),
         )
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """How many tokens, from the first, may be taken from a cache.
+
+        The last one is computed in any case: something must be sampled from. So is
+        what stands before a token of the prompt whose log-probability is not known yet.
+        """
+        most = self.num_tokens - 1
+        known = self.prompt_logprobs
+        if known is None or len(known) == len(self.request.prompt_token_ids):
+            return most
+        return min(most, len(known) - 1)
+
+    def prompt_targets(self, start: int, end: int) -> PromptTargets | None:
+        """The log-probabilities that are due when positions start .. end - 1 are computed."""
+        if self.prompt_logprobs is None:
+            return None
+        prompt_token_ids = self.request.prompt_token_ids
+        begin = max(start + 1, len(self.prompt_logprobs))
+        token_ids = prompt_token_ids[begin : end + 1]
+        if not token_ids:
+            return None
+        return PromptTargets(begin - 1 - start, token_ids, self.request.num_prompt_logprobs or 0)
 
     def matched_stop_token_id(self) -> int | None:
         """The last token if it is one of the request's own stops and not an end of turn."""

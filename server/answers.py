@@ -13,7 +13,7 @@ from typing import Literal
 from ..router.messages import AddRequest, SequenceOutput
 from .detokenizer import Detokenizer, Piece, StopStrings
 from .errors import InternalError
-from .logprobs import TokenEntry, TokenReader
+from .logprobs import PromptEntries, TokenEntry, TokenReader
 from .prompt import Processor
 
 
@@ -63,9 +63,13 @@ class Finish:
 
 @dataclass(slots=True, frozen=True)
 class End:
-    """The last event of a request, behind the Finish of each of its choices."""
+    """The last event of a request, behind the Finish of each of its choices.
+
+    prompt_logprobs: an entry a token of the prompt, None where not asked for.
+    """
 
     usage: Usage
+    prompt_logprobs: PromptEntries | None = None
 
 
 Event = TextDelta | Finish | End
@@ -89,6 +93,7 @@ class Completion:
 
     answers: tuple[Answer, ...]
     usage: Usage
+    prompt_logprobs: PromptEntries | None = None
 
 
 class GrowingAnswer:

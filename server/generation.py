@@ -35,7 +35,7 @@ from .errors import (
     OverloadedError,
 )
 from .images.settings import ImageError, ImageRequest, PoolClosed
-from .logprobs import TokenEntry, TokenReader
+from .logprobs import PromptEntries, TokenEntry, TokenReader
 from .metrics import Metrics, RequestTimer
 from .prompt import PreparedPrompt, Processor, PromptTooLongError
 
@@ -44,13 +44,17 @@ logger = logging.getLogger(__name__)
 # Longer texts are tokenized in a thread, so that the event loop goes on.
 MAX_INLINE_CHARS = 4_000
 
+# Log-probabilities of a prompt in one answer: about 5 MB of JSON, a tenth of a second to write.
+MAX_PROMPT_ENTRIES = 65_536
+
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class GenerationRequest:
     """What to generate, however it was asked for. max_tokens None: what the context leaves.
 
     tenant: only with requests of the same tenant are cached pictures and texts shared.
-    num_choices: how many answers to the same prompt. Of requests that wait the one of
+    num_choices: how many answers to the same prompt; num_prompt_logprobs: how many of
+    the likeliest tokens are told beside each token of the prompt. Of requests that wait the one of
     lower priority goes first. timeout_s: from its arrival to the end of its answer.
     """
 
@@ -63,6 +67,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     tenant: str = ""
     num_choices: int = 1
+    num_prompt_logprobs: int | None = None
     priority: int = 0
     timeout_s: float | None = None
 
@@ -153,6 +158,7 @@ class Generator:
         prompt = await self._prompt(request, info.max_model_len)
         max_tokens = _room(request, len(prompt.token_ids), info.max_model_len)
         _check_min_tokens(request.sampling.min_tokens, max_tokens)
+        _check_prompt_logprobs(request, len(prompt.token_ids))
         tiles = await self._tiles(prompt.images, request.tenant)
         added = AddRequest(
             request_id=uuid.uuid4().hex,
@@ -166,6 +172,7 @@ class Generator:
             tenant=request.tenant,
             choice_ids=[uuid.uuid4().hex for _ in range(1, request.num_choices)],
             priority=request.priority,
+            num_prompt_logprobs=request.num_prompt_logprobs,
         )
         return PreparedGeneration(added, request.stop, deadline)
 
@@ -200,9 +207,12 @@ class Generator:
     ) -> AsyncGenerator[Event, None]:
         growing = self._growing_answers(prepared)
         usages: dict[int, Usage] = {}
+        prompt: PromptEntries | None = None
         while growing:
             output = await _next_output(outputs, prepared.deadline)
             timer.tokens(len(output.token_ids))
+            if output.prompt_logprobs is not None:
+                prompt = self._reader.prompt_entries(output.prompt_logprobs)
             for event in growing[output.request_id].take(output):
                 if isinstance(event, Finish):
                     del growing[output.request_id]
@@ -213,7 +223,7 @@ class Generator:
                         # Counted before it is told: nobody may come back after a Finish.
                         timer.finish(event.reason)
                 yield event
-        yield End(_total(usages))
+        yield End(_total(usages), prompt)
 
     def _growing_answers(self, prepared: PreparedGeneration) -> dict[str, GrowingAnswer]:
         """The answers that have not ended, by the ids under which the engine has them."""
@@ -232,7 +242,8 @@ class Generator:
         async with contextlib.aclosing(self.stream(prepared)) as events:
             async for event in events:
                 if isinstance(event, End):
-                    return Completion(tuple(answers[i] for i in range(num_choices)), event.usage)
+                    in_order = tuple(answers[i] for i in range(num_choices))
+                    return Completion(in_order, event.usage, event.prompt_logprobs)
                 choice = event.choice
                 logprobs[choice] += event.logprobs
                 if isinstance(event, Finish):
@@ -324,6 +335,12 @@ def _check_against(info: EngineReady, request: GenerationRequest) -> None:
             " with the prompt: lower it or start with a larger --max-model-len",
             param=field,
         )
+    if request.num_choices > info.max_num_seqs:
+        raise BadRequestError(
+            f"n is {request.num_choices}; this server runs {info.max_num_seqs} answers at once:"
+            " lower it or start with a larger --max-num-seqs",
+            param="n",
+        )
     biased = [token_id for token_id, _ in request.sampling.logit_bias]
     for field, token_ids in (("stop_token_ids", request.stop_token_ids), ("logit_bias", biased)):
         if token_ids and max(token_ids) >= info.vocab_size:
@@ -331,6 +348,20 @@ def _check_against(info: EngineReady, request: GenerationRequest) -> None:
                 f"{field} holds {max(token_ids)}; the vocabulary ends at {info.vocab_size - 1}",
                 param=field,
             )
+
+
+def _check_prompt_logprobs(request: GenerationRequest, num_prompt: int) -> None:
+    """A long prompt with twenty candidates a token would be an answer of hundreds of megabytes."""
+    if request.num_prompt_logprobs is None:
+        return
+    num_entries = num_prompt * (1 + request.num_prompt_logprobs)
+    if num_entries > MAX_PROMPT_ENTRIES:
+        raise BadRequestError(
+            f"prompt_logprobs {request.num_prompt_logprobs} of {num_prompt:,} prompt tokens are"
+            f" {num_entries:,} log-probabilities, the limit is {MAX_PROMPT_ENTRIES:,}: ask for"
+            " fewer or shorten the prompt",
+            param="prompt_logprobs",
+        )
 
 
 def _check_min_tokens(min_tokens: int, max_tokens: int) -> None:

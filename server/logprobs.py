@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from ..models.batch import TokenLogprobs
+from ..models.batch import PromptLogprobs, TokenLogprobs
 
 
 @dataclass(slots=True, frozen=True)
@@ -42,6 +42,20 @@ class TokenEntry:
     top: tuple[TokenLogprob, ...] = ()
 
 
+@dataclass(slots=True, frozen=True)
+class PromptCandidate:
+    """A token for one place of the prompt; rank 1 is the likeliest there."""
+
+    token_id: int
+    text: str
+    logprob: float
+    rank: int
+
+
+# For each token of a prompt what stands there, then the likeliest; None where nothing is known.
+PromptEntries = tuple[tuple[PromptCandidate, ...] | None, ...]
+
+
 class TokenReader:
     """Reads token ids of one tokenizer, each by itself."""
 
@@ -58,6 +72,23 @@ class TokenReader:
         return TokenEntry(
             TokenLogprob(self.read(token_id), logprobs.logprob),
             tuple(TokenLogprob(self.read(one), logprob) for one, logprob in top),
+        )
+
+    def prompt_entries(self, prompt: list[PromptLogprobs | None]) -> PromptEntries:
+        """What the model said at each place of a prompt."""
+        return tuple(None if one is None else self._prompt_candidates(one) for one in prompt)
+
+    def _prompt_candidates(self, one: PromptLogprobs) -> tuple[PromptCandidate, ...]:
+        top = zip(one.top_token_ids, one.top_logprobs, strict=True)
+        candidates = [(one.token_id, one.logprob, one.rank)]
+        candidates += [
+            (token_id, logprob, rank)
+            for rank, (token_id, logprob) in enumerate(top, 1)
+            if token_id != one.token_id
+        ]
+        return tuple(
+            PromptCandidate(token_id, self.read(token_id).text, logprob, rank)
+            for token_id, logprob, rank in candidates
         )
 
     def read(self, token_id: int) -> TokenText:

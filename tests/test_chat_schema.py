@@ -192,8 +192,6 @@ def test_a_field_that_is_not_built_yet_is_taken_at_its_neutral_value_only(field)
     for value in NOT_YET[field]:
         generation(**{field: value})
     other = {
-        "n": 2,
-        "prompt_logprobs": 1,
         "response_format": {"type": "json_object"},
         "tools": [{"type": "function", "function": {"name": "f"}}],
         "tool_choice": "required",

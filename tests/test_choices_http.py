@@ -131,6 +131,14 @@ def test_what_is_out_of_range_is_refused_by_its_name(checkpoint, field):
     assert engine.requests == []
 
 
+def test_more_answers_than_run_at_once_are_refused(checkpoint):
+    response, engine = post(checkpoint, BODY | {"n": 65}, three_answers)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "n"
+    assert "--max-num-seqs" in response.json()["error"]["message"]
+    assert engine.requests == []
+
+
 def test_the_priority_goes_to_the_engine(checkpoint):
     _, engine = post(checkpoint, BODY | {"priority": -7}, lambda _: [output(0, [128009], "stop")])
     assert engine.requests[0].priority == -7

@@ -122,8 +122,8 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     timeout_s: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
-    # Taken at their neutral value only, see NOT_YET.
     prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    # Taken at their neutral value only, see NOT_YET.
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -146,7 +146,6 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
 
 # What each field may hold besides null until it is built.
 NOT_YET: dict[str, tuple[Any, ...]] = {
-    "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -180,6 +179,7 @@ def chat_generation(body: ChatCompletionRequest) -> GenerationRequest:
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         num_choices=body.n or 1,
+        num_prompt_logprobs=_num_prompt_logprobs(body),
         priority=body.priority or 0,
         timeout_s=body.timeout_s,
     )
@@ -216,6 +216,15 @@ def _num_logprobs(body: ChatCompletionRequest) -> int | None:
     if body.top_logprobs:
         raise BadRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
     return None
+
+
+def _num_prompt_logprobs(body: ChatCompletionRequest) -> int | None:
+    if body.prompt_logprobs is not None and body.stream:
+        raise BadRequestError(
+            "prompt_logprobs come with a whole answer only: leave stream out",
+            param="prompt_logprobs",
+        )
+    return body.prompt_logprobs
 
 
 def refuse_not_yet(body: msgspec.Struct, neutral: dict[str, tuple[Any, ...]]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..answers import Answer, Completion, End, Event, TextDelta, Usage
-from ..logprobs import TokenEntry, TokenLogprob
+from ..logprobs import PromptCandidate, PromptEntries, TokenEntry, TokenLogprob
 
 
 def _new_id() -> str:
@@ -38,7 +38,7 @@ class ChatAnswers:
             "model": self.model,
             "choices": [_choice(index, answer) for index, answer in enumerate(completion.answers)],
             "usage": _usage(completion.usage),
-            "prompt_logprobs": None,
+            "prompt_logprobs": _prompt_logprobs(completion.prompt_logprobs),
         }
 
     def first(self) -> list[dict[str, Any]]:
@@ -106,6 +106,20 @@ def _logprobs(entries: Sequence[TokenEntry]) -> dict[str, Any] | None:
         for entry in entries
     ]
     return {"content": content}
+
+
+def _prompt_logprobs(prompt: PromptEntries | None) -> list[dict[str, Any] | None] | None:
+    """vLLM's form: for each token of the prompt its candidates by their ids."""
+    if prompt is None:
+        return None
+    return [entry if entry is None else _by_token_id(entry) for entry in prompt]
+
+
+def _by_token_id(entry: tuple[PromptCandidate, ...]) -> dict[str, Any]:
+    return {
+        str(one.token_id): {"logprob": one.logprob, "rank": one.rank, "decoded_token": one.text}
+        for one in entry
+    }
 
 
 def _candidate(one: TokenLogprob) -> dict[str, Any]:

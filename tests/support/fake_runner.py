@@ -19,6 +19,7 @@ from vlmserve.models.batch import (
     ImageTiles,
     ModelInfo,
     PoolSizes,
+    PromptLogprobs,
     ScheduledSequence,
     StepBatch,
     StepResult,
@@ -73,16 +74,35 @@ def expected_token_ids(request: AddRequest, vocab_size: int = 1000) -> list[int]
     token_ids = list(request.prompt_token_ids)
     ends = {*request.eos_token_ids, *request.stop_token_ids}
     while True:
-        for position in range(len(cells), len(token_ids)):
-            visible: tuple[bytes, ...] = ()
-            for image, span in zip(request.images, request.spans, strict=True):
-                if span.covers(position):
-                    visible += _tile_contents(image)
-            cells.append(_Cell(token_ids[position], position, visible))
+        cells += _cells_of(request, token_ids, len(cells))
         token_ids.append(_next_token_id(cells, request.sampling.seed, vocab_size))
         num_generated = len(token_ids) - len(request.prompt_token_ids)
         if token_ids[-1] in ends or num_generated == request.max_tokens:
             return token_ids[len(request.prompt_token_ids) :]
+
+
+def expected_prompt_logprobs(
+    request: AddRequest, vocab_size: int = 1000
+) -> list[PromptLogprobs | None]:
+    """What the fake model says of the tokens of the prompt of `request`, the first one left out."""
+    cells = _cells_of(request, request.prompt_token_ids, 0)
+    return [None] + [
+        _prompt_entry(cells[:place], token_id) if token_id < vocab_size else None
+        for place, token_id in enumerate(request.prompt_token_ids)
+        if place
+    ]
+
+
+def _cells_of(request: AddRequest, token_ids: list[int], begin: int) -> list[_Cell]:
+    """What the positions from `begin` on depend on, from the spans alone."""
+    cells = []
+    for position in range(begin, len(token_ids)):
+        visible: tuple[bytes, ...] = ()
+        for image, span in zip(request.images, request.spans, strict=True):
+            if span.covers(position):
+                visible += _tile_contents(image)
+        cells.append(_Cell(token_ids[position], position, visible))
+    return cells
 
 
 @dataclass
@@ -121,7 +141,14 @@ class FakeRunner:
         for sequence in batch.sequences:
             self._write(sequence)
         sampled = [sequence for sequence in batch.sequences if sequence.sampling is not None]
-        return StepResult({one.request_id: self._sample(one) for one in sampled})
+        prompts = {
+            one.request_id: self._prompt_logprobs(one)
+            for one in batch.sequences
+            if one.prompt is not None
+        }
+        return StepResult(
+            {one.request_id: self._sample(one) for one in sampled}, prompt_logprobs=prompts
+        )
 
     def _count(self, batch: StepBatch) -> None:
         if not batch.sequences:
@@ -176,9 +203,24 @@ class FakeRunner:
         cells = [self._text[self._slot(sequence, position)] for position in range(end)]
         return _next_token_id(cells, sequence.sampling.seed, self.info.vocab_size)
 
+    def _prompt_logprobs(self, sequence: ScheduledSequence) -> list[PromptLogprobs | None]:
+        """At each target a hash of all that stands before it; None beyond the vocabulary."""
+        assert sequence.prompt is not None
+        entries: list[PromptLogprobs | None] = []
+        for place, token_id in enumerate(sequence.prompt.token_ids, sequence.prompt.first):
+            end = sequence.start + place + 1
+            cells = [self._text[self._slot(sequence, position)] for position in range(end)]
+            has_logit = token_id < self.info.vocab_size
+            entries.append(_prompt_entry(cells, token_id) if has_logit else None)
+        return entries
+
     def _slot(self, sequence: ScheduledSequence, position: int) -> tuple[int, int]:
         block_index, offset = divmod(position, self.info.pools.block_size)
         return sequence.block_ids[block_index], offset
+
+
+def _prompt_entry(cells: list[_Cell], token_id: int) -> PromptLogprobs:
+    return PromptLogprobs(token_id, -float(_next_token_id(cells, token_id, 1000)), 1, [], [])
 
 
 def _tile_contents(image: ImageTiles) -> tuple[bytes, ...]:
