@@ -63,7 +63,7 @@ soak: setup-test ## ten thousand random requests against one engine, each checke
 	$(BIN)/python -m pytest -s -m soak $(ARGS)
 
 bench: setup-test ## a load run against the bundled model; one JSON document last
-	$(BIN)/python bench/serve.py --spawn --concurrency 1,4,16 $(ARGS)
+	$(BIN)/python bench/serve.py --concurrency 1,4,16 $(ARGS)
 
 clean: ## remove .venv and build
 	rm -rf $(VENV) build *.egg-info

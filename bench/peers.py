@@ -1,11 +1,12 @@
 """The same load on this server and on `transformers serve`, in alternating runs.
 
+    pip install -r requirements/bench.txt
     python bench/checkpoints.py m100 --out m100
-    python bench/peers.py --checkpoint m100 --concurrency 1,16 --runs 3
+    python bench/peers.py --checkpoint m100 --concurrency 1,4,16,64 --runs 3
 
-Same checkpoint, dtype and number of threads; both servers stay up through the run
-and take turns, so that the machine's mood falls on both. Needs the packages of
-requirements/bench.txt. The last line printed is one JSON document.
+Same checkpoint, dtype and number of threads; both servers stay up through the run and take turns,
+so that the machine's mood falls on both. A level has a ratio only if every answer of both servers
+has the length that was asked for. The last line printed is one JSON document.
 """
 
 from __future__ import annotations
@@ -14,10 +15,16 @@ import argparse
 import asyncio
 import json
 import os
+import statistics
 from pathlib import Path
 
-from load import Load, Summary, median_summaries, run_load
 from processes import BIN, free_port, machine, running, vlmserve_command
+from vlmserve.server.bench.client import Client
+from vlmserve.server.bench.settings import Level, Load
+from vlmserve.server.bench.summary import Summary, median_summary
+from vlmserve.server.bench.sweep import run_load, warm_up
+
+WARM_UP_REQUESTS = 4
 
 Results = dict[str, dict[int, list[Summary]]]
 
@@ -25,7 +32,7 @@ Results = dict[str, dict[int, list[Summary]]]
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--checkpoint", required=True, help="folder; see checkpoints.py")
-    parser.add_argument("--concurrency", default="1,16")
+    parser.add_argument("--concurrency", default="1,4,16,64")
     parser.add_argument("--runs", type=int, default=3, help="alternating runs of each level")
     parser.add_argument("--requests", type=int, default=0, help="a run; 0: twice the level, min 6")
     parser.add_argument("--max-tokens", type=int, default=64)
@@ -50,25 +57,37 @@ def measure(servers: dict[str, tuple[str, str]], args: argparse.Namespace) -> Re
     results: Results = {name: {} for name in servers}
     for name, (url, model) in servers.items():
         print(f"warming up {name}", flush=True)
-        asyncio.run(run_load(url, Load(2, 4, 16, (224, 224), args.seed + 10_000), model))
+        asyncio.run(warm(url, model, make_load(args, WARM_UP_REQUESTS, args.seed)))
     seed = args.seed
     for concurrency in (int(c) for c in args.concurrency.split(",")):
         for _ in range(args.runs):
             seed += 1
+            load = make_load(args, args.requests or max(6, 2 * concurrency), seed)
             for name, (url, model) in servers.items():
-                summary = asyncio.run(run_load(url, make_load(args, concurrency, seed), model))
+                summary = asyncio.run(offer(url, model, load, concurrency))
                 results[name].setdefault(concurrency, []).append(summary)
                 print(
                     f"{concurrency:>4} at once, {name:>18}: {summary.tokens_per_s:8.1f} tokens/s, "
-                    f"TTFT p50 {summary.ttft_p50_ms:.0f} ms, lengths {summary.output_lengths}",
+                    f"TTFT p50 {summary.ttft_p50_ms} ms, lengths {summary.output_lengths}, "
+                    f"{summary.errors} errors",
                     flush=True,
                 )
     return results
 
 
-def make_load(args: argparse.Namespace, concurrency: int, seed: int) -> Load:
-    count = args.requests or max(6, 2 * concurrency)
-    return Load(concurrency, count, args.max_tokens, (args.image_size, args.image_size), seed)
+def make_load(args: argparse.Namespace, count: int, seed: int) -> Load:
+    sizes = ((args.image_size, args.image_size),)
+    return Load(count, max_tokens=args.max_tokens, image_sizes=sizes, seed=seed)
+
+
+async def warm(url: str, model: str, load: Load) -> None:
+    async with Client(url) as client:
+        await warm_up(client, load, model, load.num_requests)
+
+
+async def offer(url: str, model: str, load: Load, concurrency: int) -> Summary:
+    async with Client(url) as client:
+        return await run_load(client, load, Level(concurrency=concurrency), model)
 
 
 def report(results: Results) -> list[dict[str, object]]:
@@ -77,16 +96,23 @@ def report(results: Results) -> list[dict[str, object]]:
     ours, theirs = results["vlmserve"], results["transformers serve"]
     for concurrency, mine in ours.items():
         other = theirs[concurrency]
-        ratios = sorted(a.tokens_per_s / b.tokens_per_s for a, b in zip(mine, other, strict=True))
         rows.append(
             {
                 "concurrency": concurrency,
-                "tokens_per_s_ratio": round(ratios[len(ratios) // 2], 3),
-                "vlmserve": median_summaries(mine),
-                "transformers serve": median_summaries(other),
+                "tokens_per_s_ratio": ratio(mine, other),
+                "vlmserve": median_summary(mine),
+                "transformers serve": median_summary(other),
             }
         )
     return rows
+
+
+def ratio(mine: list[Summary], other: list[Summary]) -> float | None:
+    """The median ratio of paired runs; None where an answer failed or has another length."""
+    if not all(run.is_equal_length and not run.errors for run in [*mine, *other]):
+        return None
+    ratios = (a.tokens_per_s / b.tokens_per_s for a, b in zip(mine, other, strict=True))
+    return round(statistics.median(ratios), 3)
 
 
 def main() -> None:

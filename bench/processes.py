@@ -15,6 +15,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from vlmserve.server.bench.sweep import processor_name
+
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 300.0
 
@@ -69,7 +71,7 @@ def machine() -> dict[str, object]:
     import transformers
 
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -77,13 +79,6 @@ def machine() -> dict[str, object]:
         "commit": _commit(),
         "command": " ".join(["python", *sys.argv]),
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 def _commit() -> str:

@@ -1,4 +1,4 @@
-"""The command line: `vlmserve serve`.
+"""The command line: `vlmserve serve`, and `vlmserve bench` beside it.
 
 Owns the commands, their defaults and the lines an operator reads; options.py has
 what each option is called and says. Knows nothing of how requests are served;
@@ -17,6 +17,7 @@ from .. import __version__
 from ..router.config import EngineConfig
 from ..router.messages import EngineReady
 from . import options
+from .bench.command import app as bench_app
 from .images.settings import ImageSettings
 from .model_files import ModelFilesError, resolve_model
 from .settings import ServerSettings
@@ -29,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_app, name="bench")
 console = Console(stderr=True, highlight=False)
 
 

@@ -22,6 +22,8 @@ SERVER_MAY_IMPORT = {
     "vlmserve.models",
     "vlmserve.models.batch",
     "vlmserve.models.bundled",
+    # What the load generator draws: pictures, with numpy and Pillow.
+    "vlmserve.models.bundled.pictures",
 }
 # Decides which tokens run next: knows no tensor.
 TENSOR_FREE = [
@@ -133,5 +135,21 @@ def test_importing_the_http_side_loads_no_torch():
     )
     code += "heavy = {'torch', 'transformers', 'sanic_ext'} & set(sys.modules)\n"
     code += "sys.exit(','.join(heavy) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_load_generator_knows_nothing_of_the_server_it_measures():
+    """It stays as good for any other server: from this one it takes a version and pictures."""
+    own = "vlmserve.server.bench"
+    for path in sources("server/bench"):
+        inside = {n for n in imported_modules(path) if n.startswith("vlmserve.") and is_module(n)}
+        others = {name for name in inside if not name.startswith(own)}
+        assert others <= {"vlmserve.models.bundled.pictures"}, path
+
+
+def test_the_command_line_starts_without_what_only_a_load_needs():
+    code = "import sys, vlmserve.server.cli\n"
+    code += "sys.exit(','.join({'numpy', 'httpcore2', 'matplotlib'} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

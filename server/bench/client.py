@@ -1,0 +1,213 @@
+"""Sends one request and notes when the pieces of its answer arrive.
+
+Owns HTTP and one request's clock. Knows nothing of when requests are due or how figures are
+summed up. Built on httpcore2, which costs a client the least time of its own; it reads no proxy
+from the environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import httpcore2
+import msgspec
+
+from .settings import BenchError
+
+DATA = b"data:"
+DONE = b"[DONE]"
+
+
+@dataclass(slots=True)
+class Sample:
+    """One request as its client saw it; times in seconds of one clock.
+
+    due: when it should have been sent, which every latency counts from; sent: when it was.
+    chunk_times: when each piece of text arrived. prompt_tokens, completion_tokens: as the server
+    counts them; completion_tokens counts pieces where has_usage is false. error: its kind.
+    """
+
+    due: float
+    sent: float
+    chunk_times: list[float] = field(default_factory=list)
+    end: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    has_usage: bool = False
+    error: str | None = None
+    detail: str = ""
+
+    def fail(self, kind: str, detail: str) -> None:
+        """Keep the first failure."""
+        if self.error is None:
+            self.error, self.detail = kind, detail
+
+
+class _Text(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Text = msgspec.field(default_factory=_Text)
+    message: _Text = msgspec.field(default_factory=_Text)
+    finish_reason: str | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Answer(msgspec.Struct):
+    """A plain answer, or one chunk of a streamed one: what a figure needs of it."""
+
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+_decode_answer = msgspec.json.Decoder(_Answer).decode
+
+
+class Client:
+    """Requests to one base URL (…/v1), over as many connections as are open at once."""
+
+    def __init__(self, url: str, api_key: str | None = None, timeout_s: float = 600.0) -> None:
+        self._url = _checked_url(url)
+        self._timeout_s = timeout_s
+        self._headers = [("Accept", "*/*"), ("User-Agent", "vlmserve-bench")]
+        if api_key:
+            self._headers.append(("Authorization", f"Bearer {api_key}"))
+        self._pool = httpcore2.AsyncConnectionPool(max_connections=None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._pool.aclose()
+
+    async def model_names(self) -> list[str]:
+        """What /models lists. Raises BenchError if the server does not answer."""
+        url = f"{self._url}/models"
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                response = await self._pool.request("GET", url, headers=self._headers)
+        except (OSError, httpcore2.NetworkError, httpcore2.ProtocolError, TimeoutError) as error:
+            raise BenchError(f"no answer from {url} ({_said(error)}): is it running?") from error
+        if response.status != 200:
+            raise BenchError(f"{url} answers {response.status}: {_excerpt(response.content)}")
+        try:
+            return [model.id for model in msgspec.json.decode(response.content, type=_Models).data]
+        except msgspec.DecodeError as error:
+            raise BenchError(f"{url} does not list models as OpenAI's API does") from error
+
+    async def chat(self, body: bytes, due: float | None = None) -> Sample:
+        """Send a chat completion and read its answer to the end; never raises for a failure.
+
+        due: when it should have been sent, by time.perf_counter; default: now.
+        """
+        sent = time.perf_counter()
+        sample = Sample(sent if due is None else due, sent)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._exchange(body, sample)
+        except TimeoutError:
+            sample.fail("timeout", f"no end within {self._timeout_s:g} s")
+        except (OSError, httpcore2.NetworkError, httpcore2.ProtocolError) as error:
+            sample.fail("connection", _said(error))
+        except msgspec.DecodeError as error:
+            sample.fail("not JSON", _said(error))
+        sample.end = time.perf_counter()
+        return sample
+
+    async def _exchange(self, body: bytes, sample: Sample) -> None:
+        url = f"{self._url}/chat/completions"
+        headers = [*self._headers, ("Content-Type", "application/json")]
+        async with self._pool.stream("POST", url, headers=headers, content=body) as response:
+            if response.status != 200:
+                text = _excerpt(await response.aread())
+                sample.fail(f"HTTP {response.status}", text)
+            elif _is_event_stream(response):
+                await _read_stream(response, sample)
+            else:
+                _take(sample, await response.aread(), None)
+        if sample.error is None and sample.completion_tokens == 0:
+            sample.fail("empty answer", "the server sent no text")
+
+
+async def _read_stream(response: httpcore2.Response, sample: Sample) -> None:
+    """Take the events as they arrive; one that never ends properly is a failure."""
+    buffer, is_whole = bytearray(), False
+    async for part in response.aiter_stream():
+        now = time.perf_counter()
+        buffer += part
+        for data in _events(buffer):
+            is_whole = data == DONE or _take(sample, data, now) or is_whole
+    if not is_whole:
+        sample.fail("cut stream", "it ended without a finish_reason")
+
+
+def _events(buffer: bytearray) -> Iterator[bytes]:
+    """The data of each whole line, which is then taken out of the buffer."""
+    while (end := buffer.find(b"\n")) >= 0:
+        line = bytes(buffer[:end]).strip()
+        del buffer[: end + 1]
+        if line.startswith(DATA):
+            yield line[len(DATA) :].strip()
+
+
+def _take(sample: Sample, data: bytes, now: float | None) -> bool:
+    """Note an answer's text, usage and error; now: when a streamed piece came.
+
+    Returns whether the answer ends with it.
+    """
+    answer = _decode_answer(data)
+    if answer.error:
+        sample.fail("error event", str(answer.error)[:200])
+    for choice in answer.choices:
+        if choice.delta.content or choice.message.content:
+            sample.completion_tokens += 0 if sample.has_usage else 1
+            if now is not None:
+                sample.chunk_times.append(now)
+    if answer.usage is not None:
+        sample.has_usage = True
+        sample.prompt_tokens = answer.usage.prompt_tokens
+        sample.completion_tokens = answer.usage.completion_tokens
+    return any(choice.finish_reason for choice in answer.choices)
+
+
+def _is_event_stream(response: httpcore2.Response) -> bool:
+    types = [value for name, value in response.headers if name.lower() == b"content-type"]
+    return any(value.startswith(b"text/event-stream") for value in types)
+
+
+def _checked_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise BenchError(f"{url!r} is no base URL: give one such as http://127.0.0.1:8000/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise BenchError(
+            "the base URL must hold no user, password or query: keys go by --api-key-env"
+        )
+    return url.rstrip("/")
+
+
+def _excerpt(content: bytes) -> str:
+    return " ".join(content.decode(errors="replace").split())[:200]
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
