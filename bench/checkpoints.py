@@ -57,6 +57,19 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cross-in-a-row": ({"cross_attention_layers": [1, 2, 3]}, {}),
     "one-kv-head": ({"num_key_value_heads": 1, "rope_parameters": _PLAIN_ROPE}, {}),
     "all-kv-heads": ({"num_key_value_heads": 4}, {"intermediate_layers_indices": [0, 1, 2]}),
+    # its vision takes many times what a short prompt's text does
+    "vision-heavy": (
+        {"hidden_size": 256, "intermediate_size": 512, "cross_attention_layers": [1, 3]},
+        {
+            "hidden_size": 512,
+            "attention_heads": 8,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_global_layers": 4,
+            "image_size": 112,
+            "intermediate_layers_indices": [3, 7],
+        },
+    ),
     "m100": (
         {
             "hidden_size": 768,

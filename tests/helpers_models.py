@@ -40,7 +40,7 @@ TILE_SIZE = 28
 # tile grids by aspect_ratio_id, from 1, as transformers numbers them for four tiles
 NUM_TILES = {1: 1, 2: 2, 3: 3, 4: 4, 5: 2, 6: 4, 7: 3, 8: 4}
 BLOCK_SIZE = 4
-TINY_LAYOUTS = [name for name in LAYOUTS if name != "m100"]
+TINY_LAYOUTS = [name for name in LAYOUTS if name not in ("m100", "vision-heavy")]
 GREEDY = SamplingParams(temperature=0.0)
 EXCUSED_GAP = 1e-4
 

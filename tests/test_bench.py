@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vlmserve.models.bundled import CHECKPOINT
+
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 
@@ -64,3 +66,42 @@ def test_a_run_of_steps_alone_ends_in_one_json_document_with_the_bound_of_each()
         assert level["bound_ms"] > 0
     assert {"processor", "torch", "commit", "command"} <= set(document["machine"])
     assert {"device", "dtype", "threads", "model", "reached"} <= set(document)
+
+
+def test_a_run_of_the_engine_alone_tells_each_parts_share_of_a_step():
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "overhead.py"), "--sequences", "4", "--steps", "5"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.strip().splitlines()[-1])
+    parts = document["parts_ms"]
+    assert {"model's forward", "schedule", "metadata", "sampling", "messages"} <= set(parts)
+    assert all(milliseconds > 0 for milliseconds in parts.values())
+    assert abs(sum(parts.values()) - document["step_ms"]) < 0.01
+    assert 0 < document["overhead_share"] < 1
+
+
+def test_a_second_turn_is_measured_with_nothing_encoded_in_it():
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(BENCH / "second_turn.py"),
+            "--checkpoint",
+            str(CHECKPOINT),
+            "--dtype",
+            "float32",
+            "--pictures",
+            "1",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.strip().splitlines()[-1])
+    assert document["encoded_in_second_turns"] == 0
+    assert document["vision_ms"] > 0
+    assert min(document["ttft_ms"].values()) > 0
