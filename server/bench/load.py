@@ -35,7 +35,7 @@ def request_bodies(load: Load, model: str) -> list[bytes]:
     return [_body(load, model, pictures, _prompt(load, words)) for _ in range(load.num_requests)]
 
 
-def unique_pictures(sizes: Sequence[Size], seed: int) -> Iterator[str]:
+def unique_pictures(sizes: Sequence[Size], seed: int | Sequence[int]) -> Iterator[str]:
     """Endless data URLs of PNGs, no two alike: a scene each, and noise in its corner."""
     rng = np.random.default_rng(seed)
     for size in itertools.cycle(sizes):
