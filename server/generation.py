@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
-import secrets
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ..models.batch import ImageTiles, SamplingParams
+from ..models.batch import ImageTiles
 from ..router.errors import (
     EngineDeadError,
     EngineError,
@@ -24,8 +24,8 @@ from ..router.errors import (
     QueueFullError,
 )
 from ..router.messages import AddRequest, EngineReady, EngineStats, SequenceOutput
-from .answers import Answer, Completion, End, Event, Finish, GrowingAnswer, Usage
-from .conversation import ImagePart, Message
+from .answers import Completion, End, Event, Finish, GatheredAnswer, GrowingAnswer, Usage
+from .conversation import ImagePart
 from .errors import (
     ApiError,
     BadRequestError,
@@ -35,41 +35,22 @@ from .errors import (
     OverloadedError,
 )
 from .images.settings import ImageError, ImageRequest, PoolClosed
-from .logprobs import PromptEntries, TokenEntry, TokenReader
+from .logprobs import PromptEntries, TokenReader
 from .metrics import Metrics, RequestTimer
 from .prompt import PreparedPrompt, Processor, PromptTooLongError
+from .requests import (
+    GenerationRequest,
+    check_against,
+    check_min_tokens,
+    check_prompt_logprobs,
+    room,
+)
+from .tools.parser import ToolCallParser
 
 logger = logging.getLogger(__name__)
 
 # Longer texts are tokenized in a thread, so that the event loop goes on.
 MAX_INLINE_CHARS = 4_000
-
-# Log-probabilities of a prompt in one answer: about 5 MB of JSON, a tenth of a second to write.
-MAX_PROMPT_ENTRIES = 65_536
-
-
-@dataclass(slots=True, frozen=True, kw_only=True)
-class GenerationRequest:
-    """What to generate, however it was asked for. max_tokens None: what the context leaves.
-
-    tenant: only with requests of the same tenant are cached pictures and texts shared.
-    num_choices: how many answers to the same prompt; num_prompt_logprobs: how many of
-    the likeliest tokens are told beside each token of the prompt. Of requests that wait the one of
-    lower priority goes first. timeout_s: from its arrival to the end of its answer.
-    """
-
-    messages: tuple[Message, ...]
-    sampling: SamplingParams
-    max_tokens: int | None = None
-    max_tokens_field: str = "max_tokens"
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    tenant: str = ""
-    num_choices: int = 1
-    num_prompt_logprobs: int | None = None
-    priority: int = 0
-    timeout_s: float | None = None
 
 
 class Engine(Protocol):
@@ -95,19 +76,6 @@ class Images(Protocol):
     ) -> list[ImageTiles]: ...
 
 
-def sampling_params(
-    temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None
-) -> SamplingParams:
-    """The API's defaults where a field is None; a random seed where none is given."""
-    return SamplingParams(
-        temperature=1.0 if temperature is None else temperature,
-        top_p=1.0 if top_p is None else top_p,
-        top_k=top_k or -1,
-        # The sign has no meaning for a random stream: 63 bits, never negative.
-        seed=secrets.randbits(63) if seed is None else seed & (2**63 - 1),
-    )
-
-
 @dataclass(slots=True, frozen=True)
 class PreparedGeneration:
     """A request that passed every check but the engine's own.
@@ -118,6 +86,8 @@ class PreparedGeneration:
     request: AddRequest
     stop: tuple[str, ...]
     deadline: float = math.inf
+    tool_names: tuple[str, ...] = ()
+    max_tool_calls: int | None = None
 
 
 class Generator:
@@ -154,11 +124,11 @@ class Generator:
         info = self._engine.info
         if info is None or not self._engine.is_ready:
             raise NotReadyError("Service is not ready.", retry_after_s=1.0)
-        _check_against(info, request)
+        check_against(info, request)
         prompt = await self._prompt(request, info.max_model_len)
-        max_tokens = _room(request, len(prompt.token_ids), info.max_model_len)
-        _check_min_tokens(request.sampling.min_tokens, max_tokens)
-        _check_prompt_logprobs(request, len(prompt.token_ids))
+        max_tokens = room(request, len(prompt.token_ids), info.max_model_len)
+        check_min_tokens(request.sampling.min_tokens, max_tokens)
+        check_prompt_logprobs(request, len(prompt.token_ids))
         tiles = await self._tiles(prompt.images, request.tenant)
         added = AddRequest(
             request_id=uuid.uuid4().hex,
@@ -174,7 +144,13 @@ class Generator:
             priority=request.priority,
             num_prompt_logprobs=request.num_prompt_logprobs,
         )
-        return PreparedGeneration(added, request.stop, deadline)
+        return PreparedGeneration(
+            added,
+            request.stop,
+            deadline,
+            tool_names=tuple(tool.name for tool in request.tools),
+            max_tool_calls=request.max_tool_calls,
+        )
 
     async def stream(self, prepared: PreparedGeneration) -> AsyncGenerator[Event, None]:
         """The answers' pieces, a Finish a choice, and an End. Closing it aborts the request.
@@ -229,37 +205,43 @@ class Generator:
         """The answers that have not ended, by the ids under which the engine has them."""
         request = prepared.request
         return {
-            request_id: GrowingAnswer(request, prepared.stop, self._processor, self._reader, choice)
+            request_id: GrowingAnswer(
+                request,
+                prepared.stop,
+                self._processor,
+                self._reader,
+                choice,
+                _tool_parser(prepared),
+            )
             for choice, request_id in enumerate([request.request_id, *request.choice_ids])
         }
 
     async def answer(self, prepared: PreparedGeneration) -> Completion:
         """The whole answers: the pieces of `stream`, joined."""
         num_choices = 1 + len(prepared.request.choice_ids)
-        texts: list[list[str]] = [[] for _ in range(num_choices)]
-        logprobs: list[list[TokenEntry]] = [[] for _ in range(num_choices)]
-        answers: dict[int, Answer] = {}
+        gathered = [GatheredAnswer() for _ in range(num_choices)]
         async with contextlib.aclosing(self.stream(prepared)) as events:
             async for event in events:
                 if isinstance(event, End):
-                    in_order = tuple(answers[i] for i in range(num_choices))
+                    in_order = tuple(one.whole() for one in gathered)
                     return Completion(in_order, event.usage, event.prompt_logprobs)
-                choice = event.choice
-                logprobs[choice] += event.logprobs
-                if isinstance(event, Finish):
-                    text = "".join(texts[choice])
-                    answers[choice] = Answer(text, event, tuple(logprobs[choice]))
-                else:
-                    texts[choice].append(event.text)
+                gathered[event.choice].add(event)
         raise AssertionError("a stream of events ends with an End or an error")
 
     async def _prompt(self, request: GenerationRequest, max_model_len: int) -> PreparedPrompt:
         num_chars = sum(len(message.text) for message in request.messages)
-        prepare = self._processor.prepare
+        has_json = bool(request.tools) or any(one.tool_calls for one in request.messages)
+        prepare = functools.partial(
+            self._processor.prepare,
+            request.messages,
+            max_model_len - 1,
+            request.tools,
+            request.tool_format,
+        )
         try:
-            if num_chars <= MAX_INLINE_CHARS:
-                return prepare(request.messages, max_model_len - 1)
-            return await asyncio.to_thread(prepare, request.messages, max_model_len - 1)
+            if num_chars <= MAX_INLINE_CHARS and not has_json:
+                return prepare()
+            return await asyncio.to_thread(prepare)
         except PromptTooLongError as error:
             raise BadRequestError(str(error), param="messages") from error
 
@@ -281,6 +263,13 @@ class Generator:
             ) from error
         except PoolClosed as error:
             raise NotReadyError("the server is stopping: try again", retry_after_s=1.0) from error
+
+
+def _tool_parser(prepared: PreparedGeneration) -> ToolCallParser | None:
+    if not prepared.tool_names:
+        # Without tools, a text that looks like a call is text.
+        return None
+    return ToolCallParser(prepared.tool_names, prepared.max_tool_calls)
 
 
 async def _next_output(
@@ -324,68 +313,3 @@ def api_error_of(error: EngineError) -> ApiError:
     if isinstance(error, EngineDeadError):
         return NotReadyError("the engine is not available: try again later", retry_after_s=1.0)
     return InternalError("the model could not compute this request")
-
-
-def _check_against(info: EngineReady, request: GenerationRequest) -> None:
-    """Refuse what the loaded model cannot do, before any work."""
-    if request.max_tokens is not None and request.max_tokens >= info.max_model_len:
-        field = request.max_tokens_field
-        raise BadRequestError(
-            f"{field} is {request.max_tokens:,}; max_model_len is {info.max_model_len:,}"
-            " with the prompt: lower it or start with a larger --max-model-len",
-            param=field,
-        )
-    if request.num_choices > info.max_num_seqs:
-        raise BadRequestError(
-            f"n is {request.num_choices}; this server runs {info.max_num_seqs} answers at once:"
-            " lower it or start with a larger --max-num-seqs",
-            param="n",
-        )
-    biased = [token_id for token_id, _ in request.sampling.logit_bias]
-    for field, token_ids in (("stop_token_ids", request.stop_token_ids), ("logit_bias", biased)):
-        if token_ids and max(token_ids) >= info.vocab_size:
-            raise BadRequestError(
-                f"{field} holds {max(token_ids)}; the vocabulary ends at {info.vocab_size - 1}",
-                param=field,
-            )
-
-
-def _check_prompt_logprobs(request: GenerationRequest, num_prompt: int) -> None:
-    """A long prompt with twenty candidates a token would be an answer of hundreds of megabytes."""
-    if request.num_prompt_logprobs is None:
-        return
-    num_entries = num_prompt * (1 + request.num_prompt_logprobs)
-    if num_entries > MAX_PROMPT_ENTRIES:
-        raise BadRequestError(
-            f"prompt_logprobs {request.num_prompt_logprobs} of {num_prompt:,} prompt tokens are"
-            f" {num_entries:,} log-probabilities, the limit is {MAX_PROMPT_ENTRIES:,}: ask for"
-            " fewer or shorten the prompt",
-            param="prompt_logprobs",
-        )
-
-
-def _check_min_tokens(min_tokens: int, max_tokens: int) -> None:
-    if min_tokens > max_tokens:
-        raise BadRequestError(
-            f"min_tokens is {min_tokens:,}, but at most {max_tokens:,} tokens may be generated:"
-            " lower it or raise max_tokens",
-            param="min_tokens",
-        )
-
-
-def _room(request: GenerationRequest, num_prompt: int, max_model_len: int) -> int:
-    """How many tokens may be generated.
-
-    Raises BadRequestError if prompt and max_tokens do not fit the context.
-    """
-    left = max_model_len - num_prompt
-    if request.max_tokens is None:
-        return left
-    if request.max_tokens > left:
-        field = request.max_tokens_field
-        raise BadRequestError(
-            f"the prompt has {num_prompt:,} tokens and {field} is {request.max_tokens:,};"
-            f" max_model_len is {max_model_len:,}: lower {field} to {left:,} or shorten the prompt",
-            param=field,
-        )
-    return request.max_tokens

@@ -166,7 +166,7 @@ class RequestTimer:
         self._last = now
         self._metrics.generation_tokens.inc(count)
 
-    def finish(self, reason: Literal["stop", "length"]) -> None:
+    def finish(self, reason: Literal["stop", "length", "tool_calls"]) -> None:
         """The request was answered."""
         self._metrics.request_success.inc()
         self._close(reason)

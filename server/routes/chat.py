@@ -30,7 +30,7 @@ async def chat_completions(request: Request) -> HTTPResponse | None:
     tenant = tenant_of(request, body.cache_salt)
     prepared = await generator.prepare(replace(chat_generation(body), tenant=tenant))
     include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    answers = ChatAnswers(body.model, include_usage, body.n or 1)
+    answers = ChatAnswers(body.model, include_usage, body.n or 1, has_tools=bool(body.tools))
     if body.stream:
         await send_stream(request, prepared, answers, with_done=True)
         return None

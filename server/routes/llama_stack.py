@@ -31,20 +31,21 @@ def blueprint() -> Blueprint:
 
 async def chat_completion_old(request: Request) -> HTTPResponse | None:
     """One answer in the style of the clients before 0.1."""
-    return await _complete(request, StackAnswers(is_new=False))
+    return await _complete(request, is_new=False)
 
 
 async def chat_completion_new(request: Request) -> HTTPResponse | None:
     """One answer in the style of the clients from 0.1 on."""
-    return await _complete(request, StackAnswers(is_new=True))
+    return await _complete(request, is_new=True)
 
 
-async def _complete(request: Request, answers: StackAnswers) -> HTTPResponse | None:
+async def _complete(request: Request, is_new: bool) -> HTTPResponse | None:
     body = read_body(request, StackChatRequest)
     check_model(request, stack_model(body))
     generator = services_of(request).generator
     generation = replace(stack_generation(body), tenant=tenant_of(request))
     prepared = await generator.prepare(generation)
+    answers = StackAnswers(is_new, has_tools=bool(body.tools))
     if body.stream:
         # Never [DONE]: every client of Llama Stack raises on it.
         await send_stream(request, prepared, answers, with_done=False)

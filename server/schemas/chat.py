@@ -7,15 +7,26 @@ Owns names, ranges and spellings of the request, and how it becomes a
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from ...models.batch import Bias, Penalty, SamplingParams
-from ..conversation import ImagePart, Message, Part, Role, TextPart
+from ..conversation import ImagePart, Message, Part, Role, TextPart, Tool
 from ..errors import BadRequestError
-from ..generation import GenerationRequest, sampling_params
+from ..requests import GenerationRequest, sampling_params
 from .decoding import no_nul
+from .tools import (
+    CallId,
+    CallList,
+    NamedTool,
+    ToolChoice,
+    ToolList,
+    calls_of,
+    check_choice,
+    tools_of,
+)
 
 INT64 = msgspec.Meta(ge=-(2**63), le=2**63 - 1)
 Name = Annotated[str, msgspec.Meta(max_length=256)]
@@ -76,18 +87,29 @@ class UserMessage(_Turn, frozen=True, tag="user"):
 
 
 class AssistantMessage(_Turn, frozen=True, tag="assistant"):
-    """An earlier answer; fields that the SDK echoes back are taken at null."""
+    """An earlier answer; fields that the SDK echoes back are taken at null.
 
-    content: str | TextList
+    content may be null beside tool_calls only.
+    """
+
+    content: str | TextList | None = None
     name: Name | None = None
     refusal: None = None
     audio: None = None
     annotations: Annotated[list[Any], msgspec.Meta(max_length=0)] | None = None
     function_call: None = None
-    tool_calls: Annotated[list[Any], msgspec.Meta(max_length=0)] | None = None
+    tool_calls: CallList | None = None
 
 
-AnyMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage
+class ToolMessage(_Turn, frozen=True, tag="tool"):
+    """The result of one call of an earlier answer."""
+
+    content: str | TextList
+    tool_call_id: CallId
+    name: Name | None = None
+
+
+AnyMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -122,12 +144,12 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     timeout_s: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
-    prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
-    # Taken at their neutral value only, see NOT_YET.
-    response_format: dict[str, Any] | None = None
-    tools: list[Any] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: ToolList | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    # Taken at their neutral value only, see NOT_YET and REPLACED.
+    response_format: dict[str, Any] | None = None
     functions: list[Any] | None = None
     function_call: str | dict[str, Any] | None = None
     guided_json: str | dict[str, Any] | None = None
@@ -147,10 +169,6 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
 # What each field may hold besides null until it is built.
 NOT_YET: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -160,6 +178,12 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto",),
 }
 
+# What the newer fields of OpenAI's own API have taken the place of.
+REPLACED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "functions": (([],), "tools"),
+    "function_call": (("none", "auto"), "tool_choice"),
+}
+
 
 def chat_generation(body: ChatCompletionRequest) -> GenerationRequest:
     """What is to be generated for this body.
@@ -167,11 +191,15 @@ def chat_generation(body: ChatCompletionRequest) -> GenerationRequest:
     Raises BadRequestError that names the field and the remedy.
     """
     refuse_not_yet(body, NOT_YET)
+    _refuse_replaced(body)
     if body.top_k == 0:
         raise BadRequestError("top_k is 0: send -1 for off, or at least 1", param="top_k")
     messages = [_message(turn, f"messages[{i}]") for i, turn in enumerate(body.messages)]
+    _check_results(body.messages)
     return GenerationRequest(
         messages=tuple(messages),
+        tools=_offered_tools(body),
+        max_tool_calls=1 if body.parallel_tool_calls is False else None,
         sampling=_sampling(body),
         max_tokens=_max_tokens(body),
         max_tokens_field=_max_tokens_field(body),
@@ -235,6 +263,35 @@ def refuse_not_yet(body: msgspec.Struct, neutral: dict[str, tuple[Any, ...]]) ->
             raise BadRequestError(f"{field} is not supported yet: leave it out", param=field)
 
 
+def _refuse_replaced(body: ChatCompletionRequest) -> None:
+    for field, (neutral, newer) in REPLACED.items():
+        value = getattr(body, field)
+        if value is not None and value not in neutral:
+            raise BadRequestError(f"{field} is not supported: use {newer}", param=field)
+
+
+def _offered_tools(body: ChatCompletionRequest) -> tuple[Tool, ...]:
+    """The tools that the model is told of: none where it may call none."""
+    tools = tools_of(body.tools)
+    choice = body.tool_choice
+    check_choice(choice.function.name if isinstance(choice, NamedTool) else choice, tools)
+    return () if choice == "none" else tools
+
+
+def _check_results(turns: Sequence[AnyMessage]) -> None:
+    """Raises BadRequestError at a tool message that answers no call of an earlier answer."""
+    ids: set[str] = set()
+    for i, turn in enumerate(turns):
+        if isinstance(turn, AssistantMessage):
+            ids.update(call.id for call in turn.tool_calls or ())
+        elif isinstance(turn, ToolMessage) and turn.tool_call_id not in ids:
+            raise BadRequestError(
+                f"messages[{i}].tool_call_id is {turn.tool_call_id[:64]!r}, which is the id of no"
+                " call in an earlier assistant message: send that message too",
+                param=f"messages[{i}].tool_call_id",
+            )
+
+
 def _max_tokens(body: ChatCompletionRequest) -> int | None:
     """max_completion_tokens is the newer name of max_tokens."""
     old, new = body.max_tokens, body.max_completion_tokens
@@ -256,16 +313,23 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
 
 
 def _message(turn: AnyMessage, field: str) -> Message:
-    return Message(_role(turn), _parts(turn, f"{field}.content"))
+    parts = _parts(turn, f"{field}.content")
+    if not isinstance(turn, AssistantMessage):
+        return Message(_role(turn), parts)
+    return Message("assistant", parts, calls_of(turn.tool_calls, f"{field}.tool_calls"))
 
 
 def _role(turn: AnyMessage) -> Role:
     if isinstance(turn, UserMessage):
         return "user"
-    return "assistant" if isinstance(turn, AssistantMessage) else "system"
+    return "tool" if isinstance(turn, ToolMessage) else "system"
 
 
 def _parts(turn: AnyMessage, field: str) -> tuple[Part, ...]:
+    if turn.content is None:
+        if isinstance(turn, AssistantMessage) and turn.tool_calls:
+            return ()
+        raise BadRequestError(f"{field} is required where there are no tool_calls", param=field)
     if isinstance(turn.content, str):
         text = no_nul(turn.content, field)
         return parts_of_text(text, field) if isinstance(turn, UserMessage) else (TextPart(text),)

@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..answers import Answer, Completion, End, Event, TextDelta, Usage
+from ..answers import (
+    Answer,
+    AnsweredCall,
+    Completion,
+    End,
+    Event,
+    TextDelta,
+    ToolCallDelta,
+    Usage,
+)
 from ..logprobs import PromptCandidate, PromptEntries, TokenEntry, TokenLogprob
 
 
@@ -21,11 +30,15 @@ def _new_id() -> str:
 
 @dataclass(slots=True, frozen=True)
 class ChatAnswers:
-    """The answers to one request: all carry the same id and time."""
+    """The answers to one request: all carry the same id and time.
+
+    has_tools: the request has tools, so that its messages have tool_calls.
+    """
 
     model: str
     include_usage: bool = False
     num_choices: int = 1
+    has_tools: bool = False
     id: str = field(default_factory=_new_id)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -36,7 +49,10 @@ class ChatAnswers:
             "object": "chat.completion",
             "created": self.created,
             "model": self.model,
-            "choices": [_choice(index, answer) for index, answer in enumerate(completion.answers)],
+            "choices": [
+                _choice(index, answer, self.has_tools)
+                for index, answer in enumerate(completion.answers)
+            ],
             "usage": _usage(completion.usage),
             "prompt_logprobs": _prompt_logprobs(completion.prompt_logprobs),
         }
@@ -50,14 +66,30 @@ class ChatAnswers:
         """The chunks that tell of one event."""
         if isinstance(event, TextDelta):
             return [self._chunk(event.choice, {"content": event.text}, event.logprobs)]
+        if isinstance(event, ToolCallDelta):
+            return self._call_chunks(event)
         if isinstance(event, End):
             return [self._usage_chunk(event.usage)] if self.include_usage else []
         return [self._chunk(event.choice, {}, event.logprobs, event.reason, event.stop_reason)]
 
+    def _call_chunks(self, event: ToolCallDelta) -> list[dict[str, Any]]:
+        """The name, then the arguments' text, as it comes."""
+        chunks = []
+        logprobs = event.logprobs
+        if event.is_first:
+            call = _call(event.id, event.name, "")
+            delta = {"tool_calls": [{"index": event.index, **call}]}
+            chunks.append(self._chunk(event.choice, delta, logprobs))
+            logprobs = ()
+        if event.arguments or logprobs:
+            part = {"index": event.index, "function": {"arguments": event.arguments}}
+            chunks.append(self._chunk(event.choice, {"tool_calls": [part]}, logprobs))
+        return chunks
+
     def _chunk(
         self,
         index: int,
-        delta: dict[str, str],
+        delta: dict[str, Any],
         logprobs: Sequence[TokenEntry] = (),
         finish_reason: str | None = None,
         stop_reason: str | int | None = None,
@@ -87,13 +119,34 @@ class ChatAnswers:
         }
 
 
-def _choice(index: int, answer: Answer) -> dict[str, Any]:
+def _choice(index: int, answer: Answer, has_tools: bool) -> dict[str, Any]:
     return {
         "index": index,
-        "message": {"role": "assistant", "content": answer.text},
+        "message": _message(answer, has_tools),
         "logprobs": _logprobs(answer.logprobs),
         "finish_reason": answer.finish.reason,
         "stop_reason": answer.finish.stop_reason,
+    }
+
+
+def _message(answer: Answer, has_tools: bool) -> dict[str, Any]:
+    """Its content is null where there are calls and no text beside them."""
+    text = answer.text if answer.text or not answer.tool_calls else None
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if has_tools:
+        message["tool_calls"] = [_answered(call) for call in answer.tool_calls]
+    return message
+
+
+def _answered(call: AnsweredCall) -> dict[str, Any]:
+    return _call(call.id, call.name, call.arguments)
+
+
+def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {
+        "id": call_id,
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
     }
 
 

@@ -12,11 +12,20 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from ...models.batch import SamplingParams
-from ..conversation import ImagePart, Message, Part, Role, TextPart
+from ..conversation import ImagePart, Message, Part, Role, TextPart, ToolFormat
 from ..errors import BadRequestError
-from ..generation import GenerationRequest, sampling_params
+from ..requests import GenerationRequest, sampling_params
 from .chat import MAX_PARTS, StopString, parts_of_text, refuse_not_yet
 from .decoding import no_nul
+from .stack_tools import (
+    StackCalls,
+    StackTools,
+    ToolConfig,
+    offered_tools,
+    one_setting,
+    stack_calls,
+    stack_tools,
+)
 
 Temperature = Annotated[float, msgspec.Meta(ge=0.0, le=2.0)]
 TopP = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
@@ -49,15 +58,16 @@ Content = str | ContentItem | Annotated[list[str | ContentItem], msgspec.Meta(ma
 
 
 class StackMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One turn. The roles ipython and tool come with tools, which are not built yet."""
+    """One turn. ipython is the older name of the role tool: the result of a call."""
 
     role: Literal["system", "user", "assistant", "ipython", "tool"]
     content: Content
     context: Content | None = None
     stop_reason: Literal["end_of_turn", "end_of_message", "out_of_tokens"] | None = None
-    tool_calls: Annotated[list[Any], msgspec.Meta(max_length=0)] | None = None
+    tool_calls: StackCalls | None = None
+    # Meta's format tells no ids: a result belongs to the call before it.
     call_id: str | None = None
-    tool_name: Any = None
+    tool_name: str | None = None
 
 
 class Strategy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,19 +106,15 @@ class StackChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     sampling_params: StackSampling | None = None
     stream: bool | None = None
     logprobs: LogprobConfig | None = None
-    # Taken at their neutral value only, see NOT_YET.
-    tools: list[Any] | None = None
+    tools: StackTools | None = None
     tool_choice: str | None = None
-    tool_config: dict[str, Any] | None = None
+    tool_prompt_format: ToolFormat | None = None
+    tool_config: ToolConfig | None = None
+    # Taken at their neutral value only, see NOT_YET.
     response_format: dict[str, Any] | None = None
-    # Without effect as long as there are no tools.
-    tool_prompt_format: Literal["json", "function_tag", "python_list"] | None = None
 
 
 NOT_YET: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("auto", "none"),
-    "tool_config": ({},),
     "response_format": (),
 }
 
@@ -131,8 +137,13 @@ def stack_generation(body: StackChatRequest) -> GenerationRequest:
     refuse_not_yet(body, NOT_YET)
     messages = [_message(turn, f"messages[{i}]") for i, turn in enumerate(body.messages)]
     params = body.sampling_params or StackSampling()
+    config = body.tool_config or ToolConfig()
+    choice = one_setting(body.tool_choice, config.tool_choice, "tool_choice", "auto")
+    one_setting(body.tool_prompt_format, config.tool_prompt_format, "tool_prompt_format", "json")
     return GenerationRequest(
         messages=tuple(messages),
+        tools=offered_tools(stack_tools(body.tools), choice),
+        tool_format=config.tool_prompt_format or body.tool_prompt_format or "json",
         sampling=msgspec.structs.replace(
             _sampling(params),
             repetition_penalty=params.repetition_penalty or 1.0,
@@ -158,17 +169,17 @@ def _sampling(params: StackSampling) -> SamplingParams:
 
 
 def _message(turn: StackMessage, field: str) -> Message:
-    if turn.role in ("ipython", "tool"):
-        raise BadRequestError(
-            f"{field}.role {turn.role!r} is not supported yet: tools come later",
-            param=f"{field}.role",
-        )
     if turn.context is not None:
         raise BadRequestError(
             f"{field}.context is not supported: put its text into content",
             param=f"{field}.context",
         )
-    message = Message(_role(turn.role), _parts(turn, f"{field}.content"))
+    if turn.tool_calls and turn.role != "assistant":
+        raise BadRequestError(
+            f"{field}: only an assistant's message may hold tool_calls", param=f"{field}.tool_calls"
+        )
+    calls = stack_calls(turn.tool_calls, f"{field}.tool_calls")
+    message = Message(_role(turn.role), _parts(turn, f"{field}.content"), calls)
     if message.images and message.role != "user":
         raise BadRequestError(
             f"{field}: only a user's message may hold an image", param=f"{field}.content"
@@ -177,6 +188,8 @@ def _message(turn: StackMessage, field: str) -> Message:
 
 
 def _role(role: str) -> Role:
+    if role in ("ipython", "tool"):
+        return "tool"
     if role == "user":
         return "user"
     return "assistant" if role == "assistant" else "system"

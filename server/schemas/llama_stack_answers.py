@@ -10,55 +10,109 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..answers import Completion, End, Event, Finish, TextDelta
+import msgspec
+
+from ..answers import AnsweredCall, Completion, End, Event, Finish, TextDelta, ToolCallDelta
 from ..logprobs import TokenEntry
+
+# How the two styles name the end of a call.
+_SUCCEEDED = {False: "success", True: "succeeded"}
+_FAILED = {False: "failure", True: "failed"}
 
 
 @dataclass(slots=True, frozen=True)
 class StackAnswers:
-    """The answers to one request. is_new: it came on a /v1/ path."""
+    """The answers to one request.
+
+    is_new: it came on a /v1/ path. has_tools: the request has tools, so that
+    messages have tool_calls; those of the new style always have.
+    """
 
     is_new: bool
+    has_tools: bool = False
 
     def plain(self, completion: Completion) -> dict[str, Any]:
-        """The whole answer, as api-reference.txt shows it."""
+        """The whole answer, as api-reference.txt shows it.
+
+        A call whose arguments are no JSON object, as it was cut, is text.
+        """
         answer = completion.answers[0]
+        calls = [_call(call) for call in answer.tool_calls]
+        broken = [
+            call.raw for call, told in zip(answer.tool_calls, calls, strict=True) if told is None
+        ]
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": answer.text,
+            "content": answer.text + "".join(broken),
             "stop_reason": _stop_reason(answer.finish),
         }
-        if self.is_new:
-            message["tool_calls"] = []
+        if self.is_new or self.has_tools:
+            message["tool_calls"] = [told for told in calls if told is not None]
         return {"completion_message": message, "logprobs": _logprobs(answer.logprobs)}
 
     def first(self) -> list[dict[str, Any]]:
         """The event before any text."""
-        return [self._event("start", "")]
+        return [self._event("start", self._text(""))]
 
     def chunks(self, event: Event) -> list[dict[str, Any]]:
         """The events that tell of one event of the answer."""
         if isinstance(event, End):
             return []
         if isinstance(event, TextDelta):
-            return [self._event("progress", event.text, event.logprobs)]
-        return [self._event("complete", "", event.logprobs, _stop_reason(event))]
+            return [self._event("progress", self._text(event.text), event.logprobs)]
+        if isinstance(event, ToolCallDelta):
+            return self._call_events(event)
+        return [self._event("complete", self._text(""), event.logprobs, _stop_reason(event))]
+
+    def _call_events(self, event: ToolCallDelta) -> list[dict[str, Any]]:
+        """started, then what the model wrote as it comes, then the call or its failure."""
+        deltas = [self._part("", "started")] if event.is_first else []
+        if event.raw:
+            deltas.append(self._part(event.raw, "in_progress"))
+        if event.whole is not None:
+            call = _call(event.whole)
+            status = (_FAILED if call is None else _SUCCEEDED)[self.is_new]
+            deltas.append(self._part(event.whole.raw if call is None else call, status))
+        logprobs = [event.logprobs, *([()] * len(deltas))]
+        return [
+            self._event("progress", delta, entries)
+            for delta, entries in zip(deltas, logprobs, strict=False)
+        ]
+
+    def _part(self, call: str | dict[str, Any], status: str) -> dict[str, Any]:
+        if self.is_new:
+            return {"type": "tool_call", "tool_call": call, "parse_status": status}
+        return {"content": call, "parse_status": status}
+
+    def _text(self, text: str) -> str | dict[str, Any]:
+        return {"type": "text", "text": text} if self.is_new else text
 
     def _event(
         self,
         kind: str,
-        text: str,
+        delta: str | dict[str, Any],
         logprobs: Sequence[TokenEntry] = (),
         stop_reason: str | None = None,
     ) -> dict[str, Any]:
         return {
             "event": {
                 "event_type": kind,
-                "delta": {"type": "text", "text": text} if self.is_new else text,
+                "delta": delta,
                 "logprobs": _logprobs(logprobs),
                 "stop_reason": stop_reason,
             }
         }
+
+
+def _call(call: AnsweredCall) -> dict[str, Any] | None:
+    """The call with its arguments read; None if they are no JSON object."""
+    try:
+        arguments = msgspec.json.decode(call.arguments, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        return None
+    if not call.is_complete:
+        return None
+    return {"call_id": call.id, "tool_name": call.name, "arguments": arguments}
 
 
 def _logprobs(entries: Sequence[TokenEntry]) -> list[dict[str, Any]] | None:

@@ -1,0 +1,170 @@
+"""Tools, calls and results as OpenAI's clients write them.
+
+Owns their names, bounds and spellings, and how they become a conversation's.
+Knows nothing of prompts or of answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from ..conversation import Tool, ToolCall
+from ..errors import BadRequestError
+
+MAX_TOOLS = 128
+MAX_PARAMETERS_BYTES = 65_536
+MAX_DEPTH = 64
+
+ToolName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
+CallId = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+
+
+class FunctionDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """strict is kept by tool_choice required or a named one, which obey the schema in any case."""
+
+    name: ToolName
+    description: Annotated[str, msgspec.Meta(max_length=65_536)] | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionTool(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="function"
+):
+    function: FunctionDefinition
+
+
+class FunctionName(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: ToolName
+
+
+class NamedTool(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="function"
+):
+    function: FunctionName
+
+
+class CalledFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """arguments: a JSON object as text, as the answer had it."""
+
+    name: ToolName
+    arguments: str
+
+
+class CallOfTurn(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="function"
+):
+    """A call of an earlier answer. index is what streams count by; some clients echo it."""
+
+    id: CallId
+    function: CalledFunction
+    index: int | None = None
+
+
+ToolList = Annotated[list[FunctionTool], msgspec.Meta(max_length=MAX_TOOLS)]
+CallList = Annotated[list[CallOfTurn], msgspec.Meta(max_length=MAX_TOOLS)]
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+def tools_of(definitions: Sequence[FunctionTool] | None) -> tuple[Tool, ...]:
+    """The tools that a request describes. Raises BadRequestError."""
+    tools = tuple(
+        tool_of(one.function.name, one.function.description, one.function.parameters, i)
+        for i, one in enumerate(definitions or ())
+    )
+    check_names(tools)
+    return tools
+
+
+def tool_of(
+    name: str, description: str | None, parameters: dict[str, Any] | None, index: int
+) -> Tool:
+    """One tool, its parameters checked to be a bounded schema of an object."""
+    field = f"tools[{index}].function.parameters"
+    if parameters is not None:
+        check_schema(parameters, field)
+    return Tool(name, description, parameters)
+
+
+def check_schema(parameters: dict[str, Any], field: str) -> None:
+    """Raises BadRequestError if the schema is no object's, too long or too deep."""
+    if parameters.get("type", "object") != "object":
+        raise BadRequestError(f'{field}.type is not "object": arguments have names', param=field)
+    _check_depth(parameters, field)
+    num_bytes = len(msgspec.json.encode(parameters))
+    if num_bytes > MAX_PARAMETERS_BYTES:
+        raise BadRequestError(
+            f"{field} has {num_bytes:,} bytes; the limit is {MAX_PARAMETERS_BYTES:,}: shorten it",
+            param=field,
+        )
+
+
+def check_names(tools: Sequence[Tool]) -> None:
+    """Raises BadRequestError if two tools share a name: no call could tell them apart."""
+    names = [tool.name for tool in tools]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise BadRequestError(
+                f"tools[{index}] is a second tool named {name!r}: rename one", param="tools"
+            )
+
+
+def calls_of(calls: Sequence[CallOfTurn] | None, field: str) -> tuple[ToolCall, ...]:
+    """The calls of an earlier answer. Raises BadRequestError if arguments are no object."""
+    return tuple(
+        ToolCall(
+            call.function.name,
+            arguments_of(call.function.arguments, f"{field}[{i}].function.arguments"),
+        )
+        for i, call in enumerate(calls or ())
+    )
+
+
+def arguments_of(text: str, field: str) -> dict[str, Any]:
+    """The arguments of a call. Raises BadRequestError if the text is no JSON object."""
+    try:
+        # No arguments at all: some clients write them so.
+        arguments = msgspec.json.decode(text or "{}", type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError):
+        raise BadRequestError(
+            f"{field} is not a JSON object: send the text as the answer had it", param=field
+        ) from None
+    _check_depth(arguments, field)
+    return arguments
+
+
+def check_choice(choice: str | None, tools: Sequence[Tool]) -> None:
+    """Raises BadRequestError if the tool_choice needs a tool that is not there.
+
+    choice: auto, none, required, or the name of a tool.
+    """
+    if choice in (None, "auto", "none"):
+        return
+    raise BadRequestError("tool_choice may be auto or none for now", param="tool_choice")
+    if not tools:
+        raise BadRequestError("tool_choice needs tools: send some", param="tool_choice")
+    if choice != "required" and choice not in [tool.name for tool in tools]:
+        raise BadRequestError(
+            f"tool_choice names {choice!r}, which is none of tools: offer it", param="tool_choice"
+        )
+
+
+def _check_depth(value: dict[str, Any], field: str) -> None:
+    """Raises BadRequestError beyond MAX_DEPTH; a loop, as recursion has a depth too."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for one in level for child in _children(one)]
+    if level:
+        raise BadRequestError(
+            f"{field} is nested more than {MAX_DEPTH} deep: flatten it, or define parts of a"
+            " schema in $defs",
+            param=field,
+        )
+
+
+def _children(value: Any) -> list[Any]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [one for one in inner if isinstance(one, dict | list)]
