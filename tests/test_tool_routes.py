@@ -405,3 +405,17 @@ def test_a_reply_in_several_tokens_a_step_gives_the_same(checkpoint):
     message = plain.json()["choices"][0]["message"]
     assert message["content"] == "Hm."
     assert message["tool_calls"][0]["function"]["arguments"] == ARGUMENTS
+
+
+@pytest.mark.parametrize("path", [CHAT, OLD, NEW])
+@pytest.mark.parametrize("stream", [False, True])
+def test_row_25_hostile_output_is_answered_on_every_route(checkpoint, path, stream):
+    body = (BODY if path == CHAT else STACK_BODY) | {"stream": stream}
+    for part in ("<function=get_time>{", "[get_time(a=[", '<|python_tag|>get_time(a="\\', "}{"):
+        ids = TOKENIZER.encode(part * 500, add_special_tokens=False).ids
+        steps = [ids[begin : begin + 100] for begin in range(0, len(ids), 100)]
+        script = [SequenceOutput(request_id="r", token_ids=step) for step in steps]
+        last = SequenceOutput(request_id="r", token_ids=[128009], finish_reason="stop")
+        (answer,), _ = post(checkpoint, lambda _, s=(*script, last): s, body, path=path)
+        assert answer.status_code == 200
+        assert '"error"' not in answer.text
