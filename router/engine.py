@@ -202,7 +202,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts at this moment."""
-        text, images = self.scheduler.text_pool, self.scheduler.image_pool
+        text, images = self.scheduler.blocks.text_pool, self.scheduler.blocks.image_pool
         image = images.blocks
         return EngineStats(
             num_running=self.scheduler.num_running,
@@ -220,8 +220,8 @@ class Engine:
             image_cache_hits=images.num_hits,
             image_cache_misses=images.num_misses,
             image_cache_evictions=images.num_evictions,
-            prefix_tokens_queried=self.scheduler.num_prefix_tokens_queried,
-            prefix_tokens_hit=self.scheduler.num_prefix_tokens_hit,
+            prefix_tokens_queried=self.scheduler.blocks.num_prefix_tokens_queried,
+            prefix_tokens_hit=self.scheduler.blocks.num_prefix_tokens_hit,
         )
 
     @property

@@ -1,6 +1,6 @@
 """Decides which tokens run next. Knows nothing of tensors, text or workers.
 
-Owns the sequences that run and the blocks they hold. One step is planned so:
+Owns the sequences that run; `block_manager.py` moves their blocks. One step is planned so:
 
     1. every running sequence that is one token behind gets that token (a decode);
        if the text pool is empty the last running sequence is preempted for it
@@ -37,7 +37,6 @@ has gone, wait as if they had just been preempted.
 from __future__ import annotations
 
 import bisect
-from collections import Counter
 from dataclasses import dataclass, field
 
 from ..models.batch import (
@@ -49,12 +48,12 @@ from ..models.batch import (
     StepResult,
     TokenLogprobs,
 )
-from .blocks import ImageEntry, ImagePool
+from .block_manager import BlockManager
+from .blocks import ImageEntry
 from .messages import FinishReason
 from .queue import RequestQueue
 from .segments import cut_segments, is_seen
 from .sequence import Sequence, Status
-from .text_pool import TextPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +95,11 @@ class Scheduler:
     """Plans steps and takes in their results; one step at a time."""
 
     def __init__(self, info: ModelInfo, limits: SchedulerLimits, queue: RequestQueue) -> None:
-        self.text_pool = TextPool(info.pools.num_text_blocks)
-        self.image_pool = ImagePool(info.pools.num_image_blocks, limits.image_cache)
-        self.num_prefix_tokens_queried = 0
-        self.num_prefix_tokens_hit = 0
+        self.blocks = BlockManager(
+            info.pools, prefix_cache=limits.prefix_cache, image_cache=limits.image_cache
+        )
         self.num_preemptions = 0
         self.num_images_encoded = 0
-        self._block_size = info.pools.block_size
         self._limits = limits
         self._waiting = queue
         self._running: list[Sequence] = []
@@ -158,15 +155,19 @@ class Scheduler:
             sequence = self._waiting.peek()
             if sequence is None:
                 return
-            shared = self._cached_blocks(sequence)
-            if not self._fits(sequence, shared):
+            max_num_images = self._limits.max_num_batched_images
+            shared = self.blocks.cached_blocks(sequence, max_num_images)
+            # One free block is left for each that runs, so that the newcomer is not
+            # preempted again by the next decodes of its elders.
+            if not self.blocks.can_start(sequence, shared, num_spare=len(self._running)):
                 return
             if step.image_budget == 0 and not all(
-                self.image_pool.has_encoded(key) for key in sequence.image_keys
+                self.blocks.image_pool.has_encoded(key) for key in sequence.image_keys
             ):
                 return  # it would hold blocks and wait for its images
             self._waiting.remove(sequence)
-            self._start(sequence, shared)
+            self.blocks.start(sequence, shared)
+            self._run(sequence)
             self._plan(step, sequence)
 
     def _plan(self, step: _Step, sequence: Sequence) -> None:
@@ -183,7 +184,7 @@ class Scheduler:
                 request_id=sequence.sequence_id,
                 token_ids=sequence.token_ids[start:end],
                 start=start,
-                block_ids=sequence.block_ids[: self._num_blocks(end)],
+                block_ids=sequence.block_ids[: self.blocks.num_blocks(end)],
                 segments=cut_segments(sequence.request.spans, image_block_ids, start, end),
                 sampling=sequence.sampling if is_last_chunk else None,
                 sample_index=sequence.num_generated_tokens,
@@ -200,7 +201,7 @@ class Scheduler:
 
         Returns where the chunk ends: before the first image that is one too many. That
         image may start before `start` where the tokens from there on came from the
-        prefix cache; `_cached_blocks` sees to it that one step can encode what `start` sees.
+        prefix cache; they end where one step can encode what `start` sees.
         """
         for entry, span in zip(sequence.images, sequence.request.spans, strict=True):
             if entry.is_encoded or entry in step.due_images or not is_seen(span, start, end):
@@ -213,34 +214,7 @@ class Scheduler:
             step.batch.images.append(ImageToEncode(entry.image, entry.block_ids))
         return end
 
-    # Blocks
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
-
-    def _fits(self, sequence: Sequence, shared: list[int]) -> bool:
-        """True if `sequence` can start now, behind the `shared` blocks that are here of it.
-
-        One free block is left for each that runs, so that the newcomer is not
-        preempted again by the next decodes of its elders.
-        """
-        num_blocks = self._num_blocks(sequence.num_tokens) - len(shared) + len(self._running)
-        return self.text_pool.can_share_and_allocate(
-            shared, num_blocks
-        ) and self.image_pool.can_acquire(sequence.image_keys)
-
-    def _start(self, sequence: Sequence, shared: list[int]) -> None:
-        self.text_pool.share(shared)
-        num_blocks = self._num_blocks(sequence.num_tokens) - len(shared)
-        sequence.block_ids = shared + self.text_pool.allocate(num_blocks)
-        sequence.num_kept_blocks = len(shared)
-        sequence.num_computed_tokens = len(shared) * self._block_size
-        if sequence.num_preemptions == 0:
-            sequence.num_cached_tokens = sequence.num_computed_tokens
-            self.num_prefix_tokens_queried += sequence.num_tokens
-            self.num_prefix_tokens_hit += sequence.num_cached_tokens
-        sequence.images = self.image_pool.acquire(sequence.image_keys, sequence.request.images)
-        self._run(sequence)
+    # Who runs, waits or is gone
 
     def _run(self, sequence: Sequence) -> None:
         sequence.status = Status.RUNNING
@@ -255,27 +229,13 @@ class Scheduler:
         for follower in followers:
             follower.leader = None
             has_place = len(self._running) < self._limits.max_num_seqs
-            if has_place and self.text_pool.can_allocate(1 + len(self._running)):
-                self._start_beside(leader, follower)
-            else:
+            if not has_place or not self.blocks.can_fork(num_spare=len(self._running)):
                 self._wait(follower)
-
-    def _start_beside(self, leader: Sequence, follower: Sequence) -> None:
-        """Share what lies before the prompt's last token; copy the block that it is in."""
-        last = len(follower.request.prompt_token_ids) - 1
-        num_shared, num_copied = divmod(last, self._block_size)
-        shared = leader.block_ids[:num_shared]
-        self.text_pool.share(shared)
-        follower.block_ids = shared + self.text_pool.allocate(1)
-        if num_copied:
-            copy = BlockCopy(leader.block_ids[num_shared], follower.block_ids[-1])
-            self._copies[follower] = copy
-        follower.num_kept_blocks = min(num_shared, leader.num_kept_blocks)
-        follower.block_keys = leader.block_keys[:num_shared]
-        follower.num_computed_tokens = last
-        self.image_pool.share(leader.images)
-        follower.images = list(leader.images)
-        self._run(follower)
+                continue
+            copy = self.blocks.fork(leader, follower)
+            if copy is not None:
+                self._copies[follower] = copy
+            self._run(follower)
 
     def _wait(self, sequence: Sequence) -> None:
         sequence.status = Status.WAITING
@@ -288,48 +248,17 @@ class Scheduler:
             follower.leader = None
             self._wait(follower)
 
-    def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """The blocks that are here of the beginning of `sequence`, as far as it may use them.
-
-        Cut where the first token behind them sees more images that are not here than a
-        step may encode: that token could never be computed.
-        """
-        if not self._limits.prefix_cache:
-            return []
-        num_whole = sequence.num_reusable_tokens // self._block_size
-        found = self.text_pool.find(sequence.full_block_keys(self._block_size)[:num_whole])
-        most = self._limits.max_num_batched_images
-        while found and self._num_images_due(sequence, len(found) * self._block_size) > most:
-            found.pop()
-        return found
-
-    def _num_images_due(self, sequence: Sequence, position: int) -> int:
-        seen = zip(sequence.image_keys, sequence.request.spans, strict=True)
-        keys = {key for key, span in seen if span.covers(position)}
-        return sum(not self.image_pool.has_encoded(key) for key in keys)
-
-    def _keep(self, sequence: Sequence) -> None:
-        """Let the blocks that `sequence` has filled be found by others."""
-        num_full = sequence.num_computed_tokens // self._block_size
-        if num_full == sequence.num_kept_blocks or not self._limits.prefix_cache:
-            return
-        keys = sequence.full_block_keys(self._block_size)
-        for index in range(sequence.num_kept_blocks, num_full):
-            self.text_pool.keep(sequence.block_ids[index], keys[index])
-        sequence.num_kept_blocks = num_full
-
     def _give_room(self, sequence: Sequence) -> None:
         """Cover the newest token with a block, preempting from the last sequence on.
 
         The last may be `sequence` itself: it then waits for those before it.
         """
-        num_missing = self._num_blocks(sequence.num_tokens) - len(sequence.block_ids)
-        while not self.text_pool.can_allocate(num_missing):
+        while not self.blocks.can_grow(sequence):
             last = self._running[-1]
             self._preempt(last)
             if last is sequence:
                 return
-        sequence.block_ids += self.text_pool.allocate(num_missing)
+        self.blocks.grow(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         assert not sequence.is_in_step, "a planned sequence is never preempted"
@@ -355,9 +284,7 @@ class Scheduler:
         assert sequence.status is Status.RUNNING
         self._running.remove(sequence)
         self._copies.pop(sequence, None)
-        self.text_pool.free(sequence.block_ids)
-        self.image_pool.release(sequence.images)
-        sequence.block_ids, sequence.images = [], []
+        self.blocks.release(sequence)
 
     # Taking in what happened
 
@@ -409,7 +336,7 @@ class Scheduler:
         self, sequence: Sequence, planned: ScheduledSequence, result: StepResult
     ) -> Progress | None:
         sequence.num_computed_tokens += len(planned.token_ids)
-        self._keep(sequence)
+        self.blocks.keep(sequence)
         if planned.prompt is not None and sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs += result.prompt_logprobs[sequence.sequence_id]
         if planned.sampling is not None:
@@ -430,12 +357,4 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert that blocks are held by running sequences alone. For tests and debugging."""
-        self.text_pool.check()
-        self.image_pool.check()
-        owners = Counter(block_id for one in self._running for block_id in one.block_ids)
-        assert len(owners) == self.text_pool.num_used, "a used text block has no owner"
-        for block_id, num_owners in owners.items():
-            assert num_owners == self.text_pool.num_references(block_id), "a lost reference"
-        for one in self._running:
-            unfilled = one.block_ids[one.num_computed_tokens // self._block_size :]
-            assert all(owners[block_id] == 1 for block_id in unfilled), "a shared block is written"
+        self.blocks.check(self._running)

@@ -16,8 +16,8 @@ from .errors import OutOfBlocksError
 class TextPool(BlockPool):
     """Blocks counted by reference; those with a key outlive their last owner.
 
-    A block without a key is its one owner's. A block with a key is full and never
-    written again. Unreferenced blocks with a key are evicted when there is need of
+    A block that is not full yet is its one owner's; a full one is never written again
+    and may have several. Unreferenced blocks with a key are evicted when there is need of
     room, least recently used first; a sequence gives its blocks back from its tail,
     so that a shared prefix is evicted last.
     """
@@ -48,7 +48,7 @@ class TextPool(BlockPool):
         return found
 
     def share(self, block_ids: list[int]) -> None:
-        """Take one reference to each of these blocks, which `find` has just given."""
+        """Take one reference to each of these blocks, found just now or another owner's."""
         for block_id in block_ids:
             if self._num_references[block_id] == 0:
                 del self._unused[block_id]

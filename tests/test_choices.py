@@ -55,7 +55,7 @@ def test_the_images_are_encoded_and_stored_once():
     engine.add(request)
     engine.run()
     assert engine.runner.num_images_encoded == 1
-    assert engine.scheduler.image_pool.num_hits == 0
+    assert engine.scheduler.blocks.image_pool.num_hits == 0
     assert_each_answers_as_alone(engine, request)
 
 

@@ -174,7 +174,7 @@ def test_switched_off_every_request_encodes_its_pictures():
         )
         answer(scheduler, runner, request)
     assert runner.num_images_encoded == 2
-    assert scheduler.image_pool.blocks.num_free == 4
+    assert scheduler.blocks.image_pool.blocks.num_free == 4
 
 
 def test_an_image_of_a_failed_step_is_not_kept():
@@ -191,7 +191,7 @@ def test_an_image_of_a_failed_step_is_not_kept():
     assert scheduler.schedule() is not None
     scheduler.fail_step()
     scheduler.check()
-    assert scheduler.image_pool.blocks.num_free == 4
+    assert scheduler.blocks.image_pool.blocks.num_free == 4
     assert generated(answer(scheduler, runner, request)) == expected_token_ids(request)
 
 

@@ -124,8 +124,8 @@ def test_a_prompt_asked_again_computes_only_from_its_last_full_block_on():
     bench = Bench()
     assert bench.ask(ask_for(range(10))).num_cached_tokens == 0
     assert bench.ask(ask_for(range(10))).num_cached_tokens == 8
-    assert bench.scheduler.num_prefix_tokens_queried == 20
-    assert bench.scheduler.num_prefix_tokens_hit == 8
+    assert bench.scheduler.blocks.num_prefix_tokens_queried == 20
+    assert bench.scheduler.blocks.num_prefix_tokens_hit == 8
 
 
 def test_the_last_prompt_token_is_computed_even_if_all_blocks_are_there():
@@ -183,7 +183,7 @@ def test_switched_off_nothing_is_found():
     bench = Bench(prefix_cache=False)
     bench.ask(ask_for(range(12)))
     assert bench.ask(ask_for(range(12), name="b")).num_cached_tokens == 0
-    assert bench.scheduler.text_pool.num_cached == 0
+    assert bench.scheduler.blocks.text_pool.num_cached == 0
 
 
 def test_blocks_of_a_failed_step_are_not_found():
@@ -227,7 +227,7 @@ def test_a_preempted_sequence_finds_its_own_blocks_again():
         bench.assert_answered_as_if_alone(sequence)
     starts = bench.starts["b"]
     assert starts.count(0) == 1
-    assert bench.scheduler.num_prefix_tokens_hit == 0, "its own blocks are no hits"
+    assert bench.scheduler.blocks.num_prefix_tokens_hit == 0, "its own blocks are no hits"
 
 
 # Images behind a cached prefix
@@ -238,7 +238,7 @@ def test_an_image_whose_token_is_skipped_is_acquired_and_not_encoded_again():
     bench.ask(ask_for(range(14), ("p2", ImageSpan(1))))
     bench.add(ask_for(range(14), ("p2", ImageSpan(1)), name="b"))
     bench.step()
-    assert bench.scheduler.image_pool.blocks.num_used == 2
+    assert bench.scheduler.blocks.image_pool.blocks.num_used == 2
     bench.run()
     bench.assert_answered_as_if_alone(bench.sequences["b"])
     assert bench.runner.num_images_encoded == 1
@@ -361,8 +361,8 @@ def run_mix(bench: Bench, plan: list[tuple[int, AddRequest, int | None]]) -> Non
         else:
             got = generated(sequence)
             assert got == expected_token_ids(request)[: len(got)]
-    assert bench.scheduler.text_pool.num_used == 0
-    assert bench.scheduler.image_pool.blocks.num_used == 0
+    assert bench.scheduler.blocks.text_pool.num_used == 0
+    assert bench.scheduler.blocks.image_pool.blocks.num_used == 0
 
 
 # Keys

@@ -95,8 +95,8 @@ class Bench:
             self.endings[request_id] = progress.finish_reason
 
     def assert_all_free(self) -> None:
-        assert self.scheduler.text_pool.num_used == 0
-        image_blocks = self.scheduler.image_pool.blocks
+        assert self.scheduler.blocks.text_pool.num_used == 0
+        image_blocks = self.scheduler.blocks.image_pool.blocks
         assert image_blocks.num_used == 0
         assert len(self.queue) == self.queue.num_tokens == self.queue.num_bytes == 0
         self.scheduler.check()
@@ -376,7 +376,7 @@ def test_the_same_picture_in_two_requests_is_stored_and_encoded_once():
         bench.add(request_of(name, images=[fake_image("p", 3)], spans=[ImageSpan(0)]))
     batch = bench.step()
     assert len(batch.images) == 1
-    assert bench.scheduler.image_pool.blocks.num_used == 3
+    assert bench.scheduler.blocks.image_pool.blocks.num_used == 3
     bench.run()
     assert bench.runner.num_images_encoded == 1
     bench.assert_all_free()
@@ -399,7 +399,7 @@ def test_a_shared_image_outlives_the_request_that_brought_it():
     bench.add(request_of("b", max_tokens=9, images=[image], spans=[ImageSpan(0)]))
     bench.step()
     bench.abort("a")
-    assert bench.scheduler.image_pool.blocks.num_used == 3
+    assert bench.scheduler.blocks.image_pool.blocks.num_used == 3
     bench.run()
     assert bench.tokens["b"] == expected_token_ids(bench.sequences["b"].request)
     assert bench.runner.num_images_encoded == 1

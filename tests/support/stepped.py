@@ -69,7 +69,7 @@ class SteppedEngine:
         return sequence.token_ids[len(sequence.request.prompt_token_ids) :]
 
     def assert_all_free(self) -> None:
-        assert self.scheduler.text_pool.num_used == 0
-        assert self.scheduler.image_pool.blocks.num_used == 0
+        assert self.scheduler.blocks.text_pool.num_used == 0
+        assert self.scheduler.blocks.image_pool.blocks.num_used == 0
         assert len(self.queue) == 0
         self.scheduler.check()
