@@ -1,27 +1,35 @@
-# vlmserve on a CUDA host. CPU only: --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+# vlmserve for a CUDA host: torch's wheels bring the CUDA libraries, the host only its driver.
 #   docker build -t vlmserve .
-#   docker run --gpus all -p 8000:8000 -v vlmserve-cache:/cache vlmserve [MODEL]
-FROM python:3.11-slim
+# For a host without a GPU, a far smaller image:
+#   docker build -t vlmserve:cpu --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu .
+# What follows the image's name are arguments of `vlmserve serve`; see docs/deploy.md.
+FROM python:3.11-slim AS build
 
 ARG TORCH_INDEX_URL=""
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 HF_HOME=/cache
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/vlmserve/bin:$PATH
 
-RUN useradd --create-home --uid 1000 vlmserve && mkdir /cache && chown vlmserve /cache
 RUN python -m venv /opt/vlmserve
-ENV PATH=/opt/vlmserve/bin:$PATH
-
 WORKDIR /src
-COPY requirements/base.txt requirements/
+# The requirements by themselves, so that a change of the code does not install them again.
+COPY requirements requirements
 RUN if [ -n "$TORCH_INDEX_URL" ]; then \
       pip install --index-url "$TORCH_INDEX_URL" "$(grep '^torch==' requirements/base.txt)"; \
-    fi && pip install -r requirements/base.txt
+    fi
+RUN pip install -r requirements/base.txt "$(grep '^bitsandbytes==' requirements/test.txt)"
 COPY . .
 RUN pip install --no-deps .
 
-USER vlmserve
+FROM python:3.11-slim
+
+RUN useradd --uid 1000 --create-home vlmserve && install -d -o vlmserve /cache
+COPY --from=build /opt/vlmserve /opt/vlmserve
+
+ENV PATH=/opt/vlmserve/bin:$PATH PYTHONUNBUFFERED=1 HF_HOME=/cache
+# By number, so that Kubernetes can tell that it is not root.
+USER 1000
 WORKDIR /home/vlmserve
 VOLUME /cache
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m \
-  CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/v1/health/live', timeout=4)"]
+  CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/v1/health/ready', timeout=4)"]
 ENTRYPOINT ["vlmserve", "serve", "--host", "0.0.0.0", "--port", "8000"]

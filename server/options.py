@@ -58,7 +58,10 @@ def _bytes(text: str) -> int:
 
 ModelArgument = Annotated[
     str | None,
-    typer.Argument(help="A model folder or hub id; nothing serves the small bundled model."),
+    typer.Argument(
+        help="A model folder or hub id; nothing serves the small bundled model.",
+        envvar="VLMSERVE_MODEL",
+    ),
 ]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=MODEL_PANEL)

@@ -111,6 +111,11 @@ def start_server(tmp_path):
 
 
 @pytest.fixture
+def unused_port():
+    return free_port()
+
+
+@pytest.fixture
 def wait_for():
     return wait_until
 

@@ -67,7 +67,7 @@ class LiveTable:
         if self._console.is_terminal:
             self._live.stop()
         elif self._summaries:
-            self._console.print(self._table(), width=FILE_WIDTH, crop=False)
+            Console(file=self._console.file, width=FILE_WIDTH).print(self._table())
 
     def start(self, level: Level, num_requests: int) -> None:
         """Show the level as running."""
@@ -87,7 +87,13 @@ class LiveTable:
         self._summaries.append(summary)
 
     def _table(self) -> Table:
-        table = Table(title=self._title, title_justify="left", box=SIMPLE_HEAD)
+        table = Table(
+            title=self._title,
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
         for name in COLUMNS:
             table.add_column(name, justify="right", no_wrap=True)
         for summary in self._summaries:
