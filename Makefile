@@ -56,7 +56,7 @@ check: setup-test $(TYPING) ## lint, types and import rules
 test: setup-test ## the tests of every run (under 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not soak and not gpu" $(ARGS)
 
-test-slow: setup-test ## the long tests: training, both ends of the version range
+test-slow: setup-test ## the long tests: training, the version range, the image's install steps
 	$(BIN)/python -m pytest -m "slow and not soak and not gpu" $(ARGS)
 
 soak: setup-test ## ten thousand random requests against one engine, each checked against itself alone

@@ -256,3 +256,11 @@ def test_kubectl_builds_the_manifests(tmp_path):
     (built_container,) = kinds["Deployment"]["spec"]["template"]["spec"]["containers"]
     secret = built_container["env"][0]["valueFrom"]["secretKeyRef"]["name"]
     assert secret == kinds["Secret"]["metadata"]["name"]
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
+def test_hadolint_finds_nothing():
+    done = subprocess.run(
+        ["hadolint", str(ROOT / "Dockerfile")], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout
