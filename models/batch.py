@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import msgspec
 
@@ -113,6 +113,15 @@ class SamplingContext:
     banned_token_ids: Sequence[int] = ()
 
 
+class TokenMatcher(Protocol):
+    """Where one sequence stands in its grammar; see `models/grammar.py`."""
+
+    @property
+    def has_failed(self) -> bool: ...
+    def accept(self, token_id: int) -> None: ...
+    def copy(self) -> TokenMatcher: ...
+
+
 class TokenLogprobs(msgspec.Struct, frozen=True):
     """The natural log-probabilities at one generated token, before any sampling parameter.
 
@@ -162,7 +171,7 @@ class ScheduledSequence:
     `sample_index` counts the tokens generated before this one (0 for the first);
     it picks the place in the request's own random stream. `context` is None where
     the choice depends on the logits alone, `prompt` where no log-probabilities of
-    the prompt are due.
+    the prompt are due, `matcher` where no grammar says which tokens may come.
     """
 
     request_id: str
@@ -173,6 +182,7 @@ class ScheduledSequence:
     sampling: SamplingParams | None = None
     sample_index: int = 0
     context: SamplingContext | None = None
+    matcher: TokenMatcher | None = None
     prompt: PromptTargets | None = None
 
 

@@ -14,6 +14,10 @@ class ModelError(ValueError):
     """The model cannot be loaded or sized as asked; the message is one line with the remedy."""
 
 
+class GrammarError(ValueError):
+    """A grammar that cannot be compiled; the message is one line, fit for a client."""
+
+
 class StepError(RuntimeError):
     """One step could not be computed; nothing is wrong with later steps."""
 

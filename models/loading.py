@@ -32,6 +32,7 @@ class LoadedModel:
 
     model: MllamaForConditionalGeneration
     normalization: ImageNormalization
+    folder: Path
     device: torch.device
     dtype: torch.dtype
 
@@ -67,7 +68,7 @@ def load_model(
     # published taps are block inputs; transformers collects block outputs
     mend_vision(model)
     pack_linears(model)
-    loaded = LoadedModel(model, normalization, chosen, torch_dtype)
+    loaded = LoadedModel(model, normalization, folder, chosen, torch_dtype)
     # the text model alone: the vision encoder keeps transformers' own attention
     loaded.text_config._attn_implementation = ATTENTION_NAME
     return loaded

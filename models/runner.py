@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import cast
 
 import numpy as np
@@ -17,7 +19,7 @@ from torch import Tensor
 from transformers import MllamaConfig
 
 from .attention import get_backend
-from .batch import ModelInfo, PromptLogprobs, ScheduledSequence, StepBatch, StepResult
+from .batch import ModelInfo, PromptLogprobs, ScheduledSequence, StepBatch, StepResult, TokenMatcher
 from .cache import (
     KVPools,
     PagedCache,
@@ -28,11 +30,12 @@ from .cache import (
     token_bytes,
 )
 from .errors import StepError
+from .grammar import Grammars, Matcher
 from .inputs import StepInputs, image_slots, pack
 from .loading import LoadedModel, load_model
 from .logprobs import RawLogprobs, prompt_logprobs
 from .pools import PoolPlan, PoolRequest, default_budget_bytes, plan_pools
-from .sampling import sample
+from .sampling import Masks, sample
 from .vision import VisionEncoder
 
 
@@ -99,6 +102,8 @@ class ModelRunner:
         self._backend = get_backend(backend)
         self._sizes = plan.sizes
         config = loaded.text_config
+        self._grammars = Grammars(loaded.folder, config.vocab_size)
+        self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._num_embeddings = self._text_model.embed_tokens.num_embeddings
         self.pools: KVPools = allocate_pools(
             config, plan.sizes, loaded.num_patches, loaded.dtype, loaded.device
@@ -130,8 +135,10 @@ class ModelRunner:
                 "a step has no sequence: images are encoded with the tokens that see them"
             )
         inputs = self._pack(batch)
+        # Filled by another thread while the model computes; both run without Python's lock.
+        masks = self._start_masks(inputs)
         hidden = self._forward(batch, inputs, vision_states)
-        result = self._sample(hidden, inputs)
+        result = self._sample(hidden, inputs, masks)
         result.prompt_logprobs = self._prompt_logprobs(hidden, batch)
         result.vision_seconds = vision_seconds
         return result
@@ -208,7 +215,24 @@ class ModelRunner:
         logits: Tensor = self._model.lm_head(hidden).float()
         return logits
 
-    def _sample(self, hidden: Tensor, inputs: StepInputs) -> StepResult:
+    def compile_grammar(self, grammar: str, eos_token_ids: Sequence[int]) -> TokenMatcher:
+        """A matcher at the start of a grammar. Raises GrammarError. Called from any one thread."""
+        return self._grammars.compile(grammar, eos_token_ids)
+
+    def _start_masks(self, inputs: StepInputs) -> Future[Masks] | None:
+        """The masks of the rows that have a grammar; None where none has."""
+        pairs = [(i, s.matcher) for i, s in enumerate(inputs.sampled_sequences) if s.matcher]
+        if not pairs:
+            return None
+        rows, matchers = zip(*pairs, strict=True)
+        return self._mask_thread.submit(self._fill_masks, rows, matchers)
+
+    def _fill_masks(self, rows: Sequence[int], matchers: Sequence[TokenMatcher]) -> Masks:
+        return Masks(rows, self._grammars.fill(cast(Sequence[Matcher], matchers)))
+
+    def _sample(
+        self, hidden: Tensor, inputs: StepInputs, masks: Future[Masks] | None = None
+    ) -> StepResult:
         sequences = inputs.sampled_sequences
         if not sequences:
             return StepResult({})
@@ -216,7 +240,8 @@ class ModelRunner:
         params = [s.sampling for s in sequences if s.sampling is not None]
         raw = RawLogprobs(logits, params)
         indices, contexts = [s.sample_index for s in sequences], [s.context for s in sequences]
-        token_ids = sample(logits, params, indices, contexts)
+        allowed = None if masks is None else masks.result()
+        token_ids = sample(logits, params, indices, contexts, allowed)
         logprobs = raw.of(token_ids)
         return StepResult(
             token_ids=dict(zip((s.request_id for s in sequences), token_ids.tolist(), strict=True)),

@@ -23,7 +23,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .batch import SamplingContext, SamplingParams
@@ -36,6 +38,20 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _BITS = 52
 # tokens of a row that top-k and top-p look at before they sort the whole vocabulary
 WINDOW = 1024
+
+
+@dataclass(slots=True, frozen=True)
+class Masks:
+    """Which tokens some rows may have: bool [len(rows), vocab_size]."""
+
+    rows: Sequence[int]
+    allowed: NDArray[np.bool_]
+
+    def apply(self, logits: Tensor) -> None:
+        """Set what is not allowed to -inf, in place."""
+        at = torch.tensor(self.rows, device=logits.device)
+        allowed = torch.from_numpy(self.allowed).to(logits.device)
+        logits[at] = logits[at].masked_fill_(~allowed, -torch.inf)
 
 
 def uniform(seed: int, sample_index: int) -> float:
@@ -60,14 +76,18 @@ def sample(
     params: Sequence[SamplingParams],
     sample_indices: Sequence[int],
     contexts: Sequence[SamplingContext | None] | None = None,
+    masks: Masks | None = None,
 ) -> Tensor:
     """A token id for each row, int64 [num_rows], on the logits' device.
 
     logits: float32 [num_rows, vocab_size], contiguous; params, sample_indices and contexts (where
-    any row has one): one a row. -inf bans a token. Rows with penalties, biases or bans are changed
-    in place.
+    any row has one): one a row. masks: what grammars allow in some of the rows; they go before all
+    else, and nothing brings back what they ban. -inf bans a token. Rows with masks, penalties,
+    biases or bans are changed in place.
     Raises NonFiniteLogitsError, naming the rows, where logits hold NaN or +inf or ban all tokens.
     """
+    if masks is not None:
+        masks.apply(logits)
     best, token_ids = logits.max(dim=-1)
     _check_finite(best)
     if changed := adjust(logits, params, contexts or [None] * len(params)):

@@ -19,10 +19,16 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from ..models.batch import ModelInfo, StepBatch, StepResult
+from ..models.batch import ModelInfo, StepBatch, StepResult, TokenMatcher
 from .admission import AdmissionLimits, check_request
 from .config import EngineConfig
-from .errors import EngineError, EngineInternalError, failure_of
+from .errors import (
+    EngineDeadError,
+    EngineError,
+    EngineInternalError,
+    InvalidRequestError,
+    failure_of,
+)
 from .messages import (
     AddRequest,
     EngineReady,
@@ -52,6 +58,13 @@ class Runner(Protocol):
         """Compute one step. Called from one thread, one call at a time."""
         ...
 
+    def compile_grammar(self, grammar: str, eos_token_ids: list[int]) -> TokenMatcher:
+        """A matcher at a grammar's start. Called from a thread of its own.
+
+        Raises ValueError, fit for a client, if the grammar cannot be compiled.
+        """
+        ...
+
 
 class DuplicateRequestError(ValueError):
     """A worker used the id of one of its open requests again: it is broken."""
@@ -77,6 +90,10 @@ class Engine:
         self._queue = RequestQueue(_queue_limits(config))
         self.scheduler = Scheduler(runner.info, self._scheduler_limits(), self._queue)
         self._open: dict[tuple[int, str], Sequence] = {}
+        # Ids whose grammar is being compiled: True where the worker has aborted one meanwhile.
+        self._compiling: dict[tuple[int, str], bool] = {}
+        self._compilations: set[asyncio.Task[None]] = set()
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="model")
         self._step_started: float | None = None
         self._num_steps = 0
@@ -91,33 +108,76 @@ class Engine:
         """
         request_ids = [request.request_id, *request.choice_ids]
         for request_id in request_ids:
-            if (worker_id, request_id) in self._open or request_ids.count(request_id) > 1:
+            key = worker_id, request_id
+            if key in self._open or key in self._compiling or request_ids.count(request_id) > 1:
                 raise DuplicateRequestError(f"request {request_id!r} is open already")
+        grammar = request.grammar
+        if grammar is None:
+            self._enqueue(worker_id, request)
+            return
+        self._compiling |= {(worker_id, request_id): False for request_id in request_ids}
+        task = asyncio.create_task(self._compile_and_enqueue(worker_id, request, grammar))
+        self._compilations.add(task)
+        task.add_done_callback(self._compilations.discard)
+
+    def _enqueue(
+        self, worker_id: int, request: AddRequest, matcher: TokenMatcher | None = None
+    ) -> None:
         try:
             check_request(request, self._limits)
-            sequences = Sequence.of(worker_id, request)
+            sequences = Sequence.of(worker_id, request, matcher)
             self._queue.put(sequences[0])
         except EngineError as error:
-            for request_id in request_ids:
-                self._send(worker_id, failure_of(request_id, error))
+            self._refuse(worker_id, request, error)
             return
         for sequence in sequences:
             self._open[worker_id, sequence.request_id] = sequence
+
+    def _refuse(self, worker_id: int, request: AddRequest, error: EngineError) -> None:
+        for request_id in (request.request_id, *request.choice_ids):
+            self._send(worker_id, failure_of(request_id, error))
+
+    async def _compile_and_enqueue(self, worker_id: int, request: AddRequest, grammar: str) -> None:
+        """Compile a request's grammar beside the loop; what was aborted meanwhile ends then."""
+        loop = asyncio.get_running_loop()
+        compile_grammar, eos_token_ids = self._runner.compile_grammar, request.eos_token_ids
+        error: EngineError | None = None
+        try:
+            matcher = await loop.run_in_executor(
+                self._compiler, compile_grammar, grammar, eos_token_ids
+            )
+        except ValueError as problem:
+            error = InvalidRequestError(f"the grammar cannot be compiled: {problem}")
+        except asyncio.CancelledError:
+            error = EngineDeadError("the engine is stopping")
+        except Exception:
+            logger.exception("a grammar could not be compiled")
+            error = EngineInternalError("the engine could not compile the grammar")
+        keys = [(worker_id, request_id) for request_id in (request.request_id, *request.choice_ids)]
+        aborted = [key[1] for key in keys if self._compiling.pop(key)]
+        if error is not None:
+            self._refuse(worker_id, request, error)
+            return
+        self._enqueue(worker_id, request, matcher)
+        self.abort(worker_id, aborted)
 
     def abort(self, worker_id: int, request_ids: Iterable[str]) -> None:
         """End requests of this worker; ids that are not open any more are passed over.
 
         What is freed is free at once, or right after the step that computes it.
         """
+        request_ids = list(request_ids)
+        for request_id in request_ids:
+            if (worker_id, request_id) in self._compiling:
+                self._compiling[worker_id, request_id] = True
         found = [self._open.get((worker_id, request_id)) for request_id in request_ids]
         progress = [self.scheduler.abort(sequence) for sequence in found if sequence is not None]
         self._deliver([one for one in progress if one is not None])
 
     def drop_worker(self, worker_id: int) -> None:
         """Abort everything of a worker that has gone."""
-        self.abort(
-            worker_id, [request_id for owner, request_id in self._open if owner == worker_id]
-        )
+        keys = [*self._open, *self._compiling]
+        self.abort(worker_id, [request_id for owner, request_id in keys if owner == worker_id])
 
     # The loop
 
@@ -161,6 +221,9 @@ class Engine:
 
     def close(self, error: EngineError) -> None:
         """End every open request with `error`. Call when `run` is over; a step may still run."""
+        for task in self._compilations:
+            task.cancel()
+        self._compiler.shutdown(wait=False, cancel_futures=True)
         self._fail(list(self._open.values()), error)
         self._executor.shutdown(wait=False, cancel_futures=True)
 

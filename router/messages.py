@@ -31,7 +31,8 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     of further answers to the same prompt, each with outputs and an end of its own;
     the prompt and its images are computed once for all. Of two requests that wait
     the one of lower priority runs first. images and
-    spans run in parallel, in prompt order. A token in `eos_token_ids` ends the
+    spans run in parallel, in prompt order. grammar, in llguidance's JSON: the texts
+    that the answer may be. A token in `eos_token_ids` ends the
     turn (stop_token_id None in the answer), one in `stop_token_ids` is reported.
     num_prompt_logprobs: how many of the likeliest tokens are told beside each token of
     the prompt, with the first choice's first output; None tells of none.
@@ -48,6 +49,7 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     tenant: str = ""
     choice_ids: list[str] = []
     priority: int = 0
+    grammar: str | None = None
     num_prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
 
 

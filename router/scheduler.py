@@ -189,6 +189,7 @@ class Scheduler:
                 sampling=sequence.sampling if is_last_chunk else None,
                 sample_index=sequence.num_generated_tokens,
                 context=sequence.sampling_context() if is_last_chunk else None,
+                matcher=sequence.matcher if is_last_chunk else None,
                 prompt=sequence.prompt_targets(start, end),
             )
         )

@@ -14,7 +14,13 @@ from enum import Enum
 
 import msgspec
 
-from ..models.batch import PromptLogprobs, PromptTargets, SamplingContext, SamplingParams
+from ..models.batch import (
+    PromptLogprobs,
+    PromptTargets,
+    SamplingContext,
+    SamplingParams,
+    TokenMatcher,
+)
 from .blocks import ImageEntry, ImageKey
 from .messages import AddRequest, FinishReason
 from .prefix import extend_block_keys
@@ -71,6 +77,7 @@ class Sequence:
     followers: list[Sequence] = field(default_factory=list)
     leader: Sequence | None = None
     arrival: int = 0
+    matcher: TokenMatcher | None = None
     prompt_logprobs: list[PromptLogprobs | None] | None = None
 
     def __post_init__(self) -> None:
@@ -86,8 +93,13 @@ class Sequence:
         self.penalized_prompt_ids = array("q", set(self.token_ids) if is_penalized else ())
 
     @classmethod
-    def of(cls, worker_id: int, request: AddRequest) -> list[Sequence]:
-        """The sequences of a request, one a choice: the leader, then its followers."""
+    def of(
+        cls, worker_id: int, request: AddRequest, matcher: TokenMatcher | None = None
+    ) -> list[Sequence]:
+        """The sequences of a request, one a choice: the leader, then its followers.
+
+        matcher: at the start of the request's grammar; each sequence gets one of its own.
+        """
         leader, *followers = (
             cls(f"{worker_id}/{request_id}", worker_id, request, choice)
             for choice, request_id in enumerate([request.request_id, *request.choice_ids])
@@ -95,6 +107,8 @@ class Sequence:
         for follower in followers:
             follower.status, follower.leader = Status.FOLLOWING, leader
         leader.followers = followers
+        for sequence in [leader, *followers]:
+            sequence.matcher = None if matcher is None else matcher.copy()
         return [leader, *followers]
 
     @property
@@ -131,6 +145,10 @@ class Sequence:
     def append(self, token_id: int, max_model_len: int) -> FinishReason | None:
         """Take a generated token; why the request ends with it, or None if it goes on."""
         self.token_ids.append(token_id)
+        if self.matcher is not None:
+            self.matcher.accept(token_id)
+            if self.matcher.has_failed:
+                return "abort"
         if token_id in self.end_token_ids or token_id in self.stop_token_ids:
             return "stop"
         if self.num_generated_tokens >= self.request.max_tokens:

@@ -23,6 +23,7 @@ from vlmserve.models.batch import (
     ScheduledSequence,
     StepBatch,
     StepResult,
+    TokenMatcher,
 )
 from vlmserve.router.messages import AddRequest
 
@@ -149,6 +150,10 @@ class FakeRunner:
         return StepResult(
             {one.request_id: self._sample(one) for one in sampled}, prompt_logprobs=prompts
         )
+
+    def compile_grammar(self, grammar: str, eos_token_ids: list[int]) -> TokenMatcher:
+        """This runner has no text that a grammar could be about."""
+        raise ValueError("the fake model takes no grammar")
 
     def _count(self, batch: StepBatch) -> None:
         if not batch.sequences:

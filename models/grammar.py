@@ -1,0 +1,113 @@
+"""What may come next by a grammar: matchers, and the masks of a step's rows.
+
+Owns llguidance: the tokenizer as it sees it, compiled grammars, and one matcher a sequence. Knows
+nothing of APIs, and nothing of tensors: a mask is bits in numpy.
+
+A grammar is compiled once and copied for each sequence. Compiling and filling masks run without
+Python's global lock. Nothing raises for what a grammar does: a matcher that runs into one of its
+limits has failed, and says so.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.numpy import fill_next_token_bitmask_par
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from .errors import GrammarError
+
+# A text is up to 64 KiB, and what it compiles to some hundreds of KiB: far below 64 MiB together.
+MAX_COMPILED = 64
+SILENT = 0
+_LIMITS = LLParserLimits()
+
+
+class Matcher:
+    """One sequence's place in its grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.inner = matcher
+
+    @property
+    def has_failed(self) -> bool:
+        """True once a limit was hit, or a token came that the grammar forbids."""
+        return bool(self.inner.is_error())
+
+    def accept(self, token_id: int) -> None:
+        """Go on behind this token, which the mask allowed."""
+        self.inner.consume_token(token_id)
+
+    def copy(self) -> Matcher:
+        """Another sequence's matcher, at the same place."""
+        return Matcher(self.inner.deep_copy())
+
+
+class Grammars:
+    """Compiles grammars for one checkpoint's tokenizer and fills masks for its vocabulary.
+
+    vocab_size: of the logits. The tokenizer is read when the first grammar comes.
+    """
+
+    def __init__(self, folder: str | Path, vocab_size: int) -> None:
+        self._file = Path(folder) / "tokenizer.json"
+        self._vocab_size = vocab_size
+        self._tokenizers: dict[tuple[int, ...], LLTokenizer] = {}
+        self._compiled: OrderedDict[tuple[str, tuple[int, ...]], Matcher] = OrderedDict()
+        self._executor: LLExecutor | None = None
+        self._mask_size = vocab_size
+
+    def compile(self, grammar: str, eos_token_ids: Sequence[int]) -> Matcher:
+        """A matcher at the grammar's start. Raises GrammarError, one line, if it is none.
+
+        grammar: llguidance's JSON. eos_token_ids: what may end a text that is complete.
+        """
+        key = (grammar, tuple(sorted(set(eos_token_ids))))
+        known = self._compiled.get(key)
+        if known is None:
+            known = self._compiled[key] = self._compile(*key)
+            while len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(key)
+        return known.copy()
+
+    def _compile(self, grammar: str, eos_token_ids: tuple[int, ...]) -> Matcher:
+        tokenizer = self._tokenizer(eos_token_ids)
+        matcher = LLMatcher(tokenizer, grammar, log_level=SILENT, limits=_LIMITS)
+        if matcher.is_error():
+            raise GrammarError(" ".join(matcher.get_error().split())[:300])
+        return Matcher(matcher)
+
+    def _tokenizer(self, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
+        if eos_token_ids not in self._tokenizers:
+            try:
+                text = self._file.read_text("utf-8")
+                last_id = max(Tokenizer.from_str(text).get_vocab().values())
+                # The tokenizer may name ids behind the logits, as `<|image|>` is.
+                self._mask_size = max(self._vocab_size, last_id + 1)
+                known = LLTokenizer(text, n_vocab=self._mask_size, eos_token=list(eos_token_ids))
+            except Exception as error:  # both libraries raise nothing more special
+                raise GrammarError(f"the tokenizer takes no grammar: {error}") from error
+            self._tokenizers[eos_token_ids] = known
+        return self._tokenizers[eos_token_ids]
+
+    def fill(self, matchers: Sequence[Matcher]) -> NDArray[np.bool_]:
+        """Which tokens may come next, bool [num_matchers, vocab_size].
+
+        A matcher that has failed allows all: its request is ended with the step. None allows
+        nothing: a text that is complete may end.
+        """
+        masks = np.full((len(matchers), -(-self._mask_size // 32)), -1, dtype=np.int32)
+        at = [(one.inner, row) for row, one in enumerate(matchers) if not one.has_failed]
+        if self._executor is None:
+            self._executor = LLExecutor()
+        fill_next_token_bitmask_par(self._executor, at, masks)
+        bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
+        allowed = bits[:, : self._vocab_size].astype(bool)
+        allowed[~allowed.any(axis=1)] = True
+        return allowed
