@@ -106,7 +106,8 @@ class Grammars:
         at = [(one.inner, row) for row, one in enumerate(matchers) if not one.has_failed]
         if self._executor is None:
             self._executor = LLExecutor()
-        fill_next_token_bitmask_par(self._executor, at, masks)
+        if at:
+            fill_next_token_bitmask_par(self._executor, at, masks)
         bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
         allowed = bits[:, : self._vocab_size].astype(bool)
         allowed[~allowed.any(axis=1)] = True

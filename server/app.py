@@ -21,6 +21,7 @@ from ..router.client import EngineClient
 from ..router.errors import EngineDeadError
 from .errors import ApiError, InternalError, error_body, type_of_status
 from .generation import Engine, Generator, Images
+from .grammar_checks import GrammarChecks
 from .guards import HardyRequest, HeadGuard, HeadTooLargeError, receive_body, request_id_of
 from .images.decoders import DecoderPool
 from .images.fetch import ImageFetcher
@@ -88,6 +89,7 @@ class Parts:
         self._own_client: EngineClient | None = None
         self._own_fetcher: ImageFetcher | None = None
         self._decoders: DecoderPool | None = None
+        self._grammar_checks = GrammarChecks()
         self._connecting: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
         self._engine = engine or self._make_client()
@@ -107,6 +109,7 @@ class Parts:
             metrics,
             settings.image_deadline_s,
             settings.max_request_time_s,
+            self._grammar_checks,
         )
         return Services(settings, self._engine, generator, metrics, _context_of(folder))
 
@@ -133,6 +136,7 @@ class Parts:
         """Close what `open` opened."""
         await _cancelled(self._draining)
         await self._disconnect()
+        await self._grammar_checks.close()
         if self._own_fetcher is not None:
             await self._own_fetcher.close()
 

@@ -34,6 +34,7 @@ from .errors import (
     NotReadyError,
     OverloadedError,
 )
+from .grammar_checks import GrammarChecks
 from .images.settings import ImageError, ImageRequest, PoolClosed
 from .logprobs import PromptEntries, TokenReader
 from .metrics import Metrics, RequestTimer
@@ -101,6 +102,7 @@ class Generator:
         metrics: Metrics,
         image_deadline_s: float = 30.0,
         max_request_time_s: float = math.inf,
+        grammar_checks: GrammarChecks | None = None,
     ) -> None:
         self._processor = processor
         self._reader = TokenReader(processor.tokenizer)
@@ -109,6 +111,7 @@ class Generator:
         self._metrics = metrics
         self._image_deadline_s = image_deadline_s
         self._max_request_time_s = max_request_time_s
+        self._grammar_checks = grammar_checks or GrammarChecks()
 
     async def prepare(self, request: GenerationRequest) -> PreparedGeneration:
         """The engine's request: the prompt is checked before any image is fetched.
@@ -129,6 +132,7 @@ class Generator:
         max_tokens = room(request, len(prompt.token_ids), info.max_model_len)
         check_min_tokens(request.sampling.min_tokens, max_tokens)
         check_prompt_logprobs(request, len(prompt.token_ids))
+        grammar = await self._grammar(request)
         tiles = await self._tiles(prompt.images, request.tenant)
         added = AddRequest(
             request_id=uuid.uuid4().hex,
@@ -137,12 +141,16 @@ class Generator:
             spans=prompt.spans,
             sampling=request.sampling,
             max_tokens=max_tokens,
-            eos_token_ids=[] if request.ignore_eos else self._processor.eos_token_ids,
+            # A grammar says itself where an answer may end.
+            eos_token_ids=[]
+            if request.ignore_eos and not grammar
+            else self._processor.eos_token_ids,
             stop_token_ids=list(request.stop_token_ids),
             tenant=request.tenant,
             choice_ids=[uuid.uuid4().hex for _ in range(1, request.num_choices)],
             priority=request.priority,
             num_prompt_logprobs=request.num_prompt_logprobs,
+            grammar=grammar,
         )
         return PreparedGeneration(
             added,
@@ -227,6 +235,12 @@ class Generator:
                     return Completion(in_order, event.usage, event.prompt_logprobs)
                 gathered[event.choice].add(event)
         raise AssertionError("a stream of events ends with an End or an error")
+
+    async def _grammar(self, request: GenerationRequest) -> str | None:
+        """The request's grammar as the engine takes it. Raises BadRequestError."""
+        if request.grammar is None:
+            return None
+        return await self._grammar_checks.check(request.grammar, request.grammar_field)
 
     async def _prompt(self, request: GenerationRequest, max_model_len: int) -> PreparedPrompt:
         num_chars = sum(len(message.text) for message in request.messages)

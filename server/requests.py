@@ -27,7 +27,8 @@ class GenerationRequest:
     the likeliest tokens are told beside each token of the prompt. Of requests that wait the one of
     lower priority goes first. timeout_s: from its arrival to the end of its answer.
     tools: what the model is told of and may call, in which format; max_tool_calls: the
-    answer ends with that many, None for no bound.
+    answer ends with that many, None for no bound. grammar: what texts the answer may
+    be, not compiled yet, and the field that said so.
     """
 
     messages: tuple[Message, ...]
@@ -45,6 +46,8 @@ class GenerationRequest:
     tools: tuple[Tool, ...] = ()
     tool_format: ToolFormat = "json"
     max_tool_calls: int | None = None
+    grammar: str | None = None
+    grammar_field: str = ""
 
 
 def sampling_params(

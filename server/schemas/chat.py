@@ -17,14 +17,24 @@ from ..conversation import ImagePart, Message, Part, Role, TextPart, Tool
 from ..errors import BadRequestError
 from ..requests import GenerationRequest, sampling_params
 from .decoding import no_nul
+from .structured import (
+    Choices,
+    Form,
+    Guided,
+    ResponseFormat,
+    call_form,
+    guided_forms,
+    only_form,
+    response_form,
+)
 from .tools import (
     CallId,
     CallList,
-    NamedTool,
     ToolChoice,
     ToolList,
     calls_of,
     check_choice,
+    choice_of,
     tools_of,
 )
 
@@ -143,20 +153,20 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    nvext: Guided | None = None
     timeout_s: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
     tools: ToolList | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     # Taken at their neutral value only, see NOT_YET and REPLACED.
-    response_format: dict[str, Any] | None = None
     functions: list[Any] | None = None
     function_call: str | dict[str, Any] | None = None
-    guided_json: str | dict[str, Any] | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
-    nvext: dict[str, Any] | None = None
     # Taken without effect.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -168,12 +178,6 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=T
 
 # What each field may hold besides null until it is built.
 NOT_YET: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "nvext": ({},),
     "store": (False,),
     "service_tier": ("auto",),
 }
@@ -196,9 +200,13 @@ def chat_generation(body: ChatCompletionRequest) -> GenerationRequest:
         raise BadRequestError("top_k is 0: send -1 for off, or at least 1", param="top_k")
     messages = [_message(turn, f"messages[{i}]") for i, turn in enumerate(body.messages)]
     _check_results(body.messages)
+    tools = _offered_tools(body)
+    form = only_form([*_forms(body), *_call_form(body, tools)])
     return GenerationRequest(
         messages=tuple(messages),
-        tools=_offered_tools(body),
+        tools=tools,
+        grammar=form.grammar if form else None,
+        grammar_field=form.field if form else "",
         max_tool_calls=1 if body.parallel_tool_calls is False else None,
         sampling=_sampling(body),
         max_tokens=_max_tokens(body),
@@ -211,6 +219,25 @@ def chat_generation(body: ChatCompletionRequest) -> GenerationRequest:
         priority=body.priority or 0,
         timeout_s=body.timeout_s,
     )
+
+
+def _forms(body: ChatCompletionRequest) -> list[Form]:
+    """Every form that the body asks for; more than one is an error."""
+    top = Guided(
+        guided_json=body.guided_json,
+        guided_regex=body.guided_regex,
+        guided_choice=body.guided_choice,
+        guided_grammar=body.guided_grammar,
+    )
+    inner = body.nvext or Guided()
+    forms = [*guided_forms(top), *guided_forms(inner, "nvext.")]
+    return [*response_form(body.response_format), *forms]
+
+
+def _call_form(body: ChatCompletionRequest, tools: tuple[Tool, ...]) -> list[Form]:
+    """The form of a call where tool_choice asks for one."""
+    choice = choice_of(body.tool_choice)
+    return call_form(tools, choice, is_parallel=body.parallel_tool_calls is not False)
 
 
 def _sampling(body: ChatCompletionRequest) -> SamplingParams:
@@ -273,8 +300,8 @@ def _refuse_replaced(body: ChatCompletionRequest) -> None:
 def _offered_tools(body: ChatCompletionRequest) -> tuple[Tool, ...]:
     """The tools that the model is told of: none where it may call none."""
     tools = tools_of(body.tools)
-    choice = body.tool_choice
-    check_choice(choice.function.name if isinstance(choice, NamedTool) else choice, tools)
+    choice = choice_of(body.tool_choice)
+    check_choice(choice, tools)
     return () if choice == "none" else tools
 
 

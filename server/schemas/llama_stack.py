@@ -7,7 +7,7 @@ schema takes them all. Knows nothing of tokens or of the answer.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -15,7 +15,7 @@ from ...models.batch import SamplingParams
 from ..conversation import ImagePart, Message, Part, Role, TextPart, ToolFormat
 from ..errors import BadRequestError
 from ..requests import GenerationRequest, sampling_params
-from .chat import MAX_PARTS, StopString, parts_of_text, refuse_not_yet
+from .chat import MAX_PARTS, StopString, parts_of_text
 from .decoding import no_nul
 from .stack_tools import (
     StackCalls,
@@ -26,6 +26,7 @@ from .stack_tools import (
     stack_calls,
     stack_tools,
 )
+from .structured import StackFormat, call_form, only_form, stack_form
 
 Temperature = Annotated[float, msgspec.Meta(ge=0.0, le=2.0)]
 TopP = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
@@ -98,7 +99,7 @@ class LogprobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StackChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The body. Fields of `NOT_YET` are taken at their neutral value only."""
+    """The body."""
 
     messages: Annotated[list[StackMessage], msgspec.Meta(min_length=1, max_length=2048)]
     model: Annotated[str, msgspec.Meta(max_length=1024)] | None = None
@@ -110,13 +111,7 @@ class StackChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     tool_choice: str | None = None
     tool_prompt_format: ToolFormat | None = None
     tool_config: ToolConfig | None = None
-    # Taken at their neutral value only, see NOT_YET.
-    response_format: dict[str, Any] | None = None
-
-
-NOT_YET: dict[str, tuple[Any, ...]] = {
-    "response_format": (),
-}
+    response_format: StackFormat | None = None
 
 
 def stack_model(body: StackChatRequest) -> str:
@@ -134,15 +129,18 @@ def stack_generation(body: StackChatRequest) -> GenerationRequest:
 
     Raises BadRequestError that names the field and the remedy.
     """
-    refuse_not_yet(body, NOT_YET)
     messages = [_message(turn, f"messages[{i}]") for i, turn in enumerate(body.messages)]
     params = body.sampling_params or StackSampling()
     config = body.tool_config or ToolConfig()
     choice = one_setting(body.tool_choice, config.tool_choice, "tool_choice", "auto")
     one_setting(body.tool_prompt_format, config.tool_prompt_format, "tool_prompt_format", "json")
+    tools = offered_tools(stack_tools(body.tools), choice)
+    form = only_form([*stack_form(body.response_format), *call_form(tools, choice, True)])
     return GenerationRequest(
         messages=tuple(messages),
-        tools=offered_tools(stack_tools(body.tools), choice),
+        tools=tools,
+        grammar=form.grammar if form else None,
+        grammar_field=form.field if form else "",
         tool_format=config.tool_prompt_format or body.tool_prompt_format or "json",
         sampling=msgspec.structs.replace(
             _sampling(params),

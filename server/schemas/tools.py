@@ -136,6 +136,11 @@ def arguments_of(text: str, field: str) -> dict[str, Any]:
     return arguments
 
 
+def choice_of(choice: ToolChoice | None) -> str | None:
+    """auto, none, required, or the name of a tool."""
+    return choice.function.name if isinstance(choice, NamedTool) else choice
+
+
 def check_choice(choice: str | None, tools: Sequence[Tool]) -> None:
     """Raises BadRequestError if the tool_choice needs a tool that is not there.
 
@@ -143,7 +148,6 @@ def check_choice(choice: str | None, tools: Sequence[Tool]) -> None:
     """
     if choice in (None, "auto", "none"):
         return
-    raise BadRequestError("tool_choice may be auto or none for now", param="tool_choice")
     if not tools:
         raise BadRequestError("tool_choice needs tools: send some", param="tool_choice")
     if choice != "required" and choice not in [tool.name for tool in tools]:

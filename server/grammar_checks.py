@@ -1,0 +1,99 @@
+"""Whether a client's grammar compiles, found out where it can be killed.
+
+Owns the children that compile, their deadline, and a bounded memory of what they said. Knows
+nothing of what a grammar means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections import OrderedDict
+
+import msgspec
+
+from .errors import BadRequestError
+from .grammar_child import LENGTH_BYTES, Verdict
+from .images.decoders import child_environment
+
+MODULE = "vlmserve.server.grammar_child"
+NUM_CHILDREN = 2
+START_TIMEOUT_S = 60.0
+# A verdict holds a grammar of 64 KiB or a little more: some 20 MiB at most.
+MAX_VERDICTS = 256
+_ANSWER_LIMIT = 1 << 20
+
+
+class GrammarChecks:
+    """Two children at most, started when the first grammars come."""
+
+    def __init__(self, timeout_s: float = 2.0) -> None:
+        self._timeout_s = timeout_s
+        self._free = asyncio.Semaphore(NUM_CHILDREN)
+        self._idle: list[Process] = []
+        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
+
+    async def check(self, grammar: str, field: str) -> str:
+        """The grammar as the engine takes it. Raises BadRequestError, naming `field`."""
+        key = hashlib.sha256(grammar.encode()).digest()
+        verdict = self._verdicts.get(key)
+        if verdict is None:
+            verdict = self._verdicts[key] = await self._judge(grammar)
+            while len(self._verdicts) > MAX_VERDICTS:
+                self._verdicts.popitem(last=False)
+        self._verdicts.move_to_end(key)
+        if verdict.grammar is None:
+            raise BadRequestError(f"{field} cannot be compiled: {verdict.error}", param=field)
+        return verdict.grammar
+
+    async def close(self) -> None:
+        """End the children that wait for work."""
+        idle, self._idle = self._idle, []
+        for process in idle:
+            await _kill(process)
+
+    async def _judge(self, grammar: str) -> Verdict:
+        async with self._free:
+            process = self._idle.pop() if self._idle else await _start()
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    verdict = await _ask(process, grammar.encode())
+            except TimeoutError:
+                await _kill(process)
+                return Verdict(error=f"it takes longer than {self._timeout_s:g} s: simplify it")
+            except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError):
+                await _kill(process)
+                return Verdict(error="it takes too much memory: simplify it")
+            except BaseException:
+                await _kill(process)
+                raise
+            self._idle.append(process)
+            return verdict
+
+
+async def _start() -> Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-W", "ignore", "-m", MODULE, str(os.getpid())),
+        stdin=PIPE, stdout=PIPE, limit=_ANSWER_LIMIT, env=child_environment(),
+    )  # fmt: skip
+
+
+async def _ask(process: Process, question: bytes) -> Verdict:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(len(question).to_bytes(LENGTH_BYTES, "big") + question)
+    await process.stdin.drain()
+    length = int.from_bytes(await process.stdout.readexactly(LENGTH_BYTES), "big")
+    return msgspec.json.decode(await process.stdout.readexactly(length), type=Verdict)
+
+
+async def _kill(process: Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    if process.stdin is not None:
+        process.stdin.close()
+    await process.wait()

@@ -1,0 +1,154 @@
+"""The spellings in which clients say what form an answer must have.
+
+Owns OpenAI's response_format, the guided_* fields, their twins under nvext, and Llama Stack's
+response_format. Knows nothing of how a grammar is written (`grammars.py`) or obeyed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import msgspec
+
+from ..conversation import Tool
+from ..errors import BadRequestError
+from ..grammars import (
+    calls_grammar,
+    choice_grammar,
+    ebnf_grammar,
+    json_object_grammar,
+    json_schema_grammar,
+    regex_grammar,
+)
+
+Choices = Annotated[list[str], msgspec.Meta(max_length=1024)]
+
+
+class SchemaOfFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The schema is obeyed whether `strict` or not; name and description have no effect."""
+
+    schema: dict[str, Any] | bool = True
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text"):
+    pass
+
+
+class JsonObjectFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="json_object"):
+    pass
+
+
+class JsonSchemaFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="json_schema"):
+    json_schema: SchemaOfFormat
+
+
+ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat
+
+
+class StackSchemaFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="json_schema"):
+    json_schema: dict[str, Any]
+
+
+class StackGrammarFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="grammar"):
+    """bnf: the grammar's text, or an object with the text as its only value."""
+
+    bnf: str | dict[str, str]
+
+
+StackFormat = StackSchemaFormat | StackGrammarFormat
+
+
+class Guided(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The fields of nvext, each also taken at the body's top."""
+
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+
+
+class Form(msgspec.Struct, frozen=True):
+    """A grammar, not compiled yet, and the field that it came in."""
+
+    grammar: str
+    field: str
+
+
+def response_form(response_format: ResponseFormat | None) -> list[Form]:
+    """What OpenAI's field asks for: nothing or one form."""
+    if isinstance(response_format, JsonObjectFormat):
+        return [Form(json_object_grammar(), "response_format")]
+    if isinstance(response_format, JsonSchemaFormat):
+        field = "response_format.json_schema.schema"
+        return [Form(_schema_grammar(response_format.json_schema.schema, field), field)]
+    return []
+
+
+def guided_forms(guided: Guided, prefix: str = "") -> list[Form]:
+    """What the guided fields ask for, one form for each that is set."""
+    makers: dict[str, Callable[[Any, str], str]] = {
+        "guided_json": _guided_json,
+        "guided_regex": regex_grammar,
+        "guided_choice": choice_grammar,
+        "guided_grammar": ebnf_grammar,
+    }
+    forms = []
+    for name, make in makers.items():
+        value = getattr(guided, name)
+        if value is not None:
+            forms.append(Form(make(value, prefix + name), prefix + name))
+    return forms
+
+
+def stack_form(response_format: StackFormat | None) -> list[Form]:
+    """What Llama Stack's field asks for: nothing or one form."""
+    if isinstance(response_format, StackSchemaFormat):
+        field = "response_format.json_schema"
+        return [Form(json_schema_grammar(response_format.json_schema, field), field)]
+    if isinstance(response_format, StackGrammarFormat):
+        field, bnf = "response_format.bnf", response_format.bnf
+        texts = [bnf] if isinstance(bnf, str) else list(bnf.values())
+        if len(texts) != 1:
+            raise BadRequestError(f"{field} has {len(texts)} texts: send one", param=field)
+        return [Form(ebnf_grammar(texts[0], field), field)]
+    return []
+
+
+def call_form(tools: Sequence[Tool], choice: str | None, is_parallel: bool) -> list[Form]:
+    """The form of calls where tool_choice asks for some: of any tool, or of the named one."""
+    if choice in (None, "auto", "none"):
+        return []
+    offered = [tool for tool in tools if choice in ("required", tool.name)]
+    return [Form(calls_grammar(offered, is_parallel), "tool_choice")]
+
+
+def only_form(forms: list[Form]) -> Form | None:
+    """The one form that is asked for. Raises BadRequestError that names two."""
+    if len(forms) > 1:
+        raise BadRequestError(
+            f"{forms[0].field} and {forms[1].field} both say what form the answer must have:"
+            " send one",
+            param=forms[1].field,
+        )
+    return forms[0] if forms else None
+
+
+def _guided_json(value: str | dict[str, Any], field: str) -> str:
+    if isinstance(value, dict):
+        return json_schema_grammar(value, field)
+    try:
+        return _schema_grammar(msgspec.json.decode(value, type=dict[str, Any] | bool), field)
+    except (msgspec.MsgspecError, RecursionError):
+        raise BadRequestError(
+            f"{field} is not a JSON schema: send an object", param=field
+        ) from None
+
+
+def _schema_grammar(schema: dict[str, Any] | bool, field: str) -> str:
+    if schema is False:
+        raise BadRequestError(f"{field} is false, which no answer fulfils", param=field)
+    return json_schema_grammar({} if schema is True else schema, field)

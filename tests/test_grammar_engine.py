@@ -1,0 +1,251 @@
+"""Grammars in the engine: compiled beside the loop, a matcher a sequence, none fails others."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+import torch
+from support.fake_runner import FakeRunner, expected_token_ids
+
+from vlmserve.models.batch import SamplingParams, TokenMatcher
+from vlmserve.models.bundled import CHECKPOINT
+from vlmserve.models.errors import GrammarError
+from vlmserve.models.grammar import MAX_COMPILED, Grammars, Matcher
+from vlmserve.models.sampling import Masks, sample
+from vlmserve.router.config import EngineConfig
+from vlmserve.router.engine import DuplicateRequestError, Engine
+from vlmserve.router.errors import EngineDeadError
+from vlmserve.router.messages import AddRequest, FromEngine, RequestFailed, StepOutputs
+from vlmserve.server.grammars import regex_grammar
+
+DEADLINE_S = 20.0
+EOS = [753]
+
+
+class CountingMatcher:
+    """Fails at its n-th token; n of 0 never."""
+
+    def __init__(self, fails_at: int = 0) -> None:
+        self.fails_at = fails_at
+        self.num_tokens = 0
+
+    @property
+    def has_failed(self) -> bool:
+        return 0 < self.fails_at <= self.num_tokens
+
+    def accept(self, token_id: int) -> None:
+        self.num_tokens += 1
+
+    def copy(self) -> CountingMatcher:
+        return CountingMatcher(self.fails_at)
+
+
+class GrammarRunner(FakeRunner):
+    """Compiles the grammar "slow" when it is let, "bad" never, "3" to a matcher that fails then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_compile = threading.Event()
+        self.is_compiling = threading.Event()
+
+    def compile_grammar(self, grammar: str, eos_token_ids: list[int]) -> TokenMatcher:
+        if grammar == "bad":
+            raise ValueError("it is bad")
+        if grammar == "slow":
+            self.is_compiling.set()
+            assert self.may_compile.wait(DEADLINE_S)
+        return CountingMatcher(int(grammar) if grammar.isdigit() else 0)
+
+
+class Bench:
+    """An engine on that runner, and what it sent, by request id."""
+
+    def __init__(self) -> None:
+        self.runner = GrammarRunner()
+        config = EngineConfig(model="fake", socket_path="")
+        self.engine = Engine(self.runner, config, self._receive)
+        self.tokens: dict[str, list[int]] = {}
+        self.endings: dict[str, str] = {}
+        self._changed = asyncio.Event()
+
+    def _receive(self, worker_id: int, message: FromEngine) -> None:
+        if isinstance(message, RequestFailed):
+            self._end(message.request_id, f"{message.kind}: {message.message}")
+        elif isinstance(message, StepOutputs):
+            for output in message.outputs:
+                self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
+                if output.finish_reason is not None:
+                    self._end(output.request_id, output.finish_reason)
+        self._changed.set()
+
+    def _end(self, request_id: str, ending: str) -> None:
+        assert request_id not in self.endings, "two final messages"
+        self.endings[request_id] = ending
+
+    async def until(self, *request_ids: str) -> None:
+        while not set(request_ids) <= set(self.endings):
+            self._changed.clear()
+            await self._changed.wait()
+
+
+def request_of(name: str, grammar: str | None = None, **fields: object) -> AddRequest:
+    fields = {"max_tokens": 5, "sampling": SamplingParams(seed=1)} | fields
+    return AddRequest(request_id=name, prompt_token_ids=[1, 2, 3], grammar=grammar, **fields)
+
+
+def run(scenario) -> Bench:
+    async def whole() -> Bench:
+        bench = Bench()
+        running = asyncio.create_task(bench.engine.run())
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                await scenario(bench)
+        finally:
+            bench.runner.may_compile.set()
+            running.cancel()
+            bench.engine.close(EngineDeadError("over"))
+        assert bench.engine.scheduler.text_pool.num_used == 0
+        return bench
+
+    return asyncio.run(whole())
+
+
+def test_others_are_answered_while_a_grammar_is_compiled():
+    async def scenario(bench: Bench) -> None:
+        bench.engine.add(1, request_of("slow", "slow"))
+        await asyncio.to_thread(bench.runner.is_compiling.wait, DEADLINE_S)
+        bench.engine.add(1, request_of("plain"))
+        await bench.until("plain")
+        assert "slow" not in bench.endings
+        bench.runner.may_compile.set()
+        await bench.until("slow")
+
+    bench = run(scenario)
+    expected = expected_token_ids(request_of("any"))
+    assert bench.tokens == {"plain": expected, "slow": expected}
+
+
+def test_what_is_aborted_while_its_grammar_is_compiled_ends_once():
+    async def scenario(bench: Bench) -> None:
+        bench.engine.add(1, request_of("slow", "slow", choice_ids=["second"]))
+        await asyncio.to_thread(bench.runner.is_compiling.wait, DEADLINE_S)
+        with pytest.raises(DuplicateRequestError):
+            bench.engine.add(1, request_of("second"))
+        bench.engine.abort(1, ["slow"])
+        bench.runner.may_compile.set()
+        await bench.until("slow", "second")
+
+    bench = run(scenario)
+    assert bench.endings == {"slow": "abort", "second": "length"}
+    assert len(bench.tokens["second"]) == 5
+
+
+def test_a_worker_that_goes_takes_its_compiling_requests_along():
+    async def scenario(bench: Bench) -> None:
+        bench.engine.add(1, request_of("slow", "slow"))
+        await asyncio.to_thread(bench.runner.is_compiling.wait, DEADLINE_S)
+        bench.engine.drop_worker(1)
+        bench.runner.may_compile.set()
+        await bench.until("slow")
+
+    assert run(scenario).endings == {"slow": "abort"}
+
+
+def test_a_grammar_that_is_none_is_refused_for_every_choice():
+    async def scenario(bench: Bench) -> None:
+        bench.engine.add(1, request_of("bad", "bad", choice_ids=["worse"]))
+        await bench.until("bad", "worse")
+
+    endings = run(scenario).endings
+    assert endings["bad"] == endings["worse"]
+    assert endings["bad"].startswith("invalid: the grammar cannot be compiled: it is bad")
+
+
+def test_a_matcher_that_fails_ends_its_request_alone():
+    async def scenario(bench: Bench) -> None:
+        bench.engine.add(1, request_of("fails", "3", choice_ids=["fails too"]))
+        bench.engine.add(1, request_of("goes on", "0"))
+        bench.engine.add(1, request_of("plain"))
+        await bench.until("fails", "fails too", "goes on", "plain")
+
+    bench = run(scenario)
+    assert bench.endings == {
+        "fails": "abort",
+        "fails too": "abort",
+        "goes on": "length",
+        "plain": "length",
+    }
+
+
+def grammars() -> Grammars:
+    return Grammars(CHECKPOINT, vocab_size=768)
+
+
+def test_a_mask_allows_what_the_grammar_does_and_the_end_when_it_is_complete():
+    one = grammars()
+    matcher = one.compile(regex_grammar("a|bc"), EOS)
+    allowed = one.fill([matcher])[0]
+    names = {one._tokenizer(tuple(EOS)).decode_str([i]) for i in np.flatnonzero(allowed).tolist()}
+    assert {"a", "b"} <= names <= {"a", "b", "bc"}
+    matcher.accept(
+        next(
+            i
+            for i in np.flatnonzero(allowed).tolist()
+            if one._tokenizer(tuple(EOS)).decode_str([i]) == "a"
+        )
+    )
+    assert np.flatnonzero(one.fill([matcher])[0]).tolist() == EOS
+
+
+def test_copies_of_a_matcher_go_their_own_ways():
+    one = grammars()
+    first = one.compile(regex_grammar("[ab]c"), EOS)
+    second = first.copy()
+    token = int(np.flatnonzero(one.fill([first])[0])[0])
+    before = one.fill([second])
+    first.accept(token)
+    assert (one.fill([second]) == before).all()
+    assert not (one.fill([first]) == before).all()
+
+
+def test_a_token_that_the_grammar_forbids_fails_the_matcher_and_masks_nothing_after():
+    one = grammars()
+    matcher = one.compile(regex_grammar("a"), EOS)
+    matcher.accept(int(np.flatnonzero(~one.fill([matcher])[0])[0]))
+    assert matcher.has_failed
+    assert one.fill([matcher]).all()
+
+
+def test_a_grammar_that_does_not_compile_says_why_in_one_line():
+    with pytest.raises(GrammarError, match="regex") as failed:
+        grammars().compile(regex_grammar("["), EOS)
+    assert "\n" not in str(failed.value)
+
+
+def test_compiled_grammars_are_kept_and_bounded():
+    one = grammars()
+    for number in range(MAX_COMPILED + 10):
+        one.compile(regex_grammar(f"a{number}"), EOS)
+    assert len(one._compiled) == MAX_COMPILED
+    assert isinstance(one.compile(regex_grammar("a1"), EOS), Matcher)
+
+
+def test_masked_rows_draw_what_is_allowed_and_the_others_are_untouched():
+    logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+    allowed = np.zeros((2, 10), dtype=bool)
+    allowed[0, 4] = allowed[1, 7] = True
+    params = [SamplingParams(temperature=0.0), SamplingParams(seed=3), SamplingParams(seed=4)]
+    alone = sample(logits[1:2].clone(), params[1:2], [0])
+    together = sample(logits.clone(), params, [0, 0, 0], masks=Masks([0, 2], allowed))
+    assert together.tolist() == [4, int(alone[0]), 7]
+
+
+def test_a_bias_against_all_that_a_grammar_allows_fails_nobody():
+    logits = torch.randn(1, 10, generator=torch.Generator().manual_seed(1))
+    allowed = np.zeros((1, 10), dtype=bool)
+    allowed[0, 4] = True
+    params = [SamplingParams(logit_bias=tuple((token, -100.0) for token in range(10)))]
+    assert sample(logits, params, [0], masks=Masks([0], allowed)).tolist() == [4]
