@@ -102,7 +102,7 @@ class ModelRunner:
         self._backend = get_backend(backend)
         self._sizes = plan.sizes
         config = loaded.text_config
-        self._grammars = Grammars(loaded.folder, config.vocab_size)
+        self.grammars = Grammars(loaded.folder, config.vocab_size)
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._num_embeddings = self._text_model.embed_tokens.num_embeddings
         self.pools: KVPools = allocate_pools(
@@ -217,7 +217,7 @@ class ModelRunner:
 
     def compile_grammar(self, grammar: str, eos_token_ids: Sequence[int]) -> TokenMatcher:
         """A matcher at the start of a grammar. Raises GrammarError. Called from any one thread."""
-        return self._grammars.compile(grammar, eos_token_ids)
+        return self.grammars.compile(grammar, eos_token_ids)
 
     def _start_masks(self, inputs: StepInputs) -> Future[Masks] | None:
         """The masks of the rows that have a grammar; None where none has."""
@@ -228,7 +228,7 @@ class ModelRunner:
         return self._mask_thread.submit(self._fill_masks, rows, matchers)
 
     def _fill_masks(self, rows: Sequence[int], matchers: Sequence[TokenMatcher]) -> Masks:
-        return Masks(rows, self._grammars.fill(cast(Sequence[Matcher], matchers)))
+        return Masks(rows, self.grammars.fill(cast(Sequence[Matcher], matchers)))
 
     def _sample(
         self, hidden: Tensor, inputs: StepInputs, masks: Future[Masks] | None = None
