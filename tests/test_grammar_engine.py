@@ -107,7 +107,7 @@ def run(scenario) -> Bench:
             bench.runner.may_compile.set()
             running.cancel()
             bench.engine.close(EngineDeadError("over"))
-        assert bench.engine.scheduler.text_pool.num_used == 0
+        assert bench.engine.scheduler.blocks.text_pool.num_used == 0
         return bench
 
     return asyncio.run(whole())
