@@ -50,3 +50,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_interval_s: Annotated[float, msgspec.Meta(gt=0)] = 0.5
     num_threads: Positive | None = None
     parent_pid: Positive | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, one line for the operator, where two settings do not fit together."""
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"--max-num-batched-tokens is {self.max_num_batched_tokens}, --max-num-seqs is "
+                f"{self.max_num_seqs}: every running request needs a token of each step; raise "
+                "the first or lower the second"
+            )

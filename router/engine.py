@@ -37,6 +37,7 @@ from .messages import (
     SequenceOutput,
     StepOutputs,
 )
+from .pace import Pace
 from .queue import QueueLimits, RequestQueue
 from .scheduler import Progress, Scheduler, SchedulerLimits
 from .sequence import Sequence
@@ -87,7 +88,8 @@ class Engine:
         self._config = config
         self._send = send
         self._limits = AdmissionLimits.of(runner.info)
-        self._queue = RequestQueue(_queue_limits(config))
+        self._pace = Pace()
+        self._queue = RequestQueue(_queue_limits(config), self._pace)
         self.scheduler = Scheduler(runner.info, self._scheduler_limits(), self._queue)
         self._open: dict[tuple[int, str], Sequence] = {}
         # Ids whose grammar is being compiled: True where the worker has aborted one meanwhile.
@@ -191,7 +193,7 @@ class Engine:
                 await self._run_step(batch)
 
     async def _run_step(self, batch: StepBatch) -> None:
-        self._step_started = time.monotonic()
+        self._step_started = began = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
             result = await loop.run_in_executor(self._executor, self._execute, batch)
@@ -199,6 +201,7 @@ class Engine:
             logger.exception("a step of %d sequences failed", len(batch.sequences))
             self._fail(self.scheduler.fail_step(), _step_failure())
         else:
+            self._pace.count(began, batch.num_tokens)
             self._vision_seconds += result.vision_seconds
             self._deliver(self.scheduler.update(result))
         finally:

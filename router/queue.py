@@ -11,27 +11,29 @@ import bisect
 from dataclasses import dataclass
 
 from .errors import QueueFullError
+from .pace import Pace
 from .sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """How much may wait at once, and when a refused client should come back."""
+    """How much may wait at once."""
 
     max_requests: int
     max_tokens: int
     max_bytes: int
-    retry_after_s: float = 1.0
 
 
 class RequestQueue:
     """A bounded asyncio queue of sequences that only its reader waits for.
 
     `put` never waits: it takes the request or refuses it, so the client hears at once.
+    pace: tells a refused client when to come back.
     """
 
-    def __init__(self, limits: QueueLimits) -> None:
+    def __init__(self, limits: QueueLimits, pace: Pace | None = None) -> None:
         self._limits = limits
+        self._pace = pace or Pace()
         self._sequences: list[Sequence] = []
         self._num_arrivals = 0
         self._not_empty = asyncio.Event()
@@ -49,7 +51,7 @@ class RequestQueue:
         """
         self._refuse_over(
             "requests",
-            len(self) + 1 + len(sequence.followers),
+            sum(1 + len(one.followers) for one in (*self._sequences, sequence)),
             self._limits.max_requests,
             "--max-queue-requests",
         )
@@ -104,5 +106,5 @@ class RequestQueue:
             raise QueueFullError(
                 f"the queue is full: with this request {wanted:,} {what} would wait, the limit is "
                 f"{limit:,}. Try again later or start the server with a larger {option}",
-                self._limits.retry_after_s,
+                self._pace.seconds_for(self.num_tokens),
             )

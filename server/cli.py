@@ -77,31 +77,31 @@ def serve(
     """Serve a model until Ctrl-C."""
     try:
         folder = resolve_model(model, revision)
+        engine = EngineConfig(
+            model=str(folder.path),
+            socket_path="",
+            device=device,
+            dtype=dtype.value,
+            quantize=None if quantize is None else quantize.value,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_batched_images=max_num_batched_images,
+            kv_cache_bytes=kv_cache_memory,
+            num_image_blocks=num_image_blocks,
+            prefix_cache=prefix_cache,
+            image_cache=image_cache,
+            num_threads=num_threads,
+            max_queue_requests=max_queue_requests,
+            max_queue_tokens=max_queue_tokens,
+            max_queue_bytes=max_queue_bytes,
+            parent_pid=os.getpid(),
+        )
         listener = listen(host, port)
-    except (ModelFilesError, ListenError) as error:
+    except (ModelFilesError, ListenError, ValueError) as error:
         raise _failure(str(error)) from error
     port = listener.getsockname()[1]
     name = served_model_name or folder.name
-    engine = EngineConfig(
-        model=str(folder.path),
-        socket_path="",
-        device=device,
-        dtype=dtype.value,
-        quantize=None if quantize is None else quantize.value,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_batched_images=max_num_batched_images,
-        kv_cache_bytes=kv_cache_memory,
-        num_image_blocks=num_image_blocks,
-        prefix_cache=prefix_cache,
-        image_cache=image_cache,
-        num_threads=num_threads,
-        max_queue_requests=max_queue_requests,
-        max_queue_tokens=max_queue_tokens,
-        max_queue_bytes=max_queue_bytes,
-        parent_pid=os.getpid(),
-    )
     settings = ServerSettings(
         model=str(folder.path),
         engine_socket="",

@@ -166,6 +166,8 @@ class Generator:
         Raises ApiError: before the first event if the engine refuses the request.
         """
         timer = self._metrics.start(len(prepared.request.prompt_token_ids))
+        # Else nothing ends a request whose reader has stopped reading.
+        expiry = self._leave_at(prepared)
         try:
             async with (
                 contextlib.aclosing(self._engine.generate(prepared.request)) as outputs,
@@ -180,6 +182,7 @@ class Generator:
             timer.fail()
             raise
         finally:
+            expiry.cancel()
             timer.leave()
             logger.info("request %s: %s", prepared.request.request_id, timer.summary)
 
@@ -208,6 +211,16 @@ class Generator:
                         timer.finish(event.reason)
                 yield event
         yield End(_total(usages), prompt)
+
+    def _leave_at(self, prepared: PreparedGeneration) -> asyncio.TimerHandle:
+        """Have the engine free the request at its deadline, whoever waits for what then."""
+        request = prepared.request
+
+        def leave() -> None:
+            for request_id in (request.request_id, *request.choice_ids):
+                self._engine.leave(request_id)
+
+        return asyncio.get_running_loop().call_at(prepared.deadline, leave)
 
     def _growing_answers(self, prepared: PreparedGeneration) -> dict[str, GrowingAnswer]:
         """The answers that have not ended, by the ids under which the engine has them."""
@@ -290,6 +303,9 @@ async def _next_output(
     outputs: AsyncGenerator[SequenceOutput, None], deadline: float
 ) -> SequenceOutput:
     """The engine's next output. Raises DeadlineError, or InternalError if there is none."""
+    if asyncio.get_running_loop().time() >= deadline:
+        # An output that is here already would be taken before the timeout below is looked at.
+        raise _deadline_error()
     async with _until(deadline):
         try:
             return await anext(outputs)
@@ -306,10 +322,14 @@ async def _until(deadline: float) -> AsyncGenerator[None, None]:
     except TimeoutError as error:
         if not scope.expired():
             raise
-        raise DeadlineError(
-            "the request took longer than its timeout: ask for fewer tokens, raise timeout_s or"
-            " start the server with a larger --max-request-time"
-        ) from error
+        raise _deadline_error() from error
+
+
+def _deadline_error() -> DeadlineError:
+    return DeadlineError(
+        "the request took longer than its timeout: ask for fewer tokens, raise timeout_s or"
+        " start the server with a larger --max-request-time"
+    )
 
 
 def _total(usages: dict[int, Usage]) -> Usage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 
 import httpx2
@@ -17,6 +18,12 @@ from support.http_side import (
 )
 
 from vlmserve.router.messages import SequenceOutput
+from vlmserve.server.conversation import Message, TextPart
+from vlmserve.server.errors import DeadlineError
+from vlmserve.server.generation import Generator
+from vlmserve.server.metrics import Metrics
+from vlmserve.server.prompt import Processor
+from vlmserve.server.requests import GenerationRequest, sampling_params
 from vlmserve.server.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
@@ -172,6 +179,33 @@ def test_a_stream_past_its_time_ends_with_an_error_frame(checkpoint):
     assert json.loads(error)["error"]["code"] == "timeout"
     assert done == "[DONE]"
     assert engine.aborted == [engine.requests[0].request_id]
+
+
+def test_a_request_whose_reader_has_stopped_reading_is_freed_in_time(checkpoint):
+    """It used to run on in the engine, as only a wait for the engine ended at the deadline."""
+
+    def script(request):
+        return [output(0, [374]) for _ in range(9)]
+
+    async def scenario():
+        engine = ScriptedEngine(script)
+        processor = Processor.from_folder(checkpoint, "front")
+        generator = Generator(processor, OneTileImages(), engine, Metrics(8), 30.0, 0.2)
+        turn = Message("user", (TextPart("What?"),))
+        wanted = GenerationRequest(messages=(turn,), sampling=sampling_params(0, None, None, 1))
+        prepared = await generator.prepare(wanted)
+        async with (
+            asyncio.timeout(DEADLINE_S),
+            contextlib.aclosing(generator.stream(prepared)) as events,
+        ):
+            await anext(events)
+            while not engine.aborted:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            with pytest.raises(DeadlineError):
+                await anext(events)
+        assert engine.aborted == [prepared.request.request_id]
+
+    asyncio.run(scenario())
 
 
 def test_time_spent_on_images_counts(checkpoint):

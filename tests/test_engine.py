@@ -404,7 +404,7 @@ def test_heartbeats_tell_the_counts_and_the_age_of_the_running_step(tmp_path):
 
 def test_the_first_output_tells_how_many_tokens_were_cached(tmp_path):
     async def scenario() -> None:
-        async with engine_of(tmp_path, max_num_batched_tokens=16) as rig:
+        async with engine_of(tmp_path, max_num_batched_tokens=16, max_num_seqs=16) as rig:
             client = await rig.connect()
             told = []
             for name in "ab":

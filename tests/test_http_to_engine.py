@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import httpx2
+import pytest
 from support.engine_side import engine_at
 from support.fake_runner import FakeRunner, fake_image, fake_info
 from support.http_side import running_server
@@ -50,6 +51,12 @@ async def server_at(path):
 async def until_ready(client, status=200):
     while (await client.get("/v1/health/ready")).status_code != status:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
+
+
+async def until_running(engine):
+    async with asyncio.timeout(DEADLINE_S):
+        while not engine.scheduler.num_running:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
 
 
 async def until_free(engine):
@@ -97,6 +104,36 @@ def test_a_full_queue_is_a_429_and_comes_free_again(tmp_path):
                     assert answer.json()["error"]["type"] == "rate_limit_error"
             await until_free(engine)
             assert (await client.post(CHAT, json=body())).status_code == 200
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("place", ["queue", "prompt", "answer"])
+def test_a_request_past_its_time_is_freed_wherever_it_is(tmp_path, place, stream):
+    """Held up by the request before it, by its prompt's chunks or by its answer's tokens."""
+    text = {"queue": "?", "prompt": "What? " * 150, "answer": "?"}[place]
+    late = body(text, max_tokens=100, timeout_s=1.0, stream=stream)
+    options = {"max_num_seqs": 1, "max_num_batched_tokens": 4}
+
+    async def scenario():
+        path = tmp_path / "engine.sock"
+        runner = FakeRunner(step_seconds=0.05)
+        async with engine_at(path, runner, **options) as engine, server_at(path) as client:
+            await until_ready(client)
+            before = []
+            if place == "queue":
+                before = [asyncio.create_task(client.post(CHAT, json=body(max_tokens=60)))]
+                await until_running(engine)
+            answer = await client.post(CHAT, json=late)
+            assert '"code":"timeout"' in answer.text
+            if stream and place == "answer":
+                assert answer.text.endswith("data: [DONE]\n\n")
+            if not stream:
+                assert answer.status_code == 504
+            assert [one.status_code for one in await asyncio.gather(*before)] == [200] * len(before)
+            await until_free(engine)
+            assert "request_failure_total 1.0" in (await client.get("/metrics")).text
 
     asyncio.run(scenario())
 

@@ -127,6 +127,15 @@ def test_a_port_in_use_is_one_clear_line():
     ]
 
 
+def test_steps_too_small_for_the_running_requests_are_one_clear_line():
+    """A decode left out of every step would wait until another request ends."""
+    few = ["--max-num-batched-tokens", "7", "--max-num-seqs", "8", "--port", "0"]
+    done = subprocess.run([*VLMSERVE, "serve", *few], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("vlmserve: --max-num-batched-tokens is 7, --max-num-seqs is 8")
+
+
 @pytest.mark.parametrize("model", ["/nonexistent/model", "./nothing-here", "no-such-model"])
 def test_a_model_that_is_not_there_is_one_clear_line(model):
     done = subprocess.run(

@@ -10,6 +10,7 @@ from support.fake_runner import fake_image
 from vlmserve.models.batch import ImageSpan
 from vlmserve.router.errors import QueueFullError, error_of, failure_of
 from vlmserve.router.messages import AddRequest
+from vlmserve.router.pace import Pace
 from vlmserve.router.queue import QueueLimits, RequestQueue
 from vlmserve.router.sequence import Sequence
 
@@ -27,7 +28,10 @@ def sequence_of(name: str, num_tokens: int = 3, num_images: int = 0, **fields) -
 
 
 def queue_of(max_requests=10, max_tokens=100, max_bytes=100) -> RequestQueue:
-    return RequestQueue(QueueLimits(max_requests, max_tokens, max_bytes, retry_after_s=2.5))
+    """A queue of an engine that computes two tokens a second, by a clock that stands."""
+    pace = Pace(clock=lambda: 5.0)
+    pace.count(began=0.0, num_tokens=10)
+    return RequestQueue(QueueLimits(max_requests, max_tokens, max_bytes), pace)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +48,7 @@ def test_a_full_queue_refuses_with_the_limit_and_when_to_come_back(queue, what):
     queue.put(sequence_of("b", num_images=1))
     with pytest.raises(QueueFullError, match=what) as refusal:
         queue.put(sequence_of("c", num_images=1))
-    assert refusal.value.retry_after_s == 2.5
+    assert refusal.value.retry_after_s == 3.0, "six tokens wait"
     assert len(queue) == 2
     queue.remove(first)
     queue.put(sequence_of("c", num_images=1))
@@ -99,6 +103,25 @@ def test_each_answer_that_is_asked_for_counts_as_a_request():
     leader, _, _ = Sequence.of(0, sequence_of("b", choice_ids=["c", "d"]).request)
     with pytest.raises(QueueFullError, match="4 requests would wait"):
         queue.put(leader)
+    queue.remove(queue.peek())
+    queue.put(leader)
+    with pytest.raises(QueueFullError, match="4 requests would wait"):
+        queue.put(sequence_of("e"))
+
+
+def test_the_time_to_come_back_follows_the_pace_of_the_last_seconds():
+    now = 0.0
+    pace = Pace(clock=lambda: now)
+    assert pace.seconds_for(10**6) == 1.0, "nothing is known yet"
+    for now in (1.0, 2.0, 3.0):
+        pace.count(now - 1, 100)
+    assert pace.seconds_for(1000) == 10.0
+    assert (pace.seconds_for(1), pace.seconds_for(10**6)) == (1.0, 60.0)
+    for now in (20.0, 21.0):
+        pace.count(now - 1, 10)
+    assert pace.seconds_for(100) == 10.0, "the fast steps are long ago"
+    now = 31.0
+    assert pace.seconds_for(20) == 22.0, "two seconds' tokens took eleven until now"
 
 
 def test_a_preempted_sequence_is_taken_back_by_a_full_queue():

@@ -116,7 +116,8 @@ def alone() -> dict[str, tuple[list[int], list[TokenLogprobs]]]:
 def test_in_company_and_preempted_each_request_gets_what_it_gets_alone() -> None:
     """Few text blocks, so that most are preempted and recomputed in small chunks."""
     expected = alone()
-    settings = {"max_num_batched_tokens": 24, "prefix_cache": False, "image_cache": False}
+    settings = {"prefix_cache": False, "image_cache": False}
+    settings |= {"max_num_batched_tokens": 24, "max_num_seqs": 24}
     answers, engine = answers_of(runner("tiny", 26, 40), requests(), **settings)
     assert engine.scheduler.num_preemptions > 0
     assert answers.token_ids == {key: token_ids for key, (token_ids, _) in expected.items()}
