@@ -119,3 +119,27 @@ def test_a_parameter_that_the_model_cannot_take_is_a_400_that_names_it(server, d
             post(server, "/v1/chat/completions", asked(draw_picture, **fields))
         assert caught.value.code == 400
         assert json.loads(caught.value.read())["error"]["param"] == next(iter(fields))
+
+
+def test_prompt_logprobs_tell_of_every_token_but_the_picture_and_do_not_depend_on_caches(
+    server, draw_picture
+):
+    client = client_of(server)
+    call = asked(draw_picture, max_tokens=4, extra_body={"prompt_logprobs": 2})
+    first, second = (client.chat.completions.create(**call) for _ in range(2))
+    entries = first.prompt_logprobs
+    assert len(entries) == first.usage.prompt_tokens
+    assert sum(entry is None for entry in entries) == 2, "the first token and the picture"
+    for entry in filter(None, entries):
+        told = sorted(entry.values(), key=lambda one: one["rank"])
+        assert 2 <= len(told) <= 3
+        assert told[0]["rank"] == 1
+        values = [one["logprob"] for one in told]
+        assert values == sorted(values, reverse=True)
+    assert second.usage.prompt_tokens_details is None, "nothing came from a cache"
+    for entry, other in zip(entries, second.prompt_logprobs, strict=True):
+        assert (entry is None) == (other is None)
+        for token_id in set(entry or ()) & set(other or ()):
+            assert math.isclose(
+                entry[token_id]["logprob"], other[token_id]["logprob"], abs_tol=1e-3
+            )
