@@ -10,6 +10,7 @@ limits has failed, and says so.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +23,12 @@ from tokenizers import Tokenizer
 
 from .errors import GrammarError
 
-# A text is up to 64 KiB, and what it compiles to some hundreds of KiB: far below 64 MiB together.
+# What is compiled was seen to take up to 62 times its text: 48 MiB together.
 MAX_COMPILED = 64
+MAX_COMPILED_BYTES = 786_432
+TURN_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 SILENT = 0
-_LIMITS = LLParserLimits()
+_LIMITS = LLParserLimits(max_lexer_states=20_000)
 
 
 class Matcher:
@@ -51,7 +54,8 @@ class Matcher:
 class Grammars:
     """Compiles grammars for one checkpoint's tokenizer and fills masks for its vocabulary.
 
-    vocab_size: of the logits. The tokenizer is read when the first grammar comes.
+    vocab_size: of the logits. The tokenizer is read at once, as that holds Python's lock (for a
+    second at 128,256 entries); a folder without one takes no grammar.
     """
 
     def __init__(self, folder: str | Path, vocab_size: int) -> None:
@@ -61,18 +65,26 @@ class Grammars:
         self._compiled: OrderedDict[tuple[str, tuple[int, ...]], Matcher] = OrderedDict()
         self._executor: LLExecutor | None = None
         self._mask_size = vocab_size
+        self._num_bytes = 0
+        self._end_token_ids = _end_token_ids(Path(folder))
+        if self._end_token_ids:
+            self._tokenizer(self._end_token_ids)
 
-    def compile(self, grammar: str, eos_token_ids: Sequence[int]) -> Matcher:
+    def compile(self, grammar: str, eos_token_ids: Sequence[int] = ()) -> Matcher:
         """A matcher at the grammar's start. Raises GrammarError, one line, if it is none.
 
-        grammar: llguidance's JSON. eos_token_ids: what may end a text that is complete.
+        grammar: llguidance's JSON. eos_token_ids: what may end a text that is complete; without
+        any, the checkpoint's ends of a turn.
         """
-        key = (grammar, tuple(sorted(set(eos_token_ids))))
+        key = (grammar, tuple(sorted(set(eos_token_ids))) or self._end_token_ids)
         known = self._compiled.get(key)
         if known is None:
             known = self._compiled[key] = self._compile(*key)
-            while len(self._compiled) > MAX_COMPILED:
-                self._compiled.popitem(last=False)
+            self._num_bytes += len(grammar)
+            while len(self._compiled) > MAX_COMPILED or self._num_bytes > MAX_COMPILED_BYTES:
+                (oldest, _), _ = self._compiled.popitem(last=False)
+                self._num_bytes -= len(oldest)
+            return known.copy()
         self._compiled.move_to_end(key)
         return known.copy()
 
@@ -109,6 +121,18 @@ class Grammars:
         if at:
             fill_next_token_bitmask_par(self._executor, at, masks)
         bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
-        allowed = bits[:, : self._vocab_size].astype(bool)
+        allowed = bits[:, : self._vocab_size].view(np.bool_)
         allowed[~allowed.any(axis=1)] = True
         return allowed
+
+
+def _end_token_ids(folder: Path) -> tuple[int, ...]:
+    """What ends a turn of this checkpoint; none where it has no tokenizer."""
+    if not (folder / "tokenizer.json").is_file():
+        return ()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    named = [tokenizer.token_to_id(name) for name in TURN_ENDS]
+    config = folder / "generation_config.json"
+    eos = json.loads(config.read_text("utf-8")).get("eos_token_id") if config.is_file() else None
+    ids = [*named, *(eos if isinstance(eos, list) else [eos])]
+    return tuple(sorted({token_id for token_id in ids if token_id is not None}))

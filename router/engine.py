@@ -27,6 +27,7 @@ from .errors import (
     EngineError,
     EngineInternalError,
     InvalidRequestError,
+    QueueFullError,
     failure_of,
 )
 from .messages import (
@@ -116,6 +117,10 @@ class Engine:
         grammar = request.grammar
         if grammar is None:
             self._enqueue(worker_id, request)
+            return
+        if len(self._compiling) >= self._config.max_queue_requests:
+            full = f"{len(self._compiling)} grammars wait to be compiled: try again later"
+            self._refuse(worker_id, request, QueueFullError(full))
             return
         self._compiling |= {(worker_id, request_id): False for request_id in request_ids}
         task = asyncio.create_task(self._compile_and_enqueue(worker_id, request, grammar))

@@ -89,7 +89,7 @@ class Parts:
         self._own_client: EngineClient | None = None
         self._own_fetcher: ImageFetcher | None = None
         self._decoders: DecoderPool | None = None
-        self._grammar_checks = GrammarChecks()
+        self._grammar_checks = GrammarChecks(settings.model)
         self._connecting: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
         self._engine = engine or self._make_client()
@@ -109,7 +109,7 @@ class Parts:
             metrics,
             settings.image_deadline_s,
             settings.max_request_time_s,
-            self._grammar_checks,
+            grammar_checks=self._grammar_checks,
         )
         return Services(settings, self._engine, generator, metrics, _context_of(folder))
 

@@ -102,7 +102,8 @@ class Generator:
         metrics: Metrics,
         image_deadline_s: float = 30.0,
         max_request_time_s: float = math.inf,
-        grammar_checks: GrammarChecks | None = None,
+        *,
+        grammar_checks: GrammarChecks,
     ) -> None:
         self._processor = processor
         self._reader = TokenReader(processor.tokenizer)
@@ -111,7 +112,7 @@ class Generator:
         self._metrics = metrics
         self._image_deadline_s = image_deadline_s
         self._max_request_time_s = max_request_time_s
-        self._grammar_checks = grammar_checks or GrammarChecks()
+        self._grammar_checks = grammar_checks
 
     async def prepare(self, request: GenerationRequest) -> PreparedGeneration:
         """The engine's request: the prompt is checked before any image is fetched.

@@ -13,10 +13,11 @@ import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import OrderedDict
+from pathlib import Path
 
 import msgspec
 
-from .errors import BadRequestError
+from .errors import BadRequestError, InternalError
 from .grammar_child import LENGTH_BYTES, Verdict
 from .images.decoders import child_environment
 
@@ -26,12 +27,15 @@ START_TIMEOUT_S = 60.0
 # A verdict holds a grammar of 64 KiB or a little more: some 20 MiB at most.
 MAX_VERDICTS = 256
 _ANSWER_LIMIT = 1 << 20
+_LOST = (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError)
 
 
 class GrammarChecks:
     """Two children at most, started when the first grammars come."""
 
-    def __init__(self, timeout_s: float = 2.0) -> None:
+    def __init__(self, folder: str | Path, timeout_s: float = 2.0) -> None:
+        """folder: the checkpoint's, for its tokenizer."""
+        self._folder = str(folder)
         self._timeout_s = timeout_s
         self._free = asyncio.Semaphore(NUM_CHILDREN)
         self._idle: list[Process] = []
@@ -42,7 +46,7 @@ class GrammarChecks:
         key = hashlib.sha256(grammar.encode()).digest()
         verdict = self._verdicts.get(key)
         if verdict is None:
-            verdict = self._verdicts[key] = await self._judge(grammar)
+            verdict = self._verdicts[key] = await self._judge(grammar, field)
             while len(self._verdicts) > MAX_VERDICTS:
                 self._verdicts.popitem(last=False)
         self._verdicts.move_to_end(key)
@@ -56,37 +60,59 @@ class GrammarChecks:
         for process in idle:
             await _kill(process)
 
-    async def _judge(self, grammar: str) -> Verdict:
+    async def _judge(self, grammar: str, field: str) -> Verdict:
+        """What a child says. One that ends instead says nothing: the machine may have been busy."""
         async with self._free:
-            process = self._idle.pop() if self._idle else await _start()
+            process = self._idle.pop() if self._idle else await self._start()
             try:
                 async with asyncio.timeout(self._timeout_s):
                     verdict = await _ask(process, grammar.encode())
             except TimeoutError:
                 await _kill(process)
-                return Verdict(error=f"it takes longer than {self._timeout_s:g} s: simplify it")
-            except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError):
+                raise BadRequestError(
+                    f"{field} takes longer than {self._timeout_s:g} s to compile: simplify it",
+                    param=field,
+                ) from None
+            except _LOST:
                 await _kill(process)
-                return Verdict(error="it takes too much memory: simplify it")
+                raise BadRequestError(
+                    f"{field} takes too much memory to compile: simplify it", param=field
+                ) from None
             except BaseException:
                 await _kill(process)
                 raise
             self._idle.append(process)
             return verdict
 
-
-async def _start() -> Process:
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-W", "ignore", "-m", MODULE, str(os.getpid())),
-        stdin=PIPE, stdout=PIPE, limit=_ANSWER_LIMIT, env=child_environment(),
-    )  # fmt: skip
+    async def _start(self) -> Process:
+        """A child that has read the tokenizer."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-W", "ignore", "-m", MODULE, str(os.getpid()), self._folder),
+            stdin=PIPE, stdout=PIPE, limit=_ANSWER_LIMIT, env=child_environment(),
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await _read(process)
+        except (TimeoutError, *_LOST) as error:
+            await _kill(process)
+            raise InternalError(
+                "grammars cannot be checked: their process did not start"
+            ) from error
+        except BaseException:
+            await _kill(process)
+            raise
+        return process
 
 
 async def _ask(process: Process, question: bytes) -> Verdict:
     assert process.stdin is not None
-    assert process.stdout is not None
     process.stdin.write(len(question).to_bytes(LENGTH_BYTES, "big") + question)
     await process.stdin.drain()
+    return await _read(process)
+
+
+async def _read(process: Process) -> Verdict:
+    assert process.stdout is not None
     length = int.from_bytes(await process.stdout.readexactly(LENGTH_BYTES), "big")
     return msgspec.json.decode(await process.stdout.readexactly(length), type=Verdict)
 

@@ -21,6 +21,7 @@ from vlmserve.router.messages import SequenceOutput
 from vlmserve.server.conversation import Message, TextPart
 from vlmserve.server.errors import DeadlineError
 from vlmserve.server.generation import Generator
+from vlmserve.server.grammar_checks import GrammarChecks
 from vlmserve.server.metrics import Metrics
 from vlmserve.server.prompt import Processor
 from vlmserve.server.requests import GenerationRequest, sampling_params
@@ -190,7 +191,9 @@ def test_a_request_whose_reader_has_stopped_reading_is_freed_in_time(checkpoint)
     async def scenario():
         engine = ScriptedEngine(script)
         processor = Processor.from_folder(checkpoint, "front")
-        generator = Generator(processor, OneTileImages(), engine, Metrics(8), 30.0, 0.2)
+        checks = GrammarChecks(checkpoint)
+        parts = (processor, OneTileImages(), engine, Metrics(8), 30.0, 0.2)
+        generator = Generator(*parts, grammar_checks=checks)
         turn = Message("user", (TextPart("What?"),))
         wanted = GenerationRequest(messages=(turn,), sampling=sampling_params(0, None, None, 1))
         prepared = await generator.prepare(wanted)

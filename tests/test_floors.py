@@ -22,6 +22,8 @@ SERVER_MAY_IMPORT = {
     "vlmserve.models",
     "vlmserve.models.batch",
     "vlmserve.models.bundled",
+    # What a child of the worker compiles grammars with, as the engine does: no tensors.
+    "vlmserve.models.grammar",
     # What the load generator draws: pictures, with numpy and Pillow.
     "vlmserve.models.bundled.pictures",
 }

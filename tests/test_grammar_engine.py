@@ -13,13 +13,13 @@ from support.fake_runner import FakeRunner, expected_token_ids
 from vlmserve.models.batch import SamplingParams, TokenMatcher
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.errors import GrammarError
-from vlmserve.models.grammar import MAX_COMPILED, Grammars, Matcher
+from vlmserve.models.grammar import MAX_COMPILED, MAX_COMPILED_BYTES, Grammars, Matcher
 from vlmserve.models.sampling import Masks, sample
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine import DuplicateRequestError, Engine
 from vlmserve.router.errors import EngineDeadError
 from vlmserve.router.messages import AddRequest, FromEngine, RequestFailed, StepOutputs
-from vlmserve.server.grammars import regex_grammar
+from vlmserve.server.grammars import choice_grammar, regex_grammar
 
 DEADLINE_S = 20.0
 EOS = [753]
@@ -231,6 +231,9 @@ def test_compiled_grammars_are_kept_and_bounded():
         one.compile(regex_grammar(f"a{number}"), EOS)
     assert len(one._compiled) == MAX_COMPILED
     assert isinstance(one.compile(regex_grammar("a1"), EOS), Matcher)
+    for number in range(20):
+        one.compile(choice_grammar([f"{number} {i:04} and so on and so on" for i in range(1000)]))
+    assert sum(len(text) for text, _ in one._compiled) <= MAX_COMPILED_BYTES
 
 
 def test_masked_rows_draw_what_is_allowed_and_the_others_are_untouched():

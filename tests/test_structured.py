@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -231,8 +232,11 @@ for _ in range(80):
         ({"guided_regex": ""}, "guided_regex"),
         ({"guided_regex": "a\0"}, "guided_regex"),
         ({"guided_regex": "a" * 70_000}, "guided_regex"),
+        ({"guided_regex": "(abcdefghij){60000}"}, "guided_regex"),
         ({"guided_choice": []}, "guided_choice"),
         ({"guided_choice": ["a"] * 1025}, "guided_choice"),
+        # The translation to Lark takes the name for root.
+        ({"guided_grammar": 'root ::= start "a"\nstart ::= "b"'}, "guided_grammar"),
         ({"guided_grammar": "nothing of the kind"}, "guided_grammar"),
         ({"guided_grammar": 'start: <|eot_id|> "a"'}, "guided_grammar"),
         ({"guided_json": DEEP}, "guided_json"),
@@ -257,7 +261,7 @@ def test_a_form_that_cannot_be_is_a_400_that_names_its_field(server, fields, par
 
 def test_row_8_a_grammar_that_takes_too_long_is_refused_and_its_process_replaced():
     async def scenario() -> None:
-        checks = GrammarChecks(timeout_s=30.0)
+        checks = GrammarChecks(CHECKPOINT, timeout_s=30.0)
         slow = json_schema_grammar(
             {"enum": [f"{i} is a value among very many" for i in range(1500)]}, "field"
         )
@@ -280,7 +284,7 @@ def test_row_9_what_is_known_of_grammars_is_bounded(monkeypatch):
     monkeypatch.setattr("vlmserve.server.grammar_checks.MAX_VERDICTS", 5)
 
     async def scenario() -> None:
-        checks = GrammarChecks(timeout_s=30.0)
+        checks = GrammarChecks(CHECKPOINT, timeout_s=30.0)
         try:
             for number in range(20):
                 await checks.check(regex_grammar(f"x{number}"), "field")
@@ -289,3 +293,13 @@ def test_row_9_what_is_known_of_grammars_is_bounded(monkeypatch):
             await checks.close()
 
     asyncio.run(scenario())
+
+
+def test_the_documents_example_runs_as_it_stands(server):
+    text = (Path(__file__).parent.parent / "docs" / "structured-output.md").read_text()
+    example = re.search(r"-d '(\{.*?\})'", text, re.DOTALL)
+    assert example is not None
+    answer = httpx2.post(server.url + CHAT, json=json.loads(example[1]), timeout=60).json()
+    scene = json.loads(answer["choices"][0]["message"]["content"])
+    assert scene["shape"] in ("circle", "square")
+    assert scene["count"] <= 9
