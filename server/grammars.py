@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 
-from .conversation import Tool
 from .errors import BadRequestError
 
 MAX_GRAMMAR_BYTES = 65_536
@@ -23,8 +22,6 @@ MAX_SCHEMA_DEPTH = 64
 
 # One blank at most where JSON may have any: a model may else write blanks to its last token.
 WHITESPACE = r"[ ]"
-
-_DEFINITIONS = ("$defs", "definitions")
 
 # What `<` cannot begin a special token in: strings, regexes and comments of a Lark grammar.
 _LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/')
@@ -95,34 +92,6 @@ def ebnf_grammar(text: str, field: str = "grammar") -> str:
         return lark_grammar(text, field)
     _check_text(text, field)
     return _encoded({"gbnf": text}, field)
-
-
-def calls_grammar(tools: Sequence[Tool], is_parallel: bool, field: str = "tools") -> str:
-    """One call of one of these tools, or several apart by `; `, as the JSON that models write.
-
-    Each tool's schema stays a document of its own, so that its `$ref`s find their `$defs`.
-    """
-    rules = [
-        f"call_{number}: %json {_call_schema(tool, field)}" for number, tool in enumerate(tools)
-    ]
-    start = 'start: call ("; " call)*' if is_parallel else "start: call"
-    calls = "call: " + " | ".join(f"call_{number}" for number in range(len(tools)))
-    return _one_grammar("lark_grammar", "\n".join([start, calls, *rules]), field)
-
-
-def _call_schema(tool: Tool, field: str) -> str:
-    described = tool.parameters or {"type": "object"}
-    _check_depth(described, field)
-    parameters = {key: value for key, value in described.items() if key not in _DEFINITIONS}
-    schema: dict[str, Any] = {
-        "x-guidance": {"whitespace_pattern": WHITESPACE},
-        "type": "object",
-        "properties": {"name": {"const": tool.name}, "parameters": parameters},
-        "required": ["name", "parameters"],
-        "additionalProperties": False,
-    }
-    schema |= {key: described[key] for key in _DEFINITIONS if key in described}
-    return msgspec.json.encode(schema).decode()
 
 
 def _one_grammar(kind: str, content: object, field: str) -> str:

@@ -14,6 +14,8 @@ TURN = {"role": "user", "content": "hi"}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
 
+JSON_OBJECT = {"type": "json_object"}
+
 
 def generation(**fields):
     body = {"model": "m", "messages": [TURN]} | fields
@@ -107,6 +109,19 @@ def test_calls_and_results_come_back():
             "tools[1].function.parameters",
         ),
         ({"tools": [TOOL] * 2}, "tools"),
+        ({"tools": [function(name="required")]}, "tools"),
+        (
+            {"tools": [TOOL], "tool_choice": "required", "guided_regex": "a"},
+            "tool_choice",
+        ),
+        (
+            {
+                "tools": [TOOL],
+                "tool_choice": "required",
+                "response_format": {"type": "json_object"},
+            },
+            "tool_choice",
+        ),
         ({"tools": [TOOL] * 129}, "tools"),
         ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -184,6 +199,7 @@ def test_llama_stacks_parameters_become_a_schema():
                 "c": {},
             },
             "required": ["a", "c"],
+            "additionalProperties": False,
         },
     )
 
@@ -232,6 +248,14 @@ def test_llama_stack_takes_calls_and_results_back():
         ),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [STACK_TOOL], "tool_choice": "g"}, "tool_choice"),
+        (
+            {
+                "tools": [STACK_TOOL],
+                "tool_config": {"tool_choice": "f"},
+                "response_format": {"type": "json_schema", "json_schema": {}},
+            },
+            "tool_choice",
+        ),
         (
             {"tool_choice": "none", "tool_config": {"tool_choice": "auto"}},
             "tool_config.tool_choice",

@@ -201,13 +201,15 @@ def chat_generation(body: ChatCompletionRequest) -> GenerationRequest:
     messages = [_message(turn, f"messages[{i}]") for i, turn in enumerate(body.messages)]
     _check_results(body.messages)
     tools = _offered_tools(body)
-    form = only_form([*_forms(body), *_call_form(body, tools)])
+    max_calls = 1 if body.parallel_tool_calls is False else None
+    call = call_form(tools, choice_of(body.tool_choice), max_calls)
+    form = only_form([*_forms(body), *call])
     return GenerationRequest(
         messages=tuple(messages),
         tools=tools,
         grammar=form.grammar if form else None,
         grammar_field=form.field if form else "",
-        max_tool_calls=1 if body.parallel_tool_calls is False else None,
+        max_tool_calls=max_calls,
         sampling=_sampling(body),
         max_tokens=_max_tokens(body),
         max_tokens_field=_max_tokens_field(body),
@@ -232,12 +234,6 @@ def _forms(body: ChatCompletionRequest) -> list[Form]:
     inner = body.nvext or Guided()
     forms = [*guided_forms(top), *guided_forms(inner, "nvext.")]
     return [*response_form(body.response_format), *forms]
-
-
-def _call_form(body: ChatCompletionRequest, tools: tuple[Tool, ...]) -> list[Form]:
-    """The form of a call where tool_choice asks for one."""
-    choice = choice_of(body.tool_choice)
-    return call_form(tools, choice, is_parallel=body.parallel_tool_calls is not False)
 
 
 def _sampling(body: ChatCompletionRequest) -> SamplingParams:

@@ -134,14 +134,16 @@ def stack_generation(body: StackChatRequest) -> GenerationRequest:
     config = body.tool_config or ToolConfig()
     choice = one_setting(body.tool_choice, config.tool_choice, "tool_choice", "auto")
     one_setting(body.tool_prompt_format, config.tool_prompt_format, "tool_prompt_format", "json")
+    tool_format = config.tool_prompt_format or body.tool_prompt_format or "json"
     tools = offered_tools(stack_tools(body.tools), choice)
-    form = only_form([*stack_form(body.response_format), *call_form(tools, choice, True)])
+    call = call_form(tools, choice, tool_format=tool_format)
+    form = only_form([*stack_form(body.response_format), *call])
     return GenerationRequest(
         messages=tuple(messages),
         tools=tools,
         grammar=form.grammar if form else None,
         grammar_field=form.field if form else "",
-        tool_format=config.tool_prompt_format or body.tool_prompt_format or "json",
+        tool_format=tool_format,
         sampling=msgspec.structs.replace(
             _sampling(params),
             repetition_penalty=params.repetition_penalty or 1.0,

@@ -101,6 +101,7 @@ def _tool(definition: StackTool, field: str) -> Tool:
         "properties": {name: _schema(one) for name, one in parameters.items()},
         # A parameter is required unless it says otherwise.
         "required": [name for name, one in parameters.items() if one.required is not False],
+        "additionalProperties": False,
     }
     check_schema(schema, field)
     return Tool(definition.tool_name, definition.description, schema)

@@ -11,16 +11,16 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ..conversation import Tool
+from ..conversation import Tool, ToolFormat
 from ..errors import BadRequestError
 from ..grammars import (
-    calls_grammar,
     choice_grammar,
     ebnf_grammar,
     json_object_grammar,
     json_schema_grammar,
     regex_grammar,
 )
+from ..tools.grammar import calls_grammar
 
 Choices = Annotated[list[str], msgspec.Meta(max_length=1024)]
 
@@ -118,12 +118,17 @@ def stack_form(response_format: StackFormat | None) -> list[Form]:
     return []
 
 
-def call_form(tools: Sequence[Tool], choice: str | None, is_parallel: bool) -> list[Form]:
+def call_form(
+    tools: Sequence[Tool],
+    choice: str | None,
+    max_calls: int | None = None,
+    tool_format: ToolFormat = "json",
+) -> list[Form]:
     """The form of calls where tool_choice asks for some: of any tool, or of the named one."""
     if choice in (None, "auto", "none"):
         return []
-    offered = [tool for tool in tools if choice in ("required", tool.name)]
-    return [Form(calls_grammar(offered, is_parallel), "tool_choice")]
+    named = [tool for tool in tools if choice in ("required", tool.name)]
+    return [Form(calls_grammar(named, max_calls, tool_format), "tool_choice")]
 
 
 def only_form(forms: list[Form]) -> Form | None:

@@ -18,6 +18,8 @@ MAX_TOOLS = 128
 MAX_PARAMETERS_BYTES = 65_536
 MAX_DEPTH = 64
 
+RESERVED = ("auto", "none", "required")
+
 ToolName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
 CallId = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
@@ -103,9 +105,15 @@ def check_schema(parameters: dict[str, Any], field: str) -> None:
 
 
 def check_names(tools: Sequence[Tool]) -> None:
-    """Raises BadRequestError if two tools share a name: no call could tell them apart."""
+    """Raises BadRequestError if two tools share a name, or one has a name of tool_choice's."""
     names = [tool.name for tool in tools]
     for index, name in enumerate(names):
+        if name in RESERVED:
+            raise BadRequestError(
+                f"tools[{index}] is named {name!r}, by which tool_choice means another thing:"
+                " rename it",
+                param="tools",
+            )
         if name in names[:index]:
             raise BadRequestError(
                 f"tools[{index}] is a second tool named {name!r}: rename one", param="tools"
