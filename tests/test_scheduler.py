@@ -12,7 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.fake_runner import FakeRunner, expected_token_ids, fake_image, fake_info
+from support.fake_runner import (
+    FakeRunner,
+    expected_prompt_logprobs,
+    expected_token_ids,
+    fake_image,
+    fake_info,
+)
 
 from vlmserve.models.batch import ImageSpan, PoolSizes, SamplingParams, StepBatch
 from vlmserve.router.admission import AdmissionLimits, check_request
@@ -51,6 +57,7 @@ class Bench:
         self.tokens: dict[str, list[int]] = {}
         self.endings: dict[str, str] = {}
         self.sequences: dict[str, Sequence] = {}
+        self.failing_steps: set[int] = set()
 
     def add(self, request: AddRequest) -> Sequence:
         check_request(request, self.limits)
@@ -68,6 +75,13 @@ class Bench:
     def finish(self, batch: StepBatch) -> None:
         for progress in self.scheduler.update(self.runner.execute(batch)):
             self._take(progress)
+        self.scheduler.check()
+
+    def fail(self) -> None:
+        """The planned step fails: nothing of it is computed."""
+        for sequence in self.scheduler.fail_step():
+            assert sequence.sequence_id not in self.endings, "an end after the last one"
+            self.endings[sequence.sequence_id] = "failed"
         self.scheduler.check()
 
     def step(self) -> StepBatch | None:
@@ -135,6 +149,7 @@ def requests(draw, request_id: str, max_model_len: int, num_image_blocks: int) -
             st.sampled_from([[], [], [f"{request_id}b"], [f"{request_id}b", f"{request_id}c"]])
         ),
         priority=draw(st.sampled_from([0, 0, 0, -1])),
+        num_prompt_logprobs=draw(st.sampled_from([None, None, 0])),
     )
 
 
@@ -159,6 +174,7 @@ def scenarios(draw):
         arrives_at = draw(st.integers(0, 12))
         aborts_after = draw(st.none() | st.integers(0, 10))
         plan.append((arrives_at, request, aborts_after))
+    bench.failing_steps = draw(st.just(set()) | st.sets(st.integers(0, 25), max_size=3))
     return bench, plan
 
 
@@ -201,13 +217,16 @@ def run_mix(scenario, aborts_in_step: bool) -> None:
             assert 0 < batch.num_tokens <= bench.max_num_batched_tokens
             assert len(batch.sequences) <= bench.max_num_seqs
             assert len(batch.images) <= bench.max_num_batched_images
-            bench.finish(batch)
+            if now in bench.failing_steps:
+                bench.fail()
+            else:
+                bench.finish(batch)
         now += 1
         assert now < 5000, "the requests do not finish"
     for _, request, _ in plan:
         assert_answered_as_if_alone(bench, request, aborted)
     assert bench.runner.num_restarts <= bench.scheduler.num_preemptions
-    if not aborted and not bench.prefix_cache:
+    if not aborted and not bench.failing_steps and not bench.prefix_cache:
         assert bench.runner.num_restarts == bench.scheduler.num_preemptions
     bench.assert_all_free()
 
@@ -219,6 +238,8 @@ def assert_answered_as_if_alone(bench: Bench, request: AddRequest, aborted: set[
         alone = replace(
             request, sampling=SamplingParams(seed=seed), request_id=request_id, choice_ids=[]
         )
+        if choice:
+            alone = replace(alone, num_prompt_logprobs=None)  # the first tells for all
         assert_choice_as_if_alone(bench, alone, aborted)
 
 
@@ -230,8 +251,12 @@ def assert_choice_as_if_alone(bench: Bench, request: AddRequest, aborted: set[st
     got, ending = bench.tokens[request.request_id], bench.endings[request.request_id]
     room = bench.limits.max_model_len - len(request.prompt_token_ids)
     alone = expected_token_ids(request)[:room]
-    if ending == "abort":
-        assert request.request_id in aborted
+    if got:
+        told = bench.sequences[request.request_id].prompt_logprobs
+        is_told = request.num_prompt_logprobs is not None
+        assert told == (expected_prompt_logprobs(request) if is_told else None)
+    if ending in ("abort", "failed"):
+        assert request.request_id in aborted if ending == "abort" else bench.failing_steps
         assert got == alone[: len(got)]
         return
     assert got == alone
