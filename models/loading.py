@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from transformers import BitsAndBytesConfig, MllamaForConditionalGeneration, MllamaTextConfig
 
+from .attention import Geometry
 from .cache import ATTENTION_NAME
 from .checkpoint import check_folder
 from .errors import ModelError
@@ -40,6 +41,19 @@ class LoadedModel:
     def num_patches(self) -> int:
         """Vision tokens of one tile, the class token included."""
         return int(self.model.model.vision_model.num_patches)
+
+    @property
+    def geometry(self) -> Geometry:
+        """What an attention backend is chosen for."""
+        config = self.text_config
+        return Geometry(
+            device=self.device,
+            dtype=self.dtype,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.hidden_size // config.num_attention_heads,
+            num_patches=self.num_patches,
+        )
 
     @property
     def text_config(self) -> MllamaTextConfig:

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import MllamaConfig
 
-from .attention import get_backend
+from .attention import AttentionBackend
+from .attention.choice import choose_backend
+from .attention.sdpa import SdpaBackend
 from .batch import ModelInfo, PromptLogprobs, ScheduledSequence, StepBatch, StepResult, TokenMatcher
 from .cache import (
     KVPools,
@@ -48,7 +50,8 @@ def create_runner(
     max_model_len: int | None = None,
     max_num_seqs: int = 64,
     max_num_batched_tokens: int = 2048,
-    block_size: int = 16,
+    attention_backend: str = "auto",
+    block_size: int | None = None,
     num_text_blocks: int | None = None,
     num_image_blocks: int | None = None,
     kv_cache_bytes: int | None = None,
@@ -62,19 +65,20 @@ def create_runner(
     set_threads(num_threads)
     loaded = load_model(model, device, dtype, quantize)
     text_config = loaded.text_config
+    attention = choose_backend(attention_backend, loaded.geometry, block_size)
     request = PoolRequest(
         context_len=text_config.max_position_embeddings,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_tiles=loaded.model.model.vision_model.max_num_tiles,
-        block_size=block_size,
+        block_size=attention.block_size,
         token_bytes=token_bytes(text_config, loaded.dtype),
         tile_bytes=tile_bytes(text_config, loaded.num_patches, loaded.dtype),
         num_text_blocks=num_text_blocks,
         num_image_blocks=num_image_blocks,
     )
     budget_bytes = kv_cache_bytes or default_budget_bytes(loaded.device)
-    return ModelRunner(loaded, plan_pools(request, budget_bytes))
+    return ModelRunner(loaded, plan_pools(request, budget_bytes), attention.backend)
 
 
 def set_threads(num_threads: int | None) -> None:
@@ -93,13 +97,15 @@ def set_threads(num_threads: int | None) -> None:
 class ModelRunner:
     """Runs step after step of one model on one device; not safe for two threads at once."""
 
-    def __init__(self, loaded: LoadedModel, plan: PoolPlan, backend: str = "sdpa") -> None:
-        """Allocates the pools of `plan`; `backend` is a name of `attention.backend_names`."""
+    def __init__(
+        self, loaded: LoadedModel, plan: PoolPlan, backend: AttentionBackend | None = None
+    ) -> None:
+        """Allocates the pools of `plan`; without a `backend` attention is the reference's."""
         self._loaded = loaded
         self._model = loaded.model
         self._text_model = loaded.model.model.language_model
         self._vision = VisionEncoder(loaded.model, loaded.normalization)
-        self._backend = get_backend(backend)
+        self._backend = backend or SdpaBackend()
         self._sizes = plan.sizes
         config = loaded.text_config
         self.grammars = Grammars(loaded.folder, config.vocab_size)

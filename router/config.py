@@ -19,7 +19,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     "auto", "float32", "bfloat16" or "float16". quantize: None, "bitsandbytes" or
     "bitsandbytes-nf4". max_model_len None takes the
     model's own context. max_num_batched_tokens and max_num_batched_images cap what
-    one step computes. kv_cache_bytes None sizes both pools from free memory.
+    one step computes. attention_backend: "auto", "sdpa", "flash_attn" or "varlen".
+    block_size: tokens of a text block; None takes 16, or what the attention backend
+    needs. kv_cache_bytes None sizes both pools from free memory.
     prefix_cache and image_cache keep text and image blocks after use, until others
     need the room. num_threads None takes the cores that HTTP and image decoding leave.
     max_frame_bytes caps one message from a worker; a worker that leaves more than
@@ -36,7 +38,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: Positive = 64
     max_num_batched_tokens: Positive = 2048
     max_num_batched_images: Positive = 4
-    block_size: Positive = 16
+    attention_backend: str = "auto"
+    block_size: Positive | None = None
     num_text_blocks: Positive | None = None
     num_image_blocks: Positive | None = None
     kv_cache_bytes: Positive | None = None

@@ -49,6 +49,7 @@ def load_model_runner(config: EngineConfig) -> Runner:
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        attention_backend=config.attention_backend,
         block_size=config.block_size,
         num_text_blocks=config.num_text_blocks,
         num_image_blocks=config.num_image_blocks,

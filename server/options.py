@@ -34,6 +34,15 @@ class Quantization(StrEnum):
     bitsandbytes_nf4 = "bitsandbytes-nf4"
 
 
+class Attention(StrEnum):
+    """What computes attention; auto is the fastest that works on the device."""
+
+    auto = "auto"
+    sdpa = "sdpa"
+    flash_attn = "flash_attn"
+    varlen = "varlen"
+
+
 class ImagePosition(StrEnum):
     """Where a user message's images stand in its prompt."""
 
@@ -110,6 +119,22 @@ MaxNumBatchedTokens = Annotated[
 ]
 MaxNumBatchedImages = Annotated[
     int, typer.Option(min=1, help="Most images encoded in one step.", rich_help_panel=ENGINE_PANEL)
+]
+AttentionOption = Annotated[
+    Attention,
+    typer.Option(
+        help="What computes attention: sdpa runs anywhere, flash_attn and varlen on CUDA; auto "
+        "takes the fastest that works and tells the log why.",
+        rich_help_panel=ENGINE_PANEL,
+    ),
+]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens of a block of text; default: 16, or the 256 that flash_attn and varlen need.",
+        rich_help_panel=ENGINE_PANEL,
+    ),
 ]
 KvCacheMemory = Annotated[
     int | None,

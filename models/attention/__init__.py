@@ -1,6 +1,6 @@
 """The attention backends by name, each imported when it is first asked for.
 
-Owns the list of names. Knows nothing of how a backend computes.
+Owns the list of names. Knows nothing of how a backend computes; `choice.py` knows which to take.
 """
 
 from __future__ import annotations
@@ -8,12 +8,23 @@ from __future__ import annotations
 from importlib import import_module
 
 from ..errors import ModelError
-from .base import AttentionBackend, PagedRows
+from .base import AttentionBackend, Geometry, PagedRows
 
-__all__ = ["AttentionBackend", "PagedRows", "backend_names", "get_backend"]
+__all__ = [
+    "AttentionBackend",
+    "Geometry",
+    "PagedRows",
+    "backend_class",
+    "backend_names",
+    "get_backend",
+]
 
 # name -> module and class; a backend's own dependencies load only with its module
-_BACKENDS: dict[str, tuple[str, str]] = {"sdpa": (".sdpa", "SdpaBackend")}
+_BACKENDS: dict[str, tuple[str, str]] = {
+    "sdpa": (".sdpa", "SdpaBackend"),
+    "flash_attn": (".flash_attn_package", "FlashAttnBackend"),
+    "varlen": (".torch_varlen", "VarlenBackend"),
+}
 
 
 def backend_names() -> list[str]:
@@ -21,10 +32,15 @@ def backend_names() -> list[str]:
     return list(_BACKENDS)
 
 
-def get_backend(name: str) -> AttentionBackend:
-    """A backend of that name. Raises ModelError for a name that is not registered."""
+def backend_class(name: str) -> type[AttentionBackend]:
+    """The class of that name. Raises ModelError for a name that is not registered."""
     if name not in _BACKENDS:
         raise ModelError(f"attention backend {name!r} is unknown: use one of {backend_names()}")
     module, class_name = _BACKENDS[name]
-    backend: AttentionBackend = getattr(import_module(module, __package__), class_name)()
-    return backend
+    found: type[AttentionBackend] = getattr(import_module(module, __package__), class_name)
+    return found
+
+
+def get_backend(name: str) -> AttentionBackend:
+    """A backend of that name. Raises ModelError for a name that is not registered."""
+    return backend_class(name)()

@@ -22,6 +22,21 @@ from torch import Tensor
 
 
 @dataclass(slots=True, frozen=True)
+class Geometry:
+    """Where a backend would run and on what: the facts that a kernel may refuse.
+
+    num_patches: tokens of an image block; head counts are of the text model.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_patches: int
+
+
+@dataclass(slots=True, frozen=True)
 class PagedRows:
     """The rows of one step on one pool; a row is consecutive queries over the same keys.
 
@@ -29,7 +44,8 @@ class PagedRows:
     query_start_loc[i] : query_start_loc[i + 1]. key_lens: int64 [num_rows], 0 for a row that sees
     nothing. block_table: int64 [num_rows, max blocks], padded with 0; row i's key j lies in block
     block_table[i, j // block_size]. is_causal: the row's queries are the last tokens of its keys
-    and see no later one; otherwise each query sees all keys of its row.
+    and see no later one; otherwise each query sees all keys of its row, which are whole blocks:
+    key_lens are multiples of block_size.
     On the host, so that a backend plans without waiting for the device.
     """
 
@@ -55,6 +71,13 @@ class AttentionBackend(ABC):
     """
 
     name: ClassVar[str]
+    # a text block's tokens must be a multiple of it
+    block_multiple: ClassVar[int] = 1
+
+    @classmethod
+    def why_not(cls, geometry: Geometry) -> str | None:
+        """Why it cannot run there, in a few words; None where it can."""
+        return None
 
     @abstractmethod
     def prepare(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> Any:
