@@ -1,0 +1,114 @@
+"""A scheduler over tiny pools and the fake runner, stepped by hand, and what came of each request.
+
+Owns no request. Every step checks both pools from scratch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from support.fake_runner import FakeRunner, fake_info
+
+from vlmserve.models.batch import PoolSizes, StepBatch
+from vlmserve.router.admission import AdmissionLimits, check_request
+from vlmserve.router.messages import AddRequest
+from vlmserve.router.queue import QueueLimits, RequestQueue
+from vlmserve.router.scheduler import Scheduler, SchedulerLimits
+from vlmserve.router.sequence import Sequence
+
+
+@dataclass
+class Bench:
+    """A scheduler, its queue and a fake runner, stepped by hand."""
+
+    pools: PoolSizes = field(default_factory=lambda: PoolSizes(32, 8, 4))
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 16
+    max_num_batched_images: int = 4
+    max_model_len: int = 64
+    prefix_cache: bool = True
+    image_cache: bool = True
+
+    def __post_init__(self) -> None:
+        self.runner = FakeRunner(fake_info(self.pools, self.max_model_len))
+        self.queue = RequestQueue(QueueLimits(1000, 10**6, 10**9))
+        self.limits = AdmissionLimits.of(self.runner.info)
+        limits = SchedulerLimits(
+            self.max_num_seqs,
+            self.max_num_batched_tokens,
+            self.max_num_batched_images,
+            self.limits.max_model_len,
+            self.prefix_cache,
+            self.image_cache,
+        )
+        self.scheduler = Scheduler(self.runner.info, limits, self.queue)
+        self.tokens: dict[str, list[int]] = {}
+        self.endings: dict[str, str] = {}
+        self.sequences: dict[str, Sequence] = {}
+
+    def add(self, request: AddRequest) -> Sequence:
+        check_request(request, self.limits)
+        sequences = Sequence.of(0, request)
+        self.queue.put(sequences[0])
+        for sequence in sequences:
+            sequence.sequence_id = sequence.request_id
+            self.tokens[sequence.request_id] = []
+            self.sequences[sequence.request_id] = sequence
+        return sequences[0]
+
+    def plan(self) -> StepBatch | None:
+        """The next step. Asserts that the first of those who run proceeds in it."""
+        first = next(iter(self.scheduler._running), None)
+        batch = self.scheduler.schedule()
+        if first is not None and self.max_num_batched_tokens >= self.max_num_seqs:
+            assert batch is not None
+            assert first.sequence_id in {one.request_id for one in batch.sequences}
+        return batch
+
+    def finish(self, batch: StepBatch) -> None:
+        for progress in self.scheduler.update(self.runner.execute(batch)):
+            self._take(progress)
+        self.scheduler.check()
+
+    def fail(self, batch: StepBatch, is_computed: bool) -> None:
+        """Lose the step that was planned: before it is computed, or only its result."""
+        if is_computed:
+            self.runner.execute(batch)
+        for sequence in self.scheduler.fail_step():
+            self._end(sequence.sequence_id, "failed")
+        self.scheduler.check()
+
+    def step(self) -> StepBatch | None:
+        batch = self.plan()
+        if batch is not None:
+            self.finish(batch)
+        return batch
+
+    def abort(self, request_id: str) -> None:
+        progress = self.scheduler.abort(self.sequences[request_id])
+        if progress is not None:
+            self._take(progress)
+
+    def run(self, max_steps: int = 100_000) -> None:
+        for _ in range(max_steps):
+            if self.step() is None:
+                return
+        raise AssertionError("the requests do not finish")
+
+    def _take(self, progress) -> None:
+        request_id = progress.sequence.sequence_id
+        assert request_id not in self.endings, "an output after the last one"
+        self.tokens[request_id] += progress.token_ids
+        if progress.finish_reason is not None:
+            self._end(request_id, progress.finish_reason)
+
+    def _end(self, request_id: str, ending: str) -> None:
+        assert request_id not in self.endings, "two final messages"
+        self.endings[request_id] = ending
+
+    def assert_all_free(self) -> None:
+        assert self.scheduler.blocks.text_pool.num_used == 0
+        image_blocks = self.scheduler.blocks.image_pool.blocks
+        assert image_blocks.num_used == 0
+        assert len(self.queue) == self.queue.num_tokens == self.queue.num_bytes == 0
+        self.scheduler.check()
