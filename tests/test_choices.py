@@ -114,6 +114,31 @@ def test_one_of_the_others_is_aborted_alone(num_steps):
     engine.assert_all_free()
 
 
+def test_nothing_is_copied_for_an_answer_that_left_before_it_ran():
+    engine = engine_of()
+    engine.add(request_of())
+    engine.step()
+    engine.abort("a2")
+    batch = engine.scheduler.schedule()
+    assert len(batch.copies) == 2
+    engine.scheduler.update(engine.runner.execute(batch))
+    engine.run()
+    engine.assert_all_free()
+
+
+def test_a_fork_leaves_each_that_runs_a_block_to_grow_into():
+    """The prompt fills two of four blocks: the first answer's next token needs a third."""
+    engine = engine_of(num_text_blocks=4)
+    request = request_of(num_prompt=8, num_choices=3)
+    engine.add(request)
+    engine.step()
+    assert engine.scheduler.num_running == 2
+    engine.step()
+    assert engine.scheduler.num_preemptions == 0
+    engine.run()
+    assert_each_answers_as_alone(engine, request)
+
+
 def test_a_failed_step_ends_who_was_in_it_and_the_rest_compute_what_it_should_have_copied():
     engine = engine_of(max_num_batched_tokens=3)
     request = request_of(num_prompt=3)
