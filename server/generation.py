@@ -121,8 +121,12 @@ class Generator:
         """
         timeout_s = min(request.timeout_s or math.inf, self._max_request_time_s)
         deadline = asyncio.get_running_loop().time() + timeout_s
-        async with _until(deadline):
-            return await self._prepare(request, deadline)
+        try:
+            async with _until(deadline):
+                return await self._prepare(request, deadline)
+        except DeadlineError:
+            self._metrics.expire()
+            raise
 
     async def _prepare(self, request: GenerationRequest, deadline: float) -> PreparedGeneration:
         info = self._engine.info

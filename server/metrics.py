@@ -91,6 +91,11 @@ class Metrics:
         """Begin to time one request."""
         return RequestTimer(self, num_prompt_tokens)
 
+    def expire(self) -> None:
+        """A request's time was over before it could be admitted."""
+        self.request_failure.inc()
+        self.request_finish.labels("error").inc()
+
     def render(self, stats: EngineStats) -> bytes:
         """All figures in Prometheus' text format."""
         self._engine.stats = stats
@@ -139,7 +144,9 @@ class Metrics:
             "request_success", "Requests answered to their end.", registry=registry
         )
         self.request_failure = Counter(
-            "request_failure", "Requests that failed in the engine.", registry=registry
+            "request_failure",
+            "Requests that failed in the engine, or whose time was over before it.",
+            registry=registry,
         )
 
 

@@ -39,19 +39,26 @@ def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
-def post(checkpoint, body, script, *, path=CHAT, images=None, **settings):
+@contextlib.asynccontextmanager
+async def server_of(checkpoint, engine, images=None, **settings):
+    """A worker with this engine, and a client of it."""
+    options = ServerSettings(
+        model=str(checkpoint), engine_socket="", served_model_names=[MODEL], **settings
+    )
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        running_server(options, engine_client=engine, images=images or OneTileImages()) as url,
+        httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
+    ):
+        yield client
+
+
+def post(checkpoint, body, script, *, path=CHAT, **settings):
     """One POST to a worker with a scripted engine: the response and the engine."""
     engine = ScriptedEngine(script)
 
     async def run():
-        options = ServerSettings(
-            model=str(checkpoint), engine_socket="", served_model_names=[MODEL], **settings
-        )
-        async with (
-            asyncio.timeout(DEADLINE_S),
-            running_server(options, engine_client=engine, images=images or OneTileImages()) as url,
-            httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
-        ):
+        async with server_of(checkpoint, engine, **settings) as client:
             return await client.post(path, json=body)
 
     return asyncio.run(run()), engine
@@ -211,15 +218,34 @@ def test_a_request_whose_reader_has_stopped_reading_is_freed_in_time(checkpoint)
     asyncio.run(scenario())
 
 
-def test_time_spent_on_images_counts(checkpoint):
+@pytest.mark.parametrize("stream", [False, True])
+def test_time_spent_on_images_counts_and_the_loss_is_counted(checkpoint, stream):
+    """A request that was too late for the engine used to be in no figure."""
+
     class SlowImages(OneTileImages):
+        was_cancelled = False
+
         async def load(self, images, deadline=None):
-            await asyncio.sleep(600)
+            try:
+                await asyncio.sleep(600)
+            finally:
+                self.was_cancelled = True
 
     image = {"type": "image_url", "image_url": {"url": "https://host/a.png"}}
     body = {"model": MODEL, "messages": [{"role": "user", "content": [image]}], "timeout_s": 0.2}
-    response, engine = post(checkpoint, body, never, images=SlowImages())
-    assert response.status_code == 504
+    engine, images = ScriptedEngine(never), SlowImages()
+
+    async def scenario():
+        async with server_of(checkpoint, engine, images) as client:
+            response = await client.post(CHAT, json=body | {"stream": stream})
+            assert response.status_code == 504
+            assert response.json()["error"]["code"] == "timeout"
+            figures = (await client.get("/metrics")).text
+            assert "request_failure_total 1.0" in figures
+            assert 'request_finish_total{finished_reason="error"} 1.0' in figures
+
+    asyncio.run(scenario())
+    assert images.was_cancelled
     assert engine.requests == []
 
 
