@@ -25,8 +25,9 @@ beginning, but computes its last token in any case: something must be sampled fr
 
 Further answers to the same prompt follow the first one: when it has computed the
 prompt they fork, on references to its full blocks and a copy of its last one, and
-compute the prompt's last token to sample from. Those without room, or whose leader
-has gone, wait as if they had just been preempted.
+compute the prompt's last token to sample from, before whoever waits, of whatever
+priority: their request runs already. Those without room, or whose leader has gone,
+wait as if they had just been preempted.
 
     following ──fork──> running, or waiting
     waiting ──admit──> running ──stop, length, abort, failure──> finished
