@@ -175,7 +175,7 @@ class EngineClient:
         request in the engine: wrap it in `contextlib.aclosing` where the loop may
         be left early.
         """
-        choice_ids = [request.request_id, *request.choice_ids]
+        choice_ids = request.answer_ids
         stream = self._open_stream(choice_ids)
         num_left = len(choice_ids)
         try:

@@ -109,7 +109,7 @@ class Engine:
 
         Raises DuplicateRequestError if the worker has an open request of this id.
         """
-        request_ids = [request.request_id, *request.choice_ids]
+        request_ids = request.answer_ids
         for request_id in request_ids:
             key = worker_id, request_id
             if key in self._open or key in self._compiling or request_ids.count(request_id) > 1:
@@ -141,7 +141,7 @@ class Engine:
             self._open[worker_id, sequence.request_id] = sequence
 
     def _refuse(self, worker_id: int, request: AddRequest, error: EngineError) -> None:
-        for request_id in (request.request_id, *request.choice_ids):
+        for request_id in request.answer_ids:
             self._send(worker_id, failure_of(request_id, error))
 
     async def _compile_and_enqueue(self, worker_id: int, request: AddRequest, grammar: str) -> None:
@@ -160,7 +160,7 @@ class Engine:
         except Exception:
             logger.exception("a grammar could not be compiled")
             error = EngineInternalError("the engine could not compile the grammar")
-        keys = [(worker_id, request_id) for request_id in (request.request_id, *request.choice_ids)]
+        keys = [(worker_id, request_id) for request_id in request.answer_ids]
         aborted = [key[1] for key in keys if self._compiling.pop(key)]
         if error is not None:
             self._refuse(worker_id, request, error)

@@ -52,6 +52,11 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     grammar: str | None = None
     num_prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
 
+    @property
+    def answer_ids(self) -> list[str]:
+        """The ids of all answers to this prompt, the first one's in front."""
+        return [self.request_id, *self.choice_ids]
+
 
 class AbortRequests(msgspec.Struct, tag="abort"):
     request_ids: list[str]

@@ -102,7 +102,7 @@ class Sequence:
         """
         leader, *followers = (
             cls(f"{worker_id}/{request_id}", worker_id, request, choice)
-            for choice, request_id in enumerate([request.request_id, *request.choice_ids])
+            for choice, request_id in enumerate(request.answer_ids)
         )
         for follower in followers:
             follower.status, follower.leader = Status.FOLLOWING, leader
@@ -114,8 +114,7 @@ class Sequence:
     @property
     def request_id(self) -> str:
         """The id under which the worker knows this choice."""
-        request = self.request
-        return request.choice_ids[self.choice - 1] if self.choice else request.request_id
+        return self.request.answer_ids[self.choice]
 
     @property
     def rank(self) -> tuple[int, int, int]:

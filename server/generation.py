@@ -222,7 +222,7 @@ class Generator:
         request = prepared.request
 
         def leave() -> None:
-            for request_id in (request.request_id, *request.choice_ids):
+            for request_id in request.answer_ids:
                 self._engine.leave(request_id)
 
         return asyncio.get_running_loop().call_at(prepared.deadline, leave)
@@ -239,12 +239,12 @@ class Generator:
                 choice,
                 _tool_parser(prepared),
             )
-            for choice, request_id in enumerate([request.request_id, *request.choice_ids])
+            for choice, request_id in enumerate(request.answer_ids)
         }
 
     async def answer(self, prepared: PreparedGeneration) -> Completion:
         """The whole answers: the pieces of `stream`, joined."""
-        num_choices = 1 + len(prepared.request.choice_ids)
+        num_choices = len(prepared.request.answer_ids)
         gathered = [GatheredAnswer() for _ in range(num_choices)]
         async with contextlib.aclosing(self.stream(prepared)) as events:
             async for event in events:

@@ -30,7 +30,7 @@ def request_of(num_prompt=10, num_choices=4, name="a", **fields) -> AddRequest:
 
 
 def assert_each_answers_as_alone(engine: SteppedEngine, request: AddRequest) -> None:
-    for request_id in (request.request_id, *request.choice_ids):
+    for request_id in request.answer_ids:
         seed = engine.sequences[request_id].sampling.seed
         alone = replace(request, sampling=SamplingParams(seed=seed))
         assert engine.generated(request_id) == expected_token_ids(alone)

@@ -59,7 +59,7 @@ async def engine_and_client(tmp_path, before_step=None, **options):
 
 
 async def answers_of(client: EngineClient, request: AddRequest) -> dict[str, list[int]]:
-    answers: dict[str, list[int]] = {name: [] for name in [request.request_id, *request.choice_ids]}
+    answers: dict[str, list[int]] = {name: [] for name in request.answer_ids}
     async for output in client.generate(request):
         answers[output.request_id] += output.token_ids
     return answers

@@ -124,7 +124,7 @@ def abort_some(bench: Bench, plan, now: int, aborted: set[str]) -> None:
     """Let those leave whose time has come: all choices of a request, or every second one."""
     for arrives_at, request, aborts_after in plan:
         if aborts_after is not None and arrives_at + aborts_after == now:
-            for request_id in choices_of(request)[:: 1 + (aborts_after % 2)]:
+            for request_id in request.answer_ids[:: 1 + (aborts_after % 2)]:
                 aborted.add(request_id)
                 bench.abort(request_id)
 
@@ -137,7 +137,7 @@ def take_step(bench: Bench, batch: StepBatch) -> None:
 
 
 def assert_answered_as_if_alone(bench: Bench, request: AddRequest, aborted: set[str]) -> None:
-    for choice, request_id in enumerate(choices_of(request)):
+    for choice, request_id in enumerate(request.answer_ids):
         seed = bench.sequences[request_id].sampling.seed
         assert (choice == 0) == (seed == request.sampling.seed)
         alone = replace(
@@ -146,10 +146,6 @@ def assert_answered_as_if_alone(bench: Bench, request: AddRequest, aborted: set[
         if choice:
             alone = replace(alone, num_prompt_logprobs=None)  # the first tells for all
         assert_choice_as_if_alone(bench, alone, aborted)
-
-
-def choices_of(request: AddRequest) -> list[str]:
-    return [request.request_id, *request.choice_ids]
 
 
 def assert_choice_as_if_alone(bench: Bench, request: AddRequest, aborted: set[str]) -> None:

@@ -182,7 +182,7 @@ class ScriptedEngine:
         # As over a real wire: what cannot be encoded never arrives.
         msgspec.msgpack.encode(request)
         self.requests.append(request)
-        choice_ids = [request.request_id, *request.choice_ids]
+        choice_ids = request.answer_ids
         self.open |= set(choice_ids)
         try:
             for item in self.script(request):

@@ -107,7 +107,7 @@ class Soak:
         self.report.rss_late = _resident_bytes()
 
     def _add(self, request: AddRequest) -> None:
-        for request_id in choices_of(request):
+        for request_id in request.answer_ids:
             self._answers[request_id] = Answer()
             self._open.add(request_id)
         self.engine.add(1, request)
@@ -183,7 +183,7 @@ class Soak:
         alone = ModelRunner(loaded(LAYOUT), PoolPlan(ROOMY_POOLS, MAX_MODEL_LEN))
         for number in range(self._num_requests):
             request = self._draw(number)
-            for request_id, solo in zip(choices_of(request), solos_of(request), strict=True):
+            for request_id, solo in zip(request.answer_ids, solos_of(request), strict=True):
                 answer = self._answers[request_id]
                 assert answer.ending in ("length", "abort"), f"{request_id}: {answer.ending}"
                 self.report.endings[answer.ending] += 1
@@ -203,10 +203,6 @@ class Soak:
             whole.token_ids, whole.images = request.prompt_token_ids, request.images
             whole.spans = request.spans
             self.report.num_excuses += count_excuses(LAYOUT, whole, answer.token_ids)
-
-
-def choices_of(request: AddRequest) -> list[str]:
-    return [request.request_id, *request.choice_ids]
 
 
 def solos_of(request: AddRequest) -> list[AddRequest]:
