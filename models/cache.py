@@ -107,12 +107,12 @@ def copy_blocks(pools: KVPools, copies: Sequence[BlockCopy]) -> None:
     """Copy text blocks in every self-attention layer; all sources are read first."""
     if not copies:
         return
+    device = pools.layers[0].keys.device
+    sources = torch.tensor([one.source for one in copies], device=device)
+    targets = torch.tensor([one.target for one in copies], device=device)
     for index, layer in enumerate(pools.layers):
         if index in pools.cross_layers:
             continue
-        device = layer.keys.device
-        sources = torch.tensor([one.source for one in copies], device=device)
-        targets = torch.tensor([one.target for one in copies], device=device)
         layer.keys[targets] = layer.keys[sources]
         layer.values[targets] = layer.values[sources]
 

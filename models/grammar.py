@@ -10,7 +10,6 @@ limits has failed, and says so.
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +21,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from .errors import GrammarError
+from .turn_ends import configured_end_ids, end_token_ids
 
 # What is compiled was seen to take up to 62 times its text: 48 MiB together.
 MAX_COMPILED = 64
 MAX_COMPILED_BYTES = 786_432
-TURN_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 SILENT = 0
 _LIMITS = LLParserLimits(max_lexer_states=20_000)
 
@@ -59,16 +58,15 @@ class Grammars:
     """
 
     def __init__(self, folder: str | Path, vocab_size: int) -> None:
-        self._file = Path(folder) / "tokenizer.json"
         self._vocab_size = vocab_size
         self._tokenizers: dict[tuple[int, ...], LLTokenizer] = {}
         self._compiled: OrderedDict[tuple[str, tuple[int, ...]], Matcher] = OrderedDict()
         self._executor: LLExecutor | None = None
         self._mask_size = vocab_size
         self._num_bytes = 0
-        self._end_token_ids = _end_token_ids(Path(folder))
-        if self._end_token_ids:
-            self._tokenizer(self._end_token_ids)
+        self._source = ""
+        self._end_token_ids: tuple[int, ...] = ()
+        self._read(Path(folder))
 
     def compile(self, grammar: str, eos_token_ids: Sequence[int] = ()) -> Matcher:
         """A matcher at the grammar's start. Raises GrammarError, one line, if it is none.
@@ -95,15 +93,26 @@ class Grammars:
             raise GrammarError(" ".join(matcher.get_error().split())[:300])
         return Matcher(matcher)
 
+    def _read(self, folder: Path) -> None:
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            return
+        self._source = file.read_text("utf-8")
+        tokenizer = Tokenizer.from_str(self._source)
+        # The tokenizer may name ids behind the logits, as `<|image|>` is.
+        last_id = max(tokenizer.get_vocab().values())
+        self._mask_size = max(self._vocab_size, last_id + 1)
+        self._end_token_ids = tuple(end_token_ids(tokenizer, configured_end_ids(folder)))
+        if self._end_token_ids:
+            self._tokenizer(self._end_token_ids)
+
     def _tokenizer(self, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
+        """The tokenizer as llguidance sees it, with these ends. Raises GrammarError."""
         if eos_token_ids not in self._tokenizers:
+            size, ends = self._mask_size, list(eos_token_ids)
             try:
-                text = self._file.read_text("utf-8")
-                last_id = max(Tokenizer.from_str(text).get_vocab().values())
-                # The tokenizer may name ids behind the logits, as `<|image|>` is.
-                self._mask_size = max(self._vocab_size, last_id + 1)
-                known = LLTokenizer(text, n_vocab=self._mask_size, eos_token=list(eos_token_ids))
-            except Exception as error:  # both libraries raise nothing more special
+                known = LLTokenizer(self._source, n_vocab=size, eos_token=ends)
+            except Exception as error:  # the library raises nothing more special
                 raise GrammarError(f"the tokenizer takes no grammar: {error}") from error
             self._tokenizers[eos_token_ids] = known
         return self._tokenizers[eos_token_ids]
@@ -124,15 +133,3 @@ class Grammars:
         allowed = bits[:, : self._vocab_size].view(np.bool_)
         allowed[~allowed.any(axis=1)] = True
         return allowed
-
-
-def _end_token_ids(folder: Path) -> tuple[int, ...]:
-    """What ends a turn of this checkpoint; none where it has no tokenizer."""
-    if not (folder / "tokenizer.json").is_file():
-        return ()
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    named = [tokenizer.token_to_id(name) for name in TURN_ENDS]
-    config = folder / "generation_config.json"
-    eos = json.loads(config.read_text("utf-8")).get("eos_token_id") if config.is_file() else None
-    ids = [*named, *(eos if isinstance(eos, list) else [eos])]
-    return tuple(sorted({token_id for token_id in ids if token_id is not None}))

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from .errors import BadRequestError
+from .schemas.decoding import nests_deeper_than
 
 MAX_GRAMMAR_BYTES = 65_536
 MAX_CHOICES = 1_024
@@ -28,26 +29,34 @@ _LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])
 _LARK_START = re.compile(r"(?m)^\s*(?:%llguidance\b|start\s*(?:\[[^\]\n]*\]\s*)?:(?!:))")
 
 
-def json_schema_grammar(
-    schema: dict[str, Any], field: str = "schema", whitespace: str | None = None
-) -> str:
+def json_schema_grammar(schema: dict[str, Any], field: str = "schema") -> str:
     """The JSON texts that a schema describes.
 
-    whitespace: a regex for the blanks between tokens of JSON, None for one space or none.
     Raises BadRequestError, naming `field`, if the schema is too long or too deep.
     """
-    _check_depth(schema, field)
+    if nests_deeper_than(MAX_SCHEMA_DEPTH, schema):
+        raise BadRequestError(
+            f"{field} is nested more than {MAX_SCHEMA_DEPTH} deep: define parts of it in $defs",
+            param=field,
+        )
+    return _one_grammar("json_schema", with_bounded_blanks(schema, field, field), field)
+
+
+def with_bounded_blanks(schema: dict[str, Any], name: str, field: str) -> dict[str, Any]:
+    """The schema with a bound on blanks, without which a model may write them for ever.
+
+    Raises BadRequestError, calling the schema `name`, if it has the server's own key.
+    """
     if "x-guidance" in schema:
         raise BadRequestError(
-            f"{field}: x-guidance is the server's own key: leave it out", param=field
+            f"{name}: x-guidance is the server's own key: leave it out", param=field
         )
-    options = {"whitespace_pattern": whitespace or WHITESPACE}
-    return _one_grammar("json_schema", {"x-guidance": options, **schema}, field)
+    return {"x-guidance": {"whitespace_pattern": WHITESPACE}, **schema}
 
 
-def json_object_grammar(field: str = "response_format", whitespace: str | None = None) -> str:
+def json_object_grammar(field: str = "response_format") -> str:
     """Any JSON object."""
-    return json_schema_grammar({"type": "object"}, field, whitespace)
+    return json_schema_grammar({"type": "object"}, field)
 
 
 def regex_grammar(regex: str, field: str = "regex") -> str:
@@ -68,7 +77,7 @@ def choice_grammar(choices: Sequence[str], field: str = "choice") -> str:
     for choice in choices:
         _check_text(choice, field)
     # One terminal: the lexer sees a single pattern, not a thousand that compete.
-    return lark_grammar("start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, choices)), field)
+    return lark_grammar("start: CHOICE\nCHOICE: " + " | ".join(map(quoted, choices)), field)
 
 
 def lark_grammar(text: str, field: str = "grammar") -> str:
@@ -119,24 +128,6 @@ def _check_size(text: str, field: str) -> None:
         )
 
 
-def _check_depth(schema: Any, field: str) -> None:
-    """Raises BadRequestError beyond MAX_SCHEMA_DEPTH; a loop, as recursion has a depth too."""
-    level = [schema]
-    for _ in range(MAX_SCHEMA_DEPTH):
-        level = [child for one in level for child in _children(one)]
-        if not level:
-            return
-    raise BadRequestError(
-        f"{field} is nested more than {MAX_SCHEMA_DEPTH} deep: define parts of it in $defs",
-        param=field,
-    )
-
-
-def _children(value: Any) -> list[Any]:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [one for one in inner if isinstance(one, dict | list)]
-
-
 def _in_slashes(regex: str) -> str:
     """The regex as it stands between Lark's slashes: those inside, and line ends, escaped."""
     escapes = {"/": r"\/", "\n": r"\n", "\r": r"\r", "\t": r"\t"}
@@ -149,6 +140,6 @@ def _in_slashes(regex: str) -> str:
     )
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """The text as a string of Lark, whose escapes are JSON's."""
     return msgspec.json.encode(text).decode()

@@ -19,6 +19,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from ..models.batch import ImageSpan
+from ..models.turn_ends import configured_end_ids, end_token_ids
 from .conversation import (
     ImagePart,
     Message,
@@ -33,7 +34,6 @@ from .template import BEGIN_OF_TEXT, IMAGE, ChatTemplate, Clock, TemplateRefused
 
 logger = logging.getLogger(__name__)
 
-TURN_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 END_OF_MESSAGE = "<|eom_id|>"
 PYTHON_TAG = "<|python_tag|>"
 
@@ -73,7 +73,7 @@ class Processor:
         self._image_position = image_position
         self._bos_id = tokenizer.token_to_id(BEGIN_OF_TEXT)
         self._image_id = tokenizer.token_to_id(IMAGE)
-        self.eos_token_ids = sorted(set(eos_token_ids) | set(_ids_of(tokenizer, TURN_ENDS)))
+        self.eos_token_ids = end_token_ids(tokenizer, eos_token_ids)
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self._mark_ids = {token.content: token_id for token_id, token in added.items()}
@@ -96,7 +96,7 @@ class Processor:
         # Batch settings of a training run must not cut or pad a prompt.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return cls(tokenizer, template, _configured_eos_ids(folder), image_position)
+        return cls(tokenizer, template, configured_end_ids(folder), image_position)
 
     def prepare(
         self,
@@ -249,11 +249,6 @@ def _too_long(num_tokens: str, max_tokens: int) -> str:
     )
 
 
-def _ids_of(tokenizer: Tokenizer, names: Sequence[str]) -> list[int]:
-    ids = (tokenizer.token_to_id(name) for name in names)
-    return [token_id for token_id in ids if token_id is not None]
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """The file's object; empty where there is no such file."""
     content: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
@@ -283,11 +278,3 @@ def _special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:
         if isinstance(value, str):
             tokens[name] = value
     return tokens
-
-
-def _configured_eos_ids(folder: Path) -> list[int]:
-    """The end-of-turn ids that the checkpoint's generation_config names."""
-    value = _read_json(folder / "generation_config.json").get("eos_token_id")
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]

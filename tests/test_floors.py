@@ -24,6 +24,8 @@ SERVER_MAY_IMPORT = {
     "vlmserve.models.bundled",
     # What a child of the worker compiles grammars with, as the engine does: no tensors.
     "vlmserve.models.grammar",
+    # Which tokens end a turn: one rule for prompts and grammars.
+    "vlmserve.models.turn_ends",
     # What the load generator draws: pictures, with numpy and Pillow.
     "vlmserve.models.bundled.pictures",
 }

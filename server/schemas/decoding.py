@@ -49,6 +49,22 @@ def no_nul(text: str, field: str) -> str:
     return text
 
 
+def nests_deeper_than(depth: int, value: Any) -> bool:
+    """True if lists and objects lie in each other more than `depth` deep.
+
+    A loop, as recursion has a depth too.
+    """
+    level = [value]
+    for _ in range(depth):
+        level = [child for one in level for child in _children(one)]
+    return bool(level)
+
+
+def _children(value: Any) -> list[Any]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [one for one in inner if isinstance(one, dict | list)]
+
+
 def _convert_without_unknown(raw: Any, schema: type[T]) -> T:
     """Drop one unknown field a round, each with a log line, until none is left."""
     for _ in range(MAX_IGNORED_FIELDS):

@@ -13,6 +13,7 @@ import msgspec
 
 from ..conversation import Tool, ToolCall
 from ..errors import BadRequestError
+from .decoding import nests_deeper_than
 
 MAX_TOOLS = 128
 MAX_PARAMETERS_BYTES = 65_536
@@ -165,18 +166,9 @@ def check_choice(choice: str | None, tools: Sequence[Tool]) -> None:
 
 
 def _check_depth(value: dict[str, Any], field: str) -> None:
-    """Raises BadRequestError beyond MAX_DEPTH; a loop, as recursion has a depth too."""
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        level = [child for one in level for child in _children(one)]
-    if level:
+    if nests_deeper_than(MAX_DEPTH, value):
         raise BadRequestError(
             f"{field} is nested more than {MAX_DEPTH} deep: flatten it, or define parts of a"
             " schema in $defs",
             param=field,
         )
-
-
-def _children(value: Any) -> list[Any]:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [one for one in inner if isinstance(one, dict | list)]

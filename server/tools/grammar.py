@@ -10,8 +10,7 @@ import json
 from collections.abc import Sequence
 
 from ..conversation import Tool, ToolFormat
-from ..errors import BadRequestError
-from ..grammars import WHITESPACE, lark_grammar
+from ..grammars import lark_grammar, quoted, with_bounded_blanks
 
 # So that a model which sees no end comes to one.
 MAX_CALLS = 16
@@ -27,7 +26,7 @@ def calls_grammar(
     Raises BadRequestError, naming tools, if the schemas are too long together.
     """
     is_tagged = tool_format == "function_tag"
-    between = _quoted("\n" if is_tagged else "; ")
+    between = quoted("\n" if is_tagged else "; ")
     num_more = min(max_calls or MAX_CALLS, MAX_CALLS) - 1
     rules = [
         f"start: call ({between} call){{0,{num_more}}}" if num_more else "start: call",
@@ -35,7 +34,7 @@ def calls_grammar(
     ]
     for number, tool in enumerate(tools):
         begin, end = _around(tool, is_tagged)
-        rules.append(f"call_{number}: {_quoted(begin)} arguments_{number} {_quoted(end)}")
+        rules.append(f"call_{number}: {quoted(begin)} arguments_{number} {quoted(end)}")
         rules.append(f"arguments_{number}: %json {_schema(tool)}")
     return lark_grammar("\n".join(rules), "tools")
 
@@ -48,16 +47,4 @@ def _around(tool: Tool, is_tagged: bool) -> tuple[str, str]:
 
 
 def _schema(tool: Tool) -> str:
-    """The schema with a bound on blanks, without which a model may write them for ever."""
-    if "x-guidance" in tool.schema:
-        raise BadRequestError(
-            f"the parameters of {tool.name} have the key x-guidance, which is the server's own:"
-            " leave it out",
-            param="tools",
-        )
-    return json.dumps({"x-guidance": {"whitespace_pattern": WHITESPACE}, **tool.schema})
-
-
-def _quoted(text: str) -> str:
-    """The text as a string of Lark, whose escapes are JSON's."""
-    return json.dumps(text)
+    return json.dumps(with_bounded_blanks(tool.schema, f"the parameters of {tool.name}", "tools"))
