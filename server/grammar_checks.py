@@ -7,7 +7,6 @@ nothing of what a grammar means.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import os
 import sys
@@ -17,9 +16,9 @@ from pathlib import Path
 
 import msgspec
 
+from .children import child_environment, end_child
 from .errors import BadRequestError, InternalError
 from .grammar_child import LENGTH_BYTES, Verdict
-from .images.decoders import child_environment
 
 MODULE = "vlmserve.server.grammar_child"
 NUM_CHILDREN = 2
@@ -58,31 +57,40 @@ class GrammarChecks:
         """End the children that wait for work."""
         idle, self._idle = self._idle, []
         for process in idle:
-            await _kill(process)
+            await end_child(process)
 
     async def _judge(self, grammar: str, field: str) -> Verdict:
         """What a child says. One that ends instead says nothing: the machine may have been busy."""
         async with self._free:
-            process = self._idle.pop() if self._idle else await self._start()
+            process = await self._take_idle() or await self._start()
             try:
                 async with asyncio.timeout(self._timeout_s):
                     verdict = await _ask(process, grammar.encode())
             except TimeoutError:
-                await _kill(process)
+                await end_child(process)
                 raise BadRequestError(
                     f"{field} takes longer than {self._timeout_s:g} s to compile: simplify it",
                     param=field,
                 ) from None
             except _LOST:
-                await _kill(process)
+                await end_child(process)
                 raise BadRequestError(
                     f"{field} takes too much memory to compile: simplify it", param=field
                 ) from None
             except BaseException:
-                await _kill(process)
+                await end_child(process)
                 raise
             self._idle.append(process)
             return verdict
+
+    async def _take_idle(self) -> Process | None:
+        """A child that waits for work and still lives: one that ended meanwhile says nothing."""
+        while self._idle:
+            process = self._idle.pop()
+            if process.returncode is None:
+                return process
+            await end_child(process)
+        return None
 
     async def _start(self) -> Process:
         """A child that has read the tokenizer."""
@@ -94,12 +102,12 @@ class GrammarChecks:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await _read(process)
         except (TimeoutError, *_LOST) as error:
-            await _kill(process)
+            await end_child(process)
             raise InternalError(
                 "grammars cannot be checked: their process did not start"
             ) from error
         except BaseException:
-            await _kill(process)
+            await end_child(process)
             raise
         return process
 
@@ -115,11 +123,3 @@ async def _read(process: Process) -> Verdict:
     assert process.stdout is not None
     length = int.from_bytes(await process.stdout.readexactly(LENGTH_BYTES), "big")
     return msgspec.json.decode(await process.stdout.readexactly(length), type=Verdict)
-
-
-async def _kill(process: Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()
-    if process.stdin is not None:
-        process.stdin.close()
-    await process.wait()

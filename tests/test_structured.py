@@ -280,6 +280,23 @@ def test_row_8_a_grammar_that_takes_too_long_is_refused_and_its_process_replaced
     asyncio.run(scenario())
 
 
+def test_a_process_that_ended_while_it_waited_costs_no_grammar_its_check():
+    """It used to be taken for one that ran out of memory over the next grammar."""
+
+    async def scenario() -> None:
+        checks = GrammarChecks(CHECKPOINT, timeout_s=30.0)
+        try:
+            await checks.check(regex_grammar("[a-z]+"), "field")
+            (child,) = checks._idle
+            child.kill()
+            await child.wait()
+            assert await checks.check(regex_grammar("[0-9]+"), "field")
+        finally:
+            await checks.close()
+
+    asyncio.run(scenario())
+
+
 def test_row_9_what_is_known_of_grammars_is_bounded(monkeypatch):
     monkeypatch.setattr("vlmserve.server.grammar_checks.MAX_VERDICTS", 5)
 

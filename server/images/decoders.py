@@ -8,7 +8,6 @@ A picture that crashes or hangs its decoder fails alone. Knows nothing of pixels
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import sys
@@ -17,6 +16,7 @@ from asyncio.subprocess import PIPE, Process
 import msgspec
 
 from ...models.batch import ImageTiles
+from ..children import child_environment, end_child
 from .decoder_child import DecoderConfig
 from .decoder_frames import REPLY_HEAD, REQUEST_HEAD, DecodeReply, decode_reply, reply_length
 from .header import check_header, read_header
@@ -30,19 +30,6 @@ START_TIMEOUT_S = 60.0
 RESTART_PAUSE_S = 1.0
 STREAM_LIMIT = 4 * 1024 * 1024
 CRASHED = "image cannot be decoded: the decoder stopped while reading it"
-# A child reads strangers' files: it is given what Python needs, and none of the server's keys.
-KEPT_VARIABLES = (
-    *("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONHASHSEED", "VIRTUAL_ENV"),
-    *("LANG", "LC_ALL", "LC_CTYPE", "MALLOC_ARENA_MAX"),
-)
-# One thread a child: its parallelism is the number of children.
-SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
-def child_environment() -> dict[str, str]:
-    """The environment variables that a child is started with."""
-    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-    return kept | SINGLE_THREAD
 
 
 class DecoderLost(Exception):
@@ -96,11 +83,7 @@ class DecoderChild:
 
     async def kill(self) -> None:
         """End the process and reap it; does nothing to one that has ended."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        await self._process.wait()
+        await end_child(self._process)
 
     async def _read_reply(self) -> DecodeReply:
         stdout = self._process.stdout
