@@ -117,11 +117,12 @@ class Grammars:
             self._tokenizers[eos_token_ids] = known
         return self._tokenizers[eos_token_ids]
 
-    def fill(self, matchers: Sequence[Matcher]) -> NDArray[np.bool_]:
-        """Which tokens may come next, bool [num_matchers, vocab_size].
+    def fill(self, matchers: Sequence[Matcher]) -> NDArray[np.uint8]:
+        """Which tokens may come next, a bit each, uint8 [num_matchers, ceil(vocab_size / 8)].
 
-        A matcher that has failed allows all: its request is ended with the step. None allows
-        nothing: a text that is complete may end.
+        Token i is bit i % 8 of byte i // 8, counted from the lowest. A matcher that has failed
+        allows all: its request is ended with the step. None allows nothing: a text that is complete
+        may end.
         """
         masks = np.full((len(matchers), -(-self._mask_size // 32)), -1, dtype=np.int32)
         at = [(one.inner, row) for row, one in enumerate(matchers) if not one.has_failed]
@@ -129,7 +130,9 @@ class Grammars:
             self._executor = LLExecutor()
         if at:
             fill_next_token_bitmask_par(self._executor, at, masks)
-        bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
-        allowed = bits[:, : self._vocab_size].view(np.bool_)
-        allowed[~allowed.any(axis=1)] = True
+        num_bytes, num_odd = -(-self._vocab_size // 8), self._vocab_size % 8
+        allowed = masks.view(np.uint8)[:, :num_bytes]
+        if num_odd:
+            allowed[:, -1] &= (1 << num_odd) - 1
+        allowed[~allowed.any(axis=1)] = 0xFF
         return allowed

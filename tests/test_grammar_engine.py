@@ -180,6 +180,15 @@ def test_a_matcher_that_fails_ends_its_request_alone():
     }
 
 
+def allowed_by(one: Grammars, matcher: Matcher) -> np.ndarray:
+    """Which tokens the matcher allows, bool [768]."""
+    return np.unpackbits(one.fill([matcher]), axis=1, bitorder="little")[0, :768].astype(bool)
+
+
+def packed(allowed: np.ndarray) -> np.ndarray:
+    return np.packbits(allowed, axis=1, bitorder="little")
+
+
 def grammars() -> Grammars:
     return Grammars(CHECKPOINT, vocab_size=768)
 
@@ -187,7 +196,7 @@ def grammars() -> Grammars:
 def test_a_mask_allows_what_the_grammar_does_and_the_end_when_it_is_complete():
     one = grammars()
     matcher = one.compile(regex_grammar("a|bc"), EOS)
-    allowed = one.fill([matcher])[0]
+    allowed = allowed_by(one, matcher)
     names = {one._tokenizer(tuple(EOS)).decode_str([i]) for i in np.flatnonzero(allowed).tolist()}
     assert {"a", "b"} <= names <= {"a", "b", "bc"}
     matcher.accept(
@@ -197,26 +206,26 @@ def test_a_mask_allows_what_the_grammar_does_and_the_end_when_it_is_complete():
             if one._tokenizer(tuple(EOS)).decode_str([i]) == "a"
         )
     )
-    assert np.flatnonzero(one.fill([matcher])[0]).tolist() == EOS
+    assert np.flatnonzero(allowed_by(one, matcher)).tolist() == EOS
 
 
 def test_copies_of_a_matcher_go_their_own_ways():
     one = grammars()
     first = one.compile(regex_grammar("[ab]c"), EOS)
     second = first.copy()
-    token = int(np.flatnonzero(one.fill([first])[0])[0])
-    before = one.fill([second])
+    token = int(np.flatnonzero(allowed_by(one, first))[0])
+    before = allowed_by(one, second)
     first.accept(token)
-    assert (one.fill([second]) == before).all()
-    assert not (one.fill([first]) == before).all()
+    assert (allowed_by(one, second) == before).all()
+    assert not (allowed_by(one, first) == before).all()
 
 
 def test_a_token_that_the_grammar_forbids_fails_the_matcher_and_masks_nothing_after():
     one = grammars()
     matcher = one.compile(regex_grammar("a"), EOS)
-    matcher.accept(int(np.flatnonzero(~one.fill([matcher])[0])[0]))
+    matcher.accept(int(np.flatnonzero(~allowed_by(one, matcher))[0]))
     assert matcher.has_failed
-    assert one.fill([matcher]).all()
+    assert allowed_by(one, matcher).all()
 
 
 def test_a_grammar_that_does_not_compile_says_why_in_one_line():
@@ -242,7 +251,7 @@ def test_masked_rows_draw_what_is_allowed_and_the_others_are_untouched():
     allowed[0, 4] = allowed[1, 7] = True
     params = [SamplingParams(temperature=0.0), SamplingParams(seed=3), SamplingParams(seed=4)]
     alone = sample(logits[1:2].clone(), params[1:2], [0])
-    together = sample(logits.clone(), params, [0, 0, 0], masks=Masks([0, 2], allowed))
+    together = sample(logits.clone(), params, [0, 0, 0], masks=Masks([0, 2], packed(allowed)))
     assert together.tolist() == [4, int(alone[0]), 7]
 
 
@@ -251,4 +260,4 @@ def test_a_bias_against_all_that_a_grammar_allows_fails_nobody():
     allowed = np.zeros((1, 10), dtype=bool)
     allowed[0, 4] = True
     params = [SamplingParams(logit_bias=tuple((token, -100.0) for token in range(10)))]
-    assert sample(logits, params, [0], masks=Masks([0], allowed)).tolist() == [4]
+    assert sample(logits, params, [0], masks=Masks([0], packed(allowed))).tolist() == [4]
