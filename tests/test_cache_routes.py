@@ -12,12 +12,11 @@ from support.http_side import (
     MODEL,
     OneTileImages,
     ScriptedEngine,
-    running_server,
+    client_of,
     write_checkpoint,
 )
 
 from vlmserve.router.messages import EngineStats, SequenceOutput
-from vlmserve.server.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
 STACK = "/inference/chat_completion"
@@ -27,7 +26,6 @@ PARTS = [
 ]
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": PARTS}]}
 STACK_BODY = {"model": MODEL, "messages": [{"role": "user", "content": "What is this?"}]}
-DEADLINE_S = 25.0
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +46,7 @@ def serve(checkpoint, use, num_cached_tokens=0, **settings):
 
     async def run():
         engine, images = ScriptedEngine(answers(num_cached_tokens)), OneTileImages()
-        options = ServerSettings(
-            model=str(checkpoint), engine_socket="", served_model_names=[MODEL], **settings
-        )
-        async with (
-            asyncio.timeout(DEADLINE_S),
-            running_server(options, engine_client=engine, images=images) as url,
-            httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
-        ):
+        async with client_of(checkpoint, engine, images=images, **settings) as client:
             result = await use(client, engine)
         return result, engine, images
 

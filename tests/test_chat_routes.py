@@ -8,9 +8,11 @@ import httpx2
 import openai
 import pytest
 from support.http_side import (
+    CLIENT_DEADLINE_S,
     MODEL,
     OneTileImages,
     ScriptedEngine,
+    client_of,
     meta_like_tokenizer,
     running_server,
     tokens_one_by_one,
@@ -33,7 +35,6 @@ CHAT = "/v1/chat/completions"
 STACK = "/inference/chat_completion"
 ANSWER = "This image shows a böardwalk 🐻 in a field."
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "What is in this image?"}]}
-DEADLINE_S = 25.0
 
 
 def says(text, finish_reason="stop", before=()):
@@ -60,15 +61,7 @@ def serve(checkpoint, use, script=None, *, images=None, engine=None, **settings)
     async def run():
         nonlocal engine
         engine = engine or ScriptedEngine(script or says(ANSWER))
-        options = ServerSettings(
-            model=str(checkpoint), engine_socket="", served_model_names=[MODEL], **settings
-        )
-        parts = {"engine_client": engine, "images": images or OneTileImages()}
-        async with (
-            asyncio.timeout(DEADLINE_S),
-            running_server(options, **parts) as url,
-            httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
-        ):
+        async with client_of(checkpoint, engine, images=images, **settings) as client:
             return await use(client, engine)
 
     return asyncio.run(run())
@@ -342,7 +335,7 @@ def test_a_client_that_leaves_aborts_its_request(checkpoint, stream):
             await asyncio.sleep(0.01)
         return engine
 
-    script = fails(*says("What", None)(None), DEADLINE_S * 2)
+    script = fails(*says("What", None)(None), CLIENT_DEADLINE_S * 2)
     engine = serve(checkpoint, use, script)
     assert engine.aborted == [engine.requests[0].request_id]
 
@@ -403,7 +396,7 @@ def test_images_that_take_too_long_are_a_400(checkpoint):
     class Slow:
         async def load(self, images, deadline=None):
             async with asyncio.timeout_at(deadline):
-                await asyncio.sleep(DEADLINE_S * 2)
+                await asyncio.sleep(CLIENT_DEADLINE_S * 2)
 
     response = post(checkpoint, with_image(), images=Slow(), image_deadline_s=0.05)
     assert "0.05 s" in error_of(response, 400)["message"]

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import json
 
-import httpx2
 import pytest
 from openai import OpenAI
 from support.http_side import (
+    CLIENT_DEADLINE_S,
     MODEL,
     OneTileImages,
     ScriptedEngine,
-    running_server,
+    client_of,
     write_checkpoint,
 )
 
@@ -25,12 +25,10 @@ from vlmserve.server.grammar_checks import GrammarChecks
 from vlmserve.server.metrics import Metrics
 from vlmserve.server.prompt import Processor
 from vlmserve.server.requests import GenerationRequest, sampling_params
-from vlmserve.server.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
 STACK = "/inference/chat_completion"
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "What is this?"}]}
-DEADLINE_S = 25.0
 LIVE_MODEL = "vlmserve-tiny-vision"
 
 
@@ -39,26 +37,12 @@ def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
-@contextlib.asynccontextmanager
-async def server_of(checkpoint, engine, images=None, **settings):
-    """A worker with this engine, and a client of it."""
-    options = ServerSettings(
-        model=str(checkpoint), engine_socket="", served_model_names=[MODEL], **settings
-    )
-    async with (
-        asyncio.timeout(DEADLINE_S),
-        running_server(options, engine_client=engine, images=images or OneTileImages()) as url,
-        httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
-    ):
-        yield client
-
-
 def post(checkpoint, body, script, *, path=CHAT, **settings):
     """One POST to a worker with a scripted engine: the response and the engine."""
     engine = ScriptedEngine(script)
 
     async def run():
-        async with server_of(checkpoint, engine, **settings) as client:
+        async with client_of(checkpoint, engine, **settings) as client:
             return await client.post(path, json=body)
 
     return asyncio.run(run()), engine
@@ -205,7 +189,7 @@ def test_a_request_whose_reader_has_stopped_reading_is_freed_in_time(checkpoint)
         wanted = GenerationRequest(messages=(turn,), sampling=sampling_params(0, None, None, 1))
         prepared = await generator.prepare(wanted)
         async with (
-            asyncio.timeout(DEADLINE_S),
+            asyncio.timeout(CLIENT_DEADLINE_S),
             contextlib.aclosing(generator.stream(prepared)) as events,
         ):
             await anext(events)
@@ -236,7 +220,7 @@ def test_time_spent_on_images_counts_and_the_loss_is_counted(checkpoint, stream)
     engine, images = ScriptedEngine(never), SlowImages()
 
     async def scenario():
-        async with server_of(checkpoint, engine, images) as client:
+        async with client_of(checkpoint, engine, images=images) as client:
             response = await client.post(CHAT, json=body | {"stream": stream})
             assert response.status_code == 504
             assert response.json()["error"]["code"] == "timeout"

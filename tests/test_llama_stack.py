@@ -4,27 +4,23 @@ import asyncio
 import json
 from pathlib import Path
 
-import httpx2
 import pytest
 from support.http_side import (
     MODEL,
-    OneTileImages,
     ScriptedEngine,
+    client_of,
     meta_like_tokenizer,
-    running_server,
     tokens_one_by_one,
     write_checkpoint,
 )
 
 from vlmserve.router.errors import EngineDeadError
-from vlmserve.server.settings import ServerSettings
 
 DATA = Path(__file__).parent / "data"
 TOKENIZER = meta_like_tokenizer()
 OLD = ["/inference/chat_completion", "/alpha/inference/chat-completion"]
 NEW = ["/v1/inference/chat-completion"]
 PREFIXES = ["", "/ls", "/experimental/ls"]
-DEADLINE_S = 25.0
 ANSWER = "This image shows a böardwalk 🐻"
 BODY = {"model_id": MODEL, "messages": [{"role": "user", "content": "What is in this image?"}]}
 
@@ -43,15 +39,7 @@ def post_all(checkpoint, bodies, script=None, *, headers=None):
 
     async def run():
         engine = ScriptedEngine(script or says(ANSWER))
-        options = ServerSettings(
-            model=str(checkpoint), engine_socket="", served_model_names=[MODEL]
-        )
-        parts = {"engine_client": engine, "images": OneTileImages()}
-        async with (
-            asyncio.timeout(DEADLINE_S),
-            running_server(options, **parts) as url,
-            httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
-        ):
+        async with client_of(checkpoint, engine) as client:
             answers = [
                 await client.post(path, content=json.dumps(body), headers=headers)
                 for path, body in bodies

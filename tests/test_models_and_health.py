@@ -16,11 +16,11 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.http_side import (
+    CLIENT_DEADLINE_S,
     MODEL,
-    OneTileImages,
     ScriptedEngine,
+    client_of,
     meta_like_tokenizer,
-    running_server,
     tokens_one_by_one,
     write_checkpoint,
 )
@@ -30,7 +30,6 @@ from vlmserve.server.settings import ServerSettings
 DATA = Path(__file__).parent / "data"
 TOKENIZER = meta_like_tokenizer()
 CHAT = "/v1/chat/completions"
-DEADLINE_S = 25.0
 EXCHANGE_S = 5.0
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "What?"}]}
 ROUTES = [
@@ -63,14 +62,7 @@ def serve(checkpoint, use, *, engine=None, **settings):
     async def run():
         script = lambda request: list(tokens_one_by_one(TOKENIZER, "What?"))  # noqa: E731
         fake = engine or ScriptedEngine(script)
-        options = {"served_model_names": [MODEL]} | settings
-        options = ServerSettings(model=str(checkpoint), engine_socket="", **options)
-        parts = {"engine_client": fake, "images": OneTileImages()}
-        async with (
-            asyncio.timeout(DEADLINE_S),
-            running_server(options, **parts) as url,
-            httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
-        ):
+        async with client_of(checkpoint, fake, **settings) as client:
             return await use(client, fake)
 
     return asyncio.run(run())
@@ -387,14 +379,14 @@ def loaded_libraries(pid):
 
 def test_a_worker_serves_an_inherited_socket_and_knows_no_torch(checkpoint, tmp_path):
     with worker_process(checkpoint, tmp_path) as (process, url):
-        with httpx2.Client(base_url=url, timeout=DEADLINE_S) as client:
+        with httpx2.Client(base_url=url, timeout=CLIENT_DEADLINE_S) as client:
             assert client.get("/v1/health/live").json()["message"] == "Service is live."
             assert client.get("/v1/health/ready").status_code == 503
             assert client.post(CHAT, json=BODY).status_code == 503
             assert client.get("/v1/models").json()["data"][0]["id"] == MODEL
         assert not {name for name in loaded_libraries(process.pid) if "torch" in name}
         process.send_signal(signal.SIGTERM)
-        assert process.wait(DEADLINE_S) == 0
+        assert process.wait(CLIENT_DEADLINE_S) == 0
 
 
 def test_importing_the_worker_loads_no_torch_and_no_transformers():
@@ -430,9 +422,9 @@ def test_a_worker_ends_with_its_parent(checkpoint, tmp_path):
         with parent:
             worker = int(parent.stdout.readline())
             url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/health/live"
-            assert httpx2.get(url, timeout=DEADLINE_S).status_code == 200
+            assert httpx2.get(url, timeout=CLIENT_DEADLINE_S).status_code == 200
             parent.kill()
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + CLIENT_DEADLINE_S
     while is_running(worker):
         assert time.monotonic() < deadline, "the worker outlived its parent"
         time.sleep(0.02)

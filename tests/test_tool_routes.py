@@ -3,16 +3,14 @@
 import asyncio
 import json
 
-import httpx2
 import msgspec
 import openai
 import pytest
 from support.http_side import (
     MODEL,
-    OneTileImages,
     ScriptedEngine,
+    client_of,
     meta_like_tokenizer,
-    running_server,
     tokens_one_by_one,
     write_checkpoint,
 )
@@ -20,13 +18,11 @@ from support.tool_template import TOOL_TEMPLATE
 
 from vlmserve.models.batch import TokenLogprobs
 from vlmserve.router.messages import SequenceOutput
-from vlmserve.server.settings import ServerSettings
 
 TOKENIZER = meta_like_tokenizer()
 CHAT = "/v1/chat/completions"
 OLD = "/inference/chat_completion"
 NEW = "/v1/inference/chat-completion"
-DEADLINE_S = 25.0
 EOM = 128008
 
 QUESTION = {"role": "user", "content": "Is it hot?"}
@@ -85,15 +81,7 @@ def serve(checkpoint, script, use):
 
     async def run():
         engine = ScriptedEngine(script)
-        options = ServerSettings(
-            model=str(checkpoint), engine_socket="", served_model_names=[MODEL]
-        )
-        parts = {"engine_client": engine, "images": OneTileImages()}
-        async with (
-            asyncio.timeout(DEADLINE_S),
-            running_server(options, **parts) as url,
-            httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
-        ):
+        async with client_of(checkpoint, engine) as client:
             return await use(client, engine)
 
     return asyncio.run(run())

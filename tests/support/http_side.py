@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import msgspec
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -24,6 +25,7 @@ from vlmserve.server.app import build_app
 from vlmserve.server.images.settings import ImageRequest
 from vlmserve.server.settings import ServerSettings
 
+CLIENT_DEADLINE_S = 25.0
 MODEL = "meta/llama-3.2-11b-vision-instruct"
 
 # The ids that Meta's tokenizer gives to the words and marks of the known prompts.
@@ -272,3 +274,18 @@ async def running_server(settings: ServerSettings, **parts: Any) -> AsyncIterato
             server.close()
             await server.wait_closed()
             await server.after_stop()
+
+
+@asynccontextmanager
+async def client_of(
+    checkpoint: Path, engine: Any, *, images: Any = None, **settings: Any
+) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of a server on these parts, for CLIENT_DEADLINE_S at most."""
+    fields = {"served_model_names": [MODEL]} | settings
+    options = ServerSettings(model=str(checkpoint), engine_socket="", **fields)
+    async with (
+        asyncio.timeout(CLIENT_DEADLINE_S),
+        running_server(options, engine_client=engine, images=images or OneTileImages()) as url,
+        httpx2.AsyncClient(base_url=url, timeout=CLIENT_DEADLINE_S) as client,
+    ):
+        yield client
