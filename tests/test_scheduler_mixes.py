@@ -116,7 +116,9 @@ def run_mix(scenario, aborts_in_step: bool) -> None:
         assert_answered_as_if_alone(bench, request, aborted)
     assert bench.runner.num_restarts <= bench.scheduler.num_preemptions
     if not aborted and not failing and not bench.prefix_cache:
-        assert bench.runner.num_restarts == bench.scheduler.num_preemptions
+        assert bench.runner.num_restarts == bench.num_lost_runs
+        if not any(request.choice_ids for _, request, _ in plan):
+            assert bench.num_lost_runs == bench.scheduler.num_preemptions
     bench.assert_all_free()
 
 

@@ -19,7 +19,11 @@ from vlmserve.router.sequence import Sequence
 
 @dataclass
 class Bench:
-    """A scheduler, its queue and a fake runner, stepped by hand."""
+    """A scheduler, its queue and a fake runner, stepped by hand.
+
+    num_lost_runs: preemptions of sequences that had been in a step since they last started. A
+    follower that has just forked may lose its blocks before its first step: nothing is lost then.
+    """
 
     pools: PoolSizes = field(default_factory=lambda: PoolSizes(32, 8, 4))
     max_num_seqs: int = 8
@@ -45,6 +49,9 @@ class Bench:
         self.tokens: dict[str, list[int]] = {}
         self.endings: dict[str, str] = {}
         self.sequences: dict[str, Sequence] = {}
+        self.num_lost_runs = 0
+        self._num_preemptions: dict[str, int] = {}
+        self._have_run: set[str] = set()
 
     def add(self, request: AddRequest) -> Sequence:
         check_request(request, self.limits)
@@ -63,7 +70,16 @@ class Bench:
         if first is not None and self.max_num_batched_tokens >= self.max_num_seqs:
             assert batch is not None
             assert first.sequence_id in {one.request_id for one in batch.sequences}
+        self._count_lost_runs()
+        self._have_run |= {one.request_id for one in batch.sequences} if batch else set()
         return batch
+
+    def _count_lost_runs(self) -> None:
+        for name, sequence in self.sequences.items():
+            if sequence.num_preemptions > self._num_preemptions.get(name, 0):
+                self._num_preemptions[name] = sequence.num_preemptions
+                self.num_lost_runs += name in self._have_run
+                self._have_run.discard(name)
 
     def finish(self, batch: StepBatch) -> None:
         for progress in self.scheduler.update(self.runner.execute(batch)):
