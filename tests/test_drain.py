@@ -21,6 +21,8 @@ from vlmserve.server.settings import ServerSettings
 BUNDLED = Path(bundled.__file__).parent / "checkpoint"
 DEADLINE_S = 60.0
 DRAIN_S = 2.0
+# Below the special tokens of the bundled tokenizer.
+NUM_ORDINARY = 700
 
 
 def body(**fields):
@@ -28,9 +30,18 @@ def body(**fields):
     return {"model": "m", "messages": [turn], "ignore_eos": True, "max_tokens": 1000} | fields
 
 
+class EndlessRunner(FakeRunner):
+    """Samples no special token, of which one in three hundred would be an end of turn."""
+
+    def execute(self, batch):
+        result = super().execute(batch)
+        result.token_ids = {name: one % NUM_ORDINARY for name, one in result.token_ids.items()}
+        return result
+
+
 def slow_engine(path):
     """An engine of 50 steps a second: 1,000 tokens take ten times the drain."""
-    return engine_at(path, FakeRunner(step_seconds=0.02))
+    return engine_at(path, EndlessRunner(step_seconds=0.02))
 
 
 @contextlib.asynccontextmanager
