@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+from support.standing import Standing
 
 from vlmserve.models.bundled.pictures import data_url, draw, random_scene
 
@@ -101,6 +102,22 @@ def server(tmp_path_factory) -> Iterator[RunningServer]:
     """The bundled model in float32, shared by all tests that only ask questions."""
     with serving(tmp_path_factory.mktemp("server"), "--dtype", "float32") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def session_standing(server) -> Standing:
+    return Standing(server)
+
+
+@pytest.fixture
+def standing(session_standing) -> Iterator[Standing]:
+    """The shared server with the four standing assertions around the whole test.
+
+    For rows in which the engine must survive. Others make a `Standing` of a server of
+    their own and say `holds(same_engine=False)`.
+    """
+    with session_standing.holds():
+        yield session_standing
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
+from support.standing import Standing, descendants, is_running
 
 VLMSERVE = [sys.executable, "-m", "vlmserve.server"]
 MODEL = "vlmserve-tiny-vision"
@@ -28,32 +28,8 @@ OPTIONS = [
 ]
 
 
-def children_of(pid: int) -> list[int]:
-    """All living descendants of a process."""
-    found, waiting = [], [pid]
-    while waiting:
-        parent = waiting.pop()
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            direct = [int(child) for child in task.read_text().split()]
-            found += direct
-            waiting += direct
-    return found
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process still runs; a zombie that init has yet to reap does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
-
-
 def engine_pid(server) -> int:
-    for pid in children_of(server.process.pid):
-        if b"engine_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return pid
-    raise LookupError("the server has no engine process")
+    return Standing(server).engine_pid
 
 
 def open_stream(server):
@@ -77,7 +53,7 @@ def open_stream(server):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_whole_tree_with_exit_code_0(start_server, wait_for, signum):
     server = start_server()
-    family = children_of(server.process.pid)
+    family = descendants(server.process.pid)
     assert len(family) >= 4, "expected an engine, a worker and two decoders"
     server.process.send_signal(signum)
     assert server.process.wait(60) == 0
@@ -88,7 +64,7 @@ def test_an_engine_that_dies_ends_open_requests_with_an_error_and_the_server_non
     start_server, wait_for
 ):
     server = start_server()
-    family = children_of(server.process.pid)
+    family = descendants(server.process.pid)
     streams = [open_stream(server) for _ in range(3)]
     for stream in streams:
         stream.readline()
@@ -106,7 +82,7 @@ def test_an_engine_that_dies_ends_open_requests_with_an_error_and_the_server_non
 
 def test_a_killed_supervisor_leaves_nothing_running(start_server, wait_for):
     server = start_server()
-    family = children_of(server.process.pid)
+    family = descendants(server.process.pid)
     server.process.kill()
     server.process.wait(30)
     assert wait_for(lambda: not any(is_running(pid) for pid in family))
