@@ -36,6 +36,8 @@ from .template import Clock
 
 logger = logging.getLogger(__name__)
 
+ROUTES = (chat.ROUTES, llama_stack.ROUTES, health.ROUTES)
+
 DAY_S = 24 * 3600
 # What is left of the drain for the last frames of requests that it ends.
 LAST_FRAMES_S = 1.0
@@ -67,8 +69,8 @@ def build_app(
     app.before_server_start(parts.open)
     app.before_server_stop(parts.drain)
     app.after_server_stop(parts.close)
-    for routes in (chat, health, llama_stack):
-        app.blueprint(routes.blueprint())
+    for group in ROUTES:
+        app.blueprint(group.blueprint())
     _add_guards(app, settings)
     app.exception(Exception)(answer_error)
     return app

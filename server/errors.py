@@ -15,7 +15,35 @@ Owns status, type and wording. Knows nothing of Sanic or of where an error came 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, TypedDict
+
+
+class ErrorDetails(TypedDict):
+    """param: the path of the field that is meant. code: OpenAI's word for the case."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class NestedError(TypedDict):
+    """The form that OpenAI's clients read; inside a stream a frame of its own."""
+
+    error: ErrorDetails
+
+
+class ErrorBody(NestedError):
+    """Every answer that is an error: OpenAI's nested form and the older flat one in one body.
+
+    The flat code is the HTTP status.
+    """
+
+    object: Literal["error"]
+    message: str
+    type: str
+    param: str | None
+    code: int
 
 
 class ApiError(Exception):
@@ -86,7 +114,7 @@ def type_of_status(status: int) -> str:
     return BadRequestError.type if status < 500 else ApiError.type
 
 
-def nested_body(error: ApiError) -> dict[str, Any]:
+def nested_body(error: ApiError) -> NestedError:
     """`{"error": {...}}`: the form of OpenAI's SDK, also used inside a stream."""
     return {
         "error": {
@@ -98,12 +126,13 @@ def nested_body(error: ApiError) -> dict[str, Any]:
     }
 
 
-def error_body(error: ApiError) -> dict[str, Any]:
+def error_body(error: ApiError) -> ErrorBody:
     """Both documented forms at once: the nested one, and the older flat keys.
 
     The nested `code` is OpenAI's word or null; the flat one is the HTTP status.
     """
-    return nested_body(error) | {
+    return {
+        "error": nested_body(error)["error"],
         "object": "error",
         "message": error.message,
         "type": error.type,

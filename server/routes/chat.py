@@ -4,25 +4,38 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sanic import Blueprint, HTTPResponse, Request
+from sanic import HTTPResponse, Request
 
 from ..errors import BadRequestError
 from ..schemas.chat import ChatCompletionRequest, chat_generation
-from ..schemas.chat_answers import ChatAnswers
-from .services import check_model, json_response, read_body, services_of, tenant_of
+from ..schemas.chat_answers import ChatAnswers, ChatCompletion, ChatCompletionChunk
+from . import samples
+from .declared import EVENTS, GENERATION_REFUSALS, Reply, Routes
+from .services import check_model, json_response, services_of, tenant_of
 from .streaming import send_stream
 
-
-def blueprint() -> Blueprint:
-    """The chat route."""
-    routes = Blueprint("chat")
-    routes.add_route(chat_completions, "/v1/chat/completions", methods=["POST"])
-    return routes
+ROUTES = Routes("chat", "Chat")
 
 
-async def chat_completions(request: Request) -> HTTPResponse | None:
+@ROUTES.post(
+    "/v1/chat/completions",
+    body=ChatCompletionRequest,
+    examples={"picture": samples.CHAT_REQUEST},
+    replies=[
+        Reply(
+            type=ChatCompletion, description="The whole answer.", example=samples.CHAT_COMPLETION
+        ),
+        Reply(
+            type=ChatCompletionChunk,
+            media_type=EVENTS,
+            description="With stream: true, a chunk in each `data:` frame, then `data: [DONE]`."
+            " An error in between is a frame of its own.",
+        ),
+    ],
+    refusals=GENERATION_REFUSALS,
+)
+async def chat_completions(request: Request, body: ChatCompletionRequest) -> HTTPResponse | None:
     """One answer to a conversation, in OpenAI's form."""
-    body = read_body(request, ChatCompletionRequest)
     check_model(request, body.model)
     if body.stream_options is not None and not body.stream:
         raise BadRequestError("stream_options needs stream: true", param="stream_options")

@@ -4,43 +4,66 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sanic import Blueprint, HTTPResponse, Request
+from sanic import HTTPResponse, Request
 
 from ..schemas.llama_stack import StackChatRequest, stack_generation, stack_model
-from ..schemas.llama_stack_answers import StackAnswers
-from .services import check_model, json_response, read_body, services_of, tenant_of
+from ..schemas.llama_stack_answers import (
+    NewStackChunk,
+    OldStackChunk,
+    StackAnswers,
+    StackCompletion,
+)
+from . import samples
+from .declared import EVENTS, GENERATION_REFUSALS, Reply, Routes
+from .services import check_model, json_response, services_of, tenant_of
 from .streaming import send_stream
 
 PREFIXES = ("", "/ls", "/experimental/ls")
 OLD_PATHS = ("/inference/chat_completion", "/alpha/inference/chat-completion")
 NEW_PATH = "/v1/inference/chat-completion"
 
-
-def blueprint() -> Blueprint:
-    """Nine routes: three paths under three prefixes. Only the path picks the style."""
-    routes = Blueprint("llama_stack")
-    for number, prefix in enumerate(PREFIXES):
-        for path in OLD_PATHS:
-            name = f"old{number}{path.replace('/', '_').replace('-', '_')}"
-            routes.add_route(chat_completion_old, prefix + path, methods=["POST"], name=name)
-        routes.add_route(
-            chat_completion_new, prefix + NEW_PATH, methods=["POST"], name=f"new{number}"
-        )
-    return routes
+ROUTES = Routes("llama_stack", "Llama Stack")
 
 
-async def chat_completion_old(request: Request) -> HTTPResponse | None:
-    """One answer in the style of the clients before 0.1."""
-    return await _complete(request, is_new=False)
+def _replies(chunk: type) -> list[Reply]:
+    return [
+        Reply(
+            type=StackCompletion, description="The whole answer.", example=samples.STACK_COMPLETION
+        ),
+        Reply(
+            type=chunk,
+            media_type=EVENTS,
+            description="With stream: true, an event in each `data:` frame: one start, progress,"
+            " one complete. An error in between is a frame of its own.",
+        ),
+    ]
 
 
-async def chat_completion_new(request: Request) -> HTTPResponse | None:
-    """One answer in the style of the clients from 0.1 on."""
-    return await _complete(request, is_new=True)
+@ROUTES.post(
+    *(prefix + path for prefix in PREFIXES for path in OLD_PATHS),
+    body=StackChatRequest,
+    examples={"picture": samples.STACK_REQUEST},
+    replies=_replies(OldStackChunk),
+    refusals=GENERATION_REFUSALS,
+)
+async def chat_completion_old(request: Request, body: StackChatRequest) -> HTTPResponse | None:
+    """One answer in the style of Llama Stack's clients before 0.1."""
+    return await _complete(request, body, is_new=False)
 
 
-async def _complete(request: Request, is_new: bool) -> HTTPResponse | None:
-    body = read_body(request, StackChatRequest)
+@ROUTES.post(
+    *(prefix + NEW_PATH for prefix in PREFIXES),
+    body=StackChatRequest,
+    examples={"picture": samples.STACK_REQUEST},
+    replies=_replies(NewStackChunk),
+    refusals=GENERATION_REFUSALS,
+)
+async def chat_completion_new(request: Request, body: StackChatRequest) -> HTTPResponse | None:
+    """One answer in the style of Llama Stack's clients from 0.1 on."""
+    return await _complete(request, body, is_new=True)
+
+
+async def _complete(request: Request, body: StackChatRequest, is_new: bool) -> HTTPResponse | None:
     check_model(request, stack_model(body))
     generator = services_of(request).generator
     generation = replace(stack_generation(body), tenant=tenant_of(request))

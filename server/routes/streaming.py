@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import orjson
@@ -30,8 +30,8 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 class Answers(Protocol):
     """The shapes of one API's chunks."""
 
-    def first(self) -> list[dict[str, Any]]: ...
-    def chunks(self, event: Event) -> list[dict[str, Any]]: ...
+    def first(self) -> Sequence[Mapping[str, object]]: ...
+    def chunks(self, event: Event) -> Sequence[Mapping[str, object]]: ...
 
 
 async def send_stream(
@@ -58,7 +58,7 @@ async def send_stream(
         await response.eof()
 
 
-def frame(content: dict[str, Any]) -> bytes:
+def frame(content: Mapping[str, object]) -> bytes:
     """One server-sent event."""
     return b"data: " + orjson.dumps(content) + b"\n\n"
 
@@ -82,7 +82,7 @@ async def _send_events(
         await response.send(frame(nested_body(InternalError("internal error"))))
 
 
-async def _send_chunks(response: HTTPResponse, chunks: list[dict[str, Any]]) -> None:
+async def _send_chunks(response: HTTPResponse, chunks: Sequence[Mapping[str, object]]) -> None:
     if chunks:
         await response.send(b"".join(map(frame, chunks)))
 

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal, NotRequired, TypedDict
 
 from ..answers import (
     Answer,
@@ -17,11 +17,152 @@ from ..answers import (
     Completion,
     End,
     Event,
+    FinishReason,
     TextDelta,
     ToolCallDelta,
     Usage,
 )
 from ..logprobs import PromptCandidate, PromptEntries, TokenEntry, TokenLogprob
+
+
+class CandidateToken(TypedDict):
+    """A token that the model might have chosen. bytes: null for a special token."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChosenToken(CandidateToken):
+    """A token of the answer, and the likeliest ones in its place."""
+
+    top_logprobs: list[CandidateToken]
+
+
+class ChoiceLogprobs(TypedDict):
+    """One entry for each token that usage counts."""
+
+    content: list[ChosenToken]
+
+
+class PromptToken(TypedDict):
+    """A candidate for one place of the prompt. rank: 1 for the likeliest token."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptToken] | None]
+
+
+class CallOfFunction(TypedDict):
+    """arguments: JSON as text, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ChatCall(TypedDict):
+    """A call that the client is to make."""
+
+    id: str
+    type: Literal["function"]
+    function: CallOfFunction
+
+
+class ChatMessage(TypedDict):
+    """The answer. tool_calls: only where the request has tools."""
+
+    role: Literal["assistant"]
+    content: str | None
+    tool_calls: NotRequired[list[ChatCall]]
+
+
+class ChatChoice(TypedDict):
+    """stop_reason: the stop string or token id that ended the answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+
+
+class PromptDetails(TypedDict):
+    """cached_tokens: those of the prompt that were not computed again."""
+
+    cached_tokens: int
+
+
+class UsageCounts(TypedDict):
+    """An image counts as one token. prompt_tokens_details: only where the cache had some."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: NotRequired[PromptDetails]
+
+
+class ChatCompletion(TypedDict):
+    """The whole answer."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageCounts
+    prompt_logprobs: PromptLogprobs | None
+
+
+class PartOfFunction(TypedDict):
+    """name: in a call's first part only."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class PartOfCall(TypedDict):
+    """A piece of a call; id, type and the function's name come with the first one."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: PartOfFunction
+
+
+class ChatDelta(TypedDict):
+    """What is new: the role first, then pieces of text or of calls, nothing at the end."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+    tool_calls: NotRequired[list[PartOfCall]]
+
+
+class ChatChunkChoice(TypedDict):
+    """finish_reason and stop_reason come with the choice's last chunk."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+
+
+class ChatCompletionChunk(TypedDict):
+    """One frame of a streamed answer.
+
+    usage: only with stream_options.include_usage, null in all but the last chunk, whose
+    choices are empty.
+    """
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[UsageCounts | None]
 
 
 def _new_id() -> str:
@@ -42,7 +183,7 @@ class ChatAnswers:
     id: str = field(default_factory=_new_id)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def plain(self, completion: Completion) -> dict[str, Any]:
+    def plain(self, completion: Completion) -> ChatCompletion:
         """The whole answers, as api-reference.txt shows them."""
         return {
             "id": self.id,
@@ -57,12 +198,12 @@ class ChatAnswers:
             "prompt_logprobs": _prompt_logprobs(completion.prompt_logprobs),
         }
 
-    def first(self) -> list[dict[str, Any]]:
+    def first(self) -> list[ChatCompletionChunk]:
         """The chunks before any text, one a choice."""
-        delta = {"role": "assistant", "content": ""}
+        delta: ChatDelta = {"role": "assistant", "content": ""}
         return [self._chunk(choice, delta) for choice in range(self.num_choices)]
 
-    def chunks(self, event: Event) -> list[dict[str, Any]]:
+    def chunks(self, event: Event) -> list[ChatCompletionChunk]:
         """The chunks that tell of one event."""
         if isinstance(event, TextDelta):
             return [self._chunk(event.choice, {"content": event.text}, event.logprobs)]
@@ -72,29 +213,33 @@ class ChatAnswers:
             return [self._usage_chunk(event.usage)] if self.include_usage else []
         return [self._chunk(event.choice, {}, event.logprobs, event.reason, event.stop_reason)]
 
-    def _call_chunks(self, event: ToolCallDelta) -> list[dict[str, Any]]:
+    def _call_chunks(self, event: ToolCallDelta) -> list[ChatCompletionChunk]:
         """The name, then the arguments' text, as it comes."""
         chunks = []
         logprobs = event.logprobs
         if event.is_first:
-            call = _call(event.id, event.name, "")
-            delta = {"tool_calls": [{"index": event.index, **call}]}
-            chunks.append(self._chunk(event.choice, delta, logprobs))
+            first: PartOfCall = {
+                "index": event.index,
+                "id": event.id,
+                "type": "function",
+                "function": {"name": event.name, "arguments": ""},
+            }
+            chunks.append(self._chunk(event.choice, {"tool_calls": [first]}, logprobs))
             logprobs = ()
         if event.arguments or logprobs:
-            part = {"index": event.index, "function": {"arguments": event.arguments}}
+            part: PartOfCall = {"index": event.index, "function": {"arguments": event.arguments}}
             chunks.append(self._chunk(event.choice, {"tool_calls": [part]}, logprobs))
         return chunks
 
     def _chunk(
         self,
         index: int,
-        delta: dict[str, Any],
+        delta: ChatDelta,
         logprobs: Sequence[TokenEntry] = (),
-        finish_reason: str | None = None,
+        finish_reason: FinishReason | None = None,
         stop_reason: str | int | None = None,
-    ) -> dict[str, Any]:
-        choice = {
+    ) -> ChatCompletionChunk:
+        choice: ChatChunkChoice = {
             "index": index,
             "delta": delta,
             "logprobs": _logprobs(logprobs),
@@ -106,10 +251,12 @@ class ChatAnswers:
             chunk["usage"] = None
         return chunk
 
-    def _usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        return self._frame([]) | {"usage": _usage(usage)}
+    def _usage_chunk(self, usage: Usage) -> ChatCompletionChunk:
+        chunk = self._frame([])
+        chunk["usage"] = _usage(usage)
+        return chunk
 
-    def _frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _frame(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
         return {
             "id": self.id,
             "object": "chat.completion.chunk",
@@ -119,7 +266,7 @@ class ChatAnswers:
         }
 
 
-def _choice(index: int, answer: Answer, has_tools: bool) -> dict[str, Any]:
+def _choice(index: int, answer: Answer, has_tools: bool) -> ChatChoice:
     return {
         "index": index,
         "message": _message(answer, has_tools),
@@ -129,63 +276,65 @@ def _choice(index: int, answer: Answer, has_tools: bool) -> dict[str, Any]:
     }
 
 
-def _message(answer: Answer, has_tools: bool) -> dict[str, Any]:
+def _message(answer: Answer, has_tools: bool) -> ChatMessage:
     """Its content is null where there are calls and no text beside them."""
     text = answer.text if answer.text or not answer.tool_calls else None
-    message: dict[str, Any] = {"role": "assistant", "content": text}
+    message: ChatMessage = {"role": "assistant", "content": text}
     if has_tools:
         message["tool_calls"] = [_answered(call) for call in answer.tool_calls]
     return message
 
 
-def _answered(call: AnsweredCall) -> dict[str, Any]:
-    return _call(call.id, call.name, call.arguments)
-
-
-def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+def _answered(call: AnsweredCall) -> ChatCall:
     return {
-        "id": call_id,
+        "id": call.id,
         "type": "function",
-        "function": {"name": name, "arguments": arguments},
+        "function": {"name": call.name, "arguments": call.arguments},
     }
 
 
-def _logprobs(entries: Sequence[TokenEntry]) -> dict[str, Any] | None:
+def _logprobs(entries: Sequence[TokenEntry]) -> ChoiceLogprobs | None:
     """OpenAI's ChoiceLogprobs; None where the request did not ask or no token came."""
     if not entries:
         return None
-    content = [
-        _candidate(entry.chosen) | {"top_logprobs": [_candidate(one) for one in entry.top]}
-        for entry in entries
-    ]
-    return {"content": content}
+    return {"content": [_chosen(entry) for entry in entries]}
 
 
-def _prompt_logprobs(prompt: PromptEntries | None) -> list[dict[str, Any] | None] | None:
+def _prompt_logprobs(prompt: PromptEntries | None) -> PromptLogprobs | None:
     """vLLM's form: for each token of the prompt its candidates by their ids."""
     if prompt is None:
         return None
     return [entry if entry is None else _by_token_id(entry) for entry in prompt]
 
 
-def _by_token_id(entry: tuple[PromptCandidate, ...]) -> dict[str, Any]:
+def _by_token_id(entry: tuple[PromptCandidate, ...]) -> dict[str, PromptToken]:
     return {
         str(one.token_id): {"logprob": one.logprob, "rank": one.rank, "decoded_token": one.text}
         for one in entry
     }
 
 
-def _candidate(one: TokenLogprob) -> dict[str, Any]:
-    text_bytes = one.token.text_bytes
+def _chosen(entry: TokenEntry) -> ChosenToken:
+    one = entry.chosen
     return {
         "token": one.token.text,
         "logprob": one.logprob,
-        "bytes": None if text_bytes is None else list(text_bytes),
+        "bytes": _bytes(one),
+        "top_logprobs": [_candidate(other) for other in entry.top],
     }
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
-    counts: dict[str, Any] = {
+def _candidate(one: TokenLogprob) -> CandidateToken:
+    return {"token": one.token.text, "logprob": one.logprob, "bytes": _bytes(one)}
+
+
+def _bytes(one: TokenLogprob) -> list[int] | None:
+    text_bytes = one.token.text_bytes
+    return None if text_bytes is None else list(text_bytes)
+
+
+def _usage(usage: Usage) -> UsageCounts:
+    counts: UsageCounts = {
         "prompt_tokens": usage.prompt_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "completion_tokens": usage.completion_tokens,

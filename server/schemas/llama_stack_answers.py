@@ -8,16 +8,95 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 import msgspec
 
 from ..answers import AnsweredCall, Completion, End, Event, Finish, TextDelta, ToolCallDelta
 from ..logprobs import TokenEntry
 
+EventType = Literal["start", "progress", "complete"]
+StopReason = Literal["end_of_turn", "end_of_message", "out_of_tokens"]
+
 # How the two styles name the end of a call.
 _SUCCEEDED = {False: "success", True: "succeeded"}
 _FAILED = {False: "failure", True: "failed"}
+
+
+class StackCallAnswer(TypedDict):
+    """A call that the client is to make."""
+
+    call_id: str
+    tool_name: str
+    arguments: dict[str, Any]
+
+
+class StackTokenLogprobs(TypedDict):
+    """The likeliest tokens of one place and the chosen one, by their texts."""
+
+    logprobs_by_token: dict[str, float]
+
+
+class StackCompletionMessage(TypedDict):
+    """The answer. tool_calls: always on /v1/ paths, elsewhere where the request has tools."""
+
+    role: Literal["assistant"]
+    content: str
+    stop_reason: StopReason
+    tool_calls: NotRequired[list[StackCallAnswer]]
+
+
+class StackCompletion(TypedDict):
+    """The whole answer."""
+
+    completion_message: StackCompletionMessage
+    logprobs: list[StackTokenLogprobs] | None
+
+
+class OldCallDelta(TypedDict):
+    """A piece of a call, or at its end the whole one."""
+
+    content: str | StackCallAnswer
+    parse_status: Literal["started", "in_progress", "success", "failure"]
+
+
+class NewDelta(TypedDict):
+    """A piece of text in `text`, or of a call, or at its end the whole one, in `tool_call`."""
+
+    type: Literal["text", "tool_call"]
+    text: NotRequired[str]
+    tool_call: NotRequired[str | StackCallAnswer]
+    parse_status: NotRequired[Literal["started", "in_progress", "succeeded", "failed"]]
+
+
+class OldStackEvent(TypedDict):
+    """delta: a piece of text, or of a call. stop_reason: with the last event."""
+
+    event_type: EventType
+    delta: str | OldCallDelta
+    logprobs: list[StackTokenLogprobs] | None
+    stop_reason: StopReason | None
+
+
+class NewStackEvent(TypedDict):
+    """stop_reason: with the last event."""
+
+    event_type: EventType
+    delta: NewDelta
+    logprobs: list[StackTokenLogprobs] | None
+    stop_reason: StopReason | None
+
+
+class OldStackChunk(TypedDict):
+    """One frame of a streamed answer, for the clients before 0.1."""
+
+    event: OldStackEvent
+
+
+class NewStackChunk(TypedDict):
+    """One frame of a streamed answer, for the clients from 0.1 on."""
+
+    event: NewStackEvent
 
 
 @dataclass(slots=True, frozen=True)
@@ -31,7 +110,7 @@ class StackAnswers:
     is_new: bool
     has_tools: bool = False
 
-    def plain(self, completion: Completion) -> dict[str, Any]:
+    def plain(self, completion: Completion) -> StackCompletion:
         """The whole answer, as api-reference.txt shows it.
 
         A call whose arguments are no JSON object, as it was cut, is text.
@@ -41,7 +120,7 @@ class StackAnswers:
         broken = [
             call.raw for call, told in zip(answer.tool_calls, calls, strict=True) if told is None
         ]
-        message: dict[str, Any] = {
+        message: StackCompletionMessage = {
             "role": "assistant",
             "content": answer.text + "".join(broken),
             "stop_reason": _stop_reason(answer.finish),
@@ -51,7 +130,7 @@ class StackAnswers:
         return {"completion_message": message, "logprobs": _logprobs(answer.logprobs)}
 
     def first(self) -> list[dict[str, Any]]:
-        """The event before any text."""
+        """The event before any text: an OldStackChunk or a NewStackChunk, as all that follow."""
         return [self._event("start", self._text(""))]
 
     def chunks(self, event: Event) -> list[dict[str, Any]]:
@@ -79,7 +158,7 @@ class StackAnswers:
             for delta, entries in zip(deltas, logprobs, strict=False)
         ]
 
-    def _part(self, call: str | dict[str, Any], status: str) -> dict[str, Any]:
+    def _part(self, call: str | StackCallAnswer, status: str) -> dict[str, Any]:
         if self.is_new:
             return {"type": "tool_call", "tool_call": call, "parse_status": status}
         return {"content": call, "parse_status": status}
@@ -104,7 +183,7 @@ class StackAnswers:
         }
 
 
-def _call(call: AnsweredCall) -> dict[str, Any] | None:
+def _call(call: AnsweredCall) -> StackCallAnswer | None:
     """The call with its arguments read; None if they are no JSON object."""
     try:
         arguments = msgspec.json.decode(call.arguments, type=dict[str, Any])
@@ -115,7 +194,7 @@ def _call(call: AnsweredCall) -> dict[str, Any] | None:
     return {"call_id": call.id, "tool_name": call.name, "arguments": arguments}
 
 
-def _logprobs(entries: Sequence[TokenEntry]) -> list[dict[str, Any]] | None:
+def _logprobs(entries: Sequence[TokenEntry]) -> list[StackTokenLogprobs] | None:
     """For each token the likeliest candidates and the chosen one, by their texts.
 
     None where the request did not ask or no token came. Of two candidates of one
@@ -133,7 +212,7 @@ def _by_token(entry: TokenEntry) -> dict[str, float]:
     return by_token
 
 
-def _stop_reason(finish: Finish) -> str:
+def _stop_reason(finish: Finish) -> StopReason:
     if finish.reason == "length":
         return "out_of_tokens"
     return "end_of_message" if finish.is_end_of_message else "end_of_turn"

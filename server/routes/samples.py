@@ -1,0 +1,67 @@
+"""The documented samples, as examples of the API's document.
+
+Owns nothing but these values: tests hold them to the reference's own files. A
+server's document carries its own model's name in them.
+"""
+
+from __future__ import annotations
+
+from ..schemas.chat_answers import ChatCompletion
+from ..schemas.llama_stack_answers import StackCompletion
+from ..schemas.model_answers import ModelList, model_card
+
+MODEL = "meta/llama-3.2-11b-vision-instruct"
+PICTURE = (
+    "https://upload.wikimedia.org/wikipedia/commons/thumb/d/dd/"
+    "Gfp-wisconsin-madison-the-nature-boardwalk.jpg/"
+    "2560px-Gfp-wisconsin-madison-the-nature-boardwalk.jpg"
+)
+QUESTION = "What is in this image?"
+ANSWER = "This image shows a boardwalk in a field of tall grass. ..."
+
+CHAT_REQUEST = {
+    "model": MODEL,
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": QUESTION},
+                {"type": "image_url", "image_url": {"url": PICTURE}},
+            ],
+        }
+    ],
+    "max_tokens": 256,
+}
+
+CHAT_COMPLETION: ChatCompletion = {
+    "id": "chat-8c5f5115fa464ab593963d5764498350",
+    "object": "chat.completion",
+    "created": 1729020253,
+    "model": MODEL,
+    "choices": [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": ANSWER},
+            "logprobs": None,
+            "finish_reason": "stop",
+            "stop_reason": None,
+        }
+    ],
+    "usage": {"prompt_tokens": 17, "total_tokens": 138, "completion_tokens": 121},
+    "prompt_logprobs": None,
+}
+
+STACK_REQUEST = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": [{"image": {"uri": PICTURE}}, QUESTION]}],
+}
+
+STACK_COMPLETION: StackCompletion = {
+    "completion_message": {"role": "assistant", "content": ANSWER, "stop_reason": "end_of_turn"},
+    "logprobs": None,
+}
+
+MODEL_LIST: ModelList = {
+    "object": "list",
+    "data": [model_card(MODEL, MODEL, 1724796510, 131072)],
+}
