@@ -21,10 +21,17 @@ RUN pip install --no-deps .
 
 FROM python:3.11-slim
 
+# Triton compiles a small launcher of each kernel with a C compiler; the CPU image needs none.
+ARG TORCH_INDEX_URL=""
+RUN if [ -z "$TORCH_INDEX_URL" ]; then \
+      apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+      && rm -rf /var/lib/apt/lists/*; \
+    fi
 RUN useradd --uid 1000 --create-home vlmserve && install -d -o vlmserve /cache
 COPY --from=build /opt/vlmserve /opt/vlmserve
 
-ENV PATH=/opt/vlmserve/bin:$PATH PYTHONUNBUFFERED=1 HF_HOME=/cache
+ENV PATH=/opt/vlmserve/bin:$PATH PYTHONUNBUFFERED=1 HF_HOME=/cache \
+    TRITON_CACHE_DIR=/cache/triton
 # By number, so that Kubernetes can tell that it is not root.
 USER 1000
 WORKDIR /home/vlmserve

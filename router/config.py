@@ -19,7 +19,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     "auto", "float32", "bfloat16" or "float16". quantize: None, "bitsandbytes" or
     "bitsandbytes-nf4". max_model_len None takes the
     model's own context. max_num_batched_tokens and max_num_batched_images cap what
-    one step computes. attention_backend: "auto", "sdpa", "flash_attn" or "varlen".
+    one step computes. attention_backend: "auto", "sdpa", "flash_attn",
+    "triton" or "varlen".
     block_size: tokens of a text block; None takes 16, or what the attention backend
     needs. kv_cache_bytes None sizes both pools from free memory.
     prefix_cache and image_cache keep text and image blocks after use, until others

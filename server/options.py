@@ -40,6 +40,7 @@ class Attention(StrEnum):
     auto = "auto"
     sdpa = "sdpa"
     flash_attn = "flash_attn"
+    triton = "triton"
     varlen = "varlen"
 
 
@@ -123,8 +124,8 @@ MaxNumBatchedImages = Annotated[
 AttentionOption = Annotated[
     Attention,
     typer.Option(
-        help="What computes attention: sdpa runs anywhere, flash_attn and varlen on CUDA; auto "
-        "takes the fastest that works and tells the log why.",
+        help="What computes attention: sdpa runs anywhere, flash_attn, triton and varlen on CUDA; "
+        "auto takes the fastest that works and tells the log why.",
         rich_help_panel=ENGINE_PANEL,
     ),
 ]

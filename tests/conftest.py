@@ -22,6 +22,10 @@ from vlmserve.models.bundled.pictures import data_url, draw, random_scene
 # Tiny models gain nothing from a second thread, and lose much where another process is busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Triton reads it when it is first imported: without a GPU its kernels run in its interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 START_TIMEOUT_S = 180.0
 MODEL_NAME = "vlmserve-tiny-vision"
 

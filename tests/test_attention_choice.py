@@ -14,6 +14,7 @@ from vlmserve.models.attention.choice import choose_backend
 from vlmserve.models.attention.flash_attn_package import FlashAttnBackend, FlashAttnKernels
 from vlmserve.models.attention.torch_varlen import VarlenBackend
 from vlmserve.models.attention.trial import what_is_wrong
+from vlmserve.models.attention.triton_paged import TritonBackend
 from vlmserve.models.errors import ModelError
 from vlmserve.models.runner import create_runner
 
@@ -22,6 +23,7 @@ CPU = Geometry(torch.device("cpu"), torch.bfloat16, 6, 2, 16, 5)
 FAKES = {
     "sdpa": lambda: get_backend("sdpa"),
     "flash_attn": lambda: FlashAttnBackend(FLASH_ATTN),
+    "triton": TritonBackend,
     "varlen": lambda: VarlenBackend(varlen_attn_of("FA2"), "FA2"),
 }
 
@@ -36,7 +38,7 @@ def cuda(**changes) -> Geometry:
 @pytest.fixture
 def everything_works(monkeypatch):
     """Backends that find nothing amiss with this machine; their kernels are stand-ins."""
-    for name in ("flash_attn", "varlen"):
+    for name in ("flash_attn", "triton", "varlen"):
         monkeypatch.setattr(type(FAKES[name]()), "why_not", classmethod(lambda *_: None))
 
 
@@ -53,7 +55,8 @@ def test_a_cpu_gets_sdpa_and_the_log_says_why_not_the_others(caplog) -> None:
     assert (choice.backend.name, choice.block_size) == ("sdpa", 16)
     assert [record.getMessage() for record in caplog.records] == [
         "attention by sdpa, blocks of 16 tokens (not flash_attn: it needs a CUDA device, and this "
-        "is cpu; not varlen: it needs a CUDA device, and this is cpu)"
+        "is cpu; not triton: it needs a CUDA device, and this is cpu; not varlen: it needs a CUDA "
+        "device, and this is cpu)"
     ]
 
 
@@ -104,13 +107,13 @@ def test_auto_takes_the_fastest_that_works_with_blocks_that_it_reads(everything_
 def test_a_block_size_that_was_asked_for_stands(everything_works, caplog) -> None:
     caplog.set_level(logging.INFO, logger=LOGGER)
     choice = choose_backend("auto", CPU, 32, get=lambda name: FAKES[name]())
-    assert (choice.backend.name, choice.block_size) == ("sdpa", 32)
+    assert (choice.backend.name, choice.block_size) == ("triton", 32)
     assert "flash_attn: its blocks are multiples of 256 tokens, --block-size is 32" in caplog.text
     with pytest.raises(ModelError, match="multiples of 256 tokens, --block-size is 32"):
         choose_backend("varlen", CPU, 32, get=lambda name: FAKES[name]())
 
 
-@pytest.mark.parametrize("name", ["flash_attn", "varlen"])
+@pytest.mark.parametrize("name", ["flash_attn", "triton", "varlen"])
 @pytest.mark.parametrize("num_heads", [2, 6])
 def test_a_trial_finds_nothing_wrong_with_kernels_that_compute_rightly(name, num_heads) -> None:
     geometry = Geometry(CPU.device, CPU.dtype, num_heads, 2, 16, 5)
@@ -152,7 +155,7 @@ def test_a_kernel_that_fails_its_trial_is_passed_over(kind, said, everything_wor
     caplog.set_level(logging.INFO, logger=LOGGER)
     fakes = FAKES | {"flash_attn": lambda: FlashAttnBackend(wrong_kernels(kind))}
     choice = choose_backend("auto", CPU, get=lambda name: fakes[name]())
-    assert choice.backend.name == "varlen"
+    assert choice.backend.name == "triton"
     assert f"not flash_attn: a trial of it {said}" in caplog.text
     with pytest.raises(ModelError, match=f"'flash_attn' cannot be used: a trial of it {said}"):
         choose_backend("flash_attn", CPU, get=lambda name: fakes[name]())

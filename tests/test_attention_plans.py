@@ -16,6 +16,7 @@ from vlmserve.models.attention import PagedRows, get_backend, sdpa, tiles
 from vlmserve.models.attention.flash_attn_package import FlashAttnBackend, FlashAttnKernels
 from vlmserve.models.attention.tiles import plan_tiles
 from vlmserve.models.attention.torch_varlen import NEEDED, VarlenBackend
+from vlmserve.models.attention.triton_paged import TritonBackend, choose_splits
 from vlmserve.models.batch import PoolSizes
 from vlmserve.models.pools import PoolPlan
 from vlmserve.models.runner import ModelRunner
@@ -119,12 +120,15 @@ def test_the_stand_in_for_varlen_attn_has_torchs_own_signature() -> None:
 
 @pytest.mark.parametrize(
     "backend",
-    [FlashAttnBackend(FLASH_ATTN), VarlenBackend(varlen_attn_of("FA2"), "FA2")],
+    [
+        FlashAttnBackend(FLASH_ATTN),
+        VarlenBackend(varlen_attn_of("FA2"), "FA2"),
+        TritonBackend(),
+        TritonBackend(num_splits=2),
+    ],
     ids=lambda backend: backend.name,
 )
-def test_a_model_on_a_flash_backend_equals_the_oracle_at_every_position(
-    backend, monkeypatch
-) -> None:
+def test_a_model_on_every_backend_equals_the_oracle_at_every_position(backend, monkeypatch) -> None:
     """Chunks of prompts with any images, batched: every logit to 1e-4 in float32."""
     monkeypatch.setattr(fake_kernels, "BLOCK_MULTIPLE", BLOCK_SIZE)
     layout = "tiny"
@@ -135,3 +139,31 @@ def test_a_model_on_a_flash_backend_equals_the_oracle_at_every_position(
     for request in asked:
         expected = oracle_logits(layout, request)
         torch.testing.assert_close(logits[request.request_id], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_few_long_rows_are_split_and_many_or_short_ones_are_not() -> None:
+    assert choose_splits(num_rows=1, longest=6_404) == 32
+    assert choose_splits(num_rows=4, longest=6_404) == 8
+    assert choose_splits(num_rows=64, longest=6_404) == 1
+    assert choose_splits(num_rows=1, longest=100) == 1
+    assert choose_splits(num_rows=1, longest=600) == 4
+
+
+def test_single_queries_and_longer_rows_are_launched_apart() -> None:
+    case = make_case([(1, 300), (40, 50), (1, 9), (16, 16)], is_causal=True)
+    single, longer = TritonBackend().prepare(case.rows, CPU, torch.float32).launches
+    assert (single.tile_rows.tolist(), single.tile_offsets.tolist()) == ([0, 2], [0, 0])
+    assert (single.block_q, single.num_splits) == (1, 2)
+    assert longer.tile_rows.tolist() == [1, 1, 1, 3]
+    assert longer.tile_offsets.tolist() == [0, 16, 32, 0]
+    assert (longer.block_q, longer.num_splits) == (16, 1)
+
+
+def test_a_token_without_a_slot_is_stored_nowhere() -> None:
+    """Rows that only pad a batch to a captured size have no slot."""
+    keys, values = torch.randn(2, 3, 2, 8).unbind()
+    key_cache, value_cache = torch.zeros(2, 4, 4, 2, 8).unbind()
+    TritonBackend().write(keys, values, key_cache, value_cache, torch.tensor([5, -1, 2]))
+    for cache, fresh in ((key_cache, keys), (value_cache, values)):
+        torch.testing.assert_close(cache.view(16, 2, 8)[[5, 2]], fresh[[0, 2]])
+        assert cache.abs().sum().item() == pytest.approx(fresh[[0, 2]].abs().sum().item())

@@ -24,6 +24,7 @@ _BACKENDS: dict[str, tuple[str, str]] = {
     "sdpa": (".sdpa", "SdpaBackend"),
     "flash_attn": (".flash_attn_package", "FlashAttnBackend"),
     "varlen": (".torch_varlen", "VarlenBackend"),
+    "triton": (".triton_paged", "TritonBackend"),
 }
 
 

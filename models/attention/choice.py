@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BLOCK_SIZE = 16
 # fastest first; the last one runs anywhere
-PREFERRED = ("flash_attn", "varlen", "sdpa")
+PREFERRED = ("flash_attn", "triton", "varlen", "sdpa")
 REFERENCE = "sdpa"
 
 

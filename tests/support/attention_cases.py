@@ -23,6 +23,7 @@ from vlmserve.models.attention import (
 )
 from vlmserve.models.attention.flash_attn_package import FlashAttnBackend
 from vlmserve.models.attention.torch_varlen import VarlenBackend
+from vlmserve.models.attention.triton_paged import TritonBackend
 
 HEAD_DIM = 16
 SCALE = 0.25
@@ -49,6 +50,11 @@ def on_cuda(name: str):
     return pytest.param(subject, id=f"{name}-cuda", marks=marks)
 
 
+def interpreted(num_splits: int | None = None) -> Subject:
+    """The Triton backend on a CPU, its kernels run by triton's interpreter (see conftest.py)."""
+    return Subject(lambda: TritonBackend(num_splits))
+
+
 SUBJECTS = [
     pytest.param(Subject(lambda: get_backend("sdpa")), id="sdpa"),
     pytest.param(Subject(lambda: FlashAttnBackend(FLASH_ATTN), 256), id="flash_attn-fake"),
@@ -58,9 +64,12 @@ SUBJECTS = [
     pytest.param(
         Subject(lambda: VarlenBackend(varlen_attn_of("FA3"), "FA3"), 256), id="varlen-fake-FA3"
     ),
+    pytest.param(interpreted(), id="triton-interpreter"),
+    pytest.param(interpreted(num_splits=3), id="triton-interpreter-3-splits"),
     on_cuda("sdpa"),
     on_cuda("flash_attn"),
     on_cuda("varlen"),
+    on_cuda("triton"),
 ]
 
 

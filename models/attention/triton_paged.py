@@ -1,0 +1,250 @@
+"""The backend `triton`: kernels of this project's own, which read keys of any block size in place.
+
+Owns the launches of a step: which tiles of queries, how many splits of the keys. Knows nothing of
+what a kernel computes (`triton_kernels.py`). Needs nothing beyond a CUDA build of torch, which
+brings triton.
+
+Rows with one query are launched together and split over their keys, so that a few long rows fill
+the GPU; longer rows are cut into tiles of queries, which fill it by themselves. Text and images
+differ only in the size of a block and in the mask: an image block of 1,601 tokens is read where it
+lies, as any other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .base import AttentionBackend, Geometry, PagedRows
+
+Ints = NDArray[np.int64]
+
+MIN_CAPABILITY = (8, 0)
+MAX_HEAD_DIM = 256
+# queries of a tile of a longer row; times the heads of a KV group they make a product's rows
+TILE_QUERIES = 16
+# tl.dot takes no fewer rows, columns or depth
+MIN_DOT = 16
+KEYS_AT_ONCE = 64
+# rows times splits that fill a GPU of about 130 processors twice, at 8 KV heads
+MAX_SPLITS = 32
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(slots=True, frozen=True)
+class Launch:
+    """Tiles that one grid computes: int32 [num_tiles] rows, and first queries within their rows.
+
+    block_q: most queries of a tile; num_splits: pieces that the keys are cut into.
+    """
+
+    tile_rows: Tensor
+    tile_offsets: Tensor
+    block_q: int
+    num_splits: int
+
+
+@dataclass(slots=True, frozen=True)
+class TritonPlan:
+    """A step's rows on the device, and the launches that cover their queries.
+
+    query_starts: int32 [num_rows + 1]; key_lens: int32 [num_rows]; block_table: int32 [num_rows,
+    most blocks].
+    """
+
+    query_starts: Tensor
+    key_lens: Tensor
+    block_table: Tensor
+    block_size: int
+    is_causal: bool
+    launches: list[Launch]
+
+
+class TritonBackend(AttentionBackend):
+    """Attention by this project's Triton kernels."""
+
+    name: ClassVar[str] = "triton"
+
+    def __init__(self, num_splits: int | None = None) -> None:
+        """num_splits: pieces of the keys of rows with one query; None chooses by the rows."""
+        from . import triton_kernels
+
+        self._kernels = triton_kernels
+        self._num_splits = num_splits
+
+    @classmethod
+    def why_not(cls, geometry: Geometry) -> str | None:
+        """See `AttentionBackend.why_not`."""
+        if geometry.device.type != "cuda":
+            return f"it needs a CUDA device, and this is {geometry.device}"
+        if geometry.head_dim > MAX_HEAD_DIM:
+            return f"heads of {geometry.head_dim} are longer than {MAX_HEAD_DIM}"
+        if find_spec("triton") is None:
+            return "the package triton is not installed"
+        capability = torch.cuda.get_device_capability(geometry.device)
+        if capability < MIN_CAPABILITY:
+            return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+        return None
+
+    def prepare(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> TritonPlan:
+        """The launches of these rows; see `AttentionBackend.prepare`."""
+        lens = rows.query_lens
+        single, longer = np.flatnonzero(lens == 1), np.flatnonzero(lens > 1)
+        launches = []
+        if len(single):
+            num_splits = self._num_splits or choose_splits(len(single), int(rows.key_lens.max()))
+            launches.append(_launch(single, np.zeros_like(single), 1, num_splits, device))
+        if len(longer):
+            counts = -(-lens[longer] // TILE_QUERIES)
+            offsets = np.concatenate([np.arange(count) for count in counts]) * TILE_QUERIES
+            launches.append(_launch(np.repeat(longer, counts), offsets, TILE_QUERIES, 1, device))
+        return TritonPlan(
+            query_starts=_upload(rows.query_start_loc, device),
+            key_lens=_upload(rows.key_lens, device),
+            block_table=_upload(rows.block_table, device),
+            block_size=rows.block_size,
+            is_causal=rows.is_causal,
+            launches=launches,
+        )
+
+    def attend(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan, scale: float
+    ) -> Tensor:
+        """The attention output of all launches; see `AttentionBackend.attend`."""
+        query = _heads_together(query)
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        for launch in plan.launches:
+            self._attend(query, key_cache, value_cache, output, plan, launch, scale)
+        return output
+
+    def _attend(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        output: Tensor,
+        plan: TritonPlan,
+        launch: Launch,
+        scale: float,
+    ) -> None:
+        num_queries, num_heads, head_dim = query.shape
+        num_kv_heads, num_splits = key_cache.shape[-2], launch.num_splits
+        group, num_tiles = num_heads // num_kv_heads, len(launch.tile_rows)
+        padded_dim = max(MIN_DOT, _power_of_2(head_dim))
+        partial, lse = output, output
+        if num_splits > 1:
+            rows = (num_splits, num_queries, num_heads)
+            partial = torch.empty((*rows, head_dim), dtype=torch.float32, device=query.device)
+            lse = torch.empty(rows, dtype=torch.float32, device=query.device)
+        self._kernels.attend_kernel[num_tiles, num_kv_heads, num_splits](
+            query,
+            key_cache,
+            value_cache,
+            output,
+            partial,
+            lse,
+            launch.tile_rows,
+            launch.tile_offsets,
+            plan.query_starts,
+            plan.key_lens,
+            plan.block_table,
+            query.stride(0),
+            plan.block_table.stride(0),
+            scale * LOG2_E,
+            num_queries,
+            BLOCK_SIZE=plan.block_size,
+            NUM_KV_HEADS=num_kv_heads,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            PADDED_DIM=padded_dim,
+            BLOCK_Q=launch.block_q,
+            M=max(MIN_DOT, _power_of_2(launch.block_q * group)),
+            BLOCK_N=KEYS_AT_ONCE,
+            NUM_SPLITS=num_splits,
+            # a row's only query is its last token and sees every key
+            IS_CAUSAL=plan.is_causal and launch.block_q > 1,
+            OPERAND=_operand(query),
+            num_warps=4,
+            num_stages=2,
+        )
+        if num_splits > 1:
+            self._kernels.merge_kernel[num_tiles, num_heads](
+                partial,
+                lse,
+                output,
+                launch.tile_rows,
+                plan.query_starts,
+                num_queries,
+                num_heads,
+                HEAD_DIM=head_dim,
+                PADDED_DIM=padded_dim,
+                NUM_SPLITS=num_splits,
+                PADDED_SPLITS=_power_of_2(num_splits),
+            )
+
+    def write(
+        self, keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+    ) -> None:
+        """See `AttentionBackend.write`; a token whose slot is negative is stored nowhere."""
+        width = keys.shape[-2] * keys.shape[-1]
+        keys, values = _heads_together(keys), _heads_together(values)
+        self._kernels.write_kernel[(len(slots),)](
+            keys,
+            values,
+            key_cache,
+            value_cache,
+            slots,
+            keys.stride(0),
+            values.stride(0),
+            WIDTH=width,
+            PADDED_WIDTH=_power_of_2(width),
+        )
+
+
+def choose_splits(num_rows: int, longest: int) -> int:
+    """Pieces that the keys of rows with one query are cut into: enough programs to fill a GPU.
+
+    longest: keys of the longest row. A power of two, so that few kernels are compiled; a piece has
+    at least what is loaded at once, twice.
+    """
+    most = max(1, min(MAX_SPLITS // num_rows, longest // (2 * KEYS_AT_ONCE)))
+    return 1 << (most.bit_length() - 1)
+
+
+def _launch(
+    rows: Ints, offsets: Ints, block_q: int, num_splits: int, device: torch.device
+) -> Launch:
+    return Launch(_upload(rows, device), _upload(offsets, device), block_q, num_splits)
+
+
+def _upload(array: Ints, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)
+
+
+def _heads_together(states: Tensor) -> Tensor:
+    """The tensor, [tokens, heads, head_dim], with each token's heads in one stretch of memory."""
+    head_dim = states.shape[-1]
+    is_together = states.stride(-1) == 1 and states.stride(-2) == head_dim
+    return states if is_together else states.contiguous()
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _operand(query: Tensor) -> object:
+    """The type in which a kernel feeds its products: the query's, but float32 on a CPU.
+
+    Triton's interpreter multiplies bfloat16 as the integers that it is stored in.
+    """
+    import triton.language as tl
+
+    names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    return tl.float32 if query.device.type == "cpu" else names[query.dtype]
