@@ -29,14 +29,14 @@ from .images.loader import ImageLoader
 from .images.tiling import TilingConfig
 from .metrics import Metrics
 from .prompt import Processor
-from .routes import chat, health, llama_stack
+from .routes import chat, health, llama_stack, tokenization
 from .routes.services import Services, json_response
 from .settings import ServerSettings
 from .template import Clock
 
 logger = logging.getLogger(__name__)
 
-ROUTES = (chat.ROUTES, llama_stack.ROUTES, health.ROUTES)
+ROUTES = (chat.ROUTES, llama_stack.ROUTES, tokenization.ROUTES, health.ROUTES)
 
 DAY_S = 24 * 3600
 # What is left of the drain for the last frames of requests that it ends.
@@ -113,7 +113,7 @@ class Parts:
             settings.max_request_time_s,
             grammar_checks=self._grammar_checks,
         )
-        return Services(settings, self._engine, generator, metrics, _context_of(folder))
+        return Services(settings, self._engine, generator, metrics, processor, _context_of(folder))
 
     async def open(self, app: Sanic[Any, Any]) -> None:
         """Start the decoders and begin to look for the engine; it may still be loading."""

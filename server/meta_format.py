@@ -34,7 +34,11 @@ LIST_HEAD = "You have access to the following functions:\n\n"
 
 
 def render_as_meta(
-    messages: Sequence[Message], tools: Sequence[Tool] = (), tool_format: ToolFormat = "json"
+    messages: Sequence[Message],
+    tools: Sequence[Tool] = (),
+    tool_format: ToolFormat = "json",
+    *,
+    add_generation_prompt: bool = True,
 ) -> list[RenderedPiece]:
     """The prompt in Meta's ChatFormat: no preamble, no date, every role with images.
 
@@ -56,8 +60,7 @@ def render_as_meta(
         pieces.append(_turn_end())
     if place == len(messages):
         pieces += [_header(role), *_tools(tools, tool_format), _turn_end()]
-    pieces.append(_header("assistant"))
-    return pieces
+    return [*pieces, _header("assistant")] if add_generation_prompt else pieces
 
 
 def _place_of_tools(messages: Sequence[Message], role: str) -> int:

@@ -8,6 +8,7 @@ torch. Knows nothing of pixels, of HTTP or of the engine.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import logging
 import re
@@ -42,7 +43,18 @@ SLICE_SLACK = 16
 
 
 class PromptTooLongError(Exception):
-    """The prompt leaves no room for an answer in the model's context."""
+    """The prompt has more tokens than it may, by default those that leave room for an answer.
+
+    num_tokens: how many in words, as the count may have ended early.
+    """
+
+    def __init__(self, num_tokens: str, max_tokens: int) -> None:
+        super().__init__(
+            f"prompt has {num_tokens} tokens; max_model_len is {max_tokens + 1:,} and one token is"
+            " kept for the answer: shorten it or start with a larger --max-model-len"
+        )
+        self.num_tokens = num_tokens
+        self.max_tokens = max_tokens
 
 
 @dataclass(slots=True, frozen=True)
@@ -73,6 +85,7 @@ class Processor:
         self._image_position = image_position
         self._bos_id = tokenizer.token_to_id(BEGIN_OF_TEXT)
         self._image_id = tokenizer.token_to_id(IMAGE)
+        self.last_token_id = max(tokenizer.get_vocab(with_added_tokens=True).values())
         self.eos_token_ids = end_token_ids(tokenizer, eos_token_ids)
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
@@ -104,52 +117,95 @@ class Processor:
         max_tokens: int,
         tools: Sequence[Tool] = (),
         tool_format: ToolFormat = "json",
+        *,
+        add_generation_prompt: bool = True,
     ) -> PreparedPrompt:
         """The prompt's token ids, its image spans, and its images in prompt order.
 
         max_tokens: how long the prompt may be. tools: what the model is told that
-        it may call, and in which format.
+        it may call, and in which format. add_generation_prompt: the header of the answer to
+        come stands at the end.
         Raises PromptTooLongError.
         """
         arranged = [with_joined_texts(self._arrange(message)) for message in messages]
-        self._check_size(arranged, tools, max_tokens)
-        token_ids = self._encode(self._render(arranged, tools, tool_format))
+        self._check_size(_texts_of(arranged, tools), max_tokens)
+        pieces = self._render(arranged, tools, tool_format, add_generation_prompt)
+        token_ids = self._encode(pieces)
         if len(token_ids) > max_tokens:
-            raise PromptTooLongError(_too_long(f"{len(token_ids):,}", max_tokens))
+            raise PromptTooLongError(f"{len(token_ids):,}", max_tokens)
         images = [image for message in arranged for image in message.images]
         return PreparedPrompt(token_ids, image_spans(token_ids, self._image_id), images)
 
     def _arrange(self, message: Message) -> Message:
         return with_images_in_front(message) if self._image_position == "front" else message
 
-    def _check_size(
-        self, messages: Sequence[Message], tools: Sequence[Tool], max_tokens: int
-    ) -> None:
+    def prepare_text(
+        self, text: str, max_tokens: int, *, add_special_tokens: bool = True
+    ) -> list[int]:
+        """The token ids of a text that is no conversation; what spells a special token is text.
+
+        add_special_tokens: `<|begin_of_text|>` stands in front.
+        Raises PromptTooLongError.
+        """
+        self._check_size([text], max_tokens)
+        token_ids = _encode(self._plain, text)
+        if add_special_tokens and self._bos_id is not None:
+            token_ids.insert(0, self._bos_id)
+        if len(token_ids) > max_tokens:
+            raise PromptTooLongError(f"{len(token_ids):,}", max_tokens)
+        return token_ids
+
+    def text_of(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text that token ids are, in one call that lets other threads run meanwhile."""
+        texts: list[str] = self.tokenizer.decode_batch(
+            [list(token_ids)], skip_special_tokens=skip_special_tokens
+        )
+        return texts[0]
+
+    def names_of(self, token_ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary has them, such as `Ġimage`."""
+        names = (self.tokenizer.id_to_token(token_id) for token_id in token_ids)
+        return [name or "" for name in names]
+
+    def _check_size(self, texts: Iterable[str], max_tokens: int) -> None:
         """Refuse a hopeless text before it is tokenized to its end, which may be seconds away.
 
         A cut inside a word adds a few tokens, so each slice counts for a few less.
         """
         num_tokens = 0
-        for text in _texts_of(messages, tools):
+        for text in texts:
             if len(text) <= SLICE_CHARS:
                 continue
             for begin in range(0, len(text), SLICE_CHARS):
                 num_slice = len(_encode(self._plain, text[begin : begin + SLICE_CHARS]))
                 num_tokens += max(0, num_slice - SLICE_SLACK)
                 if num_tokens > max_tokens:
-                    raise PromptTooLongError(_too_long(f"over {num_tokens:,}", max_tokens))
+                    raise PromptTooLongError(f"over {num_tokens:,}", max_tokens)
 
     def _render(
-        self, messages: Sequence[Message], tools: Sequence[Tool], tool_format: ToolFormat
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        tool_format: ToolFormat,
+        add_generation_prompt: bool,
     ) -> list[RenderedPiece]:
         """By the checkpoint's template, and where that cannot, in Meta's format."""
+        by_meta = functools.partial(
+            render_as_meta,
+            messages,
+            tools,
+            tool_format,
+            add_generation_prompt=add_generation_prompt,
+        )
         if self._template is None or (tools and tool_format != "json"):
-            return render_as_meta(messages, tools, tool_format)
+            return by_meta()
         try:
-            return self._template.render(messages, tools)
+            return self._template.render(
+                messages, tools, add_generation_prompt=add_generation_prompt
+            )
         except TemplateRefusedError as error:
             logger.debug("chat template refused, using Meta's format: %s", error)
-            return render_as_meta(messages, tools, tool_format)
+            return by_meta()
 
     def _encode(self, pieces: Sequence[RenderedPiece]) -> list[int]:
         """The template's marks by name, all between two of them as one text; one BOS in front.
@@ -240,13 +296,6 @@ def _plain_twin(tokenizer: Tokenizer) -> Tokenizer:
     plain.add_special_tokens([AddedToken(t.content, special=True) for t in added if not t.special])
     plain.encode_special_tokens = True
     return plain
-
-
-def _too_long(num_tokens: str, max_tokens: int) -> str:
-    return (
-        f"prompt has {num_tokens} tokens; max_model_len is {max_tokens + 1:,} and one token is"
-        " kept for the answer: shorten it or start with a larger --max-model-len"
-    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

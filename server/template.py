@@ -42,9 +42,13 @@ class ChatTemplate:
         self._template = self._compile(source)
 
     def render(
-        self, messages: Sequence[Message], tools: Sequence[Tool] = ()
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        *,
+        add_generation_prompt: bool = True,
     ) -> list[RenderedPiece]:
-        """The prompt in pieces, up to and with the assistant's header.
+        """The prompt in pieces, up to and with the assistant's header where it is asked for.
 
         Raises TemplateRefusedError where the template cannot take the
         conversation (the published one refuses a system message with an image,
@@ -57,7 +61,7 @@ class ChatTemplate:
         try:
             text = self._template.render(
                 messages=turns,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
                 **(offered if tools else {}),
                 **self._special_tokens,
             )

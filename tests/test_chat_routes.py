@@ -13,6 +13,7 @@ from support.http_side import (
     OneTileImages,
     ScriptedEngine,
     client_of,
+    error_of,
     meta_like_tokenizer,
     running_server,
     tokens_one_by_one,
@@ -92,19 +93,6 @@ def shape_of(value):
     if isinstance(value, list):
         return [shape_of(inner) for inner in value]
     return type(value)
-
-
-def error_of(response, status):
-    """The error of an answer, checked to be there in both documented forms."""
-    assert response.status_code == status
-    assert response.headers["content-type"] == "application/json"
-    body = response.json()
-    assert list(body) == ["error", "object", "message", "type", "param", "code"]
-    assert list(body["error"]) == ["message", "type", "param", "code"]
-    assert (body["object"], body["code"]) == ("error", status)
-    for key in ("message", "type", "param"):
-        assert body[key] == body["error"][key]
-    return body["error"]
 
 
 def test_the_documented_request_gets_the_documented_answer(checkpoint):

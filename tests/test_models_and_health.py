@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx2
 import msgspec
+import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.http_side import (
@@ -34,6 +35,10 @@ EXCHANGE_S = 5.0
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "What?"}]}
 ROUTES = [
     ("GET", "/v1/models"),
+    ("GET", "/v1/models/a/b"),
+    ("GET", "/health"),
+    ("POST", "/tokenize"),
+    ("POST", "/v1/detokenize"),
     ("GET", "/metrics"),
     ("GET", "/v1/metrics"),
     ("GET", "/nothing"),
@@ -446,3 +451,47 @@ def test_a_worker_without_good_settings_says_so_in_one_line(stdin):
     assert done.returncode == 2
     assert done.stderr.count(b"\n") == 1
     assert done.stderr.startswith(b"HTTP worker cannot start: ")
+
+
+@pytest.mark.parametrize("sent", [MODEL, MODEL.replace("/", "%2F"), "b%20c"])
+def test_one_model_is_found_by_each_of_its_names(checkpoint, sent):
+    async def use(client, engine):
+        cards = (await client.get("/v1/models")).json()["data"]
+        return cards, (await client.get(f"/v1/models/{sent}")).json()
+
+    cards, card = serve(checkpoint, use, served_model_names=[MODEL, "b c"])
+    assert card == cards[sent == "b%20c"]
+
+
+@pytest.mark.parametrize("sent", ["gpt", "meta", f"{MODEL}/x", "%00", "%ff%0d%0a"])
+def test_a_model_that_is_not_served_is_a_404(checkpoint, sent):
+    response = get(checkpoint, f"/v1/models/{sent}")
+    assert response.status_code == 404
+    error = response.json()
+    assert (error["code"], error["param"]) == (404, "model")
+    assert error["error"]["code"] == "model_not_found"
+
+
+def test_the_sdk_retrieves_a_model_whose_name_has_a_slash(checkpoint):
+    async def use(client, engine):
+        async with openai.AsyncOpenAI(base_url=f"{client.base_url}/v1", api_key="none") as sdk:
+            card = await sdk.models.retrieve(MODEL)
+            with pytest.raises(openai.NotFoundError) as missing:
+                await sdk.models.retrieve("a/b")
+        return card, missing.value
+
+    card, missing = serve(checkpoint, use)
+    assert (card.id, card.object) == (MODEL, "model")
+    assert (missing.code, missing.param) == ("model_not_found", "model")
+
+
+def test_the_short_health_route_says_whether_requests_are_taken(checkpoint):
+    async def use(client, engine):
+        before = await client.get("/health")
+        engine.is_ready = False
+        return before, await client.get("/health"), await client.head("/health")
+
+    before, after, head = serve(checkpoint, use)
+    assert (before.status_code, after.status_code, head.status_code) == (200, 503, 503)
+    assert before.json() == {"object": "health.response", "message": "Service is ready."}
+    assert after.json() == {"object": "health.response", "message": "Service is not ready."}

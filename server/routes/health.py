@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from urllib.parse import unquote
+
 from prometheus_client import CONTENT_TYPE_LATEST
 from sanic import HTTPResponse, Request
 
-from ..schemas.model_answers import LiveAnswer, ModelList, ReadyAnswer, model_card
+from ..schemas.model_answers import LiveAnswer, ModelCard, ModelList, ReadyAnswer, model_card
 from . import samples
 from .declared import Reply, Routes
-from .services import json_response, services_of
+from .services import check_model, json_response, services_of
 
 LIVE = "/v1/health/live"
 READY = "/v1/health/ready"
+# What clients of other servers of this kind ask.
+SHORT_READY = "/health"
 
 ROUTES = Routes("health", "Health and models")
 
 
 @ROUTES.get(
     READY,
+    SHORT_READY,
     replies=[
         Reply(
             type=ReadyAnswer,
@@ -72,6 +77,23 @@ async def models(request: Request) -> HTTPResponse:
         ],
     }
     return json_response(answer)
+
+
+@ROUTES.get(
+    "/v1/models/<name:path>",
+    parameters={"name": "A served name; its slashes may be sent as they are or as %2F."},
+    replies=[
+        Reply(type=ModelCard, description="The model.", example=samples.MODEL_LIST["data"][0])
+    ],
+    refusals=[404],
+)
+async def model(request: Request, name: str) -> HTTPResponse:
+    """The model under one of its served names, else 404."""
+    services = services_of(request)
+    name = unquote(name)
+    check_model(request, name)
+    root, context = services.settings.model_name, services.max_model_len
+    return json_response(model_card(name, root, services.started, context))
 
 
 @ROUTES.get(

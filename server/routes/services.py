@@ -17,6 +17,7 @@ from sanic import HTTPResponse, Request
 from ..errors import ModelNotFoundError
 from ..generation import Engine, Generator
 from ..metrics import Metrics
+from ..prompt import Processor
 from ..schemas.decoding import decode_body
 from ..settings import ServerSettings
 
@@ -31,6 +32,7 @@ class Services:
     engine: Engine
     generator: Generator
     metrics: Metrics
+    processor: Processor
     configured_model_len: int
     started: int = field(default_factory=lambda: int(time.time()))
 

@@ -15,7 +15,8 @@ from ...models.batch import SamplingParams
 from ..conversation import ImagePart, Message, Part, Role, TextPart, ToolFormat
 from ..errors import BadRequestError
 from ..requests import GenerationRequest, sampling_params
-from .chat import MAX_PARTS, StopString, parts_of_text
+from .chat import StopString
+from .chat_messages import MAX_PARTS, parts_of_text
 from .decoding import no_nul
 from .stack_tools import (
     StackCalls,

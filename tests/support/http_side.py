@@ -289,3 +289,17 @@ async def client_of(
         httpx2.AsyncClient(base_url=url, timeout=CLIENT_DEADLINE_S) as client,
     ):
         yield client
+
+
+def error_of(response: httpx2.Response, status: int) -> dict[str, Any]:
+    """The error of an answer, checked to be there in both documented forms."""
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert list(body) == ["error", "object", "message", "type", "param", "code"]
+    assert list(body["error"]) == ["message", "type", "param", "code"]
+    assert (body["object"], body["code"]) == ("error", status)
+    for key in ("message", "type", "param"):
+        assert body[key] == body["error"][key]
+    error: dict[str, Any] = body["error"]
+    return error

@@ -1,0 +1,110 @@
+"""POST /tokenize and /detokenize, at the root and under /v1/.
+
+They need no engine: the tokenizer is the worker's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+
+from sanic import HTTPResponse, Request
+
+from ..errors import BadRequestError
+from ..prompt import Processor, PromptTooLongError
+from ..schemas.tokenization import (
+    MAX_TOKENS,
+    Detokenized,
+    DetokenizeRequest,
+    Tokenized,
+    TokenizeRequest,
+    messages_of,
+    offered_tools,
+    prompt_of,
+)
+from .declared import Reply, Routes
+from .services import check_model, json_response, services_of
+
+ROUTES = Routes("tokenization", "Tokens")
+
+
+@ROUTES.post(
+    "/tokenize",
+    "/v1/tokenize",
+    body=TokenizeRequest,
+    examples={"prompt": {"prompt": "What is"}},
+    replies=[
+        Reply(
+            type=Tokenized,
+            description="The token ids.",
+            example={
+                "count": 3,
+                "max_model_len": 131072,
+                "tokens": [128000, 3923, 374],
+                "token_strs": None,
+            },
+        )
+    ],
+    refusals=[404],
+)
+async def tokenize(request: Request, body: TokenizeRequest) -> HTTPResponse:
+    """The token ids of a text, or of a conversation as chat completions would send it."""
+    services = services_of(request)
+    if body.model is not None:
+        check_model(request, body.model)
+    encode = functools.partial(_token_ids, services.processor, body)
+    try:
+        token_ids = await asyncio.to_thread(encode)
+    except PromptTooLongError as error:
+        raise BadRequestError(
+            f"the text has {error.num_tokens} tokens; at most {MAX_TOKENS:,} are told: cut it",
+            param="messages" if body.prompt is None else "prompt",
+        ) from error
+    names = None
+    if body.return_token_strs:
+        names = services.processor.names_of(token_ids)
+    answer: Tokenized = {
+        "count": len(token_ids),
+        "max_model_len": services.max_model_len,
+        "tokens": token_ids,
+        "token_strs": names,
+    }
+    return json_response(answer)
+
+
+@ROUTES.post(
+    "/detokenize",
+    "/v1/detokenize",
+    body=DetokenizeRequest,
+    examples={"tokens": {"tokens": [3923, 374]}},
+    replies=[Reply(type=Detokenized, description="The text.", example={"prompt": "What is"})],
+    refusals=[404],
+)
+async def detokenize(request: Request, body: DetokenizeRequest) -> HTTPResponse:
+    """The text of token ids, special tokens by their names."""
+    services = services_of(request)
+    if body.model is not None:
+        check_model(request, body.model)
+    processor = services.processor
+    if max(body.tokens, default=0) > processor.last_token_id:
+        raise BadRequestError(
+            f"tokens holds {max(body.tokens)}; the vocabulary ends at {processor.last_token_id}",
+            param="tokens",
+        )
+    text = await asyncio.to_thread(processor.text_of, body.tokens, skip_special_tokens=False)
+    answer: Detokenized = {"prompt": text}
+    return json_response(answer)
+
+
+def _token_ids(processor: Processor, body: TokenizeRequest) -> list[int]:
+    """Raises PromptTooLongError or BadRequestError."""
+    text = prompt_of(body)
+    if text is not None:
+        add_special_tokens = body.add_special_tokens is not False
+        return processor.prepare_text(text, MAX_TOKENS, add_special_tokens=add_special_tokens)
+    return processor.prepare(
+        messages_of(body),
+        MAX_TOKENS,
+        offered_tools(body),
+        add_generation_prompt=body.add_generation_prompt is not False,
+    ).token_ids

@@ -1,0 +1,80 @@
+"""POST /tokenize and /detokenize: what clients of other servers of this kind ask.
+
+Owns the two requests and the two answers. Knows nothing of tokenizers.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypedDict
+
+import msgspec
+
+from ..conversation import Message, Tool
+from ..errors import BadRequestError
+from .chat_messages import MessageList, conversation_of
+from .decoding import no_nul
+from .tools import ToolList, tools_of
+
+# More than any context holds: four prompts of 131,072 tokens.
+MAX_TOKENS = 524_288
+
+ModelName = Annotated[str, msgspec.Meta(max_length=1024)]
+TokenId = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class TokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Either a prompt, as for /v1/completions, or messages, as for /v1/chat/completions.
+
+    add_special_tokens: `<|begin_of_text|>` stands before a prompt; the tokens of messages are
+    those of the chat, which begins with it in any case. tools go with messages.
+    """
+
+    model: ModelName | None = None
+    prompt: str | None = None
+    messages: MessageList | None = None
+    tools: ToolList | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Token ids; the names of special tokens are part of their text."""
+
+    tokens: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_TOKENS)]
+    model: ModelName | None = None
+
+
+class Tokenized(TypedDict):
+    """The answer. tokens: the ids, one for an image; token_strs: where asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(TypedDict):
+    """The answer."""
+
+    prompt: str
+
+
+def prompt_of(body: TokenizeRequest) -> str | None:
+    """The text, or None where there are messages. Raises BadRequestError unless one is there."""
+    if (body.prompt is None) == (body.messages is None):
+        problem = "neither prompt nor messages" if body.prompt is None else "prompt and messages"
+        raise BadRequestError(f"the body has {problem}: send one of them", param="prompt")
+    if body.prompt is not None and body.tools:
+        raise BadRequestError("tools go with messages, not with a prompt", param="tools")
+    return None if body.prompt is None else no_nul(body.prompt, "prompt")
+
+
+def messages_of(body: TokenizeRequest) -> tuple[Message, ...]:
+    """The conversation. Raises BadRequestError that names the field."""
+    return conversation_of(body.messages or ())
+
+
+def offered_tools(body: TokenizeRequest) -> tuple[Tool, ...]:
+    """What the model would be told that it may call."""
+    return tools_of(body.tools)
