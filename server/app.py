@@ -7,6 +7,7 @@ nothing of processes or of where the listening socket comes from.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import math
@@ -14,29 +15,39 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import orjson
 from sanic import HTTPResponse, Request, Sanic
 from sanic.exceptions import PayloadTooLarge, SanicException
 
+from .. import __version__
 from ..router.client import EngineClient
 from ..router.errors import EngineDeadError
 from .errors import ApiError, InternalError, error_body, type_of_status
 from .generation import Engine, Generator, Images
 from .grammar_checks import GrammarChecks
-from .guards import HardyRequest, HeadGuard, HeadTooLargeError, receive_body, request_id_of
+from .guards import (
+    OPEN_PATHS,
+    HardyRequest,
+    HeadGuard,
+    HeadTooLargeError,
+    receive_body,
+    request_id_of,
+)
 from .images.decoders import DecoderPool
 from .images.fetch import ImageFetcher
 from .images.loader import ImageLoader
 from .images.tiling import TilingConfig
 from .metrics import Metrics
+from .openapi import document
 from .prompt import Processor
-from .routes import chat, health, llama_stack, tokenization
+from .routes import chat, docs, health, llama_stack, tokenization
 from .routes.services import Services, json_response
 from .settings import ServerSettings
 from .template import Clock
 
 logger = logging.getLogger(__name__)
 
-ROUTES = (chat.ROUTES, llama_stack.ROUTES, tokenization.ROUTES, health.ROUTES)
+ROUTES = (chat.ROUTES, llama_stack.ROUTES, tokenization.ROUTES, health.ROUTES, docs.ROUTES)
 
 DAY_S = 24 * 3600
 # What is left of the drain for the last frames of requests that it ends.
@@ -71,6 +82,7 @@ def build_app(
     app.after_server_stop(parts.close)
     for group in ROUTES:
         app.blueprint(group.blueprint())
+    app.ctx.document = functools.cache(lambda: _document(settings))
     _add_guards(app, settings)
     app.exception(Exception)(answer_error)
     return app
@@ -238,6 +250,12 @@ def _sanic_config(settings: ServerSettings) -> dict[str, Any]:
         # A timer a gap, which would cut a long plain answer: requests have their own deadlines.
         "RESPONSE_TIMEOUT": DAY_S,
     }
+
+
+def _document(settings: ServerSettings) -> bytes:
+    """The API's document, as JSON."""
+    endpoints = [one for group in ROUTES for one in group.endpoints]
+    return orjson.dumps(document(endpoints, settings, __version__, OPEN_PATHS))
 
 
 def _context_of(folder: Path) -> int:

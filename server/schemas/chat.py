@@ -16,7 +16,7 @@ from ..conversation import Tool
 from ..errors import BadRequestError
 from ..requests import GenerationRequest, sampling_params
 from .chat_messages import MessageList, conversation_of
-from .decoding import no_nul
+from .decoding import ModelName, no_nul
 from .structured import (
     Choices,
     Form,
@@ -50,7 +50,7 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ChatCompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The body. Fields of `NOT_YET` are taken at their neutral value only."""
 
-    model: Annotated[str, msgspec.Meta(max_length=1024)]
+    model: ModelName
     messages: MessageList
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None

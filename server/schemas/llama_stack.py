@@ -17,7 +17,7 @@ from ..errors import BadRequestError
 from ..requests import GenerationRequest, sampling_params
 from .chat import StopString
 from .chat_messages import MAX_PARTS, parts_of_text
-from .decoding import no_nul
+from .decoding import ModelName, no_nul
 from .stack_tools import (
     StackCalls,
     StackTools,
@@ -103,8 +103,8 @@ class StackChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     """The body."""
 
     messages: Annotated[list[StackMessage], msgspec.Meta(min_length=1, max_length=2048)]
-    model: Annotated[str, msgspec.Meta(max_length=1024)] | None = None
-    model_id: Annotated[str, msgspec.Meta(max_length=1024)] | None = None
+    model: ModelName | None = None
+    model_id: ModelName | None = None
     sampling_params: StackSampling | None = None
     stream: bool | None = None
     logprobs: LogprobConfig | None = None

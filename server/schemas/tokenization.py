@@ -12,13 +12,12 @@ import msgspec
 from ..conversation import Message, Tool
 from ..errors import BadRequestError
 from .chat_messages import MessageList, conversation_of
-from .decoding import no_nul
+from .decoding import ModelName, no_nul
 from .tools import ToolList, tools_of
 
 # More than any context holds: four prompts of 131,072 tokens.
 MAX_TOKENS = 524_288
 
-ModelName = Annotated[str, msgspec.Meta(max_length=1024)]
 TokenId = Annotated[int, msgspec.Meta(ge=0)]
 
 
