@@ -73,9 +73,12 @@ def allocate_pools(
     sizes: PoolSizes,
     num_patches: int,
     dtype: torch.dtype,
-    device: torch.device,
+    devices: Sequence[torch.device],
 ) -> KVPools:
-    """Both pools, zeroed; on a CPU, memory is taken as blocks are first used."""
+    """Both pools, zeroed; on a CPU, memory is taken as blocks are first used.
+
+    devices: where each layer computes.
+    """
     head_dim = config.hidden_size // config.num_attention_heads
     cross_layers = frozenset(config.cross_attention_layers or ())
     layers = []
@@ -84,7 +87,7 @@ def allocate_pools(
         is_cross = index in cross_layers
         blocks = (sizes.num_image_blocks, num_patches) if is_cross else text_shape
         shape = (*blocks, config.num_key_value_heads, head_dim)
-        keys, values = (_zeros(shape, dtype, device) for _ in range(2))
+        keys, values = (_zeros(shape, dtype, devices[index]) for _ in range(2))
         layers.append(LayerCache(keys, values))
     return KVPools(layers, cross_layers, num_patches)
 
@@ -107,14 +110,14 @@ def copy_blocks(pools: KVPools, copies: Sequence[BlockCopy]) -> None:
     """Copy text blocks in every self-attention layer; all sources are read first."""
     if not copies:
         return
-    device = pools.layers[0].keys.device
-    sources = torch.tensor([one.source for one in copies], device=device)
-    targets = torch.tensor([one.target for one in copies], device=device)
-    for index, layer in enumerate(pools.layers):
-        if index in pools.cross_layers:
-            continue
-        layer.keys[targets] = layer.keys[sources]
-        layer.values[targets] = layer.values[sources]
+    layers = [one for index, one in enumerate(pools.layers) if index not in pools.cross_layers]
+    for device in {layer.keys.device for layer in layers}:
+        sources = torch.tensor([one.source for one in copies], device=device)
+        targets = torch.tensor([one.target for one in copies], device=device)
+        for layer in layers:
+            if layer.keys.device == device:
+                layer.keys[targets] = layer.keys[sources]
+                layer.values[targets] = layer.values[sources]
 
 
 def token_bytes(config: MllamaTextConfig, dtype: torch.dtype) -> int:
@@ -241,9 +244,9 @@ def paged_attention(
     return paged_step.backend.attend(packed, key, value, plan, scaling)[None], None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
+def no_mask(*args: Any, **kwargs: Any) -> None:
     """The plan says what is seen; transformers builds no mask."""
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _no_mask)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, no_mask)

@@ -1,7 +1,8 @@
-"""Loads a Mllama checkpoint from a local folder onto a device.
+"""Loads a Mllama checkpoint from a local folder onto its devices.
 
 Owns the choice of device and dtype and what is done to the module once. Knows nothing of hubs,
-pools or requests. Weights come from safetensors only; code from a checkpoint is never run.
+pools or requests, nor of why a part lies where it does. Weights come from safetensors only, each
+straight to its device; code from a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -14,28 +15,59 @@ from typing import Any, cast
 import torch
 from transformers import BitsAndBytesConfig, MllamaForConditionalGeneration, MllamaTextConfig
 
+from . import progress
 from .attention import Geometry
 from .cache import ATTENTION_NAME
 from .checkpoint import check_folder
 from .errors import ModelError
 from .heap import large_buffers_mapped
+from .offload import bring_whole
 from .packed import pack_linears
+from .placement import VISION, Placement, on_one_device
 from .quantization import quantization_config, settle
 from .reference import mend_vision
+from .skeleton import build_skeleton, one_line
+from .split import SPLIT_ATTENTION_NAME
 from .vision import ImageNormalization, read_normalization
+from .weight_files import StoredTensor, read_tensors
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(slots=True, frozen=True)
+class Checkpoint:
+    """A folder whose files fit together: what there is to load.
+
+    tensors: by their names in the module. skeleton: the model on the meta device, in `dtype`, the
+    type to compute in.
+    """
+
+    folder: Path
+    normalization: ImageNormalization
+    tensors: dict[str, StoredTensor]
+    skeleton: MllamaForConditionalGeneration
+    dtype: torch.dtype
+
+
+@dataclass(slots=True, frozen=True)
 class LoadedModel:
-    """A model ready to compute: eval mode, on its device, attention set to the paged function."""
+    """A model ready to compute: eval mode, on its devices, attention set to the paged function."""
 
     model: MllamaForConditionalGeneration
     normalization: ImageNormalization
     folder: Path
-    device: torch.device
+    placement: Placement
     dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The main device, where tokens come in: the only one unless the model is split."""
+        return self.placement.main
+
+    @property
+    def layer_devices(self) -> list[torch.device]:
+        """The devices that decoder layers compute on, each once."""
+        return list(dict.fromkeys(self.placement.layer_devices()))
 
     @property
     def num_patches(self) -> int:
@@ -63,28 +95,52 @@ class LoadedModel:
 def load_model(
     folder: str | Path, device: str = "auto", dtype: str = "auto", quantize: str | None = None
 ) -> LoadedModel:
-    """The checkpoint of a local folder on a device.
+    """The checkpoint of a local folder on one device: `open_checkpoint`, then `load`.
 
     device: "auto", "cpu", "cuda" or "cuda:N"; dtype: "auto", "float32", "bfloat16" or "float16";
-    quantize: one of `quantization.METHODS`.
-    A progress bar goes to stderr. Raises ModelError, one line with the remedy.
+    quantize: one of `quantization.METHODS`. Raises ModelError, one line with the remedy.
     """
+    chosen = choose_device(device)
+    checkpoint = open_checkpoint(folder, choose_dtype(dtype, chosen))
+    return load(checkpoint, on_one_device(checkpoint.skeleton, chosen), quantize)
+
+
+def open_checkpoint(folder: str | Path, dtype: torch.dtype) -> Checkpoint:
+    """What a local folder holds, checked as far as can be without a weight. Raises ModelError."""
     folder = Path(folder)
     check_folder(folder)
     normalization = read_normalization(folder)
-    chosen = choose_device(device)
-    torch_dtype = choose_dtype(dtype, chosen)
-    quantization = quantization_config(quantize, torch_dtype)
-    with large_buffers_mapped() if quantization else nullcontext():
-        model = _read_weights(folder, chosen, torch_dtype, quantization)
-    settle(model, torch_dtype)
+    tensors = read_tensors(folder)
+    return Checkpoint(folder, normalization, tensors, build_skeleton(folder, tensors, dtype), dtype)
+
+
+def load(checkpoint: Checkpoint, placement: Placement, quantize: str | None = None) -> LoadedModel:
+    """The checkpoint's model, every weight where `placement` puts it.
+
+    Progress goes to stderr. Raises ModelError, one line with the remedy.
+    """
+    quantization = quantization_config(quantize, checkpoint.dtype)
+    if quantization is not None and placement.is_offloaded:
+        raise ModelError(
+            f"--quantize {quantize} and weights on disk, or on the CPU beside a GPU, do not go "
+            "together: leave one of them out, or let --device-map use GPUs only"
+        )
+    sizes = {name: tensor.num_bytes for name, tensor in checkpoint.tensors.items()}
+    with large_buffers_mapped() if quantization else nullcontext(), progress.shown(sizes):
+        model = _read_weights(checkpoint, placement, quantization)
+    if placement.is_offloaded_part(VISION):
+        bring_whole(model, VISION, placement.device_of(VISION))
+    settle(model, checkpoint.dtype)
     model.eval().requires_grad_(False)
     # published taps are block inputs; transformers collects block outputs
     mend_vision(model)
     pack_linears(model)
-    loaded = LoadedModel(model, normalization, folder, chosen, torch_dtype)
+    loaded = LoadedModel(
+        model, checkpoint.normalization, checkpoint.folder, placement, checkpoint.dtype
+    )
     # the text model alone: the vision encoder keeps transformers' own attention
-    loaded.text_config._attn_implementation = ATTENTION_NAME
+    name = ATTENTION_NAME if len(loaded.layer_devices) == 1 else SPLIT_ATTENTION_NAME
+    loaded.text_config._attn_implementation = name
     return loaded
 
 
@@ -124,29 +180,23 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def _read_weights(
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantization: BitsAndBytesConfig | None,
+    checkpoint: Checkpoint, placement: Placement, quantization: BitsAndBytesConfig | None
 ) -> MllamaForConditionalGeneration:
     read: Any = MllamaForConditionalGeneration.from_pretrained
+    folder = checkpoint.folder
     try:
         model, report = read(
             folder,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-            dtype=dtype,
+            dtype=checkpoint.dtype,
             quantization_config=quantization,
-            device_map={"": device},
+            device_map=placement.device_map,
             output_loading_info=True,
         )
     except Exception as error:  # transformers and safetensors raise many kinds here
-        raise ModelError(f"{folder}: cannot be loaded: {_one_line(error)}") from error
+        raise ModelError(f"{folder}: cannot be loaded: {one_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{folder}: {len(missing)} weights are missing, {missing[0]} among them")
     return cast(MllamaForConditionalGeneration, model)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

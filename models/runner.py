@@ -36,8 +36,10 @@ from .grammar import Grammars, Matcher
 from .inputs import StepInputs, image_slots, pack
 from .loading import LoadedModel, load_model
 from .logprobs import RawLogprobs, prompt_logprobs
+from .placement import VISION
 from .pools import PoolPlan, PoolRequest, default_budget_bytes, plan_pools
 from .sampling import Masks, sample
+from .split import SplitCache, SplitStep
 from .vision import VisionEncoder
 
 
@@ -95,7 +97,7 @@ def set_threads(num_threads: int | None) -> None:
 
 
 class ModelRunner:
-    """Runs step after step of one model on one device; not safe for two threads at once."""
+    """Runs step after step of one model; not safe for two threads at once."""
 
     def __init__(
         self, loaded: LoadedModel, plan: PoolPlan, backend: AttentionBackend | None = None
@@ -104,22 +106,29 @@ class ModelRunner:
         self._loaded = loaded
         self._model = loaded.model
         self._text_model = loaded.model.model.language_model
-        self._vision = VisionEncoder(loaded.model, loaded.normalization)
+        self._vision = VisionEncoder(
+            loaded.model, loaded.normalization, loaded.placement.device_of(VISION)
+        )
         self._backend = backend or SdpaBackend()
         self._sizes = plan.sizes
+        self._layer_devices = loaded.layer_devices
         config = loaded.text_config
         self.grammars = Grammars(loaded.folder, config.vocab_size)
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._num_embeddings = self._text_model.embed_tokens.num_embeddings
         self.pools: KVPools = allocate_pools(
-            config, plan.sizes, loaded.num_patches, loaded.dtype, loaded.device
+            config,
+            plan.sizes,
+            loaded.num_patches,
+            loaded.dtype,
+            loaded.placement.layer_devices(),
         )
         self.info = ModelInfo(
             vocab_size=config.vocab_size,
             max_model_len=plan.max_model_len,
             max_num_tiles=self._vision.max_num_tiles,
             tile_size=self._vision.tile_size,
-            device=str(loaded.device),
+            device="+".join(map(str, loaded.placement.devices())),
             dtype=str(loaded.dtype).removeprefix("torch."),
             pools=plan.sizes,
         )
@@ -184,28 +193,38 @@ class ModelRunner:
     def _forward(self, batch: StepBatch, inputs: StepInputs, vision: Tensor | None) -> Tensor:
         """The normalised hidden states of all tokens, [num_tokens, hidden]."""
         copy_blocks(self.pools, batch.copies)
-        step = self._step(batch, inputs)
+        step, cache = self._paged(batch, inputs)
         output = self._text_model(
             input_ids=self._upload(inputs.token_ids)[None],
             position_ids=self._upload(inputs.positions)[None],
             cross_attention_states=None if vision is None else vision[None],
             full_text_row_masked_out_mask=self._row_mask(inputs),
-            past_key_values=PagedCache(self.pools, step),
+            past_key_values=cache,
             use_cache=True,
             paged_step=step,
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
-    def _step(self, batch: StepBatch, inputs: StepInputs) -> PagedStep:
-        """What every layer of the step shares; each plan is made once."""
-        prepare, device, dtype = self._backend.prepare, self._loaded.device, self._loaded.dtype
+    def _paged(
+        self, batch: StepBatch, inputs: StepInputs
+    ) -> tuple[PagedStep | SplitStep, PagedCache]:
+        """The step and the cache that writes it; a step a device where layers lie on several."""
+        if len(self._layer_devices) == 1:
+            step = self._step(batch, inputs, self._layer_devices[0])
+            return step, PagedCache(self.pools, step)
+        split = SplitStep({one: self._step(batch, inputs, one) for one in self._layer_devices})
+        return split, SplitCache(self.pools, split)
+
+    def _step(self, batch: StepBatch, inputs: StepInputs, device: torch.device) -> PagedStep:
+        """What every layer of a device shares; each plan is made once."""
+        prepare, dtype = self._backend.prepare, self._loaded.dtype
         cross, slots = inputs.cross_rows, None
         if batch.images:
-            slots = self._upload(image_slots(batch.images, self._loaded.num_patches))
+            slots = self._upload(image_slots(batch.images, self._loaded.num_patches), device)
         return PagedStep(
             backend=self._backend,
-            text_slots=self._upload(inputs.text_slots),
+            text_slots=self._upload(inputs.text_slots, device),
             image_slots=slots,
             text_plan=prepare(inputs.text_rows, device, dtype),
             cross_plan=None if cross is None else prepare(cross, device, dtype),
@@ -242,7 +261,7 @@ class ModelRunner:
         sequences = inputs.sampled_sequences
         if not sequences:
             return StepResult({})
-        logits = self._logits(hidden.index_select(0, self._upload(inputs.sampled)))
+        logits = self._logits(hidden.index_select(0, self._upload(inputs.sampled, hidden.device)))
         params = [s.sampling for s in sequences if s.sampling is not None]
         raw = RawLogprobs(logits, params)
         indices, contexts = [s.sample_index for s in sequences], [s.context for s in sequences]
@@ -268,8 +287,10 @@ class ModelRunner:
             begin += len(sequence.token_ids)
         return told
 
-    def _upload(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
-        return torch.from_numpy(array).to(self._loaded.device)
+    def _upload(
+        self, array: NDArray[np.int64] | NDArray[np.bool_], device: torch.device | None = None
+    ) -> Tensor:
+        return torch.from_numpy(array).to(device or self._loaded.device)
 
 
 def _check_ids(ids: list[int], limit: int, what: str, sequence: ScheduledSequence) -> None:

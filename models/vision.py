@@ -84,12 +84,18 @@ class VisionEncoder:
     """The vision model and the projector, several images a pass."""
 
     def __init__(
-        self, model: MllamaForConditionalGeneration, normalization: ImageNormalization
+        self,
+        model: MllamaForConditionalGeneration,
+        normalization: ImageNormalization,
+        device: torch.device,
     ) -> None:
-        """`model` must have its taps mended (see `reference.mend_vision`)."""
+        """`model` must have its taps mended (see `reference.mend_vision`).
+
+        device: where the vision model computes, which is not where offloaded weights lie.
+        """
         self._vision = model.model.vision_model
         self._projector = model.model.multi_modal_projector
-        self._table = normalization.table().to(self._vision.class_embedding.device)
+        self._table = normalization.table().to(device)
 
     @property
     def max_num_tiles(self) -> int:

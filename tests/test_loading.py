@@ -126,10 +126,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "weights cut short": (
         lambda f: (f / "model.safetensors").write_bytes(b"\x08" + b"\0" * 7),
-        "cannot be loaded",
+        "model.safetensors is damaged: it is cut short, inside its header",
     ),
     "a weight too few": (drop_a_weight, "1 weights are missing"),
-    "a weight of a wrong shape": (reshape_a_weight, "cannot be loaded"),
+    "a weight of a wrong shape": (
+        reshape_a_weight,
+        r"has the shape \[3\], and config.json makes it \[96, 64\]",
+    ),
 }
 
 
@@ -284,7 +287,8 @@ def test_pools_take_memory_only_as_they_are_used() -> None:
 
     before, config = resident_bytes(), loaded("tiny").text_config
     sizes = PoolSizes(num_text_blocks=100_000, num_image_blocks=10_000, block_size=16)
-    pools = allocate_pools(config, sizes, 5, torch.float32, torch.device("cpu"))
+    devices = [torch.device("cpu")] * config.num_hidden_layers
+    pools = allocate_pools(config, sizes, 5, torch.float32, devices)
     num_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in pools.layers)
     assert num_bytes > 1 << 30
     assert resident_bytes() - before < 100 << 20

@@ -314,5 +314,5 @@ def test_pixel_values_equal_transformers_processor_bit_for_bit(grid: tuple[int, 
         aspect_ratio_id=int(expected["aspect_ratio_ids"][0, 0]),
         content_hash=b"",
     )
-    encoder = VisionEncoder(loaded("tiny").model, normalization)
+    encoder = VisionEncoder(loaded("tiny").model, normalization, torch.device("cpu"))
     assert torch.equal(encoder.pixel_values([cut]), expected["pixel_values"])
