@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from . import wire
 from .errors import (
@@ -166,20 +166,20 @@ class EngineClient:
                 await self._state_changed.wait()
         return self.info
 
-    async def generate(self, request: AddRequest) -> AsyncGenerator[SequenceOutput, None]:
-        """Yield the new tokens of all the request's choices as they come.
+    async def generate(self, *requests: AddRequest) -> AsyncGenerator[SequenceOutput, None]:
+        """Yield the new tokens of all the requests' choices as they come.
 
         Each output names its choice by `request_id`; the last one of a choice says why
-        it ended. Raises QueueFullError, InvalidRequestError, EngineInternalError or
-        EngineDeadError. Cancelling the caller or closing the iterator aborts the
-        request in the engine: wrap it in `contextlib.aclosing` where the loop may
-        be left early.
+        it ended. The requests stand and fall together: the first error ends them all.
+        Raises QueueFullError, InvalidRequestError, EngineInternalError or EngineDeadError.
+        Cancelling the caller or closing the iterator aborts the requests in the engine:
+        wrap it in `contextlib.aclosing` where the loop may be left early.
         """
-        choice_ids = request.answer_ids
+        choice_ids = [choice_id for request in requests for choice_id in request.answer_ids]
         stream = self._open_stream(choice_ids)
         num_left = len(choice_ids)
         try:
-            await self._send_request(request, stream)
+            await self._send_requests(requests, stream)
             while num_left:
                 output = await stream.next()
                 num_left -= output.finish_reason is not None
@@ -218,14 +218,15 @@ class EngineClient:
         self._streams |= dict.fromkeys(choice_ids, stream)
         return stream
 
-    async def _send_request(self, request: AddRequest, stream: _Stream) -> None:
+    async def _send_requests(self, requests: Sequence[AddRequest], stream: _Stream) -> None:
         assert self._writer is not None, "the stream was opened on a live connection"
         try:
-            frame = wire.encode_frame(request, self._max_frame_bytes)
+            # All or none: what cannot be sent must not leave others running.
+            frames = [wire.encode_frame(request, self._max_frame_bytes) for request in requests]
         except FrameTooLargeError as error:
             stream.open_ids.clear()  # nothing to abort
             raise InvalidRequestError(f"the request is too large: {error}") from error
-        self._writer.write(frame)
+        self._writer.writelines(frames)
         # A connection lost here is told to the stream by the reader.
         with contextlib.suppress(ConnectionError):
             await self._writer.drain()

@@ -14,7 +14,7 @@ from typing import Literal
 from ..router.messages import AddRequest, SequenceOutput
 from .detokenizer import Detokenizer, Piece, StopStrings
 from .errors import InternalError
-from .logprobs import PromptEntries, TokenEntry, TokenReader
+from .logprobs import PromptEntries, TokenEntry, TokenReader, TokenText
 from .prompt import Processor
 from .tools.parser import ToolCallParser
 from .tools.pieces import CallPiece, ParsedPiece, TextPiece
@@ -103,18 +103,26 @@ class Finish:
 
 @dataclass(slots=True, frozen=True)
 class End:
-    """The last event of a request, behind the Finish of each of its choices.
-
-    prompt_logprobs: an entry a token of the prompt, None where not asked for.
-    """
+    """The last event of a request, behind the Finish of each of its choices."""
 
     usage: Usage
-    prompt_logprobs: PromptEntries | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class PromptTold:
+    """What the model said of a prompt, where the request asked: before its answers' pieces.
+
+    prompt: its number in the request. tokens, entries: one a token of the prompt.
+    """
+
+    prompt: int
+    tokens: tuple[TokenText, ...]
+    entries: PromptEntries
 
 
 Delta = TextDelta | ToolCallDelta
 ChoiceEvent = Delta | Finish
-Event = ChoiceEvent | End
+Event = ChoiceEvent | PromptTold | End
 
 
 @dataclass(slots=True, frozen=True)
@@ -156,11 +164,14 @@ class GatheredAnswer:
 
 @dataclass(slots=True, frozen=True)
 class Completion:
-    """All answers to a request, in the order of their choices."""
+    """All answers to a request, in the order of their choices.
+
+    prompts: in the order in which they were sent, where the request asked.
+    """
 
     answers: tuple[Answer, ...]
     usage: Usage
-    prompt_logprobs: PromptEntries | None = None
+    prompts: tuple[PromptTold, ...] = ()
 
 
 @dataclass(slots=True)

@@ -84,7 +84,7 @@ class Processor:
         self._template = template
         self._image_position = image_position
         self._bos_id = tokenizer.token_to_id(BEGIN_OF_TEXT)
-        self._image_id = tokenizer.token_to_id(IMAGE)
+        self.image_id = tokenizer.token_to_id(IMAGE)
         self.last_token_id = max(tokenizer.get_vocab(with_added_tokens=True).values())
         self.eos_token_ids = end_token_ids(tokenizer, eos_token_ids)
         added = tokenizer.get_added_tokens_decoder()
@@ -134,7 +134,7 @@ class Processor:
         if len(token_ids) > max_tokens:
             raise PromptTooLongError(f"{len(token_ids):,}", max_tokens)
         images = [image for message in arranged for image in message.images]
-        return PreparedPrompt(token_ids, image_spans(token_ids, self._image_id), images)
+        return PreparedPrompt(token_ids, image_spans(token_ids, self.image_id), images)
 
     def _arrange(self, message: Message) -> Message:
         return with_images_in_front(message) if self._image_position == "front" else message

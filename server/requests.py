@@ -7,6 +7,7 @@ prompts or of the engine's work.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..models.batch import SamplingParams
@@ -18,10 +19,24 @@ from .errors import BadRequestError
 MAX_PROMPT_ENTRIES = 65_536
 
 
+@dataclass(slots=True, frozen=True)
+class PlainPrompt:
+    """A prompt that is no conversation: a text, or token ids as they are.
+
+    field: its place in the client's body, for errors.
+    """
+
+    content: str | tuple[int, ...]
+    field: str
+
+
 @dataclass(slots=True, frozen=True, kw_only=True)
 class GenerationRequest:
-    """What to generate, however it was asked for. max_tokens None: what the context leaves.
+    """What to generate, however it was asked for: from one conversation, or from plain prompts.
 
+    max_tokens None: default_max_tokens, or what the context leaves where that is None or more.
+    has_seed: the client gave one, which then holds for each of several prompts.
+    add_special_tokens: a plain text begins with `<|begin_of_text|>`.
     tenant: only with requests of the same tenant are cached pictures and texts shared.
     num_choices: how many answers to the same prompt; num_prompt_logprobs: how many of
     the likeliest tokens are told beside each token of the prompt. Of requests that wait the one of
@@ -31,9 +46,13 @@ class GenerationRequest:
     be, not compiled yet, and the field that said so.
     """
 
-    messages: tuple[Message, ...]
     sampling: SamplingParams
+    messages: tuple[Message, ...] = ()
+    prompts: tuple[PlainPrompt, ...] = ()
+    add_special_tokens: bool = True
+    has_seed: bool = True
     max_tokens: int | None = None
+    default_max_tokens: int | None = None
     max_tokens_field: str = "max_tokens"
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -41,6 +60,7 @@ class GenerationRequest:
     tenant: str = ""
     num_choices: int = 1
     num_prompt_logprobs: int | None = None
+    prompt_logprobs_field: str = "prompt_logprobs"
     priority: int = 0
     timeout_s: float | None = None
     tools: tuple[Tool, ...] = ()
@@ -86,24 +106,30 @@ def check_against(info: EngineReady, request: GenerationRequest) -> None:
         )
     biased = [token_id for token_id, _ in request.sampling.logit_bias]
     for field, token_ids in (("stop_token_ids", request.stop_token_ids), ("logit_bias", biased)):
-        if token_ids and max(token_ids) >= info.vocab_size:
-            raise BadRequestError(
-                f"{field} holds {max(token_ids)}; the vocabulary ends at {info.vocab_size - 1}",
-                param=field,
-            )
+        check_token_ids(info, token_ids, field)
+
+
+def check_token_ids(info: EngineReady, token_ids: Sequence[int], field: str) -> None:
+    """Raises BadRequestError if the model has no such token."""
+    if token_ids and max(token_ids) >= info.vocab_size:
+        raise BadRequestError(
+            f"{field} holds {max(token_ids)}; the vocabulary ends at {info.vocab_size - 1}",
+            param=field,
+        )
 
 
 def check_prompt_logprobs(request: GenerationRequest, num_prompt: int) -> None:
     """A long prompt with twenty candidates a token would be an answer of hundreds of megabytes."""
     if request.num_prompt_logprobs is None:
         return
+    field = request.prompt_logprobs_field
     num_entries = num_prompt * (1 + request.num_prompt_logprobs)
     if num_entries > MAX_PROMPT_ENTRIES:
         raise BadRequestError(
-            f"prompt_logprobs {request.num_prompt_logprobs} of {num_prompt:,} prompt tokens are"
+            f"{field} {request.num_prompt_logprobs} of {num_prompt:,} prompt tokens are"
             f" {num_entries:,} log-probabilities, the limit is {MAX_PROMPT_ENTRIES:,}: ask for"
             " fewer or shorten the prompt",
-            param="prompt_logprobs",
+            param=field,
         )
 
 
@@ -123,7 +149,7 @@ def room(request: GenerationRequest, num_prompt: int, max_model_len: int) -> int
     """
     left = max_model_len - num_prompt
     if request.max_tokens is None:
-        return left
+        return min(left, request.default_max_tokens or left)
     if request.max_tokens > left:
         field = request.max_tokens_field
         raise BadRequestError(

@@ -197,7 +197,7 @@ def test_a_request_whose_reader_has_stopped_reading_is_freed_in_time(checkpoint)
                 await asyncio.sleep(0.01)
             with pytest.raises(DeadlineError):
                 await anext(events)
-        assert engine.aborted == [prepared.request.request_id]
+        assert engine.aborted == prepared.answer_ids
 
     asyncio.run(scenario())
 

@@ -18,11 +18,13 @@ from ..answers import (
     End,
     Event,
     FinishReason,
+    PromptTold,
     TextDelta,
     ToolCallDelta,
     Usage,
 )
-from ..logprobs import PromptCandidate, PromptEntries, TokenEntry, TokenLogprob
+from ..logprobs import TokenEntry, TokenLogprob
+from .answer_parts import PromptLogprobs, UsageCounts, prompt_logprobs, usage_counts
 
 
 class CandidateToken(TypedDict):
@@ -43,17 +45,6 @@ class ChoiceLogprobs(TypedDict):
     """One entry for each token that usage counts."""
 
     content: list[ChosenToken]
-
-
-class PromptToken(TypedDict):
-    """A candidate for one place of the prompt. rank: 1 for the likeliest token."""
-
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-PromptLogprobs = list[dict[str, PromptToken] | None]
 
 
 class CallOfFunction(TypedDict):
@@ -87,21 +78,6 @@ class ChatChoice(TypedDict):
     logprobs: ChoiceLogprobs | None
     finish_reason: FinishReason
     stop_reason: str | int | None
-
-
-class PromptDetails(TypedDict):
-    """cached_tokens: those of the prompt that were not computed again."""
-
-    cached_tokens: int
-
-
-class UsageCounts(TypedDict):
-    """An image counts as one token. prompt_tokens_details: only where the cache had some."""
-
-    prompt_tokens: int
-    total_tokens: int
-    completion_tokens: int
-    prompt_tokens_details: NotRequired[PromptDetails]
 
 
 class ChatCompletion(TypedDict):
@@ -185,6 +161,7 @@ class ChatAnswers:
 
     def plain(self, completion: Completion) -> ChatCompletion:
         """The whole answers, as api-reference.txt shows them."""
+        told = completion.prompts[0] if completion.prompts else None
         return {
             "id": self.id,
             "object": "chat.completion",
@@ -194,8 +171,8 @@ class ChatAnswers:
                 _choice(index, answer, self.has_tools)
                 for index, answer in enumerate(completion.answers)
             ],
-            "usage": _usage(completion.usage),
-            "prompt_logprobs": _prompt_logprobs(completion.prompt_logprobs),
+            "usage": usage_counts(completion.usage),
+            "prompt_logprobs": prompt_logprobs(told),
         }
 
     def first(self) -> list[ChatCompletionChunk]:
@@ -209,6 +186,9 @@ class ChatAnswers:
             return [self._chunk(event.choice, {"content": event.text}, event.logprobs)]
         if isinstance(event, ToolCallDelta):
             return self._call_chunks(event)
+        if isinstance(event, PromptTold):
+            # Asked for with whole answers only.
+            return []
         if isinstance(event, End):
             return [self._usage_chunk(event.usage)] if self.include_usage else []
         return [self._chunk(event.choice, {}, event.logprobs, event.reason, event.stop_reason)]
@@ -253,7 +233,7 @@ class ChatAnswers:
 
     def _usage_chunk(self, usage: Usage) -> ChatCompletionChunk:
         chunk = self._frame([])
-        chunk["usage"] = _usage(usage)
+        chunk["usage"] = usage_counts(usage)
         return chunk
 
     def _frame(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
@@ -300,20 +280,6 @@ def _logprobs(entries: Sequence[TokenEntry]) -> ChoiceLogprobs | None:
     return {"content": [_chosen(entry) for entry in entries]}
 
 
-def _prompt_logprobs(prompt: PromptEntries | None) -> PromptLogprobs | None:
-    """vLLM's form: for each token of the prompt its candidates by their ids."""
-    if prompt is None:
-        return None
-    return [entry if entry is None else _by_token_id(entry) for entry in prompt]
-
-
-def _by_token_id(entry: tuple[PromptCandidate, ...]) -> dict[str, PromptToken]:
-    return {
-        str(one.token_id): {"logprob": one.logprob, "rank": one.rank, "decoded_token": one.text}
-        for one in entry
-    }
-
-
 def _chosen(entry: TokenEntry) -> ChosenToken:
     one = entry.chosen
     return {
@@ -331,14 +297,3 @@ def _candidate(one: TokenLogprob) -> CandidateToken:
 def _bytes(one: TokenLogprob) -> list[int] | None:
     text_bytes = one.token.text_bytes
     return None if text_bytes is None else list(text_bytes)
-
-
-def _usage(usage: Usage) -> UsageCounts:
-    counts: UsageCounts = {
-        "prompt_tokens": usage.prompt_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "completion_tokens": usage.completion_tokens,
-    }
-    if usage.cached_tokens:
-        counts["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
-    return counts

@@ -12,7 +12,16 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import msgspec
 
-from ..answers import AnsweredCall, Completion, End, Event, Finish, TextDelta, ToolCallDelta
+from ..answers import (
+    AnsweredCall,
+    Completion,
+    End,
+    Event,
+    Finish,
+    PromptTold,
+    TextDelta,
+    ToolCallDelta,
+)
 from ..logprobs import TokenEntry
 
 EventType = Literal["start", "progress", "complete"]
@@ -135,7 +144,7 @@ class StackAnswers:
 
     def chunks(self, event: Event) -> list[dict[str, Any]]:
         """The events that tell of one event of the answer."""
-        if isinstance(event, End):
+        if isinstance(event, End | PromptTold):
             return []
         if isinstance(event, TextDelta):
             return [self._event("progress", self._text(event.text), event.logprobs)]

@@ -179,30 +179,35 @@ class ScriptedEngine:
             num_image_tiles=64,
         )
 
-    async def generate(self, request: AddRequest) -> AsyncIterator[SequenceOutput]:
-        """The script's outputs for this request."""
+    async def generate(self, *requests: AddRequest) -> AsyncIterator[SequenceOutput]:
+        """The script's outputs for these requests, one after the other."""
         # As over a real wire: what cannot be encoded never arrives.
-        msgspec.msgpack.encode(request)
-        self.requests.append(request)
-        choice_ids = request.answer_ids
-        self.open |= set(choice_ids)
+        msgspec.msgpack.encode(requests)
+        self.requests += requests
+        self.open |= {choice_id for request in requests for choice_id in request.answer_ids}
         try:
-            for item in self.script(request):
-                if isinstance(item, EngineError):
-                    self.open.clear()
-                    raise item
-                if isinstance(item, SequenceOutput):
-                    # A script names a choice by its number; without one it is the first.
-                    choice = int(item.request_id) if item.request_id.isdigit() else 0
-                    request_id = choice_ids[choice]
-                    if item.finish_reason is not None:
-                        self.open.discard(request_id)
-                    yield msgspec.structs.replace(item, request_id=request_id)
-                else:
-                    await asyncio.sleep(item)
+            for request in requests:
+                async for output in self._outputs(request):
+                    yield output
         finally:
-            for request_id in choice_ids:
-                self.leave(request_id)
+            for request in requests:
+                for request_id in request.answer_ids:
+                    self.leave(request_id)
+
+    async def _outputs(self, request: AddRequest) -> AsyncIterator[SequenceOutput]:
+        for item in self.script(request):
+            if isinstance(item, EngineError):
+                self.open -= set(request.answer_ids)
+                raise item
+            if isinstance(item, SequenceOutput):
+                # A script names a choice by its number; without one it is the first.
+                choice = int(item.request_id) if item.request_id.isdigit() else 0
+                request_id = request.answer_ids[choice]
+                if item.finish_reason is not None:
+                    self.open.discard(request_id)
+                yield msgspec.structs.replace(item, request_id=request_id)
+            else:
+                await asyncio.sleep(item)
 
     def leave(self, request_id: str) -> None:
         """Keep the id of a request that is left before its end."""
