@@ -57,6 +57,7 @@ class _Stream:
             output.token_ids = waiting.token_ids + output.token_ids
             output.logprobs = waiting.logprobs + output.logprobs
             output.num_cached_tokens += waiting.num_cached_tokens
+            output.queue_s += waiting.queue_s
             output.prompt_logprobs = waiting.prompt_logprobs
         self._outputs[output.request_id] = output
         if output.finish_reason is not None:

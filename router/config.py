@@ -10,6 +10,7 @@ from typing import Annotated
 import msgspec
 
 from ..models.batch import Positive
+from .logs import LogFormat, LogLevel
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +54,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_outgoing_bytes: Positive = 16_777_216
     heartbeat_interval_s: Annotated[float, msgspec.Meta(gt=0)] = 0.5
     num_threads: Positive | None = None
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
     parent_pid: Positive | None = None
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ reason, or a `RequestFailed`.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import logging
 import os
 import time
@@ -31,6 +32,7 @@ from .errors import (
     failure_of,
 )
 from .messages import (
+    VISION_BOUNDS_S,
     AddRequest,
     EngineReady,
     EngineStats,
@@ -101,6 +103,7 @@ class Engine:
         self._step_started: float | None = None
         self._num_steps = 0
         self._vision_seconds = 0.0
+        self._vision_step_counts = [0] * (len(VISION_BOUNDS_S) + 1)
 
     # What workers ask for
 
@@ -207,11 +210,16 @@ class Engine:
             self._fail(self.scheduler.fail_step(), _step_failure())
         else:
             self._pace.count(began, batch.num_tokens)
-            self._vision_seconds += result.vision_seconds
+            self._count_vision(result.vision_seconds)
             self._deliver(self.scheduler.update(result))
         finally:
             self._num_steps += 1
             self._step_started = None
+
+    def _count_vision(self, seconds: float) -> None:
+        if seconds > 0:
+            self._vision_seconds += seconds
+            self._vision_step_counts[bisect.bisect_left(VISION_BOUNDS_S, seconds)] += 1
 
     def _execute(self, batch: StepBatch) -> StepResult:
         """In the step's thread: compute, and make sure that every answer is there."""
@@ -288,6 +296,7 @@ class Engine:
             num_preemptions=self.scheduler.num_preemptions,
             num_images_encoded=self.scheduler.num_images_encoded,
             vision_seconds=self._vision_seconds,
+            vision_step_counts=list(self._vision_step_counts),
             image_cache_hits=images.num_hits,
             image_cache_misses=images.num_misses,
             image_cache_evictions=images.num_evictions,
@@ -326,6 +335,7 @@ def _output_of(progress: Progress) -> SequenceOutput:
         request_id=sequence.request_id,
         token_ids=progress.token_ids,
         num_cached_tokens=sequence.num_cached_tokens if is_first else 0,
+        queue_s=sequence.queue_s if is_first else 0.0,
         finish_reason=progress.finish_reason,
         stop_token_id=progress.stop_token_id,
         logprobs=[] if progress.logprobs is None else [progress.logprobs],

@@ -25,6 +25,7 @@ from .config import EngineConfig
 from .engine import Engine, Runner
 from .engine_server import EngineServer, SocketPathError
 from .errors import EngineDeadError
+from .logs import say, set_up_logging
 from .parent import ParentGoneError, die_with_parent
 
 logger = logging.getLogger("vlmserve.engine")
@@ -104,11 +105,9 @@ async def _first_of(*futures: asyncio.Future[Any]) -> None:
 
 def main(load_runner: LoadRunner = load_model_runner) -> NoReturn:
     """Run one engine process to its end. Does not return."""
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
     try:
         config = read_config()
+        set_up_logging(config.log_level, config.log_format, "engine")
         die_with_parent(config.parent_pid)
     except (msgspec.DecodeError, UnicodeDecodeError, ParentGoneError) as error:
         _exit(_complain(f"engine settings: {error}", EXIT_BAD_SETTINGS))
@@ -136,7 +135,7 @@ def _complain_of_model(config: EngineConfig, error: BaseException) -> int:
 
 
 def _complain(message: str, exit_code: int) -> int:
-    sys.stderr.write(f"error: {message}\n")
+    say(f"error: {message}", logging.ERROR)
     return exit_code
 
 

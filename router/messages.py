@@ -20,6 +20,9 @@ from ..models.batch import (
     TokenLogprobs,
 )
 
+# Upper bounds in seconds by which steps of the vision encoder are counted.
+VISION_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
 FinishReason = Literal["stop", "length", "abort"]
 FailureKind = Literal["queue_full", "invalid", "internal", "engine_dead"]
 
@@ -68,7 +71,8 @@ class EngineStats(msgspec.Struct, kw_only=True):
     Used blocks are those that running requests need; cached ones are kept in case
     they are needed again. An image counts once a request and picture: a miss is one
     that had no blocks yet. prefix_tokens_queried: tokens of requests that started,
-    prefix_tokens_hit: those of them that were not computed again.
+    prefix_tokens_hit: those of them that were not computed again. vision_step_counts: how
+    many steps spent up to each of VISION_BOUNDS_S in the vision encoder, and beyond the last.
     """
 
     num_running: NonNegative = 0
@@ -86,6 +90,7 @@ class EngineStats(msgspec.Struct, kw_only=True):
     image_cache_hits: NonNegative = 0
     image_cache_misses: NonNegative = 0
     image_cache_evictions: NonNegative = 0
+    vision_step_counts: list[NonNegative] = []
     prefix_tokens_queried: NonNegative = 0
     prefix_tokens_hit: NonNegative = 0
 
@@ -110,7 +115,8 @@ class SequenceOutput(msgspec.Struct, kw_only=True):
     request goes on. stop_token_id is set where one of the request's own
     stop_token_ids matched. logprobs holds one entry a token where the request
     asked for them, else none. num_cached_tokens comes with the first output: how
-    many of the prompt's tokens the prefix cache had. So does prompt_logprobs, where
+    many of the prompt's tokens the prefix cache had. So do queue_s, the seconds until the
+    request first ran, and prompt_logprobs, where
     asked for: an entry a token, None at the first and at `<|image|>`.
     """
 
@@ -120,6 +126,7 @@ class SequenceOutput(msgspec.Struct, kw_only=True):
     stop_token_id: int | None = None
     logprobs: list[TokenLogprobs] = []
     num_cached_tokens: NonNegative = 0
+    queue_s: float = 0.0
     prompt_logprobs: list[PromptLogprobs | None] | None = None
 
 

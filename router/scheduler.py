@@ -38,6 +38,7 @@ wait as if they had just been preempted.
 from __future__ import annotations
 
 import bisect
+import time
 from dataclasses import dataclass, field
 
 from ..models.batch import (
@@ -220,6 +221,8 @@ class Scheduler:
 
     def _run(self, sequence: Sequence) -> None:
         sequence.status = Status.RUNNING
+        if sequence.ran_at is None:
+            sequence.ran_at = time.monotonic()
         bisect.insort(self._running, sequence, key=lambda one: one.rank)
 
     def _fork(self, leader: Sequence) -> None:

@@ -8,6 +8,7 @@ exactly one token is decoding. Knows nothing of budgets, other requests or tenso
 from __future__ import annotations
 
 import hashlib
+import time
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
@@ -52,6 +53,7 @@ class Sequence:
     others, its followers, until it has computed their prompt or has gone.
     prompt_logprobs: of the prompt's tokens so far, kept when blocks are given up; None
     where they are not asked for, and for followers.
+    queued_at, ran_at: of `time.monotonic()`; ran_at is when it first ran, and stays.
     """
 
     sequence_id: str
@@ -79,6 +81,8 @@ class Sequence:
     arrival: int = 0
     matcher: TokenMatcher | None = None
     prompt_logprobs: list[PromptLogprobs | None] | None = None
+    queued_at: float = field(default_factory=time.monotonic)
+    ran_at: float | None = None
 
     def __post_init__(self) -> None:
         request = self.request
@@ -136,6 +140,11 @@ class Sequence:
     @property
     def num_image_bytes(self) -> int:
         return sum(len(image.data) for image in self.request.images)
+
+    @property
+    def queue_s(self) -> float:
+        """How long it waited before it first ran; 0 while it has not."""
+        return 0.0 if self.ran_at is None else self.ran_at - self.queued_at
 
     @property
     def is_finished(self) -> bool:

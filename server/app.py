@@ -22,24 +22,22 @@ from sanic.exceptions import PayloadTooLarge, SanicException
 from .. import __version__
 from ..router.client import EngineClient
 from ..router.errors import EngineDeadError
+from .access import OPEN_PATHS, Access, PreflightAnswer
+from .access_log import RequestLog
 from .errors import ApiError, InternalError, error_body, type_of_status
 from .generation import Engine, Generator, Images
 from .grammar_checks import GrammarChecks
-from .guards import (
-    OPEN_PATHS,
-    HardyRequest,
-    HeadGuard,
-    HeadTooLargeError,
-    receive_body,
-    request_id_of,
-)
+from .guards import HardyRequest, HeadGuard, HeadTooLargeError, receive_body
 from .images.decoders import DecoderPool
 from .images.fetch import ImageFetcher
 from .images.loader import ImageLoader
 from .images.tiling import TilingConfig
+from .loop_lag import watch_lag
 from .metrics import Metrics
 from .openapi import document
 from .prompt import Processor
+from .recording import RecordingSanic
+from .records import record_of
 from .routes import chat, docs, health, llama_stack, tokenization
 from .routes.services import Services, json_response
 from .settings import ServerSettings
@@ -66,9 +64,10 @@ def build_app(
 
     fetcher, images, engine_client and now take the place of the real ones in
     tests; who hands them in closes them.
-    Raises FileNotFoundError or ValueError if the checkpoint's files do not serve.
+    Raises FileNotFoundError or ValueError if the checkpoint's files or the keys' do not serve.
     """
-    app: Sanic[Any, Any] = Sanic(
+    access = Access(settings)
+    app = RecordingSanic(
         f"vlmserve-{uuid.uuid4().hex[:8]}",
         env_prefix="",
         configure_logging=False,
@@ -76,14 +75,16 @@ def build_app(
     )
     app.config.update(_sanic_config(settings))
     parts = Parts(settings, fetcher, images, engine_client)
-    app.ctx.services = parts.services(now)
+    services = app.ctx.services = parts.services(now)
+    app.ctx.access = access
+    app.ctx.on_closed = RequestLog(settings.log_requests, services.metrics).add
     app.before_server_start(parts.open)
     app.before_server_stop(parts.drain)
     app.after_server_stop(parts.close)
     for group in ROUTES:
         app.blueprint(group.blueprint())
     app.ctx.document = functools.cache(lambda: _document(settings))
-    _add_guards(app, settings)
+    _add_guards(app, settings, access)
     app.exception(Exception)(answer_error)
     return app
 
@@ -106,6 +107,8 @@ class Parts:
         self._grammar_checks = GrammarChecks(settings.model)
         self._connecting: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._lag: asyncio.Task[None] | None = None
+        self._metrics = Metrics(settings.max_num_seqs)
         self._engine = engine or self._make_client()
         self._images = images or self._make_images(fetcher)
 
@@ -115,7 +118,7 @@ class Parts:
         folder = Path(settings.model)
         clock = {} if now is None else {"now": now}
         processor = Processor.from_folder(folder, settings.image_position, **clock)
-        metrics = Metrics(settings.max_num_seqs)
+        metrics = self._metrics
         generator = Generator(
             processor,
             self._images,
@@ -131,6 +134,7 @@ class Parts:
         """Start the decoders and begin to look for the engine; it may still be loading."""
         if self._decoders is not None:
             await self._decoders.open()
+        self._lag = asyncio.create_task(watch_lag(self._metrics.event_loop_lag.observe))
         if self._own_client is not None:
             self._connecting = asyncio.create_task(self._stay_connected(self._own_client))
 
@@ -149,6 +153,7 @@ class Parts:
     async def close(self, app: Sanic[Any, Any]) -> None:
         """Close what `open` opened."""
         await _cancelled(self._draining)
+        await _cancelled(self._lag)
         await self._disconnect()
         await self._grammar_checks.close()
         if self._own_fetcher is not None:
@@ -195,6 +200,8 @@ async def _cancelled(task: asyncio.Task[None] | None) -> None:
 
 def answer_error(request: Request, error: Exception) -> HTTPResponse:
     """Any exception as the JSON body that the API documents."""
+    if isinstance(error, PreflightAnswer):
+        return HTTPResponse(status=204, headers=error.headers)
     headers: dict[str, str] = {}
     if isinstance(error, PayloadTooLarge) and "header" in str(error):
         error = HeadTooLargeError("the request's head is over 16 kB")
@@ -221,8 +228,8 @@ def _of_sanic(error: SanicException) -> ApiError:
     return converted
 
 
-def _add_guards(app: Sanic[Any, Any], settings: ServerSettings) -> None:
-    guard = HeadGuard(settings.api_keys)
+def _add_guards(app: Sanic[Any, Any], settings: ServerSettings, access: Access) -> None:
+    guard = HeadGuard(access)
 
     # Before routing, so that the head is judged before a byte of the body is kept.
     @app.signal("http.routing.before")
@@ -231,8 +238,11 @@ def _add_guards(app: Sanic[Any, Any], settings: ServerSettings) -> None:
         await receive_body(request, settings.request_timeout_s)
 
     @app.on_response
-    async def name_request(request: Request, response: HTTPResponse) -> None:
-        response.headers["X-Request-Id"] = request_id_of(request)
+    async def mark(request: Request, response: HTTPResponse) -> None:
+        record = record_of(request)
+        if record is not None:
+            response.headers["X-Request-Id"] = record.request_id
+        access.mark(request, response)
 
 
 def _sanic_config(settings: ServerSettings) -> dict[str, Any]:

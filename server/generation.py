@@ -109,7 +109,7 @@ class Generator:
         What is told of a prompt comes before all pieces of its answers.
         Raises ApiError: before the first event if the engine refuses the request.
         """
-        timer = self._metrics.start(prepared.num_prompt_tokens)
+        timer = self._metrics.start(prepared.requests)
         # Else nothing ends a request whose reader has stopped reading.
         expiry = self._leave_at(prepared)
         try:
@@ -128,7 +128,7 @@ class Generator:
         finally:
             expiry.cancel()
             timer.leave()
-            logger.info("request %s: %s", prepared.answer_ids[0], timer.summary)
+            logger.debug("the engine's request %s is over", prepared.answer_ids[0])
 
     async def _events(
         self,
@@ -140,13 +140,14 @@ class Generator:
         usages: dict[int, Usage] = {}
         while growing:
             output = await _next_output(outputs, prepared.deadline)
-            timer.tokens(len(output.token_ids))
+            timer.tokens(output.request_id, len(output.token_ids), output.queue_s)
             if output.prompt_logprobs is not None:
                 yield self._told(prepared, output)
             for event in growing[output.request_id].take(output):
                 if isinstance(event, Finish):
                     del growing[output.request_id]
                     usages[event.choice] = event.usage
+                    timer.end_answer(event.reason)
                     # A stop string ends an answer here first.
                     self._engine.leave(output.request_id)
                     if not growing:

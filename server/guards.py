@@ -1,16 +1,13 @@
 """What is refused by a request's head alone, before its body is read.
 
-Owns the API keys, the shapes of heads that proxies and servers read in two ways,
-and request ids. Knows nothing of routes but the two that need no key.
+Owns the shapes of heads that proxies and servers read in two ways, and how fast a body
+must come. Knows nothing of routes or keys.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import re
-import uuid
-from collections.abc import Sequence
 from typing import Any
 
 from sanic import Request
@@ -18,16 +15,14 @@ from sanic.compat import Header
 from sanic.exceptions import BadURL
 from sanic.http import Http
 
-from .errors import ApiError, AuthenticationError, BadRequestError, UnsupportedMediaError
-from .routes.health import LIVE, READY
+from .access import Access
+from .errors import ApiError, BadRequestError, UnsupportedMediaError
 
 MAX_HEADERS = 100
 MIN_BYTES_PER_S = 65_536
-OPEN_PATHS = frozenset({LIVE, READY})
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class HeadTooLargeError(ApiError):
@@ -36,33 +31,21 @@ class HeadTooLargeError(ApiError):
 
 
 class HeadGuard:
-    """Checks every request's head, whatever its path."""
+    """Checks every request's head, whatever its path, its key among the rest."""
 
-    def __init__(self, api_keys: Sequence[str]) -> None:
-        self._api_keys = [key.encode() for key in api_keys]
+    def __init__(self, access: Access) -> None:
+        self._access = access
 
     def check(self, request: Request) -> None:
         """Raises ApiError; the connection closes then, its body being unread."""
         try:
             _check_shape(request)
-            self._check_key(request)
+            self._access.check(request)
             _check_encoding(request)
         except ApiError:
             if isinstance(request.stream, Http):
                 request.stream.keep_alive = False
             raise
-
-    def _check_key(self, request: Request) -> None:
-        """One answer for no key and a wrong one; every key is compared to its end."""
-        if not self._api_keys or request.path in OPEN_PATHS:
-            return
-        scheme, _, key = request.headers.getone("authorization", "").partition(" ")
-        given = key.strip().encode(errors="surrogateescape")
-        matches = [hmac.compare_digest(given, known) for known in self._api_keys]
-        if scheme.lower() != "bearer" or not any(matches):
-            raise AuthenticationError(
-                "a valid API key is required: send it as 'Authorization: Bearer KEY'"
-            )
 
 
 class HardyRequest(Request):
@@ -119,12 +102,6 @@ async def receive_body(request: Request, timeout_s: float) -> None:
         stream.keep_alive, stream.request_body = False, None
         raise SlowBodyError(f"the body did not come within {timeout_s:g} s") from error
     request.body = b"".join(chunks)
-
-
-def request_id_of(request: Request) -> str:
-    """The client's X-Request-Id if it is harmless, else a new one."""
-    given = str(request.headers.getone("x-request-id", ""))
-    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def _check_shape(request: Request) -> None:

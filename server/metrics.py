@@ -1,81 +1,30 @@
-"""The figures at /metrics, under the documented service's names.
+"""The figures at /metrics: the documented service's names, and the field's usual ones beside them.
 
-Owns one worker's registry. No label takes its value from a client.
+Owns one worker's registry. No label takes its value from a client. The figures of several
+workers become the server's by sums, family by family and label by label: there are counters
+and histograms only, but for what `engine_figures.py` tells, which every worker tells alike.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
-from ..router.messages import EngineStats
+from ..router.messages import AddRequest, EngineStats
+from .engine_figures import EngineFigures
+from .records import Record, current_record
 
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 131072)
+_FEW = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
-
-class EngineFigures(Collector):
-    """What the engine last told of itself; the unprefixed names are the documented ones."""
-
-    def __init__(self, num_request_max: int) -> None:
-        self.stats = EngineStats()
-        self._num_request_max = num_request_max
-
-    def collect(self) -> Iterator[Metric]:
-        """Each figure once, as it stands."""
-        stats = self.stats
-        usage = stats.text_blocks_used / stats.text_blocks_total if stats.text_blocks_total else 0.0
-        gauges = {
-            "gpu_cache_usage_perc": ("Text blocks in use; 1 is all of them.", usage),
-            "num_requests_running": ("Requests in the running batch.", stats.num_running),
-            "num_requests_waiting": ("Requests waiting for the batch.", stats.num_waiting),
-            "num_request_max": ("Most requests that run at once.", self._num_request_max),
-            "vlmserve_text_blocks_used": ("Text blocks in use.", stats.text_blocks_used),
-            "vlmserve_text_blocks_total": ("Text blocks there are.", stats.text_blocks_total),
-            "vlmserve_image_blocks_used": ("Image blocks (tiles) in use.", stats.image_blocks_used),
-            "vlmserve_image_blocks_total": ("Image blocks there are.", stats.image_blocks_total),
-            "vlmserve_text_blocks_cached": (
-                "Text blocks kept in case they are needed again.",
-                stats.text_blocks_cached,
-            ),
-            "vlmserve_image_blocks_cached": (
-                "Image blocks kept in case they are needed again.",
-                stats.image_blocks_cached,
-            ),
-        }
-        counters = {
-            "vlmserve_steps": ("Steps of the model.", stats.num_steps),
-            "vlmserve_preemptions": ("Requests set back for room.", stats.num_preemptions),
-            "vlmserve_images_encoded": ("Images encoded.", stats.num_images_encoded),
-            "vlmserve_vision_seconds": ("Time in the vision encoder.", stats.vision_seconds),
-            **_cache_counters(stats),
-        }
-        for name, (help_text, value) in gauges.items():
-            yield GaugeMetricFamily(name, help_text, value)
-        for name, (help_text, value) in counters.items():
-            yield CounterMetricFamily(name, help_text, value)
-
-
-def _cache_counters(stats: EngineStats) -> dict[str, tuple[str, int]]:
-    return {
-        "vlmserve_image_cache_hits": ("Images found encoded or due.", stats.image_cache_hits),
-        "vlmserve_image_cache_misses": ("Images not found.", stats.image_cache_misses),
-        "vlmserve_image_cache_evictions": ("Images given up.", stats.image_cache_evictions),
-        "vlmserve_prefix_cache_queried_tokens": (
-            "Tokens of requests that started.",
-            stats.prefix_tokens_queried,
-        ),
-        "vlmserve_prefix_cache_hit_tokens": (
-            "Tokens found computed when their request started.",
-            stats.prefix_tokens_hit,
-        ),
-    }
+FinishedReason = Literal["stop", "length", "tool_calls", "abort", "error"]
+FINISHED_REASONS: tuple[FinishedReason, ...] = ("stop", "length", "tool_calls", "abort", "error")
 
 
 class Metrics:
@@ -85,120 +34,189 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._engine = EngineFigures(num_request_max)
         self.registry.register(self._engine)
-        self._add_request_figures()
+        self._add_documented_figures()
+        self._add_usual_figures()
+        self._add_http_figures()
 
-    def start(self, num_prompt_tokens: int) -> RequestTimer:
-        """Begin to time one request."""
-        return RequestTimer(self, num_prompt_tokens)
+    def start(self, requests: Sequence[AddRequest]) -> RequestTimer:
+        """Begin to time one request that goes to the engine, with its prompts."""
+        return RequestTimer(self, requests)
 
     def expire(self) -> None:
         """A request's time was over before it could be admitted."""
         self.request_failure.inc()
         self.request_finish.labels("error").inc()
 
+    def count_http(self, record: Record) -> None:
+        """Count a request of whatever kind that has ended."""
+        self.http_requests.labels(record.method, record.route, str(record.status)).inc()
+        if record.images_began is not None and record.images_ended is not None:
+            self.image_load_time.observe(record.images_ended - record.images_began)
+
     def render(self, stats: EngineStats) -> bytes:
         """All figures in Prometheus' text format."""
         self._engine.stats = stats
         return generate_latest(self.registry)
 
-    def _add_request_figures(self) -> None:
-        registry = self.registry
-        self.prompt_tokens = Counter("prompt_tokens", "Prompt tokens taken.", registry=registry)
-        self.generation_tokens = Counter(
-            "generation_tokens", "Tokens generated.", registry=registry
-        )
-        self.time_to_first_token = Histogram(
+    def _add_documented_figures(self) -> None:
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens taken.")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds",
-            "From admission to the first token.",
-            buckets=_LATENCY_S,
-            registry=registry,
+            "From a request's arrival to its first token.",
+            _LATENCY_S,
         )
-        self.time_per_output_token = Histogram(
-            "time_per_output_token_seconds",
-            "Between two tokens of a request.",
-            buckets=_TOKEN_S,
-            registry=registry,
+        self.time_per_output_token = self._histogram(
+            "time_per_output_token_seconds", "Between two tokens of an answer.", _TOKEN_S
         )
-        self.e2e_request_latency = Histogram(
-            "e2e_request_latency_seconds",
-            "From admission to the last token.",
-            buckets=_LATENCY_S,
-            registry=registry,
+        self.e2e_request_latency = self._histogram(
+            "e2e_request_latency_seconds", "From a request's arrival to its last token.", _LATENCY_S
         )
-        self.request_prompt_tokens = Histogram(
-            "request_prompt_tokens", "Prompt tokens a request.", buckets=_TOKENS, registry=registry
+        self.request_prompt_tokens = self._histogram(
+            "request_prompt_tokens", "Prompt tokens a request.", _TOKENS
         )
-        self.request_generation_tokens = Histogram(
-            "request_generation_tokens",
-            "Generated tokens a request.",
-            buckets=_TOKENS,
-            registry=registry,
+        self.request_generation_tokens = self._histogram(
+            "request_generation_tokens", "Generated tokens a request.", _TOKENS
         )
-        self.request_finish = Counter(
-            "request_finish",
-            "Requests that ended, by reason.",
-            ["finished_reason"],
-            registry=registry,
+        self.request_finish = self._counter(
+            "request_finish", "Requests that ended, by reason.", ["finished_reason"]
         )
-        self.request_success = Counter(
-            "request_success", "Requests answered to their end.", registry=registry
-        )
-        self.request_failure = Counter(
+        for reason in FINISHED_REASONS:
+            self.request_finish.labels(reason)
+        self.request_success = self._counter("request_success", "Requests answered to their end.")
+        self.request_failure = self._counter(
             "request_failure",
             "Requests that failed in the engine, or whose time was over before it.",
-            registry=registry,
         )
+
+    def _add_usual_figures(self) -> None:
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds",
+            "Between two tokens of an answer, counted once a token.",
+            _TOKEN_S,
+        )
+        self.request_queue_time = self._histogram(
+            "request_queue_time_seconds", "In the engine's queue before the first run.", _LATENCY_S
+        )
+        self.request_prefill_time = self._histogram(
+            "request_prefill_time_seconds", "From the first run to the first token.", _LATENCY_S
+        )
+        self.request_decode_time = self._histogram(
+            "request_decode_time_seconds", "From the first token to the last.", _LATENCY_S
+        )
+        self.request_inference_time = self._histogram(
+            "request_inference_time_seconds", "From the first run to the last token.", _LATENCY_S
+        )
+        self.request_params_n = self._histogram("request_params_n", "Answers asked for.", _FEW)
+        self.request_params_max_tokens = self._histogram(
+            "request_params_max_tokens", "Tokens that an answer may have.", _TOKENS
+        )
+        self.request_images = self._histogram("request_images", "Images a request.", _FEW)
+        self.image_load_time = self._histogram(
+            "image_load_time_seconds", "Fetching and decoding a request's images.", _LATENCY_S
+        )
+
+    def _add_http_figures(self) -> None:
+        self.http_requests = self._counter(
+            "vlmserve_http_requests",
+            "HTTP requests that ended; 499 is a client that went away.",
+            ["method", "route", "status"],
+        )
+        self.event_loop_lag = self._histogram(
+            "vlmserve_event_loop_lag_seconds", "How late the event loop runs what is due.", _LAG_S
+        )
+
+    def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(name, text, buckets=buckets, registry=self.registry)
 
 
 class RequestTimer:
-    """One request's times; exactly one of its ends is counted."""
+    """One request's times in the engine; exactly one of its ends is counted.
 
-    def __init__(self, metrics: Metrics, num_prompt_tokens: int) -> None:
+    What it measures stands in the HTTP request's record too.
+    """
+
+    def __init__(self, metrics: Metrics, requests: Sequence[AddRequest]) -> None:
         self._metrics = metrics
-        self._began = self._last = time.monotonic()
-        self._num_prompt_tokens = num_prompt_tokens
+        self._record = record = current_record()
+        self._admitted = time.monotonic()
+        self._first: float | None = None
+        self._last: dict[str, float] = {}
         self._num_tokens = 0
-        self._outcome: str | None = None
+        self._queue_s = 0.0
+        self._is_over = False
+        num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        record.admitted = record.admitted or self._admitted
+        record.prompt_tokens += num_prompt_tokens
         metrics.prompt_tokens.inc(num_prompt_tokens)
         metrics.request_prompt_tokens.observe(num_prompt_tokens)
+        metrics.request_params_n.observe(len(requests[0].answer_ids))
+        metrics.request_params_max_tokens.observe(max(one.max_tokens for one in requests))
+        metrics.request_images.observe(sum(len(request.images) for request in requests))
 
-    def tokens(self, count: int) -> None:
-        """Some tokens came."""
+    def tokens(self, request_id: str, count: int, queue_s: float = 0.0) -> None:
+        """Some tokens of one answer came. queue_s: as the first output tells it."""
+        if not count:
+            return
         now = time.monotonic()
-        if self._num_tokens == 0:
-            self._metrics.time_to_first_token.observe(now - self._began)
-        elif count:
-            self._metrics.time_per_output_token.observe((now - self._last) / count)
+        if self._first is None:
+            self._begin(now, queue_s)
+        last = self._last.get(request_id)
+        if last is not None:
+            gap_s = (now - last) / count
+            self._metrics.time_per_output_token.observe(gap_s)
+            for _ in range(count):
+                self._metrics.inter_token_latency.observe(gap_s)
+        self._last[request_id] = self._record.last_token = now
         self._num_tokens += count
-        self._last = now
+        self._record.completion_tokens += count
         self._metrics.generation_tokens.inc(count)
 
+    def end_answer(self, reason: Literal["stop", "length", "tool_calls"]) -> None:
+        """One of the request's answers is whole."""
+        self._record.finish_reasons.append(reason)
+
     def finish(self, reason: Literal["stop", "length", "tool_calls"]) -> None:
-        """The request was answered."""
+        """The request was answered. reason: its last answer's."""
         self._metrics.request_success.inc()
+        self._observe_decode()
         self._close(reason)
 
     def fail(self) -> None:
         """The engine failed the request."""
         self._metrics.request_failure.inc()
+        self._record.finish_reasons.append("error")
         self._close("error")
 
     def leave(self) -> None:
         """Nobody waits any more; without effect after another end."""
+        if not self._is_over:
+            self._record.finish_reasons.append("abort")
         self._close("abort")
 
-    @property
-    def summary(self) -> str:
-        """One line for the log; it tells no word of prompt or answer."""
-        return (
-            f"{self._outcome or 'running'}, {self._num_prompt_tokens} prompt tokens,"
-            f" {self._num_tokens} generated, {time.monotonic() - self._began:.3f} s"
-        )
+    def _begin(self, now: float, queue_s: float) -> None:
+        self._first, self._queue_s = now, queue_s
+        record = self._record
+        if record.first_token is None:
+            record.first_token, record.queue_s = now, queue_s
+        self._metrics.time_to_first_token.observe(now - record.began)
+        self._metrics.request_queue_time.observe(queue_s)
+        self._metrics.request_prefill_time.observe(max(0.0, now - self._admitted - queue_s))
 
-    def _close(self, reason: str) -> None:
-        if self._outcome is not None:
+    def _observe_decode(self) -> None:
+        if self._first is not None:
+            last = max(self._last.values())
+            self._metrics.request_decode_time.observe(last - self._first)
+            inference_s = last - self._admitted - self._queue_s
+            self._metrics.request_inference_time.observe(max(0.0, inference_s))
+
+    def _close(self, reason: FinishedReason) -> None:
+        if self._is_over:
             return
-        self._outcome = reason
+        self._is_over = True
         self._metrics.request_finish.labels(reason).inc()
-        self._metrics.e2e_request_latency.observe(time.monotonic() - self._began)
+        self._metrics.e2e_request_latency.observe(time.monotonic() - self._record.began)
         self._metrics.request_generation_tokens.observe(self._num_tokens)

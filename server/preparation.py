@@ -10,6 +10,7 @@ import asyncio
 import functools
 import math
 import secrets
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .errors import BadRequestError, NotReadyError
 from .grammar_checks import GrammarChecks
 from .images.settings import ImageError, ImageRequest, PoolClosed
 from .prompt import PreparedPrompt, Processor, PromptTooLongError
+from .records import current_record
 from .requests import (
     GenerationRequest,
     PlainPrompt,
@@ -222,6 +224,9 @@ class Preparer:
     async def _tiles(self, images: Sequence[ImagePart], tenant: str) -> list[ImageTiles]:
         if not images:
             return []
+        record = current_record()
+        record.num_images += len(images)
+        record.images_began = record.images_began or time.monotonic()
         wanted = [ImageRequest(image.url, image.max_tiles, tenant) for image in images]
         deadline = asyncio.get_running_loop().time() + self._image_deadline_s
         try:
@@ -237,6 +242,8 @@ class Preparer:
             ) from error
         except PoolClosed as error:
             raise NotReadyError("the server is stopping: try again", retry_after_s=1.0) from error
+        finally:
+            record.images_ended = time.monotonic()
 
 
 def _with_seeds(request: GenerationRequest, added: Sequence[AddRequest]) -> tuple[AddRequest, ...]:

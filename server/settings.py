@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from ..models.batch import Positive
+from ..router.logs import LogFormat, LogLevel
 from .images.settings import ImageSettings
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -23,7 +24,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     inherited listening socket. first_output_wait_s: how long a stream waits for
     its first token before its headers go out, so that a refusal still has a status.
     max_request_time_s: from a request's arrival to the end of its answer; a request's
-    own timeout_s may be shorter.
+    own timeout_s may be shorter. api_key_file: read at the start and at each SIGHUP.
+    allowed_hosts: names in Host that are answered, empty for all. cors_origins: whose
+    pages may read answers, empty for none. log_requests: one line a request.
     """
 
     model: str
@@ -31,6 +34,11 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     served_model_names: list[str]
     listen_fd: int | None = None
     api_keys: list[str] = []
+    api_key_file: str | None = None
+    allowed_hosts: list[str] = []
+    cors_origins: list[str] = []
+    tls_certfile: str | None = None
+    tls_keyfile: str | None = None
     image_position: Literal["front", "as-sent"] = "front"
     unknown_fields: Literal["error", "ignore"] = "error"
     max_body_bytes: Positive = 64 * 1024 * 1024
@@ -44,7 +52,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     image_deadline_s: Seconds = 30.0
     max_request_time_s: Seconds = 600.0
     images: ImageSettings = msgspec.field(default_factory=ImageSettings)
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
+    log_requests: bool = True
 
     @property
     def model_name(self) -> str:

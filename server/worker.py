@@ -12,6 +12,7 @@ import sys
 
 import msgspec
 
+from ..router.logs import say, set_up_logging
 from ..router.parent import ParentGoneError, die_with_parent
 from .app import build_app
 from .settings import ServerSettings
@@ -27,7 +28,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         settings = msgspec.json.decode(sys.stdin.buffer.read(), type=ServerSettings)
-        _set_up_logging(settings)
+        set_up_logging(settings.log_level, settings.log_format, "worker")
         die_with_parent(parent)
         app = build_app(settings)
         listening = _listening_socket(settings)
@@ -37,7 +38,7 @@ def main() -> None:
 
 
 def _fail(error: Exception) -> int:
-    sys.stderr.write(f"HTTP worker cannot start: {error}\n")
+    say(f"HTTP worker cannot start: {error}", logging.ERROR)
     return 2
 
 
@@ -49,16 +50,6 @@ def _listening_socket(settings: ServerSettings) -> socket.socket:
     # For this process alone: a decoder that reads strangers' files has no use for it.
     listening.set_inheritable(False)
     return listening
-
-
-def _set_up_logging(settings: ServerSettings) -> None:
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    # Sanic tells of each start and stop and of every cancelled request.
-    logging.getLogger("sanic").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

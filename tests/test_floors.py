@@ -16,6 +16,7 @@ SERVER_MAY_IMPORT = {
     "vlmserve.router.client",
     "vlmserve.router.config",
     "vlmserve.router.errors",
+    "vlmserve.router.logs",
     "vlmserve.router.messages",
     "vlmserve.router.parent",
     "vlmserve.router.wire",

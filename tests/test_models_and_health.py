@@ -182,6 +182,7 @@ def test_metrics_count_requests_under_the_documented_names(checkpoint):
         sample.name: sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
+        if sample.labels.get("finished_reason", "stop") == "stop"
     }
     assert values["generation_tokens_total"] == 3
     assert values["request_success_total"] == values["request_finish_total"] == 1

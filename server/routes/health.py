@@ -7,13 +7,12 @@ from urllib.parse import unquote
 from prometheus_client import CONTENT_TYPE_LATEST
 from sanic import HTTPResponse, Request
 
+from ..access import LIVE, READY
 from ..schemas.model_answers import LiveAnswer, ModelCard, ModelList, ReadyAnswer, model_card
 from . import samples
 from .declared import Reply, Routes
 from .services import check_model, json_response, services_of
 
-LIVE = "/v1/health/live"
-READY = "/v1/health/ready"
 # What clients of other servers of this kind ask.
 SHORT_READY = "/health"
 

@@ -80,13 +80,12 @@ def tenant_of(request: Request, cache_salt: str | None = None) -> str:
 
     A hash, as the engine has no use for the key itself; empty without a key and a salt.
     """
-    has_keys = bool(services_of(request).settings.api_keys)
-    key = request.headers.getone("authorization", "").partition(" ")[2].strip() if has_keys else ""
-    if not key and not cache_salt:
+    owner: bytes = getattr(request.ctx, "key_owner", b"")
+    if not owner and not cache_salt:
         return ""
-    # The first hash has a fixed length, so that no key and salt pass for others.
-    first = hashlib.sha256(key.encode(errors="surrogatepass")).digest()
-    return hashlib.sha256(first + (cache_salt or "").encode(errors="surrogatepass")).hexdigest()
+    # The key's digest has a fixed length, so that no key and salt pass for others.
+    salt = (cache_salt or "").encode(errors="surrogatepass")
+    return hashlib.sha256(owner.ljust(32, b"\0") + salt).hexdigest()
 
 
 def check_model(request: Request, name: str) -> None:

@@ -1,0 +1,157 @@
+"""How every process of the server writes its log: one line an event, as text or as JSON.
+
+Owns the lines' form, and what none of them may hold: control characters are escaped, and of an
+exception that nobody expected only its type and place are told, as its words may quote a
+request. Knows nothing of requests but the id that a line belongs to.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any, Literal
+
+import msgspec
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
+
+# The id of the request that the running task works for.
+request_id_of_task: ContextVar[str | None] = ContextVar("request_id_of_task", default=None)
+
+MAX_FRAMES = 12
+# Libraries whose lines quote URLs, addresses and what a client sent.
+TALKATIVE = frozenset({"sanic", "asyncio", "httpcore2", "httpx2", "PIL"})
+# What would start a new line, colour a terminal, turn a text's direction or fit no encoding.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def set_up_logging(level: LogLevel, form: LogFormat, process: str) -> None:
+    """Write this process's log to stderr from now on. process: its name in every line."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(EventFormatter(form, process, tells_all=level == "debug"))
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    logging.captureWarnings(True)
+    if level != "debug":
+        # Sanic tells of each start and stop and of every cancelled request.
+        logging.getLogger("sanic").setLevel(logging.WARNING)
+
+
+def say(line: str, level: int = logging.INFO) -> None:
+    """One line for the operator: as it is, or as an event where the log is JSON."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler.formatter, EventFormatter) and handler.formatter.form == "json":
+            logging.getLogger("vlmserve").log(max(level, logging.INFO), "%s", line)
+            return
+    sys.stderr.write(f"{line}\n")
+
+
+def escaped(text: str) -> str:
+    """The text in one line that no terminal takes for a command."""
+    return _UNPRINTABLE.sub(lambda match: _escape(match[0]), text)
+
+
+def place_of(error: BaseException) -> list[str]:
+    """Where an exception was raised, innermost first: modules, lines, functions; no paths."""
+    return [
+        f"{frame.f_globals.get('__name__', '?')}:{line} {frame.f_code.co_name}"
+        for frame, line in reversed(list(_frames(error.__traceback__)))
+    ][:MAX_FRAMES]
+
+
+class EventFormatter(logging.Formatter):
+    """Formats a record, with the fields of its `fields` attribute, as one line.
+
+    tells_all: the words of unexpected exceptions and of talkative libraries too.
+    """
+
+    def __init__(self, form: LogFormat, process: str, *, tells_all: bool = False) -> None:
+        super().__init__()
+        self.form = form
+        self._process = process
+        self._tells_all = tells_all
+
+    def format(self, record: logging.LogRecord) -> str:
+        event = self._event(record)
+        return _as_json(event) if self.form == "json" else _as_text(event)
+
+    def _event(self, record: logging.LogRecord) -> dict[str, Any]:
+        event: dict[str, Any] = {
+            "time": _timestamp(record.created),
+            "level": record.levelname.lower(),
+            "process": self._process,
+            "logger": record.name,
+            "message": self._message(record),
+        }
+        if (request_id := request_id_of_task.get()) is not None:
+            event["request_id"] = request_id
+        fields: Mapping[str, Any] = getattr(record, "fields", {})
+        event |= fields
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None:
+            event["exception"] = self._exception(error)
+        return event
+
+    def _message(self, record: logging.LogRecord) -> str:
+        if record.name.split(".")[0] in TALKATIVE and not self._tells_all:
+            return f"{record.levelname.lower()} in {record.module}:{record.lineno}"
+        return record.getMessage()
+
+    def _exception(self, error: BaseException) -> dict[str, Any]:
+        told: dict[str, Any] = {"type": type(error).__name__, "at": place_of(error)}
+        if self._tells_all:
+            told["message"] = str(error)[:2000]
+        cause = error.__cause__ or error.__context__
+        if cause is not None:
+            told["cause"] = type(cause).__name__
+        return told
+
+
+def _frames(trace: TracebackType | None) -> Any:
+    return traceback.walk_tb(trace)
+
+
+def _as_json(event: Mapping[str, Any]) -> str:
+    return msgspec.json.encode(_escaped_deep(event)).decode()
+
+
+def _as_text(event: Mapping[str, Any]) -> str:
+    head = ("time", "level", "process", "logger", "message")
+    line = "{time} {level} {process} {logger}: {message}".format(**event)
+    rest = {name: value for name, value in event.items() if name not in head}
+    for name, value in rest.items():
+        if value is None:
+            continue
+        told = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        line += f" {name}={told}"
+    return escaped(line)
+
+
+def _escaped_deep(value: Any) -> Any:
+    if isinstance(value, str):
+        return escaped(value)
+    if isinstance(value, Mapping):
+        return {name: _escaped_deep(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_escaped_deep(inner) for inner in value]
+    return value
+
+
+def _escape(char: str) -> str:
+    code = ord(char)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def _timestamp(seconds: float) -> str:
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{whole}.{int(seconds % 1 * 1000):03d}Z"
