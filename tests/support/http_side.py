@@ -264,7 +264,13 @@ def tokens_one_by_one(
 @asynccontextmanager
 async def running_server(settings: ServerSettings, **parts: Any) -> AsyncIterator[str]:
     """A real server on a free loopback port, in this event loop; gives its base URL."""
-    app = build_app(settings, **parts)
+    async with running_app(build_app(settings, **parts)) as url:
+        yield url
+
+
+@asynccontextmanager
+async def running_app(app: Any) -> AsyncIterator[str]:
+    """The same of an application that was built before."""
     # It rewrites Sanic's classes for the one application of a process; tests have many.
     app.config.TOUCHUP = False
     with socket.create_server(("127.0.0.1", 0)) as listening:
