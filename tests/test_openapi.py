@@ -12,9 +12,9 @@ import pytest
 from support.http_side import MODEL, OneTileImages, ScriptedEngine, client_of, write_checkpoint
 
 from vlmserve.server import openapi
+from vlmserve.server.access import OPEN_PATHS
 from vlmserve.server.app import build_app
 from vlmserve.server.errors import ApiError
-from vlmserve.server.guards import OPEN_PATHS
 from vlmserve.server.routes import samples
 from vlmserve.server.settings import ServerSettings
 
