@@ -33,6 +33,7 @@ from .cache import (
 )
 from .errors import StepError
 from .grammar import Grammars, Matcher
+from .heap import keep_freed_buffers
 from .inputs import StepInputs, image_slots, pack
 from .loading import LoadedModel, load_model
 from .logprobs import RawLogprobs, prompt_logprobs
@@ -80,7 +81,9 @@ def create_runner(
         num_image_blocks=num_image_blocks,
     )
     budget_bytes = kv_cache_bytes or default_budget_bytes(loaded.device)
-    return ModelRunner(loaded, plan_pools(request, budget_bytes), attention.backend)
+    runner = ModelRunner(loaded, plan_pools(request, budget_bytes), attention.backend)
+    keep_freed_buffers()  # not earlier: pools take memory only as they are written
+    return runner
 
 
 def set_threads(num_threads: int | None) -> None:

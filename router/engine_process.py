@@ -21,6 +21,7 @@ from typing import Any, NoReturn, cast
 
 import msgspec
 
+from ..models.heap import use_one_heap
 from .config import EngineConfig
 from .engine import Engine, Runner
 from .engine_server import EngineServer, SocketPathError
@@ -109,6 +110,7 @@ def main(load_runner: LoadRunner = load_model_runner) -> NoReturn:
         config = read_config()
         set_up_logging(config.log_level, config.log_format, "engine")
         die_with_parent(config.parent_pid)
+        use_one_heap()
     except (msgspec.DecodeError, UnicodeDecodeError, ParentGoneError) as error:
         _exit(_complain(f"engine settings: {error}", EXIT_BAD_SETTINGS))
     _exit(asyncio.run(serve(config, load_runner)))
