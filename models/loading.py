@@ -21,6 +21,7 @@ from .cache import ATTENTION_NAME
 from .checkpoint import check_folder
 from .errors import ModelError
 from .heap import large_buffers_mapped
+from .layer_count import LayerCount
 from .offload import bring_whole
 from .packed import pack_linears
 from .placement import VISION, Placement, on_one_device
@@ -58,6 +59,7 @@ class LoadedModel:
     folder: Path
     placement: Placement
     dtype: torch.dtype
+    layers: LayerCount
 
     @property
     def device(self) -> torch.device:
@@ -136,7 +138,12 @@ def load(checkpoint: Checkpoint, placement: Placement, quantize: str | None = No
     mend_vision(model)
     pack_linears(model)
     loaded = LoadedModel(
-        model, checkpoint.normalization, checkpoint.folder, placement, checkpoint.dtype
+        model,
+        checkpoint.normalization,
+        checkpoint.folder,
+        placement,
+        checkpoint.dtype,
+        LayerCount(model),
     )
     # the text model alone: the vision encoder keeps transformers' own attention
     name = ATTENTION_NAME if len(loaded.layer_devices) == 1 else SPLIT_ATTENTION_NAME

@@ -137,6 +137,11 @@ class ModelRunner:
         )
 
     @property
+    def num_layers_begun(self) -> int:
+        """How many layers were begun so far, of all steps; may be read while a step runs."""
+        return self._loaded.layers.num_begun
+
+    @property
     def config(self) -> MllamaConfig:
         """The model's configuration: its sizes, for measuring."""
         return cast(MllamaConfig, self._model.config)

@@ -102,6 +102,8 @@ class EngineClient:
         self.info: EngineReady | None = None
         self.stats = EngineStats()
         self.step_age_s = 0.0
+        self.stall_s = 0.0
+        self.may_compile = False
         self.last_heartbeat: float | None = None
         self._on_dead = on_dead
         self._max_frame_bytes = max_frame_bytes
@@ -125,7 +127,7 @@ class EngineClient:
 
     @property
     def heartbeat_age_s(self) -> float:
-        """Seconds since the last heartbeat; infinite before the first."""
+        """Seconds since the last sign of life; infinite before the first."""
         if self.last_heartbeat is None:
             return float("inf")
         return time.monotonic() - self.last_heartbeat
@@ -264,13 +266,17 @@ class EngineClient:
         elif isinstance(message, Heartbeat):
             self.last_heartbeat = time.monotonic()
             self.stats, self.step_age_s = message.stats, message.step_age_s
+            self.stall_s, self.may_compile = message.stall_s, message.may_compile
         else:
             self.info = message
+            # A sign of life as well: else an engine that stops before its first beat is never late.
+            self.last_heartbeat = time.monotonic()
             self._state_changed.set()
 
     def _disconnect(self, reason: str) -> None:
         writer, self._writer = self._writer, None
-        self.info = None
+        self.info = self.last_heartbeat = None
+        self.stall_s = 0.0
         self._state_changed.set()
         for request_id, stream in self._streams.items():
             if request_id in stream.open_ids:

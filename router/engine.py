@@ -44,6 +44,7 @@ from .pace import Pace
 from .queue import QueueLimits, RequestQueue
 from .scheduler import Progress, Scheduler, SchedulerLimits
 from .sequence import Sequence
+from .step_watch import StepWatch
 
 logger = logging.getLogger("vlmserve.engine")
 
@@ -56,6 +57,11 @@ class Runner(Protocol):
     @property
     def info(self) -> ModelInfo:
         """What was loaded."""
+        ...
+
+    @property
+    def num_layers_begun(self) -> int:
+        """Grows while a step computes. Read from another thread."""
         ...
 
     def execute(self, batch: StepBatch) -> StepResult:
@@ -100,7 +106,7 @@ class Engine:
         self._compilations: set[asyncio.Task[None]] = set()
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._step_started: float | None = None
+        self.step_watch = StepWatch(lambda: runner.num_layers_begun)
         self._num_steps = 0
         self._vision_seconds = 0.0
         self._vision_step_counts = [0] * (len(VISION_BOUNDS_S) + 1)
@@ -201,7 +207,9 @@ class Engine:
                 await self._run_step(batch)
 
     async def _run_step(self, batch: StepBatch) -> None:
-        self._step_started = began = time.monotonic()
+        began = time.monotonic()
+        self.step_watch.begin(batch)
+        is_computed = False
         loop = asyncio.get_running_loop()
         try:
             result = await loop.run_in_executor(self._executor, self._execute, batch)
@@ -209,12 +217,13 @@ class Engine:
             logger.exception("a step of %d sequences failed", len(batch.sequences))
             self._fail(self.scheduler.fail_step(), _step_failure())
         else:
+            is_computed = True
             self._pace.count(began, batch.num_tokens)
             self._count_vision(result.vision_seconds)
             self._deliver(self.scheduler.update(result))
         finally:
             self._num_steps += 1
-            self._step_started = None
+            self.step_watch.end(is_computed=is_computed)
 
     def _count_vision(self, seconds: float) -> None:
         if seconds > 0:
@@ -303,11 +312,6 @@ class Engine:
             prefix_tokens_queried=self.scheduler.blocks.num_prefix_tokens_queried,
             prefix_tokens_hit=self.scheduler.blocks.num_prefix_tokens_hit,
         )
-
-    @property
-    def step_age_s(self) -> float:
-        """How long the running step has been running, in seconds; 0 when idle."""
-        return 0.0 if self._step_started is None else time.monotonic() - self._step_started
 
     def _scheduler_limits(self) -> SchedulerLimits:
         return SchedulerLimits(

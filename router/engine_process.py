@@ -1,7 +1,9 @@
-"""The engine's process: `python -m vlmserve.router.engine_process < config.json`.
+"""The engine's process: `python -m vlmserve.router.engine_process [--spare] < config.json`.
 
 Owns the process's life: its settings from stdin, its death with its parent, its
-signals and its exit code. Knows nothing of scheduling or tensors.
+signals and its exit code. Knows nothing of scheduling or tensors. A spare (`--spare`)
+imports all that an engine needs while it waits for its settings, which may never come:
+importing is most of what a small model's start takes.
 
 Exit codes: 0 after SIGTERM, 1 if the engine itself fails, 2 for settings or a
 socket path that cannot be used, 3 if the model cannot be loaded. Each non-zero
@@ -27,7 +29,7 @@ from .engine import Engine, Runner
 from .engine_server import EngineServer, SocketPathError
 from .errors import EngineDeadError
 from .logs import say, set_up_logging
-from .parent import ParentGoneError, die_with_parent
+from .parent import ParentGoneError, die_with_parent, name_process
 
 logger = logging.getLogger("vlmserve.engine")
 
@@ -35,6 +37,9 @@ EXIT_STOPPED = 0
 EXIT_FAILED = 1
 EXIT_BAD_SETTINGS = 2
 EXIT_MODEL_ERROR = 3
+
+SPARE_OPTION = "--spare"
+ENGINE_NAME, SPARE_NAME = "vlmserve-engine", "vlmserve-spare"
 
 LoadRunner = Callable[[EngineConfig], Runner]
 
@@ -59,6 +64,11 @@ def load_model_runner(config: EngineConfig) -> Runner:
         num_threads=config.num_threads,
     )
     return cast(Runner, runner)
+
+
+def import_model_runner() -> None:
+    """What `load_model_runner` would import first."""
+    from ..models import runner  # noqa: F401
 
 
 async def serve(config: EngineConfig, load_runner: LoadRunner = load_model_runner) -> int:
@@ -104,21 +114,35 @@ async def _first_of(*futures: asyncio.Future[Any]) -> None:
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
-def main(load_runner: LoadRunner = load_model_runner) -> NoReturn:
-    """Run one engine process to its end. Does not return."""
+def main(
+    load_runner: LoadRunner = load_model_runner,
+    prepare: Callable[[], None] = import_model_runner,
+) -> NoReturn:
+    """Run one engine process to its end. Does not return.
+
+    prepare: what a spare does before it waits for its settings.
+    """
     try:
+        if SPARE_OPTION in sys.argv[1:]:
+            die_with_parent()
+            name_process(SPARE_NAME)
+            prepare()
         config = read_config()
         set_up_logging(config.log_level, config.log_format, "engine")
         die_with_parent(config.parent_pid)
         use_one_heap()
+        name_process(ENGINE_NAME)
     except (msgspec.DecodeError, UnicodeDecodeError, ParentGoneError) as error:
         _exit(_complain(f"engine settings: {error}", EXIT_BAD_SETTINGS))
     _exit(asyncio.run(serve(config, load_runner)))
 
 
 def read_config() -> EngineConfig:
-    """The settings: one line of JSON on stdin. Raises msgspec.ValidationError."""
-    return msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    """The settings: one line of JSON on stdin. Raises msgspec.DecodeError."""
+    line = sys.stdin.buffer.readline()
+    if not line and SPARE_OPTION in sys.argv[1:]:
+        _exit(EXIT_STOPPED)  # it was never needed
+    return msgspec.json.decode(line, type=EngineConfig)
 
 
 def _stop_on_sigterm() -> asyncio.Event:

@@ -132,13 +132,22 @@ class EngineServer:
 
     async def _beat(self) -> None:
         while True:
-            engine = self._engine
-            stats = EngineStats() if engine is None else engine.stats()
-            step_age_s = 0.0 if engine is None else engine.step_age_s
-            heartbeat = Heartbeat(stats=stats, step_age_s=step_age_s)
+            heartbeat = _heartbeat_of(self._engine)
             for worker_id in list(self._workers):
                 self.send(worker_id, heartbeat)
             await asyncio.sleep(self._config.heartbeat_interval_s)
+
+
+def _heartbeat_of(engine: Engine | None) -> Heartbeat:
+    if engine is None:
+        return Heartbeat(stats=EngineStats())
+    watch = engine.step_watch
+    return Heartbeat(
+        stats=engine.stats(),
+        step_age_s=watch.age_s,
+        stall_s=watch.stall_s,
+        may_compile=watch.is_first_of_kind,
+    )
 
 
 def _listen(path: str) -> socket.socket:

@@ -146,10 +146,17 @@ class RequestFailed(msgspec.Struct, tag="failed", kw_only=True):
 
 
 class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
-    """Sent every heartbeat_interval_s; step_age_s is the age of the running step, 0 when idle."""
+    """Sent every heartbeat_interval_s.
+
+    step_age_s: the age of the running step, 0 when idle. stall_s: how long that step
+    has shown no progress. may_compile: no step of its kind was computed before, so that
+    it may be compiling kernels, which shows no progress either.
+    """
 
     stats: EngineStats
     step_age_s: float = 0.0
+    stall_s: float = 0.0
+    may_compile: bool = False
 
 
 ToEngine = AddRequest | AbortRequests

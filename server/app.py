@@ -11,6 +11,8 @@ import functools
 import json
 import logging
 import math
+import signal
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from ..router.client import EngineClient
 from ..router.errors import EngineDeadError
 from .access import OPEN_PATHS, Access, PreflightAnswer
 from .access_log import RequestLog
+from .drain import Drain
 from .errors import ApiError, InternalError, error_body, type_of_status
 from .generation import Engine, Generator, Images
 from .grammar_checks import GrammarChecks
@@ -48,8 +51,8 @@ logger = logging.getLogger(__name__)
 ROUTES = (chat.ROUTES, llama_stack.ROUTES, tokenization.ROUTES, health.ROUTES, docs.ROUTES)
 
 DAY_S = 24 * 3600
-# What is left of the drain for the last frames of requests that it ends.
-LAST_FRAMES_S = 1.0
+# What connections have to send what they hold, once every request has ended.
+CLOSING_TIME_S = 1.0
 
 
 def build_app(
@@ -79,7 +82,7 @@ def build_app(
     app.ctx.access = access
     app.ctx.on_closed = RequestLog(settings.log_requests, services.metrics).add
     app.before_server_start(parts.open)
-    app.before_server_stop(parts.drain)
+    app.after_server_start(parts.await_signal)
     app.after_server_stop(parts.close)
     for group in ROUTES:
         app.blueprint(group.blueprint())
@@ -106,7 +109,8 @@ class Parts:
         self._decoders: DecoderPool | None = None
         self._grammar_checks = GrammarChecks(settings.model)
         self._connecting: asyncio.Task[None] | None = None
-        self._draining: asyncio.Task[None] | None = None
+        self._drain: Drain | None = None
+        self._generator: Generator | None = None
         self._lag: asyncio.Task[None] | None = None
         self._metrics = Metrics(settings.max_num_seqs)
         self._engine = engine or self._make_client()
@@ -119,7 +123,7 @@ class Parts:
         clock = {} if now is None else {"now": now}
         processor = Processor.from_folder(folder, settings.image_position, **clock)
         metrics = self._metrics
-        generator = Generator(
+        self._generator = generator = Generator(
             processor,
             self._images,
             self._engine,
@@ -138,21 +142,27 @@ class Parts:
         if self._own_client is not None:
             self._connecting = asyncio.create_task(self._stay_connected(self._own_client))
 
-    async def drain(self, app: Sanic[Any, Any]) -> None:
-        """Let requests end by themselves, and near the end of that time by an error.
+    async def await_signal(self, app: Sanic[Any, Any]) -> None:
+        """Drain at SIGTERM, in place of Sanic's own handler, which refuses connections at once."""
+        generator = self._generator
+        if generator is None or threading.current_thread() is not threading.main_thread():
+            return
+        self._drain = Drain(
+            self._settings.drain_time_s,
+            lambda: generator.num_open,
+            self._disconnect,
+            lambda: app.stop(terminate=False),
+        )
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._begin_drain)
 
-        Sanic cuts the connections that are open after graceful_shutdown_timeout_s.
-        """
-        self._draining = asyncio.create_task(self._end_requests())
-
-    async def _end_requests(self) -> None:
-        timeout_s = self._settings.graceful_shutdown_timeout_s
-        await asyncio.sleep(max(timeout_s / 2, timeout_s - LAST_FRAMES_S))
-        await self._disconnect()
+    def _begin_drain(self) -> None:
+        assert self._drain is not None
+        assert self._generator is not None
+        self._generator.is_draining = True
+        self._drain.begin()
 
     async def close(self, app: Sanic[Any, Any]) -> None:
         """Close what `open` opened."""
-        await _cancelled(self._draining)
         await _cancelled(self._lag)
         await self._disconnect()
         await self._grammar_checks.close()
@@ -250,7 +260,7 @@ def _sanic_config(settings: ServerSettings) -> dict[str, Any]:
         "ACCESS_LOG": False,
         "AUTO_EXTEND": False,
         "FALLBACK_ERROR_FORMAT": "json",
-        "GRACEFUL_SHUTDOWN_TIMEOUT": settings.graceful_shutdown_timeout_s,
+        "GRACEFUL_SHUTDOWN_TIMEOUT": CLOSING_TIME_S,
         "KEEP_ALIVE_TIMEOUT": settings.keep_alive_timeout_s,
         "MOTD": False,
         "NOISY_EXCEPTIONS": False,

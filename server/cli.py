@@ -18,10 +18,12 @@ from ..router.config import EngineConfig
 from ..router.messages import EngineReady
 from . import options
 from .bench.command import app as bench_app
+from .engine_watch import HangLimits
 from .images.settings import ImageSettings
+from .listening import ListenError, listen
 from .model_files import ModelFilesError, resolve_model
 from .settings import ServerSettings
-from .supervisor import ListenError, Supervisor, listen
+from .supervisor import SPARE_DELAY_S, Supervision, Supervisor
 
 app = typer.Typer(
     name="vlmserve",
@@ -69,12 +71,17 @@ def serve(
     max_queue_bytes: options.MaxQueueBytes = 1_073_741_824,
     host: options.Host = "127.0.0.1",
     port: options.Port = 8000,
+    workers: options.Workers = 1,
     api_key: options.ApiKey = None,
     max_request_time: options.MaxRequestTime = 600.0,
     image_position: options.ImagePositionOption = options.ImagePosition.front,
     max_images: options.MaxImages = 16,
     allow_private_image_urls: options.AllowPrivateImageUrls = False,
     unknown_fields: options.UnknownFieldsOption = options.UnknownFields.error,
+    drain_time: options.DrainTime = 20.0,
+    max_restarts: options.MaxRestarts = 5,
+    max_step_stall: options.MaxStepStall = 10.0,
+    spare_engine: options.SpareEngine = True,
 ) -> None:
     """Serve a model until Ctrl-C."""
     try:
@@ -124,8 +131,15 @@ def serve(
     def say_ready(info: EngineReady) -> None:
         _say_ready(f"http://{_shown_host(host)}:{port}", name, info)
 
+    supervision = Supervision(
+        num_workers=workers,
+        drain_time_s=drain_time,
+        max_restarts=max_restarts,
+        hang_limits=HangLimits(step_s=max_step_stall),
+        spare_delay_s=SPARE_DELAY_S if spare_engine else None,
+    )
     with listener:
-        supervisor = Supervisor(engine, settings, listener, say_ready)
+        supervisor = Supervisor(engine, settings, listener, say_ready, supervision)
         raise typer.Exit(asyncio.run(supervisor.run()))
 
 

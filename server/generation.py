@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Protocol
 
 from ..router.errors import (
@@ -61,6 +61,10 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
     @property
     def heartbeat_age_s(self) -> float: ...
+    @property
+    def stall_s(self) -> float: ...
+    @property
+    def may_compile(self) -> bool: ...
     def generate(self, *requests: AddRequest) -> AsyncGenerator[SequenceOutput, None]: ...
     def leave(self, request_id: str) -> None: ...
 
@@ -85,6 +89,8 @@ class Generator:
         self._metrics = metrics
         self._max_request_time_s = max_request_time_s
         self._preparer = Preparer(processor, images, image_deadline_s, grammar_checks)
+        self.is_draining = False
+        self.num_open = 0
 
     async def prepare(self, request: GenerationRequest) -> PreparedGeneration:
         """What the engine is asked.
@@ -94,14 +100,20 @@ class Generator:
         timeout_s = min(request.timeout_s or math.inf, self._max_request_time_s)
         deadline = asyncio.get_running_loop().time() + timeout_s
         try:
-            async with until(deadline):
-                info = self._engine.info
-                if info is None or not self._engine.is_ready:
-                    raise NotReadyError("Service is not ready.", retry_after_s=1.0)
-                return await self._preparer.prepare(request, info, deadline)
+            with self._counted():
+                async with until(deadline):
+                    return await self._prepare(request, deadline)
         except DeadlineError:
             self._metrics.expire()
             raise
+
+    async def _prepare(self, request: GenerationRequest, deadline: float) -> PreparedGeneration:
+        if self.is_draining:
+            raise NotReadyError("the server is stopping: try again", retry_after_s=1.0)
+        info = self._engine.info
+        if info is None or not self._engine.is_ready:
+            raise NotReadyError("Service is not ready.", retry_after_s=1.0)
+        return await self._preparer.prepare(request, info, deadline)
 
     async def stream(self, prepared: PreparedGeneration) -> AsyncGenerator[Event, None]:
         """The answers' pieces, a Finish a choice, and an End. Closing it aborts them all.
@@ -112,6 +124,7 @@ class Generator:
         timer = self._metrics.start(prepared.requests)
         # Else nothing ends a request whose reader has stopped reading.
         expiry = self._leave_at(prepared)
+        self.num_open += 1
         try:
             async with (
                 contextlib.aclosing(self._engine.generate(*prepared.requests)) as outputs,
@@ -126,9 +139,19 @@ class Generator:
             timer.fail()
             raise
         finally:
+            self.num_open -= 1
             expiry.cancel()
             timer.leave()
             logger.debug("the engine's request %s is over", prepared.answer_ids[0])
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """The block's request is open."""
+        self.num_open += 1
+        try:
+            yield
+        finally:
+            self.num_open -= 1
 
     async def _events(
         self,

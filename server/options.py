@@ -16,6 +16,7 @@ from .units import parse_bytes
 MODEL_PANEL = "Model"
 ENGINE_PANEL = "Engine"
 HTTP_PANEL = "HTTP"
+FAULTS_PANEL = "Faults and restarts"
 
 
 class Dtype(StrEnum):
@@ -159,6 +160,44 @@ MaxRequestTime = Annotated[
         min=0.001,
         help="Longest time of a request in seconds, from its arrival to the end of its answer.",
         rich_help_panel=HTTP_PANEL,
+    ),
+]
+Workers = Annotated[
+    int,
+    typer.Option(min=1, help="HTTP worker processes on the one port.", rich_help_panel=HTTP_PANEL),
+]
+DrainTime = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="Seconds that open requests have after SIGTERM before they end by an error.",
+        rich_help_panel=FAULTS_PANEL,
+    ),
+]
+MaxRestarts = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Restarts of one process in five minutes; when it ends once more, the server ends "
+        "with exit code 1.",
+        rich_help_panel=FAULTS_PANEL,
+    ),
+]
+MaxStepStall = Annotated[
+    float,
+    typer.Option(
+        min=0.1,
+        help="Seconds that a step of the model may begin no layer before the engine counts as hung "
+        "and is restarted. The first step of a kind has 600, as it may compile kernels.",
+        rich_help_panel=FAULTS_PANEL,
+    ),
+]
+SpareEngine = Annotated[
+    bool,
+    typer.Option(
+        help="Keep a process (some 300 MB) that has imported what an engine needs, so that a "
+        "restart only loads the model.",
+        rich_help_panel=FAULTS_PANEL,
     ),
 ]
 PrefixCache = Annotated[

@@ -26,7 +26,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_request_time_s: from a request's arrival to the end of its answer; a request's
     own timeout_s may be shorter. api_key_file: read at the start and at each SIGHUP.
     allowed_hosts: names in Host that are answered, empty for all. cors_origins: whose
-    pages may read answers, empty for none. log_requests: one line a request.
+    pages may read answers, empty for none. log_requests: one line a request. ready_stall_s: how
+    long a step may begin no layer of the model before the worker calls itself not ready.
+    drain_time_s: from SIGTERM to the error that ends what is still open.
     """
 
     model: str
@@ -48,7 +50,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stream_ping_interval_s: Seconds = 15.0
     first_output_wait_s: Seconds = 1.0
     heartbeat_timeout_s: Seconds = 2.0
-    graceful_shutdown_timeout_s: Seconds = 10.0
+    ready_stall_s: Seconds = 3.0
+    drain_time_s: Seconds = 20.0
     image_deadline_s: Seconds = 30.0
     max_request_time_s: Seconds = 600.0
     images: ImageSettings = msgspec.field(default_factory=ImageSettings)

@@ -1,63 +1,99 @@
 """Owns the listening socket and every child process; never imports torch.
 
     supervisor
-      engine        python -m vlmserve.router.engine_process   settings on stdin
-      HTTP worker   python -m vlmserve.server.worker           settings on stdin, socket inherited
+      engine x R       python -m vlmserve.router.engine_process
+      HTTP worker x N  python -m vlmserve.server.worker, the socket inherited
 
-Starts them, says when the server is ready, and ends them all: on SIGINT or
-SIGTERM, and as soon as one of them dies. Knows nothing of requests.
+Each reads its settings on stdin. Starts them, says when the server is ready, and starts
+again what dies or hangs. Ends them all on SIGINT or SIGTERM, when a child cannot start,
+and when one dies too often. Knows nothing of requests. (R is 1 for now: each engine has a
+place of its own.)
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from ..router.client import EngineClient
 from ..router.config import EngineConfig
-from ..router.errors import EngineDeadError
 from ..router.messages import EngineReady
+from .engine_watch import EngineWatch, HangLimits
+from .managed_child import ManagedChild
+from .restarts import RestartBudget
 from .settings import ServerSettings
+from .spare_engine import EngineStarter
 
+ENGINE_COMMAND = ("-m", "vlmserve.router.engine_process")
+WORKER_COMMAND = ("-m", "vlmserve.server.worker")
 EXIT_OK = 0
-EXIT_CHILD_DIED = 1
-DRAIN_TIMEOUT_S = 20.0
-# How long workers have to send their open requests an error once the engine is gone.
-ENGINE_DEATH_GRACE_S = 2.0
+EXIT_FAILED = 1
+# A child that ends with 2 or 3 has said why in one line.
+EXIT_CODES_OF_CHILDREN_THAT_SAID_WHY = (2, 3)
+# What a worker has beyond its drain to close, and an engine to say goodbye.
+CLOSING_TIME_S = 5.0
+READY_POLL_S = 0.1
+# Until the first requests after a start are answered, mostly.
+SPARE_DELAY_S = 5.0
 
 
-class ListenError(Exception):
-    """The address cannot be listened on; the message is one line for the operator."""
+class ChildFailedError(Exception):
+    """A child cannot be had; the message is for the operator, None where it has been said."""
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket on host:port (port 0 picks a free one); raises ListenError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        raise ListenError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
-        ) from error
-    return listener
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """How children are kept.
+
+    drain_time_s: how long open requests have after SIGTERM. max_restarts: of one child
+    in restart_window_s, before the server gives up. spare_delay_s: see EngineStarter.
+    """
+
+    num_workers: int = 1
+    drain_time_s: float = 20.0
+    max_restarts: int = 5
+    restart_window_s: float = 300.0
+    hang_limits: HangLimits = field(default_factory=HangLimits)
+    spare_delay_s: float | None = SPARE_DELAY_S
+    engine_command: Sequence[str] = ENGINE_COMMAND
+
+
+@dataclass(slots=True)
+class EngineSlot:
+    """The place of one engine: where it listens, who runs there now, and how often it died."""
+
+    config: EngineConfig
+    restarts: RestartBudget
+    child: ManagedChild | None = None
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    info: EngineReady | None = None
+
+    @property
+    def was_ready(self) -> bool:
+        return self.info is not None
+
+
+@dataclass(slots=True)
+class WorkerSlot:
+    """The place of one HTTP worker."""
+
+    restarts: RestartBudget
+    child: ManagedChild | None = None
 
 
 class Supervisor:
-    """Runs one engine and its HTTP workers until told to stop or a child dies.
+    """Keeps engines and HTTP workers running until told to stop.
 
-    `on_ready` is called once with the engine's EngineReady when
+    `on_ready` is called once with the first engine's EngineReady when
     /v1/health/ready answers 200.
     """
 
@@ -67,13 +103,21 @@ class Supervisor:
         server: ServerSettings,
         listener: socket.socket,
         on_ready: Callable[[EngineReady], None],
+        supervision: Supervision | None = None,
     ) -> None:
-        self._engine_config = engine
+        self._supervision = supervision or Supervision()
         self._server_settings = server
         self._listener = listener
         self._on_ready = on_ready
         self._stop = asyncio.Event()
-        self._num_signals = 0
+        self._stop_now = asyncio.Event()
+        self._engines = [EngineSlot(engine, self._new_budget())]
+        self._workers = [
+            WorkerSlot(self._new_budget()) for _ in range(self._supervision.num_workers)
+        ]
+        self._starter = EngineStarter(
+            self._supervision.engine_command, self._supervision.spare_delay_s
+        )
 
     async def run(self) -> int:
         """Serve until the end; returns the process's exit code."""
@@ -81,111 +125,175 @@ class Supervisor:
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, self._on_signal)
         with tempfile.TemporaryDirectory(prefix="vlmserve-") as folder:
-            return await self._run_children(Path(folder) / "engine.sock")
+            try:
+                return await self._supervise(Path(folder))
+            finally:
+                await self._kill_all()
+
+    def _new_budget(self) -> RestartBudget:
+        return RestartBudget(self._supervision.max_restarts, self._supervision.restart_window_s)
 
     def _on_signal(self) -> None:
-        self._num_signals += 1
+        if self._stop.is_set():
+            self._stop_now.set()
         self._stop.set()
 
-    async def _run_children(self, socket_path: Path) -> int:
-        engine = await _start(
-            "vlmserve.router.engine_process",
-            msgspec.structs.replace(self._engine_config, socket_path=str(socket_path)),
-        )
-        worker = await _start(
-            "vlmserve.server.worker",
-            msgspec.structs.replace(
-                self._server_settings,
-                engine_socket=str(socket_path),
-                listen_fd=self._listener.fileno(),
-            ),
-            pass_fds=[self._listener.fileno()],
-        )
-        announce = asyncio.create_task(self._announce(socket_path))
+    async def _supervise(self, folder: Path) -> int:
+        for number, engine in enumerate(self._engines):
+            path = str(folder / f"engine{number}.sock")
+            engine.config = msgspec.structs.replace(engine.config, socket_path=path)
+        keepers = [
+            *(asyncio.create_task(self._keep_engine(engine)) for engine in self._engines),
+            *(asyncio.create_task(self._keep_worker(worker)) for worker in self._workers),
+        ]
+        announcing = asyncio.create_task(self._announce())
+        stopping = asyncio.create_task(self._stop.wait())
         try:
-            return await self._watch(engine, worker)
+            await asyncio.wait([stopping, *keepers], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            announce.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await announce
-            # Else the kernel takes connections that nobody answers until the drain is over.
-            self._listener.close()
-            await self._end([worker, engine])
-
-    async def _watch(
-        self, engine: asyncio.subprocess.Process, worker: asyncio.subprocess.Process
-    ) -> int:
-        """Returns when a signal came or a child died; the exit code tells which."""
-        stop = asyncio.create_task(self._stop.wait())
-        engine_end = asyncio.create_task(engine.wait())
-        worker_end = asyncio.create_task(worker.wait())
-        try:
-            await asyncio.wait([stop, engine_end, worker_end], return_when="FIRST_COMPLETED")
-            if stop.done():
-                _say("stopping; open requests have a few seconds, a second signal ends them now")
-                return EXIT_OK
-            if engine_end.done():
-                _say(f"the engine ended ({_how_it_ended(engine)}); stopping")
-                await asyncio.sleep(ENGINE_DEATH_GRACE_S)
-            else:
-                _say(f"the HTTP worker ended ({_how_it_ended(worker)}); stopping")
-            return EXIT_CHILD_DIED
-        finally:
-            for task in (stop, engine_end, worker_end):
+            for task in (stopping, announcing, *keepers):
                 task.cancel()
+            ends = await asyncio.gather(*keepers, return_exceptions=True)
+        # Else the kernel takes connections that nobody answers once the workers have ended.
+        self._listener.close()
+        failures = [end for end in ends if isinstance(end, Exception)]
+        for failure in failures:
+            if not isinstance(failure, ChildFailedError):
+                raise failure
+            if failure.args[0] is not None:
+                _say(failure.args[0])
+        if failures:
+            await self._end_children(0.0)
+            return EXIT_FAILED
+        drain_time_s = self._supervision.drain_time_s
+        _say(f"stopping; open requests have {drain_time_s:g} s, a second signal ends them now")
+        await self._end_children(drain_time_s)
+        return EXIT_FAILED if self._stop_now.is_set() else EXIT_OK
 
-    async def _announce(self, socket_path: Path) -> None:
-        """Wait until the engine has loaded and a worker answers; then say so once."""
-        client = EngineClient(str(socket_path))
+    # Keeping children
+
+    async def _keep_engine(self, slot: EngineSlot) -> None:
+        """Run an engine, and another when it ends. Raises ChildFailedError to give up."""
+        while True:
+            child = slot.child = await self._starter.start(slot.config)
+            await self._watch_engine(slot, child)
+            slot.ready.clear()
+            if not slot.was_ready:
+                raise ChildFailedError(_why_not_started("engine", child))
+            await self._pause_before_restart("the engine", child, slot.restarts)
+
+    async def _watch_engine(self, slot: EngineSlot, child: ManagedChild) -> None:
+        """Return when the engine has ended, or has been ended because it hung."""
+
+        def on_ready(info: EngineReady) -> None:
+            slot.info = info
+            slot.ready.set()
+            self._starter.prepare()
+
+        client = EngineClient(slot.config.socket_path)
+        watch = EngineWatch(client, self._supervision.hang_limits)
+        hanging = asyncio.create_task(watch.until_it_hangs(on_ready))
+        ending = asyncio.create_task(child.wait())
         try:
-            await client.connect()
-            info = await client.wait_ready()
-        except EngineDeadError:
-            return  # _watch sees the engine end and says how
+            await asyncio.wait([hanging, ending], return_when=asyncio.FIRST_COMPLETED)
+            if not ending.done():
+                _say(f"the engine {hanging.result()}; ending it")
+                child.kill()
+                await ending
         finally:
+            await _cancelled(hanging, ending)
             await client.close()
+
+    async def _keep_worker(self, slot: WorkerSlot) -> None:
+        """Run an HTTP worker, and another when it ends. Raises ChildFailedError to give up."""
+        while True:
+            child = slot.child = await ManagedChild.start(
+                WORKER_COMMAND, pass_fds=[self._listener.fileno()]
+            )
+            await child.configure(self._settings_of_workers())
+            await child.wait()
+            if child.exit_code in EXIT_CODES_OF_CHILDREN_THAT_SAID_WHY:
+                raise ChildFailedError(None)
+            await self._pause_before_restart("an HTTP worker", child, slot.restarts)
+
+    def _settings_of_workers(self) -> ServerSettings:
+        return msgspec.structs.replace(
+            self._server_settings,
+            engine_socket=self._engines[0].config.socket_path,
+            listen_fd=self._listener.fileno(),
+            drain_time_s=self._supervision.drain_time_s,
+        )
+
+    async def _pause_before_restart(
+        self, name: str, child: ManagedChild, restarts: RestartBudget
+    ) -> None:
+        pause_s = restarts.pause_s()
+        if pause_s is None:
+            raise ChildFailedError(
+                f"{name} ended {restarts.max_restarts + 1} times in {restarts.window_s:g} s, last "
+                f"by {child.how_it_ended}: giving up"
+            )
+        when = f"in {pause_s:g} s" if pause_s else "now"
+        _say(f"{name} ended ({child.how_it_ended}); starting another {when}")
+        await asyncio.sleep(pause_s)
+
+    async def _announce(self) -> None:
+        """Wait until the engines have loaded and a worker answers; then say so once."""
+        for engine in self._engines:
+            await engine.ready.wait()
         while not await _is_ready(self._listener):  # noqa: ASYNC110 - polls a socket
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(READY_POLL_S)
+        info = self._engines[0].info
+        assert info is not None, "an engine is ready when it has said so"
         self._on_ready(info)
 
-    async def _end(self, children: Sequence[asyncio.subprocess.Process]) -> None:
-        """SIGTERM in turn, workers first; SIGKILL at the deadline or a second signal."""
+    # Ending children
+
+    async def _end_children(self, drain_time_s: float) -> None:
+        """SIGTERM to the workers, whose requests need the engines, then to the engines."""
+        await self._end([slot.child for slot in self._workers], drain_time_s)
+        await self._end([slot.child for slot in self._engines], 0.0)
+
+    async def _end(self, children: Sequence[ManagedChild | None], time_s: float) -> None:
+        """SIGTERM to all at once; what is left at the deadline or a second signal is killed."""
+        running = [child for child in children if child is not None and not child.has_ended]
+        for child in running:
+            child.terminate()
+        ended = asyncio.create_task(_all_ended(running))
+        at_once = asyncio.create_task(self._stop_now.wait())
+        await asyncio.wait(
+            [ended, at_once], timeout=time_s + CLOSING_TIME_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        at_once.cancel()
+        for child in running:
+            child.kill()
+        await ended
+
+    async def _kill_all(self) -> None:
+        await self._starter.close()
+        children = [slot.child for slot in self._workers]
+        children += [slot.child for slot in self._engines]
         for child in children:
-            if child.returncode is None:
-                child.terminate()
-                await self._wait_or_kill(child)
-
-    async def _wait_or_kill(self, child: asyncio.subprocess.Process) -> None:
-        deadline = asyncio.get_running_loop().time() + DRAIN_TIMEOUT_S
-        while child.returncode is None:
-            if self._num_signals > 1 or asyncio.get_running_loop().time() > deadline:
+            if child is not None and not child.has_ended:
                 child.kill()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(child.wait(), 0.1)
+                await child.wait()
 
 
-async def _start(
-    module: str, settings: msgspec.Struct, pass_fds: Sequence[int] = ()
-) -> asyncio.subprocess.Process:
-    """Start `python -m module` with its settings as JSON on stdin.
+def _why_not_started(name: str, child: ManagedChild) -> str | None:
+    if child.exit_code in EXIT_CODES_OF_CHILDREN_THAT_SAID_WHY:
+        return None
+    return f"the {name} ended ({child.how_it_ended}) before it was ready: giving up"
 
-    On stdin, not on the command line: settings hold API keys. In a session of
-    its own, so that Ctrl-C reaches the supervisor alone.
-    """
-    child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        module,
-        stdin=asyncio.subprocess.PIPE,
-        pass_fds=pass_fds,
-        start_new_session=True,
-    )
-    assert child.stdin is not None
-    child.stdin.write(msgspec.json.encode(settings) + b"\n")
-    with contextlib.suppress(ConnectionError):
-        await child.stdin.drain()
-    child.stdin.close()
-    return child
+
+async def _all_ended(children: Sequence[ManagedChild]) -> None:
+    for child in children:
+        await child.wait()
+
+
+async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _is_ready(listener: socket.socket) -> bool:
@@ -201,11 +309,6 @@ async def _is_ready(listener: socket.socket) -> bool:
     except (OSError, TimeoutError):
         return False
     return status_line.startswith(b"HTTP/1.1 200")
-
-
-def _how_it_ended(child: asyncio.subprocess.Process) -> str:
-    code = child.returncode or 0
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _say(line: str) -> None:

@@ -1,6 +1,7 @@
 """Shared fixtures: a real server as a subprocess, and freshly drawn pictures."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -27,6 +28,7 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 START_TIMEOUT_S = 180.0
+FAULTY_SERVER = Path(__file__).parent / "support" / "faulty_server.py"
 MODEL_NAME = "vlmserve-tiny-vision"
 
 
@@ -73,11 +75,21 @@ def wait_until(condition, timeout_s: float = 30.0) -> bool:
 @contextlib.contextmanager
 def serving(folder: Path, *options: str, model: str | None = None) -> Iterator[RunningServer]:
     """`vlmserve serve` on a free port until the block ends; ready when the block starts."""
-    port, log = free_port(), folder / "server.log"
+    port = free_port()
     command = [sys.executable, "-m", "vlmserve.server", "serve", *([model] if model else [])]
     command += ["--port", str(port), *options]
+    with running_command(command, port, folder) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def running_command(
+    command: list[str], port: int, folder: Path, **variables: str
+) -> Iterator[RunningServer]:
+    """A command that serves on `port`, ready when the block starts, ended with it."""
+    log = folder / "server.log"
     with log.open("wb") as err:
-        process = subprocess.Popen(command, stdout=err, stderr=err, env={**os.environ})
+        process = subprocess.Popen(command, stdout=err, stderr=err, env=os.environ | variables)
     server = RunningServer(process, port, log)
     try:
         assert wait_until(lambda: is_ready(server), START_TIMEOUT_S), log.read_text()
@@ -129,6 +141,34 @@ def start_server(tmp_path):
     """Starts further servers, each ended with the test."""
     with contextlib.ExitStack() as stack:
         yield lambda *options, **kw: stack.enter_context(serving(tmp_path, *options, **kw))
+
+
+@dataclass
+class FaultyServer(RunningServer):
+    """A server whose engine hashes, and fails as `fault` tells it to."""
+
+    fault: Path = Path()
+
+    def suffer(self, what: str) -> None:
+        """What happens in every step from now on; empty for nothing. See faulty_engine.py."""
+        fresh = self.fault.with_suffix(".new")
+        fresh.write_text(what)
+        fresh.replace(self.fault)
+
+
+@pytest.fixture
+def start_faulty_server(tmp_path):
+    """start_faulty_server(supervision={}, server={}, engine={}) -> FaultyServer."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**options) -> FaultyServer:
+            port, fault = free_port(), tmp_path / "fault"
+            command = [sys.executable, str(FAULTY_SERVER), json.dumps({"port": port, **options})]
+            running = running_command(command, port, tmp_path, FAULT_FILE=str(fault))
+            server = stack.enter_context(running)
+            return FaultyServer(server.process, port, server.log, fault)
+
+        yield start
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from vlmserve.server.settings import ServerSettings
 BUNDLED = Path(bundled.__file__).parent / "checkpoint"
 DEADLINE_S = 60.0
 DRAIN_S = 2.0
+NEW_REQUESTS = ["/v1/chat/completions"]
 # Below the special tokens of the bundled tokenizer.
 NUM_ORDINARY = 700
 
@@ -53,7 +54,7 @@ async def worker(engine_socket):
             engine_socket=engine_socket,
             served_model_names=["m"],
             listen_fd=listening.fileno(),
-            graceful_shutdown_timeout_s=DRAIN_S,
+            drain_time_s=DRAIN_S,
         )
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "vlmserve.server.worker"),
@@ -138,23 +139,27 @@ def test_a_short_answer_is_finished_in_the_drain(tmp_path):
     assert answer.json()["usage"]["completion_tokens"] == 20
 
 
-def test_new_connections_are_refused_in_the_drain(tmp_path):
-    """Decoders inherited the listening socket, so that the kernel went on to accept."""
+def test_new_requests_are_a_503_in_the_drain_on_new_connections_too(tmp_path):
+    """They were refused by the kernel, which tells a client nothing of when to come back."""
 
     async def use(client):
         open_request = asyncio.create_task(client.post("/v1/chat/completions", json=body()))
-        refused = False
-        while not open_request.done() and not refused:
-            await asyncio.sleep(0.05)
+        answers = []
+        while not open_request.done() and not answers:
             async with httpx2.AsyncClient(base_url=client.base_url) as other:
-                try:
-                    await other.get("/v1/health/live")
-                except httpx2.ConnectError:
-                    refused = not open_request.done()
+                if (await other.get("/v1/health/ready")).status_code == 503:
+                    answers = [await other.post(path, json=body()) for path in NEW_REQUESTS]
+                    answers.append(await other.get("/v1/health/live"))
+            await asyncio.sleep(0.02)
+        assert not open_request.done()
         await open_request
-        return refused
+        return answers
 
-    assert during_drain(tmp_path, use)[0]
+    (*refused, live), _ = during_drain(tmp_path, use)
+    assert live.status_code == 200
+    for answer in refused:
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert answer.json()["object"] == "error"
 
 
 def test_a_decoder_does_not_hold_the_listening_socket(tmp_path):

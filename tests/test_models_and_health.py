@@ -150,18 +150,27 @@ def test_health_answers_as_documented(checkpoint):
 
 
 def test_not_ready_is_a_503_and_live_stays_200(checkpoint):
+    """An engine of which no heartbeat had come yet was ready whatever became of it."""
+
     async def use(client, engine):
         answers = []
-        for is_ready, age_s in ((False, 0.1), (True, 30.0), (True, float("inf"))):
+        for is_ready, age_s, stall_s, may_compile in (
+            (False, 0.1, 0.0, False),
+            (True, 30.0, 0.0, False),
+            (True, float("inf"), 0.0, False),
+            (True, 0.1, 30.0, False),
+            (True, 0.1, 30.0, True),
+        ):
             engine.is_ready, engine.heartbeat_age_s = is_ready, age_s
+            engine.stall_s, engine.may_compile = stall_s, may_compile
             answers.append(await client.get("/v1/health/ready"))
         return answers, await client.get("/v1/health/live")
 
-    (not_ready, late, not_yet), live = serve(checkpoint, use)
-    for response in (not_ready, late):
+    (*not_ready, compiling), live = serve(checkpoint, use)
+    for response in not_ready:
         assert response.status_code == 503
         assert response.text == '{"object":"health.response","message":"Service is not ready."}'
-    assert (not_yet.status_code, live.status_code) == (200, 200)
+    assert (compiling.status_code, live.status_code) == (200, 200)
 
 
 def test_unknown_routes_and_methods_are_json_errors(checkpoint):

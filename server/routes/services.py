@@ -44,10 +44,11 @@ class Services:
 
     @property
     def is_ready(self) -> bool:
-        """The engine has loaded its model and its heartbeat is young."""
-        age_s = self.engine.heartbeat_age_s
-        is_late = age_s != float("inf") and age_s > self.settings.heartbeat_timeout_s
-        return self.engine.is_ready and not is_late
+        """The engine has its model, its heart beats, its steps get on, and nothing is stopping."""
+        engine, settings = self.engine, self.settings
+        is_late = engine.heartbeat_age_s > settings.heartbeat_timeout_s
+        is_stuck = engine.stall_s > settings.ready_stall_s and not engine.may_compile
+        return engine.is_ready and not (is_late or is_stuck or self.generator.is_draining)
 
 
 class _Context(Protocol):

@@ -119,6 +119,7 @@ class FakeRunner:
     step_seconds: float = 0.0
     before_step: Callable[[StepBatch], None] | None = None
     num_steps: int = 0
+    num_layers_begun: int = 0
     num_images_encoded: int = 0
     num_restarts: int = 0
     max_batched_tokens: int = 0
@@ -130,6 +131,7 @@ class FakeRunner:
 
     def execute(self, batch: StepBatch) -> StepResult:
         """Write the batch into the pools and hash what its last positions see."""
+        self.num_layers_begun += 1
         if self.before_step is not None:
             self.before_step(batch)
         if self.step_seconds:

@@ -164,6 +164,8 @@ class ScriptedEngine:
         self.script = script
         self.is_ready = True
         self.heartbeat_age_s = 0.1
+        self.stall_s = 0.0
+        self.may_compile = False
         self.stats = EngineStats(num_running=1, text_blocks_used=1, text_blocks_total=4)
         self.requests: list[AddRequest] = []
         self.aborted: list[str] = []

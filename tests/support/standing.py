@@ -243,6 +243,8 @@ class Standing:
         descriptors: Counter[str] = Counter()
         for pid, kind in processes.items():
             descriptors[kind] += num_descriptors(pid)
+        # The pipe on which a spare waits for its settings.
+        descriptors["supervisor"] -= len(self.pids(SPARE))
         return Snapshot(
             engines={pid for pid, kind in processes.items() if kind == "engine"},
             children=Counter(processes.values()),
@@ -328,11 +330,14 @@ def is_running(pid: int) -> bool:
 def kind_of(pid: int) -> str:
     """What a child of the server is, by its name or its command line."""
     try:
-        if Path(f"/proc/{pid}/comm").read_text().strip() == "vlmserve-spare":
-            return SPARE
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return "gone"
+    if name == "vlmserve-engine":
+        return "engine"  # one that was a spare too
+    if b"--spare" in words:
+        return SPARE
     return next((KINDS[word] for word in words if word in KINDS), "other")
 
 

@@ -1,0 +1,53 @@
+"""The real supervisor and HTTP workers over the engine of `faulty_engine.py`, for tests.
+
+    python tests/support/faulty_server.py '{"port": 8000, "model": ..., ...}'
+
+Arguments are one JSON object: `port`, and fields of Supervision, ServerSettings and
+EngineConfig under `supervision`, `server` and `engine`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vlmserve.models.bundled import CHECKPOINT
+from vlmserve.router.config import EngineConfig
+from vlmserve.server.engine_watch import HangLimits
+from vlmserve.server.listening import listen
+from vlmserve.server.settings import ServerSettings
+from vlmserve.server.supervisor import Supervision, Supervisor
+
+ENGINE = str(Path(__file__).parent / "faulty_engine.py")
+
+
+def main(options: dict[str, Any]) -> int:
+    engine = EngineConfig(
+        model="fake", socket_path="", parent_pid=os.getpid(), **options.get("engine", {})
+    )
+    server = ServerSettings(
+        model=str(CHECKPOINT),
+        engine_socket="",
+        served_model_names=["vlmserve-tiny-vision"],
+        **options.get("server", {}),
+    )
+    supervision = {"drain_time_s": 2.0} | options.get("supervision", {})
+    limits = HangLimits(**supervision.pop("hang_limits", {}))
+    with listen("127.0.0.1", options["port"]) as listener:
+        supervisor = Supervisor(
+            engine,
+            server,
+            listener,
+            lambda info: print("vlmserve is ready", file=sys.stderr),
+            Supervision(engine_command=(ENGINE,), hang_limits=limits, **supervision),
+        )
+        return asyncio.run(supervisor.run())
+
+
+if __name__ == "__main__":
+    sys.exit(main(msgspec.json.decode(sys.argv[1])))

@@ -1,0 +1,233 @@
+"""Children that die or hang: who is started again, when, and what clients are told.
+
+The supervisor and the HTTP workers are the real ones; the engine hashes instead of computing
+and fails on demand (`support/faulty_engine.py`).
+"""
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from support.standing import (
+    CHAT,
+    GENERATION_ROUTES,
+    SLACK,
+    Standing,
+    assert_error,
+    assert_stream_error,
+    body_for,
+    descendants,
+    is_running,
+)
+
+QUICK = {"hang_limits": {"heartbeat_s": 1.5, "step_s": 1.5}, "spare_delay_s": None}
+
+
+def standing_of(server) -> Standing:
+    """The standing assertions on an engine that takes no grammar and needs no warming."""
+    return Standing(server, is_warm=True)
+
+
+def long_body(route, **more):
+    return body_for(route, max_tokens=3000, **more) | (
+        {"ignore_eos": True} if route == CHAT else {}
+    )
+
+
+class Open:
+    """Long requests on every route, streamed and plain, each begun when this is made."""
+
+    def __init__(self, standing, routes=GENERATION_ROUTES):
+        self._pool = ThreadPoolExecutor(2 * len(routes))
+        self.answers = {
+            (route, stream): self._pool.submit(
+                standing.post, route, long_body(route, stream=stream)
+            )
+            for route in routes
+            for stream in (True, False)
+        }
+
+    def assert_ended_by_an_error(self, within_s):
+        """Begun streams end by an error frame, others by a 503, all in time."""
+        num_begun = 0
+        deadline = time.monotonic() + within_s
+        for (_, stream), answer in self.answers.items():
+            result = answer.result(max(0.0, deadline - time.monotonic()))
+            if stream and result.status == 200:
+                error = assert_stream_error(result)
+                assert error["type"] == "service_unavailable_error"
+                num_begun += 1
+            else:
+                assert_error(result, 503)
+                assert int(result.headers["retry-after"]) >= 1
+        assert num_begun
+        self._pool.shutdown()
+
+
+def log_of(server) -> str:
+    return server.log.read_text()
+
+
+def until_running(standing, wait_for, count):
+    assert wait_for(lambda: standing.metrics()["num_requests_running"] == count)
+
+
+def test_row_33_engine_killed_ends_streams_and_others_within_1_s_and_serves_again(
+    start_faulty_server, wait_for
+):
+    server = start_faulty_server(engine={"max_num_seqs": 8})
+    standing = standing_of(server)
+    server.suffer("slow 0.02")
+    with standing.holds(same_engine=False):
+        # More than the engine runs at once: some are still queued.
+        requests = Open(standing)
+        until_running(standing, wait_for, 8)
+        assert wait_for(lambda: standing.metrics()["num_requests_waiting"] == 12)
+        assert wait_for(lambda: standing.metrics()["generation_tokens_total"] > 100)
+        os.kill(standing.engine_pid, signal.SIGKILL)
+        requests.assert_ended_by_an_error(1.0 * SLACK)
+        assert wait_for(lambda: standing.get("/v1/health/ready").status == 200, 5.0 * SLACK)
+    assert "the engine ended (signal SIGKILL); starting another now" in log_of(server)
+
+
+def test_row_33_requests_between_two_engines_are_a_503(start_faulty_server, wait_for):
+    # The second death in a row is followed by a pause.
+    server = start_faulty_server(supervision={"spare_delay_s": None})
+    standing = standing_of(server)
+    for num_deaths in (1, 2):
+        os.kill(standing.engine_pid, signal.SIGKILL)
+        assert wait_for(lambda count=num_deaths: log_of(server).count("signal SIGKILL") == count)
+        assert wait_for(lambda: standing.pids("engine"))
+    os.kill(standing.engine_pid, signal.SIGKILL)
+    assert wait_for(lambda: standing.get("/v1/health/ready").status == 503)
+    for route in GENERATION_ROUTES:
+        for stream in (True, False):
+            assert_error(standing.post(route, body_for(route, stream=stream)), 503)
+    assert standing.get("/v1/health/live").status == 200
+
+
+def hang_by_stopping(server, standing):
+    os.kill(standing.engine_pid, signal.SIGSTOP)
+
+
+def hang_in_a_step(server, standing):
+    server.suffer("hang")
+
+
+@pytest.mark.parametrize("hang", [hang_by_stopping, hang_in_a_step])
+def test_row_34_a_hung_engine_is_not_ready_and_then_restarted(start_faulty_server, wait_for, hang):
+    server = start_faulty_server(supervision=QUICK, server={"ready_stall_s": 0.5})
+    standing = standing_of(server)
+    # A step of each kind, so that none counts as compiling.
+    standing.probe()
+    server.suffer("slow 0.02")
+    with standing.holds(same_engine=False):
+        before = standing.engine_pid
+        requests = Open(standing, [CHAT])
+        assert wait_for(lambda: standing.metrics()["generation_tokens_total"] > 20)
+        hang(server, standing)
+        assert wait_for(lambda: standing.get("/v1/health/ready").status == 503, 5.0 * SLACK)
+        assert standing.get("/v1/health/live").status == 200
+        requests.assert_ended_by_an_error(15.0 * SLACK)
+        server.suffer("")
+        assert wait_for(lambda: standing.get("/v1/health/ready").status == 200, 15.0 * SLACK)
+        assert standing.engine_pid != before
+    assert "ending it" in log_of(server)
+
+
+def test_row_35_a_killed_worker_is_replaced_and_its_requests_leave_the_engine(
+    start_faulty_server, wait_for
+):
+    server = start_faulty_server(engine={"max_num_seqs": 2})
+    standing = standing_of(server)
+    server.suffer("slow 0.02")
+    with standing.holds():
+        with ThreadPoolExecutor(6) as pool:
+            lost = [pool.submit(standing.post, CHAT, long_body(CHAT)) for _ in range(6)]
+            until_running(standing, wait_for, 2)
+            (worker,) = standing.pids("worker")
+            decoders = standing.pids("decoder")
+            os.kill(worker, signal.SIGKILL)
+            # The kernel keeps the connection until another worker takes it.
+            assert standing.get("/v1/health/live", 3.0 * SLACK).status == 200
+            assert all(isinstance(one.exception(30), ConnectionError) for one in lost)
+        assert standing.pids("worker") != [worker]
+        assert wait_for(lambda: not any(map(is_running, decoders)))
+
+
+def test_row_35_a_killed_supervisor_leaves_nothing_running(start_faulty_server, wait_for):
+    server = start_faulty_server(supervision={"num_workers": 2, "spare_delay_s": 0.0})
+    standing = standing_of(server)
+    assert wait_for(lambda: standing.pids("spare"))
+    family = descendants(server.process.pid)
+    assert len(family) == 8, "expected an engine, a spare, two workers and their four decoders"
+    server.process.kill()
+    server.process.wait(30)
+    assert wait_for(lambda: not any(map(is_running, family)))
+
+
+def test_row_35_two_workers_are_each_replaced(start_faulty_server, wait_for):
+    server = start_faulty_server(supervision={"num_workers": 2})
+    standing = standing_of(server)
+    with standing.holds():
+        for old in standing.pids("worker"):
+            os.kill(old, signal.SIGKILL)
+            assert wait_for(lambda old=old: len(set(standing.pids("worker")) - {old}) == 2)
+
+
+def test_row_53_live_and_ready_say_what_the_engine_does(start_faulty_server, wait_for):
+    """Ready goes when the heartbeat is 2 s old or a step stands still, and comes back with it."""
+    server = start_faulty_server(server={"heartbeat_timeout_s": 0.9, "ready_stall_s": 0.9})
+    standing = standing_of(server)
+    with standing.holds():
+        os.kill(standing.engine_pid, signal.SIGSTOP)
+        assert wait_for(lambda: standing.get("/v1/health/ready").status == 503)
+        assert_not_ready(standing.get("/v1/health/ready"))
+        assert standing.get("/v1/health/live").status == 200
+        os.kill(standing.engine_pid, signal.SIGCONT)
+        assert wait_for(lambda: standing.get("/v1/health/ready").status == 200)
+        server.suffer("slow 2.5")
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(standing.post, CHAT, body_for(CHAT, max_tokens=4))
+            assert wait_for(lambda: standing.get("/v1/health/ready").status == 503)
+            assert standing.get("/v1/health/live").status == 200
+            server.suffer("")
+            assert answer.result().status == 200
+        assert wait_for(lambda: standing.get("/v1/health/ready").status == 200)
+
+
+def assert_not_ready(answer):
+    message = {"object": "health.response", "message": "Service is not ready."}
+    assert (answer.status, answer.json) == (503, message)
+
+
+def test_an_engine_that_dies_again_and_again_ends_the_server_with_one_line(start_faulty_server):
+    server = start_faulty_server(supervision={"max_restarts": 2, "spare_delay_s": None})
+    server.suffer("dies loading")
+    family = descendants(server.process.pid)
+    os.kill(standing_of(server).engine_pid, signal.SIGKILL)
+    assert server.process.wait(60) == 1
+    log = log_of(server)
+    assert "starting another now" in log
+    assert "starting another in 0.5 s" in log
+    assert "the engine ended 3 times in 300 s, last by exit code 7: giving up" in log
+    assert not any(map(is_running, family))
+
+
+def test_a_spare_takes_the_dead_engines_place(start_faulty_server, wait_for):
+    server = start_faulty_server(supervision={"spare_delay_s": 0.0})
+    standing = standing_of(server)
+    assert wait_for(lambda: standing.pids("spare"))
+    (spare,) = standing.pids("spare")
+    with standing.holds(same_engine=False):
+        os.kill(standing.engine_pid, signal.SIGKILL)
+        assert wait_for(lambda: standing.pids("engine") == [spare])
+        assert wait_for(lambda: standing.get("/v1/health/ready").status == 200)
+    assert wait_for(lambda: standing.pids("spare"))
+    # One that dies in waiting is not missed: an engine is started as if there was none.
+    os.kill(standing.pids("spare")[0], signal.SIGKILL)
+    os.kill(standing.engine_pid, signal.SIGKILL)
+    assert wait_for(lambda: standing.pids("engine"))
+    assert wait_for(lambda: standing.get("/v1/health/ready").status == 200)

@@ -1,0 +1,143 @@
+"""When an engine counts as hung, how a step shows progress, and when restarts are given up."""
+
+import pytest
+from support.fake_runner import FakeRunner
+
+from vlmserve.models.batch import ImageToEncode, ScheduledSequence, StepBatch
+from vlmserve.router.client import EngineClient
+from vlmserve.router.messages import EngineReady
+from vlmserve.router.step_watch import StepWatch
+from vlmserve.server.engine_watch import EngineWatch, HangLimits
+from vlmserve.server.restarts import RestartBudget
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+READY = EngineReady(
+    pid=1, max_model_len=1, vocab_size=1, max_num_seqs=1, device="", dtype="",
+    num_text_tokens=1, num_image_tiles=1,
+)  # fmt: skip
+
+
+def watched(**heartbeat) -> tuple[EngineClient, EngineWatch]:
+    client = EngineClient("unused")
+    client.info, client.last_heartbeat = READY, 1.0
+    for name, value in heartbeat.items():
+        setattr(client, name, value)
+    limits = HangLimits(heartbeat_s=10, loading_s=300, step_s=10, first_step_s=600)
+    return client, EngineWatch(client, limits)
+
+
+def first_reason(watch, seconds, step_s=0.5):
+    """When and why the engine is taken to hang, if within `seconds`."""
+    for number in range(int(seconds / step_s)):
+        if reason := watch.judge(step_s):
+            return number * step_s, reason
+    return None
+
+
+def test_an_engine_without_a_heartbeat_hangs_after_10_s():
+    _, watch = watched()
+    (when, reason) = first_reason(watch, 60)
+    assert when == pytest.approx(10, abs=1)
+    assert reason.startswith("gave no heartbeat for")
+
+
+def test_an_engine_that_beats_does_not_hang_whatever_it_computes():
+    client, watch = watched()
+    for number in range(1000):
+        client.last_heartbeat, client.step_age_s = number, number
+        assert watch.judge(0.5) is None
+
+
+def test_a_loading_engine_may_be_silent_for_long_but_not_for_ever():
+    client, watch = watched(info=None)
+    assert first_reason(watch, 290) is None
+    assert first_reason(watch, 60) is not None
+    client.last_heartbeat = 2.0
+    assert watch.judge(0.5) is None
+
+
+@pytest.mark.parametrize(("stall_s", "may_compile", "hangs"), [
+    (9.0, False, False), (11.0, False, True), (590.0, True, False), (610.0, True, True),
+])  # fmt: skip
+def test_a_step_without_progress_hangs_and_one_that_may_compile_has_longer(
+    stall_s, may_compile, hangs
+):
+    _, watch = watched(stall_s=stall_s, may_compile=may_compile)
+    assert (watch.judge(0.1) is not None) == hangs
+
+
+def a_step(num_tokens=1, image=None) -> StepBatch:
+    sequence = ScheduledSequence("r", [1] * num_tokens, 0, [0], [])
+    images = [] if image is None else [ImageToEncode(image, [0])]
+    return StepBatch([sequence], images)
+
+
+def test_a_step_that_begins_layers_is_old_and_not_stalled():
+    """A huge prompt on a slow machine takes minutes; what tells it from a hang is its layers."""
+    runner, clock = FakeRunner(), Clock()
+    watch = StepWatch(lambda: runner.num_layers_begun, clock)
+    watch.begin(a_step())
+    for _ in range(100):
+        clock.now += 3
+        runner.num_layers_begun += 1
+        assert watch.stall_s == 0
+    assert watch.age_s == 300
+    clock.now += 7
+    assert watch.stall_s == 7
+    watch.end(is_computed=True)
+    assert (watch.age_s, watch.stall_s) == (0, 0)
+
+
+def test_a_step_may_compile_until_one_of_its_kind_was_computed():
+    watch = StepWatch(lambda: 0, Clock())
+    assert not watch.is_first_of_kind
+    for num_tokens in (1, 9):
+        for is_computed, is_first in ((False, True), (True, True), (True, False)):
+            watch.begin(a_step(num_tokens))
+            assert watch.is_first_of_kind == is_first
+            watch.end(is_computed=is_computed)
+
+
+def test_a_step_of_the_model_counts_its_layers_and_those_of_the_vision_encoder():
+    from vlmserve.tests import helpers_models as models
+
+    runner = models.runner("tiny")
+    config, before = runner.config, runner.num_layers_begun
+    models.generate(runner, [models.prompt("r", "a|b", [models.image(1, 1)])], 1, chunk=8)
+    vision = config.vision_config.num_hidden_layers + config.vision_config.num_global_layers
+    num_layers = config.text_config.num_hidden_layers + vision
+    assert runner.num_layers_begun - before == num_layers
+
+
+def test_restarts_come_further_and_further_apart_and_then_not_at_all():
+    clock = Clock()
+    budget = RestartBudget(5, 300, clock)
+    pauses = []
+    for _ in range(6):
+        pauses.append(budget.pause_s())
+        clock.now += 1
+    assert pauses == [0, 0.5, 1, 2, 4, None]
+
+
+def test_restarts_of_long_ago_are_forgotten():
+    clock = Clock()
+    budget = RestartBudget(2, 300, clock)
+    for _ in range(50):
+        assert budget.pause_s() == 0
+        clock.now += 300
+    assert [budget.pause_s(), budget.pause_s(), budget.pause_s()] == [0, 0.5, None]
+
+
+def test_many_restarts_pause_no_longer_than_half_a_minute():
+    budget = RestartBudget(10_000, 300, Clock())
+    assert max(budget.pause_s() for _ in range(5000)) == 30
