@@ -122,6 +122,7 @@ def main(
 
     prepare: what a spare does before it waits for its settings.
     """
+    use_one_heap()  # before any thread, of which importing torch starts some
     try:
         if SPARE_OPTION in sys.argv[1:]:
             die_with_parent()
@@ -130,7 +131,6 @@ def main(
         config = read_config()
         set_up_logging(config.log_level, config.log_format, "engine")
         die_with_parent(config.parent_pid)
-        use_one_heap()
         name_process(ENGINE_NAME)
     except (msgspec.DecodeError, UnicodeDecodeError, ParentGoneError) as error:
         _exit(_complain(f"engine settings: {error}", EXIT_BAD_SETTINGS))
