@@ -7,9 +7,11 @@ request. Knows nothing of requests but the id that a line belongs to.
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -34,7 +36,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\
 
 def set_up_logging(level: LogLevel, form: LogFormat, process: str) -> None:
     """Write this process's log to stderr from now on. process: its name in every line."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(EventFormatter(form, process, tells_all=level == "debug"))
     root = logging.getLogger()
     for old in list(root.handlers):
@@ -42,6 +44,10 @@ def set_up_logging(level: LogLevel, form: LogFormat, process: str) -> None:
     root.addHandler(handler)
     root.setLevel(level.upper())
     logging.captureWarnings(True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = _log_uncaught_of_thread
+    if form == "json":
+        sys.stderr = StrayLines()
     if level != "debug":
         # Sanic tells of each start and stop and of every cancelled request.
         logging.getLogger("sanic").setLevel(logging.WARNING)
@@ -51,9 +57,38 @@ def say(line: str, level: int = logging.INFO) -> None:
     """One line for the operator: as it is, or as an event where the log is JSON."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler.formatter, EventFormatter) and handler.formatter.form == "json":
-            logging.getLogger("vlmserve").log(max(level, logging.INFO), "%s", line)
+            # Whatever the level: these lines are few, and wanted.
+            record = logging.LogRecord("vlmserve", level, "", 0, escaped(line), None, None)
+            handler.handle(record)
             return
     sys.stderr.write(f"{line}\n")
+
+
+class StrayLines(io.TextIOBase):
+    """A stderr whose lines become events: for what is written beside the log."""
+
+    def __init__(self) -> None:
+        self._begun = ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            if line.strip():
+                logging.getLogger("vlmserve.stderr").info("%s", line.rstrip())
+        return len(text)
+
+
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    logging.getLogger("vlmserve").critical("the process ends", exc_info=error)
+
+
+def _log_uncaught_of_thread(args: threading.ExceptHookArgs) -> None:
+    logging.getLogger("vlmserve").critical("a thread ends", exc_info=args.exc_value)
 
 
 def escaped(text: str) -> str:

@@ -8,21 +8,25 @@ never imports torch.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import sys
 
 import typer
-from rich.console import Console
 
 from .. import __version__
 from ..router.config import EngineConfig
+from ..router.logs import say, set_up_logging
 from ..router.messages import EngineReady
 from . import options
 from .bench.command import app as bench_app
 from .engine_watch import HangLimits
+from .environment import VariableError, adopt, with_variables, without_effect
 from .images.settings import ImageSettings
 from .listening import ListenError, listen
 from .model_files import ModelFilesError, resolve_model
 from .settings import ServerSettings
+from .start_checks import absolute, check_files, trace_settings
 from .supervisor import SPARE_DELAY_S, Supervision, Supervisor
 
 app = typer.Typer(
@@ -33,7 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
-console = Console(stderr=True, highlight=False)
 
 
 @app.callback()
@@ -48,9 +51,11 @@ def version() -> None:
 
 
 @app.command()
+@with_variables
 def serve(
     model: options.ModelArgument = None,
     revision: options.Revision = None,
+    cache_dir: options.CacheDir = None,
     served_model_name: options.ServedModelName = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
@@ -73,6 +78,11 @@ def serve(
     port: options.Port = 8000,
     workers: options.Workers = 1,
     api_key: options.ApiKey = None,
+    api_key_file: options.ApiKeyFile = None,
+    allowed_host: options.AllowedHost = None,
+    cors_origin: options.CorsOrigin = None,
+    tls_certfile: options.TlsCertfile = None,
+    tls_keyfile: options.TlsKeyfile = None,
     max_request_time: options.MaxRequestTime = 600.0,
     image_position: options.ImagePositionOption = options.ImagePosition.front,
     max_images: options.MaxImages = 16,
@@ -82,10 +92,22 @@ def serve(
     max_restarts: options.MaxRestarts = 5,
     max_step_stall: options.MaxStepStall = 10.0,
     spare_engine: options.SpareEngine = True,
+    log_level: options.LogLevelOption = options.LogLevel.info,
+    log_format: options.LogFormatOption = options.LogFormat.text,
+    log_requests: options.LogRequests = True,
+    otel: options.Otel = None,
+    otel_service_name: options.OtelServiceName = None,
+    otlp_endpoint: options.OtlpEndpoint = None,
 ) -> None:
-    """Serve a model until Ctrl-C."""
+    """Serve a model until Ctrl-C.
+
+    Each option may be set by a variable too: --max-images by VLMSERVE_MAX_IMAGES.
+    """
+    set_up_logging(log_level.value, log_format.value, "supervisor")
+    for line in without_effect(os.environ):
+        say(f"vlmserve: {line}", logging.WARNING)
     try:
-        folder = resolve_model(model, revision)
+        folder = resolve_model(model, revision, cache_dir)
         engine = EngineConfig(
             model=str(folder.path),
             socket_path="",
@@ -106,30 +128,43 @@ def serve(
             max_queue_requests=max_queue_requests,
             max_queue_tokens=max_queue_tokens,
             max_queue_bytes=max_queue_bytes,
+            log_level=log_level.value,
+            log_format=log_format.value,
             parent_pid=os.getpid(),
         )
+        settings = ServerSettings(
+            model=str(folder.path),
+            engine_socket="",
+            served_model_names=_names(served_model_name) or [folder.name],
+            api_keys=api_key or [],
+            api_key_file=absolute(api_key_file),
+            allowed_hosts=allowed_host or [],
+            cors_origins=cors_origin or [],
+            tls_certfile=absolute(tls_certfile),
+            tls_keyfile=absolute(tls_keyfile),
+            log_level=log_level.value,
+            log_format=log_format.value,
+            log_requests=log_requests,
+            traces=trace_settings(otel, otlp_endpoint, otel_service_name, os.environ),
+            max_num_seqs=max_num_seqs,
+            max_request_time_s=max_request_time,
+            images=ImageSettings(
+                max_images=max_images, allow_private_addresses=allow_private_image_urls
+            ),
+            image_position="front" if image_position is options.ImagePosition.front else "as-sent",
+            unknown_fields="error" if unknown_fields is options.UnknownFields.error else "ignore",
+        )
+        check_files(settings)
         listener = listen(host, port)
     except (ModelFilesError, ListenError, ValueError) as error:
         raise _failure(str(error)) from error
     port = listener.getsockname()[1]
-    name = served_model_name or folder.name
-    settings = ServerSettings(
-        model=str(folder.path),
-        engine_socket="",
-        served_model_names=[name],
-        api_keys=api_key or [],
-        max_num_seqs=max_num_seqs,
-        max_request_time_s=max_request_time,
-        images=ImageSettings(
-            max_images=max_images, allow_private_addresses=allow_private_image_urls
-        ),
-        image_position="front" if image_position is options.ImagePosition.front else "as-sent",
-        unknown_fields="error" if unknown_fields is options.UnknownFields.error else "ignore",
-    )
-    console.print(f"vlmserve {__version__}: loading {name}", markup=False)
+    name = settings.model_name
+    say(f"vlmserve {__version__}: loading {name}")
+    scheme = "http" if tls_certfile is None else "https"
 
     def say_ready(info: EngineReady) -> None:
-        _say_ready(f"http://{_shown_host(host)}:{port}", name, info)
+        _say_ready(f"{scheme}://{_shown_host(host)}:{port}", name, info)
 
     supervision = Supervision(
         num_workers=workers,
@@ -144,13 +179,17 @@ def serve(
 
 
 def _say_ready(url: str, name: str, info: EngineReady) -> None:
-    console.print(
+    say(
         f"vlmserve is ready on {url} (model {name}, {info.device} {info.dtype}, "
         f"context {info.max_model_len:,}, room for {info.num_text_tokens:,} text tokens "
-        f"and {info.num_image_tiles:,} image tiles)",
-        markup=False,
-        soft_wrap=True,
+        f"and {info.num_image_tiles:,} image tiles)"
     )
+
+
+def _names(given: list[str] | None) -> list[str]:
+    """The names of all values, each of which may hold several between commas; none twice."""
+    names = [name.strip() for value in given or [] for name in value.split(",")]
+    return list(dict.fromkeys(name for name in names if name))
 
 
 def _shown_host(host: str) -> str:
@@ -158,10 +197,15 @@ def _shown_host(host: str) -> str:
 
 
 def _failure(line: str) -> typer.Exit:
-    console.print(f"vlmserve: {line}", markup=False, soft_wrap=True)
+    say(f"vlmserve: {line}", logging.ERROR)
     return typer.Exit(1)
 
 
 def main() -> None:
     """Entry point of the console script."""
+    try:
+        adopt(os.environ)
+    except VariableError as error:
+        say(f"vlmserve: {error}", logging.ERROR)
+        sys.exit(1)
     app()

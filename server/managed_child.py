@@ -82,6 +82,11 @@ class ManagedChild:
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
 
+    def hang_up(self) -> None:
+        """Tell it that there is something to read again."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGHUP)
+
     def kill(self) -> None:
         """Have the kernel end it, whatever it does; a stopped process too."""
         with contextlib.suppress(ProcessLookupError):

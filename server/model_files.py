@@ -13,7 +13,7 @@ from ..models.bundled import CHECKPOINT
 
 BUNDLED_NAME = "vlmserve-tiny-vision"
 # Only what serving reads: no pickle weights, no code.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*"]
 
 
 class ModelFilesError(Exception):
@@ -28,11 +28,13 @@ class ModelFolder:
     name: str
 
 
-def resolve_model(model: str | None, revision: str | None = None) -> ModelFolder:
+def resolve_model(
+    model: str | None, revision: str | None = None, cache_dir: str | None = None
+) -> ModelFolder:
     """The folder of `model`: None is the bundled one, else a local path or a hub id.
 
     A hub id is downloaded into the Hugging Face cache (HF_HOME, HF_TOKEN are
-    honoured). Raises ModelFilesError with one line that says what to do.
+    honoured) or below cache_dir. Raises ModelFilesError with one line that says what to do.
     """
     if model is None:
         return ModelFolder(CHECKPOINT, BUNDLED_NAME)
@@ -44,7 +46,7 @@ def resolve_model(model: str | None, revision: str | None = None) -> ModelFolder
             f"no model at {model!r}: give a folder with config.json, or a hub id such as "
             "meta-llama/Llama-3.2-11B-Vision-Instruct"
         )
-    return ModelFolder(_download(model, revision), model)
+    return ModelFolder(_download(model, revision, cache_dir), model)
 
 
 def _local_folder(path: Path) -> ModelFolder:
@@ -53,7 +55,7 @@ def _local_folder(path: Path) -> ModelFolder:
     return ModelFolder(path, path.name)
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, cache_dir: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -63,7 +65,10 @@ def _download(hub_id: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_PATTERNS))
+        folder = snapshot_download(
+            hub_id, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_PATTERNS
+        )
+        return Path(folder)
     except GatedRepoError as error:
         raise ModelFilesError(
             f"{hub_id} is gated: accept its licence on its page and set HF_TOKEN"

@@ -17,6 +17,8 @@ MODEL_PANEL = "Model"
 ENGINE_PANEL = "Engine"
 HTTP_PANEL = "HTTP"
 FAULTS_PANEL = "Faults and restarts"
+ACCESS_PANEL = "Access"
+LOG_PANEL = "Log and traces"
 
 
 class Dtype(StrEnum):
@@ -52,6 +54,22 @@ class ImagePosition(StrEnum):
     as_sent = "as-sent"
 
 
+class LogLevel(StrEnum):
+    """The least that the log tells; debug also tells what errors of requests say."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+class LogFormat(StrEnum):
+    """How a line of the log is written."""
+
+    text = "text"
+    json = "json"
+
+
 class UnknownFields(StrEnum):
     """What a request field that the API does not have leads to."""
 
@@ -77,10 +95,18 @@ ModelArgument = Annotated[
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=MODEL_PANEL)
 ]
-ServedModelName = Annotated[
+CacheDir = Annotated[
     str | None,
     typer.Option(
-        help="Name in the API; default: the hub id or the folder's name.",
+        help="Folder for what is downloaded from the hub; default: the hub's own, in HF_HOME.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+ServedModelName = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Names in the API, several with commas or by repeating; the first stands in answers. "
+        "Default: the hub id or the folder's name.",
         rich_help_panel=MODEL_PANEL,
     ),
 ]
@@ -243,7 +269,78 @@ ApiKey = Annotated[
         help="Key that clients must send; may be given several times. "
         "The environment variable keeps it out of the process list.",
         envvar="VLMSERVE_API_KEY",
-        rich_help_panel=HTTP_PANEL,
+        rich_help_panel=ACCESS_PANEL,
+    ),
+]
+ApiKeyFile = Annotated[
+    str | None,
+    typer.Option(
+        help="File of further keys, one a line; lines that begin with # are comments. Read again "
+        "at SIGHUP.",
+        rich_help_panel=ACCESS_PANEL,
+    ),
+]
+AllowedHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Host that requests may name, such as api.example.com or *.example.com; may be given "
+        "several times. Default: any.",
+        rich_help_panel=ACCESS_PANEL,
+    ),
+]
+CorsOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Origin whose pages may read answers, such as https://chat.example.com, or '*'; may "
+        "be given several times. Default: none.",
+        rich_help_panel=ACCESS_PANEL,
+    ),
+]
+TlsCertfile = Annotated[
+    str | None,
+    typer.Option(
+        help="Certificate chain in PEM: serve https. Read again at SIGHUP.",
+        rich_help_panel=ACCESS_PANEL,
+    ),
+]
+TlsKeyfile = Annotated[
+    str | None,
+    typer.Option(
+        help="Its key in PEM, without a password; default: in the certificate's file.",
+        rich_help_panel=ACCESS_PANEL,
+    ),
+]
+LogLevelOption = Annotated[
+    LogLevel,
+    typer.Option(help="The least that all processes log.", rich_help_panel=LOG_PANEL),
+]
+LogFormatOption = Annotated[
+    LogFormat,
+    typer.Option(help="One JSON object a line, or text.", rich_help_panel=LOG_PANEL),
+]
+LogRequests = Annotated[
+    bool, typer.Option(help="Log one line a request.", rich_help_panel=LOG_PANEL)
+]
+Otel = Annotated[
+    bool | None,
+    typer.Option(
+        help="Send OpenTelemetry traces (extra vlmserve[otel]); default: where an endpoint is set.",
+        rich_help_panel=LOG_PANEL,
+    ),
+]
+OtelServiceName = Annotated[
+    str | None,
+    typer.Option(
+        help="Name of the service in traces; default: OTEL_SERVICE_NAME, or vlmserve.",
+        rich_help_panel=LOG_PANEL,
+    ),
+]
+OtlpEndpoint = Annotated[
+    str | None,
+    typer.Option(
+        help="Where traces go by OTLP over HTTP, such as http://collector:4318; default: "
+        "OTEL_EXPORTER_OTLP_ENDPOINT, or http://localhost:4318 with --otel.",
+        rich_help_panel=LOG_PANEL,
     ),
 ]
 ImagePositionOption = Annotated[

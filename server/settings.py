@@ -16,6 +16,13 @@ from .images.settings import ImageSettings
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 
+class TraceSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where traces go; None leaves it to OpenTelemetry's own variables and defaults."""
+
+    endpoint: str | None = None
+    service_name: str | None = None
+
+
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything a worker needs; it travels as JSON.
 
@@ -26,7 +33,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_request_time_s: from a request's arrival to the end of its answer; a request's
     own timeout_s may be shorter. api_key_file: read at the start and at each SIGHUP.
     allowed_hosts: names in Host that are answered, empty for all. cors_origins: whose
-    pages may read answers, empty for none. log_requests: one line a request. ready_stall_s: how
+    pages may read answers, empty for none. log_requests: one line a request.
+    traces: None sends none. ready_stall_s: how
     long a step may begin no layer of the model before the worker calls itself not ready.
     drain_time_s: from SIGTERM to the error that ends what is still open.
     """
@@ -58,6 +66,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
     log_requests: bool = True
+    traces: TraceSettings | None = None
 
     @property
     def model_name(self) -> str:

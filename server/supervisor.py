@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-import sys
+import ssl
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ import msgspec
 
 from ..router.client import EngineClient
 from ..router.config import EngineConfig
+from ..router.logs import say
 from ..router.messages import EngineReady
 from .engine_watch import EngineWatch, HangLimits
 from .managed_child import ManagedChild
@@ -124,6 +125,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, self._on_signal)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         with tempfile.TemporaryDirectory(prefix="vlmserve-") as folder:
             try:
                 return await self._supervise(Path(folder))
@@ -137,6 +139,13 @@ class Supervisor:
         if self._stop.is_set():
             self._stop_now.set()
         self._stop.set()
+
+    def _reload(self) -> None:
+        """Have every worker read its keys and certificate again."""
+        _say("workers read their keys and certificate again")
+        for slot in self._workers:
+            if slot.child is not None:
+                slot.child.hang_up()
 
     async def _supervise(self, folder: Path) -> int:
         for number, engine in enumerate(self._engines):
@@ -241,7 +250,8 @@ class Supervisor:
         """Wait until the engines have loaded and a worker answers; then say so once."""
         for engine in self._engines:
             await engine.ready.wait()
-        while not await _is_ready(self._listener):  # noqa: ASYNC110 - polls a socket
+        is_tls = self._server_settings.tls_certfile is not None
+        while not await _is_ready(self._listener, is_tls):  # noqa: ASYNC110 - polls a socket
             await asyncio.sleep(READY_POLL_S)
         info = self._engines[0].info
         assert info is not None, "an engine is ready when it has said so"
@@ -296,13 +306,15 @@ async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _is_ready(listener: socket.socket) -> bool:
+async def _is_ready(listener: socket.socket, is_tls: bool) -> bool:
     """Whether GET /v1/health/ready on this socket's address answers 200."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     request = b"GET /v1/health/ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     try:
-        reader, writer = await asyncio.open_connection(host, port)
+        # Of itself: any certificate will do.
+        tls = ssl._create_unverified_context() if is_tls else None
+        reader, writer = await asyncio.open_connection(host, port, ssl=tls)
         writer.write(request)
         status_line = await asyncio.wait_for(reader.readline(), 5)
         writer.close()
@@ -312,4 +324,4 @@ async def _is_ready(listener: socket.socket) -> bool:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"vlmserve: {line}\n")
+    say(f"vlmserve: {line}")

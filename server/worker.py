@@ -5,17 +5,22 @@ Owns the process: its socket, its parent, its log. Knows nothing of requests.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import signal
 import socket
 import sys
+from typing import Any
 
 import msgspec
+from sanic import Sanic
 
 from ..router.logs import say, set_up_logging
 from ..router.parent import ParentGoneError, die_with_parent
 from .app import build_app
 from .settings import ServerSettings
+from .tls import ServerTls
 
 
 def main() -> None:
@@ -24,6 +29,8 @@ def main() -> None:
     Exits with 2 and one line on stderr if the settings or the checkpoint do not serve.
     """
     parent = os.getppid()
+    # Its default would end a worker that is still starting.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # One text at a time: a pool of threads would only take cores from the engine.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -31,10 +38,33 @@ def main() -> None:
         set_up_logging(settings.log_level, settings.log_format, "worker")
         die_with_parent(parent)
         app = build_app(settings)
+        tls = _tls_of(settings)
         listening = _listening_socket(settings)
     except (msgspec.DecodeError, OSError, ValueError, ParentGoneError) as error:
         sys.exit(_fail(error))
-    app.run(sock=listening, single_process=True, access_log=False, motd=False)
+    _reload_on_hangup(app, tls)
+    context = None if tls is None else tls.context
+    app.run(sock=listening, ssl=context, single_process=True, access_log=False, motd=False)
+
+
+def _tls_of(settings: ServerSettings) -> ServerTls | None:
+    """Raises TlsError."""
+    if settings.tls_certfile is None:
+        return None
+    return ServerTls(settings.tls_certfile, settings.tls_keyfile)
+
+
+def _reload_on_hangup(app: Sanic[Any, Any], tls: ServerTls | None) -> None:
+    """At SIGHUP read keys and certificate again; until the loop runs they are young enough."""
+
+    def reload() -> None:
+        app.ctx.access.keys.reload()
+        if tls is not None:
+            tls.reload()
+
+    @app.before_server_start
+    async def listen(app: Sanic[Any, Any]) -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
 def _fail(error: Exception) -> int:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -39,13 +40,16 @@ class RunningServer:
     process: subprocess.Popen
     port: int
     log: Path
+    scheme: str = "http"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{self.scheme}://127.0.0.1:{self.port}"
 
     def get(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+        # A test's own certificate is nobody's.
+        tls = ssl._create_unverified_context() if self.scheme == "https" else None
+        with urllib.request.urlopen(self.url + path, timeout=30, context=tls) as response:
             return response.read()
 
     def metric(self, name: str) -> float:
@@ -90,7 +94,8 @@ def running_command(
     log = folder / "server.log"
     with log.open("wb") as err:
         process = subprocess.Popen(command, stdout=err, stderr=err, env=os.environ | variables)
-    server = RunningServer(process, port, log)
+    scheme = "https" if "--tls-certfile" in command else "http"
+    server = RunningServer(process, port, log, scheme)
     try:
         assert wait_until(lambda: is_ready(server), START_TIMEOUT_S), log.read_text()
         yield server

@@ -1,0 +1,134 @@
+"""Environment variables: one of the project's own for each option, and the documented service's.
+
+    a flag  >  VLMSERVE_<OPTION>  >  the documented service's name
+
+Owns the names and what each of the documented ones means here: some set an option, the others
+are known and have no effect. Knows nothing of what an option does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+from typer.models import ParameterInfo
+
+PREFIX = "VLMSERVE_"
+F = TypeVar("F", bound=Callable[..., Any])
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+_LEVELS = {
+    **{"trace": "debug", "debug": "debug", "info": "info", "default": "info"},
+    **{"warning": "warning", "warn": "warning", "error": "error", "critical": "error"},
+}
+
+
+class VariableError(ValueError):
+    """A variable holds what it must not; the message is one line for the operator."""
+
+
+def _same(value: str) -> str:
+    return value
+
+
+def _flag(value: str) -> str:
+    lower = value.strip().lower()
+    if lower not in _TRUE | _FALSE:
+        raise ValueError("1 or 0")
+    return "true" if lower in _TRUE else "false"
+
+
+def _not_flag(value: str) -> str:
+    return "false" if _flag(value) == "true" else "true"
+
+
+def _json_or_text(value: str) -> str:
+    return "json" if _flag(value) == "true" else "text"
+
+
+def _level(value: str) -> str:
+    level = _LEVELS.get(value.strip().lower())
+    if level is None:
+        raise ValueError("DEBUG, INFO, WARNING or ERROR")
+    return level
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """The option that a documented variable sets, and how its value is said there.
+
+    Raises ValueError, with what the value may be, where it is none.
+    """
+
+    option: str
+    translate: Callable[[str], str] = _same
+
+
+ADOPTED: Mapping[str, Adopted] = {
+    "NIM_SERVED_MODEL_NAME": Adopted("served_model_name"),
+    "NIM_MAX_MODEL_LEN": Adopted("max_model_len"),
+    "NIM_MAX_IMAGES_PER_PROMPT": Adopted("max_images"),
+    "NIM_SERVER_PORT": Adopted("port"),
+    "NIM_LOG_LEVEL": Adopted("log_level", _level),
+    "NIM_JSONL_LOGGING": Adopted("log_format", _json_or_text),
+    "NIM_DISABLE_LOG_REQUESTS": Adopted("log_requests", _not_flag),
+    "NIM_ENABLE_KV_CACHE_REUSE": Adopted("prefix_cache", _flag),
+    "NIM_CACHE_PATH": Adopted("cache_dir"),
+    "NIM_ENABLE_OTEL": Adopted("otel", _flag),
+    "NIM_OTEL_SERVICE_NAME": Adopted("otel_service_name"),
+    "NIM_OTEL_EXPORTER_OTLP_ENDPOINT": Adopted("otlp_endpoint"),
+}
+
+# Known, and without effect: why, for the log and for docs/settings.md.
+IGNORED: Mapping[str, str] = {
+    "NGC_API_KEY": "nothing is fetched from NGC; the hub's token is HF_TOKEN",
+    "NIM_MODEL_PROFILE": "there are no profiles; the model is an argument, its form are options",
+    "NIM_TENSOR_PARALLEL_SIZE": "a model is not split by tensors here",
+}
+
+
+def variable_of(option: str) -> str:
+    """The project's own variable of an option, by its parameter's name."""
+    return f"{PREFIX}{option.upper()}"
+
+
+def with_variables(command: F) -> F:
+    """Let each parameter of a command be set by its variable too."""
+    hints = inspect.get_annotations(command, eval_str=True)
+    for name, hint in hints.items():
+        if get_origin(hint) is not Annotated:
+            continue
+        for info in get_args(hint)[1:]:
+            if isinstance(info, ParameterInfo) and info.envvar is None:
+                info.envvar = variable_of(name)
+                info.show_envvar = False  # one rule for all, and help has little room
+    return command
+
+
+def adopt(environ: MutableMapping[str, str]) -> None:
+    """Set the project's variable wherever only the documented one is set.
+
+    An empty variable is as good as none. Raises VariableError.
+    """
+    for name, adopted in ADOPTED.items():
+        value, own = environ.get(name, ""), variable_of(adopted.option)
+        if not value or environ.get(own):
+            continue
+        try:
+            environ[own] = adopted.translate(value)
+        except ValueError as error:
+            raise VariableError(f"{name} is {value!r}; it must be {error}") from error
+
+
+def without_effect(environ: Mapping[str, str]) -> list[str]:
+    """A line for each variable of the documented service that is set and does nothing."""
+    lines = []
+    for name in sorted(environ):
+        if name in IGNORED:
+            lines.append(f"{name} is set and has no effect: {IGNORED[name]}")
+        elif name.startswith("NIM_") and name not in ADOPTED:
+            lines.append(f"{name} is set and not known here: it has no effect")
+    return lines

@@ -1,0 +1,63 @@
+"""What can be known of a worker's settings before any process is started: files, extras, variables.
+
+Owns those checks, so that a mistake is one line at once. Knows nothing of how settings are used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+from .settings import ServerSettings, TraceSettings
+
+# OpenTelemetry's own variables that name a collector for traces.
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+TRACE_PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
+
+
+def absolute(file: str | None) -> str | None:
+    """The file's whole path: a child may have another working directory."""
+    return None if not file else str(Path(file).expanduser().absolute())
+
+
+def check_files(settings: ServerSettings) -> None:
+    """Raises ValueError, in one line, where a key file or a certificate does not serve."""
+    from .access import ApiKeys
+    from .tls import ServerTls
+
+    if settings.api_key_file is not None:
+        ApiKeys([], Path(settings.api_key_file))
+    if settings.tls_certfile is not None:
+        ServerTls(settings.tls_certfile, settings.tls_keyfile)
+    elif settings.tls_keyfile is not None:
+        raise ValueError("--tls-keyfile is given without --tls-certfile: give both")
+
+
+def trace_settings(
+    is_wanted: bool | None,
+    endpoint: str | None,
+    service_name: str | None,
+    environ: Mapping[str, str],
+) -> TraceSettings | None:
+    """Where traces go, None where none are wanted: said so, or no endpoint is set anywhere.
+
+    Raises ValueError, in one line, where the packages for it are not installed.
+    """
+    if is_wanted is None:
+        is_wanted = bool(endpoint) or any(environ.get(name) for name in ENDPOINTS)
+    if not is_wanted or environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    if not all(map(_is_installed, TRACE_PACKAGES)):
+        raise ValueError(
+            "traces are wanted, but OpenTelemetry is not installed: pip install 'vlmserve[otel]',"
+            " or start with --no-otel"
+        )
+    return TraceSettings(endpoint=endpoint or None, service_name=service_name or None)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
