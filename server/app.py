@@ -41,14 +41,21 @@ from .openapi import document
 from .prompt import Processor
 from .recording import RecordingSanic
 from .records import record_of
-from .routes import chat, docs, health, llama_stack, tokenization
+from .routes import chat, completions, docs, health, llama_stack, tokenization
 from .routes.services import Services, json_response
 from .settings import ServerSettings
 from .template import Clock
 
 logger = logging.getLogger(__name__)
 
-ROUTES = (chat.ROUTES, llama_stack.ROUTES, tokenization.ROUTES, health.ROUTES, docs.ROUTES)
+ROUTES = (
+    chat.ROUTES,
+    completions.ROUTES,
+    llama_stack.ROUTES,
+    tokenization.ROUTES,
+    health.ROUTES,
+    docs.ROUTES,
+)
 
 DAY_S = 24 * 3600
 # What connections have to send what they hold, once every request has ended.

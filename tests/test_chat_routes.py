@@ -14,6 +14,7 @@ from support.http_side import (
     ScriptedEngine,
     client_of,
     error_of,
+    frames_of,
     meta_like_tokenizer,
     running_server,
     tokens_one_by_one,
@@ -76,14 +77,6 @@ def post(checkpoint, body, script=None, *, path=CHAT, headers=None, **options):
         return await client.post(path, content=content, headers=headers)
 
     return serve(checkpoint, use, script, **options)
-
-
-def frames_of(response):
-    """The contents of the `data:` frames; comments are left out."""
-    assert response.headers["content-type"] == "text/event-stream"
-    frames = [part for part in response.text.split("\n\n") if part and not part.startswith(":")]
-    assert all(frame.startswith("data: ") for frame in frames)
-    return [frame.removeprefix("data: ") for frame in frames]
 
 
 def shape_of(value):

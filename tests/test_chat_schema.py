@@ -8,7 +8,7 @@ import pytest
 from vlmserve.models.batch import SamplingParams
 from vlmserve.server.conversation import ImagePart, TextPart, with_images_in_front
 from vlmserve.server.errors import BadRequestError
-from vlmserve.server.schemas.chat import NOT_YET, ChatCompletionRequest, chat_generation
+from vlmserve.server.schemas.chat import ChatCompletionRequest, chat_generation
 from vlmserve.server.schemas.decoding import decode_body
 from vlmserve.server.schemas.llama_stack import (
     StackChatRequest,
@@ -186,19 +186,6 @@ def test_only_a_users_message_may_hold_an_image():
     for role in ("system", "developer", "assistant"):
         error = refused(generation, messages=[{"role": role, "content": [part]}])
         assert error.param == "messages[0].content[0].type"
-
-
-@pytest.mark.parametrize("field", sorted(NOT_YET))
-def test_a_field_that_is_not_built_yet_is_taken_at_its_neutral_value_only(field):
-    for value in NOT_YET[field]:
-        generation(**{field: value})
-    other = {
-        "store": True,
-        "service_tier": "flex",
-    }
-    error = refused(generation, **{field: other[field]})
-    assert error.param == field
-    assert f"{field} is not supported yet" in error.message
 
 
 def test_sampling_fields_at_null_or_neutral_change_nothing():

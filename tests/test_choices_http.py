@@ -14,6 +14,7 @@ from support.http_side import (
     OneTileImages,
     ScriptedEngine,
     client_of,
+    frames_of,
     write_checkpoint,
 )
 
@@ -63,12 +64,6 @@ def three_answers(request):
         output(1, [374, 374]),
         output(1, [128009], "stop"),
     ]
-
-
-def frames_of(response):
-    assert response.headers["content-type"] == "text/event-stream"
-    frames = [part for part in response.text.split("\n\n") if part and not part.startswith(":")]
-    return [frame.removeprefix("data: ") for frame in frames]
 
 
 def test_answers_come_in_order_and_usage_counts_the_prompt_once(checkpoint):

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from sanic import HTTPResponse, Request
 
-from ..errors import BadRequestError
 from ..schemas.chat import ChatCompletionRequest, chat_generation
 from ..schemas.chat_answers import ChatAnswers, ChatCompletion, ChatCompletionChunk
 from . import samples
@@ -37,13 +36,16 @@ ROUTES = Routes("chat", "Chat")
 async def chat_completions(request: Request, body: ChatCompletionRequest) -> HTTPResponse | None:
     """One answer to a conversation, in OpenAI's form."""
     check_model(request, body.model)
-    if body.stream_options is not None and not body.stream:
-        raise BadRequestError("stream_options needs stream: true", param="stream_options")
     generator = services_of(request).generator
     tenant = tenant_of(request, body.cache_salt)
     prepared = await generator.prepare(replace(chat_generation(body), tenant=tenant))
-    include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    answers = ChatAnswers(body.model, include_usage, body.n or 1, has_tools=bool(body.tools))
+    answers = ChatAnswers(
+        body.model,
+        body.includes_usage,
+        body.n or 1,
+        has_tools=bool(body.tools),
+        is_obfuscated=body.is_obfuscated,
+    )
     if body.stream:
         await send_stream(request, prepared, answers, with_done=True)
         return None

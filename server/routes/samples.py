@@ -7,6 +7,7 @@ server's document carries its own model's name in them.
 from __future__ import annotations
 
 from ..schemas.chat_answers import ChatCompletion
+from ..schemas.completion_answers import TextCompletion
 from ..schemas.llama_stack_answers import StackCompletion
 from ..schemas.model_answers import ModelList, model_card
 
@@ -49,6 +50,24 @@ CHAT_COMPLETION: ChatCompletion = {
     ],
     "usage": {"prompt_tokens": 17, "total_tokens": 138, "completion_tokens": 121},
     "prompt_logprobs": None,
+}
+
+TEXT_COMPLETION: TextCompletion = {
+    "id": "cmpl-8c5f5115fa464ab593963d5764498350",
+    "object": "text_completion",
+    "created": 1729020253,
+    "model": MODEL,
+    "choices": [
+        {
+            "index": 0,
+            "text": " blue.",
+            "logprobs": None,
+            "finish_reason": "stop",
+            "stop_reason": None,
+            "prompt_logprobs": None,
+        }
+    ],
+    "usage": {"prompt_tokens": 4, "total_tokens": 7, "completion_tokens": 3},
 }
 
 STACK_REQUEST = {

@@ -5,6 +5,7 @@ Owns keys and their order. Knows nothing of how they are sent.
 
 from __future__ import annotations
 
+import secrets
 from typing import NotRequired, TypedDict
 
 from ..answers import PromptTold, Usage
@@ -49,15 +50,25 @@ def usage_counts(usage: Usage) -> UsageCounts:
     return counts
 
 
-def prompt_logprobs(told: PromptTold | None) -> PromptLogprobs | None:
-    """vLLM's form: for each token of the prompt its candidates by their ids."""
+def obfuscation(text: str) -> str:
+    """Random characters that make a chunk's text a multiple of 32 bytes long, 1 to 32 of them."""
+    return secrets.token_urlsafe(24)[: 32 - len(text.encode()) % 32]
+
+
+def prompt_logprobs(told: PromptTold | None, num_top: int | None = None) -> PromptLogprobs | None:
+    """vLLM's form: for each token of the prompt its candidates by their ids.
+
+    num_top: how many of the likeliest, where more were told; None for all.
+    """
     if told is None:
         return None
-    return [entry if entry is None else _by_token_id(entry) for entry in told.entries]
+    return [entry if entry is None else _by_token_id(entry, num_top) for entry in told.entries]
 
 
-def _by_token_id(entry: tuple[PromptCandidate, ...]) -> dict[str, PromptToken]:
+def _by_token_id(entry: tuple[PromptCandidate, ...], num_top: int | None) -> dict[str, PromptToken]:
+    # What stands there comes first, whatever its rank.
+    told = [entry[0], *(one for one in entry[1:] if num_top is None or one.rank <= num_top)]
     return {
         str(one.token_id): {"logprob": one.logprob, "rank": one.rank, "decoded_token": one.text}
-        for one in entry
+        for one in told
     }

@@ -24,7 +24,7 @@ from ..answers import (
     Usage,
 )
 from ..logprobs import TokenEntry, TokenLogprob
-from .answer_parts import PromptLogprobs, UsageCounts, prompt_logprobs, usage_counts
+from .answer_parts import PromptLogprobs, UsageCounts, obfuscation, prompt_logprobs, usage_counts
 
 
 class CandidateToken(TypedDict):
@@ -130,7 +130,7 @@ class ChatCompletionChunk(TypedDict):
     """One frame of a streamed answer.
 
     usage: only with stream_options.include_usage, null in all but the last chunk, whose
-    choices are empty.
+    choices are empty. obfuscation: only with stream_options.include_obfuscation.
     """
 
     id: str
@@ -139,6 +139,7 @@ class ChatCompletionChunk(TypedDict):
     model: str
     choices: list[ChatChunkChoice]
     usage: NotRequired[UsageCounts | None]
+    obfuscation: NotRequired[str]
 
 
 def _new_id() -> str:
@@ -156,6 +157,7 @@ class ChatAnswers:
     include_usage: bool = False
     num_choices: int = 1
     has_tools: bool = False
+    is_obfuscated: bool = False
     id: str = field(default_factory=_new_id)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -229,6 +231,8 @@ class ChatAnswers:
         chunk = self._frame([choice])
         if self.include_usage:
             chunk["usage"] = None
+        if self.is_obfuscated:
+            chunk["obfuscation"] = obfuscation(delta.get("content", ""))
         return chunk
 
     def _usage_chunk(self, usage: Usage) -> ChatCompletionChunk:

@@ -15,9 +15,9 @@ from ...models.batch import SamplingParams
 from ..conversation import ImagePart, Message, Part, Role, TextPart, ToolFormat
 from ..errors import BadRequestError
 from ..requests import GenerationRequest, sampling_params
-from .chat import StopString
 from .chat_messages import MAX_PARTS, parts_of_text
 from .decoding import ModelName, no_nul
+from .sampling import StopString
 from .stack_tools import (
     StackCalls,
     StackTools,

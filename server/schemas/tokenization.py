@@ -13,12 +13,11 @@ from ..conversation import Message, Tool
 from ..errors import BadRequestError
 from .chat_messages import MessageList, conversation_of
 from .decoding import ModelName, no_nul
+from .sampling import TokenId
 from .tools import ToolList, tools_of
 
 # More than any context holds: four prompts of 131,072 tokens.
 MAX_TOKENS = 524_288
-
-TokenId = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

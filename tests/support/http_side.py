@@ -205,6 +205,8 @@ class ScriptedEngine:
                 # A script names a choice by its number; without one it is the first.
                 choice = int(item.request_id) if item.request_id.isdigit() else 0
                 request_id = request.answer_ids[choice]
+                if request_id not in self.open:
+                    continue
                 if item.finish_reason is not None:
                     self.open.discard(request_id)
                 yield msgspec.structs.replace(item, request_id=request_id)
@@ -316,3 +318,11 @@ def error_of(response: httpx2.Response, status: int) -> dict[str, Any]:
         assert body[key] == body["error"][key]
     error: dict[str, Any] = body["error"]
     return error
+
+
+def frames_of(response: httpx2.Response) -> list[str]:
+    """The contents of the `data:` frames; comments are left out."""
+    assert response.headers["content-type"] == "text/event-stream"
+    frames = [part for part in response.text.split("\n\n") if part and not part.startswith(":")]
+    assert all(frame.startswith("data: ") for frame in frames)
+    return [frame.removeprefix("data: ") for frame in frames]

@@ -1,0 +1,77 @@
+"""POST /v1/completions, plain and streamed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sanic import HTTPResponse, Request
+
+from ..prompt import Processor
+from ..requests import PlainPrompt
+from ..schemas.completion_answers import CompletionAnswers, CompletionChunk, TextCompletion
+from ..schemas.completions import CompletionRequest, completion_generation
+from . import samples
+from .declared import EVENTS, GENERATION_REFUSALS, Reply, Routes
+from .services import check_model, json_response, services_of, tenant_of
+from .streaming import send_stream
+
+ROUTES = Routes("completions", "Completions")
+
+
+@ROUTES.post(
+    "/v1/completions",
+    body=CompletionRequest,
+    examples={
+        "text": {"model": samples.MODEL, "prompt": "The sky is", "max_tokens": 8},
+        "token ids": {"model": samples.MODEL, "prompt": [128000, 3923, 374], "max_tokens": 8},
+    },
+    replies=[
+        Reply(
+            type=TextCompletion,
+            description="The whole answers: those to the first prompt, then those to the next.",
+            example=samples.TEXT_COMPLETION,
+        ),
+        Reply(
+            type=CompletionChunk,
+            media_type=EVENTS,
+            description="With stream: true, a chunk in each `data:` frame, then `data: [DONE]`."
+            " An error in between is a frame of its own.",
+        ),
+    ],
+    refusals=GENERATION_REFUSALS,
+)
+async def completions(request: Request, body: CompletionRequest) -> HTTPResponse | None:
+    """The continuation of one text or of several, in OpenAI's form."""
+    check_model(request, body.model)
+    services = services_of(request)
+    generation = completion_generation(body)
+    tenant = tenant_of(request, body.cache_salt)
+    prepared = await services.generator.prepare(replace(generation, tenant=tenant))
+    answers = CompletionAnswers(
+        model=body.model,
+        num_answers=body.n or 1,
+        echoes=await _echoes(services.processor, generation.prompts) if body.echo else None,
+        num_top=body.logprobs,
+        num_prompt_top=body.prompt_logprobs,
+        is_echo_only=body.is_echo_only,
+        include_usage=body.includes_usage,
+        is_obfuscated=body.is_obfuscated,
+    )
+    if body.stream:
+        await send_stream(request, prepared, answers, with_done=True)
+        return None
+    return json_response(answers.plain(await services.generator.answer(prepared)))
+
+
+async def _echoes(processor: Processor, prompts: Sequence[PlainPrompt]) -> list[str]:
+    """The prompts as texts: as they were sent, or as answers would read."""
+
+    def texts() -> list[str]:
+        return [
+            one.content if isinstance(one.content, str) else processor.text_of(one.content)
+            for one in prompts
+        ]
+
+    return await asyncio.to_thread(texts)

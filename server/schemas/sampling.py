@@ -1,0 +1,153 @@
+"""What chat and text completions of OpenAI's API share: sampling, stops, forms, streams.
+
+Owns those fields' names, ranges and spellings, and how they become parts of a
+`GenerationRequest`. Knows nothing of messages, of prompts or of answers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+
+from ...models.batch import Bias, Penalty, SamplingParams
+from ..errors import BadRequestError
+from ..requests import sampling_params
+from .decoding import ModelName, no_nul
+from .structured import Choices, Form, Guided, ResponseFormat, guided_forms, response_form
+
+INT64 = msgspec.Meta(ge=-(2**63), le=2**63 - 1)
+StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+TokenId = Annotated[int, msgspec.Meta(ge=0)]
+NumTop = Annotated[int, msgspec.Meta(ge=0, le=20)]
+
+# Answers of one request, whatever they are to.
+MAX_ANSWERS = 128
+
+# One spelling each, so that no id has two biases.
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """include_obfuscation: a chunk carries random characters, by which its size tells less."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class SharedFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Null leaves a field at its default."""
+
+    model: ModelName
+    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None
+    seed: Annotated[int, INT64] | None = None
+    stop: StopString | Annotated[list[StopString], msgspec.Meta(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=1024)] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
+    min_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=2.0)] | None = None
+    logit_bias: Annotated[dict[str, Bias], msgspec.Meta(max_length=1024)] | None = None
+    cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=MAX_ANSWERS)] | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    nvext: Guided | None = None
+    timeout_s: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
+    prompt_logprobs: NumTop | None = None
+    # Taken without effect.
+    user: str | None = None
+
+    @property
+    def includes_usage(self) -> bool:
+        """A stream ends with a chunk that tells the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def is_obfuscated(self) -> bool:
+        """A stream's chunks carry random characters."""
+        return self.stream_options is not None and bool(self.stream_options.include_obfuscation)
+
+
+class Neutral(msgspec.Struct, frozen=True):
+    """What a field that is refused may hold besides null, and what to do instead."""
+
+    values: tuple[Any, ...]
+    remedy: str = "leave it out"
+
+
+def refuse_unless_neutral(body: msgspec.Struct, fields: Mapping[str, Neutral]) -> None:
+    """Raises BadRequestError at the first field that asks for what is not supported."""
+    for field, neutral in fields.items():
+        value = getattr(body, field)
+        if value is not None and value not in neutral.values:
+            raise BadRequestError(f"{field} is not supported: {neutral.remedy}", param=field)
+
+
+def check_shared(body: SharedFields) -> None:
+    """What no type says. Raises BadRequestError that names the field."""
+    if body.top_k == 0:
+        raise BadRequestError("top_k is 0: send -1 for off, or at least 1", param="top_k")
+    if body.stream_options is not None and not body.stream:
+        raise BadRequestError("stream_options needs stream: true", param="stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise BadRequestError(
+            "prompt_logprobs come with a whole answer only: leave stream out",
+            param="prompt_logprobs",
+        )
+
+
+def sampling_of(body: SharedFields, num_logprobs: int | None) -> SamplingParams:
+    """All that decides which token comes next; null leaves a field at its default."""
+    return msgspec.structs.replace(
+        sampling_params(body.temperature, body.top_p, body.top_k, body.seed),
+        min_p=body.min_p or 0.0,
+        min_tokens=body.min_tokens or 0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        logit_bias=_logit_bias(body.logit_bias or {}),
+        num_logprobs=num_logprobs,
+    )
+
+
+def forms_of(body: SharedFields) -> list[Form]:
+    """Every form that the body asks for; more than one is an error."""
+    top = Guided(
+        guided_json=body.guided_json,
+        guided_regex=body.guided_regex,
+        guided_choice=body.guided_choice,
+        guided_grammar=body.guided_grammar,
+    )
+    inner = body.nvext or Guided()
+    forms = [*guided_forms(top), *guided_forms(inner, "nvext.")]
+    return [*response_form(body.response_format), *forms]
+
+
+def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
+    """The stop strings, one or several."""
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    return tuple(no_nul(text, "stop") for text in stops)
+
+
+def _logit_bias(biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    """JSON's keys are strings; OpenAI's clients write token ids into them."""
+    for key in biases:
+        if not _TOKEN_ID.fullmatch(key):
+            raise BadRequestError(
+                f"logit_bias has the key {key[:32]!r}: its keys are token ids in decimal",
+                param="logit_bias",
+            )
+    return tuple((int(key), bias) for key, bias in biases.items())
