@@ -19,7 +19,7 @@ from typing import Any
 
 import orjson
 from sanic import HTTPResponse, Request, Sanic
-from sanic.exceptions import PayloadTooLarge, SanicException
+from sanic.exceptions import SanicException
 
 from .. import __version__
 from ..router.client import EngineClient
@@ -30,7 +30,9 @@ from .drain import Drain
 from .errors import ApiError, InternalError, error_body, type_of_status
 from .generation import Engine, Generator, Images
 from .grammar_checks import GrammarChecks
-from .guards import HardyRequest, HeadGuard, HeadTooLargeError, receive_body
+from .guards import HeadGuard
+from .http_head import HeadLimits
+from .http_protocol import HardyRequest, receive_body
 from .images.decoders import DecoderPool
 from .images.fetch import ImageFetcher
 from .images.loader import ImageLoader
@@ -86,6 +88,7 @@ def build_app(
     app.config.update(_sanic_config(settings))
     parts = Parts(settings, fetcher, images, engine_client)
     services = app.ctx.services = parts.services(now)
+    app.ctx.head_limits = HeadLimits(settings.max_head_bytes, settings.max_headers)
     app.ctx.access = access
     app.ctx.on_closed = RequestLog(settings.log_requests, services.metrics).add
     app.before_server_start(parts.open)
@@ -220,8 +223,6 @@ def answer_error(request: Request, error: Exception) -> HTTPResponse:
     if isinstance(error, PreflightAnswer):
         return HTTPResponse(status=204, headers=error.headers)
     headers: dict[str, str] = {}
-    if isinstance(error, PayloadTooLarge) and "header" in str(error):
-        error = HeadTooLargeError("the request's head is over 16 kB")
     if isinstance(error, SanicException):
         headers |= {name: str(value) for name, value in error.headers.items()}
         error = _of_sanic(error)
@@ -271,7 +272,6 @@ def _sanic_config(settings: ServerSettings) -> dict[str, Any]:
         "KEEP_ALIVE_TIMEOUT": settings.keep_alive_timeout_s,
         "MOTD": False,
         "NOISY_EXCEPTIONS": False,
-        "REQUEST_MAX_HEADER_SIZE": 16_384,
         "REQUEST_MAX_SIZE": settings.max_body_bytes,
         "REQUEST_TIMEOUT": settings.request_timeout_s,
         # A timer a gap, which would cut a long plain answer: requests have their own deadlines.

@@ -51,6 +51,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     tls_keyfile: str | None = None
     image_position: Literal["front", "as-sent"] = "front"
     unknown_fields: Literal["error", "ignore"] = "error"
+    max_head_bytes: Positive = 16_384
+    max_headers: Positive = 100
     max_body_bytes: Positive = 64 * 1024 * 1024
     max_num_seqs: Positive = 64
     request_timeout_s: Seconds = 10.0

@@ -19,6 +19,7 @@ from sanic import Sanic
 from ..router.logs import say, set_up_logging
 from ..router.parent import ParentGoneError, die_with_parent
 from .app import build_app
+from .http_protocol import StrictProtocol
 from .settings import ServerSettings
 from .tls import ServerTls
 
@@ -44,7 +45,14 @@ def main() -> None:
         sys.exit(_fail(error))
     _reload_on_hangup(app, tls)
     context = None if tls is None else tls.context
-    app.run(sock=listening, ssl=context, single_process=True, access_log=False, motd=False)
+    app.run(
+        sock=listening,
+        ssl=context,
+        protocol=StrictProtocol,
+        single_process=True,
+        access_log=False,
+        motd=False,
+    )
 
 
 def _tls_of(settings: ServerSettings) -> ServerTls | None:

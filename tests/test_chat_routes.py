@@ -436,27 +436,6 @@ def test_requests_are_503_while_the_engine_is_not_ready(checkpoint):
         assert response.headers["retry-after"] == "1"
 
 
-def test_a_body_over_its_cap_is_a_413(checkpoint):
-    body = BODY | {"user": "x" * 3000}
-
-    async def chunks():
-        yield json.dumps(body).encode()
-
-    for path in (CHAT, STACK):
-        error_of(post(checkpoint, body, path=path, max_body_bytes=2048), 413)
-
-    async def use(client, engine):
-        return await client.post(CHAT, content=chunks())
-
-    error_of(serve(checkpoint, use, max_body_bytes=2048), 413)
-
-
-def test_a_compressed_body_is_a_415(checkpoint):
-    for path in (CHAT, STACK):
-        response = post(checkpoint, b"x", headers={"Content-Encoding": "gzip"}, path=path)
-        error_of(response, 415)
-
-
 def test_the_same_scripted_answer_comes_for_many_at_once(checkpoint):
     async def use(client, engine):
         calls = [

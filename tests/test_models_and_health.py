@@ -253,42 +253,6 @@ def test_a_path_that_only_looks_open_needs_the_key(checkpoint, path):
         assert response.json()["message"] == "Service is live."
 
 
-HEAD = b"Host: a\r\nContent-Type: application/json\r\n"
-SMUGGLED = b"GET /v1/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
-
-
-@pytest.mark.parametrize(
-    "head",
-    [
-        HEAD + b"Content-Length : 41\r\n",
-        b"Content-Length: 41\r\n",
-        HEAD + b"Host: b\r\nContent-Length: 41\r\n",
-        HEAD + b"X-A: a\x00b\r\nContent-Length: 41\r\n",
-        HEAD + b"X-A: a\r\n folded\r\nContent-Length: 41\r\n",
-        HEAD + "Content-Length: ٤١\r\n".encode(),
-        HEAD + b"Content-Length: 41\r\nContent-Length: 41\r\n",
-        HEAD + b"Content-Length: 41\r\nTransfer-Encoding: chunked\r\n",
-        HEAD + b"Transfer-Encoding: gzip, chunked\r\n",
-        HEAD + b"Content-Length: -1\r\n",
-        HEAD + b"X(A): a\r\nContent-Length: 41\r\n",
-    ],
-)
-@pytest.mark.parametrize("path", [CHAT, "/ls/inference/chat_completion"])
-def test_a_head_that_two_readers_could_read_differently_is_refused_once(checkpoint, head, path):
-    raw = b"POST " + path.encode() + b" HTTP/1.1\r\n" + head + b"\r\n" + SMUGGLED
-    answer = exchange(checkpoint, raw)
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    assert answer.count(b"HTTP/1.1 ") == 1
-    assert b'"object":"error"' in answer
-
-
-def test_a_head_that_is_too_large_is_a_431(checkpoint):
-    for headers in (b"X-A: " + b"a" * 17_000 + b"\r\n", b"X-A: a\r\n" * 101):
-        answer = exchange(checkpoint, b"GET /v1/models HTTP/1.1\r\nHost: a\r\n" + headers + b"\r\n")
-        assert answer.startswith(b"HTTP/1.1 431 ")
-        assert b'"object":"error"' in answer
-
-
 @pytest.mark.parametrize(
     "line",
     [
@@ -310,36 +274,6 @@ def test_a_strange_request_line_gets_a_json_error(checkpoint, line, caplog):
     assert b'"object":"error"' in answer
     assert len(answer) < 2000
     assert "\x1b" not in caplog.text
-
-
-def test_a_head_that_never_ends_is_a_408(checkpoint):
-    answer = exchange(checkpoint, b"GET /v1/models HTTP/1.1\r\nHost: a\r\n", request_timeout_s=0.2)
-    assert answer.startswith(b"HTTP/1.1 408 ")
-    assert b'"object":"error"' in answer
-
-
-@pytest.mark.parametrize("path", [CHAT, "/ls/inference/chat_completion"])
-def test_a_body_that_never_ends_is_a_408(checkpoint, path):
-    head = b"POST " + path.encode() + b" HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{"
-    answer = exchange(checkpoint, head, request_timeout_s=0.2)
-    assert answer.startswith(b"HTTP/1.1 408 ")
-    assert b'"object":"error"' in answer
-
-
-def test_a_large_body_is_not_a_slow_one(checkpoint):
-    """It may take as long as its bytes allow, beyond the time for a small one."""
-
-    async def slowly():
-        yield b'{"model":"x","user":"'
-        for _ in range(5):
-            await asyncio.sleep(0.1)
-            yield b"a" * 65_536
-        yield b'","messages":[{"role":"user","content":"a"}]}'
-
-    async def use(client, engine):
-        return await client.post(CHAT, content=slowly())
-
-    assert serve(checkpoint, use, request_timeout_s=0.3).status_code == 404
 
 
 def test_a_harmless_request_id_is_echoed_and_another_replaced(checkpoint):

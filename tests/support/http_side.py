@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from vlmserve.models.batch import ImageTiles
 from vlmserve.router.errors import EngineError
 from vlmserve.router.messages import AddRequest, EngineReady, EngineStats, SequenceOutput
 from vlmserve.server.app import build_app
+from vlmserve.server.http_protocol import StrictProtocol
 from vlmserve.server.images.settings import ImageRequest
 from vlmserve.server.settings import ServerSettings
 
@@ -266,25 +268,30 @@ def tokens_one_by_one(
 
 
 @asynccontextmanager
-async def running_server(settings: ServerSettings, **parts: Any) -> AsyncIterator[str]:
+async def running_server(
+    settings: ServerSettings, *, tls: ssl.SSLContext | None = None, **parts: Any
+) -> AsyncIterator[str]:
     """A real server on a free loopback port, in this event loop; gives its base URL."""
-    async with running_app(build_app(settings, **parts)) as url:
+    async with running_app(build_app(settings, **parts), tls) as url:
         yield url
 
 
 @asynccontextmanager
-async def running_app(app: Any) -> AsyncIterator[str]:
+async def running_app(app: Any, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     """The same of an application that was built before."""
     # It rewrites Sanic's classes for the one application of a process; tests have many.
     app.config.TOUCHUP = False
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = await app.create_server(sock=listening, return_asyncio_server=True)
+        server = await app.create_server(
+            sock=listening, ssl=tls, protocol=StrictProtocol, return_asyncio_server=True
+        )
         assert server is not None, "sanic gives a server when asked to"
         await server.startup()
         await server.before_start()
         await server.start_serving()
         try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+            scheme = "https" if tls else "http"
+            yield f"{scheme}://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.close()
             await server.wait_closed()
