@@ -78,10 +78,10 @@ class StrictHttp(Http):  # type: ignore[misc]
     async def read(self) -> bytes | None:
         """The next piece of the body; None at its end. Raises ApiError or PayloadTooLarge."""
         if not self.chunks:
-            self._check_size(self.request_bytes)
+            self._check_size(self.request_bytes or 0)
             return await super().read()
         await self._continue()
-        data = self.chunks.take(self.recv_buffer, self.request_max_size)
+        data = self.chunks.take(self.recv_buffer, int(self.request_max_size))
         self._check_size(self.chunks.declared_bytes)
         if self.chunks.is_complete:
             self.request_body = None
@@ -107,6 +107,7 @@ class StrictHttp(Http):  # type: ignore[misc]
             self.request_body = None
             self.expecting_continue = False
             self.keep_alive = False
+            assert isinstance(self.protocol, StrictProtocol), "which is what makes this class"
             self.protocol.linger()
         await super().http1_response_header(data, end_stream)
 
