@@ -360,6 +360,8 @@ def test_developer_is_system_and_an_echoed_answer_is_taken():
     ("item", "url", "place"),
     [
         ({"image": {"uri": "u"}}, "u", ".image.uri"),
+        ({"image": "u"}, "u", ".image"),
+        ({"type": "image", "image": "u"}, "u", ".image"),
         ({"type": "image", "url": {"uri": "u"}}, "u", ".url.uri"),
         ({"type": "image", "url": {"uri": "u"}, "data": None}, "u", ".url.uri"),
         ({"type": "image", "data": "QQ=="}, "data:image/png;base64,QQ==", ".data"),
@@ -413,6 +415,15 @@ def test_llama_stack_defaults_and_nulls_are_unset():
     assert stack(sampling_params={"max_tokens": 5, "stop": ["x"]}).max_tokens == 5
 
 
+def test_llama_stack_puts_a_context_behind_the_content_as_meta_does():
+    item = {"type": "image", "data": "QQ=="}
+    for context in ("b", {"type": "text", "text": "b"}, ["b"], [item, "b"]):
+        (message,) = stack(messages=[TURN | {"context": context}]).messages
+        texts = [part.text for part in message.parts if isinstance(part, TextPart)]
+        assert "".join(texts) == "hi\n\nb"
+        assert len(message.images) == (item in context if isinstance(context, list) else 0)
+
+
 def test_llama_stack_takes_an_answer_back():
     turn = {"role": "assistant", "content": "a", "stop_reason": "end_of_turn", "tool_calls": []}
     messages = stack(messages=[TURN, turn, TURN]).messages
@@ -433,7 +444,11 @@ def test_llama_stack_takes_an_answer_back():
         ({"sampling_params": {"temperature": 3}}, "sampling_params.temperature"),
         ({"messages": [{"role": "function", "content": "a"}]}, "messages[0].role"),
         ({"messages": [{"role": "tool", "content": "a\0"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": "a", "context": "b"}]}, "messages[0].context"),
+        ({"messages": [{"role": "system", "content": "a", "context": "b"}]}, "messages[0].context"),
+        (
+            {"messages": [{"role": "user", "content": "a", "context": ["b", {}]}]},
+            "messages[0].context[1]",
+        ),
         ({"messages": [{"role": "user", "content": [{}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [1]}]}, "messages[0].content[0]"),
         (

@@ -51,7 +51,7 @@ class ContentItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     type: Literal["text", "image"] | None = None
     text: str | None = None
-    image: ImageSource | None = None
+    image: ImageSource | str | None = None
     url: Url | str | None = None
     data: str | None = None
 
@@ -60,7 +60,10 @@ Content = str | ContentItem | Annotated[list[str | ContentItem], msgspec.Meta(ma
 
 
 class StackMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One turn. ipython is the older name of the role tool: the result of a call."""
+    """One turn. ipython is the older name of the role tool: the result of a call.
+
+    context: what a user's turn says behind its content, such as retrieved text.
+    """
 
     role: Literal["system", "user", "assistant", "ipython", "tool"]
     content: Content
@@ -170,17 +173,20 @@ def _sampling(params: StackSampling) -> SamplingParams:
 
 
 def _message(turn: StackMessage, field: str) -> Message:
-    if turn.context is not None:
+    if turn.context is not None and turn.role != "user":
         raise BadRequestError(
-            f"{field}.context is not supported: put its text into content",
-            param=f"{field}.context",
+            f"{field}: only a user's message may hold a context", param=f"{field}.context"
         )
     if turn.tool_calls and turn.role != "assistant":
         raise BadRequestError(
             f"{field}: only an assistant's message may hold tool_calls", param=f"{field}.tool_calls"
         )
     calls = stack_calls(turn.tool_calls, f"{field}.tool_calls")
-    message = Message(_role(turn.role), _parts(turn, f"{field}.content"), calls)
+    parts = _parts(turn.content, turn.role, f"{field}.content")
+    if turn.context is not None:
+        # An empty line between them, as in Meta's own prompt code.
+        parts += (TextPart("\n\n"), *_parts(turn.context, turn.role, f"{field}.context"))
+    message = Message(_role(turn.role), parts, calls)
     if message.images and message.role != "user":
         raise BadRequestError(
             f"{field}: only a user's message may hold an image", param=f"{field}.content"
@@ -196,11 +202,10 @@ def _role(role: str) -> Role:
     return "assistant" if role == "assistant" else "system"
 
 
-def _parts(turn: StackMessage, field: str) -> tuple[Part, ...]:
-    content = turn.content
+def _parts(content: Content, role: str, field: str) -> tuple[Part, ...]:
     if isinstance(content, str):
         text = no_nul(content, field)
-        return parts_of_text(text, field) if turn.role == "user" else (TextPart(text),)
+        return parts_of_text(text, field) if role == "user" else (TextPart(text),)
     if isinstance(content, ContentItem):
         return (_item(content, field),)
     return tuple(_item(item, f"{field}[{i}]") for i, item in enumerate(content))
@@ -213,7 +218,9 @@ def _item(item: str | ContentItem, field: str) -> Part:
     _one_of(field, text=item.text, image=item.image, url=item.url, data=item.data)
     if item.text is not None and item.type != "image":
         return TextPart(no_nul(item.text, f"{field}.text"))
-    if item.image is not None and item.type != "text":
+    if isinstance(item.image, str) and item.type != "text":
+        return ImagePart(item.image, f"{field}.image")
+    if isinstance(item.image, ImageSource) and item.type != "text":
         return _image(item.image, f"{field}.image")
     if item.type == "image":
         return _image(ImageSource(url=item.url, data=item.data), field)
