@@ -45,6 +45,7 @@ from .recording import RecordingSanic
 from .records import record_of
 from .routes import chat, completions, docs, health, llama_stack, tokenization
 from .routes.services import Services, json_response
+from .schemas.json_text import check_json_text
 from .settings import ServerSettings
 from .template import Clock
 
@@ -254,6 +255,7 @@ def _add_guards(app: Sanic[Any, Any], settings: ServerSettings, access: Access) 
     async def admit(request: Request) -> None:
         guard.check(request)
         await receive_body(request, settings.request_timeout_s)
+        await check_json_text(request.body)
 
     @app.on_response
     async def mark(request: Request, response: HTTPResponse) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support.http_side import MODEL, write_checkpoint
 from support.raw_http import answers_in, exchange, only_answer
-from support.standing import CHAT, GENERATION_ROUTES, SLACK, assert_error, body_for
+from support.standing import BODY_ROUTES, CHAT, SLACK, assert_error, body_for
 from support.threaded import server_in_thread
 from test_http_head import BROKEN_CHUNKS, TWO_READINGS
 
@@ -48,7 +48,7 @@ def smuggling(route: str) -> list[bytes]:
 
 
 def test_row_01_what_two_servers_could_read_differently_is_refused_once(standing):
-    for route in [*GENERATION_ROUTES, "/v1/models", "/nothing"]:
+    for route in [*BODY_ROUTES, "/v1/models", "/nothing"]:
         for raw in smuggling(route):
             assert_error(only_answer(exchange(standing.server.port, raw)), 400)
 
@@ -118,7 +118,7 @@ def client_tls() -> ssl.SSLContext:
 
 
 def test_row_02_a_head_over_16_kb_or_100_headers_is_a_431(standing):
-    for route in GENERATION_ROUTES:
+    for route in BODY_ROUTES:
         for lines in ([b"X-A: " + b"a" * 16_384], [b"X-A: a"] * 100):
             raw = head_of(route, *lines, b"Content-Length: 0")
             assert_error(only_answer(exchange(standing.server.port, raw)), 431)
@@ -144,7 +144,7 @@ def test_row_02_the_limits_are_settings(checkpoint):
 def test_row_03_a_body_over_its_cap_is_a_413_before_it_has_come(standing):
     """Not a byte of the data is sent, and nobody is asked to go on and send it."""
     declared = b"Content-Length: %d" % (CAP + 1)
-    for route in GENERATION_ROUTES:
+    for route in BODY_ROUTES:
         for raw in (
             head_of(route, declared),
             head_of(route, declared, b"Expect: 100-continue"),
@@ -175,7 +175,7 @@ def peak_bytes(pid: int) -> int:
 def test_row_03_chunks_are_counted_together(checkpoint, size):
     chunk = b"%x\r\n%b\r\n" % (size, b"x" * size)
     with server_in_thread(checkpoint, max_body_bytes=16_000) as port:
-        for route in GENERATION_ROUTES:
+        for route in BODY_ROUTES:
             head = head_of(route, b"Transfer-Encoding: chunked")
             assert_error(only_answer(exchange(port, head + chunk * (16_000 // size + 1))), 413)
             within = head + chunk * (16_000 // size) + b"0\r\n\r\n"
@@ -191,7 +191,7 @@ def trickle(port: int, start: bytes, rest: bytes, pause_s: float) -> bytes:
 def slow_requests() -> list[tuple[bytes, bytes]]:
     """What comes at once and what in drops, on each route: in the head, and in the body."""
     found = []
-    for route in GENERATION_ROUTES:
+    for route in BODY_ROUTES:
         head = head_of(route, b"Content-Length: 999")
         chunked = head_of(route, b"Transfer-Encoding: chunked")
         found += [(head[:20], head[20:40] * 9), (head, b"{" * 99), (chunked, b"1\r\n{\r\n" * 20)]
@@ -227,7 +227,7 @@ def test_row_04_a_large_body_is_not_a_slow_one(checkpoint):
 
 def test_row_05_a_compressed_body_is_a_415(standing):
     bomb = gzip.compress(b"\0" * 10_000_000)
-    for route in GENERATION_ROUTES:
+    for route in BODY_ROUTES:
         for coding in ("gzip", "deflate", "br", "zstd", "GZIP", "identity, gzip", "x-gzip"):
             answer = standing.post(route, bomb, **{"Content-Encoding": coding})
             assert_error(answer, 415)

@@ -41,8 +41,14 @@ STACK_ROUTES = [
         "/v1/inference/chat-completion",
     )
 ]
-# Every route whose body reaches the engine. A new one belongs here and in `body_for`.
+# Every route that takes a conversation with pictures. A new one belongs here and in `body_for`.
 GENERATION_ROUTES = [CHAT, *STACK_ROUTES]
+COMPLETIONS = "/v1/completions"
+# Every route whose body reaches the engine.
+TEXT_ROUTES = [*GENERATION_ROUTES, COMPLETIONS]
+TOKENIZE_ROUTES = ["/tokenize", "/v1/tokenize"]
+# Every route that takes a body.
+BODY_ROUTES = [*TEXT_ROUTES, *TOKENIZE_ROUTES, "/detokenize", "/v1/detokenize"]
 # A 2 x 2 picture: enough to start decoders and to take an image block.
 PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQV"
@@ -111,6 +117,12 @@ def body_for(
         sampling = {"strategy": {"type": "greedy"}, "max_tokens": max_tokens}
         turn = {"role": "user", "content": parts}
         return {"model_id": MODEL, "messages": [turn], "sampling_params": sampling} | more
+    if route in (COMPLETIONS, *TOKENIZE_ROUTES):
+        assert not images, f"{route} takes no pictures"
+        limits = {"temperature": 0, "max_tokens": max_tokens} if route == COMPLETIONS else {}
+        return {"model": MODEL, "prompt": text} | limits | more
+    if route.endswith("/detokenize"):
+        return {"model": MODEL, "tokens": [max_tokens]} | more
     assert route == CHAT, f"body_for does not know {route}: add it"
     parts = [{"type": "text", "text": text}]
     parts += [{"type": "image_url", "image_url": {"url": url}} for url in images or []]

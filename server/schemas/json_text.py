@@ -1,0 +1,115 @@
+"""What must hold of a JSON text before it is decoded: no name twice, no U+0000, a bounded size.
+
+Owns what decoders pass over in silence or pay dearly for. A text that is no JSON at all is the
+decoder's to refuse. Knows no schema.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import msgspec
+
+from ..errors import BadRequestError
+
+# Larger texts are looked through in a thread: this is plain Python, so the event loop goes on.
+INLINE_BYTES = 64 * 1024
+SLICE_BYTES = 1024 * 1024
+# Of a text of any size: decoding so many numbers, or so many strings and objects, takes some tens
+# of milliseconds, in which no other thread runs. A body is large by its pictures and texts alone.
+MAX_COMMAS = 1_000_000
+MAX_MARKS = 200_000
+
+_MARK = re.compile(rb'["{}\[\]]')
+_COLON = re.compile(rb"[ \t\r\n]*:")
+# Inside a string: runs of plain characters and escapes, but for that of U+0000. Bounded, as no
+# other thread runs while a pattern is matched.
+_RUN = re.compile(rb'(?:[^"\\]++|\\(?!u0000)[\s\S]){0,50000}+')
+
+
+async def check_json_text(text: bytes) -> None:
+    """Raises BadRequestError for a text that says one thing twice, or too many things."""
+    if len(text) <= INLINE_BYTES:
+        check_now(text)
+    else:
+        await asyncio.to_thread(check_now, text)
+
+
+def check_now(text: bytes) -> None:
+    """The same at once, in time linear in the text's length."""
+    _check_commas(text)
+    _check_names(text)
+
+
+def _check_commas(text: bytes) -> None:
+    """Commas stand between values, so few commas are few values; those in texts count along."""
+    num_commas = 0
+    for begin in range(0, len(text), SLICE_BYTES):
+        num_commas += text.count(b",", begin, begin + SLICE_BYTES)
+        if num_commas > MAX_COMMAS:
+            raise BadRequestError(f"the body holds over {MAX_COMMAS:,} commas: send less")
+
+
+def _check_names(text: bytes) -> None:
+    """Walk over the text from one string or bracket to the next; its values stay unread."""
+    objects: list[set[bytes] | None] = []
+    num_marks = place = 0
+    while (mark := _MARK.search(text, place)) is not None:
+        place = mark.end()
+        kind = mark[0]
+        num_marks += 1
+        if num_marks > MAX_MARKS:
+            raise BadRequestError(
+                f"the body holds over {MAX_MARKS:,} strings, lists and objects: send less"
+            )
+        if kind == b'"':
+            end = _end_of_string(text, place)
+            if objects and objects[-1] is not None and _COLON.match(text, end + 1):
+                _add_name(objects[-1], text[place:end])
+            place = end + 1
+        elif kind == b"{":
+            objects.append(set())
+        elif kind == b"[":
+            objects.append(None)
+        elif objects:
+            objects.pop()
+
+
+def _end_of_string(text: bytes, begin: int) -> int:
+    """Where the quote stands that ends the string; the text's end where none does.
+
+    Raises BadRequestError at U+0000.
+    """
+    quote = text.find(b'"', begin)
+    if quote >= 0 and text.find(b"\\", begin, quote) < 0:
+        return quote
+    place = begin
+    while place < len(text) and text[place] != 0x22:
+        run = _RUN.match(text, place)
+        assert run is not None, "the pattern takes any text"
+        if run.end() == place:
+            # A backslash that no run takes: the text ends here, or this is the one escape.
+            if place + 1 < len(text):
+                raise BadRequestError(
+                    f"the body holds the character U+0000 (byte {place}): remove it"
+                )
+            return len(text)
+        place = run.end()
+    return place
+
+
+def _add_name(names: set[bytes], written: bytes) -> None:
+    name = _as_text(written) if b"\\" in written else written
+    if name in names:
+        shown = name[:64].decode(errors="replace")
+        raise BadRequestError(f"the name {shown!r} stands twice in one object: send it once")
+    names.add(name)
+
+
+def _as_text(written: bytes) -> bytes:
+    """The bytes that a name with escapes stands for; as it is written where it is no JSON."""
+    try:
+        return msgspec.json.decode(b'"' + written + b'"', type=str).encode()
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return written
