@@ -4,6 +4,9 @@ PORT ?= 8000
 HOST ?= 127.0.0.1
 MODEL ?=
 ARGS ?=
+# How many random requests a route of the API gets in fuzz-api, and from which seed.
+EXAMPLES ?= 300
+SEED ?= 1
 # Where torch comes from: the ordinary index unless you name another, for example
 # TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu for a CPU-only build.
 TORCH_INDEX_URL ?=
@@ -15,7 +18,7 @@ TORCH_PIN := $(shell grep -E '^torch==' requirements/base.txt)
 TYPING := build/typing/vlmserve
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test serve check test test-slow soak bench clean
+.PHONY: help setup setup-test serve check test test-slow fuzz-api soak bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -54,10 +57,13 @@ check: setup-test $(TYPING) ## lint, types and import rules
 	$(BIN)/python -m pytest -q tests/test_floors.py
 
 test: setup-test ## the tests of every run (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not soak and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not soak and not fuzz and not gpu" $(ARGS)
 
 test-slow: setup-test ## the long tests: training, the version range, the image's install steps
-	$(BIN)/python -m pytest -m "slow and not soak and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not soak and not fuzz and not gpu" $(ARGS)
+
+fuzz-api: setup-test ## thousands of requests made from the API's document (EXAMPLES=, SEED= change them)
+	EXAMPLES=$(EXAMPLES) SEED=$(SEED) $(BIN)/python -m pytest -s -m fuzz $(ARGS)
 
 soak: setup-test ## ten thousand random requests against one engine, each checked against itself alone
 	$(BIN)/python -m pytest -s -m soak $(ARGS)

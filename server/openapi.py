@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from .errors import ErrorBody
-from .routes.declared import Endpoint, Reply
+from .errors import ErrorBody, NestedError
+from .routes.declared import EVENTS, Endpoint, Reply
 from .schemas.decoding import SERVED_MODEL
 from .settings import ServerSettings
 
@@ -29,6 +29,7 @@ REFUSALS = {
     404: "There is no such model, or no such path.",
     408: "The request did not come in time.",
     413: "The body is too large.",
+    414: "The path and its query are too long.",
     415: "The body is compressed, or not JSON.",
     429: "The queue is full; Retry-After says when to come again.",
     431: "The request's head is too large.",
@@ -36,8 +37,8 @@ REFUSALS = {
     503: "The engine is gone, or it is loading its model.",
     504: "The request's time was over before its answer was complete.",
 }
-OF_EVERY_ROUTE = (400, 431, 500)
-OF_BODIES = (408, 413, 415)
+OF_EVERY_ROUTE = (400, 408, 414, 431, 500)
+OF_BODIES = (413, 415)
 
 _PARAMETER = re.compile(r"<(\w+)(?::\w+)?>")
 
@@ -74,20 +75,39 @@ class Schemas:
     def __init__(self, endpoints: Sequence[Endpoint], settings: ServerSettings) -> None:
         bodies = [one.body for one in endpoints if one.body is not None]
         replies = [reply.type for one in endpoints for reply in one.replies]
-        types = [*bodies, *replies, ErrorBody]
+        types = [*bodies, *replies, ErrorBody, NestedError]
         schemas, self.components = msgspec.json.schema_components(
             types, ref_template=f"{REFERENCE}{{name}}"
         )
         self._by_type = dict(zip(map(id, types), schemas, strict=True))
+        seen: set[type] = set()
+        for body in bodies:
+            self._add_rules(msgspec.inspect.type_info(body), seen)
         for part in _parts(self.components):
             if part.get("title") == SERVED_MODEL:
                 part["enum"] = list(settings.served_model_names)
+            if isinstance(part.get("pattern"), str):
+                # Python's end of a text, in the words of JSON schema.
+                part["pattern"] = part["pattern"].replace(r"\Z", "$")
         if settings.unknown_fields == "ignore":
             self._open(self.of(body) for body in bodies)
 
     def of(self, one: Any) -> dict[str, Any]:
         """The schema of one of those types, mostly a reference."""
         return self._by_type[id(one)]
+
+    def _add_rules(self, info: Any, seen: set[type]) -> None:
+        """Add what the structs of a body say of their fields together, to those not seen yet."""
+        if isinstance(info, msgspec.inspect.StructType):
+            if info.cls in seen:
+                return
+            seen.add(info.cls)
+            rules = vars(info.cls).get("schema_rules", {})
+            component = self.components[info.cls.__name__]
+            assert not rules.keys() & component.keys(), "rules stand beside what the type says"
+            component |= rules
+        for inner in _inner_types(info):
+            self._add_rules(inner, seen)
 
     def _open(self, schemas: Iterable[dict[str, Any]]) -> None:
         """Let these schemas, and all that they refer to, hold unknown fields."""
@@ -175,9 +195,19 @@ def _operation(one: Endpoint, schemas: Schemas, model: str, needs_key: bool) -> 
     if one.body is not None:
         operation["requestBody"] = {
             "required": True,
+            "description": _told_rules(one.body),
             "content": {"application/json": _body_content(one, schemas, model)},
         }
     return operation
+
+
+def _told_rules(body: type[msgspec.Struct]) -> str:
+    """The rules of a body that JSON schema has no words for."""
+    told: Sequence[str] = getattr(body, "told_rules", ())
+    if not told:
+        return "A body that fits the schema is taken."
+    lines = "\n".join(f"- {rule}" for rule in told)
+    return f"A body that fits the schema is taken where these rules hold too:\n\n{lines}"
 
 
 def _body_content(one: Endpoint, schemas: Schemas, model: str) -> dict[str, Any]:
@@ -197,6 +227,8 @@ def _responses(one: Endpoint, schemas: Schemas, model: str, needs_key: bool) -> 
         )
         response["description"] = f"{response['description']} {reply.description}".strip()
         response["content"][reply.media_type] = _reply_content(reply, schemas, model)
+        if reply.links:
+            response["links"] = dict(reply.links)
     statuses = [*OF_EVERY_ROUTE, *one.refusals, *(OF_BODIES if one.body else ())]
     for status in [*statuses, *([401] if needs_key else [])]:
         refusal = {"$ref": f"#/components/responses/{_refusal_name(status)}"}
@@ -205,10 +237,25 @@ def _responses(one: Endpoint, schemas: Schemas, model: str, needs_key: bool) -> 
 
 
 def _reply_content(reply: Reply, schemas: Schemas, model: str) -> dict[str, Any]:
-    content: dict[str, Any] = {"schema": schemas.of(reply.type)}
+    schema = schemas.of(reply.type)
+    if reply.media_type == EVENTS:
+        schema = _event_of(schema)
+    content: dict[str, Any] = {"schema": schema}
     if reply.example is not None:
         content["example"] = _with_model(reply.example, model)
     return content
+
+
+def _event_of(frame: dict[str, Any]) -> dict[str, Any]:
+    """One server-sent event, whose data is JSON of such a frame, or the mark of a stream's end."""
+    frames = {"anyOf": [frame, {"$ref": f"{REFERENCE}NestedError"}]}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": frames}
+    return {
+        "type": "object",
+        "description": "One event.",
+        "properties": {"data": {"anyOf": [data, {"const": "[DONE]"}]}},
+        "required": ["data"],
+    }
 
 
 def _without_bodies(operation: dict[str, Any]) -> dict[str, Any]:
@@ -246,12 +293,22 @@ def _with_model(example: Any, model: str) -> Any:
     """The example as this server would see or say it."""
     if isinstance(example, dict):
         return {
-            key: model if key == "model" else _with_model(inner, model)
+            key: model if key in ("model", "model_id") else _with_model(inner, model)
             for key, inner in example.items()
         }
     if isinstance(example, list):
         return [_with_model(inner, model) for inner in example]
     return example
+
+
+def _inner_types(info: Any) -> Iterator[Any]:
+    """The types of a type's fields, items, options, keys and values."""
+    for name in ("type", "item_type", "key_type", "value_type"):
+        if isinstance(inner := getattr(info, name, None), msgspec.inspect.Type):
+            yield inner
+    yield from getattr(info, "types", ())
+    for field in getattr(info, "fields", ()):
+        yield field.type
 
 
 def _parts(schema: Any) -> Iterator[dict[str, Any]]:

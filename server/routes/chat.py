@@ -19,7 +19,12 @@ ROUTES = Routes("chat", "Chat")
 @ROUTES.post(
     "/v1/chat/completions",
     body=ChatCompletionRequest,
-    examples={"picture": samples.CHAT_REQUEST},
+    examples={
+        "picture": samples.CHAT_REQUEST,
+        "streamed": samples.STREAMED_REQUEST,
+        "tools": samples.TOOLS_REQUEST,
+        "form": samples.FORM_REQUEST,
+    },
     replies=[
         Reply(
             type=ChatCompletion, description="The whole answer.", example=samples.CHAT_COMPLETION

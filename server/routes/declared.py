@@ -30,13 +30,17 @@ GENERATION_REFUSALS = (404, 429, 503, 504)
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class Reply:
-    """One kind of answer. type: what its body holds, in a stream what each frame holds."""
+    """One kind of answer. type: what its body holds, in a stream what each frame holds.
+
+    links: OpenAPI's, by their names: what the answer is good for in another request.
+    """
 
     type: Any
     description: str
     status: int = 200
     media_type: str = JSON
     example: Any = None
+    links: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)

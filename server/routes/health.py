@@ -62,7 +62,20 @@ async def live(request: Request) -> HTTPResponse:
 
 @ROUTES.get(
     "/v1/models",
-    replies=[Reply(type=ModelList, description="The model's names.", example=samples.MODEL_LIST)],
+    replies=[
+        Reply(
+            type=ModelList,
+            description="The model's names.",
+            example=samples.MODEL_LIST,
+            links={
+                "model": {
+                    "operationId": "get_v1_models_name_path",
+                    "description": "One of them.",
+                    "parameters": {"name": "$response.body#/data/0/id"},
+                }
+            },
+        )
+    ],
 )
 async def models(request: Request) -> HTTPResponse:
     """The model under each of its served names."""

@@ -42,7 +42,7 @@ def _replies(chunk: type) -> list[Reply]:
 @ROUTES.post(
     *(prefix + path for prefix in PREFIXES for path in OLD_PATHS),
     body=StackChatRequest,
-    examples={"picture": samples.STACK_REQUEST},
+    examples={"picture": samples.STACK_REQUEST, "streamed": samples.STREAMED_STACK_REQUEST},
     replies=_replies(OldStackChunk),
     refusals=GENERATION_REFUSALS,
 )
@@ -54,7 +54,7 @@ async def chat_completion_old(request: Request, body: StackChatRequest) -> HTTPR
 @ROUTES.post(
     *(prefix + NEW_PATH for prefix in PREFIXES),
     body=StackChatRequest,
-    examples={"picture": samples.STACK_REQUEST},
+    examples={"picture": samples.STACK_REQUEST, "streamed": samples.STREAMED_STACK_REQUEST},
     replies=_replies(NewStackChunk),
     refusals=GENERATION_REFUSALS,
 )

@@ -1,6 +1,6 @@
-"""The documented samples, as examples of the API's document.
+"""Examples of the API's document: the documented samples, and a few of what else there is.
 
-Owns nothing but these values: tests hold them to the reference's own files. A
+Owns nothing but these values: tests hold the samples to the reference's own files. A
 server's document carries its own model's name in them.
 """
 
@@ -32,6 +32,55 @@ CHAT_REQUEST = {
         }
     ],
     "max_tokens": 256,
+}
+
+STREAMED_REQUEST = {
+    "model": MODEL,
+    "messages": [
+        {"role": "system", "content": "You are brief."},
+        {"role": "user", "content": "What is a boardwalk?"},
+    ],
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "temperature": 0,
+}
+
+TOOLS_REQUEST = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "What is the weather in Paris?"}],
+    "tools": [
+        {
+            "type": "function",
+            "function": {
+                "name": "get_weather",
+                "description": "The weather of a city.",
+                "parameters": {
+                    "type": "object",
+                    "properties": {"city": {"type": "string"}},
+                    "required": ["city"],
+                },
+            },
+        }
+    ],
+    "tool_choice": "auto",
+}
+
+FORM_REQUEST = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "Name a colour."}],
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {
+            "name": "colour",
+            "schema": {
+                "type": "object",
+                "properties": {"colour": {"enum": ["red", "blue"]}},
+                "required": ["colour"],
+            },
+        },
+    },
+    "logprobs": True,
+    "top_logprobs": 2,
 }
 
 CHAT_COMPLETION: ChatCompletion = {
@@ -73,6 +122,13 @@ TEXT_COMPLETION: TextCompletion = {
 STACK_REQUEST = {
     "model": MODEL,
     "messages": [{"role": "user", "content": [{"image": {"uri": PICTURE}}, QUESTION]}],
+}
+
+STREAMED_STACK_REQUEST = {
+    "model_id": MODEL,
+    "messages": [{"role": "user", "content": "What is a boardwalk?"}],
+    "sampling_params": {"strategy": {"type": "top_p", "temperature": 0.7, "top_p": 0.9}},
+    "stream": True,
 }
 
 STACK_COMPLETION: StackCompletion = {

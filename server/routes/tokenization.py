@@ -43,6 +43,13 @@ ROUTES = Routes("tokenization", "Tokens")
                 "tokens": [128000, 3923, 374],
                 "token_strs": None,
             },
+            links={
+                "text": {
+                    "operationId": "post_detokenize",
+                    "description": "The text again, special tokens included.",
+                    "requestBody": {"tokens": "$response.body#/tokens"},
+                }
+            },
         )
     ],
     refusals=[404],

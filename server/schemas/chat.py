@@ -6,20 +6,23 @@ Owns names, ranges and spellings of the request, and how it becomes a
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import msgspec
+from typing import Any, ClassVar
 
 from ..conversation import Tool
 from ..errors import BadRequestError
 from ..requests import GenerationRequest
+from . import rules
 from .chat_messages import MessageList, conversation_of
+from .rules import all_of, needs
 from .sampling import (
+    SHARED_RULES,
+    MaxTokens,
     Neutral,
     NumTop,
     SharedFields,
     check_shared,
     forms_of,
+    only_neutral,
     refuse_unless_neutral,
     sampling_of,
     stops_of,
@@ -33,13 +36,52 @@ from .tools import (
     tools_of,
 )
 
+# What fields may hold besides null that are not supported.
+REFUSED: dict[str, Neutral] = {
+    "audio": Neutral((), "this model answers in text. Leave it out"),
+    "function_call": Neutral(("none", "auto"), "use tool_choice"),
+    "functions": Neutral(([],), "use tools"),
+    "modalities": Neutral(([], ["text"]), "this model answers in text. Leave it out"),
+    "moderation": Neutral(()),
+    "prediction": Neutral(()),
+    "prompt_cache_options": Neutral(
+        ({}, {"mode": "implicit"}), "prompts are cached by themselves. Leave it out"
+    ),
+    "prompt_cache_retention": Neutral(
+        ("in_memory",), "prompts are kept while there is room. Leave it out"
+    ),
+    "reasoning_effort": Neutral(("none",), "this model does not reason. Leave it out"),
+    "service_tier": Neutral(("auto", "default"), "use priority"),
+    "store": Neutral((False,), "nothing is stored. Leave it out"),
+    "verbosity": Neutral(("medium",), "ask for a length in the prompt"),
+    "web_search_options": Neutral(()),
+}
+
 
 class ChatCompletionRequest(SharedFields, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The body. Fields of `REFUSED` are taken at their neutral values only."""
 
+    told_rules: ClassVar[tuple[str, ...]] = (
+        *rules.OF_CHATS,
+        *rules.OF_SAMPLING,
+        rules.RESULTS,
+        rules.ONE_MAXIMUM,
+    )
+    schema_rules: ClassVar[dict[str, Any]] = all_of(
+        *SHARED_RULES,
+        only_neutral(REFUSED),
+        needs("top_logprobs", {"type": "integer", "minimum": 1}, "logprobs", {"const": True}),
+        needs(
+            "tool_choice",
+            {"anyOf": [{"const": "required"}, {"type": "object"}]},
+            "tools",
+            {"type": "array", "minItems": 1},
+        ),
+    )
+
     messages: MessageList
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: NumTop | None = None
     tools: ToolList | None = None
@@ -65,26 +107,6 @@ class ChatCompletionRequest(SharedFields, frozen=True, forbid_unknown_fields=Tru
     safety_identifier: str | None = None
 
 
-# What fields may hold besides null that are not supported.
-REFUSED: dict[str, Neutral] = {
-    "audio": Neutral((), "this model answers in text. Leave it out"),
-    "function_call": Neutral(("none", "auto"), "use tool_choice"),
-    "functions": Neutral(([],), "use tools"),
-    "modalities": Neutral(([], ["text"]), "this model answers in text. Leave it out"),
-    "moderation": Neutral(()),
-    "prediction": Neutral(()),
-    "prompt_cache_options": Neutral(
-        ({}, {"mode": "implicit"}), "prompts are cached by themselves. Leave it out"
-    ),
-    "prompt_cache_retention": Neutral(
-        ("in_memory",), "prompts are kept while there is room. Leave it out"
-    ),
-    "reasoning_effort": Neutral(("none",), "this model does not reason. Leave it out"),
-    "service_tier": Neutral(("auto", "default"), "use priority"),
-    "store": Neutral((False,), "nothing is stored. Leave it out"),
-    "verbosity": Neutral(("medium",), "ask for a length in the prompt"),
-    "web_search_options": Neutral(()),
-}
 WITHOUT_EFFECT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "user"})
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
 from ..conversation import ImagePart, Message, Part, Role, TextPart
 from ..errors import BadRequestError
 from .decoding import no_nul
+from .rules import any_of, given, having
 from .tools import CallId, CallList, calls_of
 
 Name = Annotated[str, msgspec.Meta(max_length=256)]
@@ -38,13 +39,20 @@ class TextContent(
     text: str
 
 
+class OnlyText(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part where none but texts are taken, so that its type says nothing new."""
+
+    text: str
+    type: Literal["text"] = "text"
+
+
 class ImageContent(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="image_url"
 ):
     image_url: ImageUrl | str
 
 
-TextList = Annotated[list[TextContent], msgspec.Meta(max_length=MAX_PARTS)]
+TextList = Annotated[list[OnlyText], msgspec.Meta(max_length=MAX_PARTS)]
 PartList = Annotated[list[TextContent | ImageContent], msgspec.Meta(max_length=MAX_PARTS)]
 
 
@@ -74,6 +82,10 @@ class AssistantMessage(_Turn, frozen=True, tag="assistant"):
 
     content may be null beside tool_calls only.
     """
+
+    schema_rules: ClassVar[dict[str, Any]] = any_of(
+        given("content"), having("tool_calls", {"type": "array", "minItems": 1})
+    )
 
     content: str | TextList | None = None
     name: Name | None = None
@@ -141,8 +153,8 @@ def _parts(turn: AnyMessage, field: str) -> tuple[Part, ...]:
     return tuple(_part(part, f"{field}[{i}]") for i, part in enumerate(turn.content))
 
 
-def _part(part: TextContent | ImageContent, field: str) -> Part:
-    if isinstance(part, TextContent):
+def _part(part: OnlyText | TextContent | ImageContent, field: str) -> Part:
+    if not isinstance(part, ImageContent):
         return TextPart(no_nul(part.text, f"{field}.text"))
     if isinstance(part.image_url, str):
         return ImagePart(part.image_url, f"{field}.image_url")

@@ -7,21 +7,25 @@ body becomes a `GenerationRequest`. Knows nothing of tokens or of the answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import msgspec
 
 from ..errors import BadRequestError
 from ..requests import GenerationRequest, PlainPrompt
+from . import rules
 from .decoding import no_nul
+from .rules import all_of, needs
 from .sampling import (
     MAX_ANSWERS,
+    SHARED_RULES,
     Neutral,
     NumTop,
     SharedFields,
     TokenId,
     check_shared,
     forms_of,
+    only_neutral,
     refuse_unless_neutral,
     sampling_of,
     stops_of,
@@ -32,6 +36,17 @@ from .structured import only_form
 DEFAULT_MAX_TOKENS = 16
 
 Prompt = str | list[str | TokenId | list[TokenId]]
+# All of one kind.
+_LISTS = [
+    {"type": "array", "minItems": 1, "items": {"type": kind}}
+    for kind in ("string", "integer", "array")
+]
+
+
+# What fields may hold besides null that are not supported.
+REFUSED: dict[str, Neutral] = {
+    "suffix": Neutral(("",), "this model continues a text, it fills no gap. Leave it out"),
+}
 
 
 class CompletionRequest(SharedFields, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -42,8 +57,20 @@ class CompletionRequest(SharedFields, frozen=True, forbid_unknown_fields=True, k
     likeliest ones beside each. best_of: n, or 1. suffix: not supported.
     """
 
+    told_rules: ClassVar[tuple[str, ...]] = (
+        *rules.OF_GENERATIONS,
+        *rules.OF_SAMPLING,
+        rules.BEST_OF,
+    )
+    schema_rules: ClassVar[dict[str, Any]] = all_of(
+        *SHARED_RULES,
+        only_neutral(REFUSED),
+        needs("max_tokens", {"const": 0}, "echo", {"const": True}),
+        {"properties": {"prompt": {"anyOf": [{"type": ["string", "null"]}, *_LISTS]}}},
+    )
+
     prompt: Prompt | None
-    max_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] | None = None
     echo: bool | None = None
     logprobs: NumTop | None = None
     best_of: Annotated[int, msgspec.Meta(ge=1, le=MAX_ANSWERS)] | None = None
@@ -56,10 +83,6 @@ class CompletionRequest(SharedFields, frozen=True, forbid_unknown_fields=True, k
         return bool(self.echo) and self.max_tokens == 0
 
 
-# What fields may hold besides null that are not supported.
-REFUSED: dict[str, Neutral] = {
-    "suffix": Neutral(("",), "this model continues a text, it fills no gap. Leave it out"),
-}
 WITHOUT_EFFECT = frozenset({"user"})
 
 

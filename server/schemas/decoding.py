@@ -7,6 +7,7 @@ and what becomes of unknown fields. Knows no schema.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from typing import Annotated, Any, TypeVar
 
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T", bound=msgspec.Struct)
 
 MAX_IGNORED_FIELDS = 64
+# Beyond it a float does not tell one integer from the next.
+MAX_WHOLE_FLOAT = 2.0**53
 
 # By this title the API's document finds where to tell the names that a server has.
 SERVED_MODEL = "Served model"
@@ -38,12 +41,32 @@ def decode_body(body: bytes, schema: type[T], *, ignore_unknown: bool = False) -
         raise BadRequestError("the request has no body: send a JSON object")
     try:
         if ignore_unknown:
-            return _convert_without_unknown(msgspec.json.decode(body), schema)
-        return msgspec.json.decode(body, type=schema)
+            return _convert_without_unknown(_WHOLE_NUMBERS.decode(body), schema)
+        return _decode(body, schema)
     except msgspec.ValidationError as error:
         raise _named(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequestError(f"the body is not valid JSON: {_reason(error)}") from None
+
+
+def _decode(body: bytes, schema: type[T]) -> T:
+    """JSON has one kind of number, so 256.0 stands for an integer too."""
+    try:
+        return msgspec.json.decode(body, type=schema)
+    except msgspec.ValidationError as error:
+        if "got `float`" not in str(error):
+            raise
+    return msgspec.convert(_WHOLE_NUMBERS.decode(body), schema)
+
+
+def _whole(text: str) -> int | float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise msgspec.DecodeError("a number is out of range")
+    return int(value) if value.is_integer() and abs(value) <= MAX_WHOLE_FLOAT else value
+
+
+_WHOLE_NUMBERS = msgspec.json.Decoder(float_hook=_whole)
 
 
 def no_nul(text: str, field: str) -> str:

@@ -7,7 +7,7 @@ schema takes them all. Knows nothing of tokens or of the answer.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
@@ -15,8 +15,10 @@ from ...models.batch import SamplingParams
 from ..conversation import ImagePart, Message, Part, Role, TextPart, ToolFormat
 from ..errors import BadRequestError
 from ..requests import GenerationRequest, sampling_params
+from . import rules
 from .chat_messages import MAX_PARTS, parts_of_text
 from .decoding import ModelName, no_nul
+from .rules import absent, all_of, any_of, given, having, needs, one_given, only_one_given
 from .sampling import StopString
 from .stack_tools import (
     StackCalls,
@@ -41,13 +43,26 @@ class Url(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ImageSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`{"uri"}` of the oldest line, `{"url": {"uri"}}` or `{"data": base64}` of the newest."""
 
+    schema_rules: ClassVar[dict[str, Any]] = only_one_given("uri", "url", "data")
+
     uri: str | None = None
     url: Url | str | None = None
     data: str | None = None
 
 
+_TYPE_OF_TEXT = {"properties": {"type": {"enum": ["text", None]}}}
+_TYPE_OF_IMAGE = {"properties": {"type": {"enum": ["image", None]}}}
+
+
 class ContentItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A text or an image in any line's spelling; `_item` tells which."""
+
+    schema_rules: ClassVar[dict[str, Any]] = any_of(
+        all_of(given("text"), absent("image", "url", "data"), _TYPE_OF_TEXT),
+        all_of(given("image"), absent("text", "url", "data"), _TYPE_OF_IMAGE),
+        all_of(given("url"), absent("text", "image", "data"), having("type", {"const": "image"})),
+        all_of(given("data"), absent("text", "image", "url"), having("type", {"const": "image"})),
+    )
 
     type: Literal["text", "image"] | None = None
     text: str | None = None
@@ -64,6 +79,11 @@ class StackMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     context: what a user's turn says behind its content, such as retrieved text.
     """
+
+    schema_rules: ClassVar[dict[str, Any]] = all_of(
+        needs("context", {"not": {"type": "null"}}, "role", {"const": "user"}),
+        needs("tool_calls", {"type": "array", "minItems": 1}, "role", {"const": "assistant"}),
+    )
 
     role: Literal["system", "user", "assistant", "ipython", "tool"]
     content: Content
@@ -104,6 +124,14 @@ class LogprobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class StackChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The body."""
+
+    told_rules: ClassVar[tuple[str, ...]] = (
+        *rules.OF_CHATS,
+        rules.ONE_MODEL,
+        rules.ONE_SETTING,
+        rules.USERS_PICTURES,
+    )
+    schema_rules: ClassVar[dict[str, Any]] = one_given("model", "model_id")
 
     messages: Annotated[list[StackMessage], msgspec.Meta(min_length=1, max_length=2048)]
     model: ModelName | None = None

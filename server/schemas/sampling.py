@@ -16,11 +16,14 @@ from ...models.batch import Bias, Penalty, SamplingParams
 from ..errors import BadRequestError
 from ..requests import sampling_params
 from .decoding import ModelName, no_nul
+from .rules import all_of, given, having, needs
 from .structured import Choices, Form, Guided, ResponseFormat, guided_forms, response_form
 
 INT64 = msgspec.Meta(ge=-(2**63), le=2**63 - 1)
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
-TokenId = Annotated[int, msgspec.Meta(ge=0)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+MaxTokens = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+TopK = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1, extra_json_schema={"not": {"const": 0}})]
 NumTop = Annotated[int, msgspec.Meta(ge=0, le=20)]
 
 # Answers of one request, whatever they are to.
@@ -28,6 +31,16 @@ MAX_ANSWERS = 128
 
 # One spelling each, so that no id has two biases.
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+_BY_TOKEN_ID = msgspec.Meta(
+    max_length=1024,
+    extra_json_schema={"propertyNames": {"pattern": f"^({_TOKEN_ID.pattern})$"}},
+)
+
+# What `check_shared` refuses, for the API's document.
+SHARED_RULES = (
+    needs("stream_options", {"type": "object"}, "stream", {"const": True}),
+    {"not": all_of(given("prompt_logprobs"), having("stream", {"const": True}))},
+)
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,7 +56,7 @@ class SharedFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     model: ModelName
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] | None = None
-    top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None
+    top_k: TopK | None = None
     seed: Annotated[int, INT64] | None = None
     stop: StopString | Annotated[list[StopString], msgspec.Meta(max_length=16)] | None = None
     stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=1024)] | None = None
@@ -55,7 +68,7 @@ class SharedFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=2.0)] | None = None
-    logit_bias: Annotated[dict[str, Bias], msgspec.Meta(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[str, Bias], _BY_TOKEN_ID] | None = None
     cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=MAX_ANSWERS)] | None = None
     priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None = None
@@ -86,6 +99,11 @@ class Neutral(msgspec.Struct, frozen=True):
 
     values: tuple[Any, ...]
     remedy: str = "leave it out"
+
+
+def only_neutral(fields: Mapping[str, Neutral]) -> dict[str, Any]:
+    """What `refuse_unless_neutral` takes, for the API's document."""
+    return {"properties": {name: {"enum": [*one.values, None]} for name, one in fields.items()}}
 
 
 def refuse_unless_neutral(body: msgspec.Struct, fields: Mapping[str, Neutral]) -> None:

@@ -22,7 +22,11 @@ from ..grammars import (
 )
 from ..tools.grammar import calls_grammar
 
-Choices = Annotated[list[str], msgspec.Meta(max_length=1024)]
+ONE_TEXT = msgspec.Meta(extra_json_schema={"minProperties": 1, "maxProperties": 1})
+Choices = Annotated[
+    list[Annotated[str, msgspec.Meta(extra_json_schema={"minLength": 1})]],
+    msgspec.Meta(max_length=1024, extra_json_schema={"minItems": 1}),
+]
 
 
 class SchemaOfFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -56,7 +60,7 @@ class StackSchemaFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
 class StackGrammarFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="grammar"):
     """bnf: the grammar's text, or an object with the text as its only value."""
 
-    bnf: str | dict[str, str]
+    bnf: str | Annotated[dict[str, str], ONE_TEXT]
 
 
 StackFormat = StackSchemaFormat | StackGrammarFormat

@@ -5,14 +5,16 @@ Owns the two requests and the two answers. Knows nothing of tokenizers.
 
 from __future__ import annotations
 
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, ClassVar, TypedDict
 
 import msgspec
 
 from ..conversation import Message, Tool
 from ..errors import BadRequestError
+from . import rules
 from .chat_messages import MessageList, conversation_of
 from .decoding import ModelName, no_nul
+from .rules import all_of, given, having, only_one_given
 from .sampling import TokenId
 from .tools import ToolList, tools_of
 
@@ -27,6 +29,12 @@ class TokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     those of the chat, which begins with it in any case. tools go with messages.
     """
 
+    told_rules: ClassVar[tuple[str, ...]] = (*rules.OF_CONVERSATIONS, rules.CONTEXT)
+    schema_rules: ClassVar[dict[str, Any]] = all_of(
+        only_one_given("prompt", "messages"),
+        {"not": {"allOf": [given("prompt"), having("tools", {"type": "array", "minItems": 1})]}},
+    )
+
     model: ModelName | None = None
     prompt: str | None = None
     messages: MessageList | None = None
@@ -38,6 +46,8 @@ class TokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
 class DetokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Token ids; the names of special tokens are part of their text."""
+
+    told_rules: ClassVar[tuple[str, ...]] = (rules.VOCABULARY,)
 
     tokens: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_TOKENS)]
     model: ModelName | None = None

@@ -34,20 +34,18 @@ class FunctionDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     strict: bool | None = None
 
 
-class FunctionTool(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="function"
-):
+class FunctionTool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     function: FunctionDefinition
+    type: Literal["function"] = "function"
 
 
 class FunctionName(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: ToolName
 
 
-class NamedTool(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="function"
-):
+class NamedTool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     function: FunctionName
+    type: Literal["function"] = "function"
 
 
 class CalledFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,13 +55,12 @@ class CalledFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     arguments: str
 
 
-class CallOfTurn(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="function"
-):
+class CallOfTurn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A call of an earlier answer. index is what streams count by; some clients echo it."""
 
     id: CallId
     function: CalledFunction
+    type: Literal["function"] = "function"
     index: int | None = None
 
 

@@ -1,0 +1,99 @@
+"""What schemathesis is told beside the document: loaded by it as SCHEMATHESIS_HOOKS.
+
+Valid data may be refused only for what the document says in words, as JSON schema has
+none for it: `TOLD` has the refusal of each. Chunks of streams are checked by schemathesis itself.
+"""
+
+from __future__ import annotations
+
+import re
+
+import schemathesis
+
+VOCAB_SIZE = 768
+
+# A rule of the document -> the messages that it stands for.
+TOLD = {
+    "Texts hold no U+0000.": r"holds the character U\+0000",
+    "A tool message answers the id of a call in an earlier assistant message.": (
+        r"which is the id of no call in an earlier assistant message"
+    ),
+    "A picture is a data URL of a picture file in base64, or an http or https URL of a public host,"
+    " within the server's limits.": r"^messages\S*: .*(image|data URL|decod)",
+    "The prompt and the answer fit the model's context.": r"max_model_len is",
+    "max_tokens and max_completion_tokens are equal where both are given.": (
+        r"max_tokens is \d+ and max_completion_tokens is \d+"
+    ),
+    "min_tokens is not more than the tokens that may be generated.": r"min_tokens is .* at most",
+    "At most one field says what form the answer must have: response_format, a guided one, or a"
+    " tool_choice that asks for calls.": r"both say what form the answer must have",
+    "JSON schemas, patterns, choices and grammars can be compiled, and are not false.": (
+        r"cannot be compiled|is false, which no|is not a JSON schema|to compile: simplify"
+        r"|guided_choice|guided_grammar|guided_regex"
+    ),
+    "Tools have different names, none of them auto, none or required.": (
+        r"by which tool_choice means|is a second tool named"
+    ),
+    "A tool's parameters are a schema of an object, of 64 KiB and 64 levels at most.": (
+        r'\.type is not "object"|nested more than|bytes; the limit is'
+    ),
+    "A tool_choice names one of the tools, or needs some where it asks for calls.": (
+        r"tool_choice names .* none of tools|tool_choice needs tools"
+    ),
+    "The arguments of a call are a JSON object, as text.": r"is not a JSON object",
+    "Tools and pictures do not share a request.": r"tools and images cannot share",
+    "Token ids are the model's.": r"the vocabulary ends at",
+    "n is not more than the answers that the server runs at once.": r"answers at once",
+    "best_of is 1 or n where it is given.": r"best_of is \d+ and n is",
+    "model and model_id are equal where both are given.": r"model and model_id differ",
+    "What stands in tool_config and beside it is the same.": r"and tool_config\.\w+ is",
+    "Only a user's message holds a picture.": r"only a user's message may hold an image",
+    "prompt_logprobs are not asked for of more than the server's limit of tokens.": (
+        r"log-probabilities, the limit is"
+    ),
+}
+
+
+@schemathesis.hook
+def map_body(context, body):
+    """Spare most requests the refusals that say least: of calls' texts, of tokens, of time.
+
+    504 is an error of the server's then.
+    """
+    body = _with_arguments(body)
+    if isinstance(body, dict) and isinstance(body.get("tokens"), list):
+        body = body | {"tokens": [_token(one) for one in body["tokens"]]}
+    if isinstance(body, dict) and isinstance(body.get("timeout_s"), int | float):
+        return body | {"timeout_s": body["timeout_s"] + 60 if body["timeout_s"] > 0 else -1.0}
+    return body
+
+
+def _token(one):
+    is_id = isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 2**31
+    return one % VOCAB_SIZE if is_id else one
+
+
+def _with_arguments(part):
+    """Most texts are no JSON object: few requests with calls would be answered."""
+    if isinstance(part, dict):
+        return {
+            key: '{"number": 1}'
+            if key == "arguments" and isinstance(value, str)
+            else _with_arguments(value)
+            for key, value in part.items()
+        }
+    return [_with_arguments(one) for one in part] if isinstance(part, list) else part
+
+
+@schemathesis.check
+def valid_data_is_accepted(ctx, response, case):
+    """400 only for a rule that the document tells for this body."""
+    is_valid = case.meta is not None and case.meta.generation.mode.is_positive
+    if not is_valid or response.status_code != 400:
+        return
+    body = case.operation.definition.raw.get("requestBody", {})
+    message = response.json()["message"]
+    told = body.get("description", "")
+    rules = [pattern for rule, pattern in TOLD.items() if rule in told]
+    if not any(re.search(pattern, message) for pattern in rules):
+        raise AssertionError(f"schema-valid data was refused: {message}")

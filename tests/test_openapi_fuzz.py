@@ -1,0 +1,74 @@
+"""schemathesis against the whole HTTP side: what the document says is what the server does."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from support.fuzzed_server import KEY, fuzzed_server
+
+TESTS = Path(__file__).parent
+DEADLINE_S = 300.0
+LONG_DEADLINE_S = 3600.0
+# Whatever it sends, only these may come: its own check of valid data knows no rule told in words.
+CHECKS = ("--checks", "all", "--exclude-checks", "positive_data_acceptance")
+# The same handlers as without the prefix.
+PREFIXED = ("--exclude-path-regex", "^/(ls|experimental)/")
+
+
+def fuzz(*options: str, seed: str = "1", deadline_s: float = DEADLINE_S, **settings) -> str:
+    """What schemathesis says of a server with these settings, its exit code last."""
+
+    async def run() -> str:
+        async with asyncio.timeout(deadline_s), fuzzed_server(**settings) as url:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"),
+                *("--url", url, "--seed", seed, "--no-color", "--continue-on-failure"),
+                *("--generation-database", "none"),
+                *CHECKS,
+                *options,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": str(TESTS),
+                    "SCHEMATHESIS_HOOKS": "support.openapi_hooks",
+                },
+            )
+            try:
+                output = (await process.communicate())[0].decode()
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+            return f"{output}\nexit code {process.returncode}"
+
+    return asyncio.run(run())
+
+
+def test_a_seeded_sample_of_requests_is_answered_as_the_document_says():
+    said = fuzz("--max-examples", "8", *PREFIXED)
+    assert said.endswith("exit code 0"), said[-20_000:]
+    for phase in ("Examples", "Coverage", "Fuzzing", "Stateful"):
+        assert f"✅ {phase}" in said
+
+
+def test_a_server_with_keys_asks_for_them_wherever_its_document_says_so():
+    options = ("--max-examples", "2", "--phases", "examples,fuzzing", *PREFIXED)
+    said = fuzz("-H", f"Authorization: Bearer {KEY}", *options, api_keys=[KEY])
+    assert said.endswith("exit code 0"), said[-20_000:]
+
+
+def test_a_server_that_ignores_unknown_fields_says_so_in_its_document():
+    options = ("--max-examples", "2", "--phases", "coverage", "--include-path", "/tokenize")
+    said = fuzz(*options, unknown_fields="ignore")
+    assert said.endswith("exit code 0"), said[-20_000:]
+
+
+@pytest.mark.fuzz
+def test_many_requests_are_answered_as_the_document_says():
+    examples, seed = os.environ.get("EXAMPLES") or "300", os.environ.get("SEED") or "1"
+    said = fuzz("--max-examples", examples, seed=seed, deadline_s=LONG_DEADLINE_S)
+    print(said)
+    assert said.endswith("exit code 0"), said[-20_000:]
