@@ -1,4 +1,4 @@
-"""One line of the log a request, when it has ended.
+"""Who is told of each request that has ended: the log in one line, the metrics, a trace.
 
 Owns the line's fields. Knows nothing of when a request ends, or of how a line is written.
 """
@@ -6,24 +6,30 @@ Owns the line's fields. Knows nothing of when a request ends, or of how a line i
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .metrics import Metrics
 from .records import Record
+
+if TYPE_CHECKING:
+    from .tracing import Tracer
 
 logger = logging.getLogger("vlmserve.access")
 
 
 class RequestLog:
-    """Tells of each closed record: to the log, unless that is not wanted, and to the metrics."""
+    """Tells of each closed record: to the metrics, and to log and tracer where they are wanted."""
 
-    def __init__(self, is_logged: bool, metrics: Metrics) -> None:
+    def __init__(self, is_logged: bool, metrics: Metrics, tracer: Tracer | None = None) -> None:
         self._is_logged = is_logged
         self._metrics = metrics
+        self._tracer = tracer
 
     def add(self, record: Record) -> None:
-        """Count the request, and write its line."""
+        """Count the request, trace it, and write its line."""
         self._metrics.count_http(record)
+        if self._tracer is not None:
+            self._tracer.add(record)
         if self._is_logged:
             logger.info("request", extra={"fields": fields_of(record)})
 

@@ -15,7 +15,7 @@ import signal
 import threading
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from sanic import HTTPResponse, Request, Sanic
@@ -43,11 +43,14 @@ from .openapi import document
 from .prompt import Processor
 from .recording import RecordingSanic
 from .records import record_of
-from .routes import chat, completions, docs, health, llama_stack, tokenization
+from .routes import chat, completions, docs, health, llama_stack, service, tokenization
 from .routes.services import Services, json_response
 from .schemas.json_text import check_json_text
 from .settings import ServerSettings
 from .template import Clock
+
+if TYPE_CHECKING:
+    from .tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ ROUTES = (
     llama_stack.ROUTES,
     tokenization.ROUTES,
     health.ROUTES,
+    service.ROUTES,
     docs.ROUTES,
 )
 
@@ -91,16 +95,27 @@ def build_app(
     services = app.ctx.services = parts.services(now)
     app.ctx.head_limits = HeadLimits(settings.max_head_bytes, settings.max_headers)
     app.ctx.access = access
-    app.ctx.on_closed = RequestLog(settings.log_requests, services.metrics).add
+    tracer = _tracer_of(settings)
+    app.ctx.on_closed = RequestLog(settings.log_requests, services.metrics, tracer).add
     app.before_server_start(parts.open)
     app.after_server_start(parts.await_signal)
     app.after_server_stop(parts.close)
+    if tracer is not None:
+        app.after_server_stop(lambda app: tracer.close())
     for group in ROUTES:
         app.blueprint(group.blueprint())
     app.ctx.document = functools.cache(lambda: _document(settings))
     _add_guards(app, settings, access)
     app.exception(Exception)(answer_error)
     return app
+
+
+def _tracer_of(settings: ServerSettings) -> Tracer | None:
+    if settings.traces is None:
+        return None
+    from .tracing import Tracer  # needs an extra
+
+    return Tracer(settings.traces)
 
 
 class Parts:

@@ -136,6 +136,7 @@ def serve(
             model=str(folder.path),
             engine_socket="",
             served_model_names=_names(served_model_name) or [folder.name],
+            hub_id=folder.name if "/" in folder.name else None,
             api_keys=api_key or [],
             api_key_file=absolute(api_key_file),
             allowed_hosts=allowed_host or [],

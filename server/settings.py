@@ -26,7 +26,8 @@ class TraceSettings(msgspec.Struct, frozen=True, kw_only=True):
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything a worker needs; it travels as JSON.
 
-    model: a local folder with tokenizer and chat template. served_model_names:
+    model: a local folder with tokenizer and chat template. hub_id: the hub's repository that it
+    was fetched from. served_model_names:
     the first is the name in answers, all are taken in requests. listen_fd: the
     inherited listening socket. first_output_wait_s: how long a stream waits for
     its first token before its headers go out, so that a refusal still has a status.
@@ -43,6 +44,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     engine_socket: str
     served_model_names: list[str]
     listen_fd: int | None = None
+    hub_id: str | None = None
     api_keys: list[str] = []
     api_key_file: str | None = None
     allowed_hosts: list[str] = []
