@@ -8,6 +8,7 @@ has ended, from its record, so that nothing waits for them while it runs. Needs 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,13 +81,12 @@ class Tracer:
 
         def shut_down() -> None:
             self._provider.shutdown()
-            loop.call_soon_threadsafe(is_done.set)
+            with contextlib.suppress(RuntimeError):  # the loop may be closed by then
+                loop.call_soon_threadsafe(is_done.set)
 
         threading.Thread(target=shut_down, name="traces", daemon=True).start()
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(is_done.wait(), CLOSE_TIMEOUT_S)
-        except TimeoutError:
-            return
 
 
 def stages_of(record: Record) -> Iterator[Stage]:
