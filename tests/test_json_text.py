@@ -167,6 +167,22 @@ def test_a_nul_is_found_where_it_is_one_and_only_there(inside):
         assert has_nul is not True
 
 
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        (rb'{"a":[1,{"b":"\u0000"}]}', "a[1].b"),
+        (rb'{"a":{"\u0000":1},"b":"\u0000"}', "a"),
+        (rb'["\u0000"]', "[0]"),
+        (rb'{"a":"\u0000"', None),
+        (rb'"\u0000"', None),
+    ],
+)
+def test_the_field_that_holds_a_nul_is_named(text, field):
+    with pytest.raises(BadRequestError, match="the character U") as refusal:
+        check_now(text)
+    assert refusal.value.param == field
+
+
 @given(st.binary(max_size=60))
 def test_any_bytes_are_walked_over_to_their_end(text):
     with contextlib.suppress(BadRequestError):

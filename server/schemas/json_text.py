@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from typing import Any
 
 import msgspec
 
@@ -91,12 +92,39 @@ def _end_of_string(text: bytes, begin: int) -> int:
         if run.end() == place:
             # A backslash that no run takes: the text ends here, or this is the one escape.
             if place + 1 < len(text):
-                raise BadRequestError(
-                    f"the body holds the character U+0000 (byte {place}): remove it"
-                )
+                raise _nul_error(text)
             return len(text)
         place = run.end()
     return place
+
+
+def _nul_error(text: bytes) -> BadRequestError:
+    """Names the field that holds the character, where the text can be read at all."""
+    try:
+        field = _field_with_nul(msgspec.json.decode(text))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        field = None
+    shown = (field or "the body")[:200]
+    return BadRequestError(
+        f"{shown} holds the character U+0000: remove it", param=field and field[:200]
+    )
+
+
+def _field_with_nul(body: Any) -> str | None:
+    """The path of the first text, or of the first name, that holds U+0000."""
+    waiting = [("", body)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, str) and "\0" in value:
+            return path or None
+        if isinstance(value, list):
+            waiting += [(f"{path}[{i}]", one) for i, one in reversed(list(enumerate(value)))]
+        if isinstance(value, dict):
+            if any("\0" in name for name in value):
+                return path or None
+            prefix = f"{path}." if path else ""
+            waiting += [(prefix + name, one) for name, one in reversed(value.items())]
+    return None
 
 
 def _add_name(names: set[bytes], written: bytes) -> None:
