@@ -37,7 +37,8 @@ from vlmserve.models.batch import (
     ScheduledSequence,
     StepBatch,
 )
-from vlmserve.models.runner import ModelRunner, create_runner
+from vlmserve.models.launch import create_runner
+from vlmserve.models.runner import ModelRunner
 
 BLOCK_SIZE = 16
 GREEDY = SamplingParams(temperature=0.0)

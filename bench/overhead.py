@@ -26,7 +26,8 @@ import numpy as np
 from processes import machine
 from vlmserve.models import bundled
 from vlmserve.models.batch import ImageSpan, ImageTiles, SamplingParams
-from vlmserve.models.runner import ModelRunner, create_runner
+from vlmserve.models.launch import create_runner
+from vlmserve.models.runner import ModelRunner
 from vlmserve.router import wire
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine import Engine

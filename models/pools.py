@@ -1,7 +1,7 @@
 """Decides how many blocks each pool gets.
 
-Owns the split of memory between text and images. Knows nothing of tensors' contents or of
-scheduling.
+Owns the split of memory between text and images. Knows nothing of tensors, of where the memory is
+or of scheduling.
 
 The split: images want room for two full images a running sequence, text wants `max_num_seqs`
 sequences of `max_model_len`. Where both fit the budget, both get it and the rest stays free;
@@ -10,18 +10,13 @@ where not, images take at most half of the budget and text takes what they leave
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 from .batch import PoolSizes
 from .errors import ModelError
 
 IMAGES_PER_SEQUENCE = 2
-GPU_FRACTION = 0.8  # the rest is for activations, above all the vision encoder's
-CPU_FRACTION = 0.25
-CPU_LIMIT_BYTES = 4 << 30
 
 
 @dataclass(slots=True, frozen=True)
@@ -53,7 +48,7 @@ class PoolPlan:
 
 def plan_pools(request: PoolRequest, budget_bytes: int) -> PoolPlan:
     """The pools that fit a budget. Raises ModelError, naming the numbers, where none fit."""
-    wanted_len = _wanted_len(request)
+    length = wanted_len(request)
     num_image_blocks = request.num_image_blocks or _image_blocks(request, budget_bytes)
     if num_image_blocks < request.max_num_tiles:
         raise ModelError(
@@ -61,18 +56,18 @@ def plan_pools(request: PoolRequest, budget_bytes: int) -> PoolPlan:
             f"{request.max_num_tiles}: raise --num-image-blocks or --kv-cache-memory"
         )
     left_bytes = budget_bytes - num_image_blocks * request.tile_bytes
-    num_text_blocks = request.num_text_blocks or _text_blocks(request, wanted_len, left_bytes)
+    num_text_blocks = request.num_text_blocks or _text_blocks(request, length, left_bytes)
     capacity = num_text_blocks * request.block_size
-    if capacity < 1 or (request.max_model_len is not None and capacity < wanted_len):
+    if capacity < 1 or (request.max_model_len is not None and capacity < length):
         raise ModelError(
-            f"max_model_len is {wanted_len:,} and the text pool has room for {max(capacity, 0):,} "
+            f"max_model_len is {length:,} and the text pool has room for {max(capacity, 0):,} "
             "tokens: lower --max-model-len or raise --kv-cache-memory"
         )
     sizes = PoolSizes(num_text_blocks, num_image_blocks, request.block_size)
-    return PoolPlan(sizes, min(wanted_len, capacity))
+    return PoolPlan(sizes, min(length, capacity))
 
 
-def _wanted_len(request: PoolRequest) -> int:
+def wanted_len(request: PoolRequest) -> int:
     """The longest sequence asked for. Raises ModelError if the model cannot take it."""
     if request.max_model_len is not None and request.max_model_len > request.context_len:
         raise ModelError(
@@ -84,29 +79,24 @@ def _wanted_len(request: PoolRequest) -> int:
 
 def _image_blocks(request: PoolRequest, budget_bytes: int) -> int:
     wanted = request.max_num_seqs * request.max_num_tiles * IMAGES_PER_SEQUENCE
-    return min(wanted, budget_bytes // 2 // request.tile_bytes)
+    return min(wanted, budget_bytes // 2 // max(1, request.tile_bytes))
 
 
-def _text_blocks(request: PoolRequest, wanted_len: int, left_bytes: int) -> int:
-    wanted = request.max_num_seqs * (-(-wanted_len // request.block_size))
-    return min(wanted, left_bytes // (request.token_bytes * request.block_size))
+def _text_blocks(request: PoolRequest, length: int, left_bytes: int) -> int:
+    wanted = request.max_num_seqs * (-(-length // request.block_size))
+    return min(wanted, left_bytes // max(1, request.token_bytes * request.block_size))
 
 
-def default_budget_bytes(device: torch.device) -> int:
-    """The memory for both pools where none was asked for: a share of what is free now."""
-    if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return int(free_bytes * GPU_FRACTION)
-    return min(CPU_LIMIT_BYTES, int(_available_bytes() * CPU_FRACTION))
+def plan_over_devices(requests: Sequence[PoolRequest], budgets: Sequence[int]) -> PoolPlan:
+    """The pools that fit each device's budget: a block lies on all of them, so the least decides.
 
-
-def _available_bytes() -> int:
-    """Memory that a Linux machine could give without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    requests: one a device, with the bytes that a token and a tile take there.
+    """
+    plans = [
+        plan_pools(request, budget_bytes)
+        for request, budget_bytes in zip(requests, budgets, strict=True)
+    ]
+    num_text_blocks = min(plan.sizes.num_text_blocks for plan in plans)
+    num_image_blocks = min(plan.sizes.num_image_blocks for plan in plans)
+    sizes = PoolSizes(num_text_blocks, num_image_blocks, requests[0].block_size)
+    return PoolPlan(sizes, min(plan.max_model_len for plan in plans))

@@ -12,6 +12,8 @@ method is asked for.
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -50,6 +52,19 @@ def quantization_config(method: str | None, dtype: torch.dtype) -> BitsAndBytesC
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=kept,
     )
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a method holds the weight of that name, of the model, in fewer bits."""
+    return name.startswith("model.language_model.layers.") and name.endswith("_proj.weight")
+
+
+def quantized_bytes(method: str, shape: Sequence[int]) -> int:
+    """What a linear layer's weight of that shape takes: its bits and its float32 scales."""
+    rows, count = shape[0], math.prod(shape)
+    if method == INT8:
+        return count + 4 * rows
+    return -(-count // 2) + 4 * -(-count // NF4_BLOCK)
 
 
 def settle(model: nn.Module, dtype: torch.dtype) -> None:

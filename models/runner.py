@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import MllamaConfig
 
 from .attention import AttentionBackend
-from .attention.choice import choose_backend
 from .attention.sdpa import SdpaBackend
 from .batch import ModelInfo, PromptLogprobs, ScheduledSequence, StepBatch, StepResult, TokenMatcher
 from .cache import (
@@ -28,62 +27,17 @@ from .cache import (
     PagedStep,
     allocate_pools,
     copy_blocks,
-    tile_bytes,
-    token_bytes,
 )
 from .errors import StepError
 from .grammar import Grammars, Matcher
-from .heap import keep_freed_buffers
 from .inputs import StepInputs, image_slots, pack
-from .loading import LoadedModel, load_model
+from .loading import LoadedModel
 from .logprobs import RawLogprobs, prompt_logprobs
 from .placement import VISION
-from .pools import PoolPlan, PoolRequest, default_budget_bytes, plan_pools
+from .pools import PoolPlan
 from .sampling import Masks, sample
 from .split import SplitCache, SplitStep
 from .vision import VisionEncoder
-
-
-def create_runner(
-    model: str,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: str | None = None,
-    max_model_len: int | None = None,
-    max_num_seqs: int = 64,
-    max_num_batched_tokens: int = 2048,
-    attention_backend: str = "auto",
-    block_size: int | None = None,
-    num_text_blocks: int | None = None,
-    num_image_blocks: int | None = None,
-    kv_cache_bytes: int | None = None,
-    num_threads: int | None = None,
-) -> ModelRunner:
-    """The runner of a local checkpoint folder, loaded and with its pools allocated.
-
-    The arguments are the engine's settings of the same names. Raises ModelError, one line with the
-    remedy. Shows a progress bar on stderr.
-    """
-    set_threads(num_threads)
-    loaded = load_model(model, device, dtype, quantize)
-    text_config = loaded.text_config
-    attention = choose_backend(attention_backend, loaded.geometry, block_size)
-    request = PoolRequest(
-        context_len=text_config.max_position_embeddings,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_tiles=loaded.model.model.vision_model.max_num_tiles,
-        block_size=attention.block_size,
-        token_bytes=token_bytes(text_config, loaded.dtype),
-        tile_bytes=tile_bytes(text_config, loaded.num_patches, loaded.dtype),
-        num_text_blocks=num_text_blocks,
-        num_image_blocks=num_image_blocks,
-    )
-    budget_bytes = kv_cache_bytes or default_budget_bytes(loaded.device)
-    runner = ModelRunner(loaded, plan_pools(request, budget_bytes), attention.backend)
-    keep_freed_buffers()  # not earlier: pools take memory only as they are written
-    return runner
 
 
 def set_threads(num_threads: int | None) -> None:

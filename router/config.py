@@ -18,12 +18,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: a local folder. device: "auto", "cpu", "cuda" or "cuda:N". dtype:
     "auto", "float32", "bfloat16" or "float16". quantize: None, "bitsandbytes" or
-    "bitsandbytes-nf4". max_model_len None takes the
-    model's own context. max_num_batched_tokens and max_num_batched_images cap what
-    one step computes. attention_backend: "auto", "sdpa", "flash_attn",
-    "triton" or "varlen".
+    "bitsandbytes-nf4". device_map: "auto", "balanced" or a JSON file; max_memory: bytes
+    by "0", "1", ... and "cpu"; both None put the model on one device. max_model_len None
+    takes the model's own context, or less where memory is short.
+    max_num_batched_tokens and max_num_batched_images cap what one step computes.
+    attention_backend: "auto", "sdpa", "flash_attn", "triton" or "varlen".
     block_size: tokens of a text block; None takes 16, or what the attention backend
-    needs. kv_cache_bytes None sizes both pools from free memory.
+    needs. kv_cache_bytes None sizes both pools from what weights and a step leave,
+    of a GPU's memory the share gpu_memory_utilization.
     prefix_cache and image_cache keep text and image blocks after use, until others
     need the room. num_threads None takes the cores that HTTP and image decoding leave.
     max_frame_bytes caps one message from a worker; a worker that leaves more than
@@ -36,6 +38,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     dtype: str = "auto"
     quantize: str | None = None
+    device_map: str | None = None
+    max_memory: dict[str, Positive] | None = None
     max_model_len: Positive | None = None
     max_num_seqs: Positive = 64
     max_num_batched_tokens: Positive = 2048
@@ -45,6 +49,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_text_blocks: Positive | None = None
     num_image_blocks: Positive | None = None
     kv_cache_bytes: Positive | None = None
+    gpu_memory_utilization: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9
     prefix_cache: bool = True
     image_cache: bool = True
     max_queue_requests: Positive = 256

@@ -46,21 +46,25 @@ LoadRunner = Callable[[EngineConfig], Runner]
 
 def load_model_runner(config: EngineConfig) -> Runner:
     """Load the model that `config` names. Imports torch: call it late, off the loop."""
-    from ..models.runner import create_runner
+    from ..models.launch import create_runner
 
     runner = create_runner(
         config.model,
         device=config.device,
         dtype=config.dtype,
         quantize=config.quantize,
+        device_map=config.device_map,
+        max_memory=config.max_memory,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_images=config.max_num_batched_images,
         attention_backend=config.attention_backend,
         block_size=config.block_size,
         num_text_blocks=config.num_text_blocks,
         num_image_blocks=config.num_image_blocks,
         kv_cache_bytes=config.kv_cache_bytes,
+        gpu_memory_utilization=config.gpu_memory_utilization,
         num_threads=config.num_threads,
     )
     return cast(Runner, runner)

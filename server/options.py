@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .units import parse_bytes
+from .units import parse_bytes, parse_max_memory
 
 MODEL_PANEL = "Model"
 ENGINE_PANEL = "Engine"
@@ -85,6 +85,14 @@ def _bytes(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
+def _max_memory(text: str) -> dict[str, int]:
+    """`parse_max_memory` with the command line's own error."""
+    try:
+        return parse_max_memory(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
@@ -121,6 +129,25 @@ Device = Annotated[
     str,
     typer.Option(
         help="auto, cpu, cuda or cuda:N; auto is CUDA where there is one.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|balanced|FILE",
+        help="Spread the model: auto takes one GPU where it fits, balanced all alike, a JSON file "
+        "says where each module lies (a GPU's number, cpu or disk). Several GPUs: unverified.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+MaxMemory = Annotated[
+    dict[str, int] | None,
+    typer.Option(
+        parser=_max_memory,
+        metavar="DEVICE=BYTES,...",
+        help="Most memory that weights and caches of a spread model take, such as "
+        "0=20GiB,cpu=40GiB; others are not used, and what is left over lies on disk.",
         rich_help_panel=MODEL_PANEL,
     ),
 ]
@@ -170,7 +197,16 @@ KvCacheMemory = Annotated[
         parser=_bytes,
         metavar="BYTES",
         help="Memory for keys and values of text and images, such as 8GiB; on a CPU too. "
-        "Default: a share of what is free.",
+        "Default: what weights and the largest step leave.",
+        rich_help_panel=ENGINE_PANEL,
+    ),
+]
+GpuMemoryUtilization = Annotated[
+    float,
+    typer.Option(
+        min=0.01,
+        max=1.0,
+        help="Share of a GPU's memory that the server may take, whatever others hold included.",
         rich_help_panel=ENGINE_PANEL,
     ),
 ]

@@ -28,3 +28,16 @@ def parse_bytes(text: str) -> int:
     if number < 1:
         raise ValueError(f"{text!r} is less than one byte")
     return number
+
+
+def parse_max_memory(text: str) -> dict[str, int]:
+    """Bytes by device of "0=20GiB,cpu=40GiB": GPUs by number, and cpu. Raises ValueError."""
+    amounts: dict[str, int] = {}
+    for entry in text.split(","):
+        name, separator, amount = (part.strip() for part in entry.partition("="))
+        if not separator or not (name == "cpu" or name.isdecimal()):
+            raise ValueError(f"{entry!r} is no limit of memory: write it as 0=20GiB or cpu=40GiB")
+        if name in amounts:
+            raise ValueError(f"{text!r} names {name} twice")
+        amounts[name] = parse_bytes(amount)
+    return amounts

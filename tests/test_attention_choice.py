@@ -16,7 +16,7 @@ from vlmserve.models.attention.torch_varlen import VarlenBackend
 from vlmserve.models.attention.trial import what_is_wrong
 from vlmserve.models.attention.triton_paged import TritonBackend
 from vlmserve.models.errors import ModelError
-from vlmserve.models.runner import create_runner
+from vlmserve.models.launch import create_runner
 
 LOGGER = "vlmserve.models.attention.choice"
 CPU = Geometry(torch.device("cpu"), torch.bfloat16, 6, 2, 16, 5)

@@ -21,9 +21,10 @@ from vlmserve.models import loading
 from vlmserve.models.batch import PoolSizes
 from vlmserve.models.cache import allocate_pools, tile_bytes, token_bytes
 from vlmserve.models.errors import ModelError
+from vlmserve.models.launch import create_runner
 from vlmserve.models.loading import choose_device, choose_dtype, load_model
-from vlmserve.models.pools import PoolRequest, default_budget_bytes, plan_pools
-from vlmserve.models.runner import create_runner, set_threads
+from vlmserve.models.pools import PoolRequest, plan_pools
+from vlmserve.models.runner import set_threads
 from vlmserve.tests.helpers_models import checkpoint, generate, loaded, prompt
 
 
@@ -253,10 +254,6 @@ def test_bytes_of_a_token_and_a_tile_are_those_of_llama_3_2_11b() -> None:
     config = MllamaTextConfig()
     assert token_bytes(config, torch.bfloat16) == 128 * 1024
     assert round(tile_bytes(config, 1601, torch.bfloat16) / 2**20) == 50
-
-
-def test_the_default_budget_on_a_cpu_is_modest() -> None:
-    assert 0 < default_budget_bytes(torch.device("cpu")) <= 4 << 30
 
 
 # --- the entry of the engine process -----------------------------------------------------------

@@ -3,8 +3,9 @@
 import pytest
 from typer.testing import CliRunner
 
+from vlmserve.server import cli
 from vlmserve.server.cli import app
-from vlmserve.server.units import parse_bytes
+from vlmserve.server.units import parse_bytes, parse_max_memory
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,38 @@ def test_the_command_line_refuses_what_is_no_amount():
     result = CliRunner().invoke(app, ["serve", "--kv-cache-memory", "lots"])
     assert result.exit_code == 2
     assert "'lots' is no amount of memory" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_memory_by_device_is_read_with_its_units():
+    expected = {"0": 20 << 30, "11": 500_000_000, "cpu": 40 << 30}
+    assert parse_max_memory("0=20GiB, 11=500MB,cpu = 40GiB") == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "20GiB", "0=", "gpu=1GiB", "0=1GiB;cpu=2GiB", "0=1GiB,0=2GiB", "-1=1GiB", "0=1GiB,"],
+)
+def test_what_is_no_memory_by_device_is_refused_in_one_line(text):
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        parse_max_memory(text)
+
+
+def test_placement_and_memory_options_reach_the_engine(monkeypatch):
+    seen = []
+
+    class Recorder:
+        def __init__(self, engine, settings, listener, say_ready):
+            seen.append(engine)
+
+        async def run(self):
+            return 0
+
+    monkeypatch.setattr(cli, "Supervisor", Recorder)
+    options = "--port 0 --device-map balanced --max-memory 0=20GiB,cpu=1GiB"
+    command = ["serve", *options.split(), "--gpu-memory-utilization", "0.8"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    (engine,) = seen
+    assert engine.device_map == "balanced"
+    assert engine.max_memory == {"0": 20 << 30, "cpu": 1 << 30}
+    assert engine.gpu_memory_utilization == 0.8

@@ -1,0 +1,267 @@
+"""From an engine's settings to a runner: places the model, refuses what cannot fit, sizes pools.
+
+Owns the order of these, and the line that says where memory goes. Knows nothing of how any of them
+is done.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .amounts import shown_bytes
+from .attention.choice import Choice, choose_backend
+from .cache import tile_bytes, token_bytes
+from .errors import ModelError
+from .fit import LEAST_TEXT_TOKENS, Plan, check_fits, needs_of, peak_on, share_of
+from .footprint import peak_bytes
+from .heap import keep_freed_buffers
+from .loading import (
+    Checkpoint,
+    LoadedModel,
+    choose_device,
+    choose_dtype,
+    load,
+    open_checkpoint,
+)
+from .memory import RoomOf, room_of
+from .peak import StepLimits, measure_peak
+from .placement import (
+    AUTO,
+    BALANCED,
+    CPU,
+    Place,
+    Placement,
+    automatic,
+    on_one_device,
+    read_device_map,
+)
+from .pools import PoolPlan, PoolRequest, plan_over_devices, wanted_len
+from .runner import ModelRunner, set_threads
+
+logger = logging.getLogger(__name__)
+
+
+def create_runner(
+    model: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    device_map: str | None = None,
+    max_memory: Mapping[str, int] | None = None,
+    max_model_len: int | None = None,
+    max_num_seqs: int = 64,
+    max_num_batched_tokens: int = 2048,
+    max_num_batched_images: int = 4,
+    attention_backend: str = "auto",
+    block_size: int | None = None,
+    num_text_blocks: int | None = None,
+    num_image_blocks: int | None = None,
+    kv_cache_bytes: int | None = None,
+    gpu_memory_utilization: float = 0.9,
+    num_threads: int | None = None,
+    rooms: RoomOf | None = None,
+) -> ModelRunner:
+    """The runner of a local checkpoint folder, loaded and with its pools allocated.
+
+    The arguments are the engine's settings of the same names; rooms: what each device has free, in
+    the place of asking it. Raises ModelError, one line with the remedy, before a weight is read
+    where the model cannot fit. Shows progress on stderr.
+    """
+    set_threads(num_threads)
+    chosen = choose_device(device)
+    checkpoint = open_checkpoint(model, choose_dtype(dtype, chosen))
+    config: Any = checkpoint.skeleton.config
+    pools = PoolRequest(
+        context_len=config.text_config.max_position_embeddings,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_tiles=config.vision_config.max_num_tiles,
+        block_size=block_size or 1,
+        token_bytes=token_bytes(config.text_config, checkpoint.dtype),
+        tile_bytes=tile_bytes(config.text_config, _num_patches(checkpoint), checkpoint.dtype),
+        num_text_blocks=num_text_blocks,
+        num_image_blocks=num_image_blocks,
+    )
+    limits = StepLimits(
+        max_num_seqs,
+        max_num_batched_tokens,
+        max_num_batched_images,
+        wanted_len(pools),
+    )
+    plan = Plan(checkpoint, limits, pools, quantize, kv_cache_bytes)
+    rooms = rooms or partial(room_of, gpu_memory_utilization=gpu_memory_utilization)
+    placement = _place(plan, chosen, device_map, max_memory, rooms)
+    check_fits(plan, placement, rooms)
+    before = {one: rooms(one).num_bytes for one in placement.devices()}
+    loaded = load(checkpoint, placement, quantize)
+    attention = choose_backend(attention_backend, loaded.geometry, block_size)
+    plan = replace(plan, pools=replace(pools, block_size=attention.block_size))
+    sized = _size_pools(plan, loaded, attention, _Rooms(rooms, before))
+    runner = ModelRunner(loaded, sized, attention.backend)
+    keep_freed_buffers()  # not earlier: pools take memory only as they are written
+    return runner
+
+
+def _num_patches(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.skeleton.model.vision_model.num_patches)
+
+
+def _place(
+    plan: Plan,
+    chosen: torch.device,
+    device_map: str | None,
+    max_memory: Mapping[str, int] | None,
+    rooms: RoomOf,
+) -> Placement:
+    """Where --device, --device-map and --max-memory put the model's parts."""
+    skeleton = plan.checkpoint.skeleton
+    num_gpus = torch.cuda.device_count() if chosen.type == "cuda" else 0
+    if device_map is None and max_memory is None:
+        return on_one_device(skeleton, chosen)
+    if device_map not in (None, AUTO, BALANCED):
+        if max_memory is not None:
+            raise ModelError("--max-memory goes with --device-map auto or balanced, not a file")
+        return read_device_map(Path(str(device_map)), skeleton, num_gpus)
+    needs = needs_of(plan)
+    places: list[Place] = [*range(num_gpus), CPU]
+    room: dict[Place, int] = {}
+    for place in places:
+        device = torch.device("cuda", place) if isinstance(place, int) else torch.device("cpu")
+        limit = None if max_memory is None else max_memory.get(str(place), 0)
+        own = rooms(device).num_bytes
+        is_computing = isinstance(place, int) or num_gpus == 0
+        left = (own if limit is None else min(own, limit)) - needs.peak.most * is_computing
+        room[place] = max(0, left)
+    _check_known(max_memory, places)
+    if plan.quantize is not None and num_gpus:
+        del room[CPU]  # quantized weights are not offloaded
+    return automatic(device_map or AUTO, needs.weights, room, needs.caches)
+
+
+def _check_known(max_memory: Mapping[str, int] | None, places: Sequence[Place]) -> None:
+    known = [str(place) for place in places]
+    for name in max_memory or {}:
+        if name not in known:
+            raise ModelError(
+                f"--max-memory names {name!r}, which is not there: use one of {', '.join(known)}"
+            )
+
+
+@dataclass(slots=True, frozen=True)
+class _Rooms:
+    """What each device has free now, and had before the weights were read."""
+
+    now: RoomOf
+    before: Mapping[torch.device, int]
+
+
+def _size_pools(plan: Plan, loaded: LoadedModel, attention: Choice, rooms: _Rooms) -> PoolPlan:
+    """Both pools from what weights and a peak step leave, or from --kv-cache-memory.
+
+    Without --max-model-len the longest sequence is halved until the pools have room beside what a
+    step over such a sequence takes.
+    """
+    length = plan.limits.max_model_len
+    shortest = length if plan.pools.max_model_len else min(length, LEAST_TEXT_TOKENS)
+    while True:
+        limits = replace(plan.limits, max_model_len=length)
+        peaks = _peaks(loaded, attention, limits)
+        requests = _by_device(replace(plan.pools, context_len=length), loaded)
+        budgets = _budgets(plan, loaded, requests, peaks, rooms)
+        try:
+            sized = plan_over_devices(list(requests.values()), budgets)
+        except ModelError:
+            if length <= shortest:
+                raise
+        else:
+            if sized.max_model_len >= shortest or length <= shortest:
+                _tell(plan, loaded, peaks, requests, sized)
+                return sized
+        length = max(shortest, length // 2)
+
+
+def _peaks(loaded: LoadedModel, attention: Choice, limits: StepLimits) -> dict[torch.device, int]:
+    """What a step's activations take of each device: measured on GPUs, else by arithmetic."""
+    devices = loaded.placement.devices()
+    if any(device.type == "cuda" for device in devices):
+        return measure_peak(loaded, attention, limits)
+    peak = peak_bytes(loaded.model.config, limits, loaded.dtype)
+    return {device: peak_on(loaded.placement, peak, device) for device in devices}
+
+
+def _by_device(pools: PoolRequest, loaded: LoadedModel) -> dict[torch.device, PoolRequest]:
+    """The request as it is for each device that has layers, in the bytes of its own layers."""
+    config = loaded.text_config
+    cross = set(config.cross_attention_layers or ())
+    num_self = max(1, config.num_hidden_layers - len(cross))
+    requests = {}
+    devices = loaded.placement.layer_devices()
+    for device in dict.fromkeys(devices):
+        own = [index for index, one in enumerate(devices) if one == device]
+        own_cross = sum(index in cross for index in own)
+        requests[device] = replace(
+            pools,
+            token_bytes=pools.token_bytes * (len(own) - own_cross) // num_self,
+            tile_bytes=pools.tile_bytes * own_cross // max(1, len(cross)),
+        )
+    return requests
+
+
+def _budgets(
+    plan: Plan,
+    loaded: LoadedModel,
+    requests: Mapping[torch.device, PoolRequest],
+    peaks: Mapping[torch.device, int],
+    rooms: _Rooms,
+) -> list[int]:
+    """The bytes for both pools on each device."""
+    if plan.kv_cache_bytes is not None:
+        whole = plan.pools.token_bytes + plan.pools.tile_bytes
+        return [
+            plan.kv_cache_bytes * (one.token_bytes + one.tile_bytes) // whole
+            for one in requests.values()
+        ]
+    return [max(0, _left(one, loaded, plan, rooms) - peaks[one]) for one in requests]
+
+
+def _left(device: torch.device, loaded: LoadedModel, plan: Plan, rooms: _Rooms) -> int:
+    """What a device has beside the weights."""
+    now = rooms.now(device).num_bytes
+    if device.type != "cpu":
+        return now
+    # weights that are pages of a file count as available still: take them off what was before
+    weights = share_of(loaded.placement, needs_of(plan), device).resident_bytes
+    return min(now, rooms.before[device] - weights)
+
+
+def _tell(
+    plan: Plan,
+    loaded: LoadedModel,
+    peaks: Mapping[torch.device, int],
+    requests: Mapping[torch.device, PoolRequest],
+    sized: PoolPlan,
+) -> None:
+    """A line of the log for each device: where its memory goes."""
+    sizes, needs = sized.sizes, needs_of(plan)
+    num_tokens = sizes.num_text_blocks * sizes.block_size
+    for device, own in requests.items():
+        weights = share_of(loaded.placement, needs, device).resident_bytes
+        logger.info(
+            "memory of %s: weights %s, activations of a step %s, text pool %s (%s tokens), image "
+            "pool %s (%s tiles)",
+            device,
+            shown_bytes(weights),
+            shown_bytes(peaks[device]),
+            shown_bytes(num_tokens * own.token_bytes),
+            f"{num_tokens:,}",
+            shown_bytes(sizes.num_image_blocks * own.tile_bytes),
+            f"{sizes.num_image_blocks:,}",
+        )

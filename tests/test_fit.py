@@ -1,0 +1,178 @@
+"""Models that cannot fit are refused before a weight is read, with the sum and what would help."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+from vlmserve.models import loading
+from vlmserve.models.errors import ModelError
+from vlmserve.models.fit import LEAST_TEXT_TOKENS, Plan, needs_of, share_of
+from vlmserve.models.footprint import by_kind, part_bytes, peak_bytes
+from vlmserve.models.launch import create_runner
+from vlmserve.models.loading import open_checkpoint
+from vlmserve.models.memory import Room
+from vlmserve.models.peak import StepLimits
+from vlmserve.models.placement import given_map, on_one_device, parts_of
+from vlmserve.models.pools import PoolRequest
+from vlmserve.models.weight_files import StoredTensor
+from vlmserve.tests.helpers_models import checkpoint
+
+CPU = torch.device("cpu")
+KIB, MIB = 1 << 10, 1 << 20
+SMALL: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 64,
+    "max_num_batched_images": 1,
+    "num_threads": torch.get_num_threads(),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_read_weights", lambda *args: pytest.fail("weights were read"))
+
+
+def rooms(num_bytes: int) -> Callable[[torch.device], Room]:
+    return lambda device: Room(num_bytes, "as a test says")
+
+
+def plan(quantize: str | None = None, max_model_len: int | None = None) -> Plan:
+    opened = open_checkpoint(checkpoint("tiny"), torch.float32)
+    pools = PoolRequest(16384, max_model_len, 1, 4, 16, token_bytes=768, tile_bytes=3840)
+    return Plan(opened, StepLimits(1, 64, 1, max_model_len or 16384), pools, quantize)
+
+
+def refusal(room: int, **settings: Any) -> str:
+    with pytest.raises(ModelError) as raised:
+        create_runner(checkpoint("tiny"), **(SMALL | settings), rooms=rooms(room))
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def in_bytes(text: str) -> float:
+    amount, unit = text.split()
+    return float(amount) * {"B": 1, "KiB": KIB, "MiB": MIB, "GiB": MIB * KIB}[unit]
+
+
+def test_the_refusal_shows_a_sum_that_adds_up() -> None:
+    line = refusal(MIB)
+    amount = r"([\d.]+ [KMG]?i?B)"
+    found = re.search(
+        rf"weights {amount} \(vision {amount}, decoder {amount}, embedding and head {amount}\) \+ "
+        rf"KV cache of at least {amount} \(2,048 text tokens, 4 image tiles\) \+ activations of a "
+        rf"step {amount} = {amount}, and there are 1\.0 MiB \(as a test says\)",
+        line,
+    )
+    assert found, line
+    weights, vision, decoder, table, cache, peak, total = map(in_bytes, found.groups())
+    assert weights == pytest.approx(vision + decoder + table, rel=0.1)
+    assert total == pytest.approx(weights + cache + peak, rel=0.1)
+    assert line.startswith(checkpoint("tiny"))
+    assert "does not fit cpu" in line
+
+
+def test_the_quantizations_that_would_fit_are_named_and_no_others() -> None:
+    totals = {m: needs_of(plan(m)).total for m in (None, "bitsandbytes", "bitsandbytes-nf4")}
+    assert totals["bitsandbytes-nf4"] < totals["bitsandbytes"] < (totals[None] or 0)
+    line = refusal(totals["bitsandbytes"])
+    assert "use --quantize bitsandbytes (" in line
+    assert "--quantize bitsandbytes-nf4 (" in line
+    line = refusal(totals["bitsandbytes-nf4"])
+    assert "--quantize bitsandbytes (" not in line
+    assert "use --quantize bitsandbytes-nf4 (" in line
+    line = refusal(totals["bitsandbytes-nf4"] - 1)
+    assert "--quantize" not in line
+    assert "--device-map auto" in line
+
+
+def test_a_quantized_model_is_not_advised_its_own_method() -> None:
+    line = refusal(needs_of(plan("bitsandbytes-nf4")).total, quantize="bitsandbytes")
+    assert "use --quantize bitsandbytes-nf4 (" in line
+    assert "--quantize bitsandbytes (" not in line
+
+
+def test_a_shorter_max_model_len_is_named_where_it_would_fit() -> None:
+    line = refusal(needs_of(plan(max_model_len=4096)).total, max_model_len=16384)
+    assert "(16,384 text tokens" in line
+    assert "use --max-model-len 4096, or " in line
+
+
+def test_a_smaller_kv_cache_memory_is_named_where_it_would_fit() -> None:
+    room = needs_of(plan()).total
+    assert "use a smaller --kv-cache-memory" in refusal(room, kv_cache_bytes=room)
+
+
+def test_what_just_fits_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reading(Exception):
+        pass
+
+    def read(*args: Any) -> None:
+        raise Reading
+
+    monkeypatch.setattr(loading, "_read_weights", read)
+    need = needs_of(plan()).total
+    with pytest.raises(Reading):
+        create_runner(checkpoint("tiny"), **SMALL, rooms=rooms(need))
+    assert "does not fit" in refusal(need - 1)
+
+
+def test_a_map_that_does_not_fit_names_the_device_and_not_a_quantization() -> None:
+    needs = needs_of(plan())
+    entries = {"": "cpu", "lm_head": "disk"}
+    skeleton = plan().checkpoint.skeleton
+    share = share_of(given_map(entries, skeleton, 0, "map"), needs, CPU)
+    whole = share_of(on_one_device(skeleton, CPU), needs, CPU)
+    head = needs.weights["lm_head"]
+    assert share.resident_bytes == whole.resident_bytes - head
+    assert share.visitor == head
+    assert share.total == whole.total
+
+
+def test_a_map_of_a_file_is_checked_before_weights_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "map.json"
+    file.write_text(json.dumps({"": "disk"}))
+    line = refusal(MIB, device_map=str(file))
+    assert "for offloaded ones" in line
+    assert "a --device-map or --max-memory that leaves more room there" in line
+
+
+def test_max_memory_without_a_device_that_is_there_is_refused() -> None:
+    line = refusal(MIB, max_memory={"0": MIB})
+    assert "--max-memory names '0', which is not there: use one of cpu" in line
+    file = refusal(MIB, max_memory={"cpu": MIB}, device_map="map.json")
+    assert "goes with --device-map auto or balanced" in file
+
+
+def test_max_model_len_over_the_context_is_refused_before_weights_are_read() -> None:
+    assert "the model's context is 16,384" in refusal(8 << 30, max_model_len=20_000)
+
+
+def test_the_sums_of_llama_3_2_11b_are_those_of_its_published_shapes() -> None:
+    """The arithmetic on the published shapes, without their weights."""
+    config = MllamaConfig(vision_config={"image_size": 560})
+    with torch.device("meta"):
+        skeleton = MllamaForConditionalGeneration(config)
+    tensors = {
+        name: StoredTensor(name, "", tuple(weight.shape), 2 * weight.numel())
+        for name, weight in skeleton.state_dict().items()
+    }
+    parts, gib = parts_of(skeleton), {}
+    for method in (None, "bitsandbytes", "bitsandbytes-nf4"):
+        sizes = part_bytes(parts, tensors, torch.bfloat16, method)
+        gib[method] = round(sum(sizes.values()) / 2**30, 1)
+    assert gib == {None: 19.9, "bitsandbytes": 11.8, "bitsandbytes-nf4": 8.2}
+    kinds = by_kind(part_bytes(parts, tensors, torch.bfloat16))
+    assert [round(size / 2**30, 1) for size in kinds.values()] == [1.7, 16.3, 2.0]
+    peak = peak_bytes(config, StepLimits(64, 2048, 4, LEAST_TEXT_TOKENS), torch.bfloat16)
+    assert peak.most == peak.vision
+    assert round(peak.vision / 2**30, 1) == 4.8
