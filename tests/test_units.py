@@ -54,7 +54,7 @@ def test_placement_and_memory_options_reach_the_engine(monkeypatch):
     seen = []
 
     class Recorder:
-        def __init__(self, engine, settings, listener, say_ready):
+        def __init__(self, engine, *others):
             seen.append(engine)
 
         async def run(self):
