@@ -20,6 +20,7 @@ from support.http_side import (
     tokens_one_by_one,
     write_checkpoint,
 )
+from support.shapes import shape_of
 
 from vlmserve.router.errors import (
     EngineDeadError,
@@ -77,15 +78,6 @@ def post(checkpoint, body, script=None, *, path=CHAT, headers=None, **options):
         return await client.post(path, content=content, headers=headers)
 
     return serve(checkpoint, use, script, **options)
-
-
-def shape_of(value):
-    """Keys in their order and types of values: what two answers must share."""
-    if isinstance(value, dict):
-        return [(key, shape_of(inner)) for key, inner in value.items()]
-    if isinstance(value, list):
-        return [shape_of(inner) for inner in value]
-    return type(value)
 
 
 def test_the_documented_request_gets_the_documented_answer(checkpoint):

@@ -25,6 +25,7 @@ from support.http_side import (
     tokens_one_by_one,
     write_checkpoint,
 )
+from support.shapes import shape_of
 
 from vlmserve.server.settings import ServerSettings
 
@@ -93,14 +94,6 @@ def exchange(checkpoint, raw, **options):
         return answer
 
     return serve(checkpoint, use, **options)
-
-
-def shape_of(value):
-    if isinstance(value, dict):
-        return [(key, shape_of(inner)) for key, inner in value.items()]
-    if isinstance(value, list):
-        return [shape_of(inner) for inner in value]
-    return type(value)
 
 
 def test_models_has_the_documented_shape(checkpoint):

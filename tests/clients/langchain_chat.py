@@ -7,7 +7,7 @@ import openai
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import BaseModel
 
 
@@ -139,6 +139,13 @@ def test_a_call_of_the_models_own_accord_makes_the_round_trip(scripted):
     result = turn.invoke(call)
     assert isinstance(result, ToolMessage)
     assert bound.invoke([*messages, first, result]).content == "It is done."
+
+
+def test_text_is_completed(url, model):
+    text = OpenAI(base_url=f"{url}/v1", api_key="unused", model=model, temperature=0, max_tokens=4)
+    whole = text.invoke("There is a red")
+    assert whole
+    assert "".join(text.stream("There is a red")) == whole
 
 
 def test_errors_are_the_sdks_own(chat, scripted, url):

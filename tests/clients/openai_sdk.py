@@ -237,6 +237,25 @@ def test_a_request_id_of_the_clients_own_comes_back(client, model):
     assert raw.headers["x-request-id"] == "my-request-1"
 
 
+def test_text_is_completed_plain_streamed_and_as_token_ids(client, model):
+    call = {"model": model, "prompt": "There is a red", "max_tokens": 4, "temperature": 0}
+    plain = client.completions.create(**call)
+    assert (plain.object, len(plain.choices)) == ("text_completion", 1)
+    assert plain.choices[0].text
+    assert plain.usage.completion_tokens <= 4
+    pieces = [chunk.choices[0].text for chunk in client.completions.create(**call, stream=True)]
+    assert "".join(pieces) == plain.choices[0].text
+    echoed = client.completions.create(**call, echo=True, logprobs=1)
+    assert echoed.choices[0].text == call["prompt"] + plain.choices[0].text
+    assert "".join(echoed.choices[0].logprobs.tokens).endswith(echoed.choices[0].text)
+    several = client.completions.create(**call | {"prompt": ["a", "There is a red"]})
+    assert [choice.index for choice in several.choices] == [0, 1]
+    assert several.choices[1].text == plain.choices[0].text
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**call, suffix="x")
+    assert caught.value.param == "suffix"
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [

@@ -1,9 +1,9 @@
-"""Runs the reference's two curls as they stand against a real worker and engine.
+"""Runs every curl of the reference as it stands against a real worker and engine.
 
 Run inside a network namespace of its own (`unshare -rn`): the curls name port 8000.
 The https picture they name is served on loopback, by a resolver and a connector of
 this script and a certificate that only it trusts. Prints one JSON document: the
-answer of each curl.
+answer of each curl, and what the picture shows.
 """
 
 import fcntl
@@ -28,6 +28,7 @@ import numpy
 
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.bundled.pictures import draw, encode, random_scene
+from vlmserve.models.bundled.questions import describe
 from vlmserve.router.config import EngineConfig
 from vlmserve.server.app import build_app
 from vlmserve.server.images.fetch import ImageFetcher, TcpConnector
@@ -37,6 +38,7 @@ from vlmserve.server.settings import ServerSettings
 DATA = Path(__file__).resolve().parent.parent / "data"
 PUBLIC_ADDRESS = "198.35.26.112"
 NAME = "meta/llama-3.2-11b-vision-instruct"
+SCENE = random_scene(numpy.random.default_rng(1), num_shapes=1, size=(640, 480))
 
 
 def bring_up_loopback() -> None:
@@ -49,9 +51,7 @@ def bring_up_loopback() -> None:
 class PictureHandler(http.server.BaseHTTPRequestHandler):
     """Answers every path with one drawn picture."""
 
-    picture = encode(
-        draw(random_scene(numpy.random.default_rng(1), num_shapes=1, size=(640, 480))), "JPEG"
-    )
+    picture = encode(draw(SCENE), "JPEG")
 
     def do_GET(self):
         self.send_response(200)
@@ -124,11 +124,11 @@ def run_curls(answers: dict) -> None:
     """Every documented curl through a shell, just as a reader would paste it."""
     try:
         wait_ready()
-        for name in ("curl_chat_completions.sh", "curl_llama_stack.sh"):
+        for path in sorted(DATA.glob("curl_*.sh")):
             done = subprocess.run(
-                ["bash", "-c", (DATA / name).read_text()], capture_output=True, timeout=120
+                ["bash", "-c", path.read_text()], capture_output=True, timeout=120
             )
-            answers[name] = json.loads(done.stdout)
+            answers[path.stem.removeprefix("curl_")] = json.loads(done.stdout)
     except Exception as error:  # reported to the test that runs this script
         answers["error"] = repr(error)
     finally:
@@ -156,7 +156,7 @@ def main() -> None:
         app.run(host="0.0.0.0", port=8000, single_process=True, access_log=False, motd=False)
         engine.terminate()
         engine.wait(30)
-    print(json.dumps(answers))
+    print(json.dumps({"answers": answers, "picture": describe(SCENE)}))
 
 
 if __name__ == "__main__":
