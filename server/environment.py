@@ -126,7 +126,7 @@ def adopt(environ: MutableMapping[str, str]) -> None:
 def without_effect(environ: Mapping[str, str]) -> list[str]:
     """A line for each variable of the documented service that is set and does nothing."""
     lines = []
-    for name in sorted(environ):
+    for name in sorted(name for name in environ if environ[name]):
         if name in IGNORED:
             lines.append(f"{name} is set and has no effect: {IGNORED[name]}")
         elif name.startswith("NIM_") and name not in ADOPTED:

@@ -62,7 +62,7 @@ def document(
         },
         "tags": [{"name": tag} for tag in dict.fromkeys(one.tag for one in endpoints)],
     }
-    if settings.api_keys:
+    if settings.needs_key:
         scheme = {"type": "http", "scheme": "bearer", "description": "One of the server's keys."}
         content["components"]["securitySchemes"] = {KEY_SCHEME: scheme}
         content["security"] = [{KEY_SCHEME: []}]
@@ -158,9 +158,9 @@ def _paths(
 ) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for one in endpoints:
-        needs_key = bool(settings.api_keys) and one.path not in open_paths
+        needs_key = settings.needs_key and one.path not in open_paths
         operation = _operation(one, schemas, settings.model_name, needs_key)
-        if settings.api_keys and not needs_key:
+        if settings.needs_key and not needs_key:
             operation["security"] = []
         item = paths.setdefault(_PARAMETER.sub(r"{\1}", one.path), {})
         item[one.method.lower()] = operation

@@ -73,6 +73,11 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     traces: TraceSettings | None = None
 
     @property
+    def needs_key(self) -> bool:
+        """Whether clients must send a key: a file counts, whatever it holds."""
+        return bool(self.api_keys) or self.api_key_file is not None
+
+    @property
     def model_name(self) -> str:
         """The name that answers carry."""
         return self.served_model_names[0]
