@@ -86,7 +86,7 @@ ADOPTED: Mapping[str, Adopted] = {
 IGNORED: Mapping[str, str] = {
     "NGC_API_KEY": "nothing is fetched from NGC; the hub's token is HF_TOKEN",
     "NIM_MODEL_PROFILE": "there are no profiles; the model is an argument, its form are options",
-    "NIM_TENSOR_PARALLEL_SIZE": "a model is not split by tensors here",
+    "NIM_TENSOR_PARALLEL_SIZE": "a model is spread by --device-map, not split by tensors",
 }
 
 

@@ -23,6 +23,7 @@ from vlmserve.server.environment import (
 )
 
 LINES = settings_page.PAGE.read_text().splitlines()
+SCRIPT = "tests/support/settings_page.py"
 SERVE = [sys.executable, "-m", "vlmserve.server", "serve"]
 
 
@@ -40,7 +41,7 @@ def rows_of(*headings):
 def test_the_page_has_each_option_under_its_panel_as_the_program_has_it():
     for panel, rows in settings_page.panels().items():
         missing = [row for row in rows if row not in rows_of(panel)]
-        assert not missing, f"add to docs/settings.md, under {panel}:\n" + "\n".join(missing)
+        assert not missing, f"{panel}: run `.venv/bin/python {SCRIPT}` for {missing}"
 
 
 def test_the_page_has_every_limit_with_its_default():
@@ -61,7 +62,7 @@ def test_nothing_stands_on_the_page_that_there_is_not():
     panels = settings_page.panels()
     known = {row for rows in panels.values() for row in rows}
     told = [row for row in rows_of(*panels) if row not in known]
-    assert not told, "docs/settings.md has rows of no option:\n" + "\n".join(told)
+    assert not told, f"run `.venv/bin/python {SCRIPT}`; there is no such option: {told}"
     others = rows_of("Limits without an option", "The documented service's variables")
     assert len(rows_of()) == len(known) + len(others)
 

@@ -1,6 +1,6 @@
 """The rows that docs/settings.md must hold, taken from the command line and the settings' types.
 
-Run as a script it prints the tables of options, to be pasted there. Owns the rows' form.
+Run as a script it writes the tables of options there anew. Owns the rows' form.
 """
 
 from __future__ import annotations
@@ -99,8 +99,18 @@ def _set_by_the_command_line() -> dict[str, set[str]]:
     return found
 
 
+def with_options(page: str) -> str:
+    """The page with the tables of options as they are now; all else stays."""
+    parts = page.split("\n## ")
+    tables = {heading: _table(rows) for heading, rows in panels().items()}
+    kept = [part for part in parts if part.split("\n")[0] not in tables]
+    options = [f"{heading}\n\n{table}\n" for heading, table in tables.items()]
+    return "\n## ".join([kept[0], *options, *kept[1:]])
+
+
+def _table(rows: list[str]) -> str:
+    return "\n".join(["| option | variables | default | meaning |", "|---|---|---|---|", *rows])
+
+
 if __name__ == "__main__":
-    for heading, rows in panels().items():
-        print(f"\n## {heading}\n\n| option | variables | default | meaning |\n|---|---|---|---|")
-        print("\n".join(rows))
-    print("\n".join(f"| {name} | {default} | |" for name, default in limits()))
+    PAGE.write_text(with_options(PAGE.read_text()))
