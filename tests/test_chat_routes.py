@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 
 import httpx2
+import numpy
 import openai
 import pytest
+from PIL import Image
 from support.http_side import (
     CLIENT_DEADLINE_S,
     MODEL,
@@ -22,6 +24,7 @@ from support.http_side import (
 )
 from support.shapes import shape_of
 
+from vlmserve.models.bundled.pictures import data_url
 from vlmserve.router.errors import (
     EngineDeadError,
     EngineInternalError,
@@ -438,3 +441,33 @@ def test_the_same_scripted_answer_comes_for_many_at_once(checkpoint):
     responses = serve(checkpoint, use)
     assert all(response.status_code == 200 for response in responses)
     assert len({response.headers["x-request-id"] for response in responses}) == 32
+
+
+def test_detail_low_is_one_tile_of_the_same_picture_under_a_key_of_its_own(checkpoint):
+    """Usage counts one token in any case; what the model sees has one tile's aspect ratio."""
+    url = data_url(Image.fromarray(numpy.arange(56 * 112 * 3, dtype="uint8").reshape(56, 112, 3)))
+
+    async def run():
+        options = ServerSettings(
+            model=str(checkpoint), engine_socket="", served_model_names=[MODEL]
+        )
+        engine = ScriptedEngine(says(ANSWER))
+        async with (
+            asyncio.timeout(CLIENT_DEADLINE_S),
+            running_server(options, engine_client=engine) as base_url,
+            httpx2.AsyncClient(base_url=base_url, timeout=CLIENT_DEADLINE_S) as client,
+        ):
+            usages = []
+            for detail in ("low", "high", "auto", None, "low"):
+                image = {"type": "image_url", "image_url": {"url": url, "detail": detail}}
+                body = BODY | {"messages": [{"role": "user", "content": [image]}]}
+                usages.append((await client.post(CHAT, json=body)).json()["usage"])
+        return usages, [request.images[0] for request in engine.requests]
+
+    usages, (low, high, auto, unset, again) = asyncio.run(run())
+    assert {usage["prompt_tokens"] for usage in usages} == {usages[0]["prompt_tokens"]}
+    assert (low.num_tiles, low.aspect_ratio_id) == (1, 1)
+    assert (high.num_tiles, high.aspect_ratio_id) == (2, 2)
+    assert high == auto == unset
+    assert low == again
+    assert low.content_hash != high.content_hash

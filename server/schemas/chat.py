@@ -31,6 +31,7 @@ from .structured import call_form, only_form
 from .tools import (
     ToolChoice,
     ToolList,
+    allowed_of,
     check_choice,
     choice_of,
     tools_of,
@@ -149,8 +150,8 @@ def _num_logprobs(body: ChatCompletionRequest) -> int | None:
 
 
 def _offered_tools(body: ChatCompletionRequest) -> tuple[Tool, ...]:
-    """The tools that the model is told of: none where it may call none."""
-    tools = tools_of(body.tools)
+    """The tools that the model is told of: those that it may call."""
+    tools = allowed_of(body.tool_choice, tools_of(body.tools))
     choice = choice_of(body.tool_choice)
     check_choice(choice, tools)
     return () if choice == "none" else tools

@@ -52,7 +52,16 @@ class ImageContent(
     image_url: ImageUrl | str
 
 
+class RefusalContent(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="refusal"
+):
+    """What another model said where it refused: text of the conversation like any."""
+
+    refusal: str
+
+
 TextList = Annotated[list[OnlyText], msgspec.Meta(max_length=MAX_PARTS)]
+AnswerList = Annotated[list[TextContent | RefusalContent], msgspec.Meta(max_length=MAX_PARTS)]
 PartList = Annotated[list[TextContent | ImageContent], msgspec.Meta(max_length=MAX_PARTS)]
 
 
@@ -80,16 +89,18 @@ class UserMessage(_Turn, frozen=True, tag="user"):
 class AssistantMessage(_Turn, frozen=True, tag="assistant"):
     """An earlier answer; fields that the SDK echoes back are taken at null.
 
-    content may be null beside tool_calls only.
+    content may be null beside tool_calls or a refusal only.
     """
 
     schema_rules: ClassVar[dict[str, Any]] = any_of(
-        given("content"), having("tool_calls", {"type": "array", "minItems": 1})
+        given("content"),
+        having("tool_calls", {"type": "array", "minItems": 1}),
+        having("refusal", {"type": "string", "minLength": 1}),
     )
 
-    content: str | TextList | None = None
+    content: str | AnswerList | None = None
     name: Name | None = None
-    refusal: None = None
+    refusal: str | None = None
     audio: None = None
     annotations: Annotated[list[Any], msgspec.Meta(max_length=0)] | None = None
     function_call: None = None
@@ -133,6 +144,8 @@ def _message(turn: AnyMessage, field: str) -> Message:
     parts = _parts(turn, f"{field}.content")
     if not isinstance(turn, AssistantMessage):
         return Message(_role(turn), parts)
+    if turn.refusal:
+        parts += (TextPart(no_nul(turn.refusal, f"{field}.refusal")),)
     return Message("assistant", parts, calls_of(turn.tool_calls, f"{field}.tool_calls"))
 
 
@@ -144,7 +157,7 @@ def _role(turn: AnyMessage) -> Role:
 
 def _parts(turn: AnyMessage, field: str) -> tuple[Part, ...]:
     if turn.content is None:
-        if isinstance(turn, AssistantMessage) and turn.tool_calls:
+        if isinstance(turn, AssistantMessage) and (turn.tool_calls or turn.refusal):
             return ()
         raise BadRequestError(f"{field} is required where there are no tool_calls", param=field)
     if isinstance(turn.content, str):
@@ -153,7 +166,9 @@ def _parts(turn: AnyMessage, field: str) -> tuple[Part, ...]:
     return tuple(_part(part, f"{field}[{i}]") for i, part in enumerate(turn.content))
 
 
-def _part(part: OnlyText | TextContent | ImageContent, field: str) -> Part:
+def _part(part: OnlyText | TextContent | RefusalContent | ImageContent, field: str) -> Part:
+    if isinstance(part, RefusalContent):
+        return TextPart(no_nul(part.refusal, f"{field}.refusal"))
     if not isinstance(part, ImageContent):
         return TextPart(no_nul(part.text, f"{field}.text"))
     if isinstance(part.image_url, str):

@@ -48,6 +48,27 @@ class NamedTool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type: Literal["function"] = "function"
 
 
+class NamedChoice(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="function"
+):
+    """The one tool that the model must call."""
+
+    function: FunctionName
+
+
+class AllowedTools(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Some of the tools, of which the model may, or by mode required must, call one."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], msgspec.Meta(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedChoice(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"
+):
+    allowed_tools: AllowedTools
+
+
 class CalledFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """arguments: a JSON object as text, as the answer had it."""
 
@@ -66,7 +87,7 @@ class CallOfTurn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 ToolList = Annotated[list[FunctionTool], msgspec.Meta(max_length=MAX_TOOLS)]
 CallList = Annotated[list[CallOfTurn], msgspec.Meta(max_length=MAX_TOOLS)]
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+ToolChoice = Literal["none", "auto", "required"] | NamedChoice | AllowedChoice
 
 
 def tools_of(definitions: Sequence[FunctionTool] | None) -> tuple[Tool, ...]:
@@ -144,7 +165,24 @@ def arguments_of(text: str, field: str) -> dict[str, Any]:
 
 def choice_of(choice: ToolChoice | None) -> str | None:
     """auto, none, required, or the name of a tool."""
-    return choice.function.name if isinstance(choice, NamedTool) else choice
+    if isinstance(choice, AllowedChoice):
+        return choice.allowed_tools.mode
+    return choice.function.name if isinstance(choice, NamedChoice) else choice
+
+
+def allowed_of(choice: ToolChoice | None, tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
+    """The tools that the choice leaves. Raises BadRequestError if it names another one."""
+    if not isinstance(choice, AllowedChoice):
+        return tools
+    offered = {tool.name for tool in tools}
+    allowed = [one.function.name for one in choice.allowed_tools.tools]
+    for index, name in enumerate(allowed):
+        if name not in offered:
+            field = f"tool_choice.allowed_tools.tools[{index}]"
+            raise BadRequestError(
+                f"{field} is {name!r}, which is none of tools: offer it", param=field
+            )
+    return tuple(tool for tool in tools if tool.name in allowed)
 
 
 def check_choice(choice: str | None, tools: Sequence[Tool]) -> None:
