@@ -28,6 +28,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     of a GPU's memory the share gpu_memory_utilization.
     prefix_cache and image_cache keep text and image blocks after use, until others
     need the room. num_threads None takes the cores that HTTP and image decoding leave.
+    max_queue_wait_s: the longest time that a request may be expected to wait; None for any.
     max_frame_bytes caps one message from a worker; a worker that leaves more than
     max_outgoing_bytes unread is dropped. parent_pid: the process whose end ends
     the engine, None for whoever started it.
@@ -55,6 +56,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_queue_requests: Positive = 256
     max_queue_tokens: Positive = 1_048_576
     max_queue_bytes: Positive = 1_073_741_824
+    max_queue_wait_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     max_frame_bytes: Positive = 268_435_456
     max_outgoing_bytes: Positive = 16_777_216
     heartbeat_interval_s: Annotated[float, msgspec.Meta(gt=0)] = 0.5

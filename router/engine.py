@@ -40,7 +40,7 @@ from .messages import (
     SequenceOutput,
     StepOutputs,
 )
-from .pace import Pace
+from .pace import LONGEST_S, SHORTEST_S, Pace
 from .queue import QueueLimits, RequestQueue
 from .scheduler import Progress, Scheduler, SchedulerLimits
 from .sequence import Sequence
@@ -142,12 +142,32 @@ class Engine:
         try:
             check_request(request, self._limits)
             sequences = Sequence.of(worker_id, request, matcher)
+            self._refuse_long_wait(request.priority)
             self._queue.put(sequences[0])
         except EngineError as error:
             self._refuse(worker_id, request, error)
             return
         for sequence in sequences:
             self._open[worker_id, sequence.request_id] = sequence
+
+    def _refuse_long_wait(self, priority: int) -> None:
+        """Raises QueueFullError if a newcomer would have to wait longer than is allowed."""
+        limit_s = self._config.max_queue_wait_s
+        if limit_s is None:
+            return
+        num_ahead = self._queue.num_ahead(priority)
+        num_running, num_places = self.scheduler.num_running, self._config.max_num_seqs
+        place = num_ahead + 1 - (num_places - num_running)
+        if place <= 0:
+            return
+        wait_s = self._pace.wait_s(place, min(num_running + num_ahead, num_places))
+        if wait_s is not None and wait_s > limit_s:
+            raise QueueFullError(
+                f"the request would wait about {wait_s:.1f} s for its turn, the limit is "
+                f"{limit_s:g} s. Try again later or start the server with a larger "
+                "--max-queue-wait",
+                min(max(wait_s - limit_s, SHORTEST_S), LONGEST_S),
+            )
 
     def _refuse(self, worker_id: int, request: AddRequest, error: EngineError) -> None:
         for request_id in request.answer_ids:
@@ -260,9 +280,14 @@ class Engine:
         for one in progress:
             outputs[one.sequence.worker_id].append(_output_of(one))
             if one.finish_reason is not None:
+                self._count_run(one.sequence)
                 self._forget(one.sequence)
         for worker_id, of_worker in outputs.items():
             self._send(worker_id, StepOutputs(outputs=of_worker))
+
+    def _count_run(self, sequence: Sequence) -> None:
+        if sequence.ran_at is not None:
+            self._pace.count_run(time.monotonic() - sequence.ran_at)
 
     def _fail(self, sequences: list[Sequence], error: EngineError) -> None:
         for sequence in sequences:

@@ -1,6 +1,6 @@
 """How fast the engine gets through its work, for clients that are told to come back.
 
-Owns the steps of the last seconds. Knows nothing of who waits.
+Owns the steps of the last seconds and how long the last requests ran. Knows nothing of who waits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 WINDOW_S = 10.0
 SHORTEST_S, LONGEST_S = 1.0, 60.0
+# Of so many requests that ended last is taken how long one runs; of fewer, nothing is known.
+MAX_RUNS, MIN_RUNS = 64, 4
 
 
 class _Step(NamedTuple):
@@ -26,6 +28,7 @@ class Pace:
         self._clock = clock
         self._steps: deque[_Step] = deque()
         self._num_tokens = 0
+        self._run_seconds: deque[float] = deque(maxlen=MAX_RUNS)
 
     def count(self, began: float, num_tokens: int) -> None:
         """Take in a step that began then and has just ended."""
@@ -43,6 +46,21 @@ class Pace:
             return SHORTEST_S
         spent_s = self._clock() - self._steps[0].began
         return min(max(num_tokens * spent_s / self._num_tokens, SHORTEST_S), LONGEST_S)
+
+    def count_run(self, run_s: float) -> None:
+        """Take in how long a request ran that has just ended, however it ended."""
+        self._run_seconds.append(run_s)
+
+    def wait_s(self, place: int, num_running: int) -> float | None:
+        """How long the `place`-th of those who wait (from 1) will wait for its first step.
+
+        So many places come free as requests end: one every run time / num_running (Little's
+        law). None where too few have ended to tell.
+        """
+        runs = self._run_seconds
+        if len(runs) < MIN_RUNS:
+            return None
+        return place * sum(runs) / len(runs) / max(num_running, 1)
 
     def _forget(self) -> None:
         """Drop the steps that began too long ago, but for the last."""

@@ -43,6 +43,11 @@ class RequestQueue:
     def __len__(self) -> int:
         return len(self._sequences)
 
+    def num_ahead(self, priority: int) -> int:
+        """How many answers wait that would run before a newcomer of this priority."""
+        ahead = (one for one in self._sequences if one.request.priority <= priority)
+        return sum(1 + len(one.followers) for one in ahead)
+
     def put(self, sequence: Sequence) -> None:
         """Take `sequence` behind all of its priority. Raises QueueFullError, naming the limit.
 

@@ -77,6 +77,7 @@ def serve(
     max_queue_requests: options.MaxQueueRequests = 256,
     max_queue_tokens: options.MaxQueueTokens = 1_048_576,
     max_queue_bytes: options.MaxQueueBytes = 1_073_741_824,
+    max_queue_wait: options.MaxQueueWait = None,
     host: options.Host = "127.0.0.1",
     port: options.Port = 8000,
     workers: options.Workers = 1,
@@ -136,6 +137,7 @@ def serve(
             max_queue_bytes=max_queue_bytes,
             log_level=log_level.value,
             log_format=log_format.value,
+            max_queue_wait_s=max_queue_wait,
             parent_pid=os.getpid(),
         )
         settings = ServerSettings(

@@ -294,6 +294,15 @@ MaxQueueTokens = Annotated[
 MaxQueueBytes = Annotated[
     int, typer.Option(min=1, help="Bytes of images that may wait.", rich_help_panel=ENGINE_PANEL)
 ]
+MaxQueueWait = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001,
+        help="Seconds that a request may be expected to wait, by how long the last ones ran; "
+        "beyond that 429. Default: any.",
+        rich_help_panel=ENGINE_PANEL,
+    ),
+]
 Host = Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=HTTP_PANEL)]
 Port = Annotated[
     int,

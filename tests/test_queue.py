@@ -124,6 +124,25 @@ def test_the_time_to_come_back_follows_the_pace_of_the_last_seconds():
     assert pace.seconds_for(20) == 22.0, "two seconds' tokens took eleven until now"
 
 
+def test_the_time_to_wait_follows_how_long_the_last_requests_ran():
+    pace = Pace()
+    for _ in range(3):
+        pace.count_run(8.0)
+    assert pace.wait_s(1, 4) is None, "too few have ended to tell"
+    pace.count_run(8.0)
+    assert (pace.wait_s(1, 4), pace.wait_s(6, 4)) == (2.0, 12.0)
+    for _ in range(64):
+        pace.count_run(4.0)
+    assert pace.wait_s(1, 4) == 1.0, "the first ones are forgotten"
+
+
+def test_those_of_a_better_or_equal_priority_are_ahead_of_a_newcomer():
+    queue = queue_of()
+    for name, priority in (("a", 0), ("b", 5), ("c", 1)):
+        queue.put(sequence_of(name, priority=priority))
+    assert [queue.num_ahead(priority) for priority in (-1, 0, 1, 5)] == [0, 1, 2, 3]
+
+
 def test_a_preempted_sequence_is_taken_back_by_a_full_queue():
     queue = queue_of(max_requests=1)
     queue.put(sequence_of("a"))
