@@ -18,9 +18,9 @@ SPARE_OPTION = "--spare"
 class EngineStarter:
     """Starts engine processes, from the spare where there is one.
 
-    command: Python's arguments that run an engine. delay_s: how long after an engine is
-    ready the next spare is started, so that it takes no core from the first requests;
-    None for never.
+    command: Python's arguments that run an engine. delay_s: how long after the first engine
+    is ready a spare is started, so that it takes no core from the first requests; None for
+    never. Where one was needed the next is made at once: it is likely to be needed too.
     """
 
     def __init__(self, command: Sequence[str], delay_s: float | None) -> None:
@@ -47,6 +47,7 @@ class EngineStarter:
     async def _prepare(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
         self._spare = await ManagedChild.start([*self._command, SPARE_OPTION])
+        self._delay_s = 0.0
 
     async def close(self) -> None:
         """End the spare."""

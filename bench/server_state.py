@@ -1,0 +1,66 @@
+"""What a server under test holds, read from /proc and /metrics: processes, descriptors, blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+GAUGES = (
+    "num_requests_running",
+    "num_requests_waiting",
+    "vlmserve_text_blocks_used",
+    "vlmserve_image_blocks_used",
+)
+ENGINE_NAME = "vlmserve-engine"
+
+
+def descendants(pid: int) -> list[int]:
+    """All descendants of a process."""
+    found, waiting = [], [pid]
+    while waiting:
+        parent = waiting.pop()
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                children = [int(child) for child in task.read_text().split()]
+                found += children
+                waiting += children
+    return found
+
+
+def engine_pid(supervisor: int) -> int | None:
+    """The engine that runs now, or None between two."""
+    for pid in descendants(supervisor):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_text().strip() == ENGINE_NAME:
+                return pid
+    return None
+
+
+def num_descriptors(supervisor: int) -> int:
+    """Open descriptors of the server's HTTP workers, by command line."""
+    total = 0
+    for pid in descendants(supervisor):
+        with contextlib.suppress(OSError):
+            if b"vlmserve.server.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                total += len(os.listdir(f"/proc/{pid}/fd"))
+    return total
+
+
+def is_ready(url: str) -> bool:
+    """Whether /v1/health/ready is 200."""
+    try:
+        with urllib.request.urlopen(f"{url}/v1/health/ready", timeout=5):
+            return True
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def gauges(url: str) -> dict[str, float]:
+    """The figures that must be 0 where nothing runs."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    figures = dict(line.rsplit(" ", 1) for line in lines if line and line[0] != "#")
+    return {name: float(figures[name]) for name in GAUGES}

@@ -1,0 +1,145 @@
+"""Clients that leave a real server at any moment: nothing of their requests may stay."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+from processes import free_port, running, vlmserve_command
+from server_state import engine_pid, gauges, num_descriptors
+from vlmserve.server.bench.load import request_bodies, unique_pictures
+from vlmserve.server.bench.settings import Load
+
+MODEL = "torture"
+# What a client waits for before it leaves.
+STAGES = ("queued", "fetching", "decoding", "prefill", "stream", "plain")
+LONGEST_DELAY_S = 0.05
+REST_S = 5.0
+
+
+async def run_cancels(count: int, clients: int, seed: int) -> tuple[dict[str, Any], list[str]]:
+    """Leave `count` requests; figures and broken promises."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    options = ["--served-model-name", MODEL, "--max-num-seqs", "4", "--no-spare-engine"]
+    options += ["--allow-private-image-urls", "--max-queue-requests", "64"]
+    command = vlmserve_command(None, port, "float32", *options)
+    with running(command, f"{url}/v1/health/ready") as server:
+        async with _never_ending_pictures() as picture_url:
+            canceller = Canceller(port, picture_url, seed)
+            await canceller.run(clients * 4, clients)  # everything started that starts at first use
+            base = await _at_rest(url, server.pid)
+            engine, began = engine_pid(server.pid), time.monotonic()
+            canceller.left.clear()
+            await canceller.run(count, clients)
+            seconds = time.monotonic() - began
+            after = await _at_rest(url, server.pid)
+            is_same = engine_pid(server.pid) == engine
+    figures = {
+        "cancels": sum(canceller.left.values()),
+        "stages": dict(canceller.left),
+        "seconds": round(seconds, 1),
+        "before": base,
+        "after": after,
+        "same_engine": is_same,
+    }
+    broken = [] if is_same else ["the engine is another process"]
+    broken += [
+        f"{name}: {after[name]}, was {base[name]}" for name in base if after[name] > base[name]
+    ]
+    return figures, broken
+
+
+class Canceller:
+    """Sends requests and leaves each at a moment of its stage."""
+
+    def __init__(self, port: int, picture_url: str, seed: int) -> None:
+        self._port = port
+        self._rng = random.Random(seed)
+        self._pictures = unique_pictures([(224, 224), (1120, 560)], seed)
+        self._picture_url = picture_url
+        self.left: Counter[str] = Counter()
+
+    async def run(self, count: int, num_clients: int) -> None:
+        stages = [STAGES[i % len(STAGES)] for i in range(count)]
+        waiting = iter(stages)
+
+        async def client() -> None:
+            for stage in waiting:
+                await self._leave(stage)
+                self.left[stage] += 1
+
+        await asyncio.gather(*(client() for _ in range(num_clients)))
+
+    async def _leave(self, stage: str) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        try:
+            writer.write(_post(self._body(stage)))
+            if stage == "stream":
+                await reader.readuntil(b"data: ")
+                await reader.readuntil(b"data: ")
+            else:
+                # A picture that never comes is waited for at any moment.
+                await asyncio.sleep(self._rng.uniform(0.0, LONGEST_DELAY_S))
+        except asyncio.IncompleteReadError:
+            pass  # refused: the queue is full
+        finally:
+            writer.transport.abort()
+
+    def _body(self, stage: str) -> bytes:
+        load = Load(
+            1,
+            max_tokens=200,
+            num_images=0,
+            prompt_words=300 if stage == "prefill" else 5,
+            stream=stage == "stream",
+            ignore_eos=True,
+            seed=self._rng.randrange(2**31),
+        )
+        body = json.loads(request_bodies(load, MODEL)[0])
+        urls = {"fetching": self._picture_url, "decoding": next(self._pictures)}
+        if url := urls.get(stage):
+            part = {"type": "image_url", "image_url": {"url": url}}
+            body["messages"][0]["content"].insert(0, part)
+        return json.dumps(body).encode()
+
+
+def _post(body: bytes) -> bytes:
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+@contextlib.asynccontextmanager
+async def _never_ending_pictures() -> AsyncIterator[str]:
+    """The URL of a picture on loopback whose bytes do not come."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n")
+            await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/picture.png"
+
+
+async def _at_rest(url: str, supervisor: int) -> dict[str, float]:
+    """Blocks, requests and descriptors once they are at rest, or as they are after REST_S."""
+    deadline = time.monotonic() + REST_S
+    while True:
+        state = await asyncio.to_thread(gauges, url)
+        descriptors = await asyncio.to_thread(num_descriptors, supervisor)
+        if not any(state.values()) or time.monotonic() > deadline:
+            return state | {"descriptors": float(descriptors)}
+        await asyncio.sleep(0.1)

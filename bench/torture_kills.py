@@ -1,0 +1,144 @@
+"""Kills engines under load: no client may be left hanging, and the server must come back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from processes import free_port, running, vlmserve_command
+from server_state import engine_pid, gauges, is_ready
+from vlmserve.server.bench.client import Client, Sample
+from vlmserve.server.bench.load import request_bodies
+from vlmserve.server.bench.settings import Load
+
+MODEL = "torture"
+# Whoever waits longer hangs: a restart takes a tenth of that.
+HANG_S = 60.0
+# What Retry-After says.
+PAUSE_AFTER_ERROR_S = 1.0
+
+
+@dataclass(slots=True)
+class Record:
+    """What a run saw. told_s: from a kill to the end of each request that was open."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    told_s: list[float] = field(default_factory=list)
+    ready_s: list[float] = field(default_factory=list)
+    open_at_kill: list[int] = field(default_factory=list)
+
+
+class Load16:
+    """Clients that ask again and again, streamed and plain, with and without a picture."""
+
+    def __init__(self, client: Client, num_clients: int, seed: int) -> None:
+        self._client = client
+        self._bodies = [
+            *request_bodies(Load(32, max_tokens=48, ignore_eos=True, seed=seed), MODEL),
+            *request_bodies(Load(32, 48, num_images=0, ignore_eos=True, stream=False), MODEL),
+        ]
+        self._rng = random.Random(seed)
+        self._is_over = False
+        self.open: dict[int, float] = {}
+        self.ended: list[tuple[float, float, Sample]] = []
+        self._tasks = [asyncio.create_task(self._ask(i)) for i in range(num_clients)]
+
+    async def _ask(self, number: int) -> None:
+        while not self._is_over:
+            began = self.open[number] = time.monotonic()
+            sample = await self._client.chat(self._rng.choice(self._bodies))
+            del self.open[number]
+            self.ended.append((began, time.monotonic(), sample))
+            if sample.error is not None:
+                await asyncio.sleep(PAUSE_AFTER_ERROR_S)
+
+    async def stop(self) -> None:
+        self._is_over = True
+        await asyncio.gather(*self._tasks)
+
+
+async def run_kills(count: int, clients: int, seed: int) -> tuple[dict[str, Any], list[str]]:
+    """Kill `count` engines, each while requests are open; figures and broken promises."""
+    port, record = free_port(), Record()
+    url = f"http://127.0.0.1:{port}"
+    options = ["--served-model-name", MODEL, "--max-restarts", str(count + 1)]
+    command = vlmserve_command(None, port, "float32", *options)
+    with running(command, f"{url}/v1/health/ready") as server:
+        async with Client(f"{url}/v1", timeout_s=HANG_S) as client:
+            load = Load16(client, clients, seed)
+            rng = random.Random(seed)
+            for number in range(count):
+                await asyncio.sleep(rng.uniform(0.2, 1.0))
+                await _kill_one(server.pid, url, load, record)
+                if number % 20 == 19:
+                    print(f"{number + 1} engines killed", flush=True)
+            await load.stop()
+        record.outcomes.update(_outcome(sample) for _, _, sample in load.ended)
+        left = {name: value for name, value in gauges(url).items() if value}
+    return _figures(record, count), _broken(record, left)
+
+
+async def _kill_one(supervisor: int, url: str, load: Load16, record: Record) -> None:
+    pid = await asyncio.to_thread(engine_pid, supervisor)
+    assert pid is not None, "an engine runs where the server is ready"
+    while not load.open:  # noqa: ASYNC110 - a client may be between two requests
+        await asyncio.sleep(0.01)
+    killed, num_before = time.monotonic(), len(load.ended)
+    record.open_at_kill.append(len(load.open))
+    os.kill(pid, signal.SIGKILL)
+    was_unready = False
+    while True:
+        await asyncio.sleep(0.02)
+        ready = await asyncio.to_thread(is_ready, url)
+        was_unready |= not ready
+        if ready and (
+            was_unready or await asyncio.to_thread(engine_pid, supervisor) not in (pid, None)
+        ):
+            break
+    record.ready_s.append(time.monotonic() - killed)
+    for began, ended, _ in load.ended[num_before:]:
+        if began < killed:
+            record.told_s.append(ended - killed)
+
+
+def _outcome(sample: Sample) -> str:
+    return sample.error or "answered"
+
+
+def _figures(record: Record, count: int) -> dict[str, Any]:
+    return {
+        "kills": count,
+        "requests": sum(record.outcomes.values()),
+        "outcomes": dict(record.outcomes),
+        "hanging": record.outcomes["timeout"],
+        "open_at_kill_mean": float(np.mean(record.open_at_kill)),
+        "told_s": _spread(record.told_s),
+        "ready_again_s": _spread(record.ready_s),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {
+        "p50": round(float(np.percentile(values, 50)), 3),
+        "p99": round(float(np.percentile(values, 99)), 3),
+        "max": round(max(values), 3),
+    }
+
+
+def _broken(record: Record, left: dict[str, float]) -> list[str]:
+    broken = []
+    if record.outcomes["timeout"]:
+        broken.append(f"{record.outcomes['timeout']} clients were left hanging")
+    if max(record.told_s) > 1.0:
+        broken.append(f"a request was told of the death after {max(record.told_s):.2f} s, not 1 s")
+    if left:
+        broken.append(f"kept after the end: {left}")
+    return broken
