@@ -17,13 +17,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 def check_folder(folder: Path) -> None:
     """Raise ModelError unless the folder holds a Mllama checkpoint in safetensors."""
-    config = read_json(folder / "config.json")
-    architectures = config.get("architectures") or []
-    if config.get("model_type") != "mllama" or architectures not in ([], [ARCHITECTURE]):
-        found = ", ".join(map(str, architectures)) or config.get("model_type")
-        raise ModelError(f"{folder}: the checkpoint is a {found}; only {ARCHITECTURE} is served")
-    if config.get("quantization_config"):
-        raise ModelError(f"{folder}: the checkpoint is quantized; use the unquantized one")
+    check_config(read_json(folder / "config.json"), str(folder))
     if (folder / "adapter_config.json").exists():
         # transformers would fetch the base model it names, and read adapter weights of any kind
         raise ModelError(f"{folder}: adapters are not served; merge it into the weights first")
@@ -31,6 +25,17 @@ def check_folder(folder: Path) -> None:
         _check_shards(folder)
     elif not (folder / "model.safetensors").is_file():
         _refuse_without_safetensors(folder)
+
+
+def check_config(config: dict[str, Any], source: str) -> None:
+    """Raise ModelError unless a config.json is of a Mllama in full precision; source: whose."""
+    architectures = config.get("architectures") or []
+    if config.get("model_type") != "mllama" or architectures not in ([], [ARCHITECTURE]):
+        names = architectures if isinstance(architectures, list) else [architectures]
+        found = ", ".join(map(str, names)) or config.get("model_type") or "model of no known kind"
+        raise ModelError(f"{source}: the checkpoint is a {found}; only {ARCHITECTURE} is served")
+    if config.get("quantization_config"):
+        raise ModelError(f"{source}: the checkpoint is quantized; use the unquantized one")
 
 
 def _check_shards(folder: Path) -> None:

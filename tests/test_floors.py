@@ -23,6 +23,9 @@ SERVER_MAY_IMPORT = {
     "vlmserve.models",
     "vlmserve.models.batch",
     "vlmserve.models.bundled",
+    # Whether a config.json is of a model that is served: known before weights are downloaded.
+    "vlmserve.models.checkpoint",
+    "vlmserve.models.errors",
     # What a child of the worker compiles grammars with, as the engine does: no tensors.
     "vlmserve.models.grammar",
     # Which tokens end a turn: one rule for prompts and grammars.
