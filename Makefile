@@ -57,16 +57,22 @@ check: setup-test $(TYPING) ## lint, types and import rules
 	$(BIN)/python -m pytest -q tests/test_floors.py
 
 test: setup-test ## the tests of every run (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not soak and not fuzz and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not soak and not torture and not fuzz and not gpu" $(ARGS)
 
 test-slow: setup-test ## the long tests: training, the version range, the image's install steps
-	$(BIN)/python -m pytest -m "slow and not soak and not fuzz and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not soak and not torture and not fuzz and not gpu" $(ARGS)
 
 fuzz-api: setup-test ## thousands of requests made from the API's document (EXAMPLES=, SEED= change them)
 	EXAMPLES=$(EXAMPLES) SEED=$(SEED) $(BIN)/python -m pytest -s -m fuzz $(ARGS)
 
 soak: setup-test ## ten thousand random requests against one engine, each checked against itself alone
 	$(BIN)/python -m pytest -s -m soak $(ARGS)
+
+torture: setup-test ## 200 engine kills, 100,000 cancels, twice the load it can serve; JSON lines
+	$(BIN)/python bench/torture.py kills --count 200
+	$(BIN)/python -m pytest -s -m torture $(ARGS)
+	$(BIN)/python bench/torture.py cancels --count 2000
+	$(BIN)/python bench/torture.py overload
 
 bench: setup-test ## a load run against the bundled model; one JSON document last
 	$(BIN)/python bench/serve.py --concurrency 1,4,16 $(ARGS)
