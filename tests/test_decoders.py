@@ -140,8 +140,33 @@ def test_memory_of_a_child_is_capped() -> None:
     with_pool(use, settings)
 
 
+def test_row_14_a_decoder_has_limits_of_memory_and_time_of_its_own() -> None:
+    """They hold when its parent no longer can: each picture may compute for three deadlines."""
+
+    async def use(pool: DecoderPool) -> None:
+        await asyncio.gather(*(pool.decode(encoded(picture())) for _ in range(8)))
+        limits = [read_proc(pid, "limits").decode().splitlines() for pid in pool.pids]
+        for lines in limits:
+            of = {line[:26].strip(): line[26:].split()[0] for line in lines}
+            assert int(of["Max address space"]) < 4 << 30
+            assert 15 <= int(of["Max cpu time"]) < 60
+            assert of["Max file size"] == of["Max core file size"] == "0"
+
+    with_pool(use)
+
+
+def test_row_14_a_decoder_that_computes_for_too_long_ends_itself() -> None:
+    script = (
+        "from vlmserve.server.images.decoder_child import limit_cpu\n"
+        "limit_cpu(0.1)\n"
+        "while True: pass"
+    )
+    result = subprocess.run([sys.executable, "-c", script], timeout=60)
+    assert result.returncode == -signal.SIGXCPU
+
+
 @pytest.mark.slow
-def test_rotated_jpeg_of_100_megapixels_takes_under_200_megabytes() -> None:
+def test_row_10_rotated_jpeg_of_100_megapixels_takes_under_200_megabytes() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     noisy = Image.fromarray(noise(1250, 1250)).resize((10_000, 10_000))

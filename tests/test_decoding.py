@@ -261,7 +261,7 @@ def test_large_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch: pytest.Mon
     assert tiles.aspect_ratio_id == cut(half, TILING).aspect_ratio_id
 
 
-def test_content_hash_differs_with_bytes_size_and_settings_only() -> None:
+def test_row_36_content_hash_differs_with_bytes_size_and_settings_only() -> None:
     """Same bytes, other size, mode or processor: another cache key."""
     data = encoded(picture())
     hashes = {
@@ -275,7 +275,7 @@ def test_content_hash_differs_with_bytes_size_and_settings_only() -> None:
     assert {len(value) for value in hashes} == {32}
 
 
-def test_pixels_alone_are_no_cache_key() -> None:
+def test_row_36_pixels_alone_are_no_cache_key() -> None:
     """30 x 100 and 100 x 30 pixels of the same bytes once had the same key elsewhere."""
     pixels = noise(30, 100)
     tall, wide = Image.fromarray(pixels), Image.fromarray(pixels.reshape(30, 100, 3))

@@ -269,7 +269,7 @@ def test_tiles_are_bounded_in_bytes_and_the_oldest_go_first():
     asyncio.run(scenario())
 
 
-def test_other_bytes_tile_limit_or_tenant_is_another_key():
+def test_row_36_other_bytes_tile_limit_or_tenant_is_another_key():
     async def scenario() -> None:
         cache = TileCache(max_bytes=30)
         asked = [(b"a", None, ""), (b"b", None, ""), (b"a", 1, ""), (b"a", None, "t")]

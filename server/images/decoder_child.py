@@ -1,13 +1,14 @@
 """The decoder's own process: reads encoded images from stdin, writes tiles to stdout.
 
 Owns what a process must do to be safe to kill: it dies with its parent, at the end
-of its stdin, or by its own alarm; it caps its memory and can write no file.
+of its stdin, or by its own alarm; it caps its memory and its time and can write no file.
 Knows nothing of requests or URLs. Started as `python -m vlmserve.server.images.decoder_child`
 with a DecoderConfig as JSON in its only argument.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import signal
@@ -58,7 +59,9 @@ def serve(config: DecoderConfig, requests: BinaryIO, replies: BinaryIO) -> None:
         data = requests.read(length)
         if len(data) < length:
             return
-        signal.setitimer(signal.ITIMER_REAL, config.settings.decode_timeout_s * ALARM_FACTOR)
+        limit_s = config.settings.decode_timeout_s * ALARM_FACTOR
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        limit_cpu(limit_s)
         reply = answer(data, config, max_tiles or None)
         signal.setitimer(signal.ITIMER_REAL, 0)
         del data
@@ -102,6 +105,18 @@ def limit_memory(extra_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def limit_cpu(seconds: float) -> None:
+    """End this process when it has computed for so long from now on, whatever it does then.
+
+    Threads of a library count too, and no handler that one sets undoes it, as of an alarm.
+    """
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    soft = math.ceil(used.ru_utime + used.ru_stime + seconds)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    most = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
+    resource.setrlimit(resource.RLIMIT_CPU, (most, hard))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,34 @@ from vlmserve.server.settings import ServerSettings
 TIMEOUT_S = 30.0
 
 
+Parts = Callable[[], AbstractAsyncContextManager[dict[str, Any]]]
+
+
+@contextlib.asynccontextmanager
+async def one_tile_images() -> AsyncIterator[dict[str, Any]]:
+    yield {"images": OneTileImages()}
+
+
 @contextlib.contextmanager
 def server_in_thread(
-    checkpoint: Path, *, tls: Any = None, engine: Any = None, images: Any = None, **settings: Any
+    checkpoint: Path, *, tls: Any = None, parts: Parts = one_tile_images, **settings: Any
 ) -> Iterator[int]:
-    """The port of a server whose engine answers "What?"; it ends with the block."""
+    """The port of a server whose engine answers "What?"; it ends with the block.
+
+    parts: gives `build_app`'s own parts but the engine, entered in the server's event loop.
+    """
     tokenizer = meta_like_tokenizer()
-    fake = engine or ScriptedEngine(lambda request: list(tokens_one_by_one(tokenizer, "What?")))
+    engine = ScriptedEngine(lambda request: list(tokens_one_by_one(tokenizer, "What?")))
     options = ServerSettings(
         model=str(checkpoint), engine_socket="", **{"served_model_names": [MODEL]} | settings
     )
-    parts = {"engine_client": fake, "images": images or OneTileImages()}
     started: Future[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
     async def serve() -> None:
-        async with running_server(options, tls=tls, **parts) as url:
+        async with (
+            parts() as given,
+            running_server(options, tls=tls, engine_client=engine, **given) as url,
+        ):
             end = asyncio.Event()
             started.set_result((httpx2.URL(url).port or 0, asyncio.get_running_loop(), end))
             await end.wait()
