@@ -82,7 +82,7 @@ class CallOfTurn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: CallId
     function: CalledFunction
     type: Literal["function"] = "function"
-    index: int | None = None
+    index: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] | None = None
 
 
 ToolList = Annotated[list[FunctionTool], msgspec.Meta(max_length=MAX_TOOLS)]
