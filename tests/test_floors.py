@@ -113,7 +113,7 @@ def test_the_server_floor_never_names_torch_or_transformers():
 
 
 @pytest.mark.parametrize("path", all_sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_nothing_evaluates_code_or_unpickles(path):
+def test_row_43_nothing_evaluates_code_or_unpickles(path):
     tree = ast.parse(path.read_text())
     called = {
         n.func.id

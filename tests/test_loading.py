@@ -149,7 +149,7 @@ def test_a_checkpoint_that_must_not_load_is_refused_in_one_line(
     assert str(folder) in str(raised.value)
 
 
-def test_code_that_a_checkpoint_names_is_never_run(folder: Path) -> None:
+def test_row_43_code_that_a_checkpoint_names_is_never_run(folder: Path) -> None:
     marker = folder / "ran"
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
     names = {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model"}
@@ -158,12 +158,12 @@ def test_code_that_a_checkpoint_names_is_never_run(folder: Path) -> None:
     assert not marker.exists()
 
 
-def test_a_pickle_beside_safetensors_is_left_alone(folder: Path) -> None:
+def test_row_43_a_pickle_beside_safetensors_is_left_alone(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"never read")
     load_model(folder, "cpu", "float32")
 
 
-def test_nothing_of_this_floor_can_unpickle_or_evaluate() -> None:
+def test_row_43_nothing_of_this_floor_can_unpickle_or_evaluate() -> None:
     """No call of eval, exec, compile or torch.load, no import of pickle, in any source here."""
     for file in Path(loading.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

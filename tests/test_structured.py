@@ -259,7 +259,7 @@ def test_a_form_that_cannot_be_is_a_400_that_names_its_field(server, fields, par
     assert len(error["message"]) < 600
 
 
-def test_row_8_a_grammar_that_takes_too_long_is_refused_and_its_process_replaced():
+def test_row_08_a_grammar_that_takes_too_long_is_refused_and_its_process_replaced():
     async def scenario() -> None:
         checks = GrammarChecks(CHECKPOINT, timeout_s=30.0)
         slow = json_schema_grammar(
@@ -297,7 +297,7 @@ def test_a_process_that_ended_while_it_waited_costs_no_grammar_its_check():
     asyncio.run(scenario())
 
 
-def test_row_9_what_is_known_of_grammars_is_bounded(monkeypatch):
+def test_row_09_what_is_known_of_grammars_is_bounded(monkeypatch):
     monkeypatch.setattr("vlmserve.server.grammar_checks.MAX_VERDICTS", 5)
 
     async def scenario() -> None:
