@@ -13,10 +13,10 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 
 
 class RestartBudget:
-    """At most `max_restarts` restarts in any `window_s` seconds, further and further apart.
+    """At most `max_restarts` restarts in any `window_s` seconds.
 
-    A child that fails once is started again at once: it may have been killed. clock:
-    seconds, monotonic.
+    A child that had served is started again at once: it may have been killed. Pauses
+    between those that never came so far grow. clock: seconds, monotonic.
     """
 
     def __init__(
@@ -29,17 +29,18 @@ class RestartBudget:
         self.window_s = window_s
         self._clock = clock
         self._failures: deque[float] = deque()
+        self._num_in_a_row = 0
 
-    def pause_s(self) -> float | None:
+    def pause_s(self, *, has_served: bool) -> float | None:
         """Count a failure: how long to wait before the restart, or None to give up."""
         now = self._clock()
         while self._failures and self._failures[0] <= now - self.window_s:
             self._failures.popleft()
         self._failures.append(now)
-        num_before = len(self._failures) - 1
-        if num_before >= self.max_restarts:
+        if len(self._failures) > self.max_restarts:
             return None
-        if num_before == 0:
+        self._num_in_a_row = 0 if has_served else self._num_in_a_row + 1
+        if has_served:
             return 0.0
         # No power that a long run of failures could overflow.
-        return min(FIRST_PAUSE_S * 2.0 ** min(num_before - 1, 16), LONGEST_PAUSE_S)
+        return min(FIRST_PAUSE_S * 2.0 ** min(self._num_in_a_row - 1, 16), LONGEST_PAUSE_S)

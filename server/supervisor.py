@@ -43,6 +43,8 @@ EXIT_CODES_OF_CHILDREN_THAT_SAID_WHY = (2, 3)
 # What a worker has beyond its drain to close, and an engine to say goodbye.
 CLOSING_TIME_S = 5.0
 READY_POLL_S = 0.1
+# A worker that lived longer had served.
+WORKER_START_S = 3.0
 # Until the first requests after a start are answered, mostly.
 SPARE_DELAY_S = 5.0
 
@@ -186,10 +188,11 @@ class Supervisor:
         while True:
             child = slot.child = await self._starter.start(slot.config)
             await self._watch_engine(slot, child)
+            has_served = slot.ready.is_set()
             slot.ready.clear()
             if not slot.was_ready:
                 raise ChildFailedError(_why_not_started("engine", child))
-            await self._pause_before_restart("the engine", child, slot.restarts)
+            await self._pause_before_restart("the engine", child, slot.restarts, has_served)
 
     async def _watch_engine(self, slot: EngineSlot, child: ManagedChild) -> None:
         """Return when the engine has ended, or has been ended because it hung."""
@@ -220,10 +223,12 @@ class Supervisor:
                 WORKER_COMMAND, pass_fds=[self._listener.fileno()]
             )
             await child.configure(self._settings_of_workers())
+            began = asyncio.get_running_loop().time()
             await child.wait()
             if child.exit_code in EXIT_CODES_OF_CHILDREN_THAT_SAID_WHY:
                 raise ChildFailedError(None)
-            await self._pause_before_restart("an HTTP worker", child, slot.restarts)
+            has_served = asyncio.get_running_loop().time() - began > WORKER_START_S
+            await self._pause_before_restart("an HTTP worker", child, slot.restarts, has_served)
 
     def _settings_of_workers(self) -> ServerSettings:
         return msgspec.structs.replace(
@@ -234,9 +239,9 @@ class Supervisor:
         )
 
     async def _pause_before_restart(
-        self, name: str, child: ManagedChild, restarts: RestartBudget
+        self, name: str, child: ManagedChild, restarts: RestartBudget, has_served: bool
     ) -> None:
-        pause_s = restarts.pause_s()
+        pause_s = restarts.pause_s(has_served=has_served)
         if pause_s is None:
             raise ChildFailedError(
                 f"{name} ended {restarts.max_restarts + 1} times in {restarts.window_s:g} s, last "

@@ -171,7 +171,7 @@ def start_faulty_server(tmp_path):
             command = [sys.executable, str(FAULTY_SERVER), json.dumps({"port": port, **options})]
             running = running_command(command, port, tmp_path, FAULT_FILE=str(fault))
             server = stack.enter_context(running)
-            return FaultyServer(server.process, port, server.log, fault)
+            return FaultyServer(server.process, port, server.log, fault=fault)
 
         yield start
 

@@ -124,20 +124,26 @@ def test_restarts_come_further_and_further_apart_and_then_not_at_all():
     budget = RestartBudget(5, 300, clock)
     pauses = []
     for _ in range(6):
-        pauses.append(budget.pause_s())
+        pauses.append(budget.pause_s(has_served=False))
         clock.now += 1
-    assert pauses == [0, 0.5, 1, 2, 4, None]
+    assert pauses == [0.5, 1, 2, 4, 8, None]
+
+
+def test_a_child_that_had_served_is_started_again_at_once():
+    budget = RestartBudget(5, 300, Clock())
+    served = (True, False, False, True, False, True)
+    assert [budget.pause_s(has_served=one) for one in served] == [0, 0.5, 1, 0, 0.5, None]
 
 
 def test_restarts_of_long_ago_are_forgotten():
     clock = Clock()
     budget = RestartBudget(2, 300, clock)
     for _ in range(50):
-        assert budget.pause_s() == 0
+        assert budget.pause_s(has_served=True) == 0
         clock.now += 300
-    assert [budget.pause_s(), budget.pause_s(), budget.pause_s()] == [0, 0.5, None]
+    assert [budget.pause_s(has_served=True) for _ in range(3)] == [0, 0, None]
 
 
 def test_many_restarts_pause_no_longer_than_half_a_minute():
     budget = RestartBudget(10_000, 300, Clock())
-    assert max(budget.pause_s() for _ in range(5000)) == 30
+    assert max(budget.pause_s(has_served=False) for _ in range(5000)) == 30
