@@ -4,6 +4,8 @@ The SDK's own types say what there is, so that a new parameter fails here first.
 """
 
 import json
+import re
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -337,3 +339,36 @@ def test_what_an_earlier_answer_cannot_have_held_is_named(field):
     value = [{"type": "url_citation"}] if field == "annotations" else {"id": "a", "name": "b"}
     turn = {"role": "assistant", "content": "a", field: value}
     assert refusal_of("chat", {"messages": [turn]}).param == f"messages[0].{field}"
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "parameters.md").read_text()
+
+
+def documented(*titles):
+    """The fields that the tables of these sections name."""
+    names = set()
+    for title in titles:
+        section = PAGE.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
+        rows = re.findall(r"(?m)^\| (`[^|]*?) \|", section)
+        names |= {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    return names
+
+
+def test_the_page_tells_of_every_parameter_in_its_list():
+    chat_fields = set(chat.ChatCompletionRequest.__struct_fields__)
+    refused, idle = set(chat.REFUSED), set(chat.WITHOUT_EFFECT)
+    shared = documented("Both routes")
+    assert shared | documented("Chat completions: honoured") == (
+        chat_fields - refused - idle | {"user"}
+    )
+    assert documented("Chat completions: refused") == refused
+    assert documented("Chat completions: without effect") == idle
+    fields = set(completions.CompletionRequest.__struct_fields__)
+    assert shared | documented("Completions") == fields
+
+
+def test_the_page_tells_at_which_values_refused_fields_are_taken():
+    for field, neutral in chat.REFUSED.items():
+        (row,) = re.findall(rf"(?m)^\| `{field}` \| (.*?) \|", PAGE)
+        values = [v if isinstance(v, str) else json.dumps(v) for v in neutral.values]
+        assert row == (", ".join(f"`{value}`" for value in values) or "-")
