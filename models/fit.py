@@ -6,7 +6,7 @@ how what is left is shared out between the pools.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -170,44 +170,46 @@ def _arithmetic(share: Share, needs: Needs) -> str:
 
 def _advice(plan: Plan, placement: Placement, device: torch.device, room: int) -> str:
     """What would make it fit, the least change first."""
+
+    def fits(changed: Plan) -> bool:
+        return share_of(placement, needs_of(changed), device).total <= room
+
     remedies = []
     share = share_of(placement, needs_of(plan), device)
     if plan.kv_cache_bytes is not None and share.total - share.cache < room:
         remedies.append("a smaller --kv-cache-memory")
-    elif (tokens := _tokens_that_fit(plan, placement, device, room)) is not None:
-        remedies.append(f"--max-model-len {tokens}")
-    is_whole = placement.single is not None
-    if is_whole:
-        remedies += _quantizations_that_fit(plan, room)
-    if is_whole and plan.quantize is None:
-        remedies.append("--device-map auto, which keeps elsewhere what has no room")
-    if not is_whole:
+    remedies += [words for words, changed in _smaller_steps(plan) if fits(changed)][:1]
+    if placement.single is not None:
+        quantized = list(_quantized(plan))
+        remedies += [f"{words}{_in_all(one)}" for words, one in quantized if fits(one)] or [
+            f"{words} with {smaller}"
+            for words, one in quantized
+            for smaller, changed in _smaller_steps(one)
+            if fits(changed)
+        ][:1]
+    if placement.single is None:
         remedies.append("a --device-map or --max-memory that leaves more room there")
-    if not remedies:
-        remedies.append("a smaller --max-num-batched-images, --max-num-seqs or a larger machine")
-    return "use " + ", or ".join(remedies)
+    elif plan.quantize is None:
+        remedies.append("--device-map auto, which keeps elsewhere what has no room")
+    return "use " + ", or ".join(remedies or ["a larger machine"])
 
 
-def _quantizations_that_fit(plan: Plan, room: int) -> list[str]:
-    totals = {
-        method: needs_of(replace(plan, quantize=method)).total
-        for method in METHODS
-        if method != plan.quantize
-    }
-    return [
-        f"--quantize {method} ({shown_bytes(total)} in all)"
-        for method, total in totals.items()
-        if total <= room
-    ]
-
-
-def _tokens_that_fit(
-    plan: Plan, placement: Placement, device: torch.device, room: int
-) -> int | None:
-    """What was asked for as --max-model-len, halved until it fits; None where nothing does."""
+def _smaller_steps(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """The plan with less of what was asked for, and the options that say so."""
     tokens = plan.pools.max_model_len or 0
     while (tokens := tokens // 2) >= LEAST_TEXT_TOKENS // 2:
         smaller = replace(plan, pools=replace(plan.pools, max_model_len=tokens))
-        if share_of(placement, needs_of(smaller), device).total <= room:
-            return tokens
-    return None
+        yield f"--max-model-len {tokens}", smaller
+    if plan.limits.max_num_batched_images > 1:
+        limits = replace(plan.limits, max_num_batched_images=1)
+        yield "--max-num-batched-images 1", replace(plan, limits=limits)
+
+
+def _quantized(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    for method in METHODS:
+        if method != plan.quantize:
+            yield f"--quantize {method}", replace(plan, quantize=method)
+
+
+def _in_all(plan: Plan) -> str:
+    return f" ({shown_bytes(needs_of(plan).total)} in all)"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,13 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from vlmserve.models import loading
 from vlmserve.models.errors import ModelError
-from vlmserve.models.fit import LEAST_TEXT_TOKENS, Plan, needs_of, share_of
-from vlmserve.models.footprint import by_kind, part_bytes, peak_bytes
+from vlmserve.models.fit import Plan, needs_of, share_of
 from vlmserve.models.launch import create_runner
 from vlmserve.models.loading import open_checkpoint
 from vlmserve.models.memory import Room
 from vlmserve.models.peak import StepLimits
-from vlmserve.models.placement import given_map, on_one_device, parts_of
+from vlmserve.models.placement import given_map, on_one_device
 from vlmserve.models.pools import PoolRequest
-from vlmserve.models.weight_files import StoredTensor
 from vlmserve.tests.helpers_models import checkpoint
 
 CPU = torch.device("cpu")
@@ -157,22 +157,64 @@ def test_max_model_len_over_the_context_is_refused_before_weights_are_read() -> 
     assert "the model's context is 16,384" in refusal(8 << 30, max_model_len=20_000)
 
 
-def test_the_sums_of_llama_3_2_11b_are_those_of_its_published_shapes() -> None:
-    """The arithmetic on the published shapes, without their weights."""
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of Llama-3.2-11B-Vision's shapes: true headers before 21 GB of a hole."""
+    folder = tmp_path_factory.mktemp("large")
     config = MllamaConfig(vision_config={"image_size": 560})
+    config.save_pretrained(folder)
     with torch.device("meta"):
         skeleton = MllamaForConditionalGeneration(config)
-    tensors = {
-        name: StoredTensor(name, "", tuple(weight.shape), 2 * weight.numel())
-        for name, weight in skeleton.state_dict().items()
-    }
-    parts, gib = parts_of(skeleton), {}
-    for method in (None, "bitsandbytes", "bitsandbytes-nf4"):
-        sizes = part_bytes(parts, tensors, torch.bfloat16, method)
-        gib[method] = round(sum(sizes.values()) / 2**30, 1)
-    assert gib == {None: 19.9, "bitsandbytes": 11.8, "bitsandbytes-nf4": 8.2}
-    kinds = by_kind(part_bytes(parts, tensors, torch.bfloat16))
-    assert [round(size / 2**30, 1) for size in kinds.values()] == [1.7, 16.3, 2.0]
-    peak = peak_bytes(config, StepLimits(64, 2048, 4, LEAST_TEXT_TOKENS), torch.bfloat16)
-    assert peak.most == peak.vision
-    assert round(peak.vision / 2**30, 1) == 4.8
+    entries, end = {}, 0
+    for name, weight in skeleton.state_dict().items():
+        offsets = [end, end := end + 2 * weight.numel()]
+        entries[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": offsets}
+    header = json.dumps(entries).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    shutil.copy(Path(checkpoint("tiny")) / "preprocessor_config.json", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {},
+            "weights 19.9 GiB (vision 1.7 GiB, decoder 16.3 GiB, embedding and head 2.0 GiB) + KV "
+            "cache of at least 456.1 MiB (2,048 text tokens, 4 image tiles) + activations of a "
+            "step 4.8 GiB = 25.2 GiB, and there are 17.6 GiB (as a test says): use --quantize "
+            "bitsandbytes (17.0 GiB in all), or --quantize bitsandbytes-nf4 (13.5 GiB in all), or "
+            "--device-map auto, which keeps elsewhere what has no room",
+        ),
+        (
+            {"max_model_len": 131_072},
+            "(131,072 text tokens, 4 image tiles) + activations of a step 4.8 GiB = 40.9 GiB, and "
+            "there are 17.6 GiB (as a test says): use --quantize bitsandbytes with --max-model-len "
+            "4096, or --device-map auto",
+        ),
+    ],
+    ids=["by default", "its whole context"],
+)
+def test_llama_3_2_11b_is_refused_on_a_small_machine_with_its_true_sizes(
+    large_folder: Path, settings: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ModelError) as raised:
+        create_runner(
+            str(large_folder),
+            device="cpu",
+            dtype="bfloat16",
+            num_threads=torch.get_num_threads(),
+            rooms=rooms(int(17.6 * 2**30)),
+            **settings,
+        )
+    assert told in str(raised.value)
+
+
+def test_fewer_images_a_step_are_named_where_they_would_fit() -> None:
+    asked = plan()
+    one = needs_of(asked).total
+    more = replace(asked, limits=replace(asked.limits, max_num_batched_images=64))
+    assert needs_of(more).total > one
+    assert "use --max-num-batched-images 1, or " in refusal(one, max_num_batched_images=64)
