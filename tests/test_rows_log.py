@@ -261,6 +261,24 @@ def test_a_client_that_goes_away_is_a_499(checkpoint, lines, stage, path):
     assert line.get("finish_reasons", ["abort"]) in (["abort"], [])
 
 
+def test_half_a_head_of_a_client_that_goes_away_is_no_fault(checkpoint, lines):
+    """Nothing was asked for: no line at all, and above all no error."""
+
+    async def use(client, engine):
+        _, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+        writer.write(b"GET /v1/models HTTP/1.1\r\nHost: a\r\n")
+        await writer.drain()
+        await client.get("/v1/health/live")  # by then the server has read it
+        writer.close()
+        await writer.wait_closed()
+        await client.get("/v1/health/live")
+
+    served(checkpoint, use)
+    others = [line for line in lines.all if line.get("route") != "/v1/health/live"]
+    assert [line for line in others if line["level"] in ("warning", "error")] == []
+    assert {line["status"] for line in others} <= {499}
+
+
 def test_a_kept_connection_logs_each_of_its_requests_under_its_own_id(checkpoint, lines):
     async def use(client, engine):
         for number in range(3):
@@ -474,7 +492,8 @@ def test_row_47_a_bad_request_id_is_replaced(checkpoint, lines, path, sent):
 def test_row_47_a_hostile_model_forges_no_line(checkpoint, lines):
     async def use(client, engine):
         for path in GENERATION_ROUTES:
-            named = {name: HOSTILE for name in ("model", "model_id") if name in body_for(path)}
+            hostile = HOSTILE.replace("\0", "")  # that one is refused before the model is looked at
+            named = {name: hostile for name in ("model", "model_id") if name in body_for(path)}
             answer = await client.post(path, json=body_for(path) | named)
             assert answer.status_code == 404
 
