@@ -20,6 +20,7 @@ from .attention import Geometry
 from .cache import ATTENTION_NAME
 from .checkpoint import check_folder
 from .errors import ModelError
+from .fused import fuse_layers
 from .heap import large_buffers_mapped
 from .layer_count import LayerCount
 from .offload import bring_whole
@@ -116,9 +117,16 @@ def open_checkpoint(folder: str | Path, dtype: torch.dtype) -> Checkpoint:
     return Checkpoint(folder, normalization, tensors, build_skeleton(folder, tensors, dtype), dtype)
 
 
-def load(checkpoint: Checkpoint, placement: Placement, quantize: str | None = None) -> LoadedModel:
+def load(
+    checkpoint: Checkpoint,
+    placement: Placement,
+    quantize: str | None = None,
+    is_fused: bool = True,
+) -> LoadedModel:
     """The checkpoint's model, every weight where `placement` puts it.
 
+    is_fused: exchange decoder layers for those of `fused.py` where they can be; without, all keep
+    transformers' modules, to compare with or to be split afterwards.
     Progress goes to stderr. Raises ModelError, one line with the remedy.
     """
     quantization = quantization_config(quantize, checkpoint.dtype)
@@ -136,6 +144,8 @@ def load(checkpoint: Checkpoint, placement: Placement, quantize: str | None = No
     model.eval().requires_grad_(False)
     # published taps are block inputs; transformers collects block outputs
     mend_vision(model)
+    if is_fused:
+        fuse_layers(model.model.language_model)
     pack_linears(model)
     loaded = LoadedModel(
         model,

@@ -10,6 +10,7 @@ that a torch without them keeps its own layers.
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TypeGuard
 
@@ -19,22 +20,43 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 
-class PackedLinear(nn.Module):
-    """A linear layer with a reordered weight; gives what `nn.Linear` gives. Inference only."""
+class PackedWeight:
+    """A reordered weight and perhaps a bias: products with the rows of a matrix. Inference only."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        """Takes a copy of the layer's weight: drop the layer to free it."""
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self._bias = None if linear.bias is None else linear.bias.detach()
+    __slots__ = ("_bias", "_weight")
 
-    def forward(self, states: Tensor) -> Tensor:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """weight: [out_features, in_features], of which a copy is taken."""
+        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self._bias = None if bias is None else bias.detach()
+
+    def product(self, states: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
         result: Tensor = torch.ops.mkldnn._linear_pointwise(
             states, self._weight, self._bias, "none", [], ""
         )
         return result
+
+    def product_plus(self, states: Tensor, addend: Tensor) -> Tensor:
+        """The product and an addend of its shape, rounded once."""
+        result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            states, addend, self._weight, self._bias, "add"
+        )
+        return result
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with a reordered weight; gives what `nn.Linear` gives."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Takes a copy of the layer's weight: drop the layer to free it."""
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._packed = PackedWeight(linear.weight, linear.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        return self._packed.product(states)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -45,8 +67,6 @@ def pack_linears(model: nn.Module) -> int:
 
     One at a time, so that no second copy of the whole model is ever in memory.
     """
-    if not _can_pack():
-        return 0
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -58,19 +78,25 @@ def pack_linears(model: nn.Module) -> int:
 
 def _is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
     # exactly nn.Linear: a quantized layer is a subclass with a weight of its own kind
-    if type(module) is not nn.Linear:
-        return False
-    return module.weight.device.type == "cpu" and module.weight.dtype == torch.bfloat16
+    return type(module) is nn.Linear and can_pack(module.weight)
 
 
-def _can_pack() -> bool:
-    """Whether this torch has the operators and this CPU bfloat16 products, tried on a small one."""
+def can_pack(weight: Tensor) -> bool:
+    """Whether products with that weight are faster packed, and this torch and CPU have them."""
+    is_half = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return is_half and _has_operators()
+
+
+@functools.cache
+def _has_operators() -> bool:
+    """Whether this torch has the operators and this CPU bfloat16 products, tried on small ones."""
     if not torch.backends.mkldnn.is_available():
         return False
     try:
-        layer = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
         with torch.inference_mode():
-            PackedLinear(layer)(torch.ones(1, 8, dtype=torch.bfloat16))
+            packed = PackedWeight(torch.ones(8, 8, dtype=torch.bfloat16))
+            states = torch.ones(1, 8, dtype=torch.bfloat16)
+            packed.product_plus(packed.product(states), states)
     except (AttributeError, RuntimeError, TypeError) as error:
         logger.info("linear layers keep torch's own layout: %s", str(error).split("\n", 1)[0])
         return False

@@ -29,6 +29,7 @@ from .cache import (
     copy_blocks,
 )
 from .errors import StepError
+from .fused import FusedDecoder, is_fused
 from .grammar import Grammars, Matcher
 from .inputs import StepInputs, image_slots, pack
 from .loading import LoadedModel
@@ -63,6 +64,7 @@ class ModelRunner:
         self._loaded = loaded
         self._model = loaded.model
         self._text_model = loaded.model.model.language_model
+        self._fused = FusedDecoder(self._text_model) if is_fused(self._text_model) else None
         self._vision = VisionEncoder(
             loaded.model, loaded.normalization, loaded.placement.device_of(VISION)
         )
@@ -155,15 +157,20 @@ class ModelRunner:
     def _forward(self, batch: StepBatch, inputs: StepInputs, vision: Tensor | None) -> Tensor:
         """The normalised hidden states of all tokens, [num_tokens, hidden]."""
         copy_blocks(self.pools, batch.copies)
-        step, cache = self._paged(batch, inputs)
+        token_ids, positions = self._upload(inputs.token_ids), self._upload(inputs.positions)
+        row_mask = self._row_mask(inputs)
+        if self._fused is not None:
+            step = self._step(batch, inputs, self._loaded.device)
+            return self._fused(token_ids, positions, vision, row_mask, self.pools, step)
+        paged_step, cache = self._paged(batch, inputs)
         output = self._text_model(
-            input_ids=self._upload(inputs.token_ids)[None],
-            position_ids=self._upload(inputs.positions)[None],
+            input_ids=token_ids[None],
+            position_ids=positions[None],
             cross_attention_states=None if vision is None else vision[None],
-            full_text_row_masked_out_mask=self._row_mask(inputs),
+            full_text_row_masked_out_mask=None if row_mask is None else row_mask[None, None],
             past_key_values=cache,
             use_cache=True,
-            paged_step=step,
+            paged_step=paged_step,
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
@@ -193,10 +200,10 @@ class ModelRunner:
         )
 
     def _row_mask(self, inputs: StepInputs) -> Tensor | None:
-        """1 for a token that sees an image, else 0, [1, 1, num_tokens, 1]; None if all see one."""
+        """1 for a token that sees an image, else 0, [num_tokens, 1]; None if all see one."""
         if inputs.sees_image.all():
             return None
-        return self._upload(inputs.sees_image).to(self._loaded.dtype)[None, None, :, None]
+        return self._upload(inputs.sees_image).to(self._loaded.dtype)[:, None]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._model.lm_head(hidden).float()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import MllamaProcessor, MllamaTextConfig
+from transformers import MllamaForConditionalGeneration, MllamaProcessor, MllamaTextConfig
 
 from vlmserve.bench.checkpoints import build
 from vlmserve.models import loading
@@ -54,10 +54,11 @@ def test_only_the_text_model_gets_the_paged_attention() -> None:
 
 
 def test_a_sharded_checkpoint_loads(folder: Path, tmp_path: Path) -> None:
-    model = load_model(folder, "cpu", "float32").model
-    model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    whole = MllamaForConditionalGeneration.from_pretrained(folder)
+    whole.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     shutil.copy(folder / "preprocessor_config.json", tmp_path / "sharded")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    model = load_model(folder, "cpu", "float32").model
     again = load_model(tmp_path / "sharded", "cpu", "float32").model
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name))
