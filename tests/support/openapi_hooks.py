@@ -1,13 +1,15 @@
 """What schemathesis is told beside the document: loaded by it as SCHEMATHESIS_HOOKS.
 
 Valid data may be refused only for what the document says in words, as JSON schema has
-none for it: `TOLD` has the refusal of each. Chunks of streams are checked by schemathesis itself.
+none for it: `TOLD` has the refusal of each. Answers hold no key that is not documented.
 """
 
 from __future__ import annotations
 
+import json
 import re
 
+import jsonschema_rs
 import schemathesis
 
 VOCAB_SIZE = 768
@@ -43,7 +45,9 @@ TOLD = {
     "The arguments of a call are a JSON object, as text.": r"is not a JSON object",
     "Tools and pictures do not share a request.": r"tools and images cannot share",
     "Token ids are the model's.": r"the vocabulary ends at",
-    "n is not more than the answers that the server runs at once.": r"answers at once",
+    "All answers of a request are not more than the server runs at once, and 128 at most.": (
+        r"answers at once|a request has at most \d+ answers"
+    ),
     "best_of is 1 or n where it is given.": r"best_of is \d+ and n is",
     "model and model_id are equal where both are given.": r"model and model_id differ",
     "What stands in tool_config and beside it is the same.": r"and tool_config\.\w+ is",
@@ -97,3 +101,51 @@ def valid_data_is_accepted(ctx, response, case):
     rules = [pattern for rule, pattern in TOLD.items() if rule in told]
     if not any(re.search(pattern, message) for pattern in rules):
         raise AssertionError(f"schema-valid data was refused: {message}")
+
+
+@schemathesis.check
+def answers_hold_no_key_that_is_not_documented(ctx, response, case):
+    """The document leaves answers open for what may come; the server says nothing beside it yet."""
+    kind = (response.headers.get("content-type") or [""])[0]
+    told = case.operation.definition.raw["responses"].get(str(response.status_code), {})
+    if not kind.startswith(JSON_KINDS) or case.method == "HEAD" or not told:
+        return
+    document = case.operation.schema.raw_schema
+    name = told.get("$ref", "").split("/")[-1]
+    told = document["components"]["responses"][name] if name else told
+    media = told.get("content", {}).get(kind)
+    if media is None:
+        return
+    schema = media["schema"]
+    if kind == "text/event-stream":
+        schema = schema["properties"]["data"]["anyOf"][0]["contentSchema"]
+        lines = [line for line in response.text.splitlines() if line.startswith("data: ")]
+        said = [json.loads(line[6:]) for line in lines if line != "data: [DONE]"]
+    else:
+        said = [response.json()]
+    validator = _closed(document, json.dumps(schema))
+    for one in said:
+        validator.validate(one)
+
+
+JSON_KINDS = ("application/json", "text/event-stream")
+_VALIDATORS: dict[str, jsonschema_rs.Draft202012Validator] = {}
+
+
+def _closed(document, schema: str) -> jsonschema_rs.Draft202012Validator:
+    """A validator of the schema with every object closed that names its keys."""
+    if schema not in _VALIDATORS:
+        components = _close(document["components"]["schemas"])
+        whole = json.loads(schema) | {"components": {"schemas": components}}
+        _VALIDATORS[schema] = jsonschema_rs.Draft202012Validator(whole)
+    return _VALIDATORS[schema]
+
+
+def _close(part):
+    if isinstance(part, list):
+        return [_close(one) for one in part]
+    if not isinstance(part, dict):
+        return part
+    closed = {key: _close(inner) for key, inner in part.items()}
+    is_object = part.get("type") == "object" and isinstance(part.get("properties"), dict)
+    return closed | ({"additionalProperties": False} if is_object else {})
