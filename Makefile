@@ -18,7 +18,7 @@ TORCH_PIN := $(shell grep -E '^torch==' requirements/base.txt)
 TYPING := build/typing/vlmserve
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test serve check test test-slow fuzz-api soak bench clean
+.PHONY: help setup setup-test serve check test test-slow fuzz fuzz-api soak bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -61,6 +61,9 @@ test: setup-test ## the tests of every run (under 15 minutes on 2 cores)
 
 test-slow: setup-test ## the long tests: training, the version range, the image's install steps
 	$(BIN)/python -m pytest -m "slow and not soak and not torture and not fuzz and not gpu" $(ARGS)
+
+fuzz: setup-test ## minutes of hostile bytes at each parser (SECONDS=, ARGS="--target NAME" change them)
+	$(BIN)/python tests/fuzz.py --seconds $(or $(SECONDS),300) $(ARGS)
 
 fuzz-api: setup-test ## thousands of requests made from the API's document (EXAMPLES=, SEED= change them)
 	EXAMPLES=$(EXAMPLES) SEED=$(SEED) $(BIN)/python -m pytest -s -m fuzz $(ARGS)
