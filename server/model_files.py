@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..models.bundled import CHECKPOINT
-from ..models.checkpoint import check_config, read_json
+from ..models.checkpoint import check_config, check_folder, read_json
 from ..models.errors import ModelError
+from ..models.weight_files import read_tensors
 
 BUNDLED_NAME = "vlmserve-tiny-vision"
 # Only what serving reads: no pickle weights, no code.
@@ -62,7 +63,21 @@ def resolve_model(
 def _local_folder(path: Path) -> ModelFolder:
     if not (path / "config.json").is_file():
         raise ModelFilesError(f"{path} has no config.json: it is not a model folder")
+    _check_files(path)
     return ModelFolder(path, path.name)
+
+
+def _check_files(path: Path) -> None:
+    """Raises ModelFilesError for what the engine or a worker would refuse seconds later."""
+    try:
+        check_folder(path)
+        read_tensors(path)
+    except ModelError as error:
+        raise ModelFilesError(_first_line(error)) from error
+    except OSError as error:
+        raise ModelFilesError(f"{path} cannot be read: {error}") from error
+    if not (path / "tokenizer.json").is_file():
+        raise ModelFilesError(f"{path} has no tokenizer.json: copy it beside the weights")
 
 
 def _download(hub_id: str, revision: str | None, cache_dir: str | None) -> Path:

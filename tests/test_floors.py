@@ -26,6 +26,8 @@ SERVER_MAY_IMPORT = {
     # Whether a config.json is of a model that is served: known before weights are downloaded.
     "vlmserve.models.checkpoint",
     "vlmserve.models.errors",
+    # Headers of weights, so that a damaged file is refused before torch is imported.
+    "vlmserve.models.weight_files",
     # What a child of the worker compiles grammars with, as the engine does: no tensors.
     "vlmserve.models.grammar",
     # Which tokens end a turn: one rule for prompts and grammars.
