@@ -161,3 +161,30 @@ def test_validation_errors_are_400_in_the_common_form(checkpoint):
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "foo"
     assert engine.requests == []
+
+
+def test_models_are_listed_and_retrieved_under_the_prefixes_in_llama_stacks_form(checkpoint):
+    async def run():
+        engine = ScriptedEngine(says(ANSWER), max_model_len=512)
+        async with client_of(checkpoint, engine, served_model_names=[MODEL, "other"]) as client:
+            return [
+                await client.get(f"{prefix}/v1/models{name}")
+                for prefix in ("/ls", "/experimental/ls")
+                for name in ("", f"/{MODEL}", f"/{MODEL.replace('/', '%2F')}", "/no-such-model")
+            ]
+
+    answers = asyncio.run(run())
+    for listed, found, quoted, missing in (answers[:4], answers[4:]):
+        first, second = listed.json()["data"]
+        assert list(first.items()) == [
+            ("identifier", MODEL),
+            ("provider_resource_id", MODEL),
+            ("provider_id", "vlmserve"),
+            ("type", "model"),
+            ("metadata", {"max_model_len": 512}),
+            ("model_type", "llm"),
+        ]
+        assert second == first | {"identifier": "other"}
+        assert found.json() == quoted.json() == first
+        assert missing.status_code == 404
+        assert missing.json()["error"]["code"] == "model_not_found"

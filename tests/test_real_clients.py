@@ -34,6 +34,7 @@ from vlmserve.server.settings import ServerSettings
 
 TOKENIZER = meta_like_tokenizer()
 CALL = '{"name": "turn", "parameters": {"to": "left"}}'
+PING_INTERVAL_S = 0.02
 STACK = "llama_stack.py"
 CLIENTS = {
     "openai": "openai_sdk.py",
@@ -58,7 +59,11 @@ def by_the_question(request):
         return [QueueFullError("the queue is full", retry_after_s=2.0)]
     if "Break<|eot_id|>" in prompt:
         return [*tokens_one_by_one(TOKENIZER, "What", None), EngineDeadError("gone")]
-    return list(tokens_one_by_one(TOKENIZER, "What is in this image?"))
+    answer = list(tokens_one_by_one(TOKENIZER, "What is in this image?"))
+    if "Slow<|eot_id|>" in prompt:
+        # A silence before each token in which some comments are sent.
+        return [part for output in answer for part in (5 * PING_INTERVAL_S, output)]
+    return answer
 
 
 @pytest.fixture
@@ -84,6 +89,7 @@ async def run_checks(command, checkpoint, **environment):
         api_keys=["secret"],
         # A failure behind the first token must find the stream open.
         first_output_wait_s=0.2,
+        stream_ping_interval_s=PING_INTERVAL_S,
     )
     parts = {"engine_client": ScriptedEngine(by_the_question), "images": OneTileImages()}
     async with running_server(settings, **parts) as scripted_url:

@@ -1,8 +1,12 @@
-"""Llama Stack's chat completion under every path that its clients use."""
+"""Llama Stack's chat completion under every path that its clients use, and its models.
+
+Models are listed under the prefixes alone: without one, the path is OpenAI's.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from urllib.parse import unquote
 
 from sanic import HTTPResponse, Request
 
@@ -12,6 +16,9 @@ from ..schemas.llama_stack_answers import (
     OldStackChunk,
     StackAnswers,
     StackCompletion,
+    StackModel,
+    StackModelList,
+    stack_model_card,
 )
 from . import samples
 from .declared import EVENTS, GENERATION_REFUSALS, Reply, Routes
@@ -21,6 +28,7 @@ from .streaming import send_stream
 PREFIXES = ("", "/ls", "/experimental/ls")
 OLD_PATHS = ("/inference/chat_completion", "/alpha/inference/chat-completion")
 NEW_PATH = "/v1/inference/chat-completion"
+MODEL_PATHS = tuple(f"{prefix}/v1/models" for prefix in PREFIXES if prefix)
 
 ROUTES = Routes("llama_stack", "Llama Stack")
 
@@ -74,3 +82,42 @@ async def _complete(request: Request, body: StackChatRequest, is_new: bool) -> H
         await send_stream(request, prepared, answers, with_done=False)
         return None
     return json_response(answers.plain(await generator.answer(prepared)))
+
+
+@ROUTES.get(
+    *MODEL_PATHS,
+    replies=[
+        Reply(
+            type=StackModelList, description="The model's names.", example=samples.STACK_MODEL_LIST
+        )
+    ],
+)
+async def stack_models(request: Request) -> HTTPResponse:
+    """The model under each of its served names, in Llama Stack's form."""
+    names = services_of(request).settings.served_model_names
+    answer: StackModelList = {"data": [_card(request, name) for name in names]}
+    return json_response(answer)
+
+
+@ROUTES.get(
+    *(f"{path}/<name:path>" for path in MODEL_PATHS),
+    parameters={"name": "A served name; its slashes may be sent as they are or as %2F."},
+    replies=[
+        Reply(
+            type=StackModel,
+            description="The model.",
+            example=samples.STACK_MODEL_LIST["data"][0],
+        )
+    ],
+    refusals=[404],
+)
+async def stack_model_of(request: Request, name: str) -> HTTPResponse:
+    """The model under one of its served names, in Llama Stack's form, else 404."""
+    name = unquote(name)
+    check_model(request, name)
+    return json_response(_card(request, name))
+
+
+def _card(request: Request, name: str) -> StackModel:
+    services = services_of(request)
+    return stack_model_card(name, services.settings.model_name, services.max_model_len)

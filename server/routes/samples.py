@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..schemas.chat_answers import ChatCompletion
 from ..schemas.completion_answers import TextCompletion
-from ..schemas.llama_stack_answers import StackCompletion
+from ..schemas.llama_stack_answers import StackCompletion, StackModelList, stack_model_card
 from ..schemas.model_answers import ModelList, model_card
 
 MODEL = "meta/llama-3.2-11b-vision-instruct"
@@ -140,3 +140,5 @@ MODEL_LIST: ModelList = {
     "object": "list",
     "data": [model_card(MODEL, MODEL, 1724796510, 131072)],
 }
+
+STACK_MODEL_LIST: StackModelList = {"data": [stack_model_card(MODEL, MODEL, 131_072)]}

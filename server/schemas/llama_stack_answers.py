@@ -225,3 +225,32 @@ def _stop_reason(finish: Finish) -> StopReason:
     if finish.reason == "length":
         return "out_of_tokens"
     return "end_of_message" if finish.is_end_of_message else "end_of_turn"
+
+
+class StackModel(TypedDict):
+    """One name of the served model, as Llama Stack's clients from 0.1 on read it."""
+
+    identifier: str
+    provider_resource_id: str
+    provider_id: Literal["vlmserve"]
+    type: Literal["model"]
+    metadata: dict[str, int]
+    model_type: Literal["llm"]
+
+
+class StackModelList(TypedDict):
+    """The served model under each of its names."""
+
+    data: list[StackModel]
+
+
+def stack_model_card(name: str, root: str, max_model_len: int) -> StackModel:
+    """The card of a model's name; root is the first of its names."""
+    return {
+        "identifier": name,
+        "provider_resource_id": root,
+        "provider_id": "vlmserve",
+        "type": "model",
+        "metadata": {"max_model_len": max_model_len},
+        "model_type": "llm",
+    }

@@ -129,6 +129,11 @@ def test_a_required_tool_is_called_plain_and_streamed(chat):
     ]
 
 
+def test_comments_that_fill_silence_are_no_chunks(scripted):
+    pieces = [chunk.content for chunk in scripted.stream("Slow")]
+    assert "".join(pieces) == "What is in this image?"
+
+
 def test_a_call_of_the_models_own_accord_makes_the_round_trip(scripted):
     bound = scripted.bind_tools([turn])
     messages = [HumanMessage("Call")]

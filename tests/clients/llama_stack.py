@@ -109,6 +109,23 @@ def events_of(stream):
     return events
 
 
+@pytest.mark.skipif(not LINE.is_new, reason="the older lines have other paths for models")
+def test_models_are_listed_and_retrieved(client, model):
+    (found,) = client.models.list()
+    assert (found.identifier, found.type) == (model, "model")
+    retrieved = client.models.retrieve(model)
+    assert retrieved.identifier == model
+    assert retrieved.metadata["max_model_len"] > 0
+    with pytest.raises(llama_stack_client.NotFoundError):
+        client.models.retrieve("no-such-model")
+
+
+def test_comments_that_fill_silence_are_no_events(scripted, scripted_model):
+    stream = complete(scripted, scripted_model, [user("Slow")], stream=True)
+    deltas = [LINE.text_of(event.delta) for event in events_of(stream)]
+    assert "".join(deltas) == "What is in this image?"
+
+
 def test_a_picture_is_described_truly_plain_and_streamed_under_every_prefix(url, model, shapes):
     for prefix in PREFIXES:
         with client_at(url, prefix) as client:

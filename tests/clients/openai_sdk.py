@@ -332,6 +332,16 @@ def test_an_error_in_the_middle_of_a_stream_raises_api_error(scripted, scripted_
         next(stream)
 
 
+def test_comments_that_fill_silence_are_no_chunks(scripted, scripted_model):
+    with scripted.chat.completions.with_streaming_response.create(
+        model=scripted_model, messages=[{"role": "user", "content": "Slow"}], stream=True
+    ) as response:
+        assert any(line.startswith(":") for line in response.iter_lines())
+    stream = ask(scripted, scripted_model, "Slow", stream=True)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert "".join(pieces) == "What is in this image?"
+
+
 def test_a_call_of_the_models_own_accord_makes_the_round_trip(scripted, scripted_model):
     messages = [{"role": "user", "content": "Call"}]
     first = scripted.chat.completions.create(model=scripted_model, messages=messages, tools=[TOOL])
