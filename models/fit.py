@@ -100,7 +100,7 @@ def check_fits(plan: Plan, placement: Placement, room_of: RoomOf) -> None:
     Nothing has been read of the weights but their headers.
     """
     needs = needs_of(plan)
-    for device in placement.devices():
+    for device in placement.holders():
         share, room = share_of(placement, needs, device), room_of(device)
         if share.total > room.num_bytes:
             raise ModelError(
@@ -132,11 +132,7 @@ class Share:
 def share_of(placement: Placement, needs: Needs, device: torch.device) -> Share:
     """What a device holds of a placed model."""
     computing = {part for part in needs.weights if placement.device_of(part) == device}
-    resident = {
-        part: size
-        for part, size in needs.weights.items()
-        if part in computing and not placement.is_offloaded_part(part)
-    }
+    resident = {part: size for part, size in needs.weights.items() if placement.holds(device, part)}
     visitors = [needs.weights[part] for part in computing - resident.keys()]
     return Share(
         weights=resident,

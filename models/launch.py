@@ -30,7 +30,7 @@ from .loading import (
     load,
     open_checkpoint,
 )
-from .memory import RoomOf, room_of
+from .memory import Room, RoomOf, room_of
 from .peak import StepLimits, measure_peak
 from .placement import (
     AUTO,
@@ -39,6 +39,7 @@ from .placement import (
     Place,
     Placement,
     automatic,
+    device_at,
     on_one_device,
     read_device_map,
 )
@@ -78,29 +79,23 @@ def create_runner(
     set_threads(num_threads)
     chosen = choose_device(device)
     checkpoint = open_checkpoint(model, choose_dtype(dtype, chosen))
-    config: Any = checkpoint.skeleton.config
-    pools = PoolRequest(
-        context_len=config.text_config.max_position_embeddings,
+    pools = replace(
+        _pool_request(checkpoint),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_num_tiles=config.vision_config.max_num_tiles,
         block_size=block_size or 1,
-        token_bytes=token_bytes(config.text_config, checkpoint.dtype),
-        tile_bytes=tile_bytes(config.text_config, _num_patches(checkpoint), checkpoint.dtype),
         num_text_blocks=num_text_blocks,
         num_image_blocks=num_image_blocks,
     )
     limits = StepLimits(
-        max_num_seqs,
-        max_num_batched_tokens,
-        max_num_batched_images,
-        wanted_len(pools),
+        max_num_seqs, max_num_batched_tokens, max_num_batched_images, wanted_len(pools)
     )
     plan = Plan(checkpoint, limits, pools, quantize, kv_cache_bytes)
     rooms = rooms or partial(room_of, gpu_memory_utilization=gpu_memory_utilization)
-    placement = _place(plan, chosen, device_map, max_memory, rooms)
-    check_fits(plan, placement, rooms)
-    before = {one: rooms(one).num_bytes for one in placement.devices()}
+    bounded = rooms if max_memory is None else partial(_bounded, rooms, max_memory)
+    placement = _place(plan, chosen, device_map, max_memory, bounded)
+    check_fits(plan, placement, bounded)
+    before = {one: bounded(one).num_bytes for one in placement.devices()}
     loaded = load(checkpoint, placement, quantize)
     attention = choose_backend(attention_backend, loaded.geometry, block_size)
     plan = replace(plan, pools=replace(pools, block_size=attention.block_size))
@@ -110,8 +105,26 @@ def create_runner(
     return runner
 
 
-def _num_patches(checkpoint: Checkpoint) -> int:
-    return int(checkpoint.skeleton.model.vision_model.num_patches)
+def _pool_request(checkpoint: Checkpoint) -> PoolRequest:
+    """What the checkpoint itself says of the pools; the settings are filled in by the caller."""
+    config: Any = checkpoint.skeleton.config
+    num_patches = int(checkpoint.skeleton.model.vision_model.num_patches)
+    return PoolRequest(
+        context_len=config.text_config.max_position_embeddings,
+        max_model_len=None,
+        max_num_seqs=1,
+        max_num_tiles=config.vision_config.max_num_tiles,
+        block_size=1,
+        token_bytes=token_bytes(config.text_config, checkpoint.dtype),
+        tile_bytes=tile_bytes(config.text_config, num_patches, checkpoint.dtype),
+    )
+
+
+def _bounded(rooms: RoomOf, max_memory: Mapping[str, int], device: torch.device) -> Room:
+    """A device's room, no more than --max-memory says; none of a device that it does not name."""
+    room = rooms(device)
+    limit = max_memory.get("cpu" if device.type == "cpu" else str(device.index or 0), 0)
+    return room if room.num_bytes <= limit else Room(limit, "by --max-memory")
 
 
 def _place(
@@ -132,15 +145,12 @@ def _place(
         return read_device_map(Path(str(device_map)), skeleton, num_gpus)
     needs = needs_of(plan)
     places: list[Place] = [*range(num_gpus), CPU]
+    _check_known(max_memory, places)
     room: dict[Place, int] = {}
     for place in places:
-        device = torch.device("cuda", place) if isinstance(place, int) else torch.device("cpu")
-        limit = None if max_memory is None else max_memory.get(str(place), 0)
-        own = rooms(device).num_bytes
-        is_computing = isinstance(place, int) or num_gpus == 0
-        left = (own if limit is None else min(own, limit)) - needs.peak.most * is_computing
-        room[place] = max(0, left)
-    _check_known(max_memory, places)
+        is_computing = place != CPU or num_gpus == 0
+        activations = needs.peak.most if is_computing else 0
+        room[place] = max(0, rooms(device_at(place)).num_bytes - activations)
     if plan.quantize is not None and num_gpus:
         del room[CPU]  # quantized weights are not offloaded
     return automatic(device_map or AUTO, needs.weights, room, needs.caches)
@@ -164,7 +174,7 @@ class _Rooms:
 
 
 def _size_pools(plan: Plan, loaded: LoadedModel, attention: Choice, rooms: _Rooms) -> PoolPlan:
-    """Both pools from what weights and a peak step leave, or from --kv-cache-memory.
+    """Both pools from what weights and a peak step leave, or from --kv-cache-memory. ModelError.
 
     Without --max-model-len the longest sequence is halved until the pools have room beside what a
     step over such a sequence takes.
@@ -173,10 +183,10 @@ def _size_pools(plan: Plan, loaded: LoadedModel, attention: Choice, rooms: _Room
     shortest = length if plan.pools.max_model_len else min(length, LEAST_TEXT_TOKENS)
     while True:
         limits = replace(plan.limits, max_model_len=length)
-        peaks = _peaks(loaded, attention, limits)
         requests = _by_device(replace(plan.pools, context_len=length), loaded)
-        budgets = _budgets(plan, loaded, requests, peaks, rooms)
         try:
+            peaks = _peaks(loaded, attention, limits)
+            budgets = _budgets(plan, loaded, requests, peaks, rooms)
             sized = plan_over_devices(list(requests.values()), budgets)
         except ModelError:
             if length <= shortest:
@@ -234,12 +244,11 @@ def _budgets(
 
 def _left(device: torch.device, loaded: LoadedModel, plan: Plan, rooms: _Rooms) -> int:
     """What a device has beside the weights."""
-    now = rooms.now(device).num_bytes
-    if device.type != "cpu":
-        return now
+    share = share_of(loaded.placement, needs_of(plan), device)
     # weights that are pages of a file count as available still: take them off what was before
-    weights = share_of(loaded.placement, needs_of(plan), device).resident_bytes
-    return min(now, rooms.before[device] - weights)
+    left = min(rooms.now(device).num_bytes, rooms.before[device] - share.resident_bytes)
+    # a measured peak has seen the visitors
+    return left - share.visitor if device.type == "cpu" else left
 
 
 def _tell(

@@ -69,7 +69,13 @@ class Placement:
         place = self.places[part]
         if self.single is not None or place in (CPU, DISK):
             return self.main
-        return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+        return device_at(place)
+
+    def holds(self, device: torch.device, part: str) -> bool:
+        """Whether a part's weights lie on a device all the time."""
+        if self.single is not None:
+            return device == self.single
+        return self.places[part] != DISK and device_at(self.places[part]) == device
 
     def layer_devices(self) -> list[torch.device]:
         """Where each decoder layer computes, and so where its keys and values lie."""
@@ -81,6 +87,11 @@ class Placement:
         found = dict.fromkeys([self.main, *(self.device_of(part) for part in self.places)])
         return list(found)
 
+    def holders(self) -> list[torch.device]:
+        """The devices that compute, and the CPU where it only keeps weights."""
+        keeping = [torch.device("cpu")] if CPU in self.places.values() else []
+        return list(dict.fromkeys([*self.devices(), *keeping]))
+
     @property
     def is_offloaded(self) -> bool:
         """Whether some weights lie where they do not compute."""
@@ -90,6 +101,11 @@ class Placement:
         """Whether a part's weights come only to compute."""
         place = self.places[part]
         return place == DISK or (place == CPU and self.main.type != "cpu")
+
+
+def device_at(place: Place) -> torch.device:
+    """The device of a place that is not disk."""
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
 def parts_of(skeleton: nn.Module) -> list[str]:
@@ -140,11 +156,7 @@ def settled(places: Mapping[str, Place]) -> Placement:
     if len(found) > 1 or DISK in found:
         return Placement(places)
     place = found.pop()
-    return Placement(places, torch.device("cuda", place) if isinstance(place, int) else _cpu())
-
-
-def _cpu() -> torch.device:
-    return torch.device("cpu")
+    return Placement(places, device_at(place))
 
 
 def _longest(part: str, places: Mapping[str, Place], source: str) -> Place:

@@ -42,19 +42,13 @@ def split_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    *,
+    *args: Any,
     paged_step: SplitStep,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """`paged_attention` by the plans of the device that the layer's pool lies on."""
     step = paged_step.on[key.device]
-    return paged_attention(
-        module, query, key, value, attention_mask, scaling, paged_step=step, **kwargs
-    )
+    return paged_attention(module, query, key, *args, paged_step=step, **kwargs)
 
 
 AttentionInterface.register(SPLIT_ATTENTION_NAME, split_attention)

@@ -146,7 +146,7 @@ MaxMemory = Annotated[
     typer.Option(
         parser=_max_memory,
         metavar="DEVICE=BYTES,...",
-        help="Most memory that weights and caches of a spread model take, such as "
+        help="Most memory that a spread model takes of each device, such as "
         "0=20GiB,cpu=40GiB; others are not used, and what is left over lies on disk.",
         rich_help_panel=MODEL_PANEL,
     ),

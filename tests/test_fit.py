@@ -16,7 +16,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from vlmserve.models import loading
 from vlmserve.models.errors import ModelError
-from vlmserve.models.fit import Plan, needs_of, share_of
+from vlmserve.models.fit import Plan, check_fits, needs_of, share_of
 from vlmserve.models.launch import create_runner
 from vlmserve.models.loading import open_checkpoint
 from vlmserve.models.memory import Room
@@ -136,6 +136,18 @@ def test_a_map_that_does_not_fit_names_the_device_and_not_a_quantization() -> No
     assert share.resident_bytes == whole.resident_bytes - head
     assert share.visitor == head
     assert share.total == whole.total
+
+
+def test_weights_that_wait_on_the_cpu_beside_a_gpu_must_fit_there_too() -> None:
+    asked = plan()
+    placement = given_map({"": 0, "lm_head": "cpu"}, asked.checkpoint.skeleton, 1, "map")
+    gpu = torch.device("cuda", 0)
+    head = needs_of(asked).weights["lm_head"]
+    assert share_of(placement, needs_of(asked), CPU).total == head
+    assert share_of(placement, needs_of(asked), gpu).visitor == head
+    rooms_of = {gpu: Room(64 * MIB, "free"), CPU: Room(head - 1, "little")}
+    with pytest.raises(ModelError, match=r"does not fit cpu: weights .* \(embedding and head"):
+        check_fits(asked, placement, rooms_of.__getitem__)
 
 
 def test_a_map_of_a_file_is_checked_before_weights_are_read(tmp_path: Path) -> None:

@@ -313,6 +313,32 @@ def test_pools_take_what_weights_and_the_peak_step_leave(room: int) -> None:
     assert is_full or pools + peak_size + weight_bytes() > room / 3
 
 
+def test_max_memory_bounds_the_pools_too() -> None:
+    sizes = [
+        create_runner(checkpoint("tiny"), **SMALL, **limit, rooms=rooms(room)).info.pools
+        for limit, room in (({"max_memory": {"cpu": 24 * MIB}}, 512 * MIB), ({}, 24 * MIB))
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def test_a_context_over_which_a_step_runs_out_of_memory_shrinks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU the measured step itself may run out of memory at the model's full context."""
+    lens: list[int] = []
+
+    def peaks(loaded: Any, attention: Any, limits: StepLimits) -> dict[torch.device, int]:
+        lens.append(limits.max_model_len)
+        if limits.max_model_len > 5000:
+            raise ModelError("a step does not fit beside the weights")
+        return {CPU: MIB}
+
+    monkeypatch.setattr(launch, "_peaks", peaks)
+    runner = create_runner(checkpoint("tiny"), **SMALL, rooms=rooms(512 * MIB))
+    assert lens == [16384, 8192, 4096]
+    assert runner.info.max_model_len == 4096
+
+
 def test_the_context_shrinks_where_a_step_over_all_of_it_leaves_no_room() -> None:
     lens = [
         create_runner(checkpoint("tiny"), **SMALL, rooms=rooms(room)).info.max_model_len

@@ -80,6 +80,16 @@ def test_the_longest_name_of_a_map_says_where_a_part_lies() -> None:
     assert found.is_offloaded
 
 
+def test_weights_that_only_lie_on_the_cpu_are_held_by_it_and_visit_the_gpu() -> None:
+    found = placed({"": 0, f"{LAYERS}.5": "cpu", "lm_head": "disk"}, 1)
+    gpu = torch.device("cuda", 0)
+    assert found.holders() == [gpu, CPU]
+    assert found.holds(CPU, f"{LAYERS}.5")
+    assert not found.holds(gpu, f"{LAYERS}.5")
+    assert not any(found.holds(device, "lm_head") for device in (CPU, gpu))
+    assert placed({"": 0}, 1).holders() == [gpu]
+
+
 def test_every_part_of_the_model_has_a_place_and_no_weight_lies_outside_of_parts() -> None:
     parts = parts_of(opened().skeleton)
     for name, _ in [*opened().skeleton.named_parameters(), *opened().skeleton.named_buffers()]:
