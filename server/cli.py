@@ -170,7 +170,7 @@ def serve(
     port = listener.getsockname()[1]
     name = settings.model_name
     say(f"vlmserve {__version__}: loading {name}")
-    scheme = "http" if tls_certfile is None else "https"
+    scheme = "http" if settings.tls_certfile is None else "https"
 
     def say_ready(info: EngineReady) -> None:
         _say_ready(f"{scheme}://{_shown_host(host)}:{port}", name, info)

@@ -127,7 +127,10 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, self._on_signal)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        settings = self._server_settings
+        # Else a terminal that closes ends the server, as it does any other program.
+        if settings.api_key_file is not None or settings.tls_certfile is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._reload)
         with tempfile.TemporaryDirectory(prefix="vlmserve-") as folder:
             try:
                 return await self._supervise(Path(folder))

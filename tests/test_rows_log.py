@@ -8,6 +8,8 @@ import json
 import logging
 import signal
 import ssl
+import subprocess
+import sys
 import urllib.parse
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from support.http_side import (
 from support.standing import CHAT, GENERATION_ROUTES, PICTURE, body_for
 
 from vlmserve.router.errors import EngineInternalError, QueueFullError
-from vlmserve.router.logs import EventFormatter, escaped, request_id_of_task
+from vlmserve.router.logs import EventFormatter, StrayLines, escaped, request_id_of_task
 from vlmserve.router.messages import SequenceOutput
 from vlmserve.server.images.settings import ImageError
 
@@ -443,6 +445,44 @@ def test_every_line_of_the_run_is_an_event_and_each_request_has_one(secret_run):
     told = [event["request_id"] for event in events if event.get("logger") == "vlmserve.access"]
     sent = [request_id for _, request_id in secret_run["headers"]]
     assert [told.count(request_id) for request_id in sent] == [1] * len(sent)
+
+
+def test_the_run_was_over_tls_and_says_so(secret_run):
+    assert secret_run["server"].scheme == "https"
+    assert f"vlmserve is ready on {secret_run['server'].url} " in secret_run["log"]
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_a_process_logs_from_its_level_on_and_no_words_of_what_ends_it(form):
+    code = (
+        "import logging, sys, threading\n"
+        "from vlmserve.router.logs import say, set_up_logging\n"
+        f"set_up_logging('warning', {form!r}, 'engine')\n"
+        "logging.getLogger('vlmserve.x').info('an info')\n"
+        "logging.getLogger('vlmserve.x').warning('a warning')\n"
+        "say('ready')\n"
+        "def fail(): raise ValueError('SECRET of a thread')\n"
+        "one = threading.Thread(target=fail); one.start(); one.join()\n"
+        "raise ValueError('SECRET of the process')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "SECRET" not in done.stderr
+    assert "an info" not in done.stderr
+    told = done.stderr.splitlines()
+    assert len(told) == 4
+    wanted = ["a warning", "ready", "a thread ends", "the process ends"]
+    assert all(words in line for words, line in zip(wanted, told, strict=True))
+    if form == "json":
+        assert json.loads(told[3])["exception"]["type"] == "ValueError"
+
+
+def test_what_is_written_beside_a_json_log_becomes_an_event(lines):
+    stray = StrayLines()
+    stray.write("loading ")
+    stray.write("weights\n\nand more")
+    stray.write("\n")
+    assert [line["message"] for line in lines.all] == ["loading weights", "and more"]
 
 
 def test_a_hangup_takes_the_new_keys_and_drops_the_old(secret_run):
