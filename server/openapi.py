@@ -84,6 +84,8 @@ class Schemas:
         for body in bodies:
             self._add_rules(msgspec.inspect.type_info(body), seen)
         for part in _parts(self.components):
+            if isinstance(part.get("description"), str):
+                part["description"] = inspect.cleandoc(part["description"])
             if part.get("title") == SERVED_MODEL:
                 part["enum"] = list(settings.served_model_names)
             if isinstance(part.get("pattern"), str):

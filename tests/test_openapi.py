@@ -214,3 +214,4 @@ def test_a_browser_draws_every_operation(checkpoint, document, tmp_path):
         assert (f'id="{operation["operationId"]}"' in drawn) is (method != "HEAD")
     assert "ChatCompletionRequest" in drawn
     assert "stream_options" in drawn
+    assert "<li>Texts hold no U+0000.</li>" in drawn

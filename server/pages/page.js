@@ -10,6 +10,15 @@ function element(tag, options = {}, ...children) {
   return made;
 }
 
+// A description's paragraphs and lists.
+function described(text) {
+  return text.split(/\n\s*\n/).map((part) => {
+    const lines = part.trim().split("\n");
+    if (!lines[0].startsWith("- ")) return element("p", { class: "faint" }, lines.join(" "));
+    return element("ul", { class: "faint" }, ...lines.map((line) => element("li", {}, line.slice(2))));
+  });
+}
+
 // "#/components/schemas/Name" -> its content.
 function resolved(part) {
   if (!part || !part.$ref) return part;
@@ -77,7 +86,7 @@ function foldedSchema(name, schema) {
 
 function schemaContent(schema) {
   const parts = [];
-  if (schema.description) parts.push(element("p", { class: "faint" }, schema.description));
+  if (schema.description) parts.push(...described(schema.description));
   if (schema.properties) parts.push(propertyTable(schema));
   else parts.push(element("code", {}, typeLine(schema)));
   for (const [name, one] of referred({ ...schema, $ref: undefined })) parts.push(foldedSchema(name, one));
@@ -92,7 +101,7 @@ function propertyTable(schema) {
   const rows = Object.entries(schema.properties).map(([name, property]) => {
     const mark = required.has(name) ? element("span", { class: "required" }, " required") : "";
     const meaning = element("td", {}, element("code", {}, typeLine(property)));
-    if (property.description) meaning.append(element("p", { class: "faint" }, property.description));
+    if (property.description) meaning.append(...described(property.description));
     for (const [type, one] of referred(property)) meaning.append(foldedSchema(type, one));
     return element("tr", {}, element("td", {}, element("code", {}, name), mark), meaning);
   });
@@ -131,7 +140,7 @@ function responseContent(status, response) {
 
 function operationBody(operation) {
   const body = element("div");
-  if (operation.description) body.append(element("p", { class: "faint" }, operation.description));
+  if (operation.description) body.append(...described(operation.description));
   if (operation.parameters) {
     body.append(element("h3", {}, "Parameters"));
     for (const one of operation.parameters) {
@@ -141,7 +150,7 @@ function operationBody(operation) {
   if (operation.requestBody) {
     body.append(element("h3", {}, "Request"));
     if (operation.requestBody.description) {
-      body.append(element("p", { class: "faint" }, operation.requestBody.description));
+      body.append(...described(operation.requestBody.description));
     }
     for (const [type, media] of Object.entries(operation.requestBody.content)) {
       body.append(...mediaContent(type, media, true));
