@@ -9,6 +9,8 @@ nothing of routes. The same for TCP and for TLS, which ends beneath it.
 from __future__ import annotations
 
 import asyncio
+import logging
+import socket
 from typing import Any
 
 from sanic import Request
@@ -20,6 +22,9 @@ from sanic.server import HttpProtocol
 from .errors import ApiError
 from .http_chunks import ChunkReader
 from .http_head import HeadLimits, canonical, end_of_head, read_head
+from .settings import ServerSettings
+
+logger = logging.getLogger(__name__)
 
 MIN_BYTES_PER_S = 65_536
 # How long a refused client is listened to, without effect, and how long if it is silent: a
@@ -113,10 +118,13 @@ class StrictHttp(Http):  # type: ignore[misc]
 
 
 class StrictProtocol(HttpProtocol):  # type: ignore[misc]
-    """A connection that outlives its last answer for as long as a refused client sends."""
+    """A connection that outlives its last answer for as long as a refused client sends.
+
+    It does not outlive a client that reads nothing: what is unsent would be kept for ever.
+    """
 
     HTTP_CLASS = StrictHttp
-    __slots__ = ("_end", "_is_deaf", "_is_silent", "_lingers")
+    __slots__ = ("_end", "_is_deaf", "_is_silent", "_lingers", "_reader_check")
 
     def __init__(self, **parts: Any) -> None:
         super().__init__(**parts)
@@ -124,6 +132,37 @@ class StrictProtocol(HttpProtocol):  # type: ignore[misc]
         self._is_deaf = False
         self._is_silent = False
         self._end: asyncio.TimerHandle | None = None
+        self._reader_check: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Bound what the kernel holds of an answer, beside the 64 KiB that wait here."""
+        size = _settings_of(self.app).send_buffer_bytes
+        if (raw := transport.get_extra_info("socket")) is not None:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+        super().connection_made(transport)
+
+    def pause_writing(self) -> None:
+        """The client does not keep up: whoever writes waits, and a reader that stopped is cut."""
+        super().pause_writing()
+        self._check_reader(None)
+
+    def resume_writing(self) -> None:
+        if self._reader_check is not None:
+            self._reader_check.cancel()
+        super().resume_writing()
+
+    def _check_reader(self, num_unsent: int | None) -> None:
+        """Cut the connection unless it took something since the last time."""
+        transport = self.transport
+        if transport is None:
+            return
+        now = transport.get_write_buffer_size()
+        if num_unsent is not None and now >= num_unsent:
+            logger.warning("a client that reads nothing is cut, with %d bytes unsent", now)
+            transport.abort()
+            return
+        timeout_s = _settings_of(self.app).reader_timeout_s
+        self._reader_check = self.loop.call_later(timeout_s, self._check_reader, now)
 
     def linger(self) -> None:
         """Close softly when the time comes: what still arrives is read and forgotten."""
@@ -208,6 +247,11 @@ async def receive_body(request: Request, timeout_s: float) -> None:
     except TimeoutError as error:
         raise SlowBodyError(f"the body did not come within {timeout_s:g} s") from error
     request.body = bytes(body)
+
+
+def _settings_of(app: Any) -> ServerSettings:
+    settings: ServerSettings = app.ctx.services.settings
+    return settings
 
 
 def _limits_of(app: Any) -> HeadLimits:

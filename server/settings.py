@@ -37,7 +37,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     pages may read answers, empty for none. log_requests: one line a request.
     traces: None sends none. ready_stall_s: how
     long a step may begin no layer of the model before the worker calls itself not ready.
-    drain_time_s: from SIGTERM to the error that ends what is still open.
+    drain_time_s: from SIGTERM to the error that ends what is still open. reader_timeout_s: how
+    long a client may read nothing of what waits for it; send_buffer_bytes: what the kernel
+    may hold of it.
     """
 
     model: str
@@ -64,6 +66,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     heartbeat_timeout_s: Seconds = 2.0
     ready_stall_s: Seconds = 3.0
     drain_time_s: Seconds = 20.0
+    reader_timeout_s: Seconds = 30.0
+    send_buffer_bytes: Positive = 524_288
     image_deadline_s: Seconds = 30.0
     max_request_time_s: Seconds = 600.0
     images: ImageSettings = msgspec.field(default_factory=ImageSettings)
