@@ -59,7 +59,7 @@ check: setup-test $(TYPING) ## lint, types and import rules
 test: setup-test ## the tests of every run (under 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not soak and not torture and not fuzz and not gpu" $(ARGS)
 
-test-slow: setup-test ## the long tests: training, the version range, the image's install steps
+test-slow: setup-test ## the long tests: training, real clients, the version range, the install steps
 	$(BIN)/python -m pytest -m "slow and not soak and not torture and not fuzz and not gpu" $(ARGS)
 
 fuzz: setup-test ## minutes of hostile bytes at each parser (SECONDS=, ARGS="--target NAME" change them)
