@@ -8,6 +8,7 @@ of what is done with a closed record.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from sanic import Request, Sanic
 from sanic.exceptions import SanicException
 
 from .records import CLIENT_CLOSED_REQUEST, UNMATCHED, Record, record_of, remember
+
+logger = logging.getLogger(__name__)
 
 OnClosed = Callable[[Record], None]
 
@@ -61,7 +64,11 @@ class RecordingSanic(Sanic[Any, Any]):
         record.ended = time.monotonic()
         record.status = status
         record.route = self._route_of(request)
-        self.ctx.on_closed(record)
+        try:
+            self.ctx.on_closed(record)
+        except Exception:
+            # The client has its answer: what is told of it must not cost the connection.
+            logger.exception("a request's end could not be told")
         remember(None)
 
     def _route_of(self, request: Request) -> str:

@@ -22,10 +22,13 @@ def absolute(file: str | None) -> str | None:
 
 
 def check_files(settings: ServerSettings) -> None:
-    """Raises ValueError, in one line, where a key file or a certificate does not serve."""
+    """Raises ValueError, in one line, where a key, its file or a certificate does not serve."""
     from .access import ApiKeys
     from .tls import ServerTls
 
+    # `--api-key "$KEY"` of a shell that has no KEY would open the server to an empty one.
+    if not all(key and key.split() == [key] for key in settings.api_keys):
+        raise ValueError("an API key is empty or holds a blank: give one without, or no option")
     if settings.api_key_file is not None:
         ApiKeys([], Path(settings.api_key_file))
     if settings.tls_certfile is not None:

@@ -281,6 +281,20 @@ def test_half_a_head_of_a_client_that_goes_away_is_no_fault(checkpoint, lines):
     assert {line["status"] for line in others} <= {499}
 
 
+def test_a_telling_that_fails_costs_no_connection(checkpoint, lines, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("SECRET")
+
+    monkeypatch.setattr("vlmserve.server.access_log.fields_of", fail)
+
+    async def use(client, engine):
+        return [(await client.get("/v1/models")).status_code for _ in range(2)]
+
+    assert served(checkpoint, use) == [200, 200]
+    assert {line["message"] for line in lines.all} == {"a request's end could not be told"}
+    assert "SECRET" not in lines.text
+
+
 def test_a_kept_connection_logs_each_of_its_requests_under_its_own_id(checkpoint, lines):
     async def use(client, engine):
         for number in range(3):

@@ -185,6 +185,8 @@ def test_what_has_no_effect_is_named_without_its_value():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--api-key", ""], "an API key is empty"),
+        (["--api-key", "one two"], "an API key is empty or holds a blank"),
         (["--api-key-file", "/nonexistent"], "the API key file cannot be read"),
         (["--tls-certfile", "/nonexistent"], "the TLS certificate and key cannot be used"),
         (["--tls-keyfile", "x"], "--tls-keyfile is given without --tls-certfile"),
