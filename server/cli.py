@@ -87,6 +87,10 @@ def serve(
     cors_origin: options.CorsOrigin = None,
     tls_certfile: options.TlsCertfile = None,
     tls_keyfile: options.TlsKeyfile = None,
+    max_head_bytes: options.MaxHeadBytes = 16_384,
+    max_headers: options.MaxHeaders = 100,
+    max_body_bytes: options.MaxBodyBytes = 67_108_864,
+    request_timeout: options.RequestTimeout = 10.0,
     max_request_time: options.MaxRequestTime = 600.0,
     image_position: options.ImagePositionOption = options.ImagePosition.front,
     max_images: options.MaxImages = 16,
@@ -156,6 +160,10 @@ def serve(
             log_requests=log_requests,
             traces=trace_settings(otel, otlp_endpoint, otel_service_name, os.environ),
             max_num_seqs=max_num_seqs,
+            max_head_bytes=max_head_bytes,
+            max_headers=max_headers,
+            max_body_bytes=max_body_bytes,
+            request_timeout_s=request_timeout,
             max_request_time_s=max_request_time,
             images=ImageSettings(
                 max_images=max_images, allow_private_addresses=allow_private_image_urls

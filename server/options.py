@@ -216,6 +216,33 @@ NumImageBlocks = Annotated[
         min=1, help="Image tiles that fit the cache at once.", rich_help_panel=ENGINE_PANEL
     ),
 ]
+MaxHeadBytes = Annotated[
+    int,
+    typer.Option(
+        min=256,
+        max=65_536,
+        help="Bytes of a request's head; beyond that 431.",
+        rich_help_panel=HTTP_PANEL,
+    ),
+]
+MaxHeaders = Annotated[
+    int,
+    typer.Option(min=1, help="Headers of a request; beyond that 431.", rich_help_panel=HTTP_PANEL),
+]
+MaxBodyBytes = Annotated[
+    int,
+    typer.Option(
+        min=1_024, help="Bytes of a request's body; beyond that 413.", rich_help_panel=HTTP_PANEL
+    ),
+]
+RequestTimeout = Annotated[
+    float,
+    typer.Option(
+        min=0.1,
+        help="Seconds that a request's head, and a small body, may take to come; beyond that 408.",
+        rich_help_panel=HTTP_PANEL,
+    ),
+]
 MaxRequestTime = Annotated[
     float,
     typer.Option(

@@ -121,7 +121,7 @@ def read(head: bytes):
 
 
 @pytest.mark.parametrize("head", TWO_READINGS.values(), ids=TWO_READINGS)
-def test_a_head_that_could_be_read_in_two_ways_is_refused(head):
+def test_row_01_a_head_that_could_be_read_in_two_ways_is_refused(head):
     with pytest.raises(BadRequestError):
         read(head)
 
@@ -211,7 +211,7 @@ def take_all(coded: bytes, cuts=(), limits=LIMITS, max_bytes=1 << 30):
 
 
 @pytest.mark.parametrize("coded", BROKEN_CHUNKS.values(), ids=BROKEN_CHUNKS)
-def test_broken_chunks_are_refused_in_one_piece_and_byte_by_byte(coded):
+def test_row_01_broken_chunks_are_refused_in_one_piece_and_byte_by_byte(coded):
     for cuts in ([], range(1, len(coded))):
         with pytest.raises(ApiError) as refusal:
             take_all(coded, cuts)
