@@ -1,0 +1,35 @@
+"""How the engine's threads wait: asleep, unless the user said otherwise, and said in time."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vlmserve.models.threads import wait_asleep
+
+
+def test_threads_sleep_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that what is set below is taken back
+        monkeypatch.delenv(name)
+    wait_asleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "2000")]
+)
+def test_the_users_word_stands(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    for other in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    wait_asleep()
+    assert dict(os.environ) == before
+
+
+def test_the_engines_process_can_still_say_it_before_torch_comes() -> None:
+    script = "import vlmserve.router.engine_process, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
