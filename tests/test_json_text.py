@@ -19,7 +19,7 @@ TEXT = "Here-is-the-text"
 # In the place of a number of tokens.
 NO_NUMBERS = [
     "NaN", "Infinity", "-Infinity", "nan", "1e999", "-1e999", "1" + "0" * 25, "9" * 5_000, "-1",
-    "true", "false", '"2"', "2.5", "1e2", "0x10", "01", "+1", "1_0", ".5", "1.", "[2]", "{}", "2n",
+    "true", "false", '"2"', "2.5", "1e-2", "0x10", "01", "+1", "1_0", ".5", "1.", "[2]", "{}", "2n",
 ]  # fmt: skip
 # In the place of a text between its quotes.
 NO_TEXTS = [

@@ -186,6 +186,19 @@ def test_a_whole_number_is_an_integer_however_it_is_written():
             decode(fields)
 
 
+@pytest.mark.parametrize("ignore", [True, False])
+def test_a_body_of_very_many_numbers_is_read_as_it_is_written(ignore):
+    numbers = b",".join([b"1.5"] * 20_000)
+    body = (
+        b'{"model": "m", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2.0,'
+        b' "metadata": {"numbers": [%s]}}'
+    )
+    with pytest.raises(BadRequestError, match="max_tokens"):
+        decode_body(body % numbers, ChatCompletionRequest, ignore_unknown=ignore)
+    few = decode_body(body % b"1.5", ChatCompletionRequest, ignore_unknown=ignore)
+    assert few.max_tokens == 2
+
+
 def test_the_type_of_a_lone_kind_of_part_may_be_left_out():
     body = {
         "model": "m",

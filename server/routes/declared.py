@@ -85,17 +85,8 @@ class Routes:
         """Declare the handler of GET and HEAD under these paths."""
 
         def declare(handler: Handler) -> Handler:
-            for path in paths:
-                one = Endpoint(
-                    method="GET",
-                    path=path,
-                    handler=handler,
-                    tag=self._tag,
-                    replies=replies,
-                    parameters=parameters or {},
-                    refusals=refusals,
-                )
-                self.endpoints.append(one)
+            given = parameters or {}
+            self._add("GET", paths, handler, replies, refusals, parameters=given)
             return handler
 
         return declare
@@ -111,21 +102,34 @@ class Routes:
         """Declare the handler of POST under these paths; it is called with the body, read."""
 
         def declare(handler: BodyHandler[T]) -> BodyHandler[T]:
-            for path in paths:
-                one = Endpoint(
-                    method="POST",
-                    path=path,
-                    handler=_reading(body, handler),
-                    tag=self._tag,
-                    replies=replies,
-                    body=body,
-                    examples=examples or {},
-                    refusals=refusals,
-                )
-                self.endpoints.append(one)
+            reading = _reading(body, handler)
+            shown = examples or {}
+            self._add("POST", paths, reading, replies, refusals, body=body, examples=shown)
             return handler
 
         return declare
+
+    def _add(
+        self,
+        method: str,
+        paths: Sequence[str],
+        handler: Handler,
+        replies: Sequence[Reply],
+        refusals: Sequence[int],
+        **others: Any,
+    ) -> None:
+        self.endpoints += [
+            Endpoint(
+                method=method,
+                path=path,
+                handler=handler,
+                tag=self._tag,
+                replies=replies,
+                refusals=refusals,
+                **others,
+            )
+            for path in paths
+        ]
 
     def blueprint(self) -> Blueprint:
         """The routes for one application."""
