@@ -17,6 +17,7 @@ from support.raw_http import answers_in, exchange, only_answer
 from support.standing import BODY_ROUTES, CHAT, SLACK, assert_error, body_for
 from support.threaded import server_in_thread
 from test_http_head import BROKEN_CHUNKS, TWO_READINGS
+from test_rows_access import all_routes
 
 TLS_FILE = Path(__file__).parent / "data" / "tls_test_only.pem"
 LIVE = b"GET /v1/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -30,6 +31,10 @@ SOME_READINGS = list(TWO_READINGS.values())[::5]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def test_row_01_every_route_that_takes_a_body_is_among_those_that_are_tested(checkpoint):
+    assert {path for method, path in all_routes(checkpoint) if method == "POST"} == set(BODY_ROUTES)
 
 
 def head_of(route: str, *lines: bytes, method: bytes = b"POST") -> bytes:

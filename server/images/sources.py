@@ -26,6 +26,8 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}(?=:)")
 MAX_DATA_URL_LABEL = 256
 # A multiple of four: each slice is base64 by itself.
 BASE64_SLICE_CHARS = 262_144
+# One character of a path is at most four bytes of UTF-8, each percent-encoded.
+MAX_ESCAPE_CHARS = 12
 DEFAULT_PORTS = {"http": 80, "https": 443}
 # Low ports other than these belong to mail, shells and the like, never to pictures.
 FIRST_FREE_PORT = 1024
@@ -126,7 +128,9 @@ def parse_remote_url(url: str, max_chars: int) -> RemoteImage:
     if not url[scheme.end() :].startswith("://"):
         raise ImageError("image URL has no host: it must start with https:// or http://")
     check_authority(re.split("[/?#]", url[scheme.end() + 3 :], maxsplit=1)[0])
-    return _from_parsed(_parse(url))
+    found = _from_parsed(_parse(url))
+    # Other full stops and digits become plain ones: what they spell is read like what was plain.
+    return found if url.isascii() else parse_remote_url(found.url, max_chars * MAX_ESCAPE_CHARS)
 
 
 def check_authority(authority: str) -> None:
