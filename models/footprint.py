@@ -172,7 +172,8 @@ def _vision_bytes(s: _Shape) -> int:
 def _text_bytes(s: _Shape) -> int:
     row = s.num_tokens * s.size
     norm = s.num_tokens * s.hidden * 3 * _FLOAT32
-    mlp = 2 * row * s.hidden + max(norm, 3 * row * s.inner)
+    # gate and up in one product, the one activated, then both multiplied
+    mlp = 2 * row * s.hidden + max(norm, 4 * row * s.inner)
     gathered = 2 * _bucket_keys(s) * s.kv_width * s.size
     attention = 8 * row * s.hidden + 4 * row * s.kv_width + gathered
     new_keys = s.num_images * s.max_num_tiles * s.num_patches * s.kv_width
