@@ -11,19 +11,28 @@ from support.fuzzed_server import KEY, fuzzed_server
 TESTS = Path(__file__).parent
 DEADLINE_S = 300.0
 LONG_DEADLINE_S = 3600.0
+# Nothing that a checkout or a home happens to hold.
+NO_CONFIG = Path(os.devnull)
 # Whatever it sends, only these may come: its own check of valid data knows no rule told in words.
 CHECKS = ("--checks", "all", "--exclude-checks", "positive_data_acceptance")
 # The same handlers as without the prefix.
 PREFIXED = ("--exclude-path-regex", "^/(ls|experimental)/")
 
 
-def fuzz(*options: str, seed: str = "1", deadline_s: float = DEADLINE_S, **settings) -> str:
+def fuzz(
+    *options: str,
+    seed: str = "1",
+    deadline_s: float = DEADLINE_S,
+    config: Path = NO_CONFIG,
+    **settings,
+) -> str:
     """What schemathesis says of a server with these settings, its exit code last."""
 
     async def run() -> str:
         async with asyncio.timeout(deadline_s), fuzzed_server(**settings) as url:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"),
+                *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(config)),
+                *("run", f"{url}/openapi.json"),
                 *("--url", url, "--seed", seed, "--no-color", "--continue-on-failure"),
                 *("--generation-database", "none"),
                 *CHECKS,
@@ -64,6 +73,19 @@ def test_a_server_that_ignores_unknown_fields_says_so_in_its_document():
     options = ("--max-examples", "2", "--phases", "coverage", "--include-path", "/tokenize")
     said = fuzz(*options, unknown_fields="ignore")
     assert said.endswith("exit code 0"), said[-20_000:]
+
+
+def test_a_server_that_is_not_ready_answers_503_and_nothing_worse(tmp_path):
+    config = tmp_path / "schemathesis.toml"
+    config.write_text(
+        '[checks]\nnot_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", 503]\n'
+    )
+    options = ("--max-examples", "2", "--phases", "examples,fuzzing", *PREFIXED)
+    said = fuzz(*options, config=config, is_ready=False)
+    assert said.endswith("exit code 0"), said[-20_000:]
+    said = fuzz(*options, is_ready=False)
+    assert "[503] Service Unavailable" in said
+    assert said.endswith("exit code 1")
 
 
 @pytest.mark.fuzz

@@ -64,8 +64,8 @@ def _of_prompt(request: AddRequest) -> list[PromptLogprobs | None] | None:
 
 
 @contextlib.asynccontextmanager
-async def fuzzed_server(**settings) -> AsyncIterator[str]:
-    """Its base URL."""
+async def fuzzed_server(*, is_ready: bool = True, **settings) -> AsyncIterator[str]:
+    """Its base URL. is_ready: the engine has loaded its model."""
     engine = ScriptedEngine(answers)
     engine.info = EngineReady(
         pid=1,
@@ -77,6 +77,8 @@ async def fuzzed_server(**settings) -> AsyncIterator[str]:
         num_text_tokens=4096,
         num_image_tiles=64,
     )
+    if not is_ready:
+        engine.info, engine.is_ready = None, False
     fields = {"served_model_names": [MODEL]} | settings
     options = ServerSettings(model=str(CHECKPOINT), engine_socket="", **fields)
     async with running_server(options, engine_client=engine, fetcher=OnePicture()) as url:
