@@ -103,7 +103,7 @@ def place_of(error: BaseException) -> list[str]:
     """Where an exception was raised, innermost first: modules, lines, functions; no paths."""
     return [
         f"{frame.f_globals.get('__name__', '?')}:{line} {frame.f_code.co_name}"
-        for frame, line in reversed(list(_frames(error.__traceback__)))
+        for frame, line in reversed(list(traceback.walk_tb(error.__traceback__)))
     ][:MAX_FRAMES]
 
 
@@ -153,10 +153,6 @@ class EventFormatter(logging.Formatter):
         if cause is not None:
             told["cause"] = type(cause).__name__
         return told
-
-
-def _frames(trace: TracebackType | None) -> Any:
-    return traceback.walk_tb(trace)
 
 
 def _as_json(event: Mapping[str, Any]) -> str:
