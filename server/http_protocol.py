@@ -13,13 +13,14 @@ import logging
 import socket
 from typing import Any
 
+import orjson
 from sanic import Request
 from sanic.compat import Header
 from sanic.exceptions import BadURL, PayloadTooLarge, RequestTimeout
 from sanic.http import Http
 from sanic.server import HttpProtocol
 
-from .errors import ApiError
+from .errors import ApiError, NotReadyError, error_body
 from .http_chunks import ChunkReader
 from .http_head import HeadLimits, canonical, end_of_head, read_head
 from .settings import ServerSettings
@@ -30,6 +31,10 @@ MIN_BYTES_PER_S = 65_536
 # How long a refused client is listened to, without effect, and how long if it is silent: a
 # connection that closes with bytes unread takes the answer along that the client has not read.
 LINGER_S = 2.0
+FULL_HOUSE = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
+    b"connection: close\r\ncontent-length: %d\r\n\r\n%b"
+)
 SILENCE_S = 0.25
 
 
@@ -139,7 +144,26 @@ class StrictProtocol(HttpProtocol):  # type: ignore[misc]
         size = _settings_of(self.app).send_buffer_bytes
         if (raw := transport.get_extra_info("socket")) is not None:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
-        super().connection_made(transport)
+        most = _settings_of(self.app).max_connections
+        if len(self.connections) < most or self._makes_room():
+            super().connection_made(transport)
+        else:
+            self._turn_away(transport)
+
+    def _makes_room(self) -> bool:
+        """Whether another connection, on which nobody asks anything just now, could be closed."""
+        return any(connection.close_if_idle() for connection in list(self.connections))
+
+    def _turn_away(self, transport: Any) -> None:
+        """Answer without having read anything: each connection has a request on its way."""
+        # Sanic's own protocol would begin to read requests here.
+        super(HttpProtocol, self).connection_made(transport)
+        self.recv_buffer = bytearray()
+        error = NotReadyError("too many connections are open: try again", retry_after_s=1.0)
+        content = orjson.dumps(error_body(error))
+        transport.write(FULL_HOUSE % (len(content), content))
+        self.linger()
+        self.close()
 
     def pause_writing(self) -> None:
         """The client does not keep up: whoever writes waits, and a reader that stopped is cut."""

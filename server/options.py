@@ -216,6 +216,15 @@ NumImageBlocks = Annotated[
         min=1, help="Image tiles that fit the cache at once.", rich_help_panel=ENGINE_PANEL
     ),
 ]
+MaxConnections = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Connections to one worker; beyond that an idle one is closed, or the new one gets a "
+        "503.",
+        rich_help_panel=HTTP_PANEL,
+    ),
+]
 MaxHeadBytes = Annotated[
     int,
     typer.Option(

@@ -55,6 +55,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     tls_keyfile: str | None = None
     image_position: Literal["front", "as-sent"] = "front"
     unknown_fields: Literal["error", "ignore"] = "error"
+    max_connections: Positive = 1_000
     max_head_bytes: Positive = 16_384
     max_headers: Positive = 100
     max_body_bytes: Positive = 64 * 1024 * 1024

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -22,6 +23,9 @@ from .app import build_app
 from .http_protocol import StrictProtocol
 from .settings import ServerSettings
 from .tls import ServerTls
+
+# Listening socket, engine, children's pipes, fetches, the event loop's own.
+OWN_DESCRIPTORS = 200
 
 
 def main() -> None:
@@ -38,6 +42,7 @@ def main() -> None:
         settings = msgspec.json.decode(sys.stdin.buffer.read(), type=ServerSettings)
         set_up_logging(settings.log_level, settings.log_format, "worker")
         die_with_parent(parent)
+        _allow_descriptors(settings.max_connections)
         app = build_app(settings)
         tls = _tls_of(settings)
         listening = _listening_socket(settings)
@@ -53,6 +58,22 @@ def main() -> None:
         access_log=False,
         motd=False,
     )
+
+
+def _allow_descriptors(num_connections: int) -> None:
+    """Room for every connection beside the worker's own files: without it no client could connect.
+
+    Raises ValueError where the system's hard limit is lower.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num_connections + OWN_DESCRIPTORS
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise ValueError(
+            f"--max-connections is {num_connections}; this system allows a process {hard} open"
+            f" files, of which {OWN_DESCRIPTORS} are kept: lower it or raise the limit (ulimit -Hn)"
+        )
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _tls_of(settings: ServerSettings) -> ServerTls | None:
