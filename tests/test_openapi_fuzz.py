@@ -35,12 +35,15 @@ def fuzz(
                 *("run", f"{url}/openapi.json"),
                 *("--url", url, "--seed", seed, "--no-color", "--continue-on-failure"),
                 *("--generation-database", "none"),
+                # However busy the machine is.
+                *("--suppress-health-check", "all", "--request-timeout", "120"),
                 *CHECKS,
                 *options,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 env={
                     **os.environ,
+                    "NO_PROXY": "*",
                     "PYTHONPATH": str(TESTS),
                     "SCHEMATHESIS_HOOKS": "support.openapi_hooks",
                 },
