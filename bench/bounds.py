@@ -7,12 +7,14 @@ Knows nothing of runners or of how a step is computed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vlmserve.models.packed import PackedWeight, can_pack
 
 # rows of the product that measures the peak: enough to leave the weight's read behind
 PEAK_ROWS = 1024
@@ -107,11 +109,18 @@ class MachineProbe:
     @torch.inference_mode()
     def measure(self) -> Machine:
         flops = 2.0 * self._left.numel() * len(self._weight)
-        product_s = _seconds(lambda: torch.nn.functional.linear(self._left, self._weight), 10)
+        product_s = min(_seconds(product, 10) for product in self._products())
         copy_s = _seconds(lambda: self._target.copy_(self._source), 3)
         read_s = _seconds(self._source.sum, 3)
         num_bytes = 4.0 * len(self._source)
         return Machine(flops / product_s, max(2.0 * num_bytes / copy_s, num_bytes / read_s))
+
+    def _products(self) -> Iterator[Callable[[], Tensor]]:
+        """The same product as torch computes it, and with a weight that was reordered before."""
+        yield lambda: torch.nn.functional.linear(self._left, self._weight)
+        if can_pack(self._weight):
+            packed = PackedWeight(self._weight)
+            yield lambda: packed.product(self._left)
 
 
 def _seconds(call: Callable[[], Any], count: int) -> float:

@@ -19,6 +19,7 @@ from vlmserve.server.bench.sweep import processor_name
 
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 300.0
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def free_port() -> int:
@@ -66,7 +67,7 @@ def vlmserve_command(model: str | None, port: int, dtype: str, *more: str) -> li
 
 
 def machine() -> dict[str, object]:
-    """What a figure must be read with: processor, cores, versions, commit."""
+    """What a figure must be read with: processor, cores, versions, commit, and what else ran."""
     import torch
     import transformers
 
@@ -78,6 +79,9 @@ def machine() -> dict[str, object]:
         "transformers": transformers.__version__,
         "commit": _commit(),
         "command": " ".join(["python", *sys.argv]),
+        # which stand before a command, not in it
+        "environment": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
+        "load_average": round(os.getloadavg()[0], 2),
     }
 
 
