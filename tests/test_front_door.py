@@ -97,6 +97,22 @@ def test_row_01_a_refused_head_request_gets_no_body_and_options_a_json_error(sta
         assert_error(only_answer(exchange(standing.server.port, raw)), 404, 405)
 
 
+def test_row_01_a_client_that_waits_for_leave_gets_it_once_and_after_the_head_was_judged(standing):
+    body = json.dumps(body_for(CHAT)).encode()
+    chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    asks, closes = b"Expect: 100-continue", b"Connection: close"
+    framings = [(b"Content-Length: %d" % len(body), body), (b"Transfer-Encoding: chunked", chunked)]
+    for framing, sent in framings:
+        received = exchange(standing.server.port, head_of(CHAT, asks, closes, framing), sent)
+        leave, answer = answers_in(received)
+        assert (leave.status, answer.status) == (100, 200)
+    for refused in (b"Content-Encoding: gzip", b"Content-Length : 4"):
+        raw = head_of(CHAT, asks, b"Content-Length: 9", refused)
+        assert_error(only_answer(exchange(standing.server.port, raw)), 400, 415)
+    raw = head_of(CHAT, b"Expect: 200-ok", b"Content-Length: 9")
+    assert_error(only_answer(exchange(standing.server.port, raw)), 417)
+
+
 @pytest.mark.parametrize("is_secure", [False, True])
 def test_row_01_heads_are_judged_alike_under_tls_and_on_either_event_loop(checkpoint, is_secure):
     """The shared server runs on uvloop without TLS."""

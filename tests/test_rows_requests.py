@@ -159,7 +159,8 @@ def test_row_21_what_a_text_spells_is_text(checkpoint):
 )  # fmt: skip
 def test_row_22_a_template_or_its_arguments_are_no_part_of_a_request(checkpoint, field):
     value = "{{ ''.__class__.__mro__ }}" if field.endswith("template") else {"tokenize": False}
-    bodies = [(route, plain_body(route) | {field: value}) for route in TEXT_ROUTES]
+    routes = [*TEXT_ROUTES, *TOKENIZE_ROUTES]
+    bodies = [(route, plain_body(route) | {field: value}) for route in routes]
     answers, requests = ask(checkpoint, bodies)
     for answer in answers:
         assert answer.status_code == 400
