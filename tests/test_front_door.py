@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from support.http_side import MODEL, write_checkpoint
 from support.raw_http import answers_in, exchange, only_answer
-from support.standing import BODY_ROUTES, CHAT, SLACK, assert_error, body_for
+from support.standing import BODY_ROUTES, CHAT, SLACK, assert_error, body_for, peak_bytes
 from support.threaded import server_in_thread
 from test_http_head import BROKEN_CHUNKS, TWO_READINGS
 from test_rows_access import all_routes
@@ -183,15 +183,6 @@ def test_row_03_a_body_that_comes_all_the_same_is_not_kept(standing):
     raw = head_of(CHAT, b"Content-Length: %d" % (CAP + 1))
     assert_error(only_answer(exchange(standing.server.port, raw, b"x" * CAP)), 413)
     assert peak_bytes(worker) - before < CAP / 4
-
-
-def peak_bytes(pid: int) -> int:
-    (line,) = (
-        line
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
-    return int(line.split()[1]) * 1024
 
 
 @pytest.mark.parametrize("size", [100, 8_000])

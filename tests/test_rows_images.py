@@ -24,7 +24,7 @@ from PIL import Image
 from support.guarded import guarded_server
 from support.http_side import write_checkpoint
 from support.pictures import encoded, noise, picture, png_of_zeros
-from support.standing import CHAT, GENERATION_ROUTES, assert_error, body_for
+from support.standing import CHAT, GENERATION_ROUTES, assert_error, body_for, peak_bytes
 from test_decoders import BOMBS
 from test_fetch_guard import FORBIDDEN, PUBLIC, Site, drip, endless, plain_response, redirect
 
@@ -36,11 +36,6 @@ GOOD = encoded(picture())
 
 def url_of(data: bytes, label: str = "image/png") -> str:
     return f"data:{label};base64,{base64.b64encode(data).decode()}"
-
-
-def peak_bytes(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def refuse_all(standing, pictures) -> list[str]:

@@ -353,6 +353,12 @@ def kind_of(pid: int) -> str:
     return next((KINDS[word] for word in words if word in KINDS), "other")
 
 
+def peak_bytes(pid: int) -> int:
+    """The most memory that a process has held."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def num_descriptors(pid: int) -> int:
     with contextlib.suppress(OSError):
         return len(os.listdir(f"/proc/{pid}/fd"))
