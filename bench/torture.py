@@ -27,6 +27,7 @@ def main() -> None:
     kills = parts.add_parser("kills")
     kills.add_argument("--count", type=int, default=200)
     kills.add_argument("--clients", type=int, default=16)
+    kills.add_argument("--engine", choices=("bundled", "hashing"), default="bundled")
     kills.add_argument("--seed", type=int, default=0)
     cancels = parts.add_parser("cancels")
     cancels.add_argument("--count", type=int, default=2000)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +22,11 @@ from vlmserve.server.bench.client import Client, Sample
 from vlmserve.server.bench.load import request_bodies
 from vlmserve.server.bench.settings import Load
 
-MODEL = "torture"
+MODEL = "vlmserve-tiny-vision"
+HASHING_SERVER = Path(__file__).parents[1] / "tests" / "support" / "faulty_server.py"
 # Whoever waits longer hangs: a restart takes a tenth of that.
 HANG_S = 60.0
+ALLOWED = {"answered", "HTTP 503", "error event", "timeout"}
 # What Retry-After says.
 PAUSE_AFTER_ERROR_S = 1.0
 
@@ -36,7 +41,7 @@ class Record:
     open_at_kill: list[int] = field(default_factory=list)
 
 
-class Load16:
+class Crowd:
     """Clients that ask again and again, streamed and plain, with and without a picture."""
 
     def __init__(self, client: Client, num_clients: int, seed: int) -> None:
@@ -65,46 +70,54 @@ class Load16:
         await asyncio.gather(*self._tasks)
 
 
-async def run_kills(count: int, clients: int, seed: int) -> tuple[dict[str, Any], list[str]]:
-    """Kill `count` engines, each while requests are open; figures and broken promises."""
+async def run_kills(
+    count: int, clients: int, engine: str, seed: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Kill `count` engines, each while requests are open; figures and broken promises.
+
+    engine: "bundled", or "hashing" for the tests' engine, which loads nothing: all other
+    processes are the real ones.
+    """
     port, record = free_port(), Record()
     url = f"http://127.0.0.1:{port}"
-    options = ["--served-model-name", MODEL, "--max-restarts", str(count + 1)]
-    command = vlmserve_command(None, port, "float32", *options)
+    command = _command(engine, port, max_restarts=count + 1)
     with running(command, f"{url}/v1/health/ready") as server:
         async with Client(f"{url}/v1", timeout_s=HANG_S) as client:
-            load = Load16(client, clients, seed)
+            crowd = Crowd(client, clients, seed)
             rng = random.Random(seed)
             for number in range(count):
                 await asyncio.sleep(rng.uniform(0.2, 1.0))
-                await _kill_one(server.pid, url, load, record)
+                await _kill_one(server.pid, url, crowd, record)
                 if number % 20 == 19:
                     print(f"{number + 1} engines killed", flush=True)
-            await load.stop()
-        record.outcomes.update(_outcome(sample) for _, _, sample in load.ended)
+            await crowd.stop()
+        record.outcomes.update(_outcome(sample) for _, _, sample in crowd.ended)
         left = {name: value for name, value in gauges(url).items() if value}
-    return _figures(record, count), _broken(record, left)
+    return {"engine": engine} | _figures(record, count), _broken(record, left)
 
 
-async def _kill_one(supervisor: int, url: str, load: Load16, record: Record) -> None:
+def _command(engine: str, port: int, max_restarts: int) -> list[str]:
+    if engine == "bundled":
+        return vlmserve_command(None, port, "float32", "--max-restarts", str(max_restarts))
+    options = {"port": port, "supervision": {"max_restarts": max_restarts, "spare_delay_s": None}}
+    return [sys.executable, str(HASHING_SERVER), json.dumps(options)]
+
+
+async def _kill_one(supervisor: int, url: str, crowd: Crowd, record: Record) -> None:
     pid = await asyncio.to_thread(engine_pid, supervisor)
     assert pid is not None, "an engine runs where the server is ready"
-    while not load.open:  # noqa: ASYNC110 - a client may be between two requests
+    while not crowd.open:  # noqa: ASYNC110 - a client may be between two requests
         await asyncio.sleep(0.01)
-    killed, num_before = time.monotonic(), len(load.ended)
-    record.open_at_kill.append(len(load.open))
+    killed, num_before = time.monotonic(), len(crowd.ended)
+    record.open_at_kill.append(len(crowd.open))
     os.kill(pid, signal.SIGKILL)
-    was_unready = False
     while True:
         await asyncio.sleep(0.02)
-        ready = await asyncio.to_thread(is_ready, url)
-        was_unready |= not ready
-        if ready and (
-            was_unready or await asyncio.to_thread(engine_pid, supervisor) not in (pid, None)
-        ):
+        now = await asyncio.to_thread(engine_pid, supervisor)
+        if now not in (pid, None) and await asyncio.to_thread(is_ready, url):
             break
     record.ready_s.append(time.monotonic() - killed)
-    for began, ended, _ in load.ended[num_before:]:
+    for began, ended, _ in crowd.ended[num_before:]:
         if began < killed:
             record.told_s.append(ended - killed)
 
@@ -137,6 +150,9 @@ def _broken(record: Record, left: dict[str, float]) -> list[str]:
     broken = []
     if record.outcomes["timeout"]:
         broken.append(f"{record.outcomes['timeout']} clients were left hanging")
+    others = {name for name in record.outcomes if name not in ALLOWED}
+    if others:
+        broken.append(f"requests ended by {', '.join(sorted(others))}")
     if max(record.told_s) > 1.0:
         broken.append(f"a request was told of the death after {max(record.told_s):.2f} s, not 1 s")
     if left:

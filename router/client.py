@@ -36,6 +36,8 @@ from .messages import (
 logger = logging.getLogger("vlmserve.client")
 
 CONNECT_RETRY_S = 0.05
+# uvloop raises RuntimeError for a write to a connection that is lost, asyncio passes over it.
+_LOST = (ConnectionError, RuntimeError)
 
 
 class _Stream:
@@ -229,14 +231,15 @@ class EngineClient:
         except FrameTooLargeError as error:
             stream.open_ids.clear()  # nothing to abort
             raise InvalidRequestError(f"the request is too large: {error}") from error
-        self._writer.writelines(frames)
         # A connection lost here is told to the stream by the reader.
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(*_LOST):
+            self._writer.writelines(frames)
             await self._writer.drain()
 
     def _abort(self, request_ids: list[str]) -> None:
         if request_ids and self._writer is not None:
-            self._writer.write(wire.encode_frame(AbortRequests(request_ids)))
+            with contextlib.suppress(*_LOST):
+                self._writer.write(wire.encode_frame(AbortRequests(request_ids)))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:

@@ -136,6 +136,27 @@ def test_an_engine_that_goes_away_fails_every_open_request_and_is_told_once(tmp_
     asyncio.run(scenario())
 
 
+def test_a_request_to_an_engine_that_has_just_died_is_told_so_under_uvloop_too(tmp_path):
+    """uvloop's RuntimeError for a write to a lost connection became a 500."""
+
+    async def scenario() -> None:
+        async with scripted_engine(tmp_path) as engine:
+            client = await connected(engine)
+
+            def lost(data: object) -> None:
+                raise RuntimeError("unable to perform operation; the handler is closed")
+
+            client._writer.write = client._writer.writelines = lost  # type: ignore[union-attr]
+            task = asyncio.create_task(tokens_of(client, request_of()))
+            await asyncio.sleep(0)
+            engine.hang_up()
+            with pytest.raises(EngineDeadError):
+                await task
+            await client.close()
+
+    asyncio.run(scenario())
+
+
 def test_an_engine_that_speaks_nonsense_counts_as_dead(tmp_path):
     async def scenario() -> None:
         deaths: list[int] = []
