@@ -206,12 +206,16 @@ class BlockCopy:
 class StepBatch:
     """Everything one model step computes.
 
-    copies come first of all: every source is read before any block is written.
+    copies come first of all: every source is read before any block is written. Then the
+    freed blocks are poisoned, which are named in a debug mode only: nobody may read
+    what they held.
     """
 
     sequences: list[ScheduledSequence] = field(default_factory=list)
     images: list[ImageToEncode] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
+    freed_text_blocks: list[int] = field(default_factory=list)
+    freed_image_blocks: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

@@ -31,6 +31,9 @@ from .batch import BlockCopy, PoolSizes
 ATTENTION_NAME = "vlmserve_paged"
 
 
+POISON = 1000.0
+
+
 @dataclass(slots=True, frozen=True)
 class LayerCache:
     """One layer's keys and values; see the module's layouts."""
@@ -118,6 +121,19 @@ def copy_blocks(pools: KVPools, copies: Sequence[BlockCopy]) -> None:
             if layer.keys.device == device:
                 layer.keys[targets] = layer.keys[sources]
                 layer.values[targets] = layer.values[sources]
+
+
+def poison_blocks(pools: KVPools, text_blocks: Sequence[int], image_blocks: Sequence[int]) -> None:
+    """Overwrite blocks, so that whoever reads what they held computes nonsense.
+
+    With a large number and not with NaN: what a mask leaves out is still multiplied by 0.
+    """
+    for index, layer in enumerate(pools.layers):
+        block_ids = image_blocks if index in pools.cross_layers else text_blocks
+        if block_ids:
+            rows = torch.tensor(list(block_ids), device=layer.keys.device)
+            layer.keys[rows] = POISON
+            layer.values[rows] = POISON
 
 
 def token_bytes(config: MllamaTextConfig, dtype: torch.dtype) -> int:

@@ -27,6 +27,7 @@ from .cache import (
     PagedStep,
     allocate_pools,
     copy_blocks,
+    poison_blocks,
 )
 from .errors import StepError
 from .fused import FusedDecoder, is_fused
@@ -157,6 +158,7 @@ class ModelRunner:
     def _forward(self, batch: StepBatch, inputs: StepInputs, vision: Tensor | None) -> Tensor:
         """The normalised hidden states of all tokens, [num_tokens, hidden]."""
         copy_blocks(self.pools, batch.copies)
+        poison_blocks(self.pools, batch.freed_text_blocks, batch.freed_image_blocks)
         token_ids, positions = self._upload(inputs.token_ids), self._upload(inputs.positions)
         row_mask = self._row_mask(inputs)
         if self._fused is not None:

@@ -32,6 +32,7 @@ class BlockPool:
         # neighbours in a sequence as long as nobody came between.
         self._free = list(range(num_blocks - 1, -1, -1))
         self._states = bytearray(num_blocks)
+        self._just_freed: set[int] | None = None
 
     @property
     def num_free(self) -> int:
@@ -70,6 +71,19 @@ class BlockPool:
             assert self._states[block_id] == _USED, f"block {block_id} is freed twice"
             self._states[block_id] = _FREE
             self._free.append(block_id)
+        if self._just_freed is not None:
+            self._just_freed.update(block_ids)
+
+    def note_freed(self) -> None:
+        """From now on keep the ids of freed blocks for `take_freed`."""
+        self._just_freed = set()
+
+    def take_freed(self) -> list[int]:
+        """The blocks that were freed since the last call, by now perhaps somebody else's."""
+        if not self._just_freed:
+            return []
+        freed, self._just_freed = sorted(self._just_freed), set()
+        return freed
 
     def park(self, block_ids: list[int]) -> None:
         """Used blocks become cached ones."""

@@ -29,6 +29,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache and image_cache keep text and image blocks after use, until others
     need the room. num_threads None takes the cores that HTTP and image decoding leave.
     max_queue_wait_s: the longest time that a request may be expected to wait; None for any.
+    poison_freed_blocks overwrites what nobody may read any more: for finding faults, it takes time.
     max_frame_bytes caps one message from a worker; a worker that leaves more than
     max_outgoing_bytes unread is dropped. parent_pid: the process whose end ends
     the engine, None for whoever started it.
@@ -53,6 +54,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9
     prefix_cache: bool = True
     image_cache: bool = True
+    poison_freed_blocks: bool = False
     max_queue_requests: Positive = 256
     max_queue_tokens: Positive = 1_048_576
     max_queue_bytes: Positive = 1_073_741_824

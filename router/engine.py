@@ -346,6 +346,7 @@ class Engine:
             max_model_len=self._limits.max_model_len,
             prefix_cache=self._config.prefix_cache,
             image_cache=self._config.image_cache,
+            poison_freed_blocks=self._config.poison_freed_blocks,
         )
 
 

@@ -68,6 +68,7 @@ class SchedulerLimits:
     max_model_len: int
     prefix_cache: bool = True
     image_cache: bool = True
+    poison_freed_blocks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,9 @@ class Scheduler:
         self.blocks = BlockManager(
             info.pools, prefix_cache=limits.prefix_cache, image_cache=limits.image_cache
         )
+        if limits.poison_freed_blocks:
+            self.blocks.text_pool.note_freed()
+            self.blocks.image_pool.blocks.note_freed()
         self.num_preemptions = 0
         self.num_images_encoded = 0
         self._limits = limits
@@ -134,8 +138,17 @@ class Scheduler:
             return None
         step.copies, self._copies = self._copies, {}
         step.batch.copies = list(step.copies.values())
+        self._name_freed(step.batch)
         self._step = step
         return step.batch
+
+    def _name_freed(self, batch: StepBatch) -> None:
+        """In the debug mode: have the step poison what was freed since the last one."""
+        # A copy's target was written just before.
+        targets = {copy.target for copy in batch.copies}
+        freed = self.blocks.text_pool.take_freed()
+        batch.freed_text_blocks = [one for one in freed if one not in targets]
+        batch.freed_image_blocks = self.blocks.image_pool.blocks.take_freed()
 
     def _plan_decodes(self, step: _Step) -> None:
         for sequence in list(self._running):

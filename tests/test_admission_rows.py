@@ -17,8 +17,8 @@ MODEL = "m"
 REFUSAL_S = 0.05
 
 
-def body_of(route, **more):
-    body = body_for(route, **more)
+def body_of(route, text="Hi", **more):
+    body = body_for(route, text, **more)
     return body | {"model" if "model" in body else "model_id": MODEL}
 
 

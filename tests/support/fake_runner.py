@@ -20,6 +20,7 @@ from vlmserve.models.batch import (
     ModelInfo,
     PoolSizes,
     PromptLogprobs,
+    SamplingParams,
     ScheduledSequence,
     StepBatch,
     StepResult,
@@ -76,7 +77,7 @@ def expected_token_ids(request: AddRequest, vocab_size: int = 1000) -> list[int]
     ends = {*request.eos_token_ids, *request.stop_token_ids}
     while True:
         cells += _cells_of(request, token_ids, len(cells))
-        token_ids.append(_next_token_id(cells, request.sampling.seed, vocab_size))
+        token_ids.append(_next_token_id(cells, _seed_of(request.sampling), vocab_size))
         num_generated = len(token_ids) - len(request.prompt_token_ids)
         if token_ids[-1] in ends or num_generated == request.max_tokens:
             return token_ids[len(request.prompt_token_ids) :]
@@ -178,6 +179,15 @@ class FakeRunner:
         for target, offset, cell in read:
             self._text[target, offset] = cell
         self._copied |= {copy.target for copy in batch.copies}
+        self._forget(batch)
+
+    def _forget(self, batch: StepBatch) -> None:
+        """What freed blocks held is gone: reading it raises KeyError."""
+        for block_id in batch.freed_text_blocks:
+            for offset in range(self.info.pools.block_size):
+                self._text.pop((block_id, offset), None)
+        for block_id in batch.freed_image_blocks:
+            self._images.pop(block_id, None)
 
     def _write(self, sequence: ScheduledSequence) -> None:
         self._check_progress(sequence)
@@ -208,7 +218,7 @@ class FakeRunner:
         assert sequence.sampling is not None
         end = sequence.start + len(sequence.token_ids)
         cells = [self._text[self._slot(sequence, position)] for position in range(end)]
-        return _next_token_id(cells, sequence.sampling.seed, self.info.vocab_size)
+        return _next_token_id(cells, _seed_of(sequence.sampling), self.info.vocab_size)
 
     def _prompt_logprobs(self, sequence: ScheduledSequence) -> list[PromptLogprobs | None]:
         """At each target a hash of all that stands before it; None beyond the vocabulary."""
@@ -224,6 +234,11 @@ class FakeRunner:
     def _slot(self, sequence: ScheduledSequence, position: int) -> tuple[int, int]:
         block_index, offset = divmod(position, self.info.pools.block_size)
         return sequence.block_ids[block_index], offset
+
+
+def _seed_of(sampling: SamplingParams) -> int:
+    """What an answer depends on beside its text and images; a greedy one on nothing."""
+    return 0 if sampling.is_greedy else sampling.seed
 
 
 def _prompt_entry(cells: list[_Cell], token_id: int) -> PromptLogprobs:

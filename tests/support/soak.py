@@ -77,6 +77,7 @@ class Soak:
             max_num_seqs=8,
             max_num_batched_tokens=24,
             max_num_batched_images=2,
+            poison_freed_blocks=True,
         )
         self.engine = Engine(runner, config, self._receive)
         self.report = Report()
