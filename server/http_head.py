@@ -60,22 +60,24 @@ class RequestHead:
     content_length: int | None
 
 
-def end_of_head(received: bytes | bytearray, limits: HeadLimits) -> int | None:
+def end_of_head(received: bytes | bytearray, limits: HeadLimits, num_passed: int = 0) -> int | None:
     """How many bytes of what was received are a whole head; None while its end is missing.
 
+    num_passed: how many of the bytes an earlier call has seen, which are not looked at again.
     Raises ApiError as soon as the bytes that are there cannot become a good one, so that
     nobody waits for the end of what is no HTTP.
     """
-    end = received.find(b"\r\n\r\n", 0, limits.max_bytes)
+    end = received.find(b"\r\n\r\n", max(0, num_passed - 3), limits.max_bytes)
     if end >= 0:
         return end + 4
     if len(received) >= limits.max_bytes:
         raise HeadTooLargeError(f"the request's head is over {limits.max_bytes:,} bytes")
-    # A last CR may still become a CRLF.
-    if has_lone_line_end(received):
+    # The last byte that was passed may have been half of a line's end.
+    begin = max(0, num_passed - 1)
+    if has_lone_line_end(received, begin):
         raise BadRequestError("the request's head has a line that does not end with CR LF")
     line_end = received.find(b"\r\n")
-    if line_end >= 0:
+    if line_end >= begin:
         _read_request_line(bytes(received[:line_end]), limits)
     return None
 
@@ -96,10 +98,10 @@ def read_head(head: bytes, limits: HeadLimits) -> RequestHead:
     return RequestHead(method, target, version, _is_chunked(fields, version), length)
 
 
-def has_lone_line_end(received: bytes | bytearray) -> bool:
+def has_lone_line_end(received: bytes | bytearray, begin: int = 0) -> bool:
     """Whether a line ends by CR or LF alone, or holds a NUL. A last CR may yet become CR LF."""
     end = len(received) - received.endswith(b"\r")
-    return LONE_LINE_END.search(received, 0, end) is not None
+    return LONE_LINE_END.search(received, begin, end) is not None
 
 
 def read_fields(lines: list[bytes], limits: HeadLimits) -> list[tuple[bytes, bytes]]:

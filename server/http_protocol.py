@@ -76,13 +76,15 @@ class StrictHttp(Http):  # type: ignore[misc]
 
     async def _receive_head(self, limits: HeadLimits) -> bytes:
         buffer = self.recv_buffer
+        num_passed = 0
         while True:
             # A client may end its last body with a line that no length counts (RFC 9112, 2.2).
             if buffer.startswith(b"\r\n"):
                 del buffer[:2]
-            end = end_of_head(buffer, limits)
+            end = end_of_head(buffer, limits, num_passed)
             if end is not None:
                 return bytes(buffer[:end])
+            num_passed = len(buffer)
             await self._receive_more()
 
     async def read(self) -> bytes | None:

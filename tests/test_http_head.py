@@ -113,17 +113,22 @@ BROKEN_CHUNKS = {
 }  # fmt: skip
 
 
-def read(head: bytes):
-    """A head, however it is refused: while it comes or when it is whole."""
-    end = end_of_head(head, LIMITS)
-    assert end is not None
-    return read_head(head[:end], LIMITS)
+def read(head: bytes, step: int | None = None):
+    """A head that comes in pieces of `step` bytes, refused while it comes or when it is whole."""
+    num_passed = 0
+    for length in range(step or len(head), len(head) + (step or 1), step or 1):
+        end = end_of_head(head[:length], LIMITS, num_passed)
+        if end is not None:
+            return read_head(head[:end], LIMITS)
+        num_passed = min(length, len(head))
+    raise AssertionError("the head has no end")
 
 
 @pytest.mark.parametrize("head", TWO_READINGS.values(), ids=TWO_READINGS)
 def test_row_01_a_head_that_could_be_read_in_two_ways_is_refused(head):
-    with pytest.raises(BadRequestError):
-        read(head)
+    for step in (None, 1, 2, 7):
+        with pytest.raises(BadRequestError):
+            read(head, step)
 
 
 def test_a_good_head_is_read_as_it_says():

@@ -107,8 +107,12 @@ def check_head(data: bytes) -> None:
     if whole is None:
         return
     head, read = whole
+    num_passed = 0
     for length in range(0, len(head), 1 + len(head) // 16):
         assert end_of_head(head[:length], LIMITS) is None, "a part of a good head is refused"
+        assert end_of_head(head[:length], LIMITS, num_passed) is None
+        num_passed = length
+    assert end_of_head(data, LIMITS, num_passed) == len(head)
     rewritten = canonical(head, read)
     assert read_head(rewritten, LIMITS) == read
     other = OtherReader(rewritten)
