@@ -1,12 +1,14 @@
 """The figures at /metrics: the documented service's names, and the field's usual ones beside them.
 
-Owns one worker's registry. No label takes its value from a client. The figures of several
-workers become the server's by sums, family by family and label by label: there are counters
+Owns one worker's registry. No label takes its value from a client. Workers under the supervisor
+keep their figures in mapped files of one folder (PROMETHEUS_MULTIPROC_DIR), and each shows the
+sums over all: those of a worker that died stay, as it counted to the last. There are counters
 and histograms only, but for what `engine_figures.py` tells, which every worker tells alike.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Literal
@@ -18,6 +20,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from ..router.messages import AddRequest, EngineStats
 from .engine_figures import EngineFigures
@@ -25,6 +28,8 @@ from .records import Record, current_record
 
 # When a figure was first made is no figure: it doubles the page, and cannot be summed.
 disable_created_metrics()
+# Where it is set, as prometheus_client is imported, figures are kept in files there.
+FIGURES_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -63,9 +68,14 @@ class Metrics:
             self.image_load_time.observe(record.images_ended - record.images_began)
 
     def render(self, stats: EngineStats) -> bytes:
-        """All figures in Prometheus' text format."""
+        """All figures in Prometheus' text format; of all workers, where there are several."""
         self._engine.stats = stats
-        return generate_latest(self.registry)
+        if FIGURES_VARIABLE not in os.environ:
+            return generate_latest(self.registry)
+        summed = CollectorRegistry()
+        MultiProcessCollector(summed)
+        summed.register(self._engine)
+        return generate_latest(summed)
 
     def _add_documented_figures(self) -> None:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens taken.")

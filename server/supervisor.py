@@ -43,6 +43,8 @@ EXIT_CODES_OF_CHILDREN_THAT_SAID_WHY = (2, 3)
 # What a worker has beyond its drain to close, and an engine to say goodbye.
 CLOSING_TIME_S = 5.0
 READY_POLL_S = 0.1
+# Where the workers keep their figures, which outlive them; see metrics.py.
+FIGURES_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 # A worker that lived longer had served.
 WORKER_START_S = 3.0
 # Until the first requests after a start are answered, mostly.
@@ -112,6 +114,7 @@ class Supervisor:
         self._server_settings = server
         self._listener = listener
         self._on_ready = on_ready
+        self._figures = Path()
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._engines = [EngineSlot(engine, self._new_budget())]
@@ -153,6 +156,8 @@ class Supervisor:
                 slot.child.hang_up()
 
     async def _supervise(self, folder: Path) -> int:
+        self._figures = folder / "figures"
+        self._figures.mkdir()
         for number, engine in enumerate(self._engines):
             path = str(folder / f"engine{number}.sock")
             engine.config = msgspec.structs.replace(engine.config, socket_path=path)
@@ -223,7 +228,9 @@ class Supervisor:
         """Run an HTTP worker, and another when it ends. Raises ChildFailedError to give up."""
         while True:
             child = slot.child = await ManagedChild.start(
-                WORKER_COMMAND, pass_fds=[self._listener.fileno()]
+                WORKER_COMMAND,
+                pass_fds=[self._listener.fileno()],
+                environment={FIGURES_VARIABLE: str(self._figures)},
             )
             await child.configure(self._settings_of_workers())
             began = asyncio.get_running_loop().time()

@@ -177,6 +177,36 @@ def test_row_35_two_workers_are_each_replaced(start_faulty_server, wait_for):
             assert wait_for(lambda old=old: len(set(standing.pids("worker")) - {old}) == 2)
 
 
+def test_figures_are_those_of_all_workers_and_outlive_them(start_faulty_server, wait_for):
+    """Whichever worker answers /metrics tells the sum; a killed one's counts do not vanish."""
+    server = start_faulty_server(supervision={"num_workers": 2})
+    standing = standing_of(server)
+
+    def ask(count):
+        with ThreadPoolExecutor(8) as pool:
+            bodies = [body_for(CHAT, max_tokens=3, ignore_eos=True)] * count
+            for answer in pool.map(lambda body: standing.post(CHAT, body), bodies):
+                assert answer.status == 200
+
+    def assert_told(count):
+        for _ in range(6):
+            told = standing.metrics()
+            assert told["request_success_total"] == count
+            assert told["generation_tokens_total"] == 3 * count
+            assert told["e2e_request_latency_seconds_count"] == count
+            assert told["num_requests_running"] == 0
+
+    with standing.holds():
+        ask(20)
+        assert_told(20)
+        for old in standing.pids("worker"):
+            os.kill(old, signal.SIGKILL)
+            assert wait_for(lambda old=old: len(set(standing.pids("worker")) - {old}) == 2)
+        assert_told(20)
+        ask(10)
+        assert_told(30)
+
+
 def test_row_53_live_and_ready_say_what_the_engine_does(start_faulty_server, wait_for):
     """Ready goes when the heartbeat is 2 s old or a step stands still, and comes back with it."""
     server = start_faulty_server(server={"heartbeat_timeout_s": 0.9, "ready_stall_s": 0.9})
