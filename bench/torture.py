@@ -39,6 +39,8 @@ def main() -> None:
     overload.add_argument("--max-num-seqs", type=int, default=8)
     overload.add_argument("--max-tokens", type=int, default=64)
     overload.add_argument("--seed", type=int, default=0)
+    for one in (kills, overload):
+        one.add_argument("--slack", type=float, default=1.0, help="times the promised seconds")
     args = vars(parser.parse_args())
     part = args.pop("part")
     runs = {"kills": run_kills, "cancels": run_cancels, "overload": run_overload}

@@ -19,7 +19,12 @@ P99_RATIO, REFUSAL_P99_S, GOODPUT = 1.5, 0.05, 0.95
 
 
 async def run_overload(
-    seconds: float, max_queue_wait: float, max_num_seqs: int, max_tokens: int, seed: int
+    seconds: float,
+    max_queue_wait: float,
+    max_num_seqs: int,
+    max_tokens: int,
+    seed: int,
+    slack: float,
 ) -> tuple[dict[str, Any], list[str]]:
     """Measure the capacity, then offer 0.9 and 2 times as much; figures and broken promises."""
     port = free_port()
@@ -49,7 +54,7 @@ async def run_overload(
         "at_2": above,
         "p99_ratio": round(ratio, 3),
     }
-    return figures, _broken(above, ratio)
+    return figures, _broken(above, ratio, slack)
 
 
 async def _capacity(
@@ -95,15 +100,15 @@ def _percentile(samples: list[Sample], rank: int, *, from_sent: bool = False) ->
     return round(float(np.percentile(spent, rank)), 4)
 
 
-def _broken(above: dict[str, Any], ratio: float) -> list[str]:
+def _broken(above: dict[str, Any], ratio: float, slack: float) -> list[str]:
     broken = []
-    if ratio > P99_RATIO:
+    if ratio > P99_RATIO * slack:
         broken.append(f"the accepted requests' p99 is {ratio:.2f} times that at 0.9, not 1.5")
     if above["refused_p99_s"] is None:
         broken.append("nothing was refused")
-    elif above["refused_p99_s"] > REFUSAL_P99_S:
+    elif above["refused_p99_s"] > REFUSAL_P99_S * slack:
         broken.append(f"refusals' p99 is {above['refused_p99_s'] * 1000:.0f} ms, not 50")
-    if above["goodput_of_capacity"] < GOODPUT:
+    if above["goodput_of_capacity"] < GOODPUT / slack:
         broken.append(f"goodput is {above['goodput_of_capacity']:.0%} of the capacity, not 95 %")
     if above["other_errors"]:
         broken.append(f"{above['other_errors']} requests failed otherwise")
