@@ -22,11 +22,19 @@ import torch
 from transformers import MllamaForConditionalGeneration
 
 from checkpoints import build, layout
+from vlmserve.models.assembly import WHOLE, Recipe, assemble
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.bundled.exam import exam
 from vlmserve.models.bundled.grading import Grader
+from vlmserve.models.loading import open_checkpoint
 from vlmserve.models.packed import pack_linears
-from vlmserve.models.quantization import METHODS, quantization_config, settle
+from vlmserve.models.quantization import (
+    METHODS,
+    WEIGHT_ONLY,
+    is_quantized,
+    quantization_config,
+    settle,
+)
 from vlmserve.models.reference import mend
 
 LAYER_11B = {
@@ -43,11 +51,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def load(folder: Path, dtype: torch.dtype, method: str | None) -> MllamaForConditionalGeneration:
     """A folder's model on the CPU with transformers' own attention, mended."""
-    read: Any = MllamaForConditionalGeneration.from_pretrained
-    config = quantization_config(method, dtype)
-    model = read(folder, dtype=dtype, quantization_config=config, device_map={"": "cpu"})
-    settle(model, dtype)
+    if method == WEIGHT_ONLY:
+        model = _weight_only(folder, dtype)
+    else:
+        read: Any = MllamaForConditionalGeneration.from_pretrained
+        config = quantization_config(method, dtype)
+        model = read(folder, dtype=dtype, quantization_config=config, device_map={"": "cpu"})
+        settle(model, dtype)
     return mend(model.eval().requires_grad_(False))
+
+
+def _weight_only(folder: Path, dtype: torch.dtype) -> MllamaForConditionalGeneration:
+    checkpoint = open_checkpoint(folder, dtype)
+    recipe = Recipe(torch.device("cpu"), dtype, WHOLE, lambda name: is_quantized(f"{name}.weight"))
+    return assemble(folder, checkpoint.skeleton.config, checkpoint.tensors, recipe, lambda _: None)
 
 
 def layer_bytes(model: MllamaForConditionalGeneration) -> int:
@@ -55,7 +72,7 @@ def layer_bytes(model: MllamaForConditionalGeneration) -> int:
     return sum(
         parameter.nbytes + sum(t.nbytes for t in _statistics(parameter))
         for parameter in model.model.language_model.layers.parameters()
-    )
+    ) + sum(buffer.nbytes for buffer in model.model.language_model.layers.buffers())
 
 
 def _statistics(parameter: Any) -> list[torch.Tensor]:

@@ -77,10 +77,11 @@ def allocate_pools(
     num_patches: int,
     dtype: torch.dtype,
     devices: Sequence[torch.device],
+    num_ranks: int = 1,
 ) -> KVPools:
     """Both pools, zeroed; on a CPU, memory is taken as blocks are first used.
 
-    devices: where each layer computes.
+    devices: where each layer computes. num_ranks: how many share the KV heads.
     """
     head_dim = config.hidden_size // config.num_attention_heads
     cross_layers = frozenset(config.cross_attention_layers or ())
@@ -89,7 +90,7 @@ def allocate_pools(
         text_shape = (sizes.num_text_blocks, sizes.block_size)
         is_cross = index in cross_layers
         blocks = (sizes.num_image_blocks, num_patches) if is_cross else text_shape
-        shape = (*blocks, config.num_key_value_heads, head_dim)
+        shape = (*blocks, config.num_key_value_heads // num_ranks, head_dim)
         keys, values = (_zeros(shape, dtype, devices[index]) for _ in range(2))
         layers.append(LayerCache(keys, values))
     return KVPools(layers, cross_layers, num_patches)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .amounts import shown_bytes
+from .assembly import WHOLE, RankShare
 from .errors import ModelError
 from .footprint import PeakBytes, by_kind, part_bytes, peak_bytes
 from .loading import Checkpoint
@@ -29,13 +30,17 @@ _LAYER = f"{TEXT}.layers."
 
 @dataclass(slots=True, frozen=True)
 class Plan:
-    """What is to be served and how: all that needs follow from."""
+    """What is to be served and how: all that needs follow from.
+
+    share: this rank's part of the cut layers; pools are in a rank's bytes already.
+    """
 
     checkpoint: Checkpoint
     limits: StepLimits
     pools: PoolRequest
     quantize: str | None = None
     kv_cache_bytes: int | None = None
+    share: RankShare = WHOLE
 
 
 @dataclass(slots=True, frozen=True)
@@ -67,7 +72,7 @@ def needs_of(plan: Plan) -> Needs:
         tokens = pools.num_text_blocks * pools.block_size
     tiles = pools.num_image_blocks or pools.max_num_tiles
     return Needs(
-        weights=part_bytes(parts, checkpoint.tensors, checkpoint.dtype, plan.quantize),
+        weights=part_bytes(parts, checkpoint.tensors, checkpoint.dtype, plan.quantize, plan.share),
         caches=_caches(plan, tokens, tiles),
         peak=peak_bytes(
             checkpoint.skeleton.config,

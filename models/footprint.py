@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import MllamaConfig
 
+from .assembly import WHOLE, RankShare
 from .attention.sdpa import MAX_BUCKET_KEYS, MAX_MASKED_QUERIES
 from .logprobs import PROMPT_ROWS
 from .peak import StepLimits
@@ -53,17 +54,18 @@ def part_bytes(
     tensors: Mapping[str, StoredTensor],
     dtype: torch.dtype,
     quantize: str | None = None,
+    share: RankShare = WHOLE,
 ) -> dict[str, int]:
-    """Bytes of each part's weights as they will be held, in the order of `parts`."""
+    """Bytes of each part's weights as a rank will hold them, in the order of `parts`."""
     sizes = dict.fromkeys(parts, 0)
     for name, tensor in tensors.items():
         part = next((part for part in parts if name.startswith(f"{part}.")), None)
         if part is None:  # a file may hold more than the model takes
             continue
+        size = tensor.num_elements * dtype.itemsize
         if quantize is not None and is_quantized(name):
-            sizes[part] += quantized_bytes(quantize, tensor.shape)
-        else:
-            sizes[part] += tensor.num_elements * dtype.itemsize
+            size = quantized_bytes(quantize, tensor.shape)
+        sizes[part] += size // share.size if name.rpartition(".")[0] in share.sides else size
     return sizes
 
 

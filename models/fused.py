@@ -148,10 +148,10 @@ class FusedCrossLayer(nn.Module):
         self._key_value = Product([attention.k_proj, attention.v_proj])
         self._query_norm, self._key_norm = RmsNorm(attention.q_norm), RmsNorm(attention.k_norm)
         self._out = Product([attention.o_proj])
-        self._attention_gate = layer.cross_attn_attn_gate.detach().tanh()
+        self._attention_gate = _opening(layer.cross_attn_attn_gate)
         self._mlp_norm = RmsNorm(layer.post_attention_layernorm)
         self._mlp = Mlp(layer.mlp)
-        self._mlp_gate = layer.cross_attn_mlp_gate.detach().tanh()
+        self._mlp_gate = _opening(layer.cross_attn_mlp_gate)
 
     def write(self, vision: Tensor, cache: LayerCache, step: PagedStep) -> None:
         """Keys and values of new images, [num_vision_tokens, hidden], to their slots."""
@@ -177,6 +177,11 @@ class FusedCrossLayer(nn.Module):
         inner = self._mlp.down(self._mlp(self._mlp_norm(hidden)))
         factor = self._mlp_gate if row_mask is None else self._mlp_gate * row_mask
         return torch.addcmul(hidden, inner, factor)
+
+
+def _opening(gate: Tensor) -> nn.Parameter:
+    """How far a gate is open, which transformers computes at every step."""
+    return nn.Parameter(gate.detach().tanh(), requires_grad=False)
 
 
 class FusedDecoder:
@@ -221,7 +226,7 @@ def fuse_layers(text_model: MllamaTextModel) -> bool:
 
     One at a time, so that no second copy of the whole model is ever in memory.
     """
-    if not all(_is_fusable(module) for module in text_model.layers.modules()):
+    if not all(_is_fusable(*named) for named in text_model.layers.named_modules()):
         return False
     layers: Any = text_model.layers
     for index, layer in enumerate(layers):
@@ -236,9 +241,9 @@ def is_fused(text_model: nn.Module) -> TypeGuard[MllamaTextModel]:
     return isinstance(layers[0], (FusedSelfLayer, FusedCrossLayer))
 
 
-def _is_fusable(module: nn.Module) -> bool:
-    # exactly nn.Linear: a quantized layer is a subclass with a weight of its own kind
-    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+def _is_fusable(name: str, module: nn.Module) -> bool:
+    # exactly nn.Linear: a quantized layer has a weight of its own kind, a rank's needs the others'
+    if name.endswith("_proj") and type(module) is not nn.Linear:
         return False
     # accelerate's hooks bring a layer's weights from where they lie
     if hasattr(module, "_hf_hook"):

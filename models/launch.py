@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from .amounts import shown_bytes
+from .assembly import RankShare
 from .attention.choice import Choice, choose_backend
+from .batch import PoolSizes
 from .cache import tile_bytes, token_bytes
 from .errors import ModelError
 from .fit import LEAST_TEXT_TOKENS, Plan, check_fits, needs_of, peak_on, share_of
@@ -29,8 +31,10 @@ from .loading import (
     choose_dtype,
     load,
     open_checkpoint,
+    share_with,
 )
 from .memory import Room, RoomOf, room_of
+from .parallel.group import Group
 from .peak import StepLimits, measure_peak
 from .placement import (
     AUTO,
@@ -69,18 +73,21 @@ def create_runner(
     gpu_memory_utilization: float = 0.9,
     num_threads: int | None = None,
     rooms: RoomOf | None = None,
+    group: Group | None = None,
 ) -> ModelRunner:
     """The runner of a local checkpoint folder, loaded and with its pools allocated.
 
-    The arguments are the engine's settings of the same names; rooms: what each device has free, in
-    the place of asking it. Raises ModelError, one line with the remedy, before a weight is read
-    where the model cannot fit. Shows progress on stderr.
+    group: the ranks that share the model, which all call this alike. The other arguments are the
+    engine's settings of the same names; rooms: what each device has free, in the place of asking
+    it. Raises ModelError, one line with the remedy, before a weight is read where the model cannot
+    fit. Shows progress on stderr.
     """
     set_threads(num_threads)
     chosen = choose_device(device)
     checkpoint = open_checkpoint(model, choose_dtype(dtype, chosen))
+    share = share_with(checkpoint, group)
     pools = replace(
-        _pool_request(checkpoint),
+        _pool_request(checkpoint, share),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         block_size=block_size or 1,
@@ -90,23 +97,33 @@ def create_runner(
     limits = StepLimits(
         max_num_seqs, max_num_batched_tokens, max_num_batched_images, wanted_len(pools)
     )
-    plan = Plan(checkpoint, limits, pools, quantize, kv_cache_bytes)
+    plan = Plan(checkpoint, limits, pools, quantize, kv_cache_bytes, share)
     rooms = rooms or partial(room_of, gpu_memory_utilization=gpu_memory_utilization)
     bounded = rooms if max_memory is None else partial(_bounded, rooms, max_memory)
     placement = _place(plan, chosen, device_map, max_memory, bounded)
     check_fits(plan, placement, bounded)
     before = {one: bounded(one).num_bytes for one in placement.devices()}
-    loaded = load(checkpoint, placement, quantize)
+    loaded = load(checkpoint, placement, quantize, group=group)
     attention = choose_backend(attention_backend, loaded.geometry, block_size)
     plan = replace(plan, pools=replace(pools, block_size=attention.block_size))
     sized = _size_pools(plan, loaded, attention, _Rooms(rooms, before))
+    sized = sized if group is None else agree(sized, group)
     runner = ModelRunner(loaded, sized, attention.backend)
     keep_freed_buffers()  # not earlier: pools take memory only as they are written
     return runner
 
 
-def _pool_request(checkpoint: Checkpoint) -> PoolRequest:
-    """What the checkpoint itself says of the pools; the settings are filled in by the caller."""
+def agree(plan: PoolPlan, group: Group) -> PoolPlan:
+    """The pools that every rank has room for."""
+    sizes = plan.sizes
+    text, images, longest = group.least(
+        [sizes.num_text_blocks, sizes.num_image_blocks, plan.max_model_len]
+    )
+    return PoolPlan(PoolSizes(text, images, sizes.block_size), longest)
+
+
+def _pool_request(checkpoint: Checkpoint, share: RankShare) -> PoolRequest:
+    """What a rank's part of the checkpoint says of the pools; the caller adds the settings."""
     config: Any = checkpoint.skeleton.config
     num_patches = int(checkpoint.skeleton.model.vision_model.num_patches)
     return PoolRequest(
@@ -115,8 +132,8 @@ def _pool_request(checkpoint: Checkpoint) -> PoolRequest:
         max_num_seqs=1,
         max_num_tiles=config.vision_config.max_num_tiles,
         block_size=1,
-        token_bytes=token_bytes(config.text_config, checkpoint.dtype),
-        tile_bytes=tile_bytes(config.text_config, num_patches, checkpoint.dtype),
+        token_bytes=token_bytes(config.text_config, checkpoint.dtype) // share.size,
+        tile_bytes=tile_bytes(config.text_config, num_patches, checkpoint.dtype) // share.size,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from transformers import BitsAndBytesConfig, MllamaForConditionalGeneration, MllamaTextConfig
 
 from . import progress
+from .assembly import WHOLE, RankShare, Recipe, assemble
 from .attention import Geometry
 from .cache import ATTENTION_NAME
 from .checkpoint import check_folder
@@ -25,8 +26,11 @@ from .heap import large_buffers_mapped
 from .layer_count import LayerCount
 from .offload import bring_whole
 from .packed import pack_linears
+from .parallel.group import Group
+from .parallel.layers import connect
+from .parallel.plan import check_size, cut_linears
 from .placement import VISION, Placement, on_one_device
-from .quantization import quantization_config, settle
+from .quantization import WEIGHT_ONLY, is_quantized, quantization_config, settle
 from .reference import mend_vision
 from .skeleton import build_skeleton, one_line
 from .split import SPLIT_ATTENTION_NAME
@@ -53,7 +57,10 @@ class Checkpoint:
 
 @dataclass(slots=True, frozen=True)
 class LoadedModel:
-    """A model ready to compute: eval mode, on its devices, attention set to the paged function."""
+    """A model ready to compute: eval mode, on its devices, attention set to the paged function.
+
+    num_ranks: how many share it; heads are then a rank's own.
+    """
 
     model: MllamaForConditionalGeneration
     normalization: ImageNormalization
@@ -61,6 +68,7 @@ class LoadedModel:
     placement: Placement
     dtype: torch.dtype
     layers: LayerCount
+    num_ranks: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -84,8 +92,8 @@ class LoadedModel:
         return Geometry(
             device=self.device,
             dtype=self.dtype,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
+            num_heads=config.num_attention_heads // self.num_ranks,
+            num_kv_heads=config.num_key_value_heads // self.num_ranks,
             head_dim=config.hidden_size // config.num_attention_heads,
             num_patches=self.num_patches,
         )
@@ -96,16 +104,21 @@ class LoadedModel:
 
 
 def load_model(
-    folder: str | Path, device: str = "auto", dtype: str = "auto", quantize: str | None = None
+    folder: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    group: Group | None = None,
 ) -> LoadedModel:
     """The checkpoint of a local folder on one device: `open_checkpoint`, then `load`.
 
     device: "auto", "cpu", "cuda" or "cuda:N"; dtype: "auto", "float32", "bfloat16" or "float16";
-    quantize: one of `quantization.METHODS`. Raises ModelError, one line with the remedy.
+    quantize: one of `quantization.METHODS`; group: see `load`. Raises ModelError, one line with the
+    remedy.
     """
     chosen = choose_device(device)
     checkpoint = open_checkpoint(folder, choose_dtype(dtype, chosen))
-    return load(checkpoint, on_one_device(checkpoint.skeleton, chosen), quantize)
+    return load(checkpoint, on_one_device(checkpoint.skeleton, chosen), quantize, group=group)
 
 
 def open_checkpoint(folder: str | Path, dtype: torch.dtype) -> Checkpoint:
@@ -122,11 +135,13 @@ def load(
     placement: Placement,
     quantize: str | None = None,
     is_fused: bool = True,
+    group: Group | None = None,
 ) -> LoadedModel:
     """The checkpoint's model, every weight where `placement` puts it.
 
     is_fused: exchange decoder layers for those of `fused.py` where they can be; without, all keep
-    transformers' modules, to compare with or to be split afterwards.
+    transformers' modules, to compare with or to be split afterwards. group: the ranks that share
+    it, each with its part of the layers; None for one alone.
     Progress goes to stderr. Raises ModelError, one line with the remedy.
     """
     quantization = quantization_config(quantize, checkpoint.dtype)
@@ -135,15 +150,23 @@ def load(
             f"--quantize {quantize} and weights on disk, or on the CPU beside a GPU, do not go "
             "together: leave one of them out, or let --device-map use GPUs only"
         )
+    share = share_with(checkpoint, group)
+    _check_together(placement, quantize, share)
     sizes = {name: tensor.num_bytes for name, tensor in checkpoint.tensors.items()}
-    with large_buffers_mapped() if quantization else nullcontext(), progress.shown(sizes):
-        model = _read_weights(checkpoint, placement, quantization)
+    with large_buffers_mapped() if quantize else nullcontext():
+        if quantize == WEIGHT_ONLY or share.size > 1:
+            model = _assembled(checkpoint, placement, quantize == WEIGHT_ONLY, share)
+        else:
+            with progress.shown(sizes):
+                model = _read_weights(checkpoint, placement, quantization)
     if placement.is_offloaded_part(VISION):
         bring_whole(model, VISION, placement.device_of(VISION))
     settle(model, checkpoint.dtype)
     model.eval().requires_grad_(False)
     # published taps are block inputs; transformers collects block outputs
     mend_vision(model)
+    if group is not None:
+        connect(model, share.sides, group)
     if is_fused:
         fuse_layers(model.model.language_model)
     pack_linears(model)
@@ -154,11 +177,60 @@ def load(
         placement,
         checkpoint.dtype,
         LayerCount(model),
+        share.size,
     )
     # the text model alone: the vision encoder keeps transformers' own attention
     name = ATTENTION_NAME if len(loaded.layer_devices) == 1 else SPLIT_ATTENTION_NAME
     loaded.text_config._attn_implementation = name
     return loaded
+
+
+def share_with(checkpoint: Checkpoint, group: Group | None) -> RankShare:
+    """This rank's share of the layers. Raises ModelError where the model does not divide."""
+    if group is None or group.size == 1:
+        return WHOLE
+    check_size(checkpoint.skeleton.config, group.size)
+    return RankShare(group.rank, group.size, cut_linears(checkpoint.skeleton, group.size))
+
+
+def _check_together(placement: Placement, quantize: str | None, share: RankShare) -> None:
+    """Raise ModelError for what does not go together."""
+    is_split = placement.single is None
+    if quantize == WEIGHT_ONLY and is_split:
+        raise ModelError(
+            "--quantize int8 and a --device-map over several devices do not go together: use "
+            "--tensor-parallel-size, or --quantize bitsandbytes"
+        )
+    if share.size > 1 and is_split:
+        raise ModelError(
+            "--tensor-parallel-size and --device-map both share the model out: leave one out"
+        )
+    if share.size > 1 and quantize not in (None, WEIGHT_ONLY):
+        raise ModelError(
+            f"--quantize {quantize} works on one rank: with --tensor-parallel-size take "
+            f"--quantize {WEIGHT_ONLY}"
+        )
+
+
+def _assembled(
+    checkpoint: Checkpoint, placement: Placement, is_int8: bool, share: RankShare
+) -> MllamaForConditionalGeneration:
+    """The model on its one device, by this project's own reading."""
+    recipe = Recipe(
+        device=placement.main,
+        dtype=checkpoint.dtype,
+        share=share,
+        quantizes=lambda name: is_int8 and is_quantized(f"{name}.weight"),
+    )
+    shown = progress.ByteProgress(sum(one.num_bytes for one in checkpoint.tensors.values()))
+    try:
+        return assemble(
+            checkpoint.folder, checkpoint.skeleton.config, checkpoint.tensors, recipe, shown.advance
+        )
+    except OSError as error:
+        raise ModelError(f"{checkpoint.folder}: cannot be loaded: {one_line(error)}") from error
+    finally:
+        shown.close()
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,9 +1,11 @@
-"""Holds the decoder's linear layers in 8 or 4 bits, by bitsandbytes through transformers.
+"""Holds the decoder's linear layers in 8 or 4 bits.
 
 Owns the methods' names, what stays in the compute dtype, and what bitsandbytes needs to be told.
 Knows nothing of devices or of how a layer computes. bitsandbytes is an extra and loads only when a
-method is asked for.
+method of its own is asked for; transformers then quantizes while it loads. `int8` is this project's
+(models/int8/).
 
+    int8               int8 weights by row; products in the compute dtype
     bitsandbytes       LLM.int8 (Dettmers et al., 2022): int8 weights by row, outlier columns of the
                        activations in the compute dtype
     bitsandbytes-nf4   NF4 (Dettmers et al., 2023): 4 bits in blocks of 64 weights
@@ -23,8 +25,8 @@ from transformers import BitsAndBytesConfig
 
 from .errors import ModelError
 
-INT8, NF4 = "bitsandbytes", "bitsandbytes-nf4"
-METHODS = (INT8, NF4)
+WEIGHT_ONLY, INT8, NF4 = "int8", "bitsandbytes", "bitsandbytes-nf4"
+METHODS = (WEIGHT_ONLY, INT8, NF4)
 # gates and norms are no linear layers and the embedding is a table: they stay as they are
 KEPT_MODULES = ("model.vision_model", "model.multi_modal_projector", "lm_head")
 NF4_BLOCK = 64
@@ -32,11 +34,13 @@ _CPU_PACKED_ROWS = 32
 
 
 def quantization_config(method: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What transformers quantizes by while it loads; None for no method. Raises ModelError."""
+    """What transformers quantizes by while it loads; None where it does not. Raises ModelError."""
     if method is None:
         return None
     if method not in METHODS:
         raise ModelError(f"quantization {method!r} is unknown: use one of {', '.join(METHODS)}")
+    if method == WEIGHT_ONLY:
+        return None
     if find_spec("bitsandbytes") is None:
         raise ModelError(
             f"--quantize {method} needs the package bitsandbytes: pip install 'vlmserve[quantize]'"
@@ -62,7 +66,7 @@ def is_quantized(name: str) -> bool:
 def quantized_bytes(method: str, shape: Sequence[int]) -> int:
     """What a linear layer's weight of that shape takes: its bits and its float32 scales."""
     rows, count = shape[0], math.prod(shape)
-    if method == INT8:
+    if method in (WEIGHT_ONLY, INT8):
         return count + 4 * rows
     return -(-count // 2) + 4 * -(-count // NF4_BLOCK)
 

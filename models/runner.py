@@ -82,6 +82,7 @@ class ModelRunner:
             loaded.num_patches,
             loaded.dtype,
             loaded.placement.layer_devices(),
+            loaded.num_ranks,
         )
         self.info = ModelInfo(
             vocab_size=config.vocab_size,

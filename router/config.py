@@ -17,10 +17,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of one engine process.
 
     model: a local folder. device: "auto", "cpu", "cuda" or "cuda:N". dtype:
-    "auto", "float32", "bfloat16" or "float16". quantize: None, "bitsandbytes" or
+    "auto", "float32", "bfloat16" or "float16". quantize: None, "int8", "bitsandbytes" or
     "bitsandbytes-nf4". device_map: "auto", "balanced" or a JSON file; max_memory: bytes
-    by "0", "1", ... and "cpu"; both None put the model on one device. max_model_len None
-    takes the model's own context, or less where memory is short.
+    by "0", "1", ... and "cpu"; both None put the model on one device. tensor_parallel_size:
+    ranks that share the model, each a process on a GPU of its own, or on a share of the cores.
+    max_model_len None takes the model's own context, or less where memory is short.
     max_num_batched_tokens and max_num_batched_images cap what one step computes.
     attention_backend: "auto", "sdpa", "flash_attn", "triton" or "varlen".
     block_size: tokens of a text block; None takes 16, or what the attention backend
@@ -42,6 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     quantize: str | None = None
     device_map: str | None = None
     max_memory: dict[str, Positive] | None = None
+    tensor_parallel_size: Positive = 1
     max_model_len: Positive | None = None
     max_num_seqs: Positive = 64
     max_num_batched_tokens: Positive = 2048

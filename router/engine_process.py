@@ -42,33 +42,39 @@ EXIT_MODEL_ERROR = 3
 SPARE_OPTION = "--spare"
 ENGINE_NAME, SPARE_NAME = "vlmserve-engine", "vlmserve-spare"
 
+# the settings that the model's runner takes under the same names
+RUNNER_OPTIONS = (
+    "device",
+    "dtype",
+    "quantize",
+    "device_map",
+    "max_memory",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_num_batched_images",
+    "attention_backend",
+    "block_size",
+    "num_text_blocks",
+    "num_image_blocks",
+    "kv_cache_bytes",
+    "gpu_memory_utilization",
+    "num_threads",
+)
+
 LoadRunner = Callable[[EngineConfig], Runner]
 
 
 def load_model_runner(config: EngineConfig) -> Runner:
     """Load the model that `config` names. Imports torch: call it late, off the loop."""
     from ..models.launch import create_runner
+    from ..models.parallel.runner import create_parallel_runner
 
-    runner = create_runner(
-        config.model,
-        device=config.device,
-        dtype=config.dtype,
-        quantize=config.quantize,
-        device_map=config.device_map,
-        max_memory=config.max_memory,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_num_batched_images=config.max_num_batched_images,
-        attention_backend=config.attention_backend,
-        block_size=config.block_size,
-        num_text_blocks=config.num_text_blocks,
-        num_image_blocks=config.num_image_blocks,
-        kv_cache_bytes=config.kv_cache_bytes,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        num_threads=config.num_threads,
-    )
-    return cast(Runner, runner)
+    options = {name: getattr(config, name) for name in RUNNER_OPTIONS}
+    if config.tensor_parallel_size > 1:
+        parallel = create_parallel_runner(config.model, config.tensor_parallel_size, **options)
+        return cast(Runner, parallel)
+    return cast(Runner, create_runner(config.model, **options))
 
 
 def import_model_runner() -> None:

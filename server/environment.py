@@ -69,6 +69,7 @@ class Adopted:
 
 ADOPTED: Mapping[str, Adopted] = {
     "NIM_SERVED_MODEL_NAME": Adopted("served_model_name"),
+    "NIM_TENSOR_PARALLEL_SIZE": Adopted("tensor_parallel_size"),
     "NIM_MAX_MODEL_LEN": Adopted("max_model_len"),
     "NIM_MAX_IMAGES_PER_PROMPT": Adopted("max_images"),
     "NIM_SERVER_PORT": Adopted("port"),
@@ -86,7 +87,6 @@ ADOPTED: Mapping[str, Adopted] = {
 IGNORED: Mapping[str, str] = {
     "NGC_API_KEY": "nothing is fetched from NGC; the hub's token is HF_TOKEN",
     "NIM_MODEL_PROFILE": "there are no profiles; the model is an argument, its form are options",
-    "NIM_TENSOR_PARALLEL_SIZE": "a model is spread by --device-map, not split by tensors",
 }
 
 

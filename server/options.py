@@ -33,6 +33,7 @@ class Dtype(StrEnum):
 class Quantization(StrEnum):
     """How the decoder's weights are held; the vision encoder stays in the compute type."""
 
+    int8 = "int8"
     bitsandbytes = "bitsandbytes"
     bitsandbytes_nf4 = "bitsandbytes-nf4"
 
@@ -154,7 +155,16 @@ MaxMemory = Annotated[
 Quantize = Annotated[
     Quantization | None,
     typer.Option(
-        help="Hold the decoder's weights in 8 bits (bitsandbytes) or in 4 (bitsandbytes-nf4).",
+        help="Hold the decoder's weights in 8 bits (int8, or bitsandbytes for LLM.int8) or in 4 "
+        "(bitsandbytes-nf4).",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+TensorParallelSize = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="GPUs that share one model, each with a part of every layer; on a CPU, processes.",
         rich_help_panel=MODEL_PANEL,
     ),
 ]

@@ -85,9 +85,11 @@ def test_the_quantizations_that_would_fit_are_named_and_no_others() -> None:
     totals = {m: needs_of(plan(m)).total for m in (None, "bitsandbytes", "bitsandbytes-nf4")}
     assert totals["bitsandbytes-nf4"] < totals["bitsandbytes"] < (totals[None] or 0)
     line = refusal(totals["bitsandbytes"])
-    assert "use --quantize bitsandbytes (" in line
+    assert "use --quantize int8 (" in line
+    assert ", or --quantize bitsandbytes (" in line
     assert "--quantize bitsandbytes-nf4 (" in line
     line = refusal(totals["bitsandbytes-nf4"])
+    assert "--quantize int8 (" not in line
     assert "--quantize bitsandbytes (" not in line
     assert "use --quantize bitsandbytes-nf4 (" in line
     line = refusal(totals["bitsandbytes-nf4"] - 1)
@@ -197,13 +199,14 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "weights 19.9 GiB (vision 1.7 GiB, decoder 16.3 GiB, embedding and head 2.0 GiB) + KV "
             "cache of at least 456.1 MiB (2,048 text tokens, 4 image tiles) + activations of a "
             "step 4.8 GiB = 25.2 GiB, and there are 17.6 GiB (as a test says): use --quantize "
-            "bitsandbytes (17.0 GiB in all), or --quantize bitsandbytes-nf4 (13.5 GiB in all), or "
+            "int8 (17.0 GiB in all), or --quantize bitsandbytes (17.0 GiB in all), or --quantize "
+            "bitsandbytes-nf4 (13.5 GiB in all), or "
             "--device-map auto, which keeps elsewhere what has no room",
         ),
         (
             {"max_model_len": 131_072},
             "(131,072 text tokens, 4 image tiles) + activations of a step 4.8 GiB = 40.9 GiB, and "
-            "there are 17.6 GiB (as a test says): use --quantize bitsandbytes with --max-model-len "
+            "there are 17.6 GiB (as a test says): use --quantize int8 with --max-model-len "
             "4096, or --device-map auto",
         ),
     ],

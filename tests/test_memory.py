@@ -20,6 +20,7 @@ from vlmserve.models.attention.choice import choose_backend
 from vlmserve.models.batch import PoolSizes
 from vlmserve.models.errors import ModelError
 from vlmserve.models.footprint import by_kind, part_bytes, peak_bytes
+from vlmserve.models.int8.linear import Int8Linear
 from vlmserve.models.launch import create_runner
 from vlmserve.models.loading import LoadedModel, load, load_model, open_checkpoint
 from vlmserve.models.memory import Room, cpu_room, room_of
@@ -144,10 +145,12 @@ def held_bytes(model: LoadedModel) -> int:
             total += 0 if state is None else state.absmax.nbytes
             scales = getattr(weight, "SCB", None)
             total += 0 if scales is None else scales.nbytes
+        if isinstance(module, Int8Linear):
+            total += module.codes.nbytes + module.scales.nbytes
     return total
 
 
-@pytest.mark.parametrize("method", [None, "bitsandbytes", "bitsandbytes-nf4"])
+@pytest.mark.parametrize("method", [None, "int8", "bitsandbytes", "bitsandbytes-nf4"])
 def test_weights_take_what_their_headers_promise(method: str | None) -> None:
     opened = open_checkpoint(checkpoint("tiny"), torch.float32)
     sizes = part_bytes(parts_of(opened.skeleton), opened.tensors, torch.float32, method)

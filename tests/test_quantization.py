@@ -27,7 +27,7 @@ from vlmserve.tests.helpers_models import (
 )
 
 # relative error of logits, by root mean square, on random weights: the worst case for rounding
-TOLERANCE = {"bitsandbytes": 0.05, "bitsandbytes-nf4": 0.4}
+TOLERANCE = {"int8": 0.05, "bitsandbytes": 0.05, "bitsandbytes-nf4": 0.4}
 
 
 def quantized(method: str, dtype: str = "float32") -> LoadedModel:
@@ -38,7 +38,11 @@ def quantized(method: str, dtype: str = "float32") -> LoadedModel:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_only_the_decoders_linear_layers_are_quantized(method: str, dtype: str) -> None:
     model = quantized(method, dtype).model
-    kinds = {"bitsandbytes": "Linear8bitLt", "bitsandbytes-nf4": "Linear4bit"}
+    kinds = {
+        "int8": "Int8Linear",
+        "bitsandbytes": "Linear8bitLt",
+        "bitsandbytes-nf4": "Linear4bit",
+    }
     for name, module in model.named_modules():
         is_layer = name.startswith("model.language_model.layers.") and name.endswith("_proj")
         assert (type(module).__name__ == kinds[method]) == is_layer, name
@@ -58,7 +62,9 @@ def test_a_quantized_model_answers_near_the_whole_one(method: str, name: str) ->
 
 
 def test_an_unknown_method_is_refused_by_name() -> None:
-    with pytest.raises(ModelError, match="quantization 'gptq' is unknown: use one of bitsandbytes"):
+    with pytest.raises(
+        ModelError, match="quantization 'gptq' is unknown: use one of int8, bitsandbytes"
+    ):
         quantized("gptq")
 
 

@@ -115,6 +115,7 @@ def settings_for(monkeypatch):
         ({"NIM_MAX_IMAGES_PER_PROMPT": "3"}, ("server.images.max_images", 3)),
         ({"NIM_LOG_LEVEL": "WARNING"}, ("engine.log_level", "warning")),
         ({"NIM_LOG_LEVEL": "TRACE"}, ("server.log_level", "debug")),
+        ({"NIM_TENSOR_PARALLEL_SIZE": "2"}, ("engine.tensor_parallel_size", 2)),
         ({"NIM_JSONL_LOGGING": "1"}, ("engine.log_format", "json")),
         ({"NIM_JSONL_LOGGING": "0"}, ("server.log_format", "text")),
         ({"NIM_DISABLE_LOG_REQUESTS": "1"}, ("server.log_requests", False)),
@@ -176,7 +177,7 @@ def test_a_variable_that_says_nothing_is_one_clear_line(name, value):
 
 
 def test_what_has_no_effect_is_named_without_its_value():
-    environ = {"NGC_API_KEY": "secret", "NIM_TENSOR_PARALLEL_SIZE": "2", "NIM_FOO": "secret"}
+    environ = {"NGC_API_KEY": "secret", "NIM_MODEL_PROFILE": "2", "NIM_FOO": "secret"}
     lines = without_effect(environ | {"NIM_LOG_LEVEL": "INFO", "PATH": "/"})
     assert [line.split(" ")[0] for line in lines] == sorted(environ)
     assert "secret" not in "".join(lines)

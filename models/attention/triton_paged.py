@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..triton_launch import MIN_DOT, operand_of, power_of_2
 from .base import AttentionBackend, Geometry, PagedRows
 
 Ints = NDArray[np.int64]
@@ -30,8 +31,6 @@ MIN_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
 # queries of a tile of a longer row; times the heads of a KV group they make a product's rows
 TILE_QUERIES = 16
-# tl.dot takes no fewer rows, columns or depth
-MIN_DOT = 16
 KEYS_AT_ONCE = 64
 # rows times splits that fill a GPU of about 130 processors twice, at 8 KV heads
 MAX_SPLITS = 32
@@ -137,7 +136,7 @@ class TritonBackend(AttentionBackend):
         num_queries, num_heads, head_dim = query.shape
         num_kv_heads, num_splits = key_cache.shape[-2], launch.num_splits
         group, num_tiles = num_heads // num_kv_heads, len(launch.tile_rows)
-        padded_dim = max(MIN_DOT, _power_of_2(head_dim))
+        padded_dim = max(MIN_DOT, power_of_2(head_dim))
         partial, lse = output, output
         if num_splits > 1:
             rows = (num_splits, num_queries, num_heads)
@@ -165,12 +164,12 @@ class TritonBackend(AttentionBackend):
             HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim,
             BLOCK_Q=launch.block_q,
-            M=max(MIN_DOT, _power_of_2(launch.block_q * group)),
+            M=max(MIN_DOT, power_of_2(launch.block_q * group)),
             BLOCK_N=KEYS_AT_ONCE,
             NUM_SPLITS=num_splits,
             # a row's only query is its last token and sees every key
             IS_CAUSAL=plan.is_causal and launch.block_q > 1,
-            OPERAND=_operand(query),
+            OPERAND=operand_of(query),
             num_warps=4,
             num_stages=2,
         )
@@ -186,7 +185,7 @@ class TritonBackend(AttentionBackend):
                 HEAD_DIM=head_dim,
                 PADDED_DIM=padded_dim,
                 NUM_SPLITS=num_splits,
-                PADDED_SPLITS=_power_of_2(num_splits),
+                PADDED_SPLITS=power_of_2(num_splits),
             )
 
     def write(
@@ -204,7 +203,7 @@ class TritonBackend(AttentionBackend):
             keys.stride(0),
             values.stride(0),
             WIDTH=width,
-            PADDED_WIDTH=_power_of_2(width),
+            PADDED_WIDTH=power_of_2(width),
         )
 
 
@@ -233,18 +232,3 @@ def _heads_together(states: Tensor) -> Tensor:
     head_dim = states.shape[-1]
     is_together = states.stride(-1) == 1 and states.stride(-2) == head_dim
     return states if is_together else states.contiguous()
-
-
-def _power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
-def _operand(query: Tensor) -> object:
-    """The type in which a kernel feeds its products: the query's, but float32 on a CPU.
-
-    Triton's interpreter multiplies bfloat16 as the integers that it is stored in.
-    """
-    import triton.language as tl
-
-    names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-    return tl.float32 if query.device.type == "cpu" else names[query.dtype]

@@ -1,0 +1,77 @@
+"""A linear layer over an int8 weight, by the fastest product that the device has.
+
+Owns which product is taken for how many rows. Knows nothing of how a kernel computes.
+
+    rows of the input      CUDA                   CPU, bfloat16          CPU, float32
+    few (a decode step)    fused Triton kernel    torch's int8 kernel    unpacked, in parts
+    many (a prefill)       unpacked, in parts     unpacked, in parts     unpacked, in parts
+
+With few rows a product costs the reading of its weight, which is half of bfloat16's; with many it
+costs arithmetic, and the codes are turned into the compute type once for all rows, some channels at
+a time so that they stay in a CPU's cache. The scales then go to the sums.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .quantizer import Int8Weight
+
+# beyond these a product costs arithmetic: measured on a CPU, on a GPU a guess from its ridge point
+FEW_ROWS_CPU = 8
+FEW_ROWS_CUDA = 64
+# codes that are unpacked at once
+CHUNK_CPU = 1 << 20
+CHUNK_CUDA = 1 << 24
+
+
+class Int8Linear(nn.Module):
+    """Gives what `nn.Linear` gives with the dequantized weight. Inference only."""
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Int8Weight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.codes.shape
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("bias", bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features], in the dtype of the scales."""
+        rows = states.reshape(-1, self.in_features)
+        product = self._few(rows) if self._has_few(rows) else self._many(rows)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.view(*states.shape[:-1], self.out_features)
+
+    def _has_few(self, rows: Tensor) -> bool:
+        if rows.device.type == "cuda":
+            return len(rows) <= FEW_ROWS_CUDA
+        return len(rows) <= FEW_ROWS_CPU and rows.dtype == torch.bfloat16
+
+    def _few(self, rows: Tensor) -> Tensor:
+        if rows.device.type == "cuda":
+            from .product import fused_product
+
+            return fused_product(rows, self.codes, self.scales)
+        product: Tensor = torch._weight_int8pack_mm(rows.contiguous(), self.codes, self.scales)
+        return product
+
+    def _many(self, rows: Tensor) -> Tensor:
+        chunk = CHUNK_CUDA if rows.device.type == "cuda" else CHUNK_CPU
+        size = max(1, chunk // self.in_features)
+        unpacked = rows.new_empty(min(size, self.out_features), self.in_features)
+        sums = []
+        for codes in self.codes.split(size):
+            part = unpacked[: len(codes)]
+            part.copy_(codes)
+            sums.append(F.linear(rows, part))
+        return (sums[0] if len(sums) == 1 else torch.cat(sums, 1)) * self.scales
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"

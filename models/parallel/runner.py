@@ -1,0 +1,153 @@
+"""A runner whose steps run on all ranks, and how each rank makes its own.
+
+Owns the order in which ranks start, meet and agree. Knows nothing of scheduling; to the engine it
+is one runner. Every rank samples, as the logits are joined on each; the first one's word counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..batch import ModelInfo, StepBatch, StepResult, TokenMatcher
+from ..errors import ModelError, StepError
+from ..launch import create_runner
+from ..loading import choose_device
+from ..runner import ModelRunner
+from .group import DistributedGroup
+from .ranks import Ranks, end_process
+from .wire import RankSettings
+
+logger = logging.getLogger(__name__)
+
+
+class ParallelRunner:
+    """The first rank's runner, with the others beside it; used as a `ModelRunner` is."""
+
+    def __init__(
+        self,
+        local: ModelRunner,
+        ranks: Ranks,
+        on_death: Callable[[str], None] = end_process,
+        group: DistributedGroup | None = None,
+    ) -> None:
+        """group: the first rank's, which is left at `close`."""
+        self._local = local
+        self._ranks = ranks
+        self._on_death = on_death
+        self._group = group
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded; the pools are those of every rank."""
+        return self._local.info
+
+    @property
+    def rank_pids(self) -> list[int]:
+        """The other ranks' processes."""
+        return self._ranks.pids
+
+    def compile_grammar(self, grammar: str, eos_token_ids: Sequence[int]) -> TokenMatcher:
+        """See `ModelRunner.compile_grammar`; the first rank alone applies grammars."""
+        return self._local.compile_grammar(grammar, eos_token_ids)
+
+    def execute(self, batch: StepBatch) -> StepResult:
+        """Compute one step on all ranks; see `ModelRunner.execute`.
+
+        A step that fails on this rank alone leaves the others in another place of it: the process
+        ends then, and whoever supervises it starts anew.
+        """
+        self._ranks.compute(batch)
+        try:
+            return self._local.execute(batch)
+        except StepError:
+            raise
+        except Exception as error:
+            logger.exception("a step failed on the first rank")
+            self._on_death("the ranks are out of step")
+            raise StepError("a step failed on one rank of several") from error
+
+    def close(self) -> None:
+        """End the other ranks."""
+        self._ranks.close()
+        if self._group is not None:
+            self._group.close()
+
+
+def create_parallel_runner(
+    model: str,
+    size: int,
+    on_death: Callable[[str], None] = end_process,
+    **options: Any,
+) -> ParallelRunner:
+    """The runner of a checkpoint over `size` ranks on this machine; options: of `create_runner`.
+
+    On CUDA the ranks take the devices from the chosen one on; on a CPU they share its cores. Raises
+    ModelError, one line with the remedy.
+    """
+    options = _with_threads(options, size) | {"model": model}
+    _check_devices(options.get("device", "auto"), size)
+    folder = Path(tempfile.mkdtemp(prefix="vlmserve-ranks-"))
+    ranks = Ranks(size, folder / "meeting", options, on_death)
+    settings = RankSettings(
+        rank=0, size=size, meeting_place=str(folder / "meeting"), options=options
+    )
+    try:
+        group = join_group(settings)
+        local = create_runner(**options | {"device": str(group.device), "group": group})
+        ranks.wait_ready()
+    except ModelError:
+        ranks.close()
+        raise
+    except BaseException:
+        # a collective that another rank left: that one knows why
+        try:
+            ranks.wait_ready()
+        finally:
+            ranks.close()
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return ParallelRunner(local, ranks, on_death, group)
+
+
+def create_rank(settings: RankSettings) -> ModelRunner:
+    """Another rank's runner, with its share of the weights. Waits for all ranks."""
+    group = join_group(settings)
+    return create_runner(**settings.options | {"device": str(group.device), "group": group})
+
+
+def join_group(settings: RankSettings) -> DistributedGroup:
+    """This process as one of the ranks, on a device of its own where there are several."""
+    base = choose_device(settings.options.get("device", "auto"))
+    device = base
+    if base.type == "cuda":
+        device = torch.device("cuda", (base.index or 0) + settings.rank)
+        torch.cuda.set_device(device)
+    return DistributedGroup(settings.rank, settings.size, device, Path(settings.meeting_place))
+
+
+def _check_devices(name: str, size: int) -> None:
+    """Raise ModelError unless there are as many GPUs from the chosen one on as ranks."""
+    first = choose_device(name)
+    if first.type == "cuda":
+        left = torch.cuda.device_count() - (first.index or 0)
+        if left < size:
+            raise ModelError(
+                f"--tensor-parallel-size {size} needs {size} CUDA devices and there are {left} "
+                f"from {first} on"
+            )
+
+
+def _with_threads(options: dict[str, Any], size: int) -> dict[str, Any]:
+    """Ranks share the machine's cores unless someone said how many threads a process takes."""
+    if options.get("num_threads") is not None or "OMP_NUM_THREADS" in os.environ:
+        return options
+    return options | {"num_threads": max(1, len(os.sched_getaffinity(0)) // size)}

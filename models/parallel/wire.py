@@ -1,0 +1,76 @@
+"""Frames between the first rank and another: steps out, one word back.
+
+Owns the framing. Knows nothing of processes. msgpack of plain types over a socket pair of this
+process and its child, so nothing that comes in is a stranger's.
+
+    4 bytes  length, big endian      then msgpack: RankSettings, a StepBatch, or RankReady
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import msgspec
+
+from ..batch import ScheduledSequence, StepBatch
+
+_LENGTH_BYTES = 4
+
+
+class RankSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank's process is told first. options: the arguments of `create_runner`."""
+
+    rank: int
+    size: int
+    meeting_place: str
+    options: dict[str, Any]
+
+
+class RankReady(msgspec.Struct, frozen=True):
+    """A rank has loaded its share, or says in one line why not."""
+
+    error: str | None = None
+
+
+settings_decoder = msgspec.msgpack.Decoder(RankSettings)
+batch_decoder = msgspec.msgpack.Decoder(StepBatch)
+ready_decoder = msgspec.msgpack.Decoder(RankReady)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def frame_of(message: RankSettings | StepBatch | RankReady) -> bytes:
+    """The message with its length before it; a step goes without its grammars.
+
+    What grammars allow only the first rank needs to know, as it alone samples for the scheduler.
+    """
+    if isinstance(message, StepBatch) and any(one.matcher for one in message.sequences):
+        sequences = [_without_matcher(one) for one in message.sequences]
+        message = StepBatch(sequences, message.images, message.copies)
+    body = _encoder.encode(message)
+    return len(body).to_bytes(_LENGTH_BYTES, "big") + body
+
+
+def _without_matcher(sequence: ScheduledSequence) -> ScheduledSequence:
+    values = {name: getattr(sequence, name) for name in sequence.__dataclass_fields__}
+    return ScheduledSequence(**values | {"matcher": None})
+
+
+def receive(connection: socket.socket) -> bytes | None:
+    """The next frame's body; None when the other side has gone."""
+    length = _receive_exactly(connection, _LENGTH_BYTES)
+    return None if length is None else _receive_exactly(connection, int.from_bytes(length, "big"))
+
+
+def _receive_exactly(connection: socket.socket, count: int) -> bytes | None:
+    buffer = bytearray(count)
+    view, filled = memoryview(buffer), 0
+    while filled < count:
+        try:
+            received = connection.recv_into(view[filled:])
+        except OSError:
+            return None
+        if received == 0:
+            return None
+        filled += received
+    return bytes(buffer)
