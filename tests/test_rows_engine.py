@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import stat
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +17,7 @@ from support.standing import (
     assert_error,
     assert_stream_error,
     body_for,
+    raw_post,
 )
 from support.stepped import SteppedEngine
 from test_admission_rows import body_of, until
@@ -196,6 +198,22 @@ def engine_socket(pid):
         and f"socket:[{row[6]}]" in links and row[3] == "00010000"
     }  # fmt: skip
     return path
+
+
+def test_row_49_a_client_that_leaves_is_logged_as_499_and_freed(start_faulty_server, wait_for):
+    """On every route, in the stream and waiting for a plain answer."""
+    server = start_faulty_server()
+    standing = Standing(server, is_warm=True)
+    server.suffer("slow 0.01")
+    with standing.holds():
+        for number, route in enumerate(GENERATION_ROUTES, 1):
+            for stream in (True, False):
+                sent = raw_post(route, body_for(route, max_tokens=3000, stream=stream))
+                with socket.create_connection(("127.0.0.1", server.port)) as client:
+                    client.sendall(sent)
+                    assert wait_for(lambda: standing.metrics()["num_requests_running"] == 1)
+                assert wait_for(lambda: standing.metrics()["num_requests_running"] == 0)
+            assert wait_for(lambda n=number: server.log.read_text().count("status=499") == 2 * n)
 
 
 @pytest.mark.parametrize("route", GENERATION_ROUTES)

@@ -1,7 +1,6 @@
 """Clients that do not read their answers: bounded, cut, and freed in the engine."""
 
 import asyncio
-import json
 import socket
 
 import pytest
@@ -9,7 +8,7 @@ from support.cancels import OrdinaryRunner
 from support.engine_side import engine_at
 from support.fake_runner import fake_info
 from support.http_side import running_server
-from support.standing import GENERATION_ROUTES, SLACK, body_for
+from support.standing import GENERATION_ROUTES, SLACK, body_for, raw_post
 
 from vlmserve.models.batch import PoolSizes
 from vlmserve.models.bundled import CHECKPOINT
@@ -28,14 +27,13 @@ async def until(is_true):
 
 async def deaf_client(url, route, max_tokens=2000, **more):
     """A request whose answer is never read; little of it fits the kernel's buffers."""
-    body = json.dumps(body_for(route, max_tokens=max_tokens, stream=True, **more)).encode()
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.setblocking(False)
     loop = asyncio.get_running_loop()
     await loop.sock_connect(client, ("127.0.0.1", int(url.rsplit(":", 1)[1])))
-    head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    await loop.sock_sendall(client, head.encode() + body)
+    body = body_for(route, max_tokens=max_tokens, stream=True, **more)
+    await loop.sock_sendall(client, raw_post(route, body))
     return client
 
 

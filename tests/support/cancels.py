@@ -8,7 +8,6 @@ is at its stage when its client leaves. Owns the rounds and what must be free af
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import threading
 import time
@@ -23,7 +22,7 @@ import httpx2
 from support.engine_side import engine_at
 from support.fake_runner import FakeRunner, fake_image, fake_info
 from support.http_side import running_server
-from support.standing import CHAT, body_for
+from support.standing import CHAT, body_for, raw_post
 
 from vlmserve.models.batch import ImageTiles, PoolSizes, StepBatch, StepResult
 from vlmserve.models.bundled import CHECKPOINT
@@ -185,11 +184,10 @@ class Cancels:
             images = [f"picture {self._number % 100}"]
         text = "What? " * (20 if stage == "prefill" else 1)
         more = {"ignore_eos": True, "stream": stage == "stream"}
-        body = json.dumps(body_for(CHAT, text, images=images, max_tokens=2000, **more)).encode()
+        body = body_for(CHAT, text, images=images, max_tokens=2000, **more)
         port = int(self._url.rsplit(":", 1)[1])
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        writer.write(head.encode() + body)
+        writer.write(raw_post(CHAT, body))
         return reader, writer
 
     def _is_reached(self, stage: str) -> bool:

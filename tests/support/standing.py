@@ -131,6 +131,13 @@ def body_for(
     return {"model": MODEL, "messages": [turn]} | greedy | more
 
 
+def raw_post(route: str, body: dict[str, Any]) -> bytes:
+    """A whole request as it goes over the wire, for clients that do not read its answer."""
+    content = json.dumps(body).encode()
+    head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content
+
+
 def assert_error(answer: Answer, *statuses: int) -> dict[str, Any]:
     """The answer is one of these statuses with the documented JSON body; gives its `error`."""
     assert answer.status in statuses, (answer.status, answer.body[:500])
