@@ -6,8 +6,6 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 PAGE = TESTS.parent / "docs" / "security.md"
 ROWS = set(range(1, 54)) - {45}
-# Rows whose tests are on their way: this set may only shrink.
-NOT_YET = {28, 29, 39, 40, 44, 50}
 
 
 def files_by_row() -> dict[int, set[str]]:
@@ -28,13 +26,12 @@ def rows_of_page() -> dict[int, set[str]]:
 
 
 def test_every_row_has_a_test_of_its_name():
-    assert ROWS - set(files_by_row()) <= NOT_YET
-    assert set(files_by_row()) <= ROWS
+    assert set(files_by_row()) == ROWS
 
 
 def test_the_page_has_every_row_and_names_files_that_hold_it():
     page, tests = rows_of_page(), files_by_row()
     assert set(page) == ROWS
     for number, files in page.items():
-        assert files <= tests.get(number, set()), f"row {number}"
-        assert files or number in NOT_YET, f"row {number} names no test"
+        assert files, f"row {number} names no test"
+        assert files <= tests[number], f"row {number}"
