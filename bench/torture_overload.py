@@ -60,10 +60,11 @@ async def run_overload(
 async def _capacity(
     client: Client, max_num_seqs: int, seconds: float, max_tokens: int, seed: int
 ) -> float:
-    """Requests a second where there is always one more than the engine runs at once."""
+    """Requests a second that are answered where some always wait."""
     guess = await _offer(client, Level(concurrency=max_num_seqs), 64, max_tokens, seed)
     count = max(64, int(seconds * len(guess.samples) / guess.seconds))
-    run = await _offer(client, Level(concurrency=max_num_seqs + 1), count, max_tokens, seed + 100)
+    # As many wait as run: answers of one length end together, and their places must be filled.
+    run = await _offer(client, Level(2 * max_num_seqs), count, max_tokens, seed + 100)
     return sum(one.error is None for one in run.samples) / run.seconds
 
 
