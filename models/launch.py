@@ -72,12 +72,14 @@ def create_runner(
     kv_cache_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
     num_threads: int | None = None,
+    num_sharers: int = 1,
     rooms: RoomOf | None = None,
     group: Group | None = None,
 ) -> ModelRunner:
     """The runner of a local checkpoint folder, loaded and with its pools allocated.
 
-    group: the ranks that share the model, which all call this alike. The other arguments are the
+    group: the ranks that share the model, which all call this alike. num_sharers: how many engines
+    share a CPU's memory. The other arguments are the
     engine's settings of the same names; rooms: what each device has free, in the place of asking
     it. Raises ModelError, one line with the remedy, before a weight is read where the model cannot
     fit. Shows progress on stderr.
@@ -98,7 +100,9 @@ def create_runner(
         max_num_seqs, max_num_batched_tokens, max_num_batched_images, wanted_len(pools)
     )
     plan = Plan(checkpoint, limits, pools, quantize, kv_cache_bytes, share)
-    rooms = rooms or partial(room_of, gpu_memory_utilization=gpu_memory_utilization)
+    rooms = rooms or partial(
+        room_of, gpu_memory_utilization=gpu_memory_utilization, num_sharers=num_sharers
+    )
     bounded = rooms if max_memory is None else partial(_bounded, rooms, max_memory)
     placement = _place(plan, chosen, device_map, max_memory, bounded)
     check_fits(plan, placement, bounded)

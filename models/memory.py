@@ -6,7 +6,7 @@ Owns the readings: /proc/meminfo, control groups of both versions, CUDA. Knows n
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +32,12 @@ class Room:
 RoomOf = Callable[[torch.device], Room]
 
 
-def room_of(device: torch.device, gpu_memory_utilization: float) -> Room:
+def room_of(device: torch.device, gpu_memory_utilization: float, num_sharers: int = 1) -> Room:
     """What may be taken of a device now.
 
     A GPU: that share of its memory, less what is in use on it by anybody. A CPU: CPU_SHARE of what
-    the machine has available, or of what the control group leaves, whichever is less.
+    the machine has available, or of what the control group leaves, whichever is less; where
+    `num_sharers` engines share it, of this one's part.
     """
     if device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
@@ -46,7 +47,55 @@ def room_of(device: torch.device, gpu_memory_utilization: float) -> Room:
             max(0, num_bytes), f"{share} less {shown_bytes(total_bytes - free_bytes)} in use"
         )
     room = cpu_room()
+    if num_sharers > 1:
+        room = part_of(room, num_sharers, held_by_engines())
     return Room(int(room.num_bytes * CPU_SHARE), f"{CPU_SHARE:.0%} of {room.source}")
+
+
+@dataclass(slots=True, frozen=True)
+class Held:
+    """Bytes of memory that this engine holds, and those that it shares with hold."""
+
+    own: int
+    others: int
+
+
+def part_of(room: Room, num_sharers: int, held: Held) -> Room:
+    """An equal part of what is available and of what the engines hold already, less its own.
+
+    So a part is the same for those that start together and for one that starts again later,
+    whatever the others have written of their pools by then.
+    """
+    part = (room.num_bytes + held.own + held.others) // num_sharers - held.own
+    return Room(max(0, min(room.num_bytes, part)), f"one of {num_sharers} parts of {room.source}")
+
+
+def held_by_engines(root: Path = Path("/"), pid: int | None = None) -> Held:
+    """What this process holds, and its parent's other children of its name. root: of /proc."""
+    own_pid = os.getpid() if pid is None else pid
+    parent = _status(root, own_pid).get("PPid")
+    name = _status(root, own_pid).get("Name")
+    others = 0
+    for folder in (root / "proc").glob("[0-9]*"):
+        status = _status(root, int(folder.name))
+        is_sibling = (status.get("PPid"), status.get("Name")) == (parent, name)
+        if is_sibling and int(folder.name) != own_pid:
+            others += _held_bytes(status)
+    return Held(_held_bytes(_status(root, own_pid)), others)
+
+
+def _status(root: Path, pid: int) -> dict[str, str]:
+    """The fields of a process's status, empty for one that has gone."""
+    try:
+        lines = (root / f"proc/{pid}/status").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return {}
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def _held_bytes(status: Mapping[str, str]) -> int:
+    """Memory that is not a file's pages, which go when memory is asked for."""
+    return int(status.get("RssAnon", "0 kB").split()[0]) * 1024
 
 
 def cpu_room(root: Path = Path("/")) -> Room:

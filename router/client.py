@@ -279,7 +279,7 @@ class EngineClient:
     def _disconnect(self, reason: str) -> None:
         writer, self._writer = self._writer, None
         self.info = self.last_heartbeat = None
-        self.stall_s = 0.0
+        self.stats, self.stall_s = EngineStats(), 0.0
         self._state_changed.set()
         for request_id, stream in self._streams.items():
             if request_id in stream.open_ids:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import msgspec
 
-from ..models.batch import Positive
+from ..models.batch import NonNegative, Positive
 from .logs import LogFormat, LogLevel
 
 
@@ -21,6 +21,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     "bitsandbytes-nf4". device_map: "auto", "balanced" or a JSON file; max_memory: bytes
     by "0", "1", ... and "cpu"; both None put the model on one device. tensor_parallel_size:
     ranks that share the model, each a process on a GPU of its own, or on a share of the cores.
+    replica: which of num_replicas engines of one server this is, each on devices of its own, or on
+    a share of a CPU's cores and memory.
     max_model_len None takes the model's own context, or less where memory is short.
     max_num_batched_tokens and max_num_batched_images cap what one step computes.
     attention_backend: "auto", "sdpa", "flash_attn", "triton" or "varlen".
@@ -44,6 +46,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device_map: str | None = None
     max_memory: dict[str, Positive] | None = None
     tensor_parallel_size: Positive = 1
+    replica: NonNegative = 0
+    num_replicas: Positive = 1
     max_model_len: Positive | None = None
     max_num_seqs: Positive = 64
     max_num_batched_tokens: Positive = 2048
@@ -77,3 +81,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"{self.max_num_seqs}: every running request needs a token of each step; raise "
                 "the first or lower the second"
             )
+        if self.num_replicas > 1 and (self.device_map or self.max_memory):
+            raise ValueError(
+                "--replicas puts each engine on devices of its own, --device-map and --max-memory "
+                "spread one over several: leave one of them out"
+            )
+
+    @property
+    def process_name(self) -> str:
+        """The engine's name in the log."""
+        return "engine" if self.num_replicas == 1 else f"engine{self.replica}"

@@ -69,8 +69,12 @@ def load_model_runner(config: EngineConfig) -> Runner:
     """Load the model that `config` names. Imports torch: call it late, off the loop."""
     from ..models.launch import create_runner
     from ..models.parallel.runner import create_parallel_runner
+    from ..models.replica import Replica
 
     options = {name: getattr(config, name) for name in RUNNER_OPTIONS}
+    if config.num_replicas > 1:
+        replica = Replica(config.replica, config.num_replicas, config.tensor_parallel_size)
+        options = replica.share_of(options)
     if config.tensor_parallel_size > 1:
         parallel = create_parallel_runner(config.model, config.tensor_parallel_size, **options)
         return cast(Runner, parallel)
@@ -141,7 +145,7 @@ def main(
             name_process(SPARE_NAME)
             prepare()
         config = read_config()
-        set_up_logging(config.log_level, config.log_format, "engine")
+        set_up_logging(config.log_level, config.log_format, config.process_name)
         die_with_parent(config.parent_pid)
         name_process(ENGINE_NAME)
     except (msgspec.DecodeError, UnicodeDecodeError, ParentGoneError) as error:

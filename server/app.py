@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import math
+import os
 import signal
 import threading
 import uuid
@@ -22,11 +23,11 @@ from sanic import HTTPResponse, Request, Sanic
 from sanic.exceptions import SanicException
 
 from .. import __version__
-from ..router.client import EngineClient
-from ..router.errors import EngineDeadError
+from ..router.replica_pool import ReplicaPool, WellLimits
 from .access import OPEN_PATHS, Access, PreflightAnswer
 from .access_log import RequestLog
 from .drain import Drain
+from .engine_link import EngineLink
 from .errors import ApiError, InternalError, error_body, type_of_status
 from .generation import Engine, Generator, Images
 from .grammar_checks import GrammarChecks
@@ -129,17 +130,17 @@ class Parts:
         engine: Engine | None,
     ) -> None:
         self._settings = settings
-        self._is_dead = asyncio.Event()
-        self._own_client: EngineClient | None = None
+        self._links: list[EngineLink] = []
+        self._pool: ReplicaPool | None = None
         self._own_fetcher: ImageFetcher | None = None
         self._decoders: DecoderPool | None = None
         self._grammar_checks = GrammarChecks(settings.model)
-        self._connecting: asyncio.Task[None] | None = None
         self._drain: Drain | None = None
         self._generator: Generator | None = None
         self._lag: asyncio.Task[None] | None = None
-        self._metrics = Metrics(settings.max_num_seqs)
-        self._engine = engine or self._make_client()
+        num_replicas = 1 + len(settings.replica_sockets)
+        self._metrics = Metrics(settings.max_num_seqs * num_replicas)
+        self._engine = engine or self._make_engine()
         self._images = images or self._make_images(fetcher)
 
     def services(self, now: Clock | None) -> Services:
@@ -165,8 +166,8 @@ class Parts:
         if self._decoders is not None:
             await self._decoders.open()
         self._lag = asyncio.create_task(watch_lag(self._metrics.event_loop_lag.observe))
-        if self._own_client is not None:
-            self._connecting = asyncio.create_task(self._stay_connected(self._own_client))
+        for link in self._links:
+            link.open()
 
     async def await_signal(self, app: Sanic[Any, Any]) -> None:
         """Drain at SIGTERM, in place of Sanic's own handler, which refuses connections at once."""
@@ -197,27 +198,39 @@ class Parts:
 
     async def _disconnect(self) -> None:
         """End every request that is with the engine or the decoders."""
-        await _cancelled(self._connecting)
-        if self._own_client is not None:
-            await self._own_client.close()
+        if self._pool is not None:
+            self._pool.stop()
+        await asyncio.gather(*(link.stop() for link in self._links))
+        await asyncio.gather(*(link.close() for link in self._links))
         if self._decoders is not None:
             await self._decoders.close()
 
-    async def _stay_connected(self, client: EngineClient) -> None:
-        """Connect, and again whenever the engine went away."""
-        while True:
-            self._is_dead.clear()
-            try:
-                await client.connect()
-            except EngineDeadError as error:
-                logger.warning("%s", error)
-                continue
-            await self._is_dead.wait()
-            logger.error("the engine is gone: its requests ended with an error")
+    def _make_engine(self) -> Engine:
+        """One engine's client itself, or several behind a pool."""
+        settings = self._settings
+        paths = [settings.engine_socket, *settings.replica_sockets]
+        if len(paths) == 1:
+            self._links = [EngineLink(paths[0], "the engine")]
+            return self._links[0].client
+        self._links = [
+            EngineLink(
+                path, f"the engine of replica {number}", functools.partial(self._lose, number)
+            )
+            for number, path in enumerate(paths)
+        ]
+        self._pool = ReplicaPool(
+            [link.client for link in self._links],
+            WellLimits(settings.heartbeat_timeout_s, settings.ready_stall_s),
+            self._metrics.count_move,
+            # Workers that start together do not all begin with the same replica.
+            first=os.getpid() % len(paths),
+        )
+        self._metrics.watch_replicas(self._pool.states)
+        return self._pool
 
-    def _make_client(self) -> EngineClient:
-        self._own_client = EngineClient(self._settings.engine_socket, on_dead=self._is_dead.set)
-        return self._own_client
+    def _lose(self, replica: int) -> None:
+        assert self._pool is not None, "who is lost had been connected"
+        self._pool.died(replica)
 
     def _make_images(self, fetcher: ImageFetcher | None) -> ImageLoader:
         limits = self._settings.images

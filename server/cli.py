@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Sequence
 
 import typer
 
@@ -63,6 +64,7 @@ def serve(
     max_memory: options.MaxMemory = None,
     quantize: options.Quantize = None,
     tensor_parallel_size: options.TensorParallelSize = 1,
+    replicas: options.Replicas = 1,
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = 64,
     max_num_batched_tokens: options.MaxNumBatchedTokens = 2048,
@@ -127,6 +129,7 @@ def serve(
             max_memory=max_memory,
             quantize=None if quantize is None else quantize.value,
             tensor_parallel_size=tensor_parallel_size,
+            num_replicas=replicas,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -184,8 +187,8 @@ def serve(
     say(f"vlmserve {__version__}: loading {name}")
     scheme = "http" if settings.tls_certfile is None else "https"
 
-    def say_ready(info: EngineReady) -> None:
-        _say_ready(f"{scheme}://{_shown_host(host)}:{port}", name, info)
+    def say_ready(infos: Sequence[EngineReady]) -> None:
+        _say_ready(f"{scheme}://{_shown_host(host)}:{port}", name, infos)
 
     supervision = Supervision(
         num_workers=workers,
@@ -199,12 +202,16 @@ def serve(
         raise typer.Exit(asyncio.run(supervisor.run()))
 
 
-def _say_ready(url: str, name: str, info: EngineReady) -> None:
-    say(
-        f"vlmserve is ready on {url} (model {name}, {info.device} {info.dtype}, "
-        f"context {info.max_model_len:,}, room for {info.num_text_tokens:,} text tokens "
-        f"and {info.num_image_tiles:,} image tiles)"
-    )
+def _say_ready(url: str, name: str, infos: Sequence[EngineReady]) -> None:
+    """One line, with each engine's place and room."""
+    shown = [
+        f"{one.device} {one.dtype}, context {one.max_model_len:,}, room for "
+        f"{one.num_text_tokens:,} text tokens and {one.num_image_tiles:,} image tiles"
+        for one in infos
+    ]
+    if len(shown) > 1:
+        shown = [f"replica {number}: {text}" for number, text in enumerate(shown)]
+    say(f"vlmserve is ready on {url} (model {name}, {'; '.join(shown)})")
 
 
 def _names(given: list[str] | None) -> list[str]:

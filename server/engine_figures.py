@@ -1,13 +1,14 @@
 """What the engine tells of itself, as figures of Prometheus.
 
-Owns their names and words. Every worker hears the same of the one engine: of several workers'
-figures these are taken from one, not summed.
+Owns their names and words. Every worker hears the same of the engines: of several workers'
+figures these are taken from one, not summed. Those of several engines are sums over all;
+`ReplicaFigures` tells of each.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -18,6 +19,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from ..router.messages import VISION_BOUNDS_S, EngineStats
+from ..router.replica_pool import ReplicaState
 
 
 class EngineFigures(Collector):
@@ -57,6 +59,32 @@ class EngineFigures(Collector):
                 stats.image_blocks_cached,
             ),
         }
+
+
+class ReplicaFigures(Collector):
+    """What each of several replicas last told, by its number."""
+
+    def __init__(self, states: Callable[[], Sequence[ReplicaState]]) -> None:
+        self._states = states
+
+    def collect(self) -> Iterator[Metric]:
+        """Each figure once for each replica, as it stands."""
+        states = self._states()
+        for name, (help_text, value_of) in _REPLICA_GAUGES.items():
+            family = GaugeMetricFamily(f"vlmserve_replica_{name}", help_text, labels=["replica"])
+            for number, state in enumerate(states):
+                family.add_metric([str(number)], value_of(state))
+            yield family
+
+
+_REPLICA_GAUGES: dict[str, tuple[str, Callable[[ReplicaState], float]]] = {
+    "ready": ("1 while this replica takes requests.", lambda one: float(one.is_ready)),
+    "requests_running": ("Requests in its running batch.", lambda one: one.stats.num_running),
+    "requests_waiting": ("Requests in its queue.", lambda one: one.stats.num_waiting),
+    "text_blocks_used": ("Its text blocks in use.", lambda one: one.stats.text_blocks_used),
+    "image_blocks_used": ("Its image blocks in use.", lambda one: one.stats.image_blocks_used),
+    "steps": ("Steps of the model since it started.", lambda one: one.stats.num_steps),
+}
 
 
 def engine_families() -> frozenset[str]:

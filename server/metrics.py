@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from prometheus_client import (
@@ -23,7 +23,8 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from ..router.messages import AddRequest, EngineStats
-from .engine_figures import EngineFigures
+from ..router.replica_pool import MOVE_REASONS, MoveReason, ReplicaState
+from .engine_figures import EngineFigures, ReplicaFigures
 from .records import Record, current_record
 
 # When a figure was first made is no figure: it doubles the page, and cannot be summed.
@@ -47,6 +48,7 @@ class Metrics:
     def __init__(self, num_request_max: int) -> None:
         self.registry = CollectorRegistry()
         self._engine = EngineFigures(num_request_max)
+        self._replicas: ReplicaFigures | None = None
         self.registry.register(self._engine)
         self._add_documented_figures()
         self._add_usual_figures()
@@ -60,6 +62,23 @@ class Metrics:
         """A request's time was over before it could be admitted."""
         self.request_failure.inc()
         self.request_finish.labels("error").inc()
+
+    def watch_replicas(self, states: Callable[[], Sequence[ReplicaState]]) -> None:
+        """Tell of each of several replicas too."""
+        self._replicas = ReplicaFigures(states)
+        self.registry.register(self._replicas)
+        self.replica_moves = self._counter(
+            "vlmserve_replica_moves",
+            "Requests that another replica took: full, the first one's queue was; dead, it was "
+            "before any output.",
+            ["reason"],
+        )
+        for reason in MOVE_REASONS:
+            self.replica_moves.labels(reason)
+
+    def count_move(self, reason: MoveReason) -> None:
+        """A request goes to another replica than the one first chosen."""
+        self.replica_moves.labels(reason).inc()
 
     def count_http(self, record: Record) -> None:
         """Count a request of whatever kind that has ended."""
@@ -75,6 +94,8 @@ class Metrics:
         summed = CollectorRegistry()
         MultiProcessCollector(summed)
         summed.register(self._engine)
+        if self._replicas is not None:
+            summed.register(self._replicas)
         return generate_latest(summed)
 
     def _add_documented_figures(self) -> None:

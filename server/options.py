@@ -168,6 +168,16 @@ TensorParallelSize = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+Replicas = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        max=64,
+        help="Engines, each with the whole model on GPUs of its own, from --device on; on a CPU "
+        "they share cores and memory.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(
@@ -206,8 +216,8 @@ KvCacheMemory = Annotated[
     typer.Option(
         parser=_bytes,
         metavar="BYTES",
-        help="Memory for keys and values of text and images, such as 8GiB; on a CPU too. "
-        "Default: what weights and the largest step leave.",
+        help="Memory for keys and values of text and images, such as 8GiB; on a CPU too; "
+        "of each replica. Default: what weights and the largest step leave.",
         rich_help_panel=ENGINE_PANEL,
     ),
 ]

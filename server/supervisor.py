@@ -5,9 +5,9 @@
       HTTP worker x N  python -m vlmserve.server.worker, the socket inherited
 
 Each reads its settings on stdin. Starts them, says when the server is ready, and starts
-again what dies or hangs. Ends them all on SIGINT or SIGTERM, when a child cannot start,
-and when one dies too often. Knows nothing of requests. (R is 1 for now: each engine has a
-place of its own.)
+again what dies or hangs. Ends them all on SIGINT or SIGTERM, when a child cannot start, and
+when one dies too often; of several engines one that dies too often rests, and only when all do
+that is the end. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -81,6 +81,13 @@ class EngineSlot:
     child: ManagedChild | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     info: EngineReady | None = None
+    is_resting: bool = False
+
+    @property
+    def name(self) -> str:
+        """For the operator."""
+        config = self.config
+        return f"engine of replica {config.replica}" if config.num_replicas > 1 else "engine"
 
     @property
     def was_ready(self) -> bool:
@@ -98,7 +105,7 @@ class WorkerSlot:
 class Supervisor:
     """Keeps engines and HTTP workers running until told to stop.
 
-    `on_ready` is called once with the first engine's EngineReady when
+    `on_ready` is called once with every engine's EngineReady when all have loaded and
     /v1/health/ready answers 200.
     """
 
@@ -107,7 +114,7 @@ class Supervisor:
         engine: EngineConfig,
         server: ServerSettings,
         listener: socket.socket,
-        on_ready: Callable[[EngineReady], None],
+        on_ready: Callable[[Sequence[EngineReady]], None],
         supervision: Supervision | None = None,
     ) -> None:
         self._supervision = supervision or Supervision()
@@ -117,7 +124,13 @@ class Supervisor:
         self._figures = Path()
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
-        self._engines = [EngineSlot(engine, self._new_budget())]
+        self._engines = [
+            EngineSlot(
+                msgspec.structs.replace(engine, replica=number),
+                self._new_budget(),
+            )
+            for number in range(engine.num_replicas)
+        ]
         self._workers = [
             WorkerSlot(self._new_budget()) for _ in range(self._supervision.num_workers)
         ]
@@ -199,8 +212,24 @@ class Supervisor:
             has_served = slot.ready.is_set()
             slot.ready.clear()
             if not slot.was_ready:
-                raise ChildFailedError(_why_not_started("engine", child))
-            await self._pause_before_restart("the engine", child, slot.restarts, has_served)
+                raise ChildFailedError(_why_not_started(slot.name, child))
+            await self._pause_engine(slot, child, has_served)
+
+    async def _pause_engine(self, slot: EngineSlot, child: ManagedChild, has_served: bool) -> None:
+        """Wait until an engine is to be started again; long where it died too often.
+
+        Raises ChildFailedError where all the others did so too, or there are none.
+        """
+        try:
+            await self._pause_before_restart(f"the {slot.name}", child, slot.restarts, has_served)
+        except ChildFailedError as failure:
+            slot.is_resting = True
+            if all(one.is_resting for one in self._engines):
+                raise
+            window_s = self._supervision.restart_window_s
+            _say(f"{failure} for {window_s:g} s; the other replicas go on")
+            await asyncio.sleep(window_s)
+            slot.is_resting = False
 
     async def _watch_engine(self, slot: EngineSlot, child: ManagedChild) -> None:
         """Return when the engine has ended, or has been ended because it hung."""
@@ -217,7 +246,7 @@ class Supervisor:
         try:
             await asyncio.wait([hanging, ending], return_when=asyncio.FIRST_COMPLETED)
             if not ending.done():
-                _say(f"the engine {hanging.result()}; ending it")
+                _say(f"the {slot.name} {hanging.result()}; ending it")
                 child.kill()
                 await ending
         finally:
@@ -244,6 +273,7 @@ class Supervisor:
         return msgspec.structs.replace(
             self._server_settings,
             engine_socket=self._engines[0].config.socket_path,
+            replica_sockets=[one.config.socket_path for one in self._engines[1:]],
             listen_fd=self._listener.fileno(),
             drain_time_s=self._supervision.drain_time_s,
         )
@@ -268,9 +298,7 @@ class Supervisor:
         is_tls = self._server_settings.tls_certfile is not None
         while not await _is_ready(self._listener, is_tls):  # noqa: ASYNC110 - polls a socket
             await asyncio.sleep(READY_POLL_S)
-        info = self._engines[0].info
-        assert info is not None, "an engine is ready when it has said so"
-        self._on_ready(info)
+        self._on_ready([one.info for one in self._engines if one.info is not None])
 
     # Ending children
 

@@ -43,7 +43,7 @@ def main(options: dict[str, Any]) -> int:
             engine,
             server,
             listener,
-            lambda info: print("vlmserve is ready", file=sys.stderr),
+            lambda infos: print("vlmserve is ready", file=sys.stderr),
             Supervision(engine_command=(ENGINE,), hang_limits=limits, **supervision),
         )
         return asyncio.run(supervisor.run())
