@@ -414,6 +414,29 @@ def test_queues_of_both_replicas_are_full_before_a_client_hears_429(start_faulty
         assert all(one.result(60 * SLACK).status == 200 for one in answers)
 
 
+def test_what_waits_at_a_replica_that_dies_is_answered_by_another(start_faulty_server, wait_for):
+    server = start_faulty_server(engine={"num_replicas": 2, "max_num_seqs": 1})
+    standing = Standing(server, is_warm=True)
+    assert wait_for(lambda: standing.metrics()['vlmserve_replica_ready{replica="1"}'] == 1)
+    server.suffer("slow 0.01")
+    with standing.holds(same_engine=False), ThreadPoolExecutor(4) as pool:
+        answers = []
+        for number in range(4):
+            answers.append(pool.submit(standing.post, CHAT, long_body(False)))
+            assert wait_for(lambda number=number: num_taken(standing) == number + 1)
+        assert wait_for(lambda: standing.metrics()["time_to_first_token_seconds_count"] >= 2)
+        os.kill(standing.pids("engine")[0], signal.SIGKILL)
+        ends = [one.result(60 * SLACK) for one in answers]
+        # One ran there and is lost; one waited there and moved.
+        assert sorted(one.status for one in ends) == [200, 200, 200, 503]
+        figures = standing.metrics()
+        assert figures['vlmserve_replica_moves_total{reason="dead"}'] == 1
+        assert figures["request_success_total"] == 3
+        assert wait_for(
+            lambda: standing.metrics()['vlmserve_replica_ready{replica="0"}'] == 1, 30 * SLACK
+        )
+
+
 def num_taken(standing):
     figures = standing.metrics()
     return figures["num_requests_running"] + figures["num_requests_waiting"]
