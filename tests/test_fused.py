@@ -9,8 +9,10 @@ from transformers.models.mllama.modeling_mllama import (
     apply_rotary_pos_emb,
 )
 
-from vlmserve.models.fused import Product, RmsNorm, Rotation, fuse_layers, is_fused
+from vlmserve.models.fused import RmsNorm, fuse_layers, is_fused
 from vlmserve.models.loading import load_model
+from vlmserve.models.operations import Rotation
+from vlmserve.models.products import product_of
 from vlmserve.tests.helpers_models import checkpoint, loaded
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -34,8 +36,8 @@ def test_layers_of_the_same_states_are_one_product_side_by_side(dtype: torch.dty
     states, addend = torch.randn(5, 48, dtype=dtype), torch.randn(5, 56, dtype=dtype)
     exact = torch.cat([linear.double()(states.double()) for linear in linears], dim=-1)
     linears = [linear.to(dtype) for linear in linears]
-    assert_near(Product(linears)(states), exact, dtype)
-    assert_near(Product(linears).plus(states, addend), exact + addend.double(), dtype)
+    assert_near(product_of(linears)(states), exact, dtype)
+    assert_near(product_of(linears).plus(states, addend), exact + addend.double(), dtype)
 
 
 @torch.inference_mode()
@@ -46,7 +48,7 @@ def test_a_rotation_is_transformers_rotary_embedding(dtype: torch.dtype) -> None
     heads = torch.randn(7, 3, 16, dtype=dtype)
     rows = heads.double().transpose(0, 1)[None]
     exact, _ = apply_rotary_pos_emb(rows, rows, cos[None], sin[None])
-    rotated = Rotation(cos.to(dtype), sin.to(dtype))(heads)
+    rotated = Rotation.of(cos.to(dtype), sin.to(dtype))(heads)
     assert_near(rotated, exact[0].transpose(0, 1), dtype)
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from vlmserve.models.batch import CrossSegment, PoolSizes, ScheduledSequence, StepBatch
 from vlmserve.models.bundled.pictures import data_url, draw, random_scene
 from vlmserve.models.errors import ModelError, StepError
+from vlmserve.models.fused import is_fused
 from vlmserve.models.launch import agree, create_runner
 from vlmserve.models.loading import LoadedModel, load_model, open_checkpoint
 from vlmserve.models.parallel import wire
@@ -163,6 +164,7 @@ def logits_of_two_ranks(layout: str, quantize: str | None = None) -> dict[str, T
 
     def compute(group):
         model = part_of(layout, group, quantize)
+        assert is_fused(model.model.model.language_model)
         return prefill_logits(ModelRunner(model, PoolPlan(SIZES, 800)), requests(), chunk=5)
 
     first, second = on_ranks(2, compute)

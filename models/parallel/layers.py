@@ -26,6 +26,10 @@ class SummedLinear(nn.Module):
         self._bias: Tensor | None = inner.bias
         inner.bias = None
 
+    @property
+    def has_bias(self) -> bool:
+        return self._bias is not None
+
     def forward(self, states: Tensor) -> Tensor:
         """[..., in of the rank] to [..., out], the same on every rank."""
         result = self.group.add_up(self.inner(states))

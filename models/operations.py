@@ -1,0 +1,235 @@
+"""What a decoder computes between its products: norms, rotation, gated MLP, sums.
+
+Owns the interface, torch's operations, and the choice by the device. Knows nothing of layers.
+
+    CPU     torch's own operations; a sum goes with the product before it
+    CUDA    a Triton kernel each for: the sum and the norm after it; the rotation of queries and
+            keys and the write of keys and values; the gated MLP's middle (fused_kernels.py)
+
+A layer's sum waits in the `Stream` until the next norm needs it, so that both can be one kernel.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import AttentionBackend
+from .cache import LayerCache
+from .products import Product
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class Stream:
+    """The hidden states between layers, [num_tokens, hidden], and what is still to be added.
+
+    update: of the same shape, times gate (one element) and row_mask ([num_tokens, 1]), where given.
+    """
+
+    hidden: Tensor
+    update: Tensor | None = None
+    gate: Tensor | None = None
+    row_mask: Tensor | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Heads:
+    """How many heads of queries, and of keys and values, lie side by side in a joined product."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(slots=True, frozen=True)
+class Rotation:
+    """cos and sin of a step's positions, [num_tokens, head_dim], both halves alike.
+
+    signed_sin: sin with its first half negated: rotate_half(x) * sin is x rolled by half a head
+    times it.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    signed_sin: Tensor
+
+    @classmethod
+    def of(cls, cos: Tensor, sin: Tensor) -> Rotation:
+        """As transformers hands them on."""
+        half = sin.shape[-1] // 2
+        return cls(cos, sin, torch.cat((-sin[:, :half], sin[:, half:]), dim=-1))
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        """[num_tokens, num_heads, head_dim] rotated."""
+        half = self.cos.shape[-1] // 2
+        rolled = heads.roll(half, -1)
+        return torch.addcmul(heads * self.cos[:, None], rolled, self.signed_sin[:, None])
+
+
+class Operations(ABC):
+    """The interface; holds no state between calls."""
+
+    @abstractmethod
+    def add(self, stream: Stream, product: Product, states: Tensor) -> None:
+        """Add a product of `states` to the stream."""
+
+    @abstractmethod
+    def add_gated(
+        self,
+        stream: Stream,
+        product: Product,
+        states: Tensor,
+        gate: Tensor,
+        row_mask: Tensor | None = None,
+    ) -> None:
+        """Add a product times a gate, and times a row's mask where there is one."""
+
+    @abstractmethod
+    def norm(self, stream: Stream, weight: Tensor, eps: float) -> Tensor:
+        """The stream's RMS norm, [num_tokens, hidden]; what waited has been added then."""
+
+    @abstractmethod
+    def rotate_and_write(
+        self,
+        joined: Tensor,
+        heads: Heads,
+        rotation: Rotation,
+        cache: LayerCache,
+        slots: Tensor,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        """Rotate queries and keys, store keys and values in their slots, give the queries.
+
+        joined: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], queries, keys, values; the
+        result: [num_tokens, num_heads, head_dim].
+        """
+
+    @abstractmethod
+    def gated(self, joined: Tensor, activation: Activation) -> Tensor:
+        """activation(gate) * up of [num_tokens, 2 * width], gate first: [num_tokens, width]."""
+
+
+class TorchOperations(Operations):
+    """By torch's operations, on any device; rounds sums, rotations and norms once."""
+
+    def add(self, stream: Stream, product: Product, states: Tensor) -> None:
+        """See `Operations.add`."""
+        stream.hidden = product.plus(states, stream.hidden)
+
+    def add_gated(
+        self,
+        stream: Stream,
+        product: Product,
+        states: Tensor,
+        gate: Tensor,
+        row_mask: Tensor | None = None,
+    ) -> None:
+        """See `Operations.add_gated`."""
+        factor = gate if row_mask is None else gate * row_mask
+        stream.hidden = torch.addcmul(stream.hidden, product(states), factor)
+
+    def norm(self, stream: Stream, weight: Tensor, eps: float) -> Tensor:
+        """See `Operations.norm`."""
+        return F.rms_norm(stream.hidden, weight.shape, weight, eps)
+
+    def rotate_and_write(
+        self,
+        joined: Tensor,
+        heads: Heads,
+        rotation: Rotation,
+        cache: LayerCache,
+        slots: Tensor,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        """See `Operations.rotate_and_write`."""
+        separate = joined.view(len(joined), -1, heads.head_dim)
+        num_rotated = heads.num_heads + heads.num_kv_heads
+        rotated = rotation(separate[:, :num_rotated])
+        keys, values = rotated[:, heads.num_heads :], separate[:, num_rotated:]
+        backend.write(keys, values, cache.keys, cache.values, slots)
+        return rotated[:, : heads.num_heads]
+
+    def gated(self, joined: Tensor, activation: Activation) -> Tensor:
+        """See `Operations.gated`."""
+        gate, up = joined.chunk(2, dim=-1)
+        return activation(gate).mul_(up)
+
+
+class TritonOperations(TorchOperations):
+    """By this project's kernels; computes in float32 and rounds each result once."""
+
+    def __init__(self) -> None:
+        from . import fused_launch
+
+        self._launch = fused_launch
+
+    def add(self, stream: Stream, product: Product, states: Tensor) -> None:
+        """See `Operations.add`."""
+        self._wait(stream, product(states))
+
+    def add_gated(
+        self,
+        stream: Stream,
+        product: Product,
+        states: Tensor,
+        gate: Tensor,
+        row_mask: Tensor | None = None,
+    ) -> None:
+        """See `Operations.add_gated`."""
+        self._wait(stream, product(states), gate, row_mask)
+
+    def _wait(
+        self,
+        stream: Stream,
+        update: Tensor,
+        gate: Tensor | None = None,
+        row_mask: Tensor | None = None,
+    ) -> None:
+        assert stream.update is None, "a norm stands between two sums"
+        stream.update, stream.gate, stream.row_mask = update, gate, row_mask
+
+    def norm(self, stream: Stream, weight: Tensor, eps: float) -> Tensor:
+        """See `Operations.norm`."""
+        if stream.update is None:
+            return super().norm(stream, weight, eps)
+        stream.hidden, normed = self._launch.add_norm(
+            stream.hidden, stream.update, weight, eps, stream.gate, stream.row_mask
+        )
+        stream.update = stream.gate = stream.row_mask = None
+        return normed
+
+    def rotate_and_write(
+        self,
+        joined: Tensor,
+        heads: Heads,
+        rotation: Rotation,
+        cache: LayerCache,
+        slots: Tensor,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        """See `Operations.rotate_and_write`; the layout of a layer's cache is every backend's."""
+        return self._launch.rotate_and_write(
+            joined, rotation.cos, rotation.sin, cache.keys, cache.values, slots, heads.num_heads
+        )
+
+    def gated(self, joined: Tensor, activation: Activation) -> Tensor:
+        """See `Operations.gated`; an activation other than SiLU is left to torch."""
+        if not isinstance(activation, nn.SiLU):
+            return super().gated(joined, activation)
+        return self._launch.silu_gated(joined)
+
+
+def choose_operations(device: torch.device) -> Operations:
+    """The fastest that the device has."""
+    has_kernels = device.type == "cuda" and find_spec("triton") is not None
+    if has_kernels and torch.cuda.get_device_capability(device) >= (8, 0):
+        return TritonOperations()
+    return TorchOperations()

@@ -1,0 +1,159 @@
+"""The kernels between a decoder's products against torch's operations, and whole models with them.
+
+On a CPU they run in Triton's interpreter. Tolerance: 1e-5 in float32.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from vlmserve.models import operations
+from vlmserve.models.attention.sdpa import SdpaBackend
+from vlmserve.models.batch import PoolSizes
+from vlmserve.models.cache import LayerCache
+from vlmserve.models.fused import FusedDecoder, is_fused
+from vlmserve.models.int8.linear import Int8Linear
+from vlmserve.models.int8.quantizer import quantize
+from vlmserve.models.loading import load, load_model, open_checkpoint
+from vlmserve.models.operations import Heads, Rotation, Stream, TorchOperations, TritonOperations
+from vlmserve.models.placement import on_one_device
+from vlmserve.models.pools import PoolPlan
+from vlmserve.models.products import product_of
+from vlmserve.models.runner import ModelRunner
+from vlmserve.tests.helpers_models import (
+    BLOCK_SIZE,
+    checkpoint,
+    loaded,
+    oracle_logits,
+    prefill_logits,
+    requests,
+)
+
+DEVICES = [
+    pytest.param("cpu", id="interpreter"),
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+        ],
+    ),
+]
+PLAN = PoolPlan(PoolSizes(200, 40, BLOCK_SIZE), 800)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    chosen: str = request.param
+    return chosen
+
+
+def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("has_gate", "has_mask"), [(False, False), (True, False), (True, True)])
+@torch.inference_mode()
+def test_a_sum_and_the_norm_after_it_are_torchs(
+    device: str, has_gate: bool, has_mask: bool
+) -> None:
+    torch.manual_seed(0)
+    product = product_of([nn.Linear(20, 72, bias=False, device=device)])
+    states, hidden = torch.randn(5, 20, device=device), torch.randn(5, 72, device=device)
+    weight, gate = torch.rand(72, device=device) + 0.5, torch.tensor([0.3], device=device)
+    mask = torch.tensor([1.0, 0, 1, 1, 0], device=device)[:, None] if has_mask else None
+    results = []
+    for one in (TorchOperations(), TritonOperations()):
+        stream = Stream(hidden.clone())
+        if has_gate:
+            one.add_gated(stream, product, states, gate, mask)
+        else:
+            one.add(stream, product, states)
+        normed = one.norm(stream, weight, 1e-5)
+        results.append((stream.hidden, normed))
+        assert stream.update is None
+    for expected, actual in zip(*results, strict=True):
+        assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 16), (3, 3, 24)])
+@torch.inference_mode()
+def test_rotation_and_write_are_torchs_and_negative_slots_are_skipped(
+    device: str, num_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    torch.manual_seed(0)
+    heads = Heads(num_heads, num_kv_heads, head_dim)
+    joined = torch.randn(3, (num_heads + 2 * num_kv_heads) * head_dim, device=device)
+    angles = torch.rand(3, head_dim // 2, device=device).repeat(1, 2)
+    rotation = Rotation.of(angles.cos(), angles.sin())
+    shape = (4, 2, num_kv_heads, head_dim)
+    caches = [LayerCache(*torch.zeros(2, *shape, device=device).unbind()) for _ in range(2)]
+    slots, backend = torch.tensor([5, 0, 7], device=device), SdpaBackend()
+    expected, actual = (
+        one.rotate_and_write(joined, heads, rotation, cache, slots, backend)
+        for one, cache in zip((TorchOperations(), TritonOperations()), caches, strict=True)
+    )
+    assert_equal(actual, expected)
+    assert_equal(caches[1].keys, caches[0].keys)
+    assert_equal(caches[1].values, caches[0].values)
+    before = caches[1].keys.clone()
+    nowhere = torch.full_like(slots, -1)
+    TritonOperations().rotate_and_write(-joined, heads, rotation, caches[1], nowhere, backend)
+    assert torch.equal(caches[1].keys, before)
+
+
+@pytest.mark.parametrize("width", [48, 1500])
+@torch.inference_mode()
+def test_a_gated_middle_is_torchs(device: str, width: int) -> None:
+    joined = torch.randn(4, 2 * width, generator=torch.Generator().manual_seed(0)).to(device)
+    expected = TorchOperations().gated(joined, nn.SiLU())
+    assert_equal(TritonOperations().gated(joined, nn.SiLU()), expected)
+
+
+@torch.inference_mode()
+def test_another_activation_than_silu_is_left_to_torch() -> None:
+    joined = torch.randn(4, 32)
+    expected = TorchOperations().gated(joined, nn.GELU())
+    assert_equal(TritonOperations().gated(joined, nn.GELU()), expected)
+
+
+def test_a_cpu_keeps_torchs_operations() -> None:
+    assert type(operations.choose_operations(torch.device("cpu"))) is TorchOperations
+
+
+@pytest.mark.parametrize("layout", ["tiny", "cross-first"])
+def test_a_model_of_kernels_gives_the_oracles_logits(layout: str) -> None:
+    """float32, 1e-4; every prompt at every position, in chunks, batched."""
+    runner = ModelRunner(loaded(layout), PLAN)
+    text_model = loaded(layout).model.model.language_model
+    runner._fused = FusedDecoder(text_model, TritonOperations())
+    logits = prefill_logits(runner, requests(), chunk=5)
+    for request in requests():
+        expected = oracle_logits(layout, request)
+        torch.testing.assert_close(logits[request.request_id], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_int8_layers_of_the_same_states_are_one_product_side_by_side() -> None:
+    torch.manual_seed(0)
+    weights = [torch.randn(width, 48) for width in (32, 16)]
+    linears = [Int8Linear(quantize(weight, torch.float32)) for weight in weights]
+    states, addend = torch.randn(5, 48), torch.randn(5, 48)
+    expected = torch.cat([linear(states) for linear in linears], dim=-1)
+    assert_equal(product_of(linears)(states), expected)
+    assert_equal(product_of(linears).plus(states, addend), expected + addend)
+
+
+def test_a_model_of_int8_weights_is_fused_and_gives_what_it_gives_unfused() -> None:
+    """float32, 1e-4."""
+    fused = load_model(checkpoint("tiny"), "cpu", "float32", "int8")
+    assert is_fused(fused.model.model.language_model)
+    opened = open_checkpoint(checkpoint("tiny"), torch.float32)
+    placement = on_one_device(opened.skeleton, torch.device("cpu"))
+    unfused = load(opened, placement, "int8", is_fused=False)
+    assert not is_fused(unfused.model.model.language_model)
+    told = [prefill_logits(ModelRunner(one, PLAN), requests(), 5) for one in (fused, unfused)]
+    for name, logits in told[0].items():
+        torch.testing.assert_close(logits, told[1][name], atol=1e-4, rtol=1e-4)
