@@ -142,7 +142,7 @@ class _Machine:
             num_opened = self._out.num_opened
             symbol = yield from self._skip(symbol, _BETWEEN)
             if symbol == _END:
-                self._out.drop()
+                self._out.end_calls(_BETWEEN)
                 return symbol
             symbol = yield from self._call(symbol, is_python)
         self._out.write_held()

@@ -6,6 +6,7 @@ of the forms of calls.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 
@@ -69,9 +70,12 @@ class PieceWriter:
         """Keep a character back that may be text or a part of a call."""
         self._held.append(character)
 
-    def drop(self) -> None:
-        """What was held is nobody's."""
-        self._held.clear()
+    def end_calls(self, separators: Collection[str]) -> None:
+        """What was held behind the last call is nobody's if it only separates calls, else text."""
+        if all(character in separators for character in self._held):
+            self._held.clear()
+        else:
+            self.write_held()
 
     def write_held(self) -> None:
         """What was held is text after all."""

@@ -252,11 +252,21 @@ def check_frame(data: bytes) -> None:
     assert json.loads(inside)["a"] == (text if text != "a" else [text])
 
 
+class _NoLoop:
+    """A stream reader asks for a loop although it never waits here."""
+
+    def get_debug(self) -> bool:
+        return False
+
+
+_NO_LOOP: Any = _NoLoop()
+
+
 def check_wire(data: bytes) -> None:
     """A frame is a message or a wire error, on either side; and what is a message stays one."""
 
     async def read(decoder: Any) -> None:
-        reader = asyncio.StreamReader()
+        reader = asyncio.StreamReader(loop=_NO_LOOP)
         reader.feed_data(data)
         reader.feed_eof()
         with contextlib.suppress(MalformedFrameError, FrameTooLargeError):
