@@ -8,11 +8,16 @@ import os
 _SAID_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
-def wait_asleep() -> None:
-    """Let threads sleep where they wait for each other; call it before torch is imported.
+# some tenths of a millisecond: longer than the gap between two products of a step
+_SPINS = "20000"
 
-    A thread that spins keeps its core from HTTP, image decoding and whatever else runs, and then
-    waits for its own partner whom they displaced. The user's word in the environment stands.
+
+def wait_briefly() -> None:
+    """Let threads spin a moment where they wait for each other, then sleep; before torch's import.
+
+    A thread that spins on keeps its core from HTTP, image decoding and whatever else runs, and then
+    waits for its own partner whom they displaced; one that sleeps at once wakes too late for the
+    next product. The user's word in the environment stands.
     """
     if not any(name in os.environ for name in _SAID_BY_USER):
-        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ["GOMP_SPINCOUNT"] = _SPINS

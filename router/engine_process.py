@@ -24,7 +24,7 @@ from typing import Any, NoReturn, cast
 import msgspec
 
 from ..models.heap import use_one_heap
-from ..models.threads import wait_asleep
+from ..models.threads import wait_briefly
 from .config import EngineConfig
 from .engine import Engine, Runner
 from .engine_server import EngineServer, SocketPathError
@@ -138,7 +138,7 @@ def main(
     prepare: what a spare does before it waits for its settings.
     """
     use_one_heap()  # before any thread, of which importing torch starts some
-    wait_asleep()
+    wait_briefly()
     try:
         if SPARE_OPTION in sys.argv[1:]:
             die_with_parent()
