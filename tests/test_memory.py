@@ -273,6 +273,7 @@ def test_a_peak_that_runs_out_of_memory_is_one_line(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_the_measured_peak_of_a_gpu_is_near_the_computed_one() -> None:
     folder = build("m100", tempfile.mkdtemp(prefix="vlmserve-"), with_processor=False)
     model = load_model(folder, "cuda", "bfloat16")
