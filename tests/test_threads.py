@@ -1,4 +1,4 @@
-"""How the engine's threads wait: asleep, unless the user said otherwise, and said in time."""
+"""How the engine's threads wait: they spin a moment, then sleep, unless the user said otherwise."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from vlmserve.models.threads import wait_briefly
 
 
-def test_threads_sleep_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_spin_a_moment_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(name, "")  # so that what is set below is taken back
         monkeypatch.delenv(name)
