@@ -19,12 +19,15 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from .attention import AttentionBackend
 from .cache import LayerCache
 from .products import Product
 
 Activation = Callable[[Tensor], Tensor]
+# transformers has a class of its own for it
+SILU_CLASSES = (nn.SiLU, type(ACT2FN["silu"]))
 
 
 @dataclass(slots=True)
@@ -222,7 +225,7 @@ class TritonOperations(TorchOperations):
 
     def gated(self, joined: Tensor, activation: Activation) -> Tensor:
         """See `Operations.gated`; an activation other than SiLU is left to torch."""
-        if not isinstance(activation, nn.SiLU):
+        if not isinstance(activation, SILU_CLASSES):
             return super().gated(joined, activation)
         return self._launch.silu_gated(joined)
 

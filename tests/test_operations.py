@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from vlmserve.models import operations
+from vlmserve.models import fused_launch, operations
 from vlmserve.models.attention.sdpa import SdpaBackend
 from vlmserve.models.batch import PoolSizes
 from vlmserve.models.cache import LayerCache
@@ -110,6 +110,18 @@ def test_a_gated_middle_is_torchs(device: str, width: int) -> None:
     joined = torch.randn(4, 2 * width, generator=torch.Generator().manual_seed(0)).to(device)
     expected = TorchOperations().gated(joined, nn.SiLU())
     assert_equal(TritonOperations().gated(joined, nn.SiLU()), expected)
+
+
+@torch.inference_mode()
+def test_a_models_own_activation_is_computed_by_the_kernel(monkeypatch) -> None:
+    """transformers' SiLU is no `nn.SiLU`, so that models never came to the kernel."""
+    calls, launch = [], fused_launch.silu_gated
+    monkeypatch.setattr(fused_launch, "silu_gated", lambda x: calls.append(x) or launch(x))
+    layer = loaded("tiny").model.model.language_model.layers[0]
+    joined = torch.randn(4, 32)
+    expected = TorchOperations().gated(joined, nn.SiLU())
+    assert_equal(TritonOperations().gated(joined, layer._mlp._act), expected)
+    assert len(calls) == 1
 
 
 @torch.inference_mode()

@@ -1,0 +1,233 @@
+"""Compiles every Triton kernel to PTX as production launches it, without a GPU: a script.
+
+    python tests/support/compiled_kernels.py 80 90
+
+The launches are the project's own, on the meta device with the shapes of Llama-3.2-11B-Vision in
+bfloat16; each kernel is replaced by a recorder of what it is launched with. Writes one JSON
+document: an entry for each launch and compute capability, with the bytes of shared memory that it
+takes and how many copies of 16 bytes to shared memory it holds, or the compiler's error. A process
+of its own, as TRITON_INTERPRET must not be set when triton is imported. Stops before the assembler,
+so that neither CUDA nor a driver is needed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import MllamaTextConfig
+from transformers.models.mllama.modeling_mllama import MllamaTextModel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, mangle_type
+
+from vlmserve.models import fused_kernels, fused_launch
+from vlmserve.models.attention import PagedRows, triton_kernels
+from vlmserve.models.attention.triton_paged import TritonBackend
+from vlmserve.models.cache import KVPools, LayerCache, PagedStep
+from vlmserve.models.fused import FusedCrossLayer, FusedDecoder, FusedSelfLayer
+from vlmserve.models.int8 import int8_kernels, product
+from vlmserve.models.operations import TritonOperations
+
+META = torch.device("meta")
+DTYPE = torch.bfloat16
+NUM_PATCHES = 1601
+BLOCK_SIZE = 16
+OPTIONS = ("num_warps", "num_stages")
+# of CUDA 12.8: what torch's oldest wheels of the supported range bring
+PTX_VERSION = 87
+ALIGNMENT = [["tt.divisibility", 16]]
+
+
+@dataclass
+class Launch:
+    """A kernel as it was launched: everything that compiling it depends on."""
+
+    kernel: JITFunction[Any]
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, int]
+
+    @property
+    def key(self) -> str:
+        return repr((self.kernel.__name__, self.signature, self.constants, self.options))
+
+    @property
+    def title(self) -> str:
+        named = {k: v for k, v in self.constants.items() if k.isupper()}
+        return f"{self.kernel.__name__} {named} {self.options}"
+
+
+class Recorder:
+    """Stands in a kernel's place: keeps launches, computes nothing."""
+
+    def __init__(self, kernel: JITFunction[Any], launches: dict[str, Launch]) -> None:
+        self._kernel, self._launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert all(size > 0 for size in grid), "a grid without programs"
+        return self._record
+
+    def _record(self, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        bound = inspect.signature(self._kernel.fn).bind(*args, **kwargs).arguments
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(self._kernel.params):
+            value = bound[parameter.name]
+            is_fixed = parameter.is_constexpr
+            # as triton's own launcher: 1 is compiled in, multiples of 16 are told
+            if isinstance(value, int) and value == 1 and not parameter.do_not_specialize:
+                is_fixed = True
+            if is_fixed:
+                signature[parameter.name] = "constexpr"
+                constants[parameter.name] = value
+                continue
+            signature[parameter.name] = mangle_type(value)
+            is_multiple = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+            if is_multiple and not parameter.do_not_specialize:
+                attributes[(index,)] = ALIGNMENT
+        launch = Launch(self._kernel, signature, constants, attributes, options)
+        self._launches.setdefault(launch.key, launch)
+
+
+def main() -> None:
+    """Record, compile for the given capabilities, tell."""
+    launches: dict[str, Launch] = {}
+    with torch.inference_mode():
+        record(launches)
+    entries = [
+        compiled(launch, int(capability))
+        for capability in sys.argv[1:]
+        for launch in launches.values()
+    ]
+    kernels = [fused_kernels, triton_kernels, int8_kernels]
+    names = sorted(
+        name
+        for module in kernels
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction)
+    )
+    print(json.dumps({"kernels": names, "launches": entries}))
+
+
+def record(launches: dict[str, Launch]) -> None:
+    """Launch what a server does: prefills, decodes of text and of images, int8 products."""
+
+    def recorders(module: Any) -> SimpleNamespace:
+        found = {n: v for n, v in vars(module).items() if isinstance(v, JITFunction)}
+        return SimpleNamespace(**{n: Recorder(v, launches) for n, v in found.items()})
+
+    fused_launch.fused_kernels = recorders(fused_kernels)  # type: ignore[assignment]
+    product.int8_kernels = recorders(int8_kernels)  # type: ignore[assignment]
+    decoder, pools = model_and_pools()
+    for splits in (1, 2, 32):
+        backend = TritonBackend(splits)
+        backend._kernels = recorders(triton_kernels)  # type: ignore[assignment]
+        for lens in ([1], [1, 1, 1], [40, 1, 300]):
+            for sees in (False, True):
+                run_step(decoder, pools, backend, lens, sees)
+    for num_rows in (1, 17, 40):
+        for num_out, num_in in ((28672, 4096), (4096, 14336)):
+            rows = torch.empty(num_rows, num_in, dtype=DTYPE, device=META)
+            codes = torch.empty(num_out, num_in, dtype=torch.int8, device=META)
+            product.fused_product(rows, codes, torch.empty(num_out, dtype=DTYPE, device=META))
+
+
+def model_and_pools() -> tuple[FusedDecoder, KVPools]:
+    """Two layers of the published sizes, one of each kind, on the meta device."""
+    config = MllamaTextConfig(num_hidden_layers=2, cross_attention_layers=[1])
+    with META:
+        model: Any = MllamaTextModel(config).to(DTYPE)
+    model.layers = nn.ModuleList(
+        [FusedSelfLayer(model.layers[0]), FusedCrossLayer(model.layers[1])]
+    )
+    heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+
+    def cache(num_blocks: int, size: int) -> LayerCache:
+        shape = (num_blocks, size, heads, dim)
+        return LayerCache(*(torch.empty(shape, dtype=DTYPE, device=META) for _ in range(2)))
+
+    layers = [cache(4096, BLOCK_SIZE), cache(64, NUM_PATCHES)]
+    return FusedDecoder(model, TritonOperations()), KVPools(layers, frozenset([1]), NUM_PATCHES)
+
+
+def run_step(
+    decoder: FusedDecoder, pools: KVPools, backend: TritonBackend, lens: list[int], sees: bool
+) -> None:
+    """One step of sequences with so many new tokens each; `sees`: they see a new image of four."""
+    num_tokens, starts = sum(lens), np.concatenate([[0], np.cumsum(lens)])
+    table = np.zeros((len(lens), 512), dtype=np.int64)
+    text = PagedRows(starts, np.full(len(lens), 8000), table, BLOCK_SIZE, is_causal=True)
+    tiles = np.zeros((len(lens), 4), dtype=np.int64)
+    cross = PagedRows(starts, np.full(len(lens), 4 * NUM_PATCHES), tiles, NUM_PATCHES, False)
+    image_slots = torch.empty(4 * NUM_PATCHES, dtype=torch.long, device=META) if sees else None
+    ids = torch.empty(num_tokens, dtype=torch.long, device=META)
+    step = PagedStep(
+        backend=backend,
+        text_slots=ids,
+        image_slots=image_slots,
+        text_plan=backend.prepare(text, META, DTYPE),
+        cross_plan=backend.prepare(cross, META, DTYPE) if sees else None,
+    )
+    vision = torch.empty(4 * NUM_PATCHES, 4096, dtype=DTYPE, device=META) if sees else None
+    row_masks = [None, torch.empty(num_tokens, 1, dtype=DTYPE, device=META)] if sees else [None]
+    for row_mask in row_masks:
+        decoder(ids, ids, vision, row_mask, pools, step)
+
+
+def compiled(launch: Launch, capability: int) -> dict[str, Any]:
+    """An entry of the document."""
+    entry = {
+        "kernel": launch.kernel.__name__,
+        "launch": launch.title,
+        "capability": capability,
+    }
+    try:
+        metadata = to_ptx(launch, capability)
+    except Exception as error:  # whatever a stage of the compiler raises
+        return entry | {"error": f"{type(error).__name__}: {error}"}
+    return entry | metadata
+
+
+def to_ptx(launch: Launch, capability: int) -> dict[str, Any]:
+    """What the PTX tells. As `triton.compile`, whose last stage would assemble it."""
+    from triton._C.libtriton import ir
+
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    options = backend.parse_options({**launch.options, "ptx_version": PTX_VERSION})
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    stages: dict[str, Callable[..., Any]] = {}
+    backend.add_stages(stages, options, source.language)
+    codegen, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    module = source.make_ir(target, options, codegen, modules, context)
+    metadata: dict[str, Any] = {"target": target, **options.__dict__}
+    for stage in _until_ptx(stages):
+        module = stage(module, metadata)
+    assert ".entry" in module or ".visible" in module, "no PTX came out"
+    copies = re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", module)
+    return {"shared_bytes": metadata["shared"], "wide_copies": len(copies)}
+
+
+def _until_ptx(stages: dict[str, Callable[..., Any]]) -> Iterator[Callable[..., Any]]:
+    for name, stage in stages.items():
+        yield stage
+        if name == "ptx":
+            return
+
+
+if __name__ == "__main__":
+    main()
