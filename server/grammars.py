@@ -24,9 +24,15 @@ MAX_SCHEMA_DEPTH = 64
 # One blank at most where JSON may have any: a model may else write blanks to its last token.
 WHITESPACE = r"[ ]"
 
-# What `<` cannot begin a special token in: strings, regexes and comments of a Lark grammar.
-_LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/')
-_LARK_START = re.compile(r"(?m)^\s*(?:%llguidance\b|start\s*(?:\[[^\]\n]*\]\s*)?:(?!:))")
+# What `<` cannot begin a special token in: strings, comments and regexes of a Lark grammar, as
+# llguidance's lexer cuts them, whose regexes may go over the ends of lines. `open`: one that begins
+# and has no end. No pattern gives back what it took, so a text is looked through once.
+_LARK_TEXT = re.compile(
+    r'"(?:\\.|[^"\\\n])*+"|//[^\n]*+|#[^\n]*+|/(?:\\.|[^/\\])++/|(?P<open>["/])'
+)
+_LARK_START = re.compile(
+    r"(?m)^[^\S\n]*+(?:%llguidance\b|start\s*+(?:\[[^\]\n]*+\]\s*+)?:(?!:))"
+)
 
 
 def json_schema_grammar(schema: dict[str, Any], field: str = "schema") -> str:
@@ -86,6 +92,8 @@ def lark_grammar(text: str, field: str = "grammar") -> str:
     Special tokens are refused: text that only looks like one is text.
     """
     _check_text(text, field)
+    if any(part["open"] for part in _LARK_TEXT.finditer(text)):
+        raise BadRequestError(f"{field} has a string or a regex without its end", param=field)
     if "<" in _LARK_TEXT.sub("", text):
         raise BadRequestError(
             f"{field} names a special token (<...>), and an answer holds none: quote the text"
@@ -97,9 +105,9 @@ def lark_grammar(text: str, field: str = "grammar") -> str:
 
 def ebnf_grammar(text: str, field: str = "grammar") -> str:
     """A grammar in either notation: Lark where it has a rule `start:`, else GBNF from `root`."""
+    _check_text(text, field)
     if _LARK_START.search(text):
         return lark_grammar(text, field)
-    _check_text(text, field)
     return _encoded({"gbnf": text}, field)
 
 
