@@ -10,10 +10,12 @@ limits has failed, and says so.
 
 from __future__ import annotations
 
+import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask_par
@@ -97,8 +99,9 @@ class Grammars:
         file = folder / "tokenizer.json"
         if not file.is_file():
             return
-        self._source = file.read_text("utf-8")
-        tokenizer = Tokenizer.from_str(self._source)
+        source = file.read_text("utf-8")
+        tokenizer = Tokenizer.from_str(source)
+        self._source = _with_unspeakable_specials(source)
         # The tokenizer may name ids behind the logits, as `<|image|>` is.
         last_id = max(tokenizer.get_vocab().values())
         self._mask_size = max(self._vocab_size, last_id + 1)
@@ -136,3 +139,17 @@ class Grammars:
             allowed[:, -1] &= (1 << num_odd) - 1
         allowed[~allowed.any(axis=1)] = 0xFF
         return allowed
+
+
+def _with_unspeakable_specials(source: str) -> str:
+    """A tokenizer's JSON whose special tokens have names that no grammar spells.
+
+    llguidance tokenizes what a grammar forces as a text: one that spells `<|eot_id|>` would else
+    be answered by that token, which is no text.
+    """
+    content = msgspec.json.decode(source)
+    nonce = secrets.token_hex(16)
+    for token in content.get("added_tokens", ()):
+        if token.get("special"):
+            token["content"] = f"<|{nonce}-{token['id']}|>"
+    return msgspec.json.encode(content).decode()

@@ -4,21 +4,44 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.grammar import Grammars
 from vlmserve.server.errors import BadRequestError
 from vlmserve.server.grammar_child import judge
-from vlmserve.server.grammars import MAX_GRAMMAR_BYTES, ebnf_grammar, lark_grammar
+from vlmserve.server.grammars import MAX_GRAMMAR_BYTES, choice_grammar, ebnf_grammar, lark_grammar
 
 # Milliseconds, where a look at each character from each other one would take minutes.
 LINEAR_S = 5.0
 
 
+TOKENIZER = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+SPECIAL_IDS = {id for id, one in TOKENIZER.get_added_tokens_decoder().items() if one.special}
+
+
 @pytest.fixture(scope="module")
 def grammars() -> Grammars:
-    return Grammars(CHECKPOINT, vocab_size=0)
+    return Grammars(CHECKPOINT, vocab_size=TOKENIZER.get_vocab_size())
+
+
+@pytest.mark.parametrize("text", ["<|eot_id|>", "a<|python_tag|>b", "<|image|>"])
+def test_what_spells_a_special_token_is_answered_letter_by_letter(
+    text: str, grammars: Grammars
+) -> None:
+    """It used to be answered by the token itself, which is no text, and may fit no grammar."""
+    verdict = judge(choice_grammar([text]), grammars)
+    assert verdict.grammar is not None
+    matcher = grammars.compile(verdict.grammar)
+    token_ids: list[int] = []
+    while TOKENIZER.decode(token_ids) != text:
+        allowed = np.unpackbits(grammars.fill([matcher])[0], bitorder="little")
+        token_ids.append(int(np.flatnonzero(allowed)[0]))
+        assert token_ids[-1] not in SPECIAL_IDS
+        matcher.accept(token_ids[-1])
+        assert not matcher.has_failed
 
 
 @pytest.mark.parametrize(

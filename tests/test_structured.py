@@ -65,6 +65,10 @@ FORMS = {
     "guided_json as text": ({"guided_json": json.dumps(SCHEMA)}, is_scene),
     "guided_regex": ({"guided_regex": REGEX}, matches(REGEX)),
     "guided_choice": ({"guided_choice": ["red", "deep blue", 'a"b']}, {"red", "deep blue", 'a"b'}),
+    "spelled marks": (
+        {"guided_choice": ["<|eot_id|>", "<|python_tag|>a"]},
+        {"<|eot_id|>", "<|python_tag|>a"},
+    ),
     "gbnf": ({"guided_grammar": GBNF}, matches(r"a[bc][bc]\.")),
     "lark": ({"guided_grammar": LARK}, matches(r"x[0-9]{2}!")),
     "nvext": ({"nvext": {"guided_regex": REGEX}}, matches(REGEX)),
