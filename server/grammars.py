@@ -30,9 +30,7 @@ WHITESPACE = r"[ ]"
 _LARK_TEXT = re.compile(
     r'"(?:\\.|[^"\\\n])*+"|//[^\n]*+|#[^\n]*+|/(?:\\.|[^/\\])++/|(?P<open>["/])'
 )
-_LARK_START = re.compile(
-    r"(?m)^[^\S\n]*+(?:%llguidance\b|start\s*+(?:\[[^\]\n]*+\]\s*+)?:(?!:))"
-)
+_LARK_START = re.compile(r"(?m)^[^\S\n]*+(?:%llguidance\b|start\s*+(?:\[[^\]\n]*+\]\s*+)?:(?!:))")
 
 
 def json_schema_grammar(schema: dict[str, Any], field: str = "schema") -> str:
