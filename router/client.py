@@ -90,13 +90,15 @@ class EngineClient:
     """One worker's connection to one engine.
 
     `connect()` once, `generate()` many times at once, `close()` at the end.
-    `on_dead` is called once when the engine's end of the connection goes away.
+    `on_ready` is called with what the engine says of itself once its model is loaded,
+    `on_dead` once when the engine's end of the connection goes away.
     """
 
     def __init__(
         self,
         socket_path: str,
         *,
+        on_ready: Callable[[EngineReady], None] | None = None,
         on_dead: Callable[[], None] | None = None,
         max_frame_bytes: int = wire.DEFAULT_MAX_FRAME_BYTES,
     ) -> None:
@@ -107,6 +109,7 @@ class EngineClient:
         self.stall_s = 0.0
         self.may_compile = False
         self.last_heartbeat: float | None = None
+        self._on_ready = on_ready
         self._on_dead = on_dead
         self._max_frame_bytes = max_frame_bytes
         self._streams: dict[str, _Stream] = {}
@@ -170,6 +173,11 @@ class EngineClient:
                 self._state_changed.clear()
                 await self._state_changed.wait()
         return self.info
+
+    async def read_to_end(self) -> None:
+        """Return when all that the engine said before its end has been taken in."""
+        if self._reader_task is not None:
+            await asyncio.wait([self._reader_task])
 
     async def generate(self, *requests: AddRequest) -> AsyncGenerator[SequenceOutput, None]:
         """Yield the new tokens of all the requests' choices as they come.
@@ -275,6 +283,8 @@ class EngineClient:
             # A sign of life as well: else an engine that stops before its first beat is never late.
             self.last_heartbeat = time.monotonic()
             self._state_changed.set()
+            if self._on_ready is not None:
+                self._on_ready(message)
 
     def _disconnect(self, reason: str) -> None:
         writer, self._writer = self._writer, None

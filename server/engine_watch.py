@@ -7,13 +7,13 @@ processes: who is told that an engine hangs ends it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..router.client import EngineClient
 from ..router.errors import EngineDeadError
-from ..router.messages import EngineReady
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +54,14 @@ class EngineWatch:
         self._silent_s = 0.0
         self._last_heartbeat: float | None = None
 
-    async def until_it_hangs(self, on_ready: Callable[[EngineReady], None]) -> str:
-        """Why the engine is taken to hang. Never returns while it gets on, nor after its end.
-
-        on_ready: told once what the engine says when its model is loaded.
-        """
+    async def until_it_hangs(self) -> str:
+        """Why the engine is taken to hang. Never returns while it gets on, nor after its end."""
         looked = self._clock()
-        is_told = False
         while True:
-            await self._stay_connected()
-            await asyncio.sleep(self._interval_s)
+            await self._pass_interval()
             now = self._clock()
             reason = self.judge(min(now - looked, 2 * self._interval_s))
             looked = now
-            if self._client.info is not None and not is_told:
-                is_told = True
-                on_ready(self._client.info)
             if reason is not None:
                 return reason
 
@@ -89,10 +81,14 @@ class EngineWatch:
             return f"has been in a step without progress for {client.stall_s:.0f} s"
         return None
 
-    async def _stay_connected(self) -> None:
-        """Connect where there is no connection; an engine that does not listen yet is silent."""
-        if not self._client.is_connected:
-            try:
-                await self._client.connect(timeout_s=0.0)
-            except EngineDeadError:
-                return
+    async def _pass_interval(self) -> None:
+        """Sleep, or try to connect where there is no connection.
+
+        An engine that does not listen yet is silent. All the time is spent on trying: one
+        that is ready and dies at once must have been heard.
+        """
+        if self._client.is_connected:
+            await asyncio.sleep(self._interval_s)
+        else:
+            with contextlib.suppress(EngineDeadError):
+                await self._client.connect(self._interval_s)

@@ -13,6 +13,7 @@ that is the end. Knows nothing of requests.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
 import ssl
@@ -43,6 +44,8 @@ EXIT_CODES_OF_CHILDREN_THAT_SAID_WHY = (2, 3)
 # What a worker has beyond its drain to close, and an engine to say goodbye.
 CLOSING_TIME_S = 5.0
 READY_POLL_S = 0.1
+# The kernel holds what an engine said when it died, and then the end of the connection.
+LAST_WORDS_S = 1.0
 # Where the workers keep their figures, which outlive them; see metrics.py.
 FIGURES_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 # A worker that lived longer had served.
@@ -239,9 +242,9 @@ class Supervisor:
             slot.ready.set()
             self._starter.prepare()
 
-        client = EngineClient(slot.config.socket_path)
+        client = EngineClient(slot.config.socket_path, on_ready=on_ready)
         watch = EngineWatch(client, self._supervision.hang_limits)
-        hanging = asyncio.create_task(watch.until_it_hangs(on_ready))
+        hanging = asyncio.create_task(watch.until_it_hangs())
         ending = asyncio.create_task(child.wait())
         try:
             await asyncio.wait([hanging, ending], return_when=asyncio.FIRST_COMPLETED)
@@ -249,6 +252,10 @@ class Supervisor:
                 _say(f"the {slot.name} {hanging.result()}; ending it")
                 child.kill()
                 await ending
+            # Its last words may say that it had been ready.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WORDS_S):
+                    await client.read_to_end()
         finally:
             await _cancelled(hanging, ending)
             await client.close()

@@ -78,15 +78,16 @@ def test_an_echo_scores_a_text_as_it_was_scored_when_it_was_written(sdk):
 
 def test_a_client_that_leaves_frees_all_prompts(server, sdk, wait_for):
     body = GREEDY | {
-        "prompt": ["The circle is", "Hello!", "A red"], "n": 2, "max_tokens": 400,
+        "prompt": ["The circle is", "Hello!", "A red"], "n": 2, "max_tokens": 8000,
         "ignore_eos": True, "stream": True,
     }  # fmt: skip
     with (
         httpx2.Client(timeout=60) as client,
         client.stream("POST", f"{server.url}/v1/completions", json=body) as response,
     ):
+        assert response.status_code == 200
         next(response.iter_bytes())
-        assert server.metric("num_requests_running") + server.metric("num_requests_waiting") > 0
+        assert wait_for(lambda: server.metric("num_requests_running") > 0)
     busy = ("num_requests_running", "num_requests_waiting", "vlmserve_text_blocks_used")
     assert wait_for(lambda: not any(map(server.metric, busy)))
     assert sdk.completions.create(**GREEDY, prompt="Hello!").choices[0].text

@@ -1,14 +1,21 @@
 """When an engine counts as hung, how a step shows progress, and when restarts are given up."""
 
+import asyncio
+import os
+
 import pytest
 from support.fake_runner import FakeRunner
 
 from vlmserve.models.batch import ImageToEncode, ScheduledSequence, StepBatch
 from vlmserve.router.client import EngineClient
+from vlmserve.router.config import EngineConfig
 from vlmserve.router.messages import EngineReady
 from vlmserve.router.step_watch import StepWatch
 from vlmserve.server.engine_watch import EngineWatch, HangLimits
+from vlmserve.server.listening import listen
 from vlmserve.server.restarts import RestartBudget
+from vlmserve.server.settings import ServerSettings
+from vlmserve.server.supervisor import Supervision, Supervisor
 
 
 class Clock:
@@ -147,3 +154,48 @@ def test_restarts_of_long_ago_are_forgotten():
 def test_many_restarts_pause_no_longer_than_half_a_minute():
     budget = RestartBudget(10_000, 300, Clock())
     assert max(budget.pause_s(has_served=False) for _ in range(5000)) == 30
+
+
+# Says that it has loaded to the first who connects, and dies by a signal.
+SHORT_LIVED_ENGINE = """
+import os, signal, socket, sys
+from vlmserve.router import wire
+from vlmserve.router.messages import EngineReady
+from vlmserve.router.engine_process import read_config
+
+config = read_config()
+os.path.exists(config.socket_path) and os.unlink(config.socket_path)
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind(config.socket_path)
+    listener.listen()
+    caller, _ = listener.accept()
+    ready = EngineReady(
+        pid=1, max_model_len=1, vocab_size=1, max_num_seqs=1, device="", dtype="",
+        num_text_tokens=1, num_image_tiles=1,
+    )
+    caller.sendall(wire.encode_frame(ready))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_an_engine_that_dies_as_soon_as_it_is_ready_has_been_ready(capfd):
+    """Once the server gave up: it had looked for the engine's readiness four times a second."""
+    with listen("127.0.0.1", 0) as listener:
+        supervisor = Supervisor(
+            EngineConfig(model="fake", socket_path="", parent_pid=os.getpid()),
+            ServerSettings(model="fake", engine_socket="", served_model_names=["fake"]),
+            listener,
+            lambda infos: None,
+            Supervision(
+                num_workers=0,
+                max_restarts=2,
+                spare_delay_s=None,
+                engine_command=("-c", SHORT_LIVED_ENGINE),
+            ),
+        )
+        assert asyncio.run(asyncio.wait_for(supervisor.run(), 120)) == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [
+        *["vlmserve: the engine ended (signal SIGKILL); starting another now"] * 2,
+        "vlmserve: the engine ended 3 times in 300 s, last by signal SIGKILL: giving up",
+    ]
