@@ -26,6 +26,7 @@ from .environment import VariableError, adopt, with_variables, without_effect
 from .images.settings import ImageSettings
 from .listening import ListenError, listen
 from .model_files import ModelFilesError, resolve_model
+from .pulse import WorkerLimits
 from .settings import ServerSettings
 from .start_checks import absolute, check_files, trace_settings
 from .supervisor import SPARE_DELAY_S, Supervision, Supervisor
@@ -103,6 +104,7 @@ def serve(
     drain_time: options.DrainTime = 20.0,
     max_restarts: options.MaxRestarts = 5,
     max_step_stall: options.MaxStepStall = 10.0,
+    max_worker_stall: options.MaxWorkerStall = 10.0,
     spare_engine: options.SpareEngine = True,
     log_level: options.LogLevelOption = options.LogLevel.info,
     log_format: options.LogFormatOption = options.LogFormat.text,
@@ -195,6 +197,7 @@ def serve(
         drain_time_s=drain_time,
         max_restarts=max_restarts,
         hang_limits=HangLimits(step_s=max_step_stall),
+        worker_limits=WorkerLimits(stall_s=max_worker_stall),
         spare_delay_s=SPARE_DELAY_S if spare_engine else None,
     )
     with listener:

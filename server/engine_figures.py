@@ -1,6 +1,6 @@
-"""What the engine tells of itself, as figures of Prometheus.
+"""What engines and the supervisor tell of themselves, as figures of Prometheus.
 
-Owns their names and words. Every worker hears the same of the engines: of several workers'
+Owns their names and words. Every worker hears the same of them: of several workers'
 figures these are taken from one, not summed. Those of several engines are sums over all;
 `ReplicaFigures` tells of each.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -20,6 +21,7 @@ from prometheus_client.registry import Collector
 
 from ..router.messages import VISION_BOUNDS_S, EngineStats
 from ..router.replica_pool import ReplicaState
+from .restart_counts import RestartCounts
 
 
 class EngineFigures(Collector):
@@ -85,6 +87,26 @@ _REPLICA_GAUGES: dict[str, tuple[str, Callable[[ReplicaState], float]]] = {
     "image_blocks_used": ("Its image blocks in use.", lambda one: one.stats.image_blocks_used),
     "steps": ("Steps of the model since it started.", lambda one: one.stats.num_steps),
 }
+
+
+class RestartFigures(Collector):
+    """How often the supervisor started a process again. folder: where it writes that."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterator[Metric]:
+        """One counter, each of whose labels has two values."""
+        family = CounterMetricFamily(
+            "vlmserve_restarts",
+            "Processes that were started again: as they had ended, or were ended as they hung.",
+            labels=["process", "reason"],
+        )
+        counts = RestartCounts.read(self._folder)
+        for process, of_process in (("engine", counts.engine), ("worker", counts.worker)):
+            for reason, count in of_process.items():
+                family.add_metric([process, reason], count)
+        yield family
 
 
 def engine_families() -> frozenset[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 from prometheus_client import (
@@ -24,7 +25,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from ..router.messages import AddRequest, EngineStats
 from ..router.replica_pool import MOVE_REASONS, MoveReason, ReplicaState
-from .engine_figures import EngineFigures, ReplicaFigures
+from .engine_figures import EngineFigures, ReplicaFigures, RestartFigures
 from .records import Record, current_record
 
 # When a figure was first made is no figure: it doubles the page, and cannot be summed.
@@ -70,7 +71,7 @@ class Metrics:
         self.replica_moves = self._counter(
             "vlmserve_replica_moves",
             "Requests that another replica took: full, the first one's queue was; dead, it was "
-            "before any output.",
+            "before it began with them.",
             ["reason"],
         )
         for reason in MOVE_REASONS:
@@ -89,10 +90,12 @@ class Metrics:
     def render(self, stats: EngineStats) -> bytes:
         """All figures in Prometheus' text format; of all workers, where there are several."""
         self._engine.stats = stats
-        if FIGURES_VARIABLE not in os.environ:
+        folder = os.environ.get(FIGURES_VARIABLE)
+        if folder is None:
             return generate_latest(self.registry)
         summed = CollectorRegistry()
         MultiProcessCollector(summed)
+        summed.register(RestartFigures(Path(folder)))
         summed.register(self._engine)
         if self._replicas is not None:
             summed.register(self._replicas)

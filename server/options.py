@@ -310,6 +310,15 @@ MaxStepStall = Annotated[
         rich_help_panel=FAULTS_PANEL,
     ),
 ]
+MaxWorkerStall = Annotated[
+    float,
+    typer.Option(
+        min=1.0,
+        help="Seconds that an HTTP worker's event loop may stand still before the worker counts as "
+        "hung and is restarted.",
+        rich_help_panel=FAULTS_PANEL,
+    ),
+]
 SpareEngine = Annotated[
     bool,
     typer.Option(

@@ -38,6 +38,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     traces: None sends none. ready_stall_s: how
     long a step may begin no layer of the model before the worker calls itself not ready.
     replica_sockets: of the engines beside that of `engine_socket`, where there are several.
+    pulse_fd: the inherited pipe that tells the supervisor that the event loop runs.
     drain_time_s: from SIGTERM to the error that ends what is still open. reader_timeout_s: how
     long a client may read nothing of what waits for it; send_buffer_bytes: what the kernel
     may hold of it.
@@ -48,6 +49,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     replica_sockets: list[str] = []
     served_model_names: list[str]
     listen_fd: int | None = None
+    pulse_fd: int | None = None
     hub_id: str | None = None
     api_keys: list[str] = []
     api_key_file: str | None = None

@@ -5,9 +5,9 @@
       HTTP worker x N  python -m vlmserve.server.worker, the socket inherited
 
 Each reads its settings on stdin. Starts them, says when the server is ready, and starts
-again what dies or hangs. Ends them all on SIGINT or SIGTERM, when a child cannot start, and
-when one dies too often; of several engines one that dies too often rests, and only when all do
-that is the end. Knows nothing of requests.
+again what dies or hangs: engines by their heartbeats, workers by their pulse. Ends them all on
+SIGINT or SIGTERM, when a child cannot start, and when one dies too often; of several engines one
+that dies too often rests, and only when all do that is the end. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import signal
 import socket
 import ssl
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from ..router.logs import say
 from ..router.messages import EngineReady
 from .engine_watch import EngineWatch, HangLimits
 from .managed_child import ManagedChild
+from .pulse import Pulse, WorkerLimits
+from .restart_counts import RestartCounter, RestartReason
 from .restarts import RestartBudget
 from .settings import ServerSettings
 from .spare_engine import EngineStarter
@@ -71,6 +73,7 @@ class Supervision:
     max_restarts: int = 5
     restart_window_s: float = 300.0
     hang_limits: HangLimits = field(default_factory=HangLimits)
+    worker_limits: WorkerLimits = field(default_factory=WorkerLimits)
     spare_delay_s: float | None = SPARE_DELAY_S
     engine_command: Sequence[str] = ENGINE_COMMAND
 
@@ -125,6 +128,7 @@ class Supervisor:
         self._listener = listener
         self._on_ready = on_ready
         self._figures = Path()
+        self._restarts = RestartCounter(Path())
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._engines = [
@@ -174,6 +178,7 @@ class Supervisor:
     async def _supervise(self, folder: Path) -> int:
         self._figures = folder / "figures"
         self._figures.mkdir()
+        self._restarts = RestartCounter(self._figures)
         for number, engine in enumerate(self._engines):
             path = str(folder / f"engine{number}.sock")
             engine.config = msgspec.structs.replace(engine.config, socket_path=path)
@@ -211,12 +216,13 @@ class Supervisor:
         """Run an engine, and another when it ends. Raises ChildFailedError to give up."""
         while True:
             child = slot.child = await self._starter.start(slot.config)
-            await self._watch_engine(slot, child)
+            reason = await self._watch_engine(slot, child)
             has_served = slot.ready.is_set()
             slot.ready.clear()
             if not slot.was_ready:
                 raise ChildFailedError(_why_not_started(slot.name, child))
             await self._pause_engine(slot, child, has_served)
+            self._restarts.count("engine", reason)
 
     async def _pause_engine(self, slot: EngineSlot, child: ManagedChild, has_served: bool) -> None:
         """Wait until an engine is to be started again; long where it died too often.
@@ -234,7 +240,7 @@ class Supervisor:
             await asyncio.sleep(window_s)
             slot.is_resting = False
 
-    async def _watch_engine(self, slot: EngineSlot, child: ManagedChild) -> None:
+    async def _watch_engine(self, slot: EngineSlot, child: ManagedChild) -> RestartReason:
         """Return when the engine has ended, or has been ended because it hung."""
 
         def on_ready(info: EngineReady) -> None:
@@ -244,37 +250,39 @@ class Supervisor:
 
         client = EngineClient(slot.config.socket_path, on_ready=on_ready)
         watch = EngineWatch(client, self._supervision.hang_limits)
-        hanging = asyncio.create_task(watch.until_it_hangs())
-        ending = asyncio.create_task(child.wait())
         try:
-            await asyncio.wait([hanging, ending], return_when=asyncio.FIRST_COMPLETED)
-            if not ending.done():
-                _say(f"the {slot.name} {hanging.result()}; ending it")
-                child.kill()
-                await ending
+            reason = await _ended(child, f"the {slot.name}", watch.until_it_hangs())
             # Its last words may say that it had been ready.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LAST_WORDS_S):
                     await client.read_to_end()
+            return reason
         finally:
-            await _cancelled(hanging, ending)
             await client.close()
 
     async def _keep_worker(self, slot: WorkerSlot) -> None:
         """Run an HTTP worker, and another when it ends. Raises ChildFailedError to give up."""
         while True:
-            child = slot.child = await ManagedChild.start(
-                WORKER_COMMAND,
-                pass_fds=[self._listener.fileno()],
-                environment={FIGURES_VARIABLE: str(self._figures)},
-            )
-            await child.configure(self._settings_of_workers())
-            began = asyncio.get_running_loop().time()
-            await child.wait()
+            with Pulse(self._supervision.worker_limits) as pulse:
+                child = slot.child = await self._start_worker(pulse)
+                began = asyncio.get_running_loop().time()
+                reason = await _ended(child, "an HTTP worker", pulse.until_it_stops())
             if child.exit_code in EXIT_CODES_OF_CHILDREN_THAT_SAID_WHY:
                 raise ChildFailedError(None)
             has_served = asyncio.get_running_loop().time() - began > WORKER_START_S
             await self._pause_before_restart("an HTTP worker", child, slot.restarts, has_served)
+            self._restarts.count("worker", reason)
+
+    async def _start_worker(self, pulse: Pulse) -> ManagedChild:
+        child = await ManagedChild.start(
+            WORKER_COMMAND,
+            pass_fds=[self._listener.fileno(), pulse.worker_fd],
+            environment={FIGURES_VARIABLE: str(self._figures)},
+        )
+        settings = msgspec.structs.replace(self._settings_of_workers(), pulse_fd=pulse.worker_fd)
+        pulse.hand_over()
+        await child.configure(settings)
+        return child
 
     def _settings_of_workers(self) -> ServerSettings:
         return msgspec.structs.replace(
@@ -343,6 +351,23 @@ def _why_not_started(name: str, child: ManagedChild) -> str | None:
     if child.exit_code in EXIT_CODES_OF_CHILDREN_THAT_SAID_WHY:
         return None
     return f"the {name} ended ({child.how_it_ended}) before it was ready: giving up"
+
+
+async def _ended(
+    child: ManagedChild, name: str, hanging: Coroutine[Any, Any, str]
+) -> RestartReason:
+    """Return when the child has ended, or has been ended because `hanging` said why it hangs."""
+    hangs, ends = asyncio.create_task(hanging), asyncio.create_task(child.wait())
+    try:
+        await asyncio.wait([hangs, ends], return_when=asyncio.FIRST_COMPLETED)
+        if ends.done():
+            return "ended"
+        _say(f"{name} {hangs.result()}; ending it")
+        child.kill()
+        await ends
+        return "hung"
+    finally:
+        await _cancelled(hangs, ends)
 
 
 async def _all_ended(children: Sequence[ManagedChild]) -> None:

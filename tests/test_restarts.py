@@ -20,6 +20,7 @@ from support.standing import (
     body_for,
     descendants,
     is_running,
+    num_descriptors,
 )
 
 QUICK = {"hang_limits": {"heartbeat_s": 1.5, "step_s": 1.5}, "spare_delay_s": None}
@@ -90,6 +91,7 @@ def test_row_33_engine_killed_ends_streams_and_others_within_1_s_and_serves_agai
         requests.assert_ended_by_an_error(1.0 * SLACK)
         assert wait_for(lambda: standing.get("/v1/health/ready").status == 200, 5.0 * SLACK)
     assert "the engine ended (signal SIGKILL); starting another now" in log_of(server)
+    assert restarts(standing) == {"engine": (1, 0), "worker": (0, 0)}
 
 
 def test_row_33_requests_between_two_engines_are_a_503(start_faulty_server, wait_for):
@@ -135,6 +137,7 @@ def test_row_34_a_hung_engine_is_not_ready_and_then_restarted(start_faulty_serve
         assert wait_for(lambda: standing.get("/v1/health/ready").status == 200, 15.0 * SLACK)
         assert standing.engine_pid != before
     assert "ending it" in log_of(server)
+    assert restarts(standing) == {"engine": (0, 1), "worker": (0, 0)}
 
 
 def test_row_35_a_killed_worker_is_replaced_and_its_requests_leave_the_engine(
@@ -157,10 +160,62 @@ def test_row_35_a_killed_worker_is_replaced_and_its_requests_leave_the_engine(
         assert wait_for(lambda: not any(map(is_running, decoders)))
 
 
+def test_row_35_a_hung_worker_is_ended_and_replaced_and_its_requests_leave_the_engine(
+    start_faulty_server, wait_for
+):
+    """It kept its connections and its share of new ones for good, and nobody noticed."""
+    stall_s = 1.5
+    server = start_faulty_server(
+        supervision={"num_workers": 2, "worker_limits": {"stall_s": stall_s}},
+        engine={"max_num_seqs": 8},
+    )
+    standing = standing_of(server)
+    until_whole(standing, wait_for, num_workers=2)
+    server.suffer("slow 0.02")
+    with standing.holds():
+        with ThreadPoolExecutor(8) as pool:
+            body = body_for(CHAT, max_tokens=300, ignore_eos=True)
+            calls = [pool.submit(standing.post, CHAT, body) for _ in range(8)]
+            until_running(standing, wait_for, 8)
+            # The one that holds most of the connections.
+            other, hung = sorted(standing.pids("worker"), key=num_descriptors)
+            os.kill(hung, signal.SIGSTOP)
+            assert wait_for(lambda: hung not in standing.pids("worker"), (stall_s + 3.0) * SLACK)
+            ends = [one.exception(60 * SLACK) for one in calls]
+            assert any(isinstance(one, OSError) for one in ends)
+            kept = [call for call, end in zip(calls, ends, strict=True) if end is None]
+            assert all(one.result().status == 200 for one in kept)
+        until_whole(standing, wait_for, num_workers=2)
+        assert other in standing.pids("worker")
+    assert "an HTTP worker has not run its event loop for" in log_of(server)
+    assert restarts(standing) == {"engine": (0, 0), "worker": (0, 1)}
+
+
+def until_whole(standing, wait_for, num_workers):
+    """Every worker is there with its decoders, and knows the engine, whichever answers."""
+    whole = [num_workers, 2 * num_workers]
+    assert wait_for(lambda: [len(standing.pids(kind)) for kind in ("worker", "decoder")] == whole)
+    ready = "/v1/health/ready"
+    assert wait_for(lambda: all(standing.get(ready).status == 200 for _ in range(12)))
+
+
+def restarts(standing):
+    """How often /metrics says that engines and workers ended, and hung."""
+    told = standing.metrics()
+    return {
+        process: tuple(
+            told[f'vlmserve_restarts_total{{process="{process}",reason="{reason}"}}']
+            for reason in ("ended", "hung")
+        )
+        for process in ("engine", "worker")
+    }
+
+
 def test_row_35_a_killed_supervisor_leaves_nothing_running(start_faulty_server, wait_for):
     server = start_faulty_server(supervision={"num_workers": 2, "spare_delay_s": 0.0})
     standing = standing_of(server)
     assert wait_for(lambda: standing.pids("spare"))
+    until_whole(standing, wait_for, num_workers=2)
     family = descendants(server.process.pid)
     assert len(family) == 8, "expected an engine, a spare, two workers and their four decoders"
     server.process.kill()
@@ -171,16 +226,20 @@ def test_row_35_a_killed_supervisor_leaves_nothing_running(start_faulty_server, 
 def test_row_35_two_workers_are_each_replaced(start_faulty_server, wait_for):
     server = start_faulty_server(supervision={"num_workers": 2})
     standing = standing_of(server)
+    until_whole(standing, wait_for, num_workers=2)
     with standing.holds():
         for old in standing.pids("worker"):
             os.kill(old, signal.SIGKILL)
             assert wait_for(lambda old=old: len(set(standing.pids("worker")) - {old}) == 2)
+        until_whole(standing, wait_for, num_workers=2)
+    assert restarts(standing) == {"engine": (0, 0), "worker": (2, 0)}
 
 
 def test_figures_are_those_of_all_workers_and_outlive_them(start_faulty_server, wait_for):
     """Whichever worker answers /metrics tells the sum; a killed one's counts do not vanish."""
     server = start_faulty_server(supervision={"num_workers": 2})
     standing = standing_of(server)
+    until_whole(standing, wait_for, num_workers=2)
 
     def ask(count):
         with ThreadPoolExecutor(8) as pool:
@@ -202,6 +261,7 @@ def test_figures_are_those_of_all_workers_and_outlive_them(start_faulty_server, 
         for old in standing.pids("worker"):
             os.kill(old, signal.SIGKILL)
             assert wait_for(lambda old=old: len(set(standing.pids("worker")) - {old}) == 2)
+        until_whole(standing, wait_for, num_workers=2)
         assert_told(20)
         ask(10)
         assert_told(30)

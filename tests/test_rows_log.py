@@ -445,7 +445,10 @@ def test_row_48_no_label_takes_its_value_from_a_client(secret_run):
         for sample in family.samples:
             for name, value in sample.labels.items():
                 labels.setdefault(name, set()).add(value)
-    assert set(labels) == {"le", "finished_reason", "method", "route", "status"}
+    fixed = {"le", "finished_reason", "process", "reason"}
+    assert set(labels) == fixed | {"method", "route", "status"}
+    assert labels["process"] == {"engine", "worker"}
+    assert labels["reason"] == {"ended", "hung"}
     assert labels["finished_reason"] == {"stop", "length", "tool_calls", "abort", "error"}
     assert labels["method"] <= {"GET", "HEAD", "POST", "other"}
     assert labels["route"] <= {*GENERATION_ROUTES, "/v1/health/ready", "/v1/models", "unmatched"}

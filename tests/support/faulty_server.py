@@ -20,6 +20,7 @@ from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.router.config import EngineConfig
 from vlmserve.server.engine_watch import HangLimits
 from vlmserve.server.listening import listen
+from vlmserve.server.pulse import WorkerLimits
 from vlmserve.server.settings import ServerSettings
 from vlmserve.server.supervisor import Supervision, Supervisor
 
@@ -38,13 +39,19 @@ def main(options: dict[str, Any]) -> int:
     )
     supervision = {"drain_time_s": 2.0} | options.get("supervision", {})
     limits = HangLimits(**supervision.pop("hang_limits", {}))
+    worker_limits = WorkerLimits(**supervision.pop("worker_limits", {}))
     with listen("127.0.0.1", options["port"]) as listener:
         supervisor = Supervisor(
             engine,
             server,
             listener,
             lambda infos: print("vlmserve is ready", file=sys.stderr),
-            Supervision(engine_command=(ENGINE,), hang_limits=limits, **supervision),
+            Supervision(
+                engine_command=(ENGINE,),
+                hang_limits=limits,
+                worker_limits=worker_limits,
+                **supervision,
+            ),
         )
         return asyncio.run(supervisor.run())
 

@@ -25,7 +25,7 @@ PAGE = ROOT / "docs" / "settings.md"
 SETTINGS = {"ServerSettings": ServerSettings, "ImageSettings": ImageSettings,
             "EngineConfig": EngineConfig}  # fmt: skip
 # Handed over between the processes; the drain's time is an option of the supervisor.
-INTERNAL = {"listen_fd", "drain_time_s", "replica", "replica_sockets"}
+INTERNAL = {"listen_fd", "pulse_fd", "drain_time_s", "replica", "replica_sockets"}
 
 
 def parameters() -> list[Any]:
