@@ -29,6 +29,7 @@ from .messages import (
     FromEngine,
     Heartbeat,
     RequestFailed,
+    RequestsBegun,
     SequenceOutput,
     StepOutputs,
 )
@@ -43,7 +44,8 @@ _LOST = (ConnectionError, RuntimeError)
 class _Stream:
     """What one open request has been sent and its caller has not taken yet.
 
-    open_ids: the choices that have no final message yet. Outputs of a choice that
+    open_ids: the choices that have no final message yet. has_begun: one of them is being
+    computed, as far as was told. Outputs of a choice that
     pile up are joined, so a slow caller costs its token ids and no more.
     """
 
@@ -52,6 +54,7 @@ class _Stream:
         self._outputs: dict[str, SequenceOutput] = {}
         self._error: EngineError | None = None
         self.open_ids = dict.fromkeys(choice_ids)
+        self.has_begun = False
 
     def deliver(self, output: SequenceOutput) -> None:
         waiting = self._outputs.get(output.request_id)
@@ -67,6 +70,8 @@ class _Stream:
         self._arrived.set()
 
     def fail(self, request_id: str, error: EngineError) -> None:
+        if isinstance(error, EngineDeadError):
+            error.has_begun = self.has_begun
         self._error = self._error or error
         self.open_ids.pop(request_id, None)
         self._arrived.set()
@@ -271,6 +276,10 @@ class EngineClient:
                 # An output may cross an abort on its way: nobody waits for it then.
                 if stream := self._streams.get(output.request_id):
                     stream.deliver(output)
+        elif isinstance(message, RequestsBegun):
+            for request_id in message.request_ids:
+                if stream := self._streams.get(request_id):
+                    stream.has_begun = True
         elif isinstance(message, RequestFailed):
             if stream := self._streams.get(message.request_id):
                 stream.fail(message.request_id, error_of(message))

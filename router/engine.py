@@ -37,6 +37,7 @@ from .messages import (
     EngineReady,
     EngineStats,
     FromEngine,
+    RequestsBegun,
     SequenceOutput,
     StepOutputs,
 )
@@ -228,6 +229,7 @@ class Engine:
 
     async def _run_step(self, batch: StepBatch) -> None:
         began = time.monotonic()
+        self._tell_begun()
         self.step_watch.begin(batch)
         is_computed = False
         loop = asyncio.get_running_loop()
@@ -284,6 +286,15 @@ class Engine:
                 self._forget(one.sequence)
         for worker_id, of_worker in outputs.items():
             self._send(worker_id, StepOutputs(outputs=of_worker))
+
+    def _tell_begun(self) -> None:
+        """Name what the next step begins, where another engine might be asked for it."""
+        begun: dict[int, list[str]] = defaultdict(list)
+        for sequence in self.scheduler.take_begun():
+            begun[sequence.worker_id].append(sequence.request_id)
+        if self._config.num_replicas > 1:
+            for worker_id, request_ids in begun.items():
+                self._send(worker_id, RequestsBegun(request_ids))
 
     def _count_run(self, sequence: Sequence) -> None:
         if sequence.ran_at is not None:

@@ -136,6 +136,15 @@ class StepOutputs(msgspec.Struct, tag="step", kw_only=True):
     outputs: list[SequenceOutput]
 
 
+class RequestsBegun(msgspec.Struct, tag="begun"):
+    """Sent before the step that computes them first, where there are several engines.
+
+    What an engine dies of has begun, and is not asked of another one.
+    """
+
+    request_ids: list[str]
+
+
 class RequestFailed(msgspec.Struct, tag="failed", kw_only=True):
     """A request's final message where it could not be served."""
 
@@ -160,4 +169,4 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
 
 
 ToEngine = AddRequest | AbortRequests
-FromEngine = EngineReady | StepOutputs | RequestFailed | Heartbeat
+FromEngine = EngineReady | StepOutputs | RequestsBegun | RequestFailed | Heartbeat

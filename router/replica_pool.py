@@ -19,7 +19,8 @@ from .errors import EngineDeadError, InvalidRequestError, QueueFullError
 from .messages import AddRequest, EngineReady, EngineStats, SequenceOutput
 from .replicas import ReplicaChooser, affinity_keys, margin_of, weight_of
 
-# Why a request went to another replica than the first one chosen.
+# Why a request went to another replica than the first one chosen: its queue was full, or it died
+# before it began to compute it.
 MoveReason = Literal["full", "dead"]
 MOVE_REASONS: tuple[MoveReason, ...] = ("full", "dead")
 
@@ -126,8 +127,8 @@ class ReplicaPool:
         """As `EngineClient.generate`, by one replica.
 
         A replica whose queue is full passes the request on to the others: QueueFullError comes
-        where all refused. When a replica dies before any output of the request, another gets it,
-        once: whoever asked has seen nothing yet, and the same seed draws the same tokens.
+        where all refused. When a replica dies while the request still waits there, another gets
+        it, once. One that was being computed may be what the replica died of: it ends.
         """
         self._check_images(requests)
         keys = affinity_keys(requests[0])
@@ -147,8 +148,8 @@ class ReplicaPool:
                     raise
                 refusals.append(error)
                 reason: MoveReason = "full"
-            except EngineDeadError:
-                if has_output or has_lost_one:
+            except EngineDeadError as error:
+                if has_output or error.has_begun or has_lost_one:
                     raise
                 has_lost_one, reason = True, "dead"
             tried.add(replica)

@@ -109,6 +109,7 @@ class Scheduler:
         self._limits = limits
         self._waiting = queue
         self._running: list[Sequence] = []
+        self._begun: list[Sequence] = []
         self._copies: dict[Sequence, BlockCopy] = {}
         self._step: _Step | None = None
 
@@ -141,6 +142,11 @@ class Scheduler:
         self._name_freed(step.batch)
         self._step = step
         return step.batch
+
+    def take_begun(self) -> list[Sequence]:
+        """Those that ran for the first time since this was last asked."""
+        begun, self._begun = self._begun, []
+        return begun
 
     def _name_freed(self, batch: StepBatch) -> None:
         """In the debug mode: have the step poison what was freed since the last one."""
@@ -236,6 +242,7 @@ class Scheduler:
         sequence.status = Status.RUNNING
         if sequence.ran_at is None:
             sequence.ran_at = time.monotonic()
+            self._begun.append(sequence)
         bisect.insort(self._running, sequence, key=lambda one: one.rank)
 
     def _fork(self, leader: Sequence) -> None:

@@ -169,6 +169,8 @@ class ScriptedClient(EngineClient):
 TOKEN = SequenceOutput(request_id="a", token_ids=[1])
 END = SequenceOutput(request_id="a", token_ids=[2], finish_reason="stop")
 DEAD = EngineDeadError("gone")
+DEAD_IN_STEP = EngineDeadError("gone")
+DEAD_IN_STEP.has_begun = True
 
 
 async def outcome(pool, request=None):
@@ -196,6 +198,8 @@ FULL = QueueFullError("full", 9.0)
     [
         ([[TOKEN, END], []], [TOKEN, END], None, []),
         ([[DEAD], [TOKEN, END]], [TOKEN, END], None, ["dead"]),
+        ([[DEAD_IN_STEP], [END]], [], EngineDeadError, []),
+        ([[FULL], [DEAD_IN_STEP], [END]], [], EngineDeadError, ["full"]),
         ([[TOKEN, DEAD], [END]], [TOKEN], EngineDeadError, []),
         ([[DEAD], [DEAD], [END]], [], EngineDeadError, ["dead"]),
         ([[FULL], [FULL], [END]], [END], None, ["full", "full"]),
@@ -204,7 +208,7 @@ FULL = QueueFullError("full", 9.0)
         ([[InvalidRequestError("no")], [END]], [], InvalidRequestError, []),
     ],
 )
-def test_a_request_moves_once_if_its_replica_dies_before_any_output_and_past_full_queues(
+def test_a_request_moves_once_if_its_replica_dies_before_it_begins_and_past_full_queues(
     scripts, outputs, error, moves
 ):
     pool, told = pool_of(*(ScriptedClient(*script) for script in scripts))
@@ -435,6 +439,27 @@ def test_what_waits_at_a_replica_that_dies_is_answered_by_another(start_faulty_s
         assert wait_for(
             lambda: standing.metrics()['vlmserve_replica_ready{replica="0"}'] == 1, 30 * SLACK
         )
+
+
+def test_a_request_that_kills_engines_costs_one(start_faulty_server, wait_for):
+    """It was moved, as nothing had come of it, and killed the other one too."""
+    server = start_faulty_server(engine={"num_replicas": 2}, supervision={"spare_delay_s": None})
+    standing = Standing(server, is_warm=True)
+    assert wait_for(lambda: standing.metrics()['vlmserve_replica_ready{replica="1"}'] == 1)
+    server.suffer("poison 300")
+    with standing.holds(same_engine=False):
+        before = set(standing.pids("engine"))
+        for stream in (False, True):
+            poison = body_for(CHAT, "word " * 400, stream=stream)
+            assert_error(standing.post(CHAT, poison), 503)
+            assert standing.post(CHAT, body_for(CHAT)).status == 200, "the other one goes on"
+            assert wait_for(lambda b=before: len(b - set(standing.pids("engine"))) == 1)
+            assert wait_for(lambda: len(standing.pids("engine")) == 2, 30 * SLACK)
+            for number in (0, 1):
+                name = f'vlmserve_replica_ready{{replica="{number}"}}'
+                assert wait_for(lambda name=name: standing.metrics()[name] == 1, 30 * SLACK)
+            before = set(standing.pids("engine"))
+        assert standing.metrics()['vlmserve_replica_moves_total{reason="dead"}'] == 0
 
 
 def num_taken(standing):

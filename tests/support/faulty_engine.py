@@ -5,7 +5,8 @@
 Its runner hashes instead of computing (`FakeRunner`), so that it starts in a fraction of a
 second. The file that FAULT_FILE in its environment names says what is to happen in the
 next step: `hang` (never ends), `raise`, `exit` (the process ends), `slow N` (each step
-takes N seconds); a file that is not there says nothing. No part of the server reads it:
+takes N seconds), `poison N` (the process ends at a prompt of N tokens or more); a file that
+is not there says nothing. No part of the server reads it:
 a fault can be had only by starting this script in the place of the engine.
 """
 
@@ -37,12 +38,12 @@ class FaultyRunner(FakeRunner):
     """Computes as its base does, but for what the file says at the beginning of each step."""
 
     def execute(self, batch: StepBatch) -> StepResult:
-        self._suffer()
+        self._suffer(batch)
         result = super().execute(batch)
         result.token_ids = {name: one % NUM_ORDINARY for name, one in result.token_ids.items()}
         return result
 
-    def _suffer(self) -> None:
+    def _suffer(self, batch: StepBatch) -> None:
         word, *arguments = fault().split() or [""]
         if word == "hang":
             threading.Event().wait()
@@ -52,6 +53,10 @@ class FaultyRunner(FakeRunner):
             raise MemoryError("CUDA out of memory: tried to allocate a secret number of bytes")
         if word == "exit":
             os._exit(9)
+        if word == "poison":
+            longest = max(len(one.token_ids) for one in batch.sequences)
+            if longest >= int(arguments[0]):
+                os._exit(9)
         if word == "slow":
             time.sleep(float(arguments[0]))
 
