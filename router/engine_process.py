@@ -19,7 +19,7 @@ import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -76,9 +76,8 @@ def load_model_runner(config: EngineConfig) -> Runner:
         replica = Replica(config.replica, config.num_replicas, config.tensor_parallel_size)
         options = replica.share_of(options)
     if config.tensor_parallel_size > 1:
-        parallel = create_parallel_runner(config.model, config.tensor_parallel_size, **options)
-        return cast(Runner, parallel)
-    return cast(Runner, create_runner(config.model, **options))
+        return create_parallel_runner(config.model, config.tensor_parallel_size, **options)
+    return create_runner(config.model, **options)
 
 
 def import_model_runner() -> None:

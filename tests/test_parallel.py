@@ -28,7 +28,7 @@ from helpers_models import (
 )
 from torch import Tensor
 
-from vlmserve.models.batch import CrossSegment, PoolSizes, ScheduledSequence, StepBatch
+from vlmserve.models.batch import BlockCopy, CrossSegment, PoolSizes, ScheduledSequence, StepBatch
 from vlmserve.models.bundled.pictures import data_url, draw, random_scene
 from vlmserve.models.errors import ModelError, StepError
 from vlmserve.models.fused import is_fused
@@ -221,11 +221,16 @@ def test_what_does_not_go_with_ranks_is_refused_with_the_remedy(quantize) -> Non
 
 
 def test_a_step_is_told_without_its_grammars() -> None:
+    """All else is told; once the freed blocks of the debug mode were lost."""
     batch = StepBatch(
-        [ScheduledSequence("a", [1], 0, [0], [CrossSegment(1, [])], matcher=object())]
+        [ScheduledSequence("a", [1], 0, [0], [CrossSegment(1, [])], matcher=object())],
+        copies=[BlockCopy(1, 2)],
+        freed_text_blocks=[3],
+        freed_image_blocks=[4],
     )
     told = wire.batch_decoder.decode(wire.frame_of(batch)[4:])
-    assert told == StepBatch([dataclasses.replace(batch.sequences[0], matcher=None)])
+    without = [dataclasses.replace(batch.sequences[0], matcher=None)]
+    assert told == dataclasses.replace(batch, sequences=without)
     assert batch.sequences[0].matcher is not None
 
 
@@ -278,6 +283,8 @@ def test_ranks_in_processes_of_their_own_give_the_tokens_of_one() -> None:
     try:
         generate(runner, shared, num_tokens=6, chunk=7)
         assert [r.generated for r in shared] == [r.generated for r in whole]
+        # once it was not told, and the engine's first heartbeat within a step was its last
+        assert runner.num_layers_begun > 0
         (pid,) = runner.rank_pids
         os.kill(pid, signal.SIGKILL)
         assert wait_until(lambda: deaths)

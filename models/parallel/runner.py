@@ -50,6 +50,11 @@ class ParallelRunner:
         return self._local.info
 
     @property
+    def num_layers_begun(self) -> int:
+        """How many layers the first rank has begun; the others wait for it at every layer."""
+        return self._local.num_layers_begun
+
+    @property
     def rank_pids(self) -> list[int]:
         """The other ranks' processes."""
         return self._ranks.pids

@@ -9,11 +9,12 @@ process and its child, so nothing that comes in is a stranger's.
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
-from ..batch import ScheduledSequence, StepBatch
+from ..batch import StepBatch
 
 _LENGTH_BYTES = 4
 
@@ -45,15 +46,10 @@ def frame_of(message: RankSettings | StepBatch | RankReady) -> bytes:
     What grammars allow only the first rank needs to know, as it alone samples for the scheduler.
     """
     if isinstance(message, StepBatch) and any(one.matcher for one in message.sequences):
-        sequences = [_without_matcher(one) for one in message.sequences]
-        message = StepBatch(sequences, message.images, message.copies)
+        sequences = [replace(one, matcher=None) for one in message.sequences]
+        message = replace(message, sequences=sequences)
     body = _encoder.encode(message)
     return len(body).to_bytes(_LENGTH_BYTES, "big") + body
-
-
-def _without_matcher(sequence: ScheduledSequence) -> ScheduledSequence:
-    values = {name: getattr(sequence, name) for name in sequence.__dataclass_fields__}
-    return ScheduledSequence(**values | {"matcher": None})
 
 
 def receive(connection: socket.socket) -> bytes | None:
