@@ -1,6 +1,8 @@
 """What goes wrong on this floor.
 
     ModelError (ValueError)        the model cannot be loaded or sized as asked; one line
+      StepTooLargeError            a step within the limits runs out of memory
+    GrammarError (ValueError)      a grammar that cannot be compiled
     StepError (RuntimeError)       one step failed; the engine ends the requests of that step
       NonFiniteLogitsError         the model's logits were NaN or infinite
 
@@ -12,6 +14,10 @@ from __future__ import annotations
 
 class ModelError(ValueError):
     """The model cannot be loaded or sized as asked; the message is one line with the remedy."""
+
+
+class StepTooLargeError(ModelError):
+    """The costliest step within the limits runs out of memory beside the weights."""
 
 
 class GrammarError(ValueError):

@@ -18,9 +18,8 @@ import torch
 from .amounts import shown_bytes
 from .assembly import RankShare
 from .attention.choice import Choice, choose_backend
-from .batch import PoolSizes
 from .cache import tile_bytes, token_bytes
-from .errors import ModelError
+from .errors import ModelError, StepTooLargeError
 from .fit import LEAST_TEXT_TOKENS, Plan, check_fits, needs_of, peak_on, share_of
 from .footprint import peak_bytes
 from .heap import keep_freed_buffers
@@ -110,20 +109,10 @@ def create_runner(
     loaded = load(checkpoint, placement, quantize, group=group)
     attention = choose_backend(attention_backend, loaded.geometry, block_size)
     plan = replace(plan, pools=replace(pools, block_size=attention.block_size))
-    sized = _size_pools(plan, loaded, attention, _Rooms(rooms, before))
-    sized = sized if group is None else agree(sized, group)
+    sized = _size_pools(plan, loaded, attention, _Rooms(rooms, before), group)
     runner = ModelRunner(loaded, sized, attention.backend)
     keep_freed_buffers()  # not earlier: pools take memory only as they are written
     return runner
-
-
-def agree(plan: PoolPlan, group: Group) -> PoolPlan:
-    """The pools that every rank has room for."""
-    sizes = plan.sizes
-    text, images, longest = group.least(
-        [sizes.num_text_blocks, sizes.num_image_blocks, plan.max_model_len]
-    )
-    return PoolPlan(PoolSizes(text, images, sizes.block_size), longest)
 
 
 def _pool_request(checkpoint: Checkpoint, share: RankShare) -> PoolRequest:
@@ -194,11 +183,14 @@ class _Rooms:
     before: Mapping[torch.device, int]
 
 
-def _size_pools(plan: Plan, loaded: LoadedModel, attention: Choice, rooms: _Rooms) -> PoolPlan:
+def _size_pools(
+    plan: Plan, loaded: LoadedModel, attention: Choice, rooms: _Rooms, group: Group | None
+) -> PoolPlan:
     """Both pools from what weights and a peak step leave, or from --kv-cache-memory. ModelError.
 
     Without --max-model-len the longest sequence is halved until the pools have room beside what a
-    step over such a sequence takes.
+    step over such a sequence takes. Ranks go by the one with the least room, and so by the same
+    way: a measured step has collectives in it.
     """
     length = plan.limits.max_model_len
     shortest = length if plan.pools.max_model_len else min(length, LEAST_TEXT_TOKENS)
@@ -208,9 +200,12 @@ def _size_pools(plan: Plan, loaded: LoadedModel, attention: Choice, rooms: _Room
         try:
             peaks = _peaks(loaded, attention, limits)
             budgets = _budgets(plan, loaded, requests, peaks, rooms)
+            budgets = budgets if group is None else group.least(budgets)
             sized = plan_over_devices(list(requests.values()), budgets)
-        except ModelError:
-            if length <= shortest:
+        except ModelError as error:
+            # other ranks are in the middle of a step that was too large for this one
+            is_alone = group is not None and isinstance(error, StepTooLargeError)
+            if length <= shortest or is_alone:
                 raise
         else:
             if sized.max_model_len >= shortest or length <= shortest:

@@ -23,7 +23,7 @@ from .batch import (
     ScheduledSequence,
     StepBatch,
 )
-from .errors import ModelError
+from .errors import StepTooLargeError
 from .loading import LoadedModel
 from .pools import PoolPlan
 from .runner import ModelRunner
@@ -99,8 +99,8 @@ def measure_peak(
 ) -> dict[torch.device, int]:
     """Bytes that the costliest step takes of each CUDA device, by running it.
 
-    What torch reserves is counted, as that is what others cannot have. Raises ModelError where the
-    step runs out of memory beside the weights.
+    What torch reserves is counted, as that is what others cannot have. Raises StepTooLargeError
+    where the step runs out of memory beside the weights.
     """
     devices = [one for one in loaded.placement.devices() if one.type == "cuda"]
     max_num_tiles = int(loaded.model.model.vision_model.max_num_tiles)
@@ -114,7 +114,7 @@ def measure_peak(
     try:
         runner.execute(peak_batch(runner.info, limits))
     except torch.OutOfMemoryError:
-        raise ModelError(
+        raise StepTooLargeError(
             f"a step of {limits.max_num_batched_tokens:,} tokens, {limits.max_num_batched_images} "
             f"images and {limits.max_num_seqs} sequences does not fit beside the weights: lower "
             "--max-num-batched-images, --max-num-batched-tokens or --max-num-seqs, or --quantize"

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import signal
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,12 +29,14 @@ from helpers_models import (
 )
 from torch import Tensor
 
+from vlmserve.models import launch
 from vlmserve.models.batch import BlockCopy, CrossSegment, PoolSizes, ScheduledSequence, StepBatch
 from vlmserve.models.bundled.pictures import data_url, draw, random_scene
-from vlmserve.models.errors import ModelError, StepError
+from vlmserve.models.errors import ModelError, StepError, StepTooLargeError
 from vlmserve.models.fused import is_fused
-from vlmserve.models.launch import agree, create_runner
-from vlmserve.models.loading import LoadedModel, load_model, open_checkpoint
+from vlmserve.models.launch import _peaks, create_runner
+from vlmserve.models.loading import LoadedModel, load, load_model, open_checkpoint
+from vlmserve.models.memory import Room
 from vlmserve.models.parallel import wire
 from vlmserve.models.parallel.plan import Side, check_size, cut_linears, narrow, share_of
 from vlmserve.models.parallel.ranks import Ranks
@@ -205,10 +208,50 @@ def test_a_rank_holds_half_of_the_cut_weights_and_half_of_the_cache() -> None:
         assert part[2].num_kv_heads * 2 == geometry.num_kv_heads
 
 
-def test_ranks_take_the_pools_that_all_have_room_for() -> None:
-    plans = [PoolPlan(PoolSizes(100, 40, 16), 900), PoolPlan(PoolSizes(120, 30, 16), 800)]
-    agreed = on_ranks(2, lambda group: agree(plans[group.rank], group))
-    assert agreed == [PoolPlan(PoolSizes(100, 30, 16), 800)] * 2
+def load_one_at_a_time(*args, **kwargs) -> LoadedModel:
+    with BUILDING:
+        return load(*args, **kwargs)
+
+
+def test_ranks_size_their_pools_together_by_the_one_with_the_least_room(monkeypatch) -> None:
+    """A step that is measured has collectives in it, so that each must measure as often as all.
+
+    Once each halved the longest sequence by its own room, and one measured on while the other
+    waited for its answer.
+    """
+    measured: dict[int, list[int]] = defaultdict(list)
+
+    def peaks(model, attention, limits):
+        measured[threading.get_ident()].append(limits.max_model_len)
+        return _peaks(model, attention, limits)
+
+    monkeypatch.setattr(launch, "load", load_one_at_a_time)
+    monkeypatch.setattr(launch, "_peaks", peaks)
+    options = OPTIONS | {"num_text_blocks": None, "num_image_blocks": None, "max_num_seqs": 8}
+    limits = {"max_num_batched_tokens": 64, "max_num_batched_images": 1}
+
+    def size(group: ThreadGroup):
+        room = Room((16, 512)[group.rank] << 20, "as a test says")
+        everything = options | limits | {"rooms": lambda device: room, "group": group}
+        return create_runner(checkpoint("tiny"), **everything).info
+
+    first, second = on_ranks(2, size)
+    assert first == second
+    lens = list(measured.values())
+    assert lens[0] == lens[1]
+    assert len(lens[0]) > 1
+
+
+def test_a_step_that_is_too_large_for_a_rank_is_not_tried_again_shorter(monkeypatch) -> None:
+    """The other ranks are in the middle of it."""
+
+    def peaks(model, attention, limits):
+        raise StepTooLargeError("a step does not fit beside the weights")
+
+    monkeypatch.setattr(launch, "load", load_one_at_a_time)
+    monkeypatch.setattr(launch, "_peaks", peaks)
+    with pytest.raises(StepTooLargeError):
+        on_ranks(1, lambda group: create_runner(checkpoint("tiny"), **OPTIONS, group=group))
 
 
 @pytest.mark.parametrize("quantize", ["bitsandbytes", "bitsandbytes-nf4"])
@@ -273,6 +316,12 @@ OPTIONS = {
 }
 
 
+def meeting_places() -> list[str]:
+    """This process's open files by which ranks meet."""
+    files = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    return [str(file) for file in files if file.is_symlink() and "ranks" in os.readlink(file)]
+
+
 def test_ranks_in_processes_of_their_own_give_the_tokens_of_one() -> None:
     """Over gloo, prompts with pictures and without, batched; then a rank is killed."""
     whole, shared = requests("text", "one", "adjacent"), requests("text", "one", "adjacent")
@@ -285,12 +334,15 @@ def test_ranks_in_processes_of_their_own_give_the_tokens_of_one() -> None:
         assert [r.generated for r in shared] == [r.generated for r in whole]
         # once it was not told, and the engine's first heartbeat within a step was its last
         assert runner.num_layers_begun > 0
+        # NCCL asks there as long as the group lives; once it was deleted when all had met
+        assert meeting_places()
         (pid,) = runner.rank_pids
         os.kill(pid, signal.SIGKILL)
         assert wait_until(lambda: deaths)
         assert deaths[0] == "rank 1 ended (signal 9)"
     finally:
         runner.close()
+    assert not meeting_places()
 
 
 def test_a_rank_that_ends_while_it_loads_is_named(tmp_path: Path) -> None:

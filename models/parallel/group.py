@@ -1,9 +1,9 @@
 """The ranks' collectives, over torch.distributed.
 
-Owns how ranks find each other and the two things they do together. Knows nothing of models.
+Owns how ranks find each other and the three things they do together. Knows nothing of models.
 
-Ranks are processes of one machine: they meet by a file and talk over the loopback interface (gloo)
-or over the GPUs' own links (NCCL), and listen on no other address.
+Ranks are processes of one machine: they meet by a file in memory, talk over the loopback interface
+(gloo) or over the GPUs' own links (NCCL), and listen on no other address.
 """
 
 from __future__ import annotations
@@ -19,6 +19,26 @@ from torch import Tensor
 
 # the first collective waits for every rank to have loaded its weights
 TIMEOUT = timedelta(hours=1)
+
+
+class MeetingPlace:
+    """A file in memory by which ranks find each other; it goes with the process that made it.
+
+    It has to stay as long as the group: a thread of NCCL's asks it again and again, and would wait
+    for a file that is gone, up to TIMEOUT, which `DistributedGroup.close` then waits for.
+    """
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("vlmserve-ranks")
+
+    @property
+    def path(self) -> Path:
+        """Where this user's other processes find it."""
+        return Path(f"/proc/{os.getpid()}/fd/{self._fd}")
+
+    def close(self) -> None:
+        """Let it go; call it after the group."""
+        os.close(self._fd)
 
 
 class Group(Protocol):

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from ..errors import ModelError, StepError
 from ..launch import create_runner
 from ..loading import choose_device
 from ..runner import ModelRunner
-from .group import DistributedGroup
+from .group import DistributedGroup, MeetingPlace
 from .ranks import Ranks, end_process
 from .wire import RankSettings
 
@@ -37,12 +35,14 @@ class ParallelRunner:
         ranks: Ranks,
         on_death: Callable[[str], None] = end_process,
         group: DistributedGroup | None = None,
+        meeting_place: MeetingPlace | None = None,
     ) -> None:
-        """group: the first rank's, which is left at `close`."""
+        """group: the first rank's, which is left at `close`, and then the place where it met."""
         self._local = local
         self._ranks = ranks
         self._on_death = on_death
         self._group = group
+        self._meeting_place = meeting_place
 
     @property
     def info(self) -> ModelInfo:
@@ -84,6 +84,8 @@ class ParallelRunner:
         self._ranks.close()
         if self._group is not None:
             self._group.close()
+        if self._meeting_place is not None:
+            self._meeting_place.close()
 
 
 def create_parallel_runner(
@@ -99,17 +101,16 @@ def create_parallel_runner(
     """
     options = _with_threads(options, size) | {"model": model}
     _check_devices(options.get("device", "auto"), size)
-    folder = Path(tempfile.mkdtemp(prefix="vlmserve-ranks-"))
-    ranks = Ranks(size, folder / "meeting", options, on_death)
-    settings = RankSettings(
-        rank=0, size=size, meeting_place=str(folder / "meeting"), options=options
-    )
+    place = MeetingPlace()
+    ranks = Ranks(size, place.path, options, on_death)
+    settings = RankSettings(rank=0, size=size, meeting_place=str(place.path), options=options)
     try:
         group = join_group(settings)
         local = create_runner(**options | {"device": str(group.device), "group": group})
         ranks.wait_ready()
     except ModelError:
         ranks.close()
+        place.close()
         raise
     except BaseException:
         # a collective that another rank left: that one knows why
@@ -117,10 +118,9 @@ def create_parallel_runner(
             ranks.wait_ready()
         finally:
             ranks.close()
+            place.close()
         raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return ParallelRunner(local, ranks, on_death, group)
+    return ParallelRunner(local, ranks, on_death, group, place)
 
 
 def create_rank(settings: RankSettings) -> ModelRunner:
