@@ -20,9 +20,12 @@ DATA = Path(__file__).parent / "data"
 TURN = {"role": "user", "content": "hi"}
 
 
+def dumps(body) -> bytes:
+    return body if isinstance(body, bytes) else json.dumps(body).encode()
+
+
 def parse(body, **options):
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return decode_body(raw, ChatCompletionRequest, **options)
+    return decode_body(dumps(body), ChatCompletionRequest, **options)
 
 
 def generation(**fields):
@@ -266,6 +269,30 @@ def test_unknown_fields_are_dropped_with_a_log_line_when_asked(caplog):
         record.args[0] for record in caplog.records
     }
     assert refused(parse, body | {"n": 0}, ignore_unknown=True).param == "n"
+
+
+def test_an_unknown_field_within_a_mapping_is_dropped_too():
+    """It used to be an error of the server's: of a mapping no key is told."""
+    parameters = {"a": {"param_type": "str"}, "b": {"param_type": "int", "units": "m", "x": 1}}
+    tools = [{"tool_name": "f", "parameters": parameters}]
+    body = {"model": "m", "messages": [TURN], "tools": tools}
+    assert refused(decode_body, dumps(body), StackChatRequest).message.startswith("tools[0]")
+    decoded = decode_body(dumps(body), StackChatRequest, ignore_unknown=True)
+    assert decoded.tools[0].parameters["b"].param_type == "int"
+
+
+@pytest.mark.parametrize(
+    "place", ["y", "messages", "messages[0]", "messages[7]", "messages[...]", f"a[{'9' * 5000}]", ""]
+)
+@pytest.mark.parametrize("ignore_unknown", [False, True])
+def test_a_name_that_reads_like_a_place_is_an_unknown_field_like_any(place, ignore_unknown):
+    """One at the top of a body used to be an error of the server's, where it was to be dropped."""
+    body = {"model": "m", "messages": [TURN], f"x` - at `$.{place}": 1}
+    assert "not a field" in refused(parse, body, ignore_unknown=ignore_unknown).message
+    body = {"model": "m", "messages": [TURN | {f"x` - at `$.{place}": 1}]}
+    error = refused(decode_body, dumps(body), ChatCompletionRequest)
+    assert error.param.startswith("messages[0].x` - at")
+    assert parse(body, ignore_unknown=True).messages[0].content == TURN["content"]
 
 
 def test_endless_unknown_fields_are_refused_even_then():

@@ -143,6 +143,6 @@ class Routes:
 def _reading(body: type[T], handler: BodyHandler[T]) -> Handler:
     @functools.wraps(handler)
     async def handle(request: Request) -> HTTPResponse | None:
-        return await handler(request, read_body(request, body))
+        return await handler(request, await read_body(request, body))
 
     return handle

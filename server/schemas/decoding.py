@@ -28,9 +28,10 @@ MAX_NUMBERS = 10_000
 SERVED_MODEL = "Served model"
 ModelName = Annotated[str, msgspec.Meta(max_length=1024, title=SERVED_MODEL)]
 
-_PLACE = re.compile(r"^(?P<problem>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
+_AT = " - at `$"
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<field>.*)`$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<field>.*)`$", re.DOTALL)
+_STEP = re.compile(r"\[\.\.\.\]|\[[0-9]{1,9}\]|[^.\[\]]+")
 
 
 def decode_body(body: bytes, schema: type[T], *, ignore_unknown: bool = False) -> T:
@@ -109,24 +110,46 @@ def _convert_without_unknown(raw: Any, schema: type[T]) -> T:
         except msgspec.ValidationError as error:
             problem, path = _split(error)
             unknown = _UNKNOWN.match(problem)
-            if unknown is None:
+            if unknown is None or not _drop(raw, path, unknown["field"]):
                 raise
-            del _follow(raw, path)[unknown["field"]]
             logger.warning("ignored the unknown field %r", _join(path, unknown["field"])[:200])
     raise BadRequestError(f"more than {MAX_IGNORED_FIELDS} unknown fields: remove them")
 
 
 def _split(error: msgspec.ValidationError) -> tuple[str, str]:
-    """msgspec's message without its place, and the place without its `$`."""
-    match = _PLACE.match(str(error))
-    assert match is not None, "the pattern takes any text"
-    return match["problem"], match["path"] or ""
+    """msgspec's message without its place, and the place without its `$`.
+
+    The message may quote the client: only its end says where, and for what stands at the top of the
+    body even that may be a client's word.
+    """
+    problem, at, path = str(error).rpartition(_AT)
+    if not at or not path.endswith("`"):
+        return str(error), ""
+    return problem, path[:-1].removeprefix(".")
 
 
-def _follow(raw: Any, path: str) -> Any:
-    for step in re.findall(r"[^.\[\]]+", path):
-        raw = raw[int(step)] if isinstance(raw, list) else raw[step]
-    return raw
+def _drop(raw: Any, path: str, field: str) -> bool:
+    """Take the field out of the object at this place; False where it is not there.
+
+    Of a mapping msgspec tells no key (`[...]`), but what its values are: none of them has the field.
+    """
+    places = [raw]
+    for step in _STEP.findall(path):
+        if step == "[...]":
+            places = [inner for one in places for inner in _values(one)]
+        elif step.startswith("["):
+            index = int(step[1:-1])
+            places = [one[index] for one in places if isinstance(one, list) and index < len(one)]
+        else:
+            places = [one[step] for one in places if isinstance(one, dict) and step in one]
+    found = [one for one in places if isinstance(one, dict) and field in one]
+    for one in found:
+        del one[field]
+    return bool(found)
+
+
+def _values(one: Any) -> list[Any]:
+    return list(one.values()) if isinstance(one, dict) else one if isinstance(one, list) else []
 
 
 def _join(path: str, field: str) -> str:
