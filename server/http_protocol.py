@@ -17,7 +17,8 @@ import orjson
 from sanic import Request
 from sanic.compat import Header
 from sanic.exceptions import BadURL, PayloadTooLarge, RequestTimeout
-from sanic.http import Http
+from sanic.headers import format_http1_response
+from sanic.http import Http, Stage
 from sanic.server import HttpProtocol
 
 from .errors import ApiError, NotReadyError, error_body
@@ -121,7 +122,27 @@ class StrictHttp(Http):  # type: ignore[misc]
             self.keep_alive = False
             assert isinstance(self.protocol, StrictProtocol), "which is what makes this class"
             self.protocol.linger()
-        await super().http1_response_header(data, end_stream)
+        if not end_stream and self.request is not None and self.request.version == "1.0":
+            await self._begin_until_close(data)
+        else:
+            await super().http1_response_header(data, end_stream)
+
+    async def _begin_until_close(self, data: bytes) -> None:
+        """HTTP/1.0 knows no chunks: a stream ends where its connection does (RFC 9112, 6.1)."""
+        self.keep_alive = False
+        response = self.response
+        response.headers["connection"] = "close"
+        self.response_func = self._send_until_close
+        head = format_http1_response(response.status, response.processed_headers)
+        await self._send(head + data)
+        self.stage = Stage.RESPONSE
+
+    async def _send_until_close(self, data: bytes, end_stream: bool) -> None:
+        if data:
+            await self._send(data)
+        if end_stream:
+            self.response_func = None
+            self.stage = Stage.IDLE
 
 
 class StrictProtocol(HttpProtocol):  # type: ignore[misc]

@@ -89,6 +89,19 @@ def test_row_01_a_client_that_knows_other_protocols_is_answered_in_this_one(stan
         assert only_answer(exchange(standing.server.port, head)).status == 200
 
 
+def test_a_stream_to_http_1_0_has_no_chunks_and_ends_with_its_connection(standing):
+    """Such a client, an old proxy among them, used to read the sizes of chunks as text."""
+    body = json.dumps(body_for(CHAT, stream=True)).encode()
+    lines = (b"Connection: keep-alive", b"Content-Length: %d" % len(body))
+    raw = head_of(CHAT, *lines).replace(b"HTTP/1.1", b"HTTP/1.0") + body
+    head, _, streamed = exchange(standing.server.port, raw).partition(b"\r\n\r\n")
+    assert b"\r\nconnection: close" in head
+    assert b"transfer-encoding" not in head.lower()
+    frames = streamed.split(b"\n\n")
+    assert frames[-2:] == [b"data: [DONE]", b""]
+    assert all(one.startswith(b"data: ") for one in frames[:-1])
+
+
 def test_row_01_a_refused_head_request_gets_no_body_and_options_a_json_error(standing):
     answer = only_answer(exchange(standing.server.port, b"HEAD / HTTP/1.1\r\nX : a\r\n\r\n"))
     assert (answer.status, answer.body) == (400, b"")
