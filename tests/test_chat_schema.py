@@ -282,7 +282,8 @@ def test_an_unknown_field_within_a_mapping_is_dropped_too():
 
 
 @pytest.mark.parametrize(
-    "place", ["y", "messages", "messages[0]", "messages[7]", "messages[...]", f"a[{'9' * 5000}]", ""]
+    "place",
+    ["y", "messages", "messages[0]", "messages[7]", "messages[...]", f"a[{'9' * 5000}]", ""],
 )
 @pytest.mark.parametrize("ignore_unknown", [False, True])
 def test_a_name_that_reads_like_a_place_is_an_unknown_field_like_any(place, ignore_unknown):

@@ -131,7 +131,7 @@ def _split(error: msgspec.ValidationError) -> tuple[str, str]:
 def _drop(raw: Any, path: str, field: str) -> bool:
     """Take the field out of the object at this place; False where it is not there.
 
-    Of a mapping msgspec tells no key (`[...]`), but what its values are: none of them has the field.
+    Of a mapping msgspec tells no key (`[...]`), but its values are of one type, without the field.
     """
     places = [raw]
     for step in _STEP.findall(path):
