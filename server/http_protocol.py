@@ -132,7 +132,8 @@ class StrictHttp(Http):  # type: ignore[misc]
         self.keep_alive = False
         response = self.response
         response.headers["connection"] = "close"
-        self.response_func = self._send_until_close
+        write: Any = self._send_until_close
+        self.response_func = write
         head = format_http1_response(response.status, response.processed_headers)
         await self._send(head + data)
         self.stage = Stage.RESPONSE
