@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import orjson
@@ -50,6 +51,7 @@ class StrictHttp(Http):  # type: ignore[misc]
     # The limit is `HeadLimits`; Sanic's own would cut before it.
     HEADER_CEILING = HEADER_MAX_SIZE = 2**31
     __slots__ = ("chunks",)
+    response_func: Callable[[bytes, bool], Coroutine[Any, Any, None]] | None
 
     def init_for_request(self) -> None:
         super().init_for_request()
@@ -132,8 +134,7 @@ class StrictHttp(Http):  # type: ignore[misc]
         self.keep_alive = False
         response = self.response
         response.headers["connection"] = "close"
-        write: Any = self._send_until_close
-        self.response_func = write
+        self.response_func = self._send_until_close
         head = format_http1_response(response.status, response.processed_headers)
         await self._send(head + data)
         self.stage = Stage.RESPONSE
