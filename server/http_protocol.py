@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import orjson
@@ -51,7 +50,6 @@ class StrictHttp(Http):  # type: ignore[misc]
     # The limit is `HeadLimits`; Sanic's own would cut before it.
     HEADER_CEILING = HEADER_MAX_SIZE = 2**31
     __slots__ = ("chunks",)
-    response_func: Callable[[bytes, bool], Coroutine[Any, Any, None]] | None
 
     def init_for_request(self) -> None:
         super().init_for_request()
@@ -143,7 +141,7 @@ class StrictHttp(Http):  # type: ignore[misc]
         if data:
             await self._send(data)
         if end_stream:
-            self.response_func = None
+            self.response_func = None  # type: ignore[assignment]
             self.stage = Stage.IDLE
 
 
