@@ -74,6 +74,7 @@ class BlockManager:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.num_prefix_tokens_queried += sequence.num_tokens
             self.num_prefix_tokens_hit += sequence.num_cached_tokens
+            self.image_pool.count_lookups(sequence.image_keys)
         sequence.images = self.image_pool.acquire(sequence.image_keys, sequence.request.images)
 
     # Forking

@@ -166,6 +166,14 @@ class ImagePool:
         wanted = {key for key in keys if key not in self._entries or key in self._unused}
         return sum(key.num_tiles for key in wanted) <= self.blocks.num_available
 
+    def count_lookups(self, keys: list[ImageKey]) -> None:
+        """Count each picture of a request that starts, once, as here or not."""
+        for key in set(keys):
+            if key in self._entries:
+                self.num_hits += 1
+            else:
+                self.num_misses += 1
+
     def has_encoded(self, key: ImageKey) -> bool:
         """True if the keys and values of this image are here."""
         entry = self._entries.get(key)
@@ -211,11 +219,7 @@ class ImagePool:
         assert cached == self.blocks.num_cached, "a cached block has no image"
 
     def _hold(self, key: ImageKey) -> None:
-        """Count a look-up, and keep from eviction what it found."""
-        if key in self._entries:
-            self.num_hits += 1
-        else:
-            self.num_misses += 1
+        """Keep from eviction what is here."""
         entry = self._unused.pop(key, None)
         if entry is not None:
             self.blocks.unpark(entry.block_ids)

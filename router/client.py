@@ -57,14 +57,13 @@ class _Stream:
         self.has_begun = False
 
     def deliver(self, output: SequenceOutput) -> None:
-        waiting = self._outputs.get(output.request_id)
-        if waiting is not None:
-            output.token_ids = waiting.token_ids + output.token_ids
-            output.logprobs = waiting.logprobs + output.logprobs
-            output.num_cached_tokens += waiting.num_cached_tokens
-            output.queue_s += waiting.queue_s
-            output.prompt_logprobs = waiting.prompt_logprobs
-        self._outputs[output.request_id] = output
+        waiting = self._outputs.setdefault(output.request_id, output)
+        if waiting is not output:
+            # What comes with the first output alone stays as it is.
+            waiting.token_ids += output.token_ids
+            waiting.logprobs += output.logprobs
+            waiting.finish_reason = output.finish_reason
+            waiting.stop_token_id = output.stop_token_id
         if output.finish_reason is not None:
             self.open_ids.pop(output.request_id, None)
         self._arrived.set()

@@ -330,7 +330,7 @@ class Engine:
         image = images.blocks
         return EngineStats(
             num_running=self.scheduler.num_running,
-            num_waiting=len(self._queue),
+            num_waiting=len(self._open) - self.scheduler.num_running,
             num_steps=self._num_steps,
             text_blocks_used=text.num_used,
             text_blocks_total=text.num_total,

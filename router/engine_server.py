@@ -119,7 +119,8 @@ class EngineServer:
         if self._engine is None:
             if isinstance(message, AddRequest):
                 error = EngineDeadError("the engine is still loading its model")
-                self.send(worker_id, failure_of(message.request_id, error))
+                for request_id in message.answer_ids:
+                    self.send(worker_id, failure_of(request_id, error))
         elif isinstance(message, AddRequest):
             self._engine.add(worker_id, message)
         else:

@@ -68,6 +68,7 @@ class AbortRequests(msgspec.Struct, tag="abort"):
 class EngineStats(msgspec.Struct, kw_only=True):
     """Counts at one moment; all block counts are of blocks, not bytes.
 
+    num_running and num_waiting are of answers: a request for n of them counts n times.
     Used blocks are those that running requests need; cached ones are kept in case
     they are needed again. An image counts once a request and picture: a miss is one
     that had no blocks yet. prefix_tokens_queried: tokens of requests that started,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 
 import pytest
 from msgspec.structs import replace
@@ -73,6 +74,29 @@ def test_all_answers_come_over_one_stream_each_as_alone(tmp_path, max_num_seqs):
             assert engine.stats().num_images_encoded == 1
 
     asyncio.run(scenario())
+
+
+def test_every_answer_runs_or_waits_from_the_first_step_on(tmp_path):
+    """Answers whose prompt another one computes were told by neither figure."""
+    is_held, may_go_on = threading.Event(), threading.Event()
+    told = []
+
+    def hold_first(batch):
+        if not is_held.is_set():
+            is_held.set()
+            assert may_go_on.wait(DEADLINE_S)
+
+    async def scenario():
+        async with engine_and_client(tmp_path, hold_first, max_num_seqs=2) as (engine, client):
+            answers = asyncio.create_task(answers_of(client, REQUEST))
+            await asyncio.to_thread(is_held.wait, DEADLINE_S)
+            told.append((engine.stats().num_running, engine.stats().num_waiting))
+            may_go_on.set()
+            await answers
+            told.append((engine.stats().num_running, engine.stats().num_waiting))
+
+    asyncio.run(scenario())
+    assert told == [(1, 3), (0, 0)]
 
 
 @pytest.mark.parametrize("left", ["a", "c"])

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from support.fake_runner import expected_token_ids
 
+from vlmserve.models.batch import PromptLogprobs, TokenLogprobs
 from vlmserve.router import wire
 from vlmserve.router.client import EngineClient
 from vlmserve.router.config import EngineConfig
@@ -55,8 +56,10 @@ main(load)
 """
 
 
-def request_of(request_id="a", max_tokens=4) -> AddRequest:
-    return AddRequest(request_id=request_id, prompt_token_ids=[1, 2, 3], max_tokens=max_tokens)
+def request_of(request_id="a", max_tokens=4, **fields) -> AddRequest:
+    return AddRequest(
+        request_id=request_id, prompt_token_ids=[1, 2, 3], max_tokens=max_tokens, **fields
+    )
 
 
 async def until(is_true: Callable[[], bool]) -> None:
@@ -250,6 +253,49 @@ def test_a_slow_reader_gets_all_tokens_in_order_and_joined(tmp_path):
     asyncio.run(scenario())
 
 
+def test_joined_outputs_keep_what_the_first_told_and_how_the_last_ended(tmp_path):
+    told = [None, PromptLogprobs(4, -0.5, 1, [], [])]
+    entries = [TokenLogprobs(-float(number), [], []) for number in range(2)]
+    first = SequenceOutput(
+        request_id="a",
+        token_ids=[1],
+        logprobs=entries[:1],
+        num_cached_tokens=16,
+        queue_s=0.5,
+        prompt_logprobs=told,
+    )
+    last = SequenceOutput(
+        request_id="a",
+        token_ids=[2],
+        logprobs=entries[1:],
+        finish_reason="stop",
+        stop_token_id=2,
+    )
+
+    async def scenario() -> None:
+        async with scripted_engine(tmp_path) as engine:
+            client = await connected(engine)
+            outputs = client.generate(request_of())
+            begun = asyncio.ensure_future(anext(outputs))
+            await until(lambda: len(engine.received) == 1)
+            engine.say(StepOutputs(outputs=[first, last]))
+            joined = await begun
+            await outputs.aclose()
+            assert joined == SequenceOutput(
+                request_id="a",
+                token_ids=[1, 2],
+                logprobs=entries,
+                num_cached_tokens=16,
+                queue_s=0.5,
+                prompt_logprobs=told,
+                finish_reason="stop",
+                stop_token_id=2,
+            )
+            await client.close()
+
+    asyncio.run(scenario())
+
+
 def test_tokens_that_came_before_the_engine_died_are_not_lost(tmp_path):
     async def scenario() -> None:
         async with scripted_engine(tmp_path) as engine:
@@ -408,15 +454,16 @@ def test_while_the_model_loads_workers_connect_and_requests_are_refused(tmp_path
         await until(lambda: client.heartbeat_age_s < 5)
         assert not client.is_ready
         reader, writer = await asyncio.open_unix_connection(setup.config.socket_path)
-        writer.write(wire.encode_frame(request_of("early")))
-        while True:
-            message = await wire.read_message(reader, wire.from_engine_decoder)
-            if getattr(message, "request_id", None) == "early":
-                break
-        assert (message.kind, message.message) == (
-            "engine_dead",
-            "the engine is still loading its model",
-        )
+        writer.write(wire.encode_frame(request_of("early", choice_ids=["second"])))
+        for request_id in ("early", "second"):
+            while True:
+                message = await wire.read_message(reader, wire.from_engine_decoder)
+                if getattr(message, "request_id", None) == request_id:
+                    break
+            assert (message.kind, message.message) == (
+                "engine_dead",
+                "the engine is still loading its model",
+            )
         writer.close()
         process.stdin.write(b"go on\n")
         process.stdin.flush()

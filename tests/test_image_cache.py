@@ -35,7 +35,9 @@ from vlmserve.server.prompt import Processor
 def acquire(pool: ImagePool, *names: str, tenant: str = "") -> list[ImageEntry]:
     """Acquire pictures whose last letter is their number of tiles."""
     images = [fake_image(name, num_tiles=int(name[-1])) for name in names]
-    return pool.acquire([ImageKey.of(image, tenant) for image in images], images)
+    keys = [ImageKey.of(image, tenant) for image in images]
+    pool.count_lookups(keys)
+    return pool.acquire(keys, images)
 
 
 def use(pool: ImagePool, *names: str, tenant: str = "") -> list[ImageEntry]:

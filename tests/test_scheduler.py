@@ -85,6 +85,18 @@ def test_the_newest_sequence_is_preempted_and_its_output_is_unchanged():
     bench.assert_all_free()
 
 
+def test_a_picture_counts_once_a_request_however_often_that_is_preempted():
+    """Each start after a preemption counted as one more hit."""
+    bench = Bench(pools=PoolSizes(6, 4, 4), max_model_len=24)
+    picture = {"images": [fake_image("p", 2)], "spans": [ImageSpan(1)]}
+    bench.add(request_of("old", prompt=range(7), max_tokens=9, **picture))
+    second = bench.add(request_of("new", prompt=range(8), max_tokens=8, **picture))
+    bench.run()
+    assert second.num_preemptions >= 1
+    pool = bench.scheduler.blocks.image_pool
+    assert (pool.num_hits, pool.num_misses) == (1, 1)
+
+
 def test_a_preempted_request_runs_before_those_that_came_after_it():
     bench = Bench(pools=PoolSizes(6, 4, 4), max_model_len=24)
     for name in ("first", "second", "third"):
