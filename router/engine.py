@@ -24,13 +24,12 @@ from ..models.batch import ModelInfo, StepBatch, StepResult, TokenMatcher
 from .admission import AdmissionLimits, check_request
 from .config import EngineConfig
 from .errors import (
-    EngineDeadError,
     EngineError,
     EngineInternalError,
-    InvalidRequestError,
     QueueFullError,
     failure_of,
 )
+from .grammar_jobs import GrammarJobs
 from .messages import (
     VISION_BOUNDS_S,
     AddRequest,
@@ -102,10 +101,7 @@ class Engine:
         self._queue = RequestQueue(_queue_limits(config), self._pace)
         self.scheduler = Scheduler(runner.info, self._scheduler_limits(), self._queue)
         self._open: dict[tuple[int, str], Sequence] = {}
-        # Ids whose grammar is being compiled: True where the worker has aborted one meanwhile.
-        self._compiling: dict[tuple[int, str], bool] = {}
-        self._compilations: set[asyncio.Task[None]] = set()
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._grammar_jobs = GrammarJobs(runner.compile_grammar, self._take_matcher)
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="model")
         self.step_watch = StepWatch(lambda: runner.num_layers_begun)
         self._num_steps = 0
@@ -121,35 +117,21 @@ class Engine:
         """
         request_ids = request.answer_ids
         for request_id in request_ids:
-            key = worker_id, request_id
-            if key in self._open or key in self._compiling or request_ids.count(request_id) > 1:
+            if (worker_id, request_id) in self._open or request_ids.count(request_id) > 1:
                 raise DuplicateRequestError(f"request {request_id!r} is open already")
-        grammar = request.grammar
-        if grammar is None:
-            self._enqueue(worker_id, request)
-            return
-        if len(self._compiling) >= self._config.max_queue_requests:
-            full = f"{len(self._compiling)} grammars wait to be compiled: try again later"
-            self._refuse(worker_id, request, QueueFullError(full))
-            return
-        self._compiling |= {(worker_id, request_id): False for request_id in request_ids}
-        task = asyncio.create_task(self._compile_and_enqueue(worker_id, request, grammar))
-        self._compilations.add(task)
-        task.add_done_callback(self._compilations.discard)
-
-    def _enqueue(
-        self, worker_id: int, request: AddRequest, matcher: TokenMatcher | None = None
-    ) -> None:
         try:
             check_request(request, self._limits)
-            sequences = Sequence.of(worker_id, request, matcher)
+            sequences = Sequence.of(worker_id, request)
             self._refuse_long_wait(request.priority)
             self._queue.put(sequences[0])
         except EngineError as error:
-            self._refuse(worker_id, request, error)
+            for request_id in request_ids:
+                self._send(worker_id, failure_of(request_id, error))
             return
         for sequence in sequences:
             self._open[worker_id, sequence.request_id] = sequence
+        if request.grammar is not None:
+            self._grammar_jobs.start(request, sequences)
 
     def _refuse_long_wait(self, priority: int) -> None:
         """Raises QueueFullError if a newcomer would have to wait longer than is allowed."""
@@ -170,51 +152,30 @@ class Engine:
                 min(max(wait_s - limit_s, SHORTEST_S), LONGEST_S),
             )
 
-    def _refuse(self, worker_id: int, request: AddRequest, error: EngineError) -> None:
-        for request_id in request.answer_ids:
-            self._send(worker_id, failure_of(request_id, error))
-
-    async def _compile_and_enqueue(self, worker_id: int, request: AddRequest, grammar: str) -> None:
-        """Compile a request's grammar beside the loop; what was aborted meanwhile ends then."""
-        loop = asyncio.get_running_loop()
-        compile_grammar, eos_token_ids = self._runner.compile_grammar, request.eos_token_ids
-        error: EngineError | None = None
-        try:
-            matcher = await loop.run_in_executor(
-                self._compiler, compile_grammar, grammar, eos_token_ids
-            )
-        except ValueError as problem:
-            error = InvalidRequestError(f"the grammar cannot be compiled: {problem}")
-        except asyncio.CancelledError:
-            error = EngineDeadError("the engine is stopping")
-        except Exception:
-            logger.exception("a grammar could not be compiled")
-            error = EngineInternalError("the engine could not compile the grammar")
-        keys = [(worker_id, request_id) for request_id in request.answer_ids]
-        aborted = [key[1] for key in keys if self._compiling.pop(key)]
-        if error is not None:
-            self._refuse(worker_id, request, error)
+    def _take_matcher(self, sequences: list[Sequence], result: TokenMatcher | EngineError) -> None:
+        """Let these answers of one request take their turn, or end them with an error."""
+        if not isinstance(result, EngineError):
+            for sequence in sequences:
+                self.scheduler.let_on(sequence, result.copy())
             return
-        self._enqueue(worker_id, request, matcher)
-        self.abort(worker_id, aborted)
+        for sequence in sequences:
+            self.scheduler.abort(sequence)
+        self._fail(sequences, result)
 
     def abort(self, worker_id: int, request_ids: Iterable[str]) -> None:
         """End requests of this worker; ids that are not open any more are passed over.
 
         What is freed is free at once, or right after the step that computes it.
         """
-        request_ids = list(request_ids)
-        for request_id in request_ids:
-            if (worker_id, request_id) in self._compiling:
-                self._compiling[worker_id, request_id] = True
         found = [self._open.get((worker_id, request_id)) for request_id in request_ids]
         progress = [self.scheduler.abort(sequence) for sequence in found if sequence is not None]
         self._deliver([one for one in progress if one is not None])
 
     def drop_worker(self, worker_id: int) -> None:
         """Abort everything of a worker that has gone."""
-        keys = [*self._open, *self._compiling]
-        self.abort(worker_id, [request_id for owner, request_id in keys if owner == worker_id])
+        self.abort(
+            worker_id, [request_id for owner, request_id in self._open if owner == worker_id]
+        )
 
     # The loop
 
@@ -268,9 +229,7 @@ class Engine:
 
     def close(self, error: EngineError) -> None:
         """End every open request with `error`. Call when `run` is over; a step may still run."""
-        for task in self._compilations:
-            task.cancel()
-        self._compiler.shutdown(wait=False, cancel_futures=True)
+        self._grammar_jobs.close()
         self._fail(list(self._open.values()), error)
         self._executor.shutdown(wait=False, cancel_futures=True)
 
@@ -307,6 +266,7 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         del self._open[sequence.worker_id, sequence.request_id]
+        self._grammar_jobs.leave(sequence)
 
     # What can be known of it
 

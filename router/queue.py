@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .errors import QueueFullError
@@ -28,24 +29,31 @@ class RequestQueue:
     """A bounded asyncio queue of sequences that only its reader waits for.
 
     `put` never waits: it takes the request or refuses it, so the client hears at once.
-    pace: tells a refused client when to come back.
+    A sequence whose grammar is still being compiled counts like any other and keeps its
+    place, but its turn comes only after `let_on`. pace: tells a refused client when to come back.
     """
 
     def __init__(self, limits: QueueLimits, pace: Pace | None = None) -> None:
         self._limits = limits
         self._pace = pace or Pace()
-        self._sequences: list[Sequence] = []
+        self._ready: list[Sequence] = []  # by rank
+        self._unready: set[Sequence] = set()
         self._num_arrivals = 0
-        self._not_empty = asyncio.Event()
+        self._has_ready = asyncio.Event()
         self.num_tokens = 0
         self.num_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._sequences)
+        return len(self._ready) + len(self._unready)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """All that wait, in no order that matters."""
+        yield from self._ready
+        yield from self._unready
 
     def num_ahead(self, priority: int) -> int:
         """How many answers wait that would run before a newcomer of this priority."""
-        ahead = (one for one in self._sequences if one.request.priority <= priority)
+        ahead = (one for one in self if one.request.priority <= priority)
         return sum(1 + len(one.followers) for one in ahead)
 
     def put(self, sequence: Sequence) -> None:
@@ -56,7 +64,7 @@ class RequestQueue:
         """
         self._refuse_over(
             "requests",
-            sum(1 + len(one.followers) for one in (*self._sequences, sequence)),
+            sum(1 + len(one.followers) for one in (*self, sequence)),
             self._limits.max_requests,
             "--max-queue-requests",
         )
@@ -85,29 +93,43 @@ class RequestQueue:
         self._insert(sequence)
 
     def peek(self) -> Sequence | None:
-        """The sequence whose turn it is, or None."""
-        return self._sequences[0] if self._sequences else None
+        """The sequence whose turn it is, or None where none may run yet."""
+        return self._ready[0] if self._ready else None
 
     def remove(self, sequence: Sequence) -> None:
         """Take `sequence` out, from wherever it stands."""
-        self._sequences.remove(sequence)
         self.num_tokens -= sequence.num_tokens
         self.num_bytes -= sequence.num_image_bytes
-        if not self._sequences:
-            self._not_empty.clear()
+        if sequence in self._unready:
+            self._unready.remove(sequence)
+            return
+        self._ready.remove(sequence)
+        if not self._ready:
+            self._has_ready.clear()
+
+    def let_on(self, sequence: Sequence) -> None:
+        """Let `sequence`, which has its matcher now, take its turn."""
+        self._unready.remove(sequence)
+        self._line_up(sequence)
 
     async def wait(self) -> None:
-        """Return when the queue is not empty."""
-        await self._not_empty.wait()
+        """Return when some sequence's turn has come."""
+        await self._has_ready.wait()
 
     def _insert(self, sequence: Sequence) -> None:
-        bisect.insort(self._sequences, sequence, key=lambda one: one.rank)
         self.num_tokens += sequence.num_tokens
         self.num_bytes += sequence.num_image_bytes
-        self._not_empty.set()
+        if sequence.lacks_matcher:
+            self._unready.add(sequence)
+        else:
+            self._line_up(sequence)
+
+    def _line_up(self, sequence: Sequence) -> None:
+        bisect.insort(self._ready, sequence, key=lambda one: one.rank)
+        self._has_ready.set()
 
     def _refuse_over(self, what: str, wanted: int, limit: int, option: str) -> None:
-        if self._sequences and wanted > limit:
+        if len(self) and wanted > limit:
             raise QueueFullError(
                 f"the queue is full: with this request {wanted:,} {what} would wait, the limit is "
                 f"{limit:,}. Try again later or start the server with a larger {option}",

@@ -49,6 +49,7 @@ from ..models.batch import (
     StepBatch,
     StepResult,
     TokenLogprobs,
+    TokenMatcher,
 )
 from .block_manager import BlockManager
 from .blocks import ImageEntry
@@ -119,7 +120,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running) or len(self._waiting) > 0
+        return bool(self._running) or self._waiting.peek() is not None
 
     # Planning a step
 
@@ -339,6 +340,12 @@ class Scheduler:
             if sequence.status is Status.RUNNING:
                 self._preempt(sequence)
         return step.sequences
+
+    def let_on(self, sequence: Sequence, matcher: TokenMatcher) -> None:
+        """Give a sequence the matcher that it waits for; it takes its turn from now on."""
+        sequence.matcher = matcher
+        if sequence.status is Status.WAITING:
+            self._waiting.let_on(sequence)
 
     def abort(self, sequence: Sequence) -> Progress | None:
         """End `sequence` early; None if it ends with the step that is being computed."""

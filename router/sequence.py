@@ -53,6 +53,7 @@ class Sequence:
     others, its followers, until it has computed their prompt or has gone.
     prompt_logprobs: of the prompt's tokens so far, kept when blocks are given up; None
     where they are not asked for, and for followers.
+    matcher: its place in the request's grammar, from when that is compiled.
     queued_at, ran_at: of `time.monotonic()`; ran_at is when it first ran, and stays.
     """
 
@@ -97,13 +98,8 @@ class Sequence:
         self.penalized_prompt_ids = array("q", set(self.token_ids) if is_penalized else ())
 
     @classmethod
-    def of(
-        cls, worker_id: int, request: AddRequest, matcher: TokenMatcher | None = None
-    ) -> list[Sequence]:
-        """The sequences of a request, one a choice: the leader, then its followers.
-
-        matcher: at the start of the request's grammar; each sequence gets one of its own.
-        """
+    def of(cls, worker_id: int, request: AddRequest) -> list[Sequence]:
+        """The sequences of a request, one a choice: the leader, then its followers."""
         leader, *followers = (
             cls(f"{worker_id}/{request_id}", worker_id, request, choice)
             for choice, request_id in enumerate(request.answer_ids)
@@ -111,8 +107,6 @@ class Sequence:
         for follower in followers:
             follower.status, follower.leader = Status.FOLLOWING, leader
         leader.followers = followers
-        for sequence in [leader, *followers]:
-            sequence.matcher = None if matcher is None else matcher.copy()
         return [leader, *followers]
 
     @property
@@ -145,6 +139,11 @@ class Sequence:
     def queue_s(self) -> float:
         """How long it waited before it first ran; 0 while it has not."""
         return 0.0 if self.ran_at is None else self.ran_at - self.queued_at
+
+    @property
+    def lacks_matcher(self) -> bool:
+        """True while the request's grammar is being compiled: it cannot run yet."""
+        return self.request.grammar is not None and self.matcher is None
 
     @property
     def is_finished(self) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.fake_runner import FakeRunner, expected_token_ids
 
-from vlmserve.models.batch import SamplingParams, TokenMatcher
+from vlmserve.models.batch import SamplingParams, StepBatch, TokenMatcher
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.errors import GrammarError
 from vlmserve.models.grammar import MAX_COMPILED, MAX_COMPILED_BYTES, Grammars, Matcher
@@ -50,8 +50,10 @@ class GrammarRunner(FakeRunner):
         super().__init__()
         self.may_compile = threading.Event()
         self.is_compiling = threading.Event()
+        self.compiled: list[str] = []
 
     def compile_grammar(self, grammar: str, eos_token_ids: list[int]) -> TokenMatcher:
+        self.compiled.append(grammar)
         if grammar == "bad":
             raise ValueError("it is bad")
         if grammar == "slow":
@@ -63,9 +65,9 @@ class GrammarRunner(FakeRunner):
 class Bench:
     """An engine on that runner, and what it sent, by request id."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options) -> None:
         self.runner = GrammarRunner()
-        config = EngineConfig(model="fake", socket_path="")
+        config = EngineConfig(model="fake", socket_path="", **options)
         self.engine = Engine(self.runner, config, self._receive)
         self.tokens: dict[str, list[int]] = {}
         self.endings: dict[str, str] = {}
@@ -96,9 +98,11 @@ def request_of(name: str, grammar: str | None = None, **fields: object) -> AddRe
     return AddRequest(request_id=name, prompt_token_ids=[1, 2, 3], grammar=grammar, **fields)
 
 
-def run(scenario) -> Bench:
+def run(scenario, **options) -> Bench:
+    """Play a scenario on an engine; options are fields of EngineConfig."""
+
     async def whole() -> Bench:
-        bench = Bench()
+        bench = Bench(**options)
         running = asyncio.create_task(bench.engine.run())
         try:
             async with asyncio.timeout(DEADLINE_S):
@@ -108,6 +112,7 @@ def run(scenario) -> Bench:
             running.cancel()
             bench.engine.close(EngineDeadError("over"))
         assert bench.engine.scheduler.blocks.text_pool.num_used == 0
+        assert len(bench.engine._queue) == bench.engine._queue.num_tokens == 0
         return bench
 
     return asyncio.run(whole())
@@ -152,6 +157,78 @@ def test_a_worker_that_goes_takes_its_compiling_requests_along():
         await bench.until("slow")
 
     assert run(scenario).endings == {"slow": "abort"}
+
+
+@pytest.mark.parametrize("left", [["first", "second"], ["second", "first"]])
+def test_who_leaves_while_grammars_are_compiled_is_freed_at_once_and_compiled_no_more(left):
+    """Its prompt and pictures stayed until its grammar was compiled, and counted nowhere."""
+
+    async def scenario(bench: Bench) -> None:
+        bench.engine.add(1, request_of("slow", "slow"))
+        await asyncio.to_thread(bench.runner.is_compiling.wait, DEADLINE_S)
+        bench.engine.add(1, request_of("first", "next", choice_ids=["second"]))
+        assert bench.engine.stats().num_waiting == 3
+        bench.engine.abort(1, left)
+        assert bench.endings == {"first": "abort", "second": "abort"}
+        assert (bench.engine.stats().num_waiting, bench.engine._queue.num_tokens) == (1, 3)
+        bench.runner.may_compile.set()
+        await bench.until("slow")
+        bench.engine.add(1, request_of("last", "last"))
+        await bench.until("last")
+
+    assert run(scenario).runner.compiled == ["slow", "last"]
+
+
+def test_what_waits_for_its_grammar_counts_against_the_queue_s_limits():
+    """Requests whose grammars were being compiled were bounded by their number alone."""
+
+    async def scenario(bench: Bench) -> None:
+        bench.engine.add(1, request_of("slow", "slow"))
+        await asyncio.to_thread(bench.runner.is_compiling.wait, DEADLINE_S)
+        bench.engine.add(1, request_of("next", "next"))
+        bench.engine.add(1, request_of("refused", "refused"))
+        bench.engine.add(1, request_of("plain"))
+        bench.runner.may_compile.set()
+        await bench.until("slow", "next", "refused", "plain")
+
+    bench = run(scenario, max_queue_tokens=8)
+    assert bench.runner.compiled == ["slow", "next"]
+    for name in ("refused", "plain"):
+        assert bench.endings[name].startswith("queue_full: ")
+        assert "9 prompt tokens would wait, the limit is 8" in bench.endings[name]
+
+
+def test_a_prompt_that_can_never_run_is_refused_before_its_grammar_is_compiled():
+    async def scenario(bench: Bench) -> None:
+        bench.engine.add(
+            1, AddRequest(request_id="a", prompt_token_ids=[], max_tokens=1, grammar="b")
+        )
+        await bench.until("a")
+
+    bench = run(scenario)
+    assert bench.endings["a"].startswith("invalid: the prompt has no tokens")
+    assert bench.runner.compiled == []
+
+
+def test_a_request_keeps_its_place_while_its_grammar_is_compiled():
+    may_step = threading.Event()
+
+    def hold(batch: StepBatch) -> None:
+        assert may_step.wait(DEADLINE_S)
+
+    async def scenario(bench: Bench) -> None:
+        bench.runner.before_step = hold
+        bench.engine.add(1, request_of("running"))
+        bench.engine.add(1, request_of("slow", "slow"))
+        bench.engine.add(1, request_of("later"))
+        bench.runner.may_compile.set()
+        while bench.engine._queue.peek().request_id != "slow":  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        may_step.set()
+        await bench.until("running", "slow", "later")
+
+    bench = run(scenario, max_num_seqs=1)
+    assert list(bench.endings) == ["running", "slow", "later"]
 
 
 def test_a_grammar_that_is_none_is_refused_for_every_choice():
