@@ -8,6 +8,7 @@ never imports torch.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import sys
@@ -28,7 +29,7 @@ from .listening import ListenError, listen
 from .model_files import ModelFilesError, resolve_model
 from .pulse import WorkerLimits
 from .settings import ServerSettings
-from .start_checks import absolute, check_files, trace_settings
+from .start_checks import absolute, check_access, check_files, trace_settings
 from .supervisor import SPARE_DELAY_S, Supervision, Supervisor
 
 app = typer.Typer(
@@ -118,7 +119,7 @@ def serve(
     Each option may be set by a variable too: --max-images by VLMSERVE_MAX_IMAGES.
     """
     set_up_logging(log_level.value, log_format.value, "supervisor")
-    for line in without_effect(os.environ):
+    for line in without_effect(os.environ, inspect.signature(serve).parameters):
         say(f"vlmserve: {line}", logging.WARNING)
     try:
         folder = resolve_model(model, revision, cache_dir)
@@ -180,6 +181,7 @@ def serve(
             image_position="front" if image_position is options.ImagePosition.front else "as-sent",
             unknown_fields="error" if unknown_fields is options.UnknownFields.error else "ignore",
         )
+        check_access(settings)
         check_files(settings)
         listener = listen(host, port)
     except (ModelFilesError, ListenError, ValueError) as error:

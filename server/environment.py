@@ -9,7 +9,7 @@ are known and have no effect. Knows nothing of what an option does.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -123,12 +123,18 @@ def adopt(environ: MutableMapping[str, str]) -> None:
             raise VariableError(f"{name} is {value!r}; it must be {error}") from error
 
 
-def without_effect(environ: Mapping[str, str]) -> list[str]:
-    """A line for each variable of the documented service that is set and does nothing."""
+def without_effect(environ: Mapping[str, str], options: Iterable[str]) -> list[str]:
+    """A line for each variable that looks like a setting, is set, and does nothing.
+
+    options: the names of the command's parameters.
+    """
+    own = {variable_of(option) for option in options}
     lines = []
     for name in sorted(name for name in environ if environ[name]):
+        is_strange = name.startswith("NIM_") and name not in ADOPTED
+        is_strange |= name.startswith(PREFIX) and name not in own
         if name in IGNORED:
             lines.append(f"{name} is set and has no effect: {IGNORED[name]}")
-        elif name.startswith("NIM_") and name not in ADOPTED:
+        elif is_strange:
             lines.append(f"{name} is set and not known here: it has no effect")
     return lines

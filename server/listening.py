@@ -5,6 +5,7 @@ Owns how it is opened. Knows nothing of who serves it.
 
 from __future__ import annotations
 
+import errno
 import socket
 
 
@@ -14,6 +15,9 @@ class ListenError(Exception):
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening TCP socket on host:port (port 0 picks a free one); raises ListenError."""
+    if not host:
+        # To the system an empty name means every address: `--host "$HOST"` of a shell without HOST.
+        raise ListenError("--host is empty: give an address, such as 127.0.0.1, or 0.0.0.0 for all")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -22,7 +26,13 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(1024)
     except OSError as error:
         listener.close()
+        is_place_wrong = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        remedy = (
+            "--host must be an address of this machine"
+            if is_place_wrong
+            else "choose another --port"
+        )
         raise ListenError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
+            f"cannot listen on {host}:{port}: {error.strerror or error}; {remedy}"
         ) from error
     return listener

@@ -30,7 +30,7 @@ REFUSALS = {
     408: "The request did not come in time.",
     413: "The body is too large.",
     414: "The path and its query are too long.",
-    415: "The body is compressed, or not JSON.",
+    415: "The body is compressed.",
     429: "The queue is full; Retry-After says when to come again.",
     431: "The request's head is too large.",
     500: "The server or a model step failed.",

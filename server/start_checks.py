@@ -6,13 +6,20 @@ Owns those checks, so that a mistake is one line at once. Knows nothing of how s
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping
+from ipaddress import AddressValueError, IPv6Address
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from .settings import ServerSettings, TraceSettings
 
 # OpenTelemetry's own variables that name a collector for traces.
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+# As they are compared: a name or address without scheme, port or last full stop; an origin without
+# a path, as browsers send it (null is that of files and sandboxes).
+_HOST = re.compile(r"(\*\.)?[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?")
+_ORIGIN = re.compile(r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@*]+")
 TRACE_PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 
 
@@ -37,6 +44,31 @@ def check_files(settings: ServerSettings) -> None:
         raise ValueError("--tls-keyfile is given without --tls-certfile: give both")
 
 
+def check_access(settings: ServerSettings) -> None:
+    """Raises ValueError, in one line, for a host or origin that no request could ever name."""
+    for host in settings.allowed_hosts:
+        if not _HOST.fullmatch(host) and not _is_ipv6(host):
+            raise ValueError(
+                f"--allowed-host {host!r} is no host: give a name or address alone, without scheme"
+                " and port, such as api.example.com, *.example.com or ::1"
+            )
+    for origin in settings.cors_origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"--cors-origin {origin!r} is no origin: give scheme and host, and a port that is"
+                " not the scheme's own, such as https://chat.example.com, without a slash at the"
+                " end; or '*'"
+            )
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        IPv6Address(host)
+    except AddressValueError:
+        return False
+    return True
+
+
 def trace_settings(
     is_wanted: bool | None,
     endpoint: str | None,
@@ -51,6 +83,12 @@ def trace_settings(
         is_wanted = bool(endpoint) or any(environ.get(name) for name in ENDPOINTS)
     if not is_wanted or environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
+    if endpoint and not (
+        endpoint.startswith(("http://", "https://")) and urlsplit(endpoint).netloc
+    ):
+        raise ValueError(
+            f"--otlp-endpoint {endpoint!r} is no URL: give one such as http://collector:4318"
+        )
     if not all(map(_is_installed, TRACE_PACKAGES)):
         raise ValueError(
             "traces are wanted, but OpenTelemetry is not installed: pip install 'vlmserve[otel]',"

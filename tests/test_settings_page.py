@@ -21,6 +21,9 @@ from vlmserve.server.environment import (
     variable_of,
     without_effect,
 )
+from vlmserve.server.listening import ListenError, listen
+from vlmserve.server.settings import ServerSettings
+from vlmserve.server.start_checks import check_access, trace_settings
 
 LINES = settings_page.PAGE.read_text().splitlines()
 SCRIPT = "tests/support/settings_page.py"
@@ -178,7 +181,9 @@ def test_a_variable_that_says_nothing_is_one_clear_line(name, value):
 
 def test_what_has_no_effect_is_named_without_its_value():
     environ = {"NGC_API_KEY": "secret", "NIM_MODEL_PROFILE": "2", "NIM_FOO": "secret"}
-    lines = without_effect(environ | {"NIM_LOG_LEVEL": "INFO", "PATH": "/"})
+    environ |= {"VLMSERVE_MAX_IMAGE": "secret"}
+    known = {"NIM_LOG_LEVEL": "INFO", "PATH": "/", "VLMSERVE_MAX_IMAGES": "2", "VLMSERVE_FOO": ""}
+    lines = without_effect(environ | known, [one.name for one in settings_page.parameters()])
     assert [line.split(" ")[0] for line in lines] == sorted(environ)
     assert "secret" not in "".join(lines)
 
@@ -191,9 +196,11 @@ def test_what_has_no_effect_is_named_without_its_value():
         (["--api-key-file", "/nonexistent"], "the API key file cannot be read"),
         (["--tls-certfile", "/nonexistent"], "the TLS certificate and key cannot be used"),
         (["--tls-keyfile", "x"], "--tls-keyfile is given without --tls-certfile"),
+        (["--cors-origin", "https://a.b/"], "--cors-origin 'https://a.b/' is no origin"),
+        (["--host", ""], "--host is empty"),
     ],
 )
-def test_a_file_that_does_not_serve_is_one_clear_line(arguments, words):
+def test_a_setting_that_does_not_serve_is_one_clear_line(arguments, words):
     environ = {**os.environ, "NGC_API_KEY": ""}
     done = subprocess.run(
         [*SERVE, "--port", "0", *arguments], capture_output=True, text=True, timeout=60, env=environ
@@ -201,6 +208,47 @@ def test_a_file_that_does_not_serve_is_one_clear_line(arguments, words):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"vlmserve: {words}")
+
+
+def settings_with(**fields) -> ServerSettings:
+    return ServerSettings(model="m", engine_socket="", served_model_names=["m"], **fields)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["a.example.com:8000", "http://a", "[::1]", "a.example.com.", "*", "*a", "a b", "", "a/b"],
+)
+def test_a_host_that_no_request_could_name_is_refused(host):
+    """It used to be taken, and every request was answered 400."""
+    with pytest.raises(ValueError, match=r"--allowed-host .* is no host"):
+        check_access(settings_with(allowed_hosts=["localhost", host]))
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["chat.example.com", "https://a.b/", "https://a.b/c", "https://", "*.b", "https://*.b"],
+)
+def test_an_origin_that_no_page_could_have_is_refused(origin):
+    """It used to be taken, and no page could read an answer."""
+    with pytest.raises(ValueError, match=r"--cors-origin .* is no origin"):
+        check_access(settings_with(cors_origins=["http://localhost:3000", origin]))
+
+
+def test_hosts_and_origins_as_requests_name_them_are_taken():
+    hosts = ["api.example.com", "*.Example.com", "localhost", "127.0.0.1", "::1", "a_b"]
+    origins = ["*", "null", "https://a.b", "http://[::1]:80", "chrome-extension://abc"]
+    check_access(settings_with(allowed_hosts=hosts, cors_origins=origins))
+
+
+def test_an_endpoint_for_traces_that_is_no_url_is_refused():
+    for endpoint in ("collector", "collector:4318", "grpc://collector", "http://"):
+        with pytest.raises(ValueError, match=r"--otlp-endpoint .* is no URL"):
+            trace_settings(None, endpoint, None, {})
+
+
+def test_an_address_of_another_machine_is_not_answered_by_advice_about_ports():
+    with pytest.raises(ListenError, match="--host must be an address of this machine"):
+        listen("192.0.2.1", 0)
 
 
 def test_a_start_that_fails_is_an_event_where_the_log_is_json():
