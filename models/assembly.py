@@ -8,7 +8,7 @@ memory in full precision.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -52,6 +52,12 @@ class Recipe:
     quantizes: Callable[[str], bool]
 
 
+# gives a tensor, or what of it is a rank's share along a side
+Read = Callable[[Side | None, RankShare], Tensor]
+# tensors one by one, all that a model needs, each with what gives it
+Opened = Iterable[tuple[StoredTensor, Read]]
+
+
 def assemble(
     folder: Path,
     config: MllamaConfig,
@@ -59,28 +65,37 @@ def assemble(
     recipe: Recipe,
     count: Callable[[int], None],
 ) -> MllamaForConditionalGeneration:
+    """The model of a folder's files; tensors: by their names in the module. See `assemble_from`."""
+    return assemble_from(_open(folder, tensors), config, recipe, count, str(folder))
+
+
+def assemble_from(
+    opened: Opened,
+    config: MllamaConfig,
+    recipe: Recipe,
+    count: Callable[[int], None],
+    source: str,
+) -> MllamaForConditionalGeneration:
     """The model, every weight on its device; count: is told the bytes of each tensor that was read.
 
-    tensors: by their names in the module, all that it needs. Raises ModelError for a weight that
-    cannot be quantized.
+    source: whose tensors they are, for messages. Raises ModelError for a weight that cannot be
+    quantized.
     """
     with init_empty_weights(include_buffers=False):
         model = cast(MllamaForConditionalGeneration, MllamaForConditionalGeneration(config))
     if recipe.share.size > 1:
         narrow(model, recipe.share.sides, recipe.share.size)
     wanted = {name for name, _ in model.named_parameters()}
-    for stored, read in _open(folder, tensors):
+    for stored, read in opened:
         if stored.name in wanted:
-            _place(model, stored.name, read, recipe, folder)
+            _place(model, stored.name, read, recipe, source)
         count(stored.num_bytes)
     # what is left are buffers, which no file holds
     nn.Module.to(model, recipe.device)
     return model
 
 
-def _open(
-    folder: Path, tensors: Mapping[str, StoredTensor]
-) -> Iterator[tuple[StoredTensor, Callable[[Side | None, RankShare], Tensor]]]:
+def _open(folder: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[StoredTensor, Read]]:
     """Each tensor with what reads it, or the share's part of it, file by file."""
     by_file: dict[str, list[StoredTensor]] = defaultdict(list)
     for tensor in tensors.values():
@@ -92,7 +107,7 @@ def _open(
                 yield tensor, _reader(opened, keys[tensor.name])
 
 
-def _reader(opened: Any, key: str) -> Callable[[Side | None, RankShare], Tensor]:
+def _reader(opened: Any, key: str) -> Read:
     def read(side: Side | None, share: RankShare) -> Tensor:
         stored = opened.get_slice(key)
         if side is None or len(stored.get_shape()) <= side:
@@ -105,13 +120,7 @@ def _reader(opened: Any, key: str) -> Callable[[Side | None, RankShare], Tensor]
     return read
 
 
-def _place(
-    model: nn.Module,
-    name: str,
-    read: Callable[[Side | None, RankShare], Tensor],
-    recipe: Recipe,
-    folder: Path,
-) -> None:
+def _place(model: nn.Module, name: str, read: Read, recipe: Recipe, source: str) -> None:
     module_path, _, kind = name.rpartition(".")
     value = read(recipe.share.sides.get(module_path), recipe.share)
     if kind != "weight" or not recipe.quantizes(module_path):
@@ -123,6 +132,6 @@ def _place(
     try:
         packed = quantize(value.to(recipe.device), recipe.dtype)
     except ValueError as error:
-        raise ModelError(f"{folder}: {name} cannot be quantized: {error}") from None
+        raise ModelError(f"{source}: {name} cannot be quantized: {error}") from None
     parent, _, child = module_path.rpartition(".")
     setattr(model.get_submodule(parent), child, Int8Linear(packed))

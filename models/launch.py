@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 def create_runner(
-    model: str,
+    model: str | Checkpoint,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -77,6 +77,8 @@ def create_runner(
 ) -> ModelRunner:
     """The runner of a local checkpoint folder, loaded and with its pools allocated.
 
+    model: the folder, or what was opened of one, which has its dtype already.
+
     group: the ranks that share the model, which all call this alike. num_sharers: how many engines
     share a CPU's memory. The other arguments are the
     engine's settings of the same names; rooms: what each device has free, in the place of asking
@@ -85,7 +87,8 @@ def create_runner(
     """
     set_threads(num_threads)
     chosen = choose_device(device)
-    checkpoint = open_checkpoint(model, choose_dtype(dtype, chosen))
+    opened = isinstance(model, Checkpoint)
+    checkpoint = model if opened else open_checkpoint(model, choose_dtype(dtype, chosen))
     share = share_with(checkpoint, group)
     pools = replace(
         _pool_request(checkpoint, share),

@@ -7,6 +7,7 @@ straight to its device; code from a checkpoint is never run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from transformers import BitsAndBytesConfig, MllamaForConditionalGeneration, MllamaTextConfig
 
 from . import progress
-from .assembly import WHOLE, RankShare, Recipe, assemble
+from .assembly import WHOLE, Opened, RankShare, Recipe, assemble, assemble_from
 from .attention import Geometry
 from .cache import ATTENTION_NAME
 from .checkpoint import check_folder
@@ -45,7 +46,8 @@ class Checkpoint:
     """A folder whose files fit together: what there is to load.
 
     tensors: by their names in the module. skeleton: the model on the meta device, in `dtype`, the
-    type to compute in.
+    type to compute in. draw: makes all tensors on a device, where no file holds them
+    (random_weights.py); the folder is then a name only.
     """
 
     folder: Path
@@ -53,6 +55,7 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     skeleton: MllamaForConditionalGeneration
     dtype: torch.dtype
+    draw: Callable[[torch.device], Opened] | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -152,9 +155,11 @@ def load(
         )
     share = share_with(checkpoint, group)
     _check_together(placement, quantize, share)
+    _check_drawn(checkpoint, placement, quantize)
+    is_assembled = quantize == WEIGHT_ONLY or share.size > 1 or checkpoint.draw is not None
     sizes = {name: tensor.num_bytes for name, tensor in checkpoint.tensors.items()}
     with large_buffers_mapped() if quantize else nullcontext():
-        if quantize == WEIGHT_ONLY or share.size > 1:
+        if is_assembled:
             model = _assembled(checkpoint, placement, quantize == WEIGHT_ONLY, share)
         else:
             with progress.shown(sizes):
@@ -212,6 +217,17 @@ def _check_together(placement: Placement, quantize: str | None, share: RankShare
         )
 
 
+def _check_drawn(checkpoint: Checkpoint, placement: Placement, quantize: str | None) -> None:
+    """Raise ModelError where weights that are drawn would have to be read by transformers."""
+    if checkpoint.draw is not None and (
+        placement.single is None or quantize not in (None, WEIGHT_ONLY)
+    ):
+        raise ModelError(
+            f"{checkpoint.folder} lie on one device, in the compute type or --quantize "
+            f"{WEIGHT_ONLY}"
+        )
+
+
 def _assembled(
     checkpoint: Checkpoint, placement: Placement, is_int8: bool, share: RankShare
 ) -> MllamaForConditionalGeneration:
@@ -223,10 +239,12 @@ def _assembled(
         quantizes=lambda name: is_int8 and is_quantized(f"{name}.weight"),
     )
     shown = progress.ByteProgress(sum(one.num_bytes for one in checkpoint.tensors.values()))
+    config, folder = checkpoint.skeleton.config, checkpoint.folder
     try:
-        return assemble(
-            checkpoint.folder, checkpoint.skeleton.config, checkpoint.tensors, recipe, shown.advance
-        )
+        if checkpoint.draw is not None:
+            drawn = checkpoint.draw(placement.main)
+            return assemble_from(drawn, config, recipe, shown.advance, str(folder))
+        return assemble(folder, config, checkpoint.tensors, recipe, shown.advance)
     except OSError as error:
         raise ModelError(f"{checkpoint.folder}: cannot be loaded: {one_line(error)}") from error
     finally:

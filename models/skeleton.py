@@ -34,15 +34,20 @@ def build_skeleton(
     try:
         config = MllamaConfig.from_pretrained(folder, local_files_only=True)
         _check_depths(folder, config, tensors)
-        with torch.device("meta"):
-            model: Any = MllamaForConditionalGeneration(config)
-        model = model.to(dtype)
+        model: Any = empty_model(config, dtype)
     except ModelError:
         raise
     except Exception as error:  # whatever a wrong value leads to in transformers or torch
         raise ModelError(f"{folder}: config.json describes no Mllama: {one_line(error)}") from error
     _check_shapes(folder, model, tensors)
     return cast(MllamaForConditionalGeneration, model)
+
+
+def empty_model(config: MllamaConfig, dtype: torch.dtype) -> MllamaForConditionalGeneration:
+    """The model of a configuration on the meta device, in `dtype`."""
+    with torch.device("meta"):
+        model: Any = MllamaForConditionalGeneration(config)
+    return cast(MllamaForConditionalGeneration, model.to(dtype))
 
 
 def _check_depths(folder: Path, config: MllamaConfig, tensors: Mapping[str, StoredTensor]) -> None:
