@@ -18,7 +18,7 @@ TORCH_PIN := $(shell grep -E '^torch==' requirements/base.txt)
 TYPING := build/typing/vlmserve
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test serve check test test-slow fuzz fuzz-api soak bench clean
+.PHONY: help setup setup-test serve check test test-slow fuzz fuzz-api soak bench bench-gpu bench-gpu-wheels clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -79,6 +79,19 @@ torture: setup-test ## 200 engine kills, 100,000 cancels, twice the load it can 
 
 bench: setup-test ## a load run against the bundled model; one JSON document last
 	$(BIN)/python bench/serve.py --concurrency 1,4,16 $(ARGS)
+
+bench-gpu: ## tests and tables of steps on one GPU, with $(PYTHON) as it is; one JSON document last
+	@exec $(PYTHON) bench/gpu.py $(ARGS)
+
+# what models/, the scheduler and their tests import beside torch, transformers, accelerate, triton
+GPU_WHEELS := msgspec llguidance pytest iniconfig pluggy packaging Pygments pillow
+WHEEL_PYTHON ?= 3.12
+
+bench-gpu-wheels: ## the wheels that bench-gpu takes on a machine without a network, in build/wheels
+	rm -rf build/wheels
+	$(PYTHON) -m pip --disable-pip-version-check download -q --no-deps --only-binary=:all: \
+	  --python-version $(WHEEL_PYTHON) --implementation cp -d build/wheels \
+	  $(foreach name,$(GPU_WHEELS),$(shell grep -hE '^$(name)==' requirements/base.txt requirements/test.txt))
 
 clean: ## remove .venv and build
 	rm -rf $(VENV) build *.egg-info

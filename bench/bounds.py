@@ -43,26 +43,35 @@ class Machine:
         return max(work.flops / self.flops_per_s, work.num_bytes / self.bytes_per_s)
 
 
-def decode_work(config: Any, num_seqs: int, context_len: int, num_keys: int, itemsize: int) -> Work:
+def decode_work(
+    config: Any,
+    num_seqs: int,
+    context_len: int,
+    num_keys: int,
+    itemsize: int,
+    layer_itemsize: int | None = None,
+) -> Work:
     """One token for each of num_seqs sequences of context_len tokens.
 
     config: the model's text configuration; num_keys: the vision tokens that each sequence sees, 0
-    where none: its cross-attention layers are then skipped.
+    where none: its cross-attention layers are then skipped. itemsize: bytes of a number;
+    layer_itemsize: of a layer's weights, where they are quantized.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     kv_width = hidden // config.num_attention_heads * config.num_key_value_heads
     num_cross = len(config.cross_attention_layers)
     num_self = config.num_hidden_layers - num_cross
     mlp = 3 * hidden * inner
-    weights = num_self * (2 * hidden * hidden + 2 * hidden * kv_width + mlp)
-    weights += config.vocab_size * hidden
+    layers = num_self * (2 * hidden * hidden + 2 * hidden * kv_width + mlp)
+    head = config.vocab_size * hidden
     keys = num_self * context_len
     if num_keys:
-        weights += num_cross * (2 * hidden * hidden + mlp)
+        layers += num_cross * (2 * hidden * hidden + mlp)
         keys += num_cross * num_keys
     # a key and its value: one product with the query's heads each, one read of kv_width each
-    flops = 2.0 * num_seqs * (weights + 2 * hidden * keys)
-    return Work(flops, float(itemsize) * (weights + 2 * kv_width * num_seqs * keys))
+    flops = 2.0 * num_seqs * (layers + head + 2 * hidden * keys)
+    read = float(itemsize) * (head + 2 * kv_width * num_seqs * keys)
+    return Work(flops, read + layers * (layer_itemsize or itemsize))
 
 
 def prefill_work(config: Any, num_seqs: int, prompt_len: int, num_tiles: int, size: int) -> Work:

@@ -1,0 +1,237 @@
+"""Measures the rows of one kind of weights, in a process that may die without costing the others.
+
+Owns the runner, and what happens when a row fails. Told by JSON on stdin, it tells its parent by a
+line of JSON for each event in a file: machine, bandwidth, building, begin, row.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+import traceback
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers import MllamaConfig
+
+from vlmserve.models.launch import create_runner
+from vlmserve.models.random_weights import random_checkpoint
+from vlmserve.models.runner import ModelRunner
+
+from ..checkpoints import layout
+from .document import DROPPED, FAILED, NOT_AVAILABLE, OK
+from .measure import MEASURES, copy_bandwidth
+from .plan import EAGER, PLAIN, Row, Size, expected_s
+
+# exit code: the device is lost to this process, the rows that are left need another
+LOST = 3
+BLOCK_SIZE = 16
+TRACE_LINES = 12
+
+
+class RehearsedError(Exception):
+    """A failure that was asked for by --rehearse."""
+
+
+def published_config() -> MllamaConfig:
+    """Llama-3.2-11B-Vision's sizes, as its config.json has them."""
+    vision = {"image_size": 560, "max_num_tiles": 4, "patch_size": 14, "vision_output_dim": 7680}
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    text = {
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
+        "max_position_embeddings": 131_072,
+        "rope_parameters": rope,
+        "pad_token_id": 128_004,
+    }
+    return MllamaConfig(vision_config=vision, text_config=text, image_token_index=128_256)
+
+
+class Child:
+    """One process's work."""
+
+    def __init__(self, told: dict[str, Any]) -> None:
+        self._size = Size(**told["size"] | {"batches": tuple(told["size"]["batches"])})
+        self._rows = [Row(**row) for row in told["rows"]]
+        self._deadline: float = told["deadline"]
+        self._rehearsed: dict[str, str] = told["rehearse"]
+        self._events = Path(told["events"])
+        self._bytes_per_s = 0.0
+        self._runner: ModelRunner | None = None
+        self._runner_of: tuple[str, str] | None = None
+        self._taken_s: dict[str, float] = {}
+        # what could not be built, and why: it is not tried again for every row
+        self._unbuilt: dict[tuple[str, str], str] = {}
+
+    def run(self) -> None:
+        """All rows that there is time for."""
+        self._tell("machine", **machine_of(self._size))
+        bandwidth = copy_bandwidth(self._size)
+        self._bytes_per_s = bandwidth["bytes_per_s"]
+        self._tell("bandwidth", **bandwidth)
+        for row in self._rows:
+            self._run_row(row)
+
+    def _run_row(self, row: Row) -> None:
+        if row.mode != EAGER and graphs_option() is None:
+            why = "this build has no graphs"
+            self._tell("row", row=row.id, status=NOT_AVAILABLE, why=why)
+            return
+        left = self._deadline - time.monotonic()
+        if (expected := expected_s(row, self._taken_s)) > left:
+            why = f"{left:.0f} s were left and it takes {expected:.0f}"
+            self._tell("row", row=row.id, status=DROPPED, why=why)
+            return
+        wanted = (row.quantize, row.mode)
+        if wanted in self._unbuilt:
+            self._tell("row", row=row.id, status=FAILED, error=self._unbuilt[wanted])
+            return
+        try:
+            runner = self._runner_for(wanted, row)
+            began = time.monotonic()
+            self._tell("begin", row=row.id)
+            self._rehearse(row)
+            figures = MEASURES[row.kind](runner, row, self._size, self._bytes_per_s)
+        except Exception as error:  # whatever it is, the next row goes on
+            told = told_error(error)
+            self._tell("row", row=row.id, status=FAILED, error=told)
+            if self._runner is None:
+                self._unbuilt[wanted] = told
+            self._runner = self._runner_of = None
+            self._check_device()
+            return
+        seconds = time.monotonic() - began
+        self._taken_s[row.kind] = max(seconds, self._taken_s.get(row.kind, 0.0))
+        self._tell("row", row=row.id, status=OK, **figures, seconds=round(seconds, 2))
+
+    def _rehearse(self, row: Row) -> None:
+        match self._rehearsed.get(row.id):
+            case "raise":
+                raise RehearsedError("as --rehearse asked")
+            case "die":
+                os._exit(9)
+            case "hang":
+                time.sleep(3600)
+
+    def _runner_for(self, wanted: tuple[str, str], row: Row) -> ModelRunner:
+        """The runner of the wanted weights and mode; there is never a second one beside it."""
+        if self._runner is not None and self._runner_of == wanted:
+            return self._runner
+        self._runner = self._runner_of = None
+        gc.collect()
+        if self._size.device == "cuda":
+            torch.cuda.empty_cache()
+        self._tell("building", row=row.id)
+        began = time.monotonic()
+        runner = make_runner(self._size, row)
+        self._runner, self._runner_of = runner, wanted
+        self._tell("built", row=row.id, seconds=round(time.monotonic() - began, 2))
+        return runner
+
+    def _check_device(self) -> None:
+        """End where a failure has taken the device from this process: an illegal access does."""
+        if self._size.device != "cuda":
+            return
+        try:
+            torch.cuda.synchronize()
+            torch.zeros(1, device="cuda").item()
+        except Exception:
+            sys.exit(LOST)
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        with self._events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, **facts}) + "\n")
+
+
+def make_runner(size: Size, row: Row) -> ModelRunner:
+    """A runner whose pools hold every row's sequences."""
+    config = published_config() if size.model == "11b" else layout(size.model)
+    checkpoint = random_checkpoint(config, getattr(torch, size.dtype))
+    vision = cast(Any, config.vision_config)
+    most = max(size.batches)
+    longest, prompt = size.length(most), size.prefill_tokens + 1
+    option = graphs_option()
+    graphs = {} if option is None else {option: row.mode != EAGER}
+    return create_runner(
+        checkpoint,
+        device=size.device,
+        quantize=None if row.quantize == PLAIN else row.quantize,
+        max_model_len=max(longest, prompt),
+        max_num_seqs=most,
+        max_num_batched_tokens=max(size.prefill_tokens, most),
+        block_size=BLOCK_SIZE,
+        num_text_blocks=max((most + 1) * -(-longest // BLOCK_SIZE), -(-prompt // BLOCK_SIZE) + 1),
+        num_image_blocks=(most + 1) * vision.max_num_tiles,
+        **graphs,
+    )
+
+
+def graphs_option() -> str | None:
+    """The option of `create_runner` that turns decode graphs on; None where it has none."""
+    known = inspect.signature(create_runner).parameters
+    return next((name for name in ("cuda_graphs", "graphs") if name in known), None)
+
+
+def machine_of(size: Size) -> dict[str, Any]:
+    """Versions and the device, as torch sees them."""
+    facts: dict[str, Any] = {
+        "device": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "triton": _version("triton"),
+        "accelerate": _version("accelerate"),
+        "numpy": _version("numpy"),
+        "compiler": shutil.which("gcc") or shutil.which("cc") or "none: triton needs one",
+    }
+    if size.device != "cuda":
+        return facts
+    properties = torch.cuda.get_device_properties(0)
+    return facts | {
+        "device": properties.name,
+        "cuda": torch.version.cuda,
+        "capability": list(torch.cuda.get_device_capability(0)),
+        "processors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def told_error(error: BaseException) -> str:
+    """The end of a traceback: where it came from, and what it says."""
+    lines = "".join(traceback.format_exception(error)).strip().splitlines()
+    return "\n".join(lines[-TRACE_LINES:])[-3000:]
+
+
+def main() -> None:
+    Child(json.load(sys.stdin)).run()
+
+
+if __name__ == "__main__":
+    main()

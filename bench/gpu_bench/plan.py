@@ -1,0 +1,99 @@
+"""Which rows are measured, in which order, and how large.
+
+Owns the two sizes of a run and the rows' order: what matters most comes first, as the budget drops
+what comes last. Knows nothing of how a row is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PLAIN, INT8 = "none", "int8"
+EAGER, GRAPHS = "eager", "graphs"
+DECODE, PREFILL, ENCODE, PROFILE = "decode", "prefill", "encode", "profile"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What is run. model: "11b", or a layout of checkpoints.py.
+
+    context: tokens of a prompt before its decode; steps: decode steps that are timed, behind
+    warm_steps; repeats: of a prefill and of an image. copy_bytes: of the copy that measures
+    bandwidth.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    batches: tuple[int, ...]
+    context: int
+    warm_steps: int
+    steps: int
+    prefill_tokens: int
+    repeats: int
+    copy_bytes: int
+
+    def length(self, batch: int) -> int:
+        """Tokens of a sequence at most, whose elders decode while it and others wait to start."""
+        return self.context + self.warm_steps + self.steps + 2 * batch + 8
+
+
+FULL = Size("11b", "cuda", "bfloat16", (1, 8, 32, 64), 256, 12, 100, 2048, 10, 2 << 30)
+TINY = Size("tiny", "cpu", "float32", (1, 2), 12, 2, 4, 32, 2, 1 << 22)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table. batch: sequences of a step; has_image: each sees an image."""
+
+    kind: str
+    quantize: str
+    mode: str
+    batch: int = 1
+    has_image: bool = False
+
+    @property
+    def id(self) -> str:
+        """Its name, such as "decode/int8/graphs/image/8"."""
+        content = "image" if self.has_image else "text"
+        return f"{self.kind}/{self.quantize}/{self.mode}/{content}/{self.batch}"
+
+
+def rows_of(quantize: str, batches: Sequence[int]) -> list[Row]:
+    """The rows of one kind of weights, the most wanted first, a mode's rows together.
+
+    Graphs first: they are what is served. Vision and prefill are run without them.
+    """
+    rows = _decodes(quantize, GRAPHS, batches)
+    eager = _decodes(quantize, EAGER, batches)
+    first = [Row(PREFILL, quantize, EAGER)]
+    if quantize == PLAIN:  # the vision encoder is not quantized
+        first.append(Row(ENCODE, quantize, EAGER, has_image=True))
+    profiles = [Row(PROFILE, quantize, EAGER, batch) for batch in _outer(batches)]
+    return [*rows, *eager[:2], *first, *profiles[:1], *eager[2:], *profiles[1:]]
+
+
+def _decodes(quantize: str, mode: str, batches: Sequence[int]) -> list[Row]:
+    """The outermost batches first, text before images."""
+    outer = _outer(batches)
+    inner = [batch for batch in batches if batch not in outer]
+    return [
+        Row(DECODE, quantize, mode, batch, has_image)
+        for some in (outer, inner)
+        for has_image in (False, True)
+        for batch in some
+    ]
+
+
+def _outer(batches: Sequence[int]) -> list[int]:
+    return list(dict.fromkeys((batches[0], batches[-1])))
+
+
+# seconds that a row takes at first guess on a GPU, compiling included
+_FIRST_GUESS_S = {DECODE: 12.0, PREFILL: 10.0, ENCODE: 10.0, PROFILE: 8.0}
+
+
+def expected_s(row: Row, taken_s: dict[str, float]) -> float:
+    """What a row will take: the longest of its kind so far, or a guess."""
+    return taken_s.get(row.kind, _FIRST_GUESS_S[row.kind])
