@@ -3,8 +3,8 @@
 Owns what each kind of tensor is drawn from. Knows nothing of devices' memory or of how a model is
 put together. Nothing is written to or read from a disk.
 
-A tensor's numbers depend on the seed, its name, the device's kind and the dtype, not on what is
-drawn beside it: a quantized model rounds the weights that the plain one has.
+A tensor's numbers depend on the seed, its name and the device's kind, not on what is drawn beside
+it: models of several dtypes, and quantized ones, round the same weights.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ class _Draw:
         def read(side: Side | None, share: RankShare) -> Tensor:
             generator = torch.Generator(device)
             generator.manual_seed(self.seed + zlib.crc32(tensor.name.encode()))
-            whole = torch.empty(tensor.shape, dtype=self.dtype, device=device)
-            _fill(whole, tensor.name, generator)
+            exact = torch.empty(tensor.shape, dtype=torch.float32, device=device)
+            _fill(exact, tensor.name, generator)
+            whole = exact.to(self.dtype)
             if side is None or whole.dim() <= side:
                 return whole
             part = share_of(whole.shape[side], share.rank, share.size)

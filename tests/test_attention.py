@@ -1,9 +1,9 @@
 """Every attention backend against dense attention in float64, over paged rows of all shapes.
 
-Tolerances: 1e-5 in float32, 3e-2 in bfloat16 (values of order 1). Every slot that no row owns is
-poisoned with NaN, so a backend that reads one cannot pass. A backend of a GPU runs on a CPU with
-kernels that check their arguments and compute densely (support/fake_kernels.py), and on a GPU with
-its own.
+Tolerances: 1e-5 in float32, 5e-3 in float16, 3e-2 in bfloat16 (values of order 1). Every slot that
+no row owns is poisoned with NaN, so a backend that reads one cannot pass. A backend of a GPU runs
+on a CPU with kernels that check their arguments and compute densely (support/fake_kernels.py), and
+on a GPU with its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from support.attention_cases import (
 
 from vlmserve.models.attention import PagedRows
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 pytestmark = pytest.mark.parametrize("subject", SUBJECTS)
 

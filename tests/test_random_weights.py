@@ -20,8 +20,10 @@ CPU = torch.device("cpu")
 QUERY = "model.language_model.layers.0.self_attn.q_proj"
 
 
-def model_of(quantize: str | None = None, seed: int = 0) -> nn.Module:
-    checkpoint = random_checkpoint(layout("tiny"), torch.float32, seed)
+def model_of(
+    quantize: str | None = None, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    checkpoint = random_checkpoint(layout("tiny"), dtype, seed)
     placement = on_one_device(checkpoint.skeleton, CPU)
     return load(checkpoint, placement, quantize, is_fused=False).model
 
@@ -34,6 +36,12 @@ def test_every_weight_is_drawn_and_the_seed_says_which() -> None:
         if parameter.numel() > 1:
             assert not torch.equal(parameter, other.get_parameter(name)), name
             assert parameter.std() > 0, name
+
+
+def test_another_dtype_rounds_the_same_weights() -> None:
+    exact, rounded = model_of(), model_of(dtype=torch.bfloat16)
+    for name, parameter in rounded.named_parameters():
+        assert torch.equal(parameter, exact.get_parameter(name).bfloat16()), name
 
 
 def test_no_gate_hides_its_layer() -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import gc
 import inspect
 import json
+import logging
 import os
 import platform
 import shutil
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +33,7 @@ from vlmserve.models.runner import ModelRunner
 from ..checkpoints import layout
 from .document import DROPPED, FAILED, NOT_AVAILABLE, OK
 from .measure import MEASURES, copy_bandwidth
-from .plan import EAGER, PLAIN, Row, Size, expected_s
+from .plan import GRAPHS, PLAIN, Row, Size, expected_s
 
 # exit code: the device is lost to this process, the rows that are left need another
 LOST = 3
@@ -68,6 +71,42 @@ def published_config() -> MllamaConfig:
     return MllamaConfig(vision_config=vision, text_config=text, image_token_index=128_256)
 
 
+class _Said(logging.Handler):
+    """What the making of a runner told the log: its attention, its memory, its graphs."""
+
+    _NO_GRAPHS = "decode graphs: none ("
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the line."""
+        self.lines.append(record.getMessage())
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Listen until the block ends."""
+        logger = logging.getLogger("vlmserve")
+        level = logger.level
+        logger.addHandler(self)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(self)
+            logger.setLevel(level)
+
+    @property
+    def why_no_graphs(self) -> str | None:
+        """Why decode steps are not recorded; None where they are."""
+        told = [line for line in self.lines if line.startswith("decode graphs: ")]
+        if not told:
+            return "this build has no graphs"
+        reason = told[-1].removeprefix(self._NO_GRAPHS)
+        return None if reason == told[-1] else reason.removesuffix(")")
+
+
 class Child:
     """One process's work."""
 
@@ -80,6 +119,7 @@ class Child:
         self._bytes_per_s = 0.0
         self._runner: ModelRunner | None = None
         self._runner_of: tuple[str, str] | None = None
+        self._said = _Said()
         self._taken_s: dict[str, float] = {}
         # what could not be built, and why: it is not tried again for every row
         self._unbuilt: dict[tuple[str, str], str] = {}
@@ -94,10 +134,6 @@ class Child:
             self._run_row(row)
 
     def _run_row(self, row: Row) -> None:
-        if row.mode != EAGER and graphs_option() is None:
-            why = "this build has no graphs"
-            self._tell("row", row=row.id, status=NOT_AVAILABLE, why=why)
-            return
         left = self._deadline - time.monotonic()
         if (expected := expected_s(row, self._taken_s)) > left:
             why = f"{left:.0f} s were left and it takes {expected:.0f}"
@@ -109,6 +145,9 @@ class Child:
             return
         try:
             runner = self._runner_for(wanted, row)
+            if row.mode == GRAPHS and (why := self._said.why_no_graphs) is not None:
+                self._tell("row", row=row.id, status=NOT_AVAILABLE, why=why)
+                return
             began = time.monotonic()
             self._tell("begin", row=row.id)
             self._rehearse(row)
@@ -144,9 +183,12 @@ class Child:
             torch.cuda.empty_cache()
         self._tell("building", row=row.id)
         began = time.monotonic()
-        runner = make_runner(self._size, row)
-        self._runner, self._runner_of = runner, wanted
-        self._tell("built", row=row.id, seconds=round(time.monotonic() - began, 2))
+        said = _Said()
+        with said.collecting():
+            runner = make_runner(self._size, row)
+        self._runner, self._runner_of, self._said = runner, wanted, said
+        seconds = round(time.monotonic() - began, 2)
+        self._tell("built", of=f"{row.quantize}/{row.mode}", seconds=seconds, said=said.lines)
         return runner
 
     def _check_device(self) -> None:
@@ -171,13 +213,14 @@ def make_runner(size: Size, row: Row) -> ModelRunner:
     vision = cast(Any, config.vision_config)
     most = max(size.batches)
     longest, prompt = size.length(most), size.prefill_tokens + 1
-    option = graphs_option()
-    graphs = {} if option is None else {option: row.mode != EAGER}
+    # only where this build has the switch
+    has_graphs = "cuda_graphs" in inspect.signature(create_runner).parameters
+    graphs: dict[str, Any] = {"cuda_graphs": row.mode == GRAPHS} if has_graphs else {}
     return create_runner(
         checkpoint,
         device=size.device,
         quantize=None if row.quantize == PLAIN else row.quantize,
-        max_model_len=max(longest, prompt),
+        max_model_len=size.max_model_len,
         max_num_seqs=most,
         max_num_batched_tokens=max(size.prefill_tokens, most),
         block_size=BLOCK_SIZE,
@@ -185,12 +228,6 @@ def make_runner(size: Size, row: Row) -> ModelRunner:
         num_image_blocks=(most + 1) * vision.max_num_tiles,
         **graphs,
     )
-
-
-def graphs_option() -> str | None:
-    """The option of `create_runner` that turns decode graphs on; None where it has none."""
-    known = inspect.signature(create_runner).parameters
-    return next((name for name in ("cuda_graphs", "graphs") if name in known), None)
 
 
 def machine_of(size: Size) -> dict[str, Any]:

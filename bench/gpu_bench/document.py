@@ -31,6 +31,7 @@ class Document:
     settings: dict[str, Any]
     machine: dict[str, Any] = field(default_factory=dict)
     bandwidth: dict[str, dict[str, Any]] = field(default_factory=dict)
+    runners: dict[str, dict[str, Any]] = field(default_factory=dict)
     tests: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -66,6 +67,7 @@ class Document:
             "machine": self.machine,
             "settings": self.settings,
             "bandwidth": self.bandwidth,
+            "runners": self.runners,
             "aims": aims(self.rows),
             "tests": self.tests,
             "rows": self.rows,

@@ -20,7 +20,7 @@ class Size:
 
     context: tokens of a prompt before its decode; steps: decode steps that are timed, behind
     warm_steps; repeats: of a prefill and of an image. copy_bytes: of the copy that measures
-    bandwidth.
+    bandwidth. max_model_len: what the runner is made for; graphs are recorded for that length.
     """
 
     model: str
@@ -33,14 +33,15 @@ class Size:
     prefill_tokens: int
     repeats: int
     copy_bytes: int
+    max_model_len: int
 
     def length(self, batch: int) -> int:
         """Tokens of a sequence at most, whose elders decode while it and others wait to start."""
         return self.context + self.warm_steps + self.steps + 2 * batch + 8
 
 
-FULL = Size("11b", "cuda", "bfloat16", (1, 8, 32, 64), 256, 12, 100, 2048, 10, 2 << 30)
-TINY = Size("tiny", "cpu", "float32", (1, 2), 12, 2, 4, 32, 2, 1 << 22)
+FULL = Size("11b", "cuda", "bfloat16", (1, 8, 32, 64), 256, 12, 100, 2048, 10, 2 << 30, 8192)
+TINY = Size("tiny", "cpu", "float32", (1, 2), 12, 2, 4, 32, 2, 1 << 22, 64)
 
 
 @dataclass(frozen=True, slots=True)

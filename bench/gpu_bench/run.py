@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ def _parse_arguments() -> argparse.Namespace:
         help="fail so in that row, to see what becomes of the others",
     )
     parser.add_argument("--row-limit-s", type=float, default=ROW_LIMIT_S)
+    parser.add_argument("--start-limit-s", type=float, default=START_LIMIT_S)
     return parser.parse_args()
 
 
@@ -169,7 +170,8 @@ class _Run:
             "rehearse": dict(one.rsplit("=", 1) for one in self._args.rehearse),
         }
         with _child(told, self._environment, log) as child:
-            watch = _Watch(child, events, self._args.row_limit_s, self._deadline)
+            limits = _Limits(self._args.start_limit_s, self._args.row_limit_s, self._deadline)
+            watch = _Watch(child, events, limits)
             pending = {row.id: row for row in rows}
             for event in watch.events():
                 self._take(quantize, event, pending)
@@ -193,26 +195,38 @@ class _Run:
                 self._document.machine |= facts
             case "bandwidth":
                 self._document.bandwidth[quantize] = facts
+            case "built":
+                self._document.runners[facts.pop("of")] = facts
             case "row":
                 row = pending.pop(facts.pop("row"))
                 self._document.add(row, facts.pop("status"), **facts)
 
 
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """Seconds until a process that starts or builds, or one in a row, is ended; and when all are.
+
+    deadline: of `time.monotonic()`.
+    """
+
+    start_s: float
+    row_s: float
+    deadline: float
+
+
 class _Watch:
     """One process's events as they come, and why they ended."""
 
-    def __init__(
-        self, child: subprocess.Popen[bytes], events: Path, row_limit_s: float, deadline: float
-    ) -> None:
-        self._child, self._events = child, events
-        self._row_limit_s, self._deadline = row_limit_s, deadline
+    def __init__(self, child: subprocess.Popen[bytes], events: Path, limits: _Limits) -> None:
+        self._child, self._events, self._limits = child, events, limits
         self.current: str | None = None
         self.num_rows = 0
         self.why = ""
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Until the process has ended, by itself or because it took too long."""
-        limit = time.monotonic() + START_LIMIT_S
+        deadline = self._limits.deadline
+        limit = time.monotonic() + self._limits.start_s
         with self._events.open("r", encoding="utf-8") as stream:
             part = ""
             while True:
@@ -226,9 +240,9 @@ class _Watch:
                 if has_ended:
                     self.why = self.why or f"the process ended with code {self._child.returncode}"
                     return
-                if time.monotonic() > min(limit, self._deadline):
-                    kind = "row" if time.monotonic() > limit else "budget"
-                    self.why = f"ended: it took longer than the {kind} has"
+                if (now := time.monotonic()) > min(limit, deadline):
+                    of = "the budget has" if now > deadline else "a row or a start may take"
+                    self.why = f"ended: it took longer than {of}"
                     self._child.kill()
                     self._child.wait()
                 time.sleep(POLL_S)
@@ -240,7 +254,7 @@ class _Watch:
         elif event["event"] == "row":
             self.current = None
             self.num_rows += 1
-        return self._row_limit_s if event["event"] == "begin" else START_LIMIT_S
+        return self._limits.row_s if event["event"] == "begin" else self._limits.start_s
 
 
 @contextmanager

@@ -46,7 +46,9 @@ def on_cuda(name: str):
     has_cuda = torch.cuda.is_available()
     reason = backend_class(name).why_not(geometry) if has_cuda else "there is no CUDA device"
     multiple = backend_class(name).block_multiple
-    subject = Subject(lambda: get_backend(name), multiple, "cuda", (torch.bfloat16,))
+    half = (torch.bfloat16, torch.float16)
+    dtypes = half if name in ("flash_attn", "varlen") else (*half, torch.float32)
+    subject = Subject(lambda: get_backend(name), multiple, "cuda", dtypes)
     marks = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")]
     return pytest.param(subject, id=f"{name}-cuda", marks=marks)
 
@@ -56,16 +58,19 @@ def _numbers(package: str) -> tuple[int, ...]:
     return tuple(int(number) for number in version(package).split(".")[:2])
 
 
-def interpreted(name: str, num_splits: int | None = None):
-    """The Triton backend on a CPU, its kernels run by triton's interpreter (see conftest.py).
+def needs_interpreter() -> pytest.MarkDecorator:
+    """Skips where triton's interpreter and numpy do not fit.
 
-    Skipped where that interpreter and numpy do not fit: triton 3.6 makes numbers of arrays in a way
-    that numpy 2.4 ended.
+    triton 3.6 makes numbers of arrays in a way that numpy 2.4 ended.
     """
-    subject = Subject(lambda: TritonBackend(num_splits))
     fits = _numbers("triton") >= (3, 7) or _numbers("numpy") < (2, 4)
-    reason = "triton's interpreter is older than numpy 2.4"
-    return pytest.param(subject, id=name, marks=pytest.mark.skipif(not fits, reason=reason))
+    return pytest.mark.skipif(not fits, reason="triton's interpreter is older than numpy 2.4")
+
+
+def interpreted(name: str, num_splits: int | None = None):
+    """The Triton backend on a CPU, its kernels run by triton's interpreter (see conftest.py)."""
+    subject = Subject(lambda: TritonBackend(num_splits))
+    return pytest.param(subject, id=name, marks=needs_interpreter())
 
 
 SUBJECTS = [
@@ -105,6 +110,7 @@ def make_case(
     block_size: int = 4,
     num_kv_heads: int = 2,
     group: int = 3,
+    head_dim: int = HEAD_DIM,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Case:
@@ -114,7 +120,7 @@ def make_case(
     num_blocks = sum(counts) + 3
     places = rng.permutation(num_blocks).tolist()
     table = np.zeros((len(lens), max(1, *counts)), dtype=np.int64)
-    shape = (num_blocks, block_size, num_kv_heads, HEAD_DIM)
+    shape = (num_blocks, block_size, num_kv_heads, head_dim)
     caches = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(2)]
     own: tuple[list[Tensor], list[Tensor]] = ([], [])
     for row, ((_, key_len), count) in enumerate(zip(lens, counts, strict=True)):
@@ -122,14 +128,14 @@ def make_case(
         table[row, :count] = blocks
         slots = [blocks[j // block_size] * block_size + j % block_size for j in range(key_len)]
         for cache, unpaged in zip(caches, own, strict=True):
-            fresh = torch.randn(key_len, num_kv_heads, HEAD_DIM, generator=generator).to(dtype)
-            cache.view(-1, num_kv_heads, HEAD_DIM)[slots] = fresh
+            fresh = torch.randn(key_len, num_kv_heads, head_dim, generator=generator).to(dtype)
+            cache.view(-1, num_kv_heads, head_dim)[slots] = fresh
             unpaged.append(fresh)
     starts = np.concatenate([[0], np.cumsum([q for q, _ in lens])]).astype(np.int64)
     key_lens = np.array([k for _, k in lens], dtype=np.int64)
     rows = PagedRows(starts, key_lens, table, block_size, is_causal)
     num_heads = num_kv_heads * group
-    query = torch.randn(rows.num_queries, num_heads, HEAD_DIM, generator=generator).to(dtype)
+    query = torch.randn(rows.num_queries, num_heads, head_dim, generator=generator).to(dtype)
     return Case(rows, query, caches[0], caches[1], own[0], own[1])
 
 
@@ -153,9 +159,9 @@ def dense(case: Case, scale: float) -> Tensor:
     return output
 
 
-def attend(subject: Subject, case: Case) -> Tensor:
+def attend(subject: Subject, case: Case, scale: float = SCALE) -> Tensor:
     """The backend's output for a case, back on the CPU."""
     backend, device = subject.make(), torch.device(subject.device)
     plan = backend.prepare(case.rows, device, case.query.dtype)
     tensors = (t.to(device) for t in (case.query, case.key_cache, case.value_cache))
-    return backend.attend(*tensors, plan, SCALE).cpu()
+    return backend.attend(*tensors, plan, scale).cpu()
