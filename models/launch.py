@@ -87,8 +87,10 @@ def create_runner(
     """
     set_threads(num_threads)
     chosen = choose_device(device)
-    opened = isinstance(model, Checkpoint)
-    checkpoint = model if opened else open_checkpoint(model, choose_dtype(dtype, chosen))
+    if isinstance(model, Checkpoint):
+        checkpoint = model
+    else:
+        checkpoint = open_checkpoint(model, choose_dtype(dtype, chosen))
     share = share_with(checkpoint, group)
     pools = replace(
         _pool_request(checkpoint, share),
