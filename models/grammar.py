@@ -62,7 +62,7 @@ class Grammars:
     def __init__(self, folder: str | Path, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._tokenizers: dict[tuple[int, ...], LLTokenizer] = {}
-        self._compiled: OrderedDict[tuple[str, tuple[int, ...]], Matcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, str, tuple[int, ...]], Matcher] = OrderedDict()
         self._executor: LLExecutor | None = None
         self._mask_size = vocab_size
         self._num_bytes = 0
@@ -70,26 +70,29 @@ class Grammars:
         self._end_token_ids: tuple[int, ...] = ()
         self._read(Path(folder))
 
-    def compile(self, grammar: str, eos_token_ids: Sequence[int] = ()) -> Matcher:
-        """A matcher at the grammar's start. Raises GrammarError, one line, if it is none.
+    def compile(self, grammar: str, eos_token_ids: Sequence[int] = (), tenant: str = "") -> Matcher:
+        """A matcher at the grammar's start, compiled once for each tenant and kept for a while.
 
         grammar: llguidance's JSON. eos_token_ids: what may end a text that is complete; without
-        any, the checkpoint's ends of a turn.
+        any, the checkpoint's ends of a turn. The tenant keeps one client from learning, by the
+        time it takes, that another sent the same grammar.
+        Raises GrammarError, one line, if it is no grammar.
         """
-        key = (grammar, tuple(sorted(set(eos_token_ids))) or self._end_token_ids)
+        key = (tenant, grammar, tuple(sorted(set(eos_token_ids))) or self._end_token_ids)
         known = self._compiled.get(key)
         if known is None:
-            known = self._compiled[key] = self._compile(*key)
+            known = self._compiled[key] = self.compile_anew(grammar, key[2])
             self._num_bytes += len(grammar)
             while len(self._compiled) > MAX_COMPILED or self._num_bytes > MAX_COMPILED_BYTES:
-                (oldest, _), _ = self._compiled.popitem(last=False)
+                (_, oldest, _), _ = self._compiled.popitem(last=False)
                 self._num_bytes -= len(oldest)
             return known.copy()
         self._compiled.move_to_end(key)
         return known.copy()
 
-    def _compile(self, grammar: str, eos_token_ids: tuple[int, ...]) -> Matcher:
-        tokenizer = self._tokenizer(eos_token_ids)
+    def compile_anew(self, grammar: str, eos_token_ids: tuple[int, ...] = ()) -> Matcher:
+        """The same, kept nowhere. Raises GrammarError."""
+        tokenizer = self._tokenizer(eos_token_ids or self._end_token_ids)
         matcher = LLMatcher(tokenizer, grammar, log_level=SILENT, limits=_LIMITS)
         if matcher.is_error():
             raise GrammarError(" ".join(matcher.get_error().split())[:300])

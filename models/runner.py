@@ -212,9 +212,11 @@ class ModelRunner:
         logits: Tensor = self._model.lm_head(hidden).float()
         return logits
 
-    def compile_grammar(self, grammar: str, eos_token_ids: Sequence[int]) -> TokenMatcher:
+    def compile_grammar(
+        self, grammar: str, eos_token_ids: Sequence[int], tenant: str = ""
+    ) -> TokenMatcher:
         """A matcher at the start of a grammar. Raises GrammarError. Called from any one thread."""
-        return self.grammars.compile(grammar, eos_token_ids)
+        return self.grammars.compile(grammar, eos_token_ids, tenant)
 
     def _start_masks(self, inputs: StepInputs) -> Future[Masks] | None:
         """The masks of the rows that have a grammar; None where none has."""

@@ -68,9 +68,10 @@ class Runner(Protocol):
         """Compute one step. Called from one thread, one call at a time."""
         ...
 
-    def compile_grammar(self, grammar: str, eos_token_ids: list[int]) -> TokenMatcher:
+    def compile_grammar(self, grammar: str, eos_token_ids: list[int], tenant: str) -> TokenMatcher:
         """A matcher at a grammar's start. Called from a thread of its own.
 
+        What is kept of it serves `tenant` alone.
         Raises ValueError, fit for a client, if the grammar cannot be compiled.
         """
         ...

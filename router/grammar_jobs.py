@@ -19,7 +19,7 @@ from .sequence import Sequence
 
 logger = logging.getLogger("vlmserve.engine")
 
-CompileGrammar = Callable[[str, list[int]], TokenMatcher]
+CompileGrammar = Callable[[str, list[int], str], TokenMatcher]
 OnDone = Callable[[list[Sequence], TokenMatcher | EngineError], None]
 
 
@@ -75,7 +75,11 @@ class GrammarJobs:
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(
-                self._executor, self._compile_grammar, request.grammar, request.eos_token_ids
+                self._executor,
+                self._compile_grammar,
+                request.grammar,
+                request.eos_token_ids,
+                request.tenant,
             )
         except ValueError as problem:
             return InvalidRequestError(f"the grammar cannot be compiled: {problem}")

@@ -44,7 +44,7 @@ def judge(text: str, grammars: Grammars) -> Verdict:
         if gbnf := raw.get("gbnf"):
             raw = {"grammars": [{"lark_grammar": gbnf_to_lark(gbnf)}]}
             text = msgspec.json.encode(raw).decode()
-        matcher = grammars.compile(text)
+        matcher = grammars.compile_anew(text)
         start = time.process_time()
         grammars.fill([matcher])
         seconds = time.process_time() - start

@@ -145,7 +145,9 @@ class Preparer:
         """The request's grammar as the engine takes it. Raises BadRequestError."""
         if request.grammar is None:
             return None
-        return await self._grammar_checks.check(request.grammar, request.grammar_field)
+        return await self._grammar_checks.check(
+            request.grammar, request.grammar_field, request.tenant
+        )
 
     async def _prompts(
         self, request: GenerationRequest, info: EngineReady

@@ -38,8 +38,8 @@ class Listener:
             self.logprobs.setdefault(request_id, []).append(one.logprob)
         return result
 
-    def compile_grammar(self, grammar: str, eos_token_ids: list[int]) -> TokenMatcher:
-        return self.runner.compile_grammar(grammar, eos_token_ids)
+    def compile_grammar(self, grammar: str, eos_token_ids: list[int], tenant: str) -> TokenMatcher:
+        return self.runner.compile_grammar(grammar, eos_token_ids, tenant)
 
 
 def request_of(one: Request, **sampling) -> AddRequest:

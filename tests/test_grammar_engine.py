@@ -51,9 +51,11 @@ class GrammarRunner(FakeRunner):
         self.may_compile = threading.Event()
         self.is_compiling = threading.Event()
         self.compiled: list[str] = []
+        self.tenants: list[str] = []
 
-    def compile_grammar(self, grammar: str, eos_token_ids: list[int]) -> TokenMatcher:
+    def compile_grammar(self, grammar: str, eos_token_ids: list[int], tenant: str) -> TokenMatcher:
         self.compiled.append(grammar)
+        self.tenants.append(tenant)
         if grammar == "bad":
             raise ValueError("it is bad")
         if grammar == "slow":
@@ -319,7 +321,24 @@ def test_compiled_grammars_are_kept_and_bounded():
     assert isinstance(one.compile(regex_grammar("a1"), EOS), Matcher)
     for number in range(20):
         one.compile(choice_grammar([f"{number} {i:04} and so on and so on" for i in range(1000)]))
-    assert sum(len(text) for text, _ in one._compiled) <= MAX_COMPILED_BYTES
+    assert sum(len(text) for _, text, _ in one._compiled) <= MAX_COMPILED_BYTES
+
+
+def test_row_38_a_compiled_grammar_serves_its_tenant_alone(monkeypatch):
+    one, compiled = grammars(), []
+    anew = one.compile_anew
+    monkeypatch.setattr(one, "compile_anew", lambda *key: compiled.append(key) or anew(*key))
+    for tenant in ("a", "b", "a"):
+        one.compile(regex_grammar("a|bc"), EOS, tenant)
+    assert len(compiled) == 2
+
+
+def test_the_engine_has_a_grammar_compiled_for_the_tenant_that_sent_it():
+    async def scenario(bench: Bench) -> None:
+        bench.engine.add(1, request_of("a", "0", tenant="t"))
+        await bench.until("a")
+
+    assert run(scenario).runner.tenants == ["t"]
 
 
 def test_masked_rows_draw_what_is_allowed_and_the_others_are_untouched():

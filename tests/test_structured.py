@@ -13,8 +13,10 @@ from llguidance import LLMatcher, LLTokenizer
 from openai import OpenAI
 
 from vlmserve.models.bundled import CHECKPOINT
+from vlmserve.models.grammar import Grammars
 from vlmserve.server.errors import BadRequestError
 from vlmserve.server.grammar_checks import GrammarChecks
+from vlmserve.server.grammar_child import Verdict, judge
 from vlmserve.server.grammars import json_schema_grammar, regex_grammar
 
 MODEL = "vlmserve-tiny-vision"
@@ -270,14 +272,14 @@ def test_row_08_a_grammar_that_takes_too_long_is_refused_and_its_process_replace
             {"enum": [f"{i} is a value among very many" for i in range(1500)]}, "field"
         )
         try:
-            await checks.check(regex_grammar("[a-z]+"), "field")
+            await checks.check(regex_grammar("[a-z]+"), "field", "t")
             (child,) = checks._idle
             checks._timeout_s = 0.0
             with pytest.raises(BadRequestError, match="longer than"):
-                await checks.check(slow, "field")
+                await checks.check(slow, "field", "t")
             assert child.returncode is not None
             checks._timeout_s = 30.0
-            assert await checks.check(regex_grammar("[0-9]+"), "field")
+            assert await checks.check(regex_grammar("[0-9]+"), "field", "t")
         finally:
             await checks.close()
 
@@ -290,15 +292,43 @@ def test_a_process_that_ended_while_it_waited_costs_no_grammar_its_check():
     async def scenario() -> None:
         checks = GrammarChecks(CHECKPOINT, timeout_s=30.0)
         try:
-            await checks.check(regex_grammar("[a-z]+"), "field")
+            await checks.check(regex_grammar("[a-z]+"), "field", "t")
             (child,) = checks._idle
             child.kill()
             await child.wait()
-            assert await checks.check(regex_grammar("[0-9]+"), "field")
+            assert await checks.check(regex_grammar("[0-9]+"), "field", "t")
         finally:
             await checks.close()
 
     asyncio.run(scenario())
+
+
+def test_row_38_what_is_known_of_grammars_is_a_tenant_s_own(monkeypatch):
+    """Another key's grammar was answered at once: the time told that somebody had sent it."""
+    asked = []
+
+    async def ask(process, question):
+        asked.append(question)
+        return Verdict(grammar=question.decode())
+
+    monkeypatch.setattr("vlmserve.server.grammar_checks._ask", ask)
+
+    async def scenario() -> None:
+        checks = GrammarChecks(CHECKPOINT, timeout_s=30.0)
+        try:
+            for tenant in ("a", "b", "a", "b"):
+                await checks.check(regex_grammar("[a-z]+"), "field", tenant)
+        finally:
+            await checks.close()
+
+    asyncio.run(scenario())
+    assert len(asked) == 2
+
+
+def test_row_38_a_process_that_compiles_for_all_keeps_nothing():
+    grammars = Grammars(CHECKPOINT, vocab_size=0)
+    assert judge(regex_grammar("[a-z]+"), grammars).grammar is not None
+    assert not grammars._compiled
 
 
 def test_row_09_what_is_known_of_grammars_is_bounded(monkeypatch):
@@ -308,7 +338,7 @@ def test_row_09_what_is_known_of_grammars_is_bounded(monkeypatch):
         checks = GrammarChecks(CHECKPOINT, timeout_s=30.0)
         try:
             for number in range(20):
-                await checks.check(regex_grammar(f"x{number}"), "field")
+                await checks.check(regex_grammar(f"x{number}"), "field", "t")
             assert len(checks._verdicts) == 5
         finally:
             await checks.close()

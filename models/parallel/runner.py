@@ -59,9 +59,11 @@ class ParallelRunner:
         """The other ranks' processes."""
         return self._ranks.pids
 
-    def compile_grammar(self, grammar: str, eos_token_ids: Sequence[int]) -> TokenMatcher:
+    def compile_grammar(
+        self, grammar: str, eos_token_ids: Sequence[int], tenant: str = ""
+    ) -> TokenMatcher:
         """See `ModelRunner.compile_grammar`; the first rank alone applies grammars."""
-        return self._local.compile_grammar(grammar, eos_token_ids)
+        return self._local.compile_grammar(grammar, eos_token_ids, tenant)
 
     def execute(self, batch: StepBatch) -> StepResult:
         """Compute one step on all ranks; see `ModelRunner.execute`.

@@ -154,7 +154,7 @@ class FakeRunner:
             {one.request_id: self._sample(one) for one in sampled}, prompt_logprobs=prompts
         )
 
-    def compile_grammar(self, grammar: str, eos_token_ids: list[int]) -> TokenMatcher:
+    def compile_grammar(self, grammar: str, eos_token_ids: list[int], tenant: str) -> TokenMatcher:
         """This runner has no text that a grammar could be about."""
         raise ValueError("the fake model takes no grammar")
 
