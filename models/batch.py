@@ -188,10 +188,22 @@ class ScheduledSequence:
 
 @dataclass(slots=True)
 class ImageToEncode:
-    """An image whose cross-attention keys and values are due in this step."""
+    """An image that is encoded in this step, or a part of it.
+
+    Its layers begin .. end - 1 run; where end is None all to the last, and its cross-attention
+    keys and values go to its blocks. Who begins in the middle goes on where the last step that
+    encoded a part has ended: one image at a time is kept between steps.
+    """
 
     image: ImageTiles
     block_ids: list[int]
+    begin: int = 0
+    end: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """All of its layers run in this step."""
+        return self.begin == 0 and self.end is None
 
 
 @dataclass(slots=True, frozen=True)
@@ -220,6 +232,11 @@ class StepBatch:
     @property
     def num_tokens(self) -> int:
         return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+    @property
+    def finished_images(self) -> list[ImageToEncode]:
+        """Those of the images whose keys and values this step writes."""
+        return [image for image in self.images if image.end is None]
 
 
 @dataclass(slots=True)
@@ -252,7 +269,11 @@ class PoolSizes:
 
 @dataclass(slots=True, frozen=True)
 class ModelInfo:
-    """What the router must know of a loaded model."""
+    """What the router must know of a loaded model.
+
+    image_cost_tokens: how many prompt tokens take as long to compute as one image to encode; 0
+    where that is not known. num_image_layers: the parts that an image can be encoded in.
+    """
 
     vocab_size: int
     max_model_len: int
@@ -261,3 +282,5 @@ class ModelInfo:
     device: str
     dtype: str
     pools: PoolSizes
+    image_cost_tokens: int = 0
+    num_image_layers: int = 1

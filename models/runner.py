@@ -32,6 +32,7 @@ from .cache import (
 from .errors import StepError
 from .fused import FusedDecoder, is_fused
 from .grammar import Grammars, Matcher
+from .image_cost import image_cost_tokens
 from .inputs import StepInputs, image_slots, pack
 from .loading import LoadedModel
 from .logprobs import RawLogprobs, prompt_logprobs
@@ -92,6 +93,8 @@ class ModelRunner:
             device="+".join(map(str, loaded.placement.devices())),
             dtype=str(loaded.dtype).removeprefix("torch."),
             pools=plan.sizes,
+            image_cost_tokens=image_cost_tokens(self.config),
+            num_image_layers=self._vision.num_layers,
         )
 
     @property
@@ -136,13 +139,12 @@ class ModelRunner:
         return self._logits(self._forward(batch, inputs, vision_states))
 
     def _encode(self, batch: StepBatch) -> tuple[Tensor | None, float]:
-        """The projected states of the batch's images and the seconds that took."""
+        """The projected states of the images that are finished, and the seconds that took."""
         if not batch.images:
             return None, 0.0
         start = time.perf_counter()
-        states = self._vision.encode([entry.image for entry in batch.images])
-        if states.device.type == "cuda":
-            torch.cuda.synchronize(states.device)
+        states = self._vision.encode(batch.images)
+        self._vision.synchronize()
         return states, time.perf_counter() - start
 
     def _pack(self, batch: StepBatch) -> StepInputs:
@@ -192,8 +194,8 @@ class ModelRunner:
         """What every layer of a device shares; each plan is made once."""
         prepare, dtype = self._backend.prepare, self._loaded.dtype
         cross, slots = inputs.cross_rows, None
-        if batch.images:
-            slots = self._upload(image_slots(batch.images, self._loaded.num_patches), device)
+        if finished := batch.finished_images:
+            slots = self._upload(image_slots(finished, self._loaded.num_patches), device)
         return PagedStep(
             backend=self._backend,
             text_slots=self._upload(inputs.text_slots, device),

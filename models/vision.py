@@ -1,12 +1,13 @@
 """Encodes images: tiles in, the states that cross attention reads out.
 
-Owns normalisation, padding to the vision model's fixed number of tiles, and the bound on how many
-images one pass takes. Knows nothing of pools, requests or how an image became tiles.
+Owns normalisation, padding to the vision model's fixed number of tiles, the bound on how many
+images one pass takes, and the one image that is encoded in parts. Knows nothing of pools, requests
+or how an image became tiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers import MllamaForConditionalGeneration
 
-from .batch import ImageTiles
+from .batch import ImageTiles, ImageToEncode
 from .checkpoint import read_json
 from .errors import ModelError, StepError
+from .vision_parts import BegunImage, LayeredVision, can_be_cut
 
 # transformers' defaults, where a checkpoint's file leaves them out
 _DEFAULT_MEAN = _DEFAULT_STD = (0.5, 0.5, 0.5)
@@ -96,6 +98,8 @@ class VisionEncoder:
         self._vision = model.model.vision_model
         self._projector = model.model.multi_modal_projector
         self._table = normalization.table().to(device)
+        self._layered = LayeredVision(self._vision)
+        self._begun: BegunImage | None = None
 
     @property
     def max_num_tiles(self) -> int:
@@ -105,18 +109,26 @@ class VisionEncoder:
     def tile_size(self) -> int:
         return int(self._vision.image_size)
 
-    def encode(self, images: Sequence[ImageTiles]) -> Tensor:
-        """The projected states of the images' real tiles, [num_tiles * num_patches, hidden].
+    @property
+    def num_layers(self) -> int:
+        """In how many parts an image can be encoded; 1 where the model computes as a whole only."""
+        return self._layered.num_layers if can_be_cut(self._vision) else 1
 
-        In the order of the images. Raises StepError if an image does not fit the model.
+    def encode(self, images: Sequence[ImageToEncode]) -> Tensor | None:
+        """The projected states of the finished images' real tiles; None where none is finished.
+
+        [num_tiles * num_patches, hidden], in the order of the images. Raises StepError if an image
+        does not fit the model, or goes on where no part of it has ended.
         """
-        for image in images:
-            self._check(image)
-        passes = [
-            self._encode_pass(images[i : i + MAX_IMAGES_PER_PASS])
-            for i in range(0, len(images), MAX_IMAGES_PER_PASS)
-        ]
-        return passes[0] if len(passes) == 1 else torch.cat(passes)
+        for entry in images:
+            self._check(entry.image)
+        states = [states for part in _passes(images) if (states := self._encode(part)) is not None]
+        return torch.cat(states) if len(states) > 1 else next(iter(states), None)
+
+    def synchronize(self) -> None:
+        """Wait until what was encoded is there."""
+        if self._table.device.type == "cuda":
+            torch.cuda.synchronize(self._table.device)
 
     def _check(self, image: ImageTiles) -> None:
         expected_bytes = image.num_tiles * 3 * self.tile_size**2
@@ -135,20 +147,48 @@ class VisionEncoder:
                 f"aspect_ratio_id {image.aspect_ratio_id} is over the model's {highest_id}"
             )
 
-    def _encode_pass(self, images: Sequence[ImageTiles]) -> Tensor:
-        device = self._table.device
+    def _encode(self, entries: Sequence[ImageToEncode]) -> Tensor | None:
+        """The projected states of one pass: several whole images, or a part of one."""
+        images = [entry.image for entry in entries]
         num_tiles = torch.tensor([image.num_tiles for image in images])
-        is_real = torch.arange(self.max_num_tiles) < num_tiles[:, None]
-        ids = torch.tensor([[image.aspect_ratio_id] for image in images])
-        states = self._vision(
-            pixel_values=self.pixel_values(images),
-            aspect_ratio_ids=ids.to(device),
-            aspect_ratio_mask=is_real[:, None].long().to(device),
-        ).last_hidden_state[:, 0]
+        is_real = (torch.arange(self.max_num_tiles) < num_tiles[:, None]).to(self._table.device)
+        first = entries[0]
+        states: Tensor | None = (
+            self._encode_whole(images, is_real)
+            if first.is_whole
+            else self._encode_part(first, is_real)
+        )
+        if states is None:
+            return None
         # [num images, max tiles, num_patches, vision output] -> only what the decoder may see
-        real = states[is_real.to(device)]
-        projected: Tensor = self._projector(real)
+        projected: Tensor = self._projector(states[is_real])
         return projected.flatten(0, 1)
+
+    def _encode_whole(self, images: Sequence[ImageTiles], is_real: Tensor) -> Tensor:
+        states: Tensor = self._vision(
+            pixel_values=self.pixel_values(images),
+            aspect_ratio_ids=self._aspect_ratio_ids(images),
+            aspect_ratio_mask=is_real[:, None].long(),
+        ).last_hidden_state[:, 0]
+        return states
+
+    def _encode_part(self, entry: ImageToEncode, is_real: Tensor) -> Tensor | None:
+        """None where layers are left for another step."""
+        begun, self._begun = self._begun, None
+        if entry.begin == 0:
+            pixels, ids = self.pixel_values([entry.image]), self._aspect_ratio_ids([entry.image])
+            begun = self._layered.begin(pixels, is_real, ids)
+        if begun is None or begun.num_layers != entry.begin:
+            raise StepError(f"an image goes on at layer {entry.begin}, where no step has left it")
+        self._layered.advance(begun, self.num_layers if entry.end is None else entry.end)
+        if entry.end is None:
+            return self._layered.finish(begun)
+        self._begun = begun
+        return None
+
+    def _aspect_ratio_ids(self, images: Sequence[ImageTiles]) -> Tensor:
+        ids = torch.tensor([[image.aspect_ratio_id] for image in images])
+        return ids.to(self._table.device)
 
     def pixel_values(self, images: Sequence[ImageTiles]) -> Tensor:
         """float32 [num images, 1, max_num_tiles, 3, tile_size, tile_size]; padding tiles are 0."""
@@ -163,3 +203,18 @@ class VisionEncoder:
                 target = pixels[index, 0, : image.num_tiles, channel]
                 target.copy_(looked_up.view(-1, size, size))
         return pixels
+
+
+def _passes(images: Sequence[ImageToEncode]) -> Iterator[Sequence[ImageToEncode]]:
+    """The images in order, cut into passes: neighbours that are whole share one."""
+    begin = 0
+    while begin < len(images):
+        end = begin + 1
+        while (
+            end < min(len(images), begin + MAX_IMAGES_PER_PASS)
+            and images[begin].is_whole
+            and images[end].is_whole
+        ):
+            end += 1
+        yield images[begin:end]
+        begin = end

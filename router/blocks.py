@@ -132,8 +132,9 @@ class ImageKey(NamedTuple):
 class ImageEntry:
     """An image in the pool: its blocks, one a real tile in order, and who needs them.
 
-    is_encoded: a step has written its keys and values into the blocks. image is
-    None, to save its memory, from when nobody needs an encoded image.
+    is_encoded: a step has written its keys and values into the blocks; until then
+    num_layers of the encoder have run. image is None, to save its memory, from when
+    nobody needs an encoded image.
     """
 
     key: ImageKey
@@ -141,6 +142,7 @@ class ImageEntry:
     block_ids: list[int]
     num_references: int = 0
     is_encoded: bool = False
+    num_layers: int = 0
 
 
 class ImagePool:

@@ -2,15 +2,16 @@
 
 Owns the sequences that run; `block_manager.py` moves their blocks. One step is planned so:
 
-    1. every running sequence that is one token behind gets that token (a decode);
-       if the text pool is empty the last running sequence is preempted for it
+    1. every running sequence that is one token behind, and waits for no image, gets that
+       token (a decode); if the text pool is empty the last running one is preempted for it
     2. what is left of the token budget goes to running sequences that are further
        behind, oldest first, in chunks
     3. waiting requests are admitted, by priority and then first come first served,
        while there is budget, a place and room in both pools
 
-A step encodes a few images at most, so that a burst of pictures does not hold up
-those who decode: a chunk ends before an image that has to wait for the next step.
+A step encodes a few images at most, and while others decode no more of them than would
+take as long as a full chunk (`step.py`): a chunk ends before an image that has to wait
+for another step.
 
 Why this cannot deadlock, nor starve anyone: `running` is in the order of priority
 and arrival, and only its last member is ever preempted, so the first always
@@ -39,11 +40,10 @@ from __future__ import annotations
 
 import bisect
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..models.batch import (
     BlockCopy,
-    ImageToEncode,
     ModelInfo,
     ScheduledSequence,
     StepBatch,
@@ -57,6 +57,7 @@ from .messages import FinishReason
 from .queue import RequestQueue
 from .segments import cut_segments, is_seen
 from .sequence import Sequence, Status
+from .step import ImageCost, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +84,6 @@ class Progress:
     logprobs: TokenLogprobs | None = None
 
 
-@dataclass(slots=True)
-class _Step:
-    """The step being planned or computed."""
-
-    budget: int
-    image_budget: int
-    batch: StepBatch = field(default_factory=StepBatch)
-    sequences: list[Sequence] = field(default_factory=list)
-    due_images: list[ImageEntry] = field(default_factory=list)
-    copies: dict[Sequence, BlockCopy] = field(default_factory=dict)
-
-
 class Scheduler:
     """Plans steps and takes in their results; one step at a time."""
 
@@ -108,11 +97,14 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_images_encoded = 0
         self._limits = limits
+        self._image_cost = ImageCost(info.image_cost_tokens, info.num_image_layers)
         self._waiting = queue
         self._running: list[Sequence] = []
         self._begun: list[Sequence] = []
         self._copies: dict[Sequence, BlockCopy] = {}
-        self._step: _Step | None = None
+        self._step: Step | None = None
+        # The one image of which the runner keeps a part.
+        self._partial: ImageEntry | None = None
 
     @property
     def num_running(self) -> int:
@@ -131,7 +123,7 @@ class Scheduler:
         """
         assert self._step is None, "the last step has no result yet"
         limits = self._limits
-        step = _Step(limits.max_num_batched_tokens, limits.max_num_batched_images)
+        step = Step(limits.max_num_batched_tokens, limits.max_num_batched_images, self._image_cost)
         self._plan_decodes(step)
         self._plan_chunks(step)
         self._admit(step)
@@ -157,22 +149,23 @@ class Scheduler:
         batch.freed_text_blocks = [one for one in freed if one not in targets]
         batch.freed_image_blocks = self.blocks.image_pool.blocks.take_freed()
 
-    def _plan_decodes(self, step: _Step) -> None:
+    def _plan_decodes(self, step: Step) -> None:
         for sequence in list(self._running):
             # A sequence later in the copy may have been preempted for an earlier one.
-            if sequence.num_uncomputed_tokens == 1 and sequence.status is Status.RUNNING:
+            if sequence.status is Status.RUNNING and sequence.is_decoding:
                 self._give_room(sequence)
                 if sequence.status is Status.RUNNING:
                     self._plan(step, sequence)
+        step.has_streams = bool(step.sequences)
 
-    def _plan_chunks(self, step: _Step) -> None:
+    def _plan_chunks(self, step: Step) -> None:
         for sequence in self._running:
             if step.budget == 0:
                 return
             if not sequence.is_in_step:
                 self._plan(step, sequence)
 
-    def _admit(self, step: _Step) -> None:
+    def _admit(self, step: Step) -> None:
         while step.budget > 0 and len(self._running) < self._limits.max_num_seqs:
             sequence = self._waiting.peek()
             if sequence is None:
@@ -183,7 +176,7 @@ class Scheduler:
             # preempted again by the next decodes of its elders.
             if not self.blocks.can_start(sequence, shared, num_spare=len(self._running)):
                 return
-            if step.image_budget == 0 and not all(
+            if not step.can_begin_image and not all(
                 self.blocks.image_pool.has_encoded(key) for key in sequence.image_keys
             ):
                 return  # it would hold blocks and wait for its images
@@ -192,11 +185,12 @@ class Scheduler:
             self._run(sequence)
             self._plan(step, sequence)
 
-    def _plan(self, step: _Step, sequence: Sequence) -> None:
+    def _plan(self, step: Step, sequence: Sequence) -> None:
         """Put as many of the next tokens of `sequence` into the step as its budgets allow."""
         start = sequence.num_computed_tokens
         end = start + min(sequence.num_uncomputed_tokens, step.budget)
         end = self._plan_images(step, sequence, start, end)
+        end = min(end, start + step.budget)  # images may have taken some of it
         if end == start:
             return
         image_block_ids = [entry.block_ids for entry in sequence.images]
@@ -219,22 +213,16 @@ class Scheduler:
         step.budget -= end - start
         sequence.is_in_step = True
 
-    def _plan_images(self, step: _Step, sequence: Sequence, start: int, end: int) -> int:
+    def _plan_images(self, step: Step, sequence: Sequence, start: int, end: int) -> int:
         """Encode what these positions see and no step has encoded, once.
 
-        Returns where the chunk ends: before the first image that is one too many. That
-        image may start before `start` where the tokens from there on came from the
-        prefix cache; they end where one step can encode what `start` sees.
+        Returns where the chunk ends: before the first image that has to wait for another
+        step, or for its last part. That image may start before `start` where the tokens
+        from there on came from the prefix cache.
         """
         for entry, span in zip(sequence.images, sequence.request.spans, strict=True):
-            if entry.is_encoded or entry in step.due_images or not is_seen(span, start, end):
-                continue
-            if step.image_budget == 0:
+            if not entry.is_encoded and is_seen(span, start, end) and not step.encode(entry):
                 return max(span.start, start)
-            assert entry.image is not None, "only an encoded image gives up its tiles"
-            step.image_budget -= 1
-            step.due_images.append(entry)
-            step.batch.images.append(ImageToEncode(entry.image, entry.block_ids))
         return end
 
     # Who runs, waits or is gone
@@ -320,12 +308,22 @@ class Scheduler:
         Sequences that merely computed a chunk of their prompt are left out.
         """
         step = self._end_step()
-        for entry in step.due_images:
-            entry.is_encoded = True
-        self.num_images_encoded += len(step.due_images)
+        self._take_images(step)
         advanced = zip(step.sequences, step.batch.sequences, strict=True)
         progress = (self._advance(sequence, planned, result) for sequence, planned in advanced)
         return [one for one in progress if one is not None]
+
+    def _take_images(self, step: Step) -> None:
+        """Note how far the step has encoded its images."""
+        for entry in step.due_images:
+            entry.is_encoded = True
+        self.num_images_encoded += len(step.due_images)
+        if self._partial in step.due_images:
+            self._partial = None
+        if step.partial is not None:
+            if self._partial is not None:
+                self._partial.num_layers = 0  # the runner keeps the newest part alone
+            step.partial.num_layers, self._partial = step.partial_end, step.partial
 
     def fail_step(self) -> list[Sequence]:
         """End every sequence of the planned step, whose computation failed; those sequences.
@@ -334,6 +332,10 @@ class Scheduler:
         waited for a copy that the step was to make computes it instead.
         """
         step = self._end_step()
+        for entry in (self._partial, step.partial, *step.due_images):
+            if entry is not None:
+                entry.num_layers = 0
+        self._partial = None
         for sequence in step.sequences:
             self._finish(sequence)
         for sequence in step.copies:
@@ -357,7 +359,7 @@ class Scheduler:
         self._finish(sequence)
         return Progress(sequence, [], "abort")
 
-    def _end_step(self) -> _Step:
+    def _end_step(self) -> Step:
         step, self._step = self._step, None
         assert step is not None, "there is no step to end"
         for sequence in step.sequences:

@@ -2,7 +2,8 @@
 
 Owns the state of one accepted request. There is no prefill or decode phase:
 `num_computed_tokens` catches up with `num_tokens`, and whoever is behind by
-exactly one token is decoding. Knows nothing of budgets, other requests or tensors.
+exactly one token, and waits for no image, is decoding. Knows nothing of budgets,
+other requests or tensors.
 """
 
 from __future__ import annotations
@@ -130,6 +131,15 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """One token behind, and every image that this token sees is here."""
+        if self.num_uncomputed_tokens != 1:
+            return False
+        seen = zip(self.images, self.request.spans, strict=True)
+        place = self.num_computed_tokens
+        return all(entry.is_encoded or not span.covers(place) for entry, span in seen)
 
     @property
     def num_image_bytes(self) -> int:

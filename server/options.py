@@ -190,7 +190,12 @@ MaxNumSeqs = Annotated[
     int, typer.Option(min=1, help="Requests that run at once.", rich_help_panel=ENGINE_PANEL)
 ]
 MaxNumBatchedTokens = Annotated[
-    int, typer.Option(min=1, help="Most tokens in one step.", rich_help_panel=ENGINE_PANEL)
+    int,
+    typer.Option(
+        min=1,
+        help="Most tokens in one step; while answers stream, images count as what they cost.",
+        rich_help_panel=ENGINE_PANEL,
+    ),
 ]
 MaxNumBatchedImages = Annotated[
     int, typer.Option(min=1, help="Most images encoded in one step.", rich_help_panel=ENGINE_PANEL)

@@ -63,6 +63,8 @@ def scenarios(draw):
         max_model_len=max_model_len,
         prefix_cache=draw(st.booleans()),
         image_cache=draw(st.booleans()),
+        image_cost_tokens=draw(st.integers(0, 30)),
+        num_image_layers=draw(st.integers(1, 5)),
     )
     count = draw(st.integers(1, 7))
     plan = []
@@ -135,7 +137,18 @@ def take_step(bench: Bench, batch: StepBatch) -> None:
     assert 0 < batch.num_tokens <= bench.max_num_batched_tokens
     assert len(batch.sequences) <= bench.max_num_seqs
     assert len(batch.images) <= bench.max_num_batched_images
+    assert_streams_wait_no_longer_than_for_a_chunk(bench, batch)
     bench.finish(batch)
+
+
+def assert_streams_wait_no_longer_than_for_a_chunk(bench: Bench, batch: StepBatch) -> None:
+    """All that it computes costs no more than a full chunk, but for a single layer that does."""
+    num_layers = bench.num_image_layers
+    parts = [(due.end or num_layers) - due.begin for due in batch.images]
+    if not bench.streams(batch) or parts == [1]:
+        return
+    cost = sum(part * bench.image_cost_tokens for part in parts) / num_layers
+    assert batch.num_tokens + cost <= bench.max_num_batched_tokens
 
 
 def assert_answered_as_if_alone(bench: Bench, request: AddRequest, aborted: set[str]) -> None:

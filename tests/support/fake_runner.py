@@ -57,7 +57,12 @@ def fake_image(name: str, num_tiles: int = 1, tile_size: int = 2) -> ImageTiles:
     )
 
 
-def fake_info(pools: PoolSizes = DEFAULT_POOLS, max_model_len: int = 1024) -> ModelInfo:
+def fake_info(
+    pools: PoolSizes = DEFAULT_POOLS,
+    max_model_len: int = 1024,
+    image_cost_tokens: int = 0,
+    num_image_layers: int = 1,
+) -> ModelInfo:
     """A model of 1,000 tokens that takes images of up to four 2-pixel tiles."""
     return ModelInfo(
         vocab_size=1000,
@@ -67,6 +72,8 @@ def fake_info(pools: PoolSizes = DEFAULT_POOLS, max_model_len: int = 1024) -> Mo
         device="fake",
         dtype="hash",
         pools=pools,
+        image_cost_tokens=image_cost_tokens,
+        num_image_layers=num_image_layers,
     )
 
 
@@ -127,6 +134,7 @@ class FakeRunner:
     max_batched_sequences: int = 0
     _text: dict[tuple[int, int], _Cell] = field(default_factory=dict)
     _images: dict[int, bytes] = field(default_factory=dict)
+    _begun: tuple[bytes, int] | None = None
     _copied: set[int] = field(default_factory=set)
     _num_computed: dict[str, int] = field(default_factory=dict)
 
@@ -139,7 +147,8 @@ class FakeRunner:
             time.sleep(self.step_seconds)
         self._count(batch)
         self._copy(batch)
-        for due in batch.images:
+        self._encode_layers(batch)
+        for due in batch.finished_images:
             for block_id, content in zip(due.block_ids, _tile_contents(due.image), strict=True):
                 self._images[block_id] = content
         for sequence in batch.sequences:
@@ -162,7 +171,7 @@ class FakeRunner:
         if not batch.sequences:
             raise SchedulingError("an empty step")
         self.num_steps += 1
-        self.num_images_encoded += len(batch.images)
+        self.num_images_encoded += len(batch.finished_images)
         self.max_batched_tokens = max(self.max_batched_tokens, batch.num_tokens)
         self.max_batched_sequences = max(self.max_batched_sequences, len(batch.sequences))
 
@@ -188,6 +197,19 @@ class FakeRunner:
                 self._text.pop((block_id, offset), None)
         for block_id in batch.freed_image_blocks:
             self._images.pop(block_id, None)
+
+    def _encode_layers(self, batch: StepBatch) -> None:
+        """Keep the one image of which a part is encoded, and by how many layers."""
+        if len(batch.images) != len({due.block_ids[0] for due in batch.images}):
+            raise SchedulingError("an image is encoded twice in one step")
+        for due in batch.images:
+            if due.begin and (due.image.content_hash, due.begin) != self._begun:
+                raise SchedulingError(f"an image goes on at {due.begin}, kept is {self._begun}")
+            end = due.end or self.info.num_image_layers
+            if not due.begin < end <= self.info.num_image_layers:
+                raise SchedulingError(f"layers {due.begin} to {end} of an image")
+            if not due.is_whole:
+                self._begun = None if due.end is None else (due.image.content_hash, due.end)
 
     def _write(self, sequence: ScheduledSequence) -> None:
         self._check_progress(sequence)

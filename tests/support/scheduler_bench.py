@@ -11,10 +11,15 @@ from support.fake_runner import FakeRunner, fake_info
 
 from vlmserve.models.batch import PoolSizes, StepBatch
 from vlmserve.router.admission import AdmissionLimits, check_request
+from vlmserve.router.blocks import ImageEntry
 from vlmserve.router.messages import AddRequest
 from vlmserve.router.queue import QueueLimits, RequestQueue
 from vlmserve.router.scheduler import Scheduler, SchedulerLimits
 from vlmserve.router.sequence import Sequence
+
+
+def _blocks_of(entry: ImageEntry) -> list[int]:
+    return entry.block_ids
 
 
 @dataclass
@@ -32,9 +37,14 @@ class Bench:
     max_model_len: int = 64
     prefix_cache: bool = True
     image_cache: bool = True
+    image_cost_tokens: int = 0
+    num_image_layers: int = 1
 
     def __post_init__(self) -> None:
-        self.runner = FakeRunner(fake_info(self.pools, self.max_model_len))
+        info = fake_info(
+            self.pools, self.max_model_len, self.image_cost_tokens, self.num_image_layers
+        )
+        self.runner = FakeRunner(info)
         self.queue = RequestQueue(QueueLimits(1000, 10**6, 10**9))
         self.limits = AdmissionLimits.of(self.runner.info)
         limits = SchedulerLimits(
@@ -52,6 +62,7 @@ class Bench:
         self.num_lost_runs = 0
         self._num_preemptions: dict[str, int] = {}
         self._have_run: set[str] = set()
+        self._streaming: dict[str, int] = {}
 
     def add(self, request: AddRequest) -> Sequence:
         check_request(request, self.limits)
@@ -64,12 +75,14 @@ class Bench:
         return sequences[0]
 
     def plan(self) -> StepBatch | None:
-        """The next step. Asserts that the first of those who run proceeds in it."""
+        """The next step. Asserts that the first of those who run proceeds in it, or its image."""
         first = next(iter(self.scheduler._running), None)
         batch = self.scheduler.schedule()
         if first is not None and self.max_num_batched_tokens >= self.max_num_seqs:
             assert batch is not None
-            assert first.sequence_id in {one.request_id for one in batch.sequences}
+            is_computed = first.sequence_id in {one.request_id for one in batch.sequences}
+            is_seeing = any(one.block_ids in map(_blocks_of, first.images) for one in batch.images)
+            assert is_computed or is_seeing
         self._count_lost_runs()
         self._have_run |= {one.request_id for one in batch.sequences} if batch else set()
         return batch
@@ -81,9 +94,22 @@ class Bench:
                 self.num_lost_runs += name in self._have_run
                 self._have_run.discard(name)
 
+    def streams(self, batch: StepBatch) -> list[str]:
+        """Those in the batch who got a token in the step before and have kept their place since."""
+        ids = (one.request_id for one in batch.sequences)
+        return [
+            name
+            for name in ids
+            if self._streaming.get(name) == self.sequences[name].num_preemptions
+        ]
+
     def finish(self, batch: StepBatch) -> None:
+        self._streaming.clear()
         for progress in self.scheduler.update(self.runner.execute(batch)):
             self._take(progress)
+            if progress.token_ids:
+                sequence = progress.sequence
+                self._streaming[sequence.sequence_id] = sequence.num_preemptions
         self.scheduler.check()
 
     def fail(self, batch: StepBatch, is_computed: bool) -> None:
