@@ -557,15 +557,3 @@ def is_alive(pid: int) -> bool:
             return status.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-@pytest.mark.parametrize(
-    "module",
-    ["client", "messages", "wire", "config", "errors", "scheduler", "engine", "engine_process"],
-)
-def test_nothing_of_the_router_imports_torch_by_itself(module):
-    code = (
-        f"import sys, vlmserve.router.{module}; "
-        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], timeout=DEADLINE_S).returncode == 0

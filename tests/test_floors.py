@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -36,22 +37,27 @@ SERVER_MAY_IMPORT = {
     # What the load generator draws: pictures, with numpy and Pillow.
     "vlmserve.models.bundled.pictures",
 }
-# Decides which tokens run next: knows no tensor.
-TENSOR_FREE = [
-    "router/blocks.py",
-    "router/client.py",
-    "router/config.py",
-    "router/messages.py",
-    "router/parent.py",
-    "router/queue.py",
-    "router/replica_pool.py",
-    "router/replicas.py",
-    "router/scheduler.py",
-    "router/wire.py",
-    "models/batch.py",
-]
+# What `router` may see of `models`: the plain types that cross between them.
+ROUTER_MAY_IMPORT = {"vlmserve.models", "vlmserve.models.batch"}
+# The engine's process alone loads a model, and what must be set before torch is imported.
+ENGINE_PROCESS = ROOT / "router" / "engine_process.py"
+ENGINE_PROCESS_MAY_IMPORT = ROUTER_MAY_IMPORT | {
+    "vlmserve.models.heap",
+    "vlmserve.models.launch",
+    "vlmserve.models.parallel.runner",
+    "vlmserve.models.replica",
+    "vlmserve.models.runner",
+    "vlmserve.models.threads",
+}
+TENSORS = {"torch", "transformers", "accelerate", "safetensors"}
+# `router` knows nothing of tensors, text, pictures or HTTP.
+NOT_IN_ROUTER = TENSORS | {"numpy", "tokenizers", "llguidance", "PIL", "sanic", "httpx2"}
 FORBIDDEN_CALLS = {"eval", "exec"}
-FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "shelve", "marshal", "sanic_ext"}
+# multiprocessing sends its objects as pickles.
+FORBIDDEN_MODULES = {
+    "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "multiprocessing",
+    "sanic_ext",
+}  # fmt: skip
 
 
 def sources(floor: str) -> list[Path]:
@@ -105,16 +111,24 @@ def test_server_imports_only_the_client_side_of_the_lower_floors():
             assert not below or name in SERVER_MAY_IMPORT, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("file", TENSOR_FREE)
-def test_scheduler_blocks_queue_and_messages_know_no_tensor(file):
-    tops = {name.split(".")[0] for name in imported_modules(ROOT / file)}
-    assert not tops & {"torch", "transformers", "numpy", "accelerate", "safetensors"}
+@pytest.mark.parametrize("path", sources("router"), ids=lambda p: p.name)
+def test_the_router_knows_the_plain_types_of_the_models_and_no_tensor(path):
+    allowed = ENGINE_PROCESS_MAY_IMPORT if path == ENGINE_PROCESS else ROUTER_MAY_IMPORT
+    names = imported_modules(path)
+    below = {name for name in names if name.startswith("vlmserve.models") and is_module(name)}
+    assert below <= allowed
+    assert not {name.split(".")[0] for name in names} & NOT_IN_ROUTER
+
+
+def test_the_plain_types_know_no_tensor():
+    tops = {name.split(".")[0] for name in imported_modules(ROOT / "models" / "batch.py")}
+    assert not tops & NOT_IN_ROUTER
 
 
 def test_the_server_floor_never_names_torch_or_transformers():
     for path in sources("server"):
         tops = {name.split(".")[0] for name in imported_modules(path)}
-        assert not tops & {"torch", "transformers", "accelerate", "safetensors"}, path
+        assert not tops & TENSORS, path
 
 
 @pytest.mark.parametrize("path", all_sources(), ids=lambda p: str(p.relative_to(ROOT)))
@@ -135,21 +149,22 @@ def test_row_43_nothing_evaluates_code_or_unpickles(path):
     assert not {name.split(".")[0] for name in imported_modules(path)} & FORBIDDEN_MODULES
 
 
-def test_importing_the_http_side_loads_no_torch():
-    modules = [
-        module_name(path)
-        for path in sources("server")
-        if path.name not in ("worker.py", "decoder_child.py")
-    ]
-    modules += ["vlmserve.router.client", "vlmserve.models.batch", "vlmserve.models.bundled"]
+def heavy_of(modules: Iterable[str], heavy: set[str]) -> str:
+    """Which of these packages a fresh interpreter has loaded with the modules, or an error."""
     code = "import importlib, sys\n"
-    code += "".join(
-        f"importlib.import_module({name!r})\n" for name in modules if not name.endswith("__main__")
-    )
-    code += "heavy = {'torch', 'transformers', 'sanic_ext'} & set(sys.modules)\n"
-    code += "sys.exit(','.join(heavy) or 0)"
+    code += "".join(f"importlib.import_module({name!r})\n" for name in modules)
+    code += f"print(*sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    return (done.stdout + done.stderr).strip()
+
+
+def test_importing_the_http_side_loads_no_torch():
+    own = {module_name(path) for path in sources("server") if path.name != "__main__.py"}
+    assert heavy_of(sorted(own | SERVER_MAY_IMPORT), TENSORS | {"sanic_ext"}) == ""
+
+
+def test_importing_the_router_loads_neither_tensors_nor_text():
+    assert heavy_of(map(module_name, sources("router")), NOT_IN_ROUTER) == ""
 
 
 def test_the_load_generator_knows_nothing_of_the_server_it_measures():
@@ -162,7 +177,4 @@ def test_the_load_generator_knows_nothing_of_the_server_it_measures():
 
 
 def test_the_command_line_starts_without_what_only_a_load_needs():
-    code = "import sys, vlmserve.server.cli\n"
-    code += "sys.exit(','.join({'numpy', 'httpcore2', 'matplotlib'} & set(sys.modules)) or 0)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert heavy_of(["vlmserve.server.cli"], {"numpy", "httpcore2", "matplotlib"}) == ""
