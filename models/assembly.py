@@ -92,6 +92,8 @@ def assemble_from(
         count(stored.num_bytes)
     # what is left are buffers, which no file holds
     nn.Module.to(model, recipe.device)
+    if recipe.device.type == "cuda":
+        torch.cuda.empty_cache()  # once, not after each weight: what was converted leaves gaps
     return model
 
 
@@ -124,7 +126,9 @@ def _place(model: nn.Module, name: str, read: Read, recipe: Recipe, source: str)
     module_path, _, kind = name.rpartition(".")
     value = read(recipe.share.sides.get(module_path), recipe.share)
     if kind != "weight" or not recipe.quantizes(module_path):
-        set_module_tensor_to_device(model, name, recipe.device, value, dtype=recipe.dtype)
+        set_module_tensor_to_device(
+            model, name, recipe.device, value, dtype=recipe.dtype, clear_cache=False
+        )
         return
     linear = model.get_submodule(module_path)
     assert isinstance(linear, nn.Linear), "only linear layers are quantized"

@@ -71,6 +71,7 @@ def rows_of(quantize: str, batches: Sequence[int]) -> list[Row]:
     first = [Row(PREFILL, quantize, EAGER)]
     if quantize == PLAIN:  # the vision encoder is not quantized
         first.append(Row(ENCODE, quantize, EAGER, has_image=True))
+    rows += [Row(PROFILE, quantize, GRAPHS, batch) for batch in _outer(batches)]
     profiles = [Row(PROFILE, quantize, EAGER, batch) for batch in _outer(batches)]
     return [*rows, *eager[:2], *first, *profiles[:1], *eager[2:], *profiles[1:]]
 
