@@ -70,7 +70,7 @@ def test_a_weight_that_no_scale_can_hold_is_refused(value) -> None:
         quantize(weight, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_rows", [1, 4, 5, 70])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_the_layer_gives_what_a_linear_layer_gives_with_the_same_weight(
@@ -88,6 +88,14 @@ def test_the_layer_gives_what_a_linear_layer_gives_with_the_same_weight(
     result = layer(states)
     assert result.dtype == dtype
     torch.testing.assert_close(result.float(), expected, atol=tolerance, rtol=0.0)
+
+
+def test_large_outputs_stay_finite_in_float16() -> None:
+    """Sums of codes that were scaled afterwards passed 65,504 on the way."""
+    packed = quantize(torch.full((40, 512), 0.01), torch.float16)
+    states = torch.full((9, 512), 30.0, dtype=torch.float16)
+    result = Int8Linear(packed)(states)
+    torch.testing.assert_close(result.float(), torch.full((9, 40), 153.6), atol=0.0, rtol=2e-3)
 
 
 def test_the_layer_takes_half_the_bytes_of_bfloat16() -> None:

@@ -8,7 +8,8 @@ Owns which product is taken for how many rows. Knows nothing of how a kernel com
 
 With few rows a product costs the reading of its weight, which is half of bfloat16's; with many it
 costs arithmetic, and the codes are turned into the compute type once for all rows, some channels at
-a time so that they stay in a CPU's cache. The scales then go to the sums.
+a time so that they stay in a CPU's cache. The scales then go to the sums, but in float16 to the
+codes: sums of codes would pass its largest number where an output is over some 40.
 """
 
 from __future__ import annotations
@@ -66,12 +67,15 @@ class Int8Linear(nn.Module):
         chunk = CHUNK_CUDA if rows.device.type == "cuda" else CHUNK_CPU
         size = max(1, chunk // self.in_features)
         unpacked = rows.new_empty(min(size, self.out_features), self.in_features)
+        scales_codes = rows.dtype == torch.float16
         sums = []
-        for codes in self.codes.split(size):
-            part = unpacked[: len(codes)]
-            part.copy_(codes)
+        for codes, scales in zip(self.codes.split(size), self.scales.split(size), strict=True):
+            part = unpacked[: len(codes)].copy_(codes)
+            if scales_codes:
+                part *= scales[:, None]
             sums.append(F.linear(rows, part))
-        return (sums[0] if len(sums) == 1 else torch.cat(sums, 1)) * self.scales
+        joined = sums[0] if len(sums) == 1 else torch.cat(sums, 1)
+        return joined if scales_codes else joined * self.scales
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
