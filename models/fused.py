@@ -152,8 +152,8 @@ class FusedDecoder:
     def __init__(self, text_model: MllamaTextModel, operations: Operations | None = None) -> None:
         """operations: what computes between the products; None takes the device's fastest."""
         self._text_model = text_model
-        device = text_model.norm.weight.device
-        self._operations = operations or choose_operations(device)
+        weight = text_model.norm.weight
+        self._operations = operations or choose_operations(weight.device, weight.dtype)
         self._layers: list[Any] = list(text_model.layers)
         self._norm = RmsNorm(text_model.norm)
 

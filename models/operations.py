@@ -11,10 +11,10 @@ A layer's sum waits in the `Stream` until the next norm needs it, so that both c
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .attention import AttentionBackend
+from .attention.sdpa import SdpaBackend
 from .cache import LayerCache
+from .kernel_trial import are_usable
 from .products import Product
 
 Activation = Callable[[Tensor], Tensor]
@@ -230,9 +232,54 @@ class TritonOperations(TorchOperations):
         return self._launch.silu_gated(joined)
 
 
-def choose_operations(device: torch.device) -> Operations:
-    """The fastest that the device has."""
-    has_kernels = device.type == "cuda" and find_spec("triton") is not None
-    if has_kernels and torch.cuda.get_device_capability(device) >= (8, 0):
-        return TritonOperations()
-    return TorchOperations()
+def choose_operations(device: torch.device, dtype: torch.dtype) -> Operations:
+    """The fastest that the device has; kernels are tried once before they are taken."""
+    return TritonOperations() if _has_kernels(device, dtype) else TorchOperations()
+
+
+@functools.cache
+def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    what = "norms, rotation and the gated MLP"
+    return are_usable(what, device, lambda: trial_pairs(TritonOperations(), device, dtype))
+
+
+def trial_pairs(
+    operations: Operations, device: torch.device, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """What operations and torch's give for the same few rows: every kernel computes once."""
+    given, expected = (_trial(one, device, dtype) for one in (operations, TorchOperations()))
+    return list(zip(given, expected, strict=True))
+
+
+def _trial(operations: Operations, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    heads, generator = Heads(2, 1, 64), torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
+    stream, product = Stream(random(3, width)), _Given(random(3, width))
+    weight, states = random(width), random(3, 8)
+    operations.add(stream, product, states)
+    normed = operations.norm(stream, weight, 1e-5)
+    operations.add_gated(stream, product, states, random(1), (random(3, 1) > 0).to(dtype))
+    gated_normed = operations.norm(stream, weight, 1e-5)
+    cos, sin = (random(3, heads.head_dim // 2).repeat(1, 2) for _ in range(2))
+    cache = LayerCache(*(random(1, 4, heads.num_kv_heads, heads.head_dim) for _ in range(2)))
+    slots = torch.tensor([2, 0, 3], device=device)
+    rotation = Rotation.of(cos, sin)
+    query = operations.rotate_and_write(normed, heads, rotation, cache, slots, SdpaBackend())
+    gated = operations.gated(normed, nn.SiLU())
+    return [normed, gated_normed, stream.hidden, query, cache.keys, cache.values, gated]
+
+
+class _Given(Product):
+    """A product that is known already."""
+
+    def __init__(self, result: Tensor) -> None:
+        super().__init__()
+        self._result = result
+
+    def forward(self, states: Tensor) -> Tensor:
+        """See `Product.forward`."""
+        return self._result

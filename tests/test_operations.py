@@ -14,10 +14,19 @@ from vlmserve.models.attention.sdpa import SdpaBackend
 from vlmserve.models.batch import PoolSizes
 from vlmserve.models.cache import LayerCache
 from vlmserve.models.fused import FusedDecoder, is_fused
+from vlmserve.models.int8 import product
 from vlmserve.models.int8.linear import Int8Linear
 from vlmserve.models.int8.quantizer import quantize
+from vlmserve.models.kernel_trial import are_usable, what_is_wrong
 from vlmserve.models.loading import load, load_model, open_checkpoint
-from vlmserve.models.operations import Heads, Rotation, Stream, TorchOperations, TritonOperations
+from vlmserve.models.operations import (
+    Heads,
+    Rotation,
+    Stream,
+    TorchOperations,
+    TritonOperations,
+    trial_pairs,
+)
 from vlmserve.models.placement import on_one_device
 from vlmserve.models.pools import PoolPlan
 from vlmserve.models.products import product_of
@@ -132,7 +141,55 @@ def test_another_activation_than_silu_is_left_to_torch() -> None:
 
 
 def test_a_cpu_keeps_torchs_operations() -> None:
-    assert type(operations.choose_operations(torch.device("cpu"))) is TorchOperations
+    chosen = operations.choose_operations(torch.device("cpu"), torch.float32)
+    assert type(chosen) is TorchOperations
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_trial_of_the_kernels_finds_nothing_wrong(device: str, dtype: torch.dtype) -> None:
+    place = torch.device(device)
+    assert what_is_wrong(lambda: trial_pairs(TritonOperations(), place, dtype)) is None
+    assert what_is_wrong(lambda: product.trial_pairs(place, dtype)) is None
+
+
+@pytest.mark.parametrize("name", ["add_norm", "rotate_and_write", "silu_gated"])
+def test_a_kernel_that_errs_or_fails_is_found_by_the_trial(monkeypatch, name: str) -> None:
+    """A machine without a C compiler ended at the first step."""
+    right = getattr(fused_launch, name)
+
+    def wrong(*args, **kwargs):
+        result = right(*args, **kwargs)
+        for one in result if isinstance(result, tuple) else (result,):
+            one[1, ..., 0] += 0.5
+        return result
+
+    def failing(*args, **kwargs):
+        raise RuntimeError("Failed to find C compiler.")
+
+    def trial():
+        return trial_pairs(TritonOperations(), torch.device("cpu"), torch.float32)
+
+    monkeypatch.setattr(fused_launch, name, wrong)
+    assert "off by" in str(what_is_wrong(trial))
+    monkeypatch.setattr(fused_launch, name, failing)
+    expected = "a trial of them failed: RuntimeError: Failed to find C compiler."
+    assert what_is_wrong(trial) == expected
+
+
+def test_a_gpu_whose_kernels_fail_computes_by_torch_and_says_why(monkeypatch, caplog) -> None:
+    def trial():
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert not are_usable("norms", torch.device("cuda"), trial)
+    assert caplog.messages == [
+        "norms are left to torch's operations: a trial of them failed: RuntimeError: Failed to "
+        "find C compiler."
+    ]
+    assert are_usable("norms", torch.device("cuda"), lambda: [(torch.ones(2), torch.ones(2))])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not are_usable("norms", torch.device("cuda"), list)
+    assert caplog.messages[-1].endswith("compute capability 7.5 is below 8.0")
 
 
 @pytest.mark.parametrize("layout", ["tiny", "cross-first"])

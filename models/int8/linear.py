@@ -4,6 +4,8 @@ Owns which product is taken for how many rows. Knows nothing of how a kernel com
 
     rows of the input      CUDA                   CPU, bfloat16          CPU, float32
     few (a decode step)    fused Triton kernel    torch's int8 kernel    unpacked, in parts
+                           (where a trial of it
+                           is right)
     many (a prefill)       unpacked, in parts     unpacked, in parts     unpacked, in parts
 
 With few rows a product costs the reading of its weight, which is half of bfloat16's; with many it
@@ -13,6 +15,8 @@ codes: sums of codes would pass its largest number where an output is over some 
 """
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +45,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scales", weight.scales)
         self.register_buffer("bias", bias)
+        self._has_kernel = _has_kernel(weight.codes.device, weight.scales.dtype)
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], in the dtype of the scales."""
@@ -52,7 +57,7 @@ class Int8Linear(nn.Module):
 
     def _has_few(self, rows: Tensor) -> bool:
         if rows.device.type == "cuda":
-            return len(rows) <= FEW_ROWS_CUDA
+            return len(rows) <= FEW_ROWS_CUDA and self._has_kernel
         return len(rows) <= FEW_ROWS_CPU and rows.dtype == torch.bfloat16
 
     def _few(self, rows: Tensor) -> Tensor:
@@ -79,3 +84,12 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether few rows take the fused kernel; asked at loading, as it is tried then."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from .product import has_kernel
+
+    return has_kernel(device, dtype)

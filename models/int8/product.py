@@ -5,9 +5,12 @@ Owns the shape of a launch. Knows nothing of layers.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from ..kernel_trial import are_usable
 from ..triton_launch import MIN_DOT, operand_of, power_of_2
 from . import int8_kernels
 
@@ -56,3 +59,24 @@ def fused_product(rows: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 def choose_splits(num_tiles: int, num_in: int) -> int:
     """Stretches of the input, so that a small weight's few tiles still fill a GPU."""
     return max(1, min(WANTED_PROGRAMS // num_tiles, num_in // MIN_SPLIT))
+
+
+@functools.cache
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the fused product can be had there; it is tried once."""
+    return are_usable("int8 products of few rows", device, lambda: trial_pairs(device, dtype))
+
+
+def trial_pairs(device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """What the kernel and torch give for one row and for the most that one program takes."""
+    generator = torch.Generator().manual_seed(0)
+    num_out, num_in = 3 * BLOCK_N, 2 * MIN_SPLIT
+    codes = torch.randint(-127, 128, (num_out, num_in), generator=generator, dtype=torch.int8)
+    scales = (torch.rand(num_out, generator=generator) / (127 * num_in**0.5)).to(dtype)
+    pairs = []
+    for num_rows in (1, MAX_BLOCK_M):
+        rows = torch.randn(num_rows, num_in, generator=generator).to(dtype)
+        expected = rows.float() @ (codes.float() * scales.float()[:, None]).T
+        actual = fused_product(rows.to(device), codes.to(device), scales.to(device))
+        pairs.append((actual.cpu(), expected))
+    return pairs
