@@ -7,6 +7,7 @@ is done.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,8 @@ from .cache import tile_bytes, token_bytes
 from .errors import ModelError, StepTooLargeError
 from .fit import LEAST_TEXT_TOKENS, Plan, check_fits, needs_of, peak_on, share_of
 from .footprint import peak_bytes
+from .graphs.choice import why_not
+from .graphs.recorder import CudaRecorder
 from .heap import keep_freed_buffers
 from .loading import (
     Checkpoint,
@@ -48,6 +51,7 @@ from .placement import (
 )
 from .pools import PoolPlan, PoolRequest, plan_over_devices, wanted_len
 from .runner import ModelRunner, set_threads
+from .skeleton import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +74,7 @@ def create_runner(
     num_image_blocks: int | None = None,
     kv_cache_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
+    cuda_graphs: bool = True,
     num_threads: int | None = None,
     num_sharers: int = 1,
     rooms: RoomOf | None = None,
@@ -114,10 +119,32 @@ def create_runner(
     loaded = load(checkpoint, placement, quantize, group=group)
     attention = choose_backend(attention_backend, loaded.geometry, block_size)
     plan = replace(plan, pools=replace(pools, block_size=attention.block_size))
-    sized = _size_pools(plan, loaded, attention, _Rooms(rooms, before), group)
+    reason = why_not(loaded, attention.backend, cuda_graphs)
+    rest = _Rooms(rooms, before)
+    sized = _size_pools(plan, loaded, attention, rest, group, with_graphs=reason is None)
     runner = ModelRunner(loaded, sized, attention.backend)
+    reason = reason or _record_graphs(runner, max_num_seqs, loaded.device)
+    if reason is not None:
+        logger.info("decode graphs: none (%s)", reason)
     keep_freed_buffers()  # not earlier: pools take memory only as they are written
     return runner
+
+
+def _record_graphs(runner: ModelRunner, max_num_seqs: int, device: torch.device) -> str | None:
+    """Record decode steps and tell the log; why they run eager where that fails."""
+    start = time.monotonic()
+    try:
+        graphs = runner.record_graphs(max_num_seqs, CudaRecorder(device))
+    except RuntimeError as error:  # whatever CUDA or triton refuses
+        return f"recording them failed: {one_line(error)}"
+    torch.cuda.empty_cache()  # what was tried on the recorder's stream, no other one can use
+    logger.info(
+        "decode graphs: %d, of up to %d sequences, recorded in %.1f s",
+        graphs.num_graphs,
+        graphs.most_rows,
+        time.monotonic() - start,
+    )
+    return None
 
 
 def _pool_request(checkpoint: Checkpoint, share: RankShare) -> PoolRequest:
@@ -189,7 +216,12 @@ class _Rooms:
 
 
 def _size_pools(
-    plan: Plan, loaded: LoadedModel, attention: Choice, rooms: _Rooms, group: Group | None
+    plan: Plan,
+    loaded: LoadedModel,
+    attention: Choice,
+    rooms: _Rooms,
+    group: Group | None,
+    with_graphs: bool,
 ) -> PoolPlan:
     """Both pools from what weights and a peak step leave, or from --kv-cache-memory. ModelError.
 
@@ -203,7 +235,7 @@ def _size_pools(
         limits = replace(plan.limits, max_model_len=length)
         requests = _by_device(replace(plan.pools, context_len=length), loaded)
         try:
-            peaks = _peaks(loaded, attention, limits)
+            peaks = _peaks(loaded, attention, limits, with_graphs)
             budgets = _budgets(plan, loaded, requests, peaks, rooms)
             budgets = budgets if group is None else group.least(budgets)
             sized = plan_over_devices(list(requests.values()), budgets)
@@ -219,11 +251,16 @@ def _size_pools(
         length = max(shortest, length // 2)
 
 
-def _peaks(loaded: LoadedModel, attention: Choice, limits: StepLimits) -> dict[torch.device, int]:
-    """What a step's activations take of each device: measured on GPUs, else by arithmetic."""
+def _peaks(
+    loaded: LoadedModel, attention: Choice, limits: StepLimits, with_graphs: bool
+) -> dict[torch.device, int]:
+    """What a step's activations take of each device: measured on GPUs, else by arithmetic.
+
+    with_graphs: the recorded decode steps are added.
+    """
     devices = loaded.placement.devices()
     if any(device.type == "cuda" for device in devices):
-        return measure_peak(loaded, attention, limits)
+        return measure_peak(loaded, attention, limits, with_graphs)
     peak = peak_bytes(loaded.model.config, limits, loaded.dtype)
     return {device: peak_on(loaded.placement, peak, device) for device in devices}
 

@@ -172,8 +172,8 @@ def load(
     mend_vision(model)
     if group is not None:
         connect(model, share.sides, group)
-    if is_fused:
-        fuse_layers(model.model.language_model)
+    if is_fused and fuse_layers(model.model.language_model) and placement.main.type == "cuda":
+        torch.cuda.empty_cache()  # the parts of joined weights, before anyone asks what is free
     pack_linears(model)
     loaded = LoadedModel(
         model,

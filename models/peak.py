@@ -24,6 +24,7 @@ from .batch import (
     StepBatch,
 )
 from .errors import StepTooLargeError
+from .graphs.recorder import CudaRecorder
 from .loading import LoadedModel
 from .pools import PoolPlan
 from .runner import ModelRunner
@@ -95,11 +96,12 @@ def _sequence(
 
 
 def measure_peak(
-    loaded: LoadedModel, attention: Choice, limits: StepLimits
+    loaded: LoadedModel, attention: Choice, limits: StepLimits, with_graphs: bool = False
 ) -> dict[torch.device, int]:
     """Bytes that the costliest step takes of each CUDA device, by running it.
 
-    What torch reserves is counted, as that is what others cannot have. Raises StepTooLargeError
+    What torch reserves is counted, as that is what others cannot have. with_graphs: decode steps
+    will be recorded, whose memory nobody else has either; it is added. Raises StepTooLargeError
     where the step runs out of memory beside the weights.
     """
     devices = [one for one in loaded.placement.devices() if one.type == "cuda"]
@@ -120,6 +122,26 @@ def measure_peak(
             "--max-num-batched-images, --max-num-batched-tokens or --max-num-seqs, or --quantize"
         ) from None
     peaks = {one: torch.cuda.max_memory_reserved(one) - before[one] for one in devices}
+    if with_graphs:
+        (only,) = devices  # a model over several is never recorded
+        peaks[only] += _graph_bytes(runner, limits.max_num_seqs, only)
     del runner
     torch.cuda.empty_cache()
     return peaks
+
+
+def _graph_bytes(runner: ModelRunner, max_num_seqs: int, device: torch.device) -> int:
+    """What the recorded decode steps take, the driver's part included, by recording them.
+
+    0 where that fails: it will again, and decode steps then run eager.
+    """
+    torch.cuda.empty_cache()
+    before, _ = torch.cuda.mem_get_info(device)
+    try:
+        runner.record_graphs(max_num_seqs, CudaRecorder(device))
+    except RuntimeError:
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    after, _ = torch.cuda.mem_get_info(device)
+    return max(0, before - after)

@@ -20,6 +20,7 @@ from transformers import MllamaConfig
 
 from .attention import AttentionBackend
 from .attention.sdpa import SdpaBackend
+from .attention.triton_paged import TritonBackend
 from .batch import ModelInfo, PromptLogprobs, ScheduledSequence, StepBatch, StepResult, TokenMatcher
 from .cache import (
     KVPools,
@@ -32,6 +33,8 @@ from .cache import (
 from .errors import StepError
 from .fused import FusedDecoder, is_fused
 from .grammar import Grammars, Matcher
+from .graphs.decode import DecodeGraphs, GraphLimits
+from .graphs.recorder import Recorder
 from .image_cost import image_cost_tokens
 from .inputs import StepInputs, image_slots, pack
 from .loading import LoadedModel
@@ -73,6 +76,7 @@ class ModelRunner:
         self._backend = backend or SdpaBackend()
         self._sizes = plan.sizes
         self._layer_devices = loaded.layer_devices
+        self._graphs: DecodeGraphs | None = None
         config = loaded.text_config
         self.grammars = Grammars(loaded.folder, config.vocab_size)
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
@@ -106,6 +110,25 @@ class ModelRunner:
     def config(self) -> MllamaConfig:
         """The model's configuration: its sizes, for measuring."""
         return cast(MllamaConfig, self._model.config)
+
+    @torch.inference_mode()
+    def record_graphs(self, max_num_seqs: int, recorder: Recorder) -> DecodeGraphs:
+        """Let decode steps of up to so many sequences be replayed from now on; the graphs.
+
+        Only for a model and a backend of which `graphs.choice.why_not` says nothing.
+        """
+        assert self._fused is not None
+        assert isinstance(self._backend, TritonBackend)
+        limits = GraphLimits(
+            max_num_seqs=max_num_seqs,
+            max_model_len=self.info.max_model_len,
+            block_size=self._sizes.block_size,
+            max_num_tiles=self.info.max_num_tiles,
+        )
+        self._graphs = DecodeGraphs(
+            self._fused, self.pools, self._backend, limits, recorder, self._loaded.layers
+        )
+        return self._graphs
 
     @torch.inference_mode()
     def execute(self, batch: StepBatch) -> StepResult:
@@ -162,6 +185,8 @@ class ModelRunner:
         """The normalised hidden states of all tokens, [num_tokens, hidden]."""
         copy_blocks(self.pools, batch.copies)
         poison_blocks(self.pools, batch.freed_text_blocks, batch.freed_image_blocks)
+        if self._graphs is not None and vision is None and self._graphs.takes(inputs):
+            return self._graphs.replay(inputs)
         token_ids, positions = self._upload(inputs.token_ids), self._upload(inputs.positions)
         row_mask = self._row_mask(inputs)
         if self._fused is not None:

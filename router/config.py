@@ -27,7 +27,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens and max_num_batched_images cap what one step computes.
     attention_backend: "auto", "sdpa", "flash_attn", "triton" or "varlen".
     block_size: tokens of a text block; None takes 16, or what the attention backend
-    needs. kv_cache_bytes None sizes both pools from what weights and a step leave,
+    needs. cuda_graphs: record decode steps, where a GPU and the backend have it.
+    kv_cache_bytes None sizes both pools from what weights and a step leave,
     of a GPU's memory the share gpu_memory_utilization.
     prefix_cache and image_cache keep text and image blocks after use, until others
     need the room. num_threads None takes the cores that HTTP and image decoding leave.
@@ -54,6 +55,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_images: Positive = 4
     attention_backend: str = "auto"
     block_size: Positive | None = None
+    cuda_graphs: bool = True
     num_text_blocks: Positive | None = None
     num_image_blocks: Positive | None = None
     kv_cache_bytes: Positive | None = None

@@ -55,6 +55,7 @@ RUNNER_OPTIONS = (
     "max_num_batched_images",
     "attention_backend",
     "block_size",
+    "cuda_graphs",
     "num_text_blocks",
     "num_image_blocks",
     "kv_cache_bytes",

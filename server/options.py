@@ -332,6 +332,13 @@ SpareEngine = Annotated[
         rich_help_panel=FAULTS_PANEL,
     ),
 ]
+CudaGraphs = Annotated[
+    bool,
+    typer.Option(
+        help="Record decode steps and replay them, on a GPU with attention by triton (unverified).",
+        rich_help_panel=ENGINE_PANEL,
+    ),
+]
 PrefixCache = Annotated[
     bool,
     typer.Option(

@@ -260,6 +260,28 @@ def test_a_gpus_peak_is_what_the_costliest_step_reserves(monkeypatch: pytest.Mon
     assert ran == [32]
 
 
+def test_the_memory_of_recorded_decode_steps_is_added_to_a_gpus_peak(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the device lost while they were recorded, and nothing where that fails."""
+    model = as_if_on_gpu(loaded("tiny"), monkeypatch)
+    free, recorded = [50 * GIB, 47 * GIB, 47 * GIB], []
+
+    def record(self: ModelRunner, max_num_seqs: int, recorder: Any) -> None:
+        recorded.append(max_num_seqs)
+        if len(recorded) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free.pop(0), 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(peak, "CudaRecorder", lambda device: None)
+    monkeypatch.setattr(ModelRunner, "record_graphs", record)
+    choice, limits = choose_backend("sdpa", model.geometry), StepLimits(4, 32, 1, 256)
+    taken = [measure_peak(model, choice, limits, with_graphs=True) for _ in range(2)]
+    assert [list(one.values()) for one in taken] == [[5 * GIB], [2 * GIB]]
+    assert recorded == [4, 4]
+
+
 def test_a_peak_that_runs_out_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: ModelRunner, batch: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
@@ -331,7 +353,9 @@ def test_a_context_over_which_a_step_runs_out_of_memory_shrinks(
     """On a GPU the measured step itself may run out of memory at the model's full context."""
     lens: list[int] = []
 
-    def peaks(loaded: Any, attention: Any, limits: StepLimits) -> dict[torch.device, int]:
+    def peaks(
+        loaded: Any, attention: Any, limits: StepLimits, with_graphs: bool
+    ) -> dict[torch.device, int]:
         lens.append(limits.max_model_len)
         if limits.max_model_len > 5000:
             raise ModelError("a step does not fit beside the weights")

@@ -5,10 +5,13 @@ On a CPU they run in Triton's interpreter. Tolerance: 1e-5 in float32.
 
 from __future__ import annotations
 
+import tempfile
+
 import pytest
 import torch
 from torch import nn
 
+from vlmserve.bench.checkpoints import build
 from vlmserve.models import fused_launch, operations
 from vlmserve.models.attention.sdpa import SdpaBackend
 from vlmserve.models.batch import PoolSizes
@@ -226,3 +229,14 @@ def test_a_model_of_int8_weights_is_fused_and_gives_what_it_gives_unfused() -> N
     told = [prefill_logits(ModelRunner(one, PLAN), requests(), 5) for one in (fused, unfused)]
     for name, logits in told[0].items():
         torch.testing.assert_close(logits, told[1][name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_the_parts_of_joined_weights_are_given_back_to_the_gpu() -> None:
+    """They stayed in torch's cache, where the pools could not have them."""
+    folder = build("m100", tempfile.mkdtemp(prefix="vlmserve-"), with_processor=False)
+    model = load_model(folder, "cuda", "bfloat16")
+    assert is_fused(model.model.model.language_model)
+    allocated = torch.cuda.memory_allocated(model.device)
+    assert torch.cuda.memory_reserved(model.device) < 1.2 * allocated + (32 << 20)

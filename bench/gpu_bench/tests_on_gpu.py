@@ -22,6 +22,7 @@ from .paths import ROOT
 FILES = (
     "tests/test_gpu.py",
     "tests/test_attention.py",
+    "tests/test_graphs.py",
     "tests/test_int8.py",
     "tests/test_memory.py",
     "tests/test_operations.py",

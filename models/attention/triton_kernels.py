@@ -177,7 +177,7 @@ def write_kernel(
 ):
     """Store one token's keys and values, [width] each, in its slot; a negative slot is skipped."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)
+    slot = tl.load(slots + token).to(tl.int64)
     if slot >= 0:
         place = tl.arange(0, PADDED_WIDTH)
         mask = place < WIDTH

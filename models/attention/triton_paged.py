@@ -113,6 +113,28 @@ class TritonBackend(AttentionBackend):
             launches=launches,
         )
 
+    def fixed_plan(
+        self, key_lens: Tensor, block_table: Tensor, block_size: int, longest: int
+    ) -> TritonPlan:
+        """A plan of one query a row over tensors that may change while it stays: for a graph.
+
+        key_lens: int32 [num_rows]; block_table: int32 [num_rows, width], both on the device.
+        longest: keys of the longest row, which fixes how many pieces keys are cut into; a longer
+        one is computed all the same.
+        """
+        num_rows, device = len(key_lens), key_lens.device
+        starts = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
+        num_splits = self._num_splits or choose_splits(num_rows, longest)
+        offsets = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        return TritonPlan(
+            query_starts=starts,
+            key_lens=key_lens,
+            block_table=block_table,
+            block_size=block_size,
+            is_causal=False,
+            launches=[Launch(starts[:-1], offsets, 1, num_splits)],
+        )
+
     def attend(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan, scale: float
     ) -> Tensor:

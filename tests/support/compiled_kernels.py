@@ -35,7 +35,10 @@ from vlmserve.models.attention import PagedRows, triton_kernels
 from vlmserve.models.attention.triton_paged import TritonBackend
 from vlmserve.models.cache import KVPools, LayerCache, PagedStep
 from vlmserve.models.fused import FusedCrossLayer, FusedDecoder, FusedSelfLayer
+from vlmserve.models.graphs.decode import DecodeGraphs, GraphLimits
+from vlmserve.models.graphs.recorder import Computation, Recorder
 from vlmserve.models.int8 import int8_kernels, product
+from vlmserve.models.layer_count import LayerCount
 from vlmserve.models.operations import TritonOperations
 
 META = torch.device("meta")
@@ -68,7 +71,7 @@ class Launch:
         return f"{self.kernel.__name__} {named} {self.options}"
 
 
-class Recorder:
+class LaunchKeeper:
     """Stands in a kernel's place: keeps launches, computes nothing."""
 
     def __init__(self, kernel: JITFunction[Any], launches: dict[str, Launch]) -> None:
@@ -125,7 +128,7 @@ def record(launches: dict[str, Launch]) -> None:
 
     def recorders(module: Any) -> SimpleNamespace:
         found = {n: v for n, v in vars(module).items() if isinstance(v, JITFunction)}
-        return SimpleNamespace(**{n: Recorder(v, launches) for n, v in found.items()})
+        return SimpleNamespace(**{n: LaunchKeeper(v, launches) for n, v in found.items()})
 
     fused_launch.fused_kernels = recorders(fused_kernels)  # type: ignore[assignment]
     product.int8_kernels = recorders(int8_kernels)  # type: ignore[assignment]
@@ -136,6 +139,7 @@ def record(launches: dict[str, Launch]) -> None:
         for lens in ([1], [1, 1, 1], [40, 1, 300]):
             for sees in (False, True):
                 run_step(decoder, pools, backend, lens, sees)
+    record_graphs(decoder, pools, backend)
     for num_rows in (1, 17, 40):
         for num_out, num_in in ((28672, 4096), (4096, 14336)):
             rows = torch.empty(num_rows, num_in, dtype=DTYPE, device=META)
@@ -183,6 +187,21 @@ def run_step(
     row_masks = [None, torch.empty(num_tokens, 1, dtype=DTYPE, device=META)] if sees else [None]
     for row_mask in row_masks:
         decoder(ids, ids, vision, row_mask, pools, step)
+
+
+class OnePass(Recorder):
+    """Computes once; there is nothing to replay on the meta device."""
+
+    def record(self, compute: Computation) -> Computation:
+        compute()
+        return compute
+
+
+def record_graphs(decoder: FusedDecoder, pools: KVPools, backend: TritonBackend) -> None:
+    """What decode graphs launch: their slots are int32."""
+    limits = GraphLimits(max_num_seqs=2, max_model_len=8192, block_size=BLOCK_SIZE, max_num_tiles=4)
+    layers = LayerCount(decoder._text_model)
+    DecodeGraphs(decoder, pools, backend, limits, OnePass(), layers)
 
 
 def compiled(launch: Launch, capability: int) -> dict[str, Any]:
