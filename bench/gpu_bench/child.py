@@ -212,7 +212,7 @@ def make_runner(size: Size, row: Row) -> ModelRunner:
     checkpoint = random_checkpoint(config, getattr(torch, size.dtype))
     vision = cast(Any, config.vision_config)
     most = max(size.batches)
-    longest, prompt = size.length(most), size.prefill_tokens + 1
+    blocks = -(-size.length(most) // BLOCK_SIZE)
     # only where this build has the switch
     has_graphs = "cuda_graphs" in inspect.signature(create_runner).parameters
     graphs: dict[str, Any] = {"cuda_graphs": row.mode == GRAPHS} if has_graphs else {}
@@ -224,7 +224,7 @@ def make_runner(size: Size, row: Row) -> ModelRunner:
         max_num_seqs=most,
         max_num_batched_tokens=max(size.prefill_tokens, most),
         block_size=BLOCK_SIZE,
-        num_text_blocks=max((most + 1) * -(-longest // BLOCK_SIZE), -(-prompt // BLOCK_SIZE) + 1),
+        num_text_blocks=max((most + 1) * blocks, -(-size.max_model_len // BLOCK_SIZE)),
         num_image_blocks=(most + 1) * vision.max_num_tiles,
         **graphs,
     )

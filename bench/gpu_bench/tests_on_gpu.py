@@ -56,6 +56,7 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     number = share.split("/")[0]
     variables = {_SHARE: share, _NOTES: str(_notes_file(folder, int(number)))}
+    variables["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever else a machine has installed
     plugin = f"{__package__.rpartition('.')[2]}.{__name__.rpartition('.')[2]}"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", f"vlmserve.bench.{plugin}"]
     # a warning of another torch or driver is no failure here
