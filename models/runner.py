@@ -111,6 +111,20 @@ class ModelRunner:
         """The model's configuration: its sizes, for measuring."""
         return cast(MllamaConfig, self._model.config)
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether decode steps are replayed."""
+        return self._graphs is not None
+
+    @property
+    def num_replays(self) -> int:
+        """How many steps the present graphs have replayed."""
+        return 0 if self._graphs is None else self._graphs.num_replays
+
+    def forget_graphs(self) -> None:
+        """Compute every step eagerly from now on: to compare."""
+        self._graphs = None
+
     @torch.inference_mode()
     def record_graphs(self, max_num_seqs: int, recorder: Recorder) -> DecodeGraphs:
         """Let decode steps of up to so many sequences be replayed from now on; the graphs.

@@ -17,15 +17,25 @@ from typing import Any
 
 import pytest
 import torch
+from support.attention_cases import needs_interpreter
+from support.taped import TapeRecorder, tape_operations, taped_backend
 
 from vlmserve.bench.bounds import decode_work
 from vlmserve.bench.checkpoints import layout
-from vlmserve.bench.gpu_bench import document, tests_on_gpu
+from vlmserve.bench.gpu_bench import child, document, tests_on_gpu
 from vlmserve.bench.gpu_bench.child import Child, published_config
 from vlmserve.bench.gpu_bench.document import DROPPED, FAILED, NOT_AVAILABLE, OK, aims
 from vlmserve.bench.gpu_bench.paths import lay_out, missing
 from vlmserve.bench.gpu_bench.plan import FULL, INT8, PLAIN, TINY, Row, expected_s, rows_of
 from vlmserve.bench.gpu_bench.run import _Limits, _Watch
+from vlmserve.models.batch import PoolSizes
+from vlmserve.models.fused import FusedDecoder
+from vlmserve.models.loading import load
+from vlmserve.models.operations import TritonOperations
+from vlmserve.models.placement import on_one_device
+from vlmserve.models.pools import PoolPlan
+from vlmserve.models.random_weights import random_checkpoint
+from vlmserve.models.runner import ModelRunner
 from vlmserve.models.skeleton import empty_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +74,7 @@ def test_the_last_line_is_the_document_that_is_saved(rehearsed) -> None:
     assert found["settings"]["model"] == "tiny"
     for quantize in (PLAIN, INT8):
         assert found["bandwidth"][quantize]["bytes_per_s"] > 0
-        assert found["runners"][f"{quantize}/eager"]["said"][0].startswith("attention by sdpa")
+        assert found["runners"][f"{quantize}/graphs"]["said"][0].startswith("attention by sdpa")
     assert len(found["aims"]) == 3
 
 
@@ -90,11 +100,10 @@ def test_a_row_that_kills_its_process_costs_only_itself(rehearsed) -> None:
     assert rehearsed[1].returncode == 1
 
 
-def test_a_build_or_device_without_graphs_says_why(rehearsed) -> None:
+def test_a_device_without_graphs_says_why(rehearsed) -> None:
     rows = last_document(rehearsed[1])["rows"]
-    found = {row["status"]: row["why"] for row in rows if row["mode"] == "graphs"}
-    assert list(found) == [NOT_AVAILABLE]
-    assert "graphs" in found[NOT_AVAILABLE] or "CUDA device" in found[NOT_AVAILABLE]
+    found = {(row["status"], row["why"]) for row in rows if row["mode"] == "graphs"}
+    assert found == {(NOT_AVAILABLE, "they need a CUDA device, and this is cpu")}
 
 
 def test_each_row_is_printed_as_it_ends(rehearsed) -> None:
@@ -185,12 +194,43 @@ def test_what_cannot_be_built_fails_its_rows_once_and_for_all(tmp_path: Path, mo
     assert sum(event["event"] == "building" for event in events) == 1
 
 
+@needs_interpreter()
+def test_replayed_steps_are_rows_like_others_and_eager_ones_follow_on_the_same_runner(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """Kernels in Triton's interpreter, a tape in the place of CUDA's graphs (support/taped.py)."""
+    recorder = TapeRecorder()
+    tape_operations(recorder, monkeypatch)
+    built = []
+
+    def make_runner(size, row) -> ModelRunner:
+        opened = random_checkpoint(layout("tiny"), torch.float32)
+        model = load(opened, on_one_device(opened.skeleton, torch.device("cpu")))
+        plan = PoolPlan(PoolSizes(12, 8, 16), size.max_model_len)
+        runner = ModelRunner(model, plan, taped_backend(recorder, 1))
+        runner._fused = FusedDecoder(model.model.model.language_model, TritonOperations())
+        runner.record_graphs(1, recorder)
+        built.append(runner)
+        return runner
+
+    monkeypatch.setattr(child, "make_runner", make_runner)
+    rows = [
+        Row("decode", PLAIN, "graphs", has_image=True),
+        Row("decode", PLAIN, "eager"),
+    ]
+    Child(told(tmp_path, rows, time.monotonic() + 3000)).run()
+    ends = [event for event in events_of(tmp_path) if event["event"] == "row"]
+    assert [event["status"] for event in ends] == [OK] * 2, ends
+    assert [event["replayed"] for event in ends] == [TINY.steps + 1, 0]
+    assert len(built) == 1
+
+
 def test_a_row_that_hangs_is_ended_and_named(tmp_path: Path) -> None:
     events = tmp_path / "events.jsonl"
     events.write_text('{"event": "begin", "row": "decode/none/eager/text/1"}\n')
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as child:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
         limits = _Limits(start_s=600, row_s=0.2, deadline=time.monotonic() + 600)
-        watch = _Watch(child, events, limits)
+        watch = _Watch(process, events, limits)
         assert [event["event"] for event in watch.events()] == ["begin"]
     assert watch.current == "decode/none/eager/text/1"
     assert watch.why == "ended: it took longer than a row or a start may take"
@@ -293,8 +333,8 @@ def test_only_wheels_of_what_is_lacking_are_unpacked(tmp_path: Path) -> None:
             wheel.writestr(f"{name}/__init__.py", "")
     environment = lay_out(path, wheels)
     code = "import not_there_at_all, numpy, vlmserve; print(len(numpy.__version__) > 0)"
-    child = [sys.executable, "-c", code]
-    done = subprocess.run(child, env=environment, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout == "True\n"
     packages = ("not_there_at_all", "nor_this", "numpy")
     assert missing(packages, environment["PYTHONPATH"]) == ["nor_this"]

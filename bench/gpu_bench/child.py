@@ -7,7 +7,6 @@ line of JSON for each event in a file: machine, bandwidth, building, begin, row.
 from __future__ import annotations
 
 import gc
-import inspect
 import json
 import logging
 import os
@@ -98,13 +97,10 @@ class _Said(logging.Handler):
             logger.setLevel(level)
 
     @property
-    def why_no_graphs(self) -> str | None:
-        """Why decode steps are not recorded; None where they are."""
-        told = [line for line in self.lines if line.startswith("decode graphs: ")]
-        if not told:
-            return "this build has no graphs"
-        reason = told[-1].removeprefix(self._NO_GRAPHS)
-        return None if reason == told[-1] else reason.removesuffix(")")
+    def why_no_graphs(self) -> str:
+        """Why decode steps are not recorded."""
+        told = [line for line in self.lines if line.startswith(self._NO_GRAPHS)]
+        return told[-1].removeprefix(self._NO_GRAPHS).removesuffix(")") if told else "not told"
 
 
 class Child:
@@ -145,7 +141,8 @@ class Child:
             return
         try:
             runner = self._runner_for(wanted, row)
-            if row.mode == GRAPHS and (why := self._said.why_no_graphs) is not None:
+            if row.mode == GRAPHS and not runner.has_graphs:
+                why = self._said.why_no_graphs
                 self._tell("row", row=row.id, status=NOT_AVAILABLE, why=why)
                 return
             began = time.monotonic()
@@ -174,9 +171,16 @@ class Child:
                 time.sleep(3600)
 
     def _runner_for(self, wanted: tuple[str, str], row: Row) -> ModelRunner:
-        """The runner of the wanted weights and mode; there is never a second one beside it."""
-        if self._runner is not None and self._runner_of == wanted:
-            return self._runner
+        """The runner of the wanted weights and mode; there is never a second one beside it.
+
+        A runner that replays steps becomes an eager one without being built anew.
+        """
+        if self._runner is not None and self._runner_of is not None:
+            if self._runner_of == (row.quantize, GRAPHS) and row.mode != GRAPHS:
+                self._runner.forget_graphs()
+                self._runner_of = wanted
+            if self._runner_of == wanted:
+                return self._runner
         self._runner = self._runner_of = None
         gc.collect()
         if self._size.device == "cuda":
@@ -213,9 +217,6 @@ def make_runner(size: Size, row: Row) -> ModelRunner:
     vision = cast(Any, config.vision_config)
     most = max(size.batches)
     blocks = -(-size.length(most) // BLOCK_SIZE)
-    # only where this build has the switch
-    has_graphs = "cuda_graphs" in inspect.signature(create_runner).parameters
-    graphs: dict[str, Any] = {"cuda_graphs": row.mode == GRAPHS} if has_graphs else {}
     return create_runner(
         checkpoint,
         device=size.device,
@@ -226,7 +227,7 @@ def make_runner(size: Size, row: Row) -> ModelRunner:
         block_size=BLOCK_SIZE,
         num_text_blocks=max((most + 1) * blocks, -(-size.max_model_len // BLOCK_SIZE)),
         num_image_blocks=(most + 1) * vision.max_num_tiles,
-        **graphs,
+        cuda_graphs=row.mode == GRAPHS,
     )
 
 

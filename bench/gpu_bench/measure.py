@@ -152,6 +152,7 @@ class Loop:
 def decode(runner: ModelRunner, row: Row, size: Size, bytes_per_s: float) -> dict[str, Any]:
     """Steps in which every sequence gets one token, each behind a longer context than the last."""
     loop = _decoding(runner, row, size)
+    before = runner.num_replays
     steps = [loop.step() for _ in range(size.steps + 1)]
     loop.clock.wait()
     ms = loop.clock.ms
@@ -169,6 +170,7 @@ def decode(runner: ModelRunner, row: Row, size: Size, bytes_per_s: float) -> dic
     return {
         "context": middle,
         "steps": size.steps,
+        "replayed": runner.num_replays - before,
         "step_ms": round(step_ms, 4),
         "step_ms_p10": round(_quantile(periods, 0.1), 4),
         "step_ms_p90": round(_quantile(periods, 0.9), 4),
