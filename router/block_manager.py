@@ -42,16 +42,20 @@ class BlockManager:
             return []
         num_whole = sequence.num_reusable_tokens // self._block_size
         found = self.text_pool.find(sequence.full_block_keys(self._block_size)[:num_whole])
-        while found and self._num_images_due(sequence, len(found)) > max_num_images:
-            found.pop()
-        return found
+        return found[: self._num_usable(sequence, len(found), max_num_images)]
 
-    def _num_images_due(self, sequence: Sequence, num_blocks: int) -> int:
-        """How many images that are not here the first token behind so many blocks sees."""
-        position = num_blocks * self._block_size
-        seen = zip(sequence.image_keys, sequence.request.spans, strict=True)
-        keys = {key for key, span in seen if span.covers(position)}
-        return sum(not self.image_pool.has_encoded(key) for key in keys)
+    def _num_usable(self, sequence: Sequence, num_found: int, max_num_images: int) -> int:
+        """How many of the blocks that were found may be used: see `cached_blocks`."""
+        pairs = zip(sequence.image_keys, sequence.request.spans, strict=True)
+        missing = [(key, span) for key, span in pairs if not self.image_pool.has_encoded(key)]
+        while num_found > 0:
+            position = num_found * self._block_size
+            due = [(key, span) for key, span in missing if span.covers(position)]
+            if len({key for key, _ in due}) <= max_num_images:
+                break
+            # Behind every block from the last one's start on all of these are seen.
+            num_found = (max(span.start for _, span in due) - 1) // self._block_size
+        return max(num_found, 0)
 
     def can_start(self, sequence: Sequence, shared: list[int], num_spare: int) -> bool:
         """True if `sequence` can start now, behind the `shared` blocks that are here of it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from bisect import bisect_left, bisect_right
 
 from ..models.batch import ImageSpan
 from .blocks import ImageKey
@@ -29,25 +30,31 @@ def extend_block_keys(
     SHA-256 over the one before it, so a key stands for all tokens up to its block's end.
     """
     parent = keys[-1] if keys else hashlib.sha256(tenant.encode()).digest()
-    for start in range(len(keys) * block_size, len(token_ids) - block_size + 1, block_size):
+    begin = len(keys) * block_size
+    edges = sorted({edge for span in spans for edge in (span.start, span.end) if edge is not None})
+    view = b""
+    for start in range(begin, len(token_ids) - block_size + 1, block_size):
         end = start + block_size
+        # Where no image appears or goes a block sees what the one before it saw.
+        if start == begin or bisect_right(edges, start - block_size) < bisect_left(edges, end):
+            view = _view(spans, image_keys, start, end)
         block = hashlib.sha256(parent)
         block.update(array("q", token_ids[start:end]).tobytes())
-        if spans:
-            block.update(_visible(spans, image_keys, start, end))
+        block.update(view)
         parent = block.digest()
         keys.append(parent)
 
 
-def _visible(spans: list[ImageSpan], image_keys: list[ImageKey], start: int, end: int) -> bytes:
-    """Which positions of a block see which images; empty where none sees any.
+def _view(spans: list[ImageSpan], image_keys: list[ImageKey], start: int, end: int) -> bytes:
+    """A hash of which positions of a block see which images; empty where none sees any.
 
-    Where an image appears or goes beyond the block makes no difference to it.
+    Where an image appears or goes beyond the block makes no difference to it. Positions count
+    from the block's start: where that is, the number of keys before it tells.
     """
     seen = [
-        (max(span.start, start), min(span.end or end, end), key)
+        (max(span.start - start, 0), min(span.end or end, end) - start, tuple(key))
         for span, key in zip(spans, image_keys, strict=True)
         if is_seen(span, start, end)
     ]
     # Tuples of ints, str and bytes: their repr is unambiguous.
-    return repr([(first, last, tuple(key)) for first, last, key in seen]).encode() if seen else b""
+    return hashlib.sha256(repr(seen).encode()).digest() if seen else b""
