@@ -173,6 +173,12 @@ class Completion:
     usage: Usage
     prompts: tuple[PromptTold, ...] = ()
 
+    @property
+    def num_logprobs(self) -> int:
+        """How many log-probabilities are told, of candidates that were not chosen too."""
+        of_answers = sum(1 + len(entry.top) for one in self.answers for entry in one.logprobs)
+        return of_answers + sum(len(entry or ()) for one in self.prompts for entry in one.entries)
+
 
 @dataclass(slots=True)
 class _OpenCall:

@@ -6,6 +6,7 @@ nothing of any wire format, nor of tokens.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -88,6 +89,11 @@ class Message:
         return "".join(part.text for part in self.parts if isinstance(part, TextPart))
 
     @property
+    def num_chars(self) -> int:
+        """How long its texts are together."""
+        return sum(len(part.text) for part in self.parts if isinstance(part, TextPart))
+
+    @property
     def images(self) -> tuple[ImagePart, ...]:
         return tuple(part for part in self.parts if isinstance(part, ImagePart))
 
@@ -101,10 +107,10 @@ def with_images_in_front(message: Message) -> Message:
 def with_joined_texts(message: Message) -> Message:
     """The same message, neighbouring texts joined: a list of texts is one text."""
     parts: list[Part] = []
-    for part in message.parts:
-        previous = parts[-1] if parts else None
-        if isinstance(part, TextPart) and isinstance(previous, TextPart):
-            parts[-1] = TextPart(previous.text + part.text)
+    for is_text, run in itertools.groupby(message.parts, lambda part: isinstance(part, TextPart)):
+        if is_text:
+            # In one go: joining two by two would copy what is there again and again.
+            parts.append(TextPart("".join(part.text for part in run if isinstance(part, TextPart))))
         else:
-            parts.append(part)
+            parts += run
     return replace(message, parts=tuple(parts))

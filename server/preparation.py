@@ -160,7 +160,7 @@ class Preparer:
         return await asyncio.to_thread(prepare)
 
     async def _conversation(self, request: GenerationRequest, max_model_len: int) -> PreparedPrompt:
-        num_chars = sum(len(message.text) for message in request.messages)
+        num_chars = sum(message.num_chars for message in request.messages)
         has_json = bool(request.tools) or any(one.tool_calls for one in request.messages)
         prepare = functools.partial(
             self._processor.prepare,

@@ -355,6 +355,16 @@ def test_an_img_tag_with_a_data_url_in_a_string_content_is_an_image():
     )
 
 
+def test_pictures_in_texts_are_bounded_in_a_text_and_in_all():
+    tag = '<img src="data:image/png;base64,AAAA"/>'
+    few = [{"role": "user", "content": tag * 1_000}] * 2
+    assert sum(len(one.images) for one in messages_of(*few)) == 2_000
+    assert refused(messages_of, *few, few[0]).param == "messages"
+    many = {"role": "user", "content": tag * 2_049}
+    assert refused(messages_of, many).param == "messages[0].content"
+    assert refused(stack, messages=[*few, few[0]]).param == "messages"
+
+
 def test_a_link_in_a_text_and_an_img_tag_in_a_text_part_stay_text():
     link = '<img src="http://host/a.png"/>'
     tag = '<img src="data:image/png;base64,QQ=="/>'

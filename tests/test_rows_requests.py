@@ -193,6 +193,28 @@ def test_row_23_10_mb_of_text_are_refused_and_hold_up_nobody(standing, name):
     assert max(delays) < BLOCKED_S * SLACK
 
 
+TAG = "<img src='data:image/'>"
+MANY_PARTS = {
+    "texts": [{"type": "text", "text": "a" * 15_000}] * 2_000,
+    "pictures in a text": TAG * 500_000,
+}
+
+
+@pytest.mark.parametrize("name", MANY_PARTS)
+@pytest.mark.parametrize("route", [CHAT, STACK_ROUTES[0]])
+def test_row_23_many_parts_are_refused_at_once_too(standing, route, name):
+    """Texts used to be joined two by two, for a minute; pictures were all looked for, while
+    nothing else of the worker's ran."""
+    body = body_for(route)
+    body["messages"] = [{"role": "user", "content": MANY_PARTS[name]}]
+    raw = json.dumps(body).encode()
+    with watching(standing) as delays:
+        answer = standing.post(route, raw)
+    assert_error(answer, 400)
+    assert answer.seconds < REFUSED_IN_S * SLACK
+    assert max(delays, default=0.0) < BLOCKED_S * SLACK
+
+
 class watching:
     """Asks whether the server lives again and again; gives how long each answer took."""
 

@@ -10,7 +10,7 @@ from ..schemas.chat import ChatCompletionRequest, chat_generation
 from ..schemas.chat_answers import ChatAnswers, ChatCompletion, ChatCompletionChunk
 from . import samples
 from .declared import EVENTS, GENERATION_REFUSALS, Reply, Routes
-from .services import check_model, json_response, services_of, tenant_of
+from .services import check_model, completion_response, services_of, tenant_of
 from .streaming import send_stream
 
 ROUTES = Routes("chat", "Chat")
@@ -54,4 +54,4 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> HTT
     if body.stream:
         await send_stream(request, prepared, answers, with_done=True)
         return None
-    return json_response(answers.plain(await generator.answer(prepared)))
+    return await completion_response(answers.plain, await generator.answer(prepared))

@@ -14,7 +14,7 @@ from ..schemas.completion_answers import CompletionAnswers, CompletionChunk, Tex
 from ..schemas.completions import CompletionRequest, completion_generation
 from . import samples
 from .declared import EVENTS, GENERATION_REFUSALS, Reply, Routes
-from .services import check_model, json_response, services_of, tenant_of
+from .services import check_model, completion_response, services_of, tenant_of
 from .streaming import send_stream
 
 ROUTES = Routes("completions", "Completions")
@@ -62,7 +62,7 @@ async def completions(request: Request, body: CompletionRequest) -> HTTPResponse
     if body.stream:
         await send_stream(request, prepared, answers, with_done=True)
         return None
-    return json_response(answers.plain(await services.generator.answer(prepared)))
+    return await completion_response(answers.plain, await services.generator.answer(prepared))
 
 
 async def _echoes(processor: Processor, prompts: Sequence[PlainPrompt]) -> list[str]:

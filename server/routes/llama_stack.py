@@ -22,7 +22,13 @@ from ..schemas.llama_stack_answers import (
 )
 from . import samples
 from .declared import EVENTS, GENERATION_REFUSALS, Reply, Routes
-from .services import check_model, json_response, services_of, tenant_of
+from .services import (
+    check_model,
+    completion_response,
+    json_response,
+    services_of,
+    tenant_of,
+)
 from .streaming import send_stream
 
 PREFIXES = ("", "/ls", "/experimental/ls")
@@ -81,7 +87,7 @@ async def _complete(request: Request, body: StackChatRequest, is_new: bool) -> H
         # Never [DONE]: every client of Llama Stack raises on it.
         await send_stream(request, prepared, answers, with_done=False)
         return None
-    return json_response(answers.plain(await generator.answer(prepared)))
+    return await completion_response(answers.plain, await generator.answer(prepared))
 
 
 @ROUTES.get(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +16,7 @@ import msgspec
 import orjson
 from sanic import HTTPResponse, Request
 
+from ..answers import Completion
 from ..errors import ModelNotFoundError
 from ..generation import Engine, Generator
 from ..metrics import Metrics
@@ -23,6 +25,9 @@ from ..schemas.decoding import decode_body
 from ..settings import ServerSettings
 
 T = TypeVar("T", bound=msgspec.Struct)
+
+# Of so many the JSON is made in about ten milliseconds.
+MAX_INLINE_LOGPROBS = 2_000
 
 
 @dataclass(slots=True)
@@ -69,6 +74,15 @@ def json_response(
     return HTTPResponse(
         orjson.dumps(content), status=status, headers=headers, content_type="application/json"
     )
+
+
+async def completion_response(
+    plain: Callable[[Completion], Any], completion: Completion
+) -> HTTPResponse:
+    """The JSON that `plain` makes of whole answers; in a thread where they tell of many tokens."""
+    if completion.num_logprobs <= MAX_INLINE_LOGPROBS:
+        return json_response(plain(completion))
+    return await asyncio.to_thread(lambda: json_response(plain(completion)))
 
 
 async def read_body(request: Request, schema: type[T]) -> T:

@@ -69,7 +69,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> HTTPResponse:
         ) from error
     names = None
     if body.return_token_strs:
-        names = services.processor.names_of(token_ids)
+        names = await asyncio.to_thread(services.processor.names_of, token_ids)
     answer: Tokenized = {
         "count": len(token_ids),
         "max_model_len": services.max_model_len,

@@ -7,7 +7,7 @@ sampling, of tokens or of answers.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -23,7 +23,9 @@ Name = Annotated[str, msgspec.Meta(max_length=256)]
 MAX_PARTS = 2048
 
 # Only data URLs: a link inside a text is never fetched.
-_IMG_TAG = re.compile(r"""<img\s+src=(?P<quote>["'])(?P<url>data:image/[^"']*)(?P=quote)\s*/?>""")
+_IMG_TAG = re.compile(
+    r"""<img\s++src=(?P<quote>["'])(?P<url>data:image/[^"']*+)(?P=quote)\s*+/?>"""
+)
 
 
 class ImageUrl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -121,9 +123,26 @@ MessageList = Annotated[list[AnyMessage], msgspec.Meta(min_length=1, max_length=
 
 def conversation_of(turns: Sequence[AnyMessage]) -> tuple[Message, ...]:
     """The conversation that a body's messages are. Raises BadRequestError that names the field."""
-    messages = tuple(_message(turn, f"messages[{i}]") for i, turn in enumerate(turns))
+    messages = bounded(_message(turn, f"messages[{i}]") for i, turn in enumerate(turns))
     _check_results(turns)
     return messages
+
+
+def bounded(messages: Iterable[Message]) -> tuple[Message, ...]:
+    """All of the messages. Raises BadRequestError at the first that is one image too many.
+
+    Far over what a server takes: only so that a body of nothing but images is not read on.
+    """
+    taken: list[Message] = []
+    num_images = 0
+    for message in messages:
+        num_images += len(message.images)
+        if num_images > MAX_PARTS:
+            raise BadRequestError(
+                f"the messages have over {MAX_PARTS:,} images: send fewer", param="messages"
+            )
+        taken.append(message)
+    return tuple(taken)
 
 
 def _check_results(turns: Sequence[AnyMessage]) -> None:
@@ -178,10 +197,15 @@ def _part(part: OnlyText | TextContent | RefusalContent | ImageContent, field: s
 
 
 def parts_of_text(text: str, field: str) -> tuple[Part, ...]:
-    """A string content in parts: `<img src="data:image/...">` in it is an image."""
+    """A string content in parts: `<img src="data:image/...">` in it is an image.
+
+    Raises BadRequestError where it has more parts than a list of them may have.
+    """
     parts: list[Part] = []
     begin = 0
     for tag in _IMG_TAG.finditer(text):
+        if len(parts) >= MAX_PARTS:
+            raise BadRequestError(f"{field} has over {MAX_PARTS:,} parts: send fewer", param=field)
         parts += [TextPart(text[begin : tag.start()]), ImagePart(tag["url"], field)]
         begin = tag.end()
     parts.append(TextPart(text[begin:]))

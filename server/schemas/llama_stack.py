@@ -16,7 +16,7 @@ from ..conversation import ImagePart, Message, Part, Role, TextPart, ToolFormat
 from ..errors import BadRequestError
 from ..requests import GenerationRequest, sampling_params
 from . import rules
-from .chat_messages import MAX_PARTS, parts_of_text
+from .chat_messages import MAX_PARTS, bounded, parts_of_text
 from .decoding import ModelName, no_nul
 from .rules import absent, all_of, any_of, given, having, needs, one_given, only_one_given
 from .sampling import StopString
@@ -161,7 +161,7 @@ def stack_generation(body: StackChatRequest) -> GenerationRequest:
 
     Raises BadRequestError that names the field and the remedy.
     """
-    messages = [_message(turn, f"messages[{i}]") for i, turn in enumerate(body.messages)]
+    messages = bounded(_message(turn, f"messages[{i}]") for i, turn in enumerate(body.messages))
     params = body.sampling_params or StackSampling()
     config = body.tool_config or ToolConfig()
     choice = one_setting(body.tool_choice, config.tool_choice, "tool_choice", "auto")
@@ -171,7 +171,7 @@ def stack_generation(body: StackChatRequest) -> GenerationRequest:
     call = call_form(tools, choice, tool_format=tool_format)
     form = only_form([*stack_form(body.response_format), *call])
     return GenerationRequest(
-        messages=tuple(messages),
+        messages=messages,
         tools=tools,
         grammar=form.grammar if form else None,
         grammar_field=form.field if form else "",
