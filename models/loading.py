@@ -273,11 +273,16 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name; "auto" is bfloat16 where the device has it in hardware."""
     if name == "auto":
-        has_bfloat16 = device.type == "cuda" or _cpu_has_bfloat16()
-        return torch.bfloat16 if has_bfloat16 else torch.float32
+        has_it = _gpu_has_bfloat16(device) if device.type == "cuda" else _cpu_has_bfloat16()
+        return torch.bfloat16 if has_it else torch.float32
     if name not in _DTYPES:
         raise ModelError(f"dtype {name!r} is unknown: use auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+def _gpu_has_bfloat16(device: torch.device) -> bool:
+    """Whether the GPU multiplies bfloat16 itself; older ones emulate it."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _cpu_has_bfloat16() -> bool:

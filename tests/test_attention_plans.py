@@ -149,6 +149,13 @@ def test_a_few_long_rows_are_split_and_many_or_short_ones_are_not() -> None:
     assert choose_splits(num_rows=1, longest=600) == 4
 
 
+def test_a_long_prompt_beside_short_decodes_does_not_split_their_keys() -> None:
+    """Most of the pieces were empty, and cost a merge."""
+    case = make_case([(1, 100), (40, 3000)], is_causal=True)
+    single, _ = TritonBackend().prepare(case.rows, CPU, torch.float32).launches
+    assert single.num_splits == 1
+
+
 def test_single_queries_and_longer_rows_are_launched_apart() -> None:
     case = make_case([(1, 300), (40, 50), (1, 9), (16, 16)], is_causal=True)
     single, longer = TritonBackend().prepare(case.rows, CPU, torch.float32).launches

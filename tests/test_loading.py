@@ -199,6 +199,14 @@ def test_auto_dtype_is_bfloat16_only_where_the_cpu_has_it(monkeypatch: pytest.Mo
     assert choose_dtype("auto", cpu) is torch.float32
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)]
+)
+def test_auto_dtype_is_bfloat16_only_where_the_gpu_has_it(monkeypatch, capability, dtype) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_dtype("auto", torch.device("cuda", 0)) is dtype
+
+
 # --- pools -------------------------------------------------------------------------------------
 
 REQUEST = PoolRequest(

@@ -98,7 +98,8 @@ class TritonBackend(AttentionBackend):
         single, longer = np.flatnonzero(lens == 1), np.flatnonzero(lens > 1)
         launches = []
         if len(single):
-            num_splits = self._num_splits or choose_splits(len(single), int(rows.key_lens.max()))
+            longest = int(rows.key_lens[single].max())
+            num_splits = self._num_splits or choose_splits(len(single), longest)
             launches.append(_launch(single, np.zeros_like(single), 1, num_splits, device))
         if len(longer):
             counts = -(-lens[longer] // TILE_QUERIES)
