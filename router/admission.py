@@ -55,7 +55,7 @@ def check_request(request: AddRequest, limits: AdmissionLimits) -> None:
     for image in request.images:
         _check_tiles(image, limits)
     _check_spans(request.spans, len(request.prompt_token_ids))
-    _check_image_blocks(request, limits)
+    check_image_blocks(request, limits.num_image_blocks)
 
 
 def _check_tokens(token_ids: list[int], limits: AdmissionLimits) -> None:
@@ -104,12 +104,16 @@ def _check_spans(spans: list[ImageSpan], num_prompt_tokens: int) -> None:
         last_start = span.start
 
 
-def _check_image_blocks(request: AddRequest, limits: AdmissionLimits) -> None:
+def check_image_blocks(request: AddRequest, num_image_blocks: int) -> None:
+    """Return if a pool of that many blocks has room for the images of `request`.
+
+    Raises InvalidRequestError, naming both numbers and the remedy.
+    """
     keys = {ImageKey.of(image, request.tenant) for image in request.images}
     num_tiles = sum(key.num_tiles for key in keys)
-    if num_tiles > limits.num_image_blocks:
+    if num_tiles > num_image_blocks:
         raise InvalidRequestError(
             f"the request's images have {num_tiles:,} tiles; the cache holds "
-            f"{limits.num_image_blocks:,}: send fewer or smaller images or start the server with "
+            f"{num_image_blocks:,}: send fewer or smaller images or start the server with "
             "more image blocks"
         )

@@ -13,9 +13,9 @@ from typing import Literal
 
 import msgspec
 
-from .blocks import ImageKey
+from .admission import check_image_blocks
 from .client import EngineClient
-from .errors import EngineDeadError, InvalidRequestError, QueueFullError
+from .errors import EngineDeadError, QueueFullError
 from .messages import AddRequest, EngineReady, EngineStats, SequenceOutput
 from .replicas import ReplicaChooser, affinity_keys, margin_of, weight_of
 
@@ -239,16 +239,9 @@ class ReplicaPool:
 
     def _check_images(self, requests: Sequence[AddRequest]) -> None:
         """Refuse what one replica has no room for, so that answers do not depend on the choice."""
-        info = self.info
-        for request in requests:
-            keys = {ImageKey.of(image, request.tenant) for image in request.images}
-            num_tiles = sum(key.num_tiles for key in keys)
-            if info is not None and num_tiles > info.num_image_tiles:
-                raise InvalidRequestError(
-                    f"the request's images have {num_tiles:,} tiles; the cache holds "
-                    f"{info.num_image_tiles:,}: send fewer or smaller images or start the server "
-                    "with more image blocks"
-                )
+        if (info := self.info) is not None:
+            for request in requests:
+                check_image_blocks(request, info.num_image_tiles)
 
 
 def least_of(infos: Sequence[EngineReady]) -> EngineReady:

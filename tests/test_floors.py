@@ -1,6 +1,7 @@
 """The fence between the three floors: who may import whom, and where torch may not go."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -118,6 +119,13 @@ def test_the_router_knows_the_plain_types_of_the_models_and_no_tensor(path):
     below = {name for name in names if name.startswith("vlmserve.models") and is_module(name)}
     assert below <= allowed
     assert not {name.split(".")[0] for name in names} & NOT_IN_ROUTER
+
+
+def test_the_router_s_own_page_names_each_of_its_files_once():
+    page = ast.get_docstring(ast.parse((ROOT / "router/__init__.py").read_text()), clean=False)
+    told = re.findall(r"^    ([a-z_, ]+?)  ", page, re.M)
+    names = [name for line in told for name in line.split(", ")]
+    assert sorted(names) == sorted(p.stem for p in sources("router") if p.stem != "__init__")
 
 
 def test_the_plain_types_know_no_tensor():

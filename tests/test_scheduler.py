@@ -85,6 +85,19 @@ def test_the_newest_sequence_is_preempted_and_its_output_is_unchanged():
     bench.assert_all_free()
 
 
+def test_a_preempted_sequence_has_waited_until_it_first_ran():
+    """Else its queue time would hold what it ran before, and its run time would not."""
+    bench = Bench(pools=PoolSizes(6, 4, 4), max_model_len=24)
+    bench.add(request_of("old", prompt=range(7), max_tokens=9))
+    second = bench.add(request_of("new", prompt=range(8), max_tokens=8))
+    bench.step()
+    waited = second.queue_s
+    assert waited > 0
+    bench.run()
+    assert second.num_preemptions >= 1
+    assert second.queue_s == waited
+
+
 def test_a_picture_counts_once_a_request_however_often_that_is_preempted():
     """Each start after a preemption counted as one more hit."""
     bench = Bench(pools=PoolSizes(6, 4, 4), max_model_len=24)
