@@ -36,6 +36,7 @@ from .plan import GRAPHS, PLAIN, Row, Size, expected_s
 
 # exit code: the device is lost to this process, the rows that are left need another
 LOST = 3
+# what the project's own kernels read, which alone have graphs
 BLOCK_SIZE = 16
 TRACE_LINES = 12
 
