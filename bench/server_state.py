@@ -1,4 +1,4 @@
-"""What a server under test holds, read from /proc and /metrics: processes, descriptors, blocks."""
+"""What a server under test holds and spends, read from /proc and /metrics."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ GAUGES = (
     "vlmserve_image_blocks_used",
 )
 ENGINE_NAME = "vlmserve-engine"
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def descendants(pid: int) -> list[int]:
@@ -64,3 +65,19 @@ def gauges(url: str) -> dict[str, float]:
         lines = response.read().decode().splitlines()
     figures = dict(line.rsplit(" ", 1) for line in lines if line and line[0] != "#")
     return {name: float(figures[name]) for name in GAUGES}
+
+
+def process_cpu_seconds(pid: int) -> float:
+    """What a process has computed, and those of its children that ended; 0 if it has gone."""
+    with contextlib.suppress(OSError):
+        # The name, in brackets, may hold spaces.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(int(ticks) for ticks in fields[11:15]) / TICKS_PER_S
+    return 0.0
+
+
+def machine_cpu_seconds() -> float:
+    """What all processes of the machine have computed, in all cores together."""
+    ticks = [int(one) for one in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    user, nice, system, _idle, _waiting, *interrupts = ticks
+    return (user + nice + system + sum(interrupts[:3])) / TICKS_PER_S

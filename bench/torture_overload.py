@@ -1,12 +1,24 @@
-"""Offers a server twice what it can serve: those who are accepted must hardly notice."""
+"""Offers a server twice what it can serve: those who are accepted must hardly notice.
+
+Answers are of different lengths, as answers are: of one length they would begin and end together,
+all that run in the same steps, and no load but that would be served as fast.
+The loads follow each other in short turns, each after a measurement of the capacity, so that a
+machine that is slower for a while is so for all of them.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from processes import free_port, running, vlmserve_command
+from server_state import descendants, machine_cpu_seconds, process_cpu_seconds
 from vlmserve.server.bench.client import Client, Sample
 from vlmserve.server.bench.load import request_bodies
 from vlmserve.server.bench.runner import Run, run_level
@@ -14,8 +26,63 @@ from vlmserve.server.bench.settings import Level, Load
 
 MODEL = "torture"
 REFUSED = "HTTP 429"
-WARM_UP_REQUESTS = 32
+BELOW, ABOVE = 0.9, 2.0
+# One turn of a load, and what of it passes before its requests count as served: places and
+# queue fill first.
+TURN_S, FILLING_S = 10.0, 1.0
+# By which the first guess at the capacity is made.
+MIN_REQUESTS = 64
 P99_RATIO, REFUSAL_P99_S, GOODPUT = 1.5, 0.05, 0.95
+
+
+@dataclass(slots=True)
+class Served:
+    """What became of one load in all its turns. seconds: in which num_served were answered."""
+
+    samples: list[Sample] = field(default_factory=list)
+    num_served: int = 0
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        return self.num_served / self.seconds
+
+    def add(self, run: Run) -> None:
+        """Take in a turn: it counts from where places are full to where nobody comes any more."""
+        first, last = (pick(max(one.due, one.sent) for one in run.samples) for pick in (min, max))
+        first += min(FILLING_S, (last - first) / 4)
+        ends = [one.end for one in run.samples if one.error is None]
+        self.samples += run.samples
+        self.num_served += sum(first < end <= last for end in ends)
+        self.seconds += last - first
+
+
+class Offering:
+    """Loads for one server, drawn from a seed. max_tokens: of an answer, in the mean."""
+
+    def __init__(self, client: Client, max_num_seqs: int, max_tokens: int, seed: int) -> None:
+        self._client = client
+        self._max_num_seqs = max_num_seqs
+        self._max_tokens = max_tokens
+        self._rng = random.Random(seed)
+
+    async def saturate(self, count: int) -> Run:
+        """As many wait as run, so that no place is ever empty."""
+        return await self._offer(Level(concurrency=2 * self._max_num_seqs), count)
+
+    async def at_rate(self, rate: float, seconds: float) -> Run:
+        return await self._offer(Level(request_rate=rate), max(2, int(rate * seconds)))
+
+    async def _offer(self, level: Level, count: int) -> Run:
+        seed = self._rng.randrange(2**31)
+        load = Load(count, num_images=1, image_pool=8, ignore_eos=True, seed=seed)
+        bodies = [self._of_any_length(body) for body in request_bodies(load, MODEL)]
+        return await run_level(self._client, bodies, level, seed)
+
+    def _of_any_length(self, body: bytes) -> bytes:
+        half = self._max_tokens // 2
+        length = self._rng.randint(self._max_tokens - half, self._max_tokens + half)
+        return json.dumps(json.loads(body) | {"max_tokens": length}).encode()
 
 
 async def run_overload(
@@ -26,70 +93,84 @@ async def run_overload(
     seed: int,
     slack: float,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Measure the capacity, then offer 0.9 and 2 times as much; figures and broken promises."""
+    """Measure the capacity and offer 0.9 and 2 times as much; figures and broken promises."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     options = ["--served-model-name", MODEL, "--max-num-seqs", str(max_num_seqs)]
     options += ["--max-queue-wait", str(max_queue_wait), "--no-spare-engine"]
     command = vlmserve_command(None, port, "float32", *options)
-    with running(command, f"{url}/v1/health/ready"):
+    with running(command, f"{url}/v1/health/ready") as server:
         async with Client(f"{url}/v1") as client:
-            await _offer(
-                client, Level(concurrency=max_num_seqs), WARM_UP_REQUESTS, max_tokens, seed
-            )
-            pace = await _capacity(client, max_num_seqs, seconds / 3, max_tokens, seed + 1)
-            runs = {}
-            for number, factor in enumerate((0.9, 2.0)):
-                level = Level(request_rate=factor * pace)
-                count = int(factor * pace * seconds)
-                runs[factor] = await _offer(client, level, count, max_tokens, seed + 2 + number)
-    below, above = _summary(runs[0.9], pace), _summary(runs[2.0], pace)
-    ratio = above["accepted_p99_s"] / below["accepted_p99_s"]
-    figures = {
-        "capacity_rps": round(pace, 2),
+            offering = Offering(client, max_num_seqs, max_tokens, seed)
+            await offering.saturate(4 * max_num_seqs)  # what starts at first use has started
+            cpu = CpuShares(server.pid)
+            saturated, below, above = await _in_turns(offering, seconds)
+            shares = cpu.since_start()
+    figures: dict[str, Any] = {
+        "capacity_rps": round(saturated.rate, 2),
         "max_queue_wait_s": max_queue_wait,
         "max_num_seqs": max_num_seqs,
         "max_tokens": max_tokens,
-        "at_0.9": below,
-        "at_2": above,
-        "p99_ratio": round(ratio, 3),
+        "at_0.9": _summary(below, saturated.rate),
+        "at_2": _summary(above, saturated.rate),
+        "cores": shares,
     }
-    return figures, _broken(above, ratio, slack)
+    ratio = figures["at_2"]["accepted_p99_s"] / figures["at_0.9"]["accepted_p99_s"]
+    figures["p99_ratio"] = round(ratio, 3)
+    return figures, _broken(figures["at_2"], ratio, slack)
 
 
-async def _capacity(
-    client: Client, max_num_seqs: int, seconds: float, max_tokens: int, seed: int
-) -> float:
-    """Requests a second that are answered where some always wait."""
-    guess = await _offer(client, Level(concurrency=max_num_seqs), 64, max_tokens, seed)
-    count = max(64, int(seconds * len(guess.samples) / guess.seconds))
-    # As many wait as run: answers of one length end together, and their places must be filled.
-    run = await _offer(client, Level(2 * max_num_seqs), count, max_tokens, seed + 100)
-    return sum(one.error is None for one in run.samples) / run.seconds
+async def _in_turns(offering: Offering, seconds: float) -> tuple[Served, Served, Served]:
+    """The capacity, and both loads, each offered for `seconds` in all."""
+    saturated, below, above = Served(), Served(), Served()
+    num_turns = max(1, round(seconds / TURN_S))
+    turn_s = seconds / num_turns
+    saturated.add(await offering.saturate(MIN_REQUESTS))
+    for _ in range(num_turns):
+        count = max(MIN_REQUESTS, int(saturated.rate * turn_s / 2))
+        saturated.add(await offering.saturate(count))
+        for factor, served in ((BELOW, below), (ABOVE, above)):
+            served.add(await offering.at_rate(factor * saturated.rate, turn_s))
+    return saturated, below, above
 
 
-async def _offer(client: Client, level: Level, count: int, max_tokens: int, seed: int) -> Run:
-    load = Load(count, max_tokens, num_images=1, image_pool=8, ignore_eos=True, seed=seed)
-    return await run_level(client, request_bodies(load, MODEL), level, seed)
+class CpuShares:
+    """Cores in use from now on: by the server, by this load, and by all else on the machine."""
+
+    def __init__(self, server: int) -> None:
+        self._server = server
+        self._began = self._now()
+
+    def since_start(self) -> dict[str, float]:
+        spent = [now - began for now, began in zip(self._now(), self._began, strict=True)]
+        whole, everything, server, load = spent
+        shares = {"server": server, "load": load, "others": everything - server - load}
+        return {name: round(seconds / whole, 2) for name, seconds in shares.items()}
+
+    def _now(self) -> tuple[float, float, float, float]:
+        server = [self._server, *descendants(self._server)]
+        return (
+            time.monotonic(),
+            machine_cpu_seconds(),
+            sum(map(process_cpu_seconds, server)),
+            process_cpu_seconds(os.getpid()),
+        )
 
 
-def _summary(run: Run, capacity: float) -> dict[str, Any]:
-    accepted = [one for one in run.samples if one.error is None]
-    refused = [one for one in run.samples if one.error == REFUSED]
-    first, last = min(one.due for one in run.samples), max(one.due for one in run.samples)
-    in_time = [one for one in accepted if one.end <= last]
-    goodput = len(in_time) / (last - first)
+def _summary(served: Served, capacity: float) -> dict[str, Any]:
+    accepted = [one for one in served.samples if one.error is None]
+    refused = [one for one in served.samples if one.error == REFUSED]
     return {
-        "offered": len(run.samples),
+        "offered": len(served.samples),
         "accepted": len(accepted),
         "refused": len(refused),
-        "other_errors": len(run.samples) - len(accepted) - len(refused),
+        "other_errors": len(served.samples) - len(accepted) - len(refused),
         "accepted_p50_s": _percentile(accepted, 50),
         "accepted_p99_s": _percentile(accepted, 99),
         "refused_p50_s": _percentile(refused, 50, from_sent=True),
         "refused_p99_s": _percentile(refused, 99, from_sent=True),
-        "goodput_rps": round(goodput, 2),
-        "goodput_of_capacity": round(goodput / capacity, 3),
+        "goodput_rps": round(served.rate, 2),
+        "goodput_of_capacity": round(served.rate / capacity, 3),
     }
 
 

@@ -18,6 +18,7 @@ from .errors import (
     EngineError,
     FrameTooLargeError,
     InvalidRequestError,
+    QueueFullError,
     WireError,
     error_of,
 )
@@ -28,6 +29,7 @@ from .messages import (
     EngineStats,
     FromEngine,
     Heartbeat,
+    Refusal,
     RequestFailed,
     RequestsBegun,
     SequenceOutput,
@@ -37,6 +39,8 @@ from .messages import (
 logger = logging.getLogger("vlmserve.client")
 
 CONNECT_RETRY_S = 0.05
+# For how long a step's word holds that nobody has room, where no later step says otherwise.
+REFUSAL_S = 0.25
 # uvloop raises RuntimeError for a write to a connection that is lost, asyncio passes over it.
 _LOST = (ConnectionError, RuntimeError)
 
@@ -114,6 +118,8 @@ class EngineClient:
         self.may_compile = False
         self.last_heartbeat: float | None = None
         self._on_ready = on_ready
+        self._refusal: Refusal | None = None
+        self._refused_at = 0.0
         self._on_dead = on_dead
         self._max_frame_bytes = max_frame_bytes
         self._streams: dict[str, _Stream] = {}
@@ -140,6 +146,18 @@ class EngineClient:
         if self.last_heartbeat is None:
             return float("inf")
         return time.monotonic() - self.last_heartbeat
+
+    def refusal(self, priority: int) -> QueueFullError | None:
+        """What the engine would answer a newcomer of this priority, if it is known that it would.
+
+        Spares the work of preparing what is then refused. None tells nothing: the engine decides.
+        """
+        refusal = self._refusal
+        if refusal is None or priority < 0 or not self._streams:
+            return None
+        if time.monotonic() - self._refused_at > REFUSAL_S:
+            return None
+        return QueueFullError(refusal.message, refusal.retry_after_s)
 
     async def connect(self, timeout_s: float = 60.0) -> None:
         """Connect, waiting for the engine's socket to appear.
@@ -271,6 +289,7 @@ class EngineClient:
 
     def _receive(self, message: FromEngine) -> None:
         if isinstance(message, StepOutputs):
+            self._refusal, self._refused_at = message.refusal, time.monotonic()
             for output in message.outputs:
                 # An output may cross an abort on its way: nobody waits for it then.
                 if stream := self._streams.get(output.request_id):
@@ -298,6 +317,7 @@ class EngineClient:
         writer, self._writer = self._writer, None
         self.info = self.last_heartbeat = None
         self.stats, self.stall_s = EngineStats(), 0.0
+        self._refusal = None
         self._state_changed.set()
         for request_id, stream in self._streams.items():
             if request_id in stream.open_ids:

@@ -36,6 +36,7 @@ from .messages import (
     EngineReady,
     EngineStats,
     FromEngine,
+    Refusal,
     RequestsBegun,
     SequenceOutput,
     StepOutputs,
@@ -122,8 +123,8 @@ class Engine:
                 raise DuplicateRequestError(f"request {request_id!r} is open already")
         try:
             check_request(request, self._limits)
-            sequences = Sequence.of(worker_id, request)
             self._refuse_long_wait(request.priority)
+            sequences = Sequence.of(worker_id, request)
             self._queue.put(sequences[0])
         except EngineError as error:
             for request_id in request_ids:
@@ -152,6 +153,19 @@ class Engine:
                 "--max-queue-wait",
                 min(max(wait_s - limit_s, SHORTEST_S), LONGEST_S),
             )
+
+    def _refusal(self) -> Refusal | None:
+        """What any newcomer would be told just now, so that workers need not ask."""
+        if not len(self._queue):
+            return None
+        try:
+            self._refuse_long_wait(0)
+            # A place that has just come free is about to be taken by one who waits.
+            if self.scheduler.num_running == self._config.max_num_seqs:
+                self._queue.refuse_if_full()
+        except QueueFullError as error:
+            return Refusal(message=str(error), retry_after_s=error.retry_after_s)
+        return None
 
     def _take_matcher(self, sequences: list[Sequence], result: TokenMatcher | EngineError) -> None:
         """Let these answers of one request take their turn, or end them with an error."""
@@ -244,8 +258,9 @@ class Engine:
             if one.finish_reason is not None:
                 self._count_run(one.sequence)
                 self._forget(one.sequence)
+        refusal = self._refusal() if outputs else None
         for worker_id, of_worker in outputs.items():
-            self._send(worker_id, StepOutputs(outputs=of_worker))
+            self._send(worker_id, StepOutputs(outputs=of_worker, refusal=refusal))
 
     def _tell_begun(self) -> None:
         """Name what the next step begins, where another engine might be asked for it."""

@@ -131,10 +131,18 @@ class SequenceOutput(msgspec.Struct, kw_only=True):
     prompt_logprobs: list[PromptLogprobs | None] | None = None
 
 
+class Refusal(msgspec.Struct, kw_only=True):
+    """What a newcomer of priority 0 would be told instead of being queued."""
+
+    message: str
+    retry_after_s: float
+
+
 class StepOutputs(msgspec.Struct, tag="step", kw_only=True):
-    """What one step brought for one worker."""
+    """What one step brought for one worker. refusal: where nobody has room behind that step."""
 
     outputs: list[SequenceOutput]
+    refusal: Refusal | None = None
 
 
 class RequestsBegun(msgspec.Struct, tag="begun"):

@@ -62,12 +62,7 @@ class RequestQueue:
         Its followers count as requests; they wait outside until their prompt is computed.
         An empty queue takes any sequence: what came alone would else be refused for ever.
         """
-        self._refuse_over(
-            "requests",
-            sum(1 + len(one.followers) for one in (*self, sequence)),
-            self._limits.max_requests,
-            "--max-queue-requests",
-        )
+        self.refuse_if_full(1 + len(sequence.followers))
         self._refuse_over(
             "prompt tokens",
             self.num_tokens + sequence.num_tokens,
@@ -84,6 +79,12 @@ class RequestQueue:
         for one in (sequence, *sequence.followers):
             one.arrival = self._num_arrivals
         self._insert(sequence)
+
+    def refuse_if_full(self, num_more: int = 1) -> None:
+        """Raises QueueFullError if so many more requests are too many."""
+        num_waiting = sum(1 + len(one.followers) for one in self)
+        limit = self._limits.max_requests
+        self._refuse_over("requests", num_waiting + num_more, limit, "--max-queue-requests")
 
     def put_back(self, sequence: Sequence) -> None:
         """Take a preempted sequence, or a follower, to its place by arrival.

@@ -160,6 +160,14 @@ class ReplicaPool:
             raise min(refusals, key=lambda error: error.retry_after_s)
         raise EngineDeadError("no replica is ready")
 
+    def refusal(self, priority: int) -> QueueFullError | None:
+        """As `EngineClient.refusal`: where every replica that could be asked has no room."""
+        refusals = [self._clients[number].refusal(priority) for number in self._able(set())]
+        known = [error for error in refusals if error is not None]
+        if not known or len(known) < len(refusals):
+            return None
+        return min(known, key=lambda error: error.retry_after_s)
+
     def leave(self, request_id: str) -> None:
         """As `EngineClient.leave`."""
         client = self._homes.get(request_id)

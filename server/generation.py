@@ -67,6 +67,7 @@ class Engine(Protocol):
     def may_compile(self) -> bool: ...
     def generate(self, *requests: AddRequest) -> AsyncGenerator[SequenceOutput, None]: ...
     def leave(self, request_id: str) -> None: ...
+    def refusal(self, priority: int) -> QueueFullError | None: ...
 
 
 class Generator:
@@ -95,7 +96,8 @@ class Generator:
     async def prepare(self, request: GenerationRequest) -> PreparedGeneration:
         """What the engine is asked.
 
-        Raises BadRequestError, NotReadyError while there is no engine, or DeadlineError.
+        Raises BadRequestError, NotReadyError while there is no engine, OverloadedError where the
+        engine is known to have no room, or DeadlineError.
         """
         timeout_s = min(request.timeout_s or math.inf, self._max_request_time_s)
         deadline = asyncio.get_running_loop().time() + timeout_s
@@ -104,7 +106,7 @@ class Generator:
                 async with until(deadline):
                     return await self._prepare(request, deadline)
         except DeadlineError:
-            self._metrics.expire()
+            self._metrics.fail_early()
             raise
 
     async def _prepare(self, request: GenerationRequest, deadline: float) -> PreparedGeneration:
@@ -113,6 +115,10 @@ class Generator:
         info = self._engine.info
         if info is None or not self._engine.is_ready:
             raise NotReadyError("Service is not ready.", retry_after_s=1.0)
+        # Before any work: pictures would be fetched, decoded and sent over for nothing.
+        if (refusal := self._engine.refusal(request.priority)) is not None:
+            self._metrics.fail_early()
+            raise api_error_of(refusal)
         return await self._preparer.prepare(request, info, deadline)
 
     async def stream(self, prepared: PreparedGeneration) -> AsyncGenerator[Event, None]:

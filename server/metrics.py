@@ -59,8 +59,8 @@ class Metrics:
         """Begin to time one request that goes to the engine, with its prompts."""
         return RequestTimer(self, requests)
 
-    def expire(self) -> None:
-        """A request's time was over before it could be admitted."""
+    def fail_early(self) -> None:
+        """A request failed before it went to the engine: its time was over, or there is no room."""
         self.request_failure.inc()
         self.request_finish.labels("error").inc()
 

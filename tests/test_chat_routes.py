@@ -287,6 +287,21 @@ def test_a_refusal_of_the_engine_has_a_status_even_for_a_stream(
         assert response.headers["retry-after"] == "3"
 
 
+def test_where_the_engine_is_known_to_be_full_no_picture_is_loaded(checkpoint):
+    images, engine = OneTileImages(), ScriptedEngine(says("What is"))
+    engine.refused = QueueFullError("the queue is full", 2.4)
+
+    async def use(client, engine):
+        answer = await client.post(CHAT, json=with_image())
+        return answer, (await client.get("/metrics")).text
+
+    answer, figures = serve(checkpoint, use, images=images, engine=engine)
+    assert error_of(answer, 429)["type"] == "rate_limit_error"
+    assert answer.headers["retry-after"] == "3"
+    assert images.requests == engine.requests == []
+    assert "request_failure_total 1.0" in figures
+
+
 def test_an_error_in_the_middle_of_a_stream_is_a_frame_before_done(checkpoint):
     script = fails(*says("What is", None)(None), EngineDeadError("gone"))
     *chunks, error, done = frames_of(post(checkpoint, BODY | {"stream": True}, script))

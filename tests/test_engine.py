@@ -302,6 +302,35 @@ def test_a_full_queue_refuses_at_once_and_serves_again_later(tmp_path):
     asyncio.run(scenario())
 
 
+def test_a_step_tells_workers_that_have_something_open_that_a_newcomer_would_be_refused(
+    tmp_path, monkeypatch
+):
+    """And the next that it would not; a better priority must ask the engine itself."""
+    monkeypatch.setattr("vlmserve.router.client.REFUSAL_S", 1e9)  # whatever holds this test up
+
+    async def scenario() -> None:
+        runner = FakeRunner(step_seconds=0.01)
+        async with engine_of(tmp_path, runner, max_num_seqs=1, max_queue_requests=1) as rig:
+            client, idle = await rig.connect(), await rig.connect()
+            running = asyncio.create_task(tokens_of(client, request_of("r", max_tokens=5_000)))
+            await until(lambda: rig.engine.stats().num_running == 1)
+            waiting = asyncio.create_task(tokens_of(client, request_of("w", max_tokens=5_000)))
+            await until(lambda: client.refusal(0) is not None)
+            refusal = client.refusal(1)
+            assert isinstance(refusal, QueueFullError)
+            assert "--max-queue-requests" in str(refusal)
+            assert refusal.retry_after_s >= 1
+            assert client.refusal(-1) is None
+            assert idle.refusal(0) is None
+            waiting.cancel()
+            await until(lambda: client.refusal(0) is None)
+            running.cancel()
+            await asyncio.gather(running, waiting, return_exceptions=True)
+            assert client.refusal(0) is None
+
+    asyncio.run(scenario())
+
+
 def test_what_can_never_run_is_refused_with_a_remedy(tmp_path):
     async def scenario() -> None:
         async with engine_of(tmp_path, FakeRunner(fake_info(max_model_len=8))) as rig:

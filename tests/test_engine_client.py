@@ -24,6 +24,7 @@ from vlmserve.router.messages import (
     AbortRequests,
     AddRequest,
     EngineReady,
+    Refusal,
     SequenceOutput,
     StepOutputs,
     ToEngine,
@@ -118,6 +119,27 @@ async def connected(engine: ScriptedEngine, **options) -> EngineClient:
     engine.say(READY)
     assert await client.wait_ready(5) == READY
     return client
+
+
+def test_a_refusal_that_no_step_renews_is_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmserve.router.client.REFUSAL_S", 1e9)
+
+    async def scenario() -> None:
+        async with scripted_engine(tmp_path) as engine:
+            client = await connected(engine)
+            task = asyncio.create_task(tokens_of(client, request_of()))
+            await until(lambda: bool(engine.received))
+            refusal = Refusal(message="full", retry_after_s=2.0)
+            engine.say(StepOutputs(outputs=[], refusal=refusal))
+            await until(lambda: client.refusal(0) is not None)
+            assert client.refusal(0).retry_after_s == 2.0
+            monkeypatch.setattr("vlmserve.router.client.REFUSAL_S", 0.0)
+            await asyncio.sleep(0.001)
+            assert client.refusal(0) is None
+            task.cancel()
+            await client.close()
+
+    asyncio.run(scenario())
 
 
 def test_an_engine_that_goes_away_fails_every_open_request_and_is_told_once(tmp_path):

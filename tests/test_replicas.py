@@ -221,6 +221,20 @@ def test_a_request_moves_once_if_its_replica_dies_before_it_begins_and_past_full
     assert not pool._homes
 
 
+def test_a_pool_is_known_to_be_full_where_all_that_could_be_asked_are():
+    late, soon = ScriptedClient(END), ScriptedClient(END)
+    pool, _ = pool_of(late, soon)
+    assert pool.refusal(0) is None
+    late.refusal = lambda priority: FULL
+    assert pool.refusal(0) is None
+    soon.refusal = lambda priority: QueueFullError("full", 3.0)
+    assert pool.refusal(0).retry_after_s == 3.0
+    soon.is_there = False
+    assert pool.refusal(0) is FULL
+    late.is_there = False
+    assert pool.refusal(0) is None, "that no replica is ready is another error"
+
+
 def test_a_worker_that_stops_sends_nothing_to_another_replica():
     pool, told = pool_of(ScriptedClient(DEAD), ScriptedClient(END))
     pool.stop()

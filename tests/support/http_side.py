@@ -20,7 +20,7 @@ import msgspec
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vlmserve.models.batch import ImageTiles
-from vlmserve.router.errors import EngineError
+from vlmserve.router.errors import EngineError, QueueFullError
 from vlmserve.router.messages import AddRequest, EngineReady, EngineStats, SequenceOutput
 from vlmserve.server.app import build_app
 from vlmserve.server.http_protocol import StrictProtocol
@@ -169,6 +169,7 @@ class ScriptedEngine:
         self.stall_s = 0.0
         self.may_compile = False
         self.stats = EngineStats(num_running=1, text_blocks_used=1, text_blocks_total=4)
+        self.refused: QueueFullError | None = None
         self.requests: list[AddRequest] = []
         self.aborted: list[str] = []
         self.open: set[str] = set()
@@ -197,6 +198,10 @@ class ScriptedEngine:
             for request in requests:
                 for request_id in request.answer_ids:
                     self.leave(request_id)
+
+    def refusal(self, priority: int) -> QueueFullError | None:
+        """What a test says."""
+        return self.refused
 
     async def _outputs(self, request: AddRequest) -> AsyncIterator[SequenceOutput]:
         for item in self.script(request):
