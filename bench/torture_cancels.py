@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import random
+import struct
 import time
+import zlib
 from collections import Counter
 from collections.abc import AsyncIterator
+from itertools import islice
 from typing import Any
 
 from processes import free_port, running, vlmserve_command
@@ -20,6 +24,9 @@ MODEL = "torture"
 # What a client waits for before it leaves.
 STAGES = ("queued", "fetching", "decoding", "prefill", "stream", "plain")
 LONGEST_DELAY_S = 0.05
+NUM_PICTURES = 16
+# The signature and the first chunk, behind which others may stand.
+PNG_HEAD_BYTES = 33
 REST_S = 5.0
 
 
@@ -39,7 +46,7 @@ async def run_cancels(count: int, clients: int, seed: int) -> tuple[dict[str, An
             canceller.left.clear()
             await canceller.run(count, clients)
             seconds = time.monotonic() - began
-            after = await _at_rest(url, server.pid)
+            after = await _at_rest(url, server.pid, base["descriptors"])
             is_same = engine_pid(server.pid) == engine
     figures = {
         "cancels": sum(canceller.left.values()),
@@ -62,7 +69,9 @@ class Canceller:
     def __init__(self, port: int, picture_url: str, seed: int) -> None:
         self._port = port
         self._rng = random.Random(seed)
-        self._pictures = unique_pictures([(224, 224), (1120, 560)], seed)
+        drawn = islice(unique_pictures([(224, 224), (1120, 560)], seed), NUM_PICTURES)
+        self._pictures = [base64.b64decode(url.partition(",")[2]) for url in drawn]
+        self._bodies = {stage: _body_of(stage, seed) for stage in STAGES}
         self._picture_url = picture_url
         self.left: Counter[str] = Counter()
 
@@ -93,21 +102,41 @@ class Canceller:
             writer.transport.abort()
 
     def _body(self, stage: str) -> bytes:
-        load = Load(
-            1,
-            max_tokens=200,
-            num_images=0,
-            prompt_words=300 if stage == "prefill" else 5,
-            stream=stage == "stream",
-            ignore_eos=True,
-            seed=self._rng.randrange(2**31),
-        )
-        body = json.loads(request_bodies(load, MODEL)[0])
-        urls = {"fetching": self._picture_url, "decoding": next(self._pictures)}
-        if url := urls.get(stage):
-            part = {"type": "image_url", "image_url": {"url": url}}
-            body["messages"][0]["content"].insert(0, part)
+        """A body that no other request had, so that nothing of it is cached."""
+        body = json.loads(self._bodies[stage])
+        content = body["messages"][0]["content"]
+        content[-1]["text"] = f"{self._rng.randrange(2**64):x} {content[-1]['text']}"
+        if stage == "fetching":
+            content.insert(0, _picture_part(self._picture_url))
+        elif stage == "decoding":
+            png = _with_comment(self._rng.choice(self._pictures), self._rng.randbytes(8).hex())
+            url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+            content.insert(0, _picture_part(url))
         return json.dumps(body).encode()
+
+
+def _body_of(stage: str, seed: int) -> bytes:
+    load = Load(
+        1,
+        max_tokens=200,
+        num_images=0,
+        prompt_words=300 if stage == "prefill" else 5,
+        stream=stage == "stream",
+        ignore_eos=True,
+        seed=seed,
+    )
+    return request_bodies(load, MODEL)[0]
+
+
+def _picture_part(url: str) -> dict[str, object]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _with_comment(png: bytes, text: str) -> bytes:
+    """The same picture in other bytes, which costs less than drawing another one."""
+    chunk = b"tEXtComment\0" + text.encode()
+    checked = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return png[:PNG_HEAD_BYTES] + checked + png[PNG_HEAD_BYTES:]
 
 
 def _post(body: bytes) -> bytes:
@@ -134,12 +163,19 @@ async def _never_ending_pictures() -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/picture.png"
 
 
-async def _at_rest(url: str, supervisor: int) -> dict[str, float]:
-    """Blocks, requests and descriptors once they are at rest, or as they are after REST_S."""
-    deadline = time.monotonic() + REST_S
+async def _at_rest(
+    url: str, supervisor: int, most_descriptors: float | None = None
+) -> dict[str, float]:
+    """Blocks, requests and descriptors once they are at rest, or as they are after REST_S.
+
+    most_descriptors: how many there may be at rest; None: as many as do not change any more.
+    """
+    deadline, before = time.monotonic() + REST_S, most_descriptors
     while True:
         state = await asyncio.to_thread(gauges, url)
         descriptors = await asyncio.to_thread(num_descriptors, supervisor)
-        if not any(state.values()) or time.monotonic() > deadline:
+        is_at_rest = not any(state.values()) and before is not None and descriptors <= before
+        if is_at_rest or time.monotonic() > deadline:
             return state | {"descriptors": float(descriptors)}
+        before = descriptors if most_descriptors is None else most_descriptors
         await asyncio.sleep(0.1)
