@@ -11,8 +11,9 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from support.taped import TapeRecorder, tape_operations, taped_backend
 
 from vlmserve.bench.bounds import decode_work
 from vlmserve.bench.checkpoints import layout
-from vlmserve.bench.gpu_bench import child, document, tests_on_gpu
+from vlmserve.bench.gpu_bench import child, document, products, tests_on_gpu
 from vlmserve.bench.gpu_bench.child import Child, published_config
 from vlmserve.bench.gpu_bench.document import DROPPED, FAILED, NOT_AVAILABLE, OK, aims
 from vlmserve.bench.gpu_bench.paths import lay_out, missing
@@ -30,6 +31,7 @@ from vlmserve.bench.gpu_bench.plan import FULL, INT8, PLAIN, TINY, Row, expected
 from vlmserve.bench.gpu_bench.run import _Limits, _Watch
 from vlmserve.models.batch import PoolSizes
 from vlmserve.models.fused import FusedDecoder
+from vlmserve.models.int8.product import fused_product
 from vlmserve.models.loading import load
 from vlmserve.models.operations import TritonOperations
 from vlmserve.models.placement import on_one_device
@@ -114,7 +116,8 @@ def test_each_row_is_printed_as_it_ends(rehearsed) -> None:
 
 def test_rows_hold_their_figures_beside_the_bound(rehearsed) -> None:
     good = [row for row in last_document(rehearsed[1])["rows"] if row["status"] == OK]
-    assert {row["kind"] for row in good} == {"decode", "prefill", "encode", "profile"}
+    kinds = {"decode", "prefill", "encode", "products", "profile"}
+    assert {row["kind"] for row in good} == kinds
     for row in good:
         if row["kind"] == "decode":
             assert row["tokens_per_s"] == pytest.approx(1e3 / row["step_ms"], rel=1e-2)
@@ -127,6 +130,11 @@ def test_rows_hold_their_figures_beside_the_bound(rehearsed) -> None:
             assert row["tiles"] == 4
         elif row["kind"] == "prefill":
             assert row["tokens_per_s"] > 0
+        elif row["kind"] == "products":
+            names = [entry["product"] for entry in row["products"]]
+            head = [] if row["quantize"] == INT8 else ["head"]
+            assert names == ["qkv", "out", "gate and up", "down", *head]
+            assert all(entry["us"] > 0 for entry in row["products"])
         else:
             assert row["top"][0]["us"] > 0
 
@@ -243,6 +251,27 @@ def test_what_matters_most_is_measured_first() -> None:
     assert len(decodes) == 2 * 4 * 2
     assert expected_s(rows[0], {"decode": 3.0}) == 3.0
     assert expected_s(rows[0], {}) > 0
+
+
+@needs_interpreter()
+def test_a_sweep_tries_every_tiling_and_notes_those_that_fail(monkeypatch) -> None:
+    def refuse(rows, codes, scales, tiles):
+        if tiles.block_n == 128:
+            raise RuntimeError("out of resource: shared memory")
+        return fused_product(rows, codes, scales, tiles)
+
+    monkeypatch.setattr(products, "fused_product", refuse)
+    config = layout("tiny").text_config
+    config.hidden_size, config.intermediate_size = 32, 48
+    runner: Any = SimpleNamespace(config=SimpleNamespace(text_config=config))
+    size = replace(TINY, batches=(1,), sweeps=True)
+    found = products.products(runner, Row("products", INT8, "eager"), size, 1e3)["products"]
+    qkv = [entry for entry in found if entry["product"] == "qkv"]
+    assert len(qkv) == 1 + len(products.SWEPT)
+    assert [entry["error"] for entry in qkv if "error" in entry] == [
+        "out of resource: shared memory"
+    ]
+    assert all(entry["share_of_bandwidth"] > 0 for entry in qkv if "error" not in entry)
 
 
 def row(quantize: str, batch: int, **figures: Any) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """Measures one row: requests through the scheduler and the runner, as the engine runs them.
 
-Owns requests, the loop of steps and the clocks. Knows nothing of processes or of which rows there
+Owns requests and the loop of steps. Knows nothing of processes or of which rows there
 are. A step's time is from its planning to the next one's: what a client would see.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +23,9 @@ from vlmserve.router.scheduler import Scheduler, SchedulerLimits
 from vlmserve.router.sequence import Sequence
 
 from ..bounds import decode_work, prefill_work
+from .clock import Clock
 from .plan import INT8, Row, Size
+from .products import products
 
 GREEDY = SamplingParams(temperature=0.0)
 UNBOUNDED = QueueLimits(max_requests=10**6, max_tokens=10**9, max_bytes=10**12)
@@ -40,32 +41,6 @@ LAUNCHES = (
     "cuLaunchKernelEx",
     "cudaGraphLaunch",
 )
-
-
-class Clock:
-    """Marks on the device's own time line where there is one, else on the host's."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
-
-    def mark(self) -> Any:
-        """A point in time, behind all that the device was told so far."""
-        if not self._is_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def wait(self) -> None:
-        """Return when the device has done all that it was told."""
-        if self._is_cuda:
-            torch.cuda.synchronize()
-
-    def ms(self, begin: Any, end: Any) -> float:
-        """Milliseconds between two marks, after `wait`."""
-        if not self._is_cuda:
-            return 1e3 * float(end - begin)
-        return float(begin.elapsed_time(end))
 
 
 @dataclass(slots=True)
@@ -315,5 +290,6 @@ MEASURES: dict[str, Callable[[ModelRunner, Row, Size, float], dict[str, Any]]] =
     "decode": decode,
     "prefill": prefill,
     "encode": encode,
+    "products": products,
     "profile": profile,
 }

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 PLAIN, INT8 = "none", "int8"
 EAGER, GRAPHS = "eager", "graphs"
-DECODE, PREFILL, ENCODE, PROFILE = "decode", "prefill", "encode", "profile"
+DECODE, PREFILL, ENCODE = "decode", "prefill", "encode"
+PRODUCTS, PROFILE = "products", "profile"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class Size:
     context: tokens of a prompt before its decode; steps: decode steps that are timed, behind
     warm_steps; repeats: of a prefill and of an image. copy_bytes: of the copy that measures
     bandwidth. max_model_len: what the runner is made for; graphs are recorded for that length.
+    sweeps: int8 products in other tilings too.
     """
 
     model: str
@@ -34,6 +36,7 @@ class Size:
     repeats: int
     copy_bytes: int
     max_model_len: int
+    sweeps: bool = False
 
     def length(self, batch: int) -> int:
         """Tokens of a sequence at most, whose elders decode while it and others wait to start."""
@@ -68,7 +71,7 @@ def rows_of(quantize: str, batches: Sequence[int]) -> list[Row]:
     """
     rows = _decodes(quantize, GRAPHS, batches)
     eager = _decodes(quantize, EAGER, batches)
-    first = [Row(PREFILL, quantize, EAGER)]
+    first = [Row(PRODUCTS, quantize, EAGER), Row(PREFILL, quantize, EAGER)]
     if quantize == PLAIN:  # the vision encoder is not quantized
         first.append(Row(ENCODE, quantize, EAGER, has_image=True))
     # last: the profiler's hooks stay in the process and slow what comes after them
@@ -93,7 +96,7 @@ def _outer(batches: Sequence[int]) -> list[int]:
 
 
 # seconds that a row takes at first guess on a GPU, compiling included
-_FIRST_GUESS_S = {DECODE: 12.0, PREFILL: 10.0, ENCODE: 10.0, PROFILE: 8.0}
+_FIRST_GUESS_S = {DECODE: 12.0, PREFILL: 10.0, ENCODE: 10.0, PRODUCTS: 10.0, PROFILE: 8.0}
 
 
 def expected_s(row: Row, taken_s: dict[str, float]) -> float:

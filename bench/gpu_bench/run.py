@@ -75,6 +75,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--wheels", type=Path, default=WHEELS, help="folder of wheels")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal on a CPU")
     parser.add_argument("--batches", default="", help="comma-separated sequences of a decode")
+    parser.add_argument("--sweep", action="store_true", help="int8 products in other tilings too")
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--test-files", default=",".join(FILES), help="comma-separated")
     parser.add_argument(
@@ -92,7 +93,7 @@ def _parse_arguments() -> argparse.Namespace:
 def _size_of(args: argparse.Namespace) -> Size:
     size = TINY if args.tiny else FULL
     batches = tuple(int(part) for part in args.batches.split(",") if part)
-    return replace(size, batches=batches) if batches else size
+    return replace(size, batches=batches or size.batches, sweeps=args.sweep)
 
 
 def _interrupt(number: int, frame: Any) -> None:
