@@ -72,6 +72,8 @@ def test_the_last_line_is_the_document_that_is_saved(rehearsed) -> None:
     folder, done = rehearsed
     found = last_document(done)
     assert json.loads((folder / document.FILE).read_text()) == found
+    assert sorted(file.name for file in folder.iterdir()) == [document.FILE, document.LOG_FILE]
+    assert "RehearsedError" not in (folder / document.LOG_FILE).read_text()  # it is in its row
     assert {"device", "torch", "triton", "commit", "nvidia_smi", "command"} <= set(found["machine"])
     assert found["settings"]["model"] == "tiny"
     for quantize in (PLAIN, INT8):

@@ -16,7 +16,9 @@ from typing import Any
 
 from .plan import DECODE, INT8, PLAIN, Row
 
-FILE = "gpu.json"
+FILE, LOG_FILE = "gpu.json", "gpu.log"
+# of each process's log that are kept
+LOG_CHARACTERS = 200_000
 OK, FAILED, DROPPED, NOT_AVAILABLE = "ok", "failed", "dropped", "not available"
 
 # the aims: at least so much
@@ -59,6 +61,14 @@ class Document:
         fresh = file.with_suffix(".new")
         fresh.write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
         fresh.replace(file)
+
+    def keep_logs(self, scratch: Path) -> None:
+        """Write the ends of all processes' logs to one file beside the document's."""
+        parts = []
+        for log in sorted(scratch.rglob("*.log")):
+            end = log.read_text("utf-8", "replace")[-LOG_CHARACTERS:]
+            parts.append(f"==> {log.name} <==\n{end}\n")
+        (self.folder / LOG_FILE).write_text("\n".join(parts), encoding="utf-8")
 
     def content(self) -> dict[str, Any]:
         """What is written, and printed last."""

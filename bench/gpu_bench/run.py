@@ -61,6 +61,7 @@ def main() -> int:
         except Exception as error:  # what was measured is told all the same
             document.notes.append(f"the run broke off: {type(error).__name__}: {error}")
             traceback.print_exc()
+        document.keep_logs(Path(scratch))
     document.seconds = time.monotonic() - began
     document.save()
     print(json.dumps(document.content()), flush=True)
@@ -112,7 +113,8 @@ class _Run:
         deadline: float,
     ) -> None:
         self._args, self._size, self._document = args, size, document
-        self._scratch, self._deadline = scratch, deadline
+        self._work, self._deadline = scratch / "work", deadline
+        self._work.mkdir()
         self._num_children = 0
         wheels = args.wheels if args.wheels.is_dir() else None
         self._environment = lay_out(scratch, wheels)
@@ -142,7 +144,7 @@ class _Run:
             self._document.tests = run_tests(
                 self._args.test_files.split(","),
                 self._environment,
-                self._document.folder,
+                self._work,
                 TESTS_SHARE * self._left(),
             )
         print(f"tests: {json.dumps(self._document.tests)}", flush=True)
@@ -160,7 +162,7 @@ class _Run:
     def _one_child(self, quantize: str, rows: list[Row], deadline: float) -> list[Row]:
         """Measure until a process ends; the rows that are left."""
         self._num_children += 1
-        folder, number = self._document.folder, self._num_children
+        folder, number = self._work, self._num_children
         events, log = folder / f"child-{number}.jsonl", folder / f"child-{number}.log"
         events.write_text("")
         told = {
