@@ -27,6 +27,7 @@ from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
 from .attention import AttentionBackend
 from .batch import BlockCopy, PoolSizes
+from .transfer import upload
 
 ATTENTION_NAME = "vlmserve_paged"
 
@@ -116,8 +117,8 @@ def copy_blocks(pools: KVPools, copies: Sequence[BlockCopy]) -> None:
         return
     layers = [one for index, one in enumerate(pools.layers) if index not in pools.cross_layers]
     for device in {layer.keys.device for layer in layers}:
-        sources = torch.tensor([one.source for one in copies], device=device)
-        targets = torch.tensor([one.target for one in copies], device=device)
+        sources = upload([one.source for one in copies], device, np.int64)
+        targets = upload([one.target for one in copies], device, np.int64)
         for layer in layers:
             if layer.keys.device == device:
                 layer.keys[targets] = layer.keys[sources]
@@ -132,7 +133,7 @@ def poison_blocks(pools: KVPools, text_blocks: Sequence[int], image_blocks: Sequ
     for index, layer in enumerate(pools.layers):
         block_ids = image_blocks if index in pools.cross_layers else text_blocks
         if block_ids:
-            rows = torch.tensor(list(block_ids), device=layer.keys.device)
+            rows = upload(list(block_ids), layer.keys.device, np.int64)
             layer.keys[rows] = POISON
             layer.values[rows] = POISON
 

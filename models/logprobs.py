@@ -8,11 +8,14 @@ sampling parameters, and as vLLM defines them. Knows nothing of how a token is c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .batch import PromptLogprobs, PromptTargets, SamplingParams, TokenLogprobs
+from .transfer import upload
 
 # JSON has no -inf.
 LOWEST_LOGPROB = -9999.0
@@ -29,23 +32,30 @@ class RawLogprobs:
         counts = ((row, param.num_logprobs) for row, param in enumerate(params))
         self._counts = {row: count for row, count in counts if count is not None}
         if self._counts:
-            at = torch.tensor(list(self._counts), device=logits.device)
-            self._logprobs = logits[at].log_softmax(dim=-1).clamp_(min=LOWEST_LOGPROB)
+            self._at = upload(list(self._counts), logits.device, np.int64)
+            self._logprobs = logits[self._at].log_softmax(dim=-1).clamp_(min=LOWEST_LOGPROB)
 
-    def of(self, token_ids: Tensor) -> dict[int, TokenLogprobs]:
-        """row -> what was asked for, given each row's chosen token, int64 [num_rows]."""
+    def tensors(self, token_ids: Tensor) -> list[Tensor]:
+        """What `of` needs on the host, given each row's chosen token, int64 [num_rows].
+
+        Ids that are none are passed over.
+        """
         if not self._counts:
-            return {}
-        at = torch.tensor(list(self._counts), device=token_ids.device)
-        chosen = self._logprobs.gather(-1, token_ids[at][:, None]).squeeze(1).tolist()
+            return []
+        chosen = self._logprobs.gather(-1, token_ids[self._at].clamp_(min=0)[:, None])
         most = min(max(self._counts.values()), self._logprobs.shape[-1])
         top = self._logprobs.topk(most, dim=-1)
-        tops = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return [chosen.squeeze(1), top.indices, top.values]
+
+    def of(self, told: Sequence[NDArray[Any]]) -> dict[int, TokenLogprobs]:
+        """row -> what was asked for, given a copy of `tensors`."""
+        if not self._counts:
+            return {}
+        chosen, indices, values = (array.tolist() for array in told)
+        rows = zip(self._counts.items(), chosen, indices, values, strict=True)
         return {
-            row: TokenLogprobs(logprob, ids[:count], values[:count])
-            for (row, count), logprob, (ids, values) in zip(
-                self._counts.items(), chosen, tops, strict=True
-            )
+            row: TokenLogprobs(logprob, ids[:count], top[:count])
+            for (row, count), logprob, ids, top in rows
         }
 
 
@@ -68,7 +78,8 @@ def prompt_logprobs(
 def _of_rows(logits: Tensor, token_ids: list[int], num_top: int) -> Iterator[PromptLogprobs | None]:
     vocab_size = logits.shape[-1]
     logprobs = logits.log_softmax(dim=-1).clamp_(min=LOWEST_LOGPROB)
-    at = torch.tensor([min(one, vocab_size - 1) for one in token_ids], device=logits.device)
+    known = [min(one, vocab_size - 1) for one in token_ids]
+    at = upload(known, logits.device, np.int64)
     chosen = logprobs.gather(-1, at[:, None])
     ranks = ((logprobs > chosen).sum(dim=-1) + 1).tolist()
     top = logprobs.topk(min(num_top, vocab_size), dim=-1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .batch import SamplingContext, SamplingParams
+from .transfer import upload
 
 # A ban is the lowest number and not -inf: a row whose client bans every token still has a best
 # one, and does not fail the step for its neighbours.
@@ -134,7 +135,4 @@ def _places(logits: Tensor, entries: Sequence[_Entry]) -> tuple[Tensor, Tensor] 
         return None
     amount = np.concatenate(amounts).astype(np.float64)
     device = logits.device
-    return (
-        torch.from_numpy(np.concatenate(places)).to(device),
-        torch.from_numpy(amount).to(device),
-    )
+    return upload(np.concatenate(places), device), upload(amount, device)

@@ -21,7 +21,15 @@ from transformers import MllamaConfig
 from .attention import AttentionBackend
 from .attention.sdpa import SdpaBackend
 from .attention.triton_paged import TritonBackend
-from .batch import ModelInfo, PromptLogprobs, ScheduledSequence, StepBatch, StepResult, TokenMatcher
+from .batch import (
+    ModelInfo,
+    PromptLogprobs,
+    ScheduledSequence,
+    StepBatch,
+    StepResult,
+    TokenLogprobs,
+    TokenMatcher,
+)
 from .cache import (
     KVPools,
     PagedCache,
@@ -41,8 +49,9 @@ from .loading import LoadedModel
 from .logprobs import RawLogprobs, prompt_logprobs
 from .placement import VISION
 from .pools import PoolPlan
-from .sampling import Masks, sample
+from .sampling import Masks, Sampled, sample
 from .split import SplitCache, SplitStep
+from .transfer import fetch, upload
 from .vision import VisionEncoder
 
 
@@ -281,11 +290,11 @@ class ModelRunner:
         raw = RawLogprobs(logits, params)
         indices, contexts = [s.sample_index for s in sequences], [s.context for s in sequences]
         allowed = None if masks is None else masks.result()
-        token_ids = sample(logits, params, indices, contexts, allowed)
-        logprobs = raw.of(token_ids)
+        sampled = sample(logits, params, indices, contexts, allowed)
+        token_ids, told = _collect(sampled, raw)
         return StepResult(
-            token_ids=dict(zip((s.request_id for s in sequences), token_ids.tolist(), strict=True)),
-            logprobs={sequences[row].request_id: one for row, one in logprobs.items()},
+            token_ids=dict(zip((s.request_id for s in sequences), token_ids, strict=True)),
+            logprobs={sequences[row].request_id: one for row, one in told.items()},
         )
 
     def _prompt_logprobs(
@@ -305,7 +314,15 @@ class ModelRunner:
     def _upload(
         self, array: NDArray[np.int64] | NDArray[np.bool_], device: torch.device | None = None
     ) -> Tensor:
-        return torch.from_numpy(array).to(device or self._loaded.device)
+        return upload(array, device or self._loaded.device)
+
+
+def _collect(sampled: Sampled, raw: RawLogprobs) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    """Each row's token, and what rows that asked are told: by one copy, but for rare rows."""
+    while True:
+        token_ids, *told = fetch([sampled.token_ids, *raw.tensors(sampled.token_ids)])
+        if sampled.is_decided(token_ids):
+            return token_ids.tolist(), raw.of(told)
 
 
 def _check_ids(ids: list[int], limit: int, what: str, sequence: ScheduledSequence) -> None:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from support.fake_runner import FakeRunner, expected_token_ids
+from support.sampled import sample
 
 from vlmserve.models.batch import SamplingParams, StepBatch, TokenMatcher
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.errors import GrammarError
 from vlmserve.models.grammar import MAX_COMPILED, MAX_COMPILED_BYTES, Grammars, Matcher
-from vlmserve.models.sampling import Masks, sample
+from vlmserve.models.sampling import Masks
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine import DuplicateRequestError, Engine
 from vlmserve.router.errors import EngineDeadError

@@ -7,12 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.sampled import sample
 from torch import Tensor
 
 from vlmserve.models import sampling
 from vlmserve.models.batch import SamplingParams
 from vlmserve.models.errors import NonFiniteLogitsError
-from vlmserve.models.sampling import sample, uniform
+from vlmserve.models.sampling import uniform
 
 NUM_DRAWS = 20_000
 VOCAB = 12
@@ -199,11 +200,39 @@ def test_the_window_of_best_tokens_cuts_as_a_sort_of_the_whole_row_does(
         for _ in range(60)
     ]
     weights = torch.from_numpy(np.exp(logits - logits.max(axis=1, keepdims=True)))
-    whole = sampling._filter(weights, params)
+    whole = sampling._filter(weights, params, is_whole=True).weights
     monkeypatch.setattr(sampling, "WINDOW", 64)
-    assert torch.equal(sampling._filter(weights, params), whole)
-    assert ((whole > 0).sum(-1) > 64).any()
-    assert ((whole > 0).sum(-1) < 64).any()
+    cut = sampling._filter(weights, params, is_whole=False)
+    assert cut.is_undecided is not None
+    assert torch.equal(cut.weights[~cut.is_undecided], whole[~cut.is_undecided])
+    is_beyond = (whole > 0).sum(-1) > 64
+    assert cut.is_undecided[is_beyond].all()
+    assert is_beyond.any()
+    assert num_levels == 3 or not cut.is_undecided.all()
+
+
+def test_rows_whose_cut_lies_beyond_the_window_are_drawn_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Greedy rows, decided ones, undecided ones and plain ones in one step."""
+    rng = np.random.default_rng(3)
+    logits = torch.from_numpy(rng.normal(0, 1, (40, 500))).float()
+    params = [
+        SamplingParams(
+            temperature=float(rng.choice([0.0, 0.3, 2.0])),
+            top_k=int(rng.choice([-1, 5, 63, 64, 400])),
+            top_p=float(rng.choice([1.0, 0.5, 0.99])),
+            min_p=float(rng.choice([0.0, 0.01])),
+            seed=row,
+        )
+        for row in range(40)
+    ]
+    expected = sample(logits, params, range(40))
+    monkeypatch.setattr(sampling, "WINDOW", 64)
+    first = sampling.sample(logits, params, range(40))
+    assert (first.token_ids == sampling.UNDECIDED).any()
+    assert (first.token_ids >= 0).any()
+    assert torch.equal(sample(logits, params, range(40)), expected)
 
 
 def test_a_cut_within_the_window_sorts_no_whole_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,11 @@ from support.http_side import (
     running_server,
     write_checkpoint,
 )
+from support.sampled import sample, told_of
 from tokenizers import Tokenizer, decoders, models
 
 from vlmserve.models.batch import SamplingContext, SamplingParams, TokenLogprobs
 from vlmserve.models.logprobs import RawLogprobs
-from vlmserve.models.sampling import sample
 from vlmserve.router.messages import AddRequest, SequenceOutput
 from vlmserve.server.answers import Finish, GrowingAnswer, TextDelta
 from vlmserve.server.logprobs import TokenReader
@@ -58,7 +58,7 @@ def test_logprobs_are_those_of_the_raw_logits_whatever_the_parameters() -> None:
     context = SamplingContext([1, 2, 3], [4], [5])
     token_ids = sample(logits, params, [0] * 4, [context] * 4)
     assert token_ids[3] == 7
-    found = raw.of(token_ids)
+    found = told_of(raw, token_ids)
     assert list(found) == [0, 1, 3]
     for row, one in found.items():
         assert one.logprob == pytest.approx(expected[row, token_ids[row]].item(), abs=1e-5)
@@ -73,12 +73,13 @@ def test_rows_that_do_not_ask_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(torch.Tensor, "log_softmax", forbidden)
     raw = RawLogprobs(torch.zeros(3, 5), [SamplingParams()] * 3)
-    assert raw.of(torch.zeros(3, dtype=torch.int64)) == {}
+    assert told_of(raw, torch.zeros(3, dtype=torch.int64)) == {}
 
 
 def test_a_token_without_a_chance_and_a_small_vocabulary_have_numbers_too() -> None:
     logits = torch.tensor([[0.0, float("-inf"), 1.0]])
-    (one,) = RawLogprobs(logits, [SamplingParams(num_logprobs=20)]).of(torch.tensor([1])).values()
+    raw = RawLogprobs(logits, [SamplingParams(num_logprobs=20)])
+    (one,) = told_of(raw, torch.tensor([1])).values()
     assert one.logprob == -9999.0
     assert one.top_token_ids == [2, 0, 1]
     assert all(math.isfinite(value) for value in one.top_logprobs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support.sampled import sample
 from torch import Tensor
 from transformers import (
     MinPLogitsWarper,
@@ -18,7 +19,6 @@ from vlmserve.models import sampling
 from vlmserve.models.batch import SamplingContext, SamplingParams
 from vlmserve.models.errors import NonFiniteLogitsError
 from vlmserve.models.penalties import adjust
-from vlmserve.models.sampling import sample
 from vlmserve.tests.test_sampling import NUM_DRAWS, chi_square_is_plausible
 
 VOCAB = 40

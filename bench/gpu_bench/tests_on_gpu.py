@@ -26,6 +26,7 @@ FILES = (
     "tests/test_int8.py",
     "tests/test_memory.py",
     "tests/test_operations.py",
+    "tests/test_synchronizations.py",
 )
 MOST_PROCESSES = 6
 SHOWN_FAILURES = 30

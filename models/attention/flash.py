@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..transfer import upload
 from .base import AttentionBackend, Geometry, PagedRows
 from .tiles import RaggedCall, TilePart, attend_tiles, plan_tiles
 
@@ -110,16 +111,16 @@ def _paged(rows: PagedRows, device: torch.device) -> PagedCall:
     assert (rows.query_lens > 0).all(), "a row without queries has nothing to ask"
     assert (rows.query_lens <= rows.key_lens).all(), "a causal row's queries are among its keys"
 
-    def upload(array: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)
+    def put(array: NDArray[np.int64]) -> Tensor:
+        return upload(array, device, np.int32)
 
     num_rows, table_width = rows.block_table.shape
     return PagedCall(
-        query_starts=upload(rows.query_start_loc),
-        key_starts=upload(np.concatenate([[0], np.cumsum(rows.key_lens)])),
-        capacity_starts=upload(np.arange(num_rows + 1) * table_width * rows.block_size),
-        key_lens=upload(rows.key_lens),
-        block_table=upload(rows.block_table),
+        query_starts=put(rows.query_start_loc),
+        key_starts=put(np.concatenate([[0], np.cumsum(rows.key_lens)])),
+        capacity_starts=put(np.arange(num_rows + 1) * table_width * rows.block_size),
+        key_lens=put(rows.key_lens),
+        block_table=put(rows.block_table),
         max_queries=int(rows.query_lens.max()),
         max_keys=int(rows.key_lens.max()),
         block_size=rows.block_size,

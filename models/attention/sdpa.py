@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..transfer import upload
 from .base import AttentionBackend, PagedRows
 
 # a bucket gathers at most so many keys at once: 128 MiB of keys of Llama-3.2-11B in bf16
@@ -144,8 +145,8 @@ def _bucket(rows: PagedRows, group: list[_Row], device: torch.device, dtype: tor
         num_rows=len(group),
         query_len=query_len,
         key_len=key_len,
-        queries=None if is_everything else torch.from_numpy(queries).to(device),
-        slots=torch.from_numpy(slots).to(device),
+        queries=None if is_everything else upload(queries, device),
+        slots=upload(slots, device),
         mask=None if mask is None else _additive(mask, device, dtype),
         is_causal=is_causal,
     )
@@ -173,7 +174,7 @@ def _mask(rows: PagedRows, query_len: int, key_lens: NDArray[np.int64]) -> NDArr
 
 def _additive(mask: NDArray[np.bool_], device: torch.device, dtype: torch.dtype) -> Tensor:
     """0 where a key may be seen, -inf elsewhere."""
-    is_seen = torch.from_numpy(mask).to(device)
+    is_seen = upload(mask, device)
     return torch.zeros(is_seen.shape, dtype=dtype, device=device).masked_fill_(
         ~is_seen, float("-inf")
     )

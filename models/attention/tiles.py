@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..transfer import upload
 from .base import PagedRows
 
 Ints = NDArray[np.int64]
@@ -104,14 +105,14 @@ def _part(
     merge = np.zeros(is_pair.shape, dtype=np.int64)
     merge[is_pair] = np.argsort(order)
 
-    def upload(array: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
-        return torch.from_numpy(array).to(device)
+    def put(array: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
+        return upload(array, device)
 
     return TilePart(
-        seeing=upload(queries),
-        pairs=upload(np.repeat(queries, num_tiles)[order]),
-        merge=upload(merge),
-        is_padding=None if is_pair.all() else upload(~is_pair),
+        seeing=put(queries),
+        pairs=put(np.repeat(queries, num_tiles)[order]),
+        merge=put(merge),
+        is_padding=None if is_pair.all() else put(~is_pair),
         call=_call(blocks, rows.block_size, device),
     )
 
@@ -125,8 +126,8 @@ def _call(blocks: Ints, block_size: int, device: torch.device) -> RaggedCall:
     num_queries[np.searchsorted(key_starts, starts)] = counts
     query_starts = np.concatenate([[0], np.cumsum(num_queries)])
     return RaggedCall(
-        query_starts=torch.from_numpy(query_starts.astype(np.int32)).to(device),
-        key_starts=torch.from_numpy(key_starts.astype(np.int32)).to(device),
+        query_starts=upload(query_starts, device, np.int32),
+        key_starts=upload(key_starts, device, np.int32),
         max_queries=int(num_queries.max()),
         max_keys=int(np.diff(key_starts).max()),
     )

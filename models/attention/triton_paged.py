@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..transfer import upload
 from ..triton_launch import MIN_DOT, operand_of, power_of_2
 from .base import AttentionBackend, Geometry, PagedRows
 
@@ -247,7 +248,7 @@ def _launch(
 
 
 def _upload(array: Ints, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)
+    return upload(array, device, np.int32)
 
 
 def _heads_together(states: Tensor) -> Tensor:
