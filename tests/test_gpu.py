@@ -7,8 +7,6 @@ Tolerances: of kernels as in test_attention.py, of logits as a share of their ro
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +26,12 @@ from support.taped import TapeRecorder, tape_operations, taped_backend
 from torch import nn
 
 from vlmserve.bench.checkpoints import layout
+from vlmserve.models.attention import AttentionBackend, get_backend
 from vlmserve.models.attention.sdpa import SdpaBackend
 from vlmserve.models.attention.triton_paged import TritonBackend
-from vlmserve.models.batch import PoolSizes
+from vlmserve.models.batch import ImageToEncode, PoolSizes, StepBatch
 from vlmserve.models.bundled import CHECKPOINT
-from vlmserve.models.cache import LayerCache
+from vlmserve.models.cache import LayerCache, poison_blocks
 from vlmserve.models.fused import FusedDecoder, is_fused
 from vlmserve.models.graphs.recorder import CudaRecorder, Recorder
 from vlmserve.models.int8.linear import Int8Linear
@@ -342,17 +341,8 @@ def test_replayed_steps_give_the_logits_of_eager_ones(place: Place, monkeypatch)
         assert error < share * exact.square().mean().sqrt(), name
 
 
-def waits(compute: Callable[[], object]) -> list[str]:
-    """Where the host waits for the GPU while it computes, by torch's own account."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            compute()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    messages = [f"{one.filename}:{one.lineno}: {one.message}" for one in caught]
-    return [message for message in messages if "synchronizing CUDA" in message]
+def backend_of(place: Place) -> AttentionBackend:
+    return get_backend("triton" if place.is_cuda else "sdpa")
 
 
 ANYWHERE = [
@@ -426,19 +416,22 @@ def test_answers_do_not_depend_on_replay(place: Place, quantize: str | None) -> 
         assert gap <= (1e-4 if place.dtype == torch.float32 else 2e-2) * float(rows.std())
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not HAS_CUDA, reason="there is no CUDA device")
-@pytest.mark.parametrize("name", ["text", "one"])
-def test_a_replayed_greedy_step_waits_for_its_tokens_alone(name: str) -> None:
-    runner = made(Place("cuda", torch.bfloat16), checkpoint("tiny"))
-    (request,) = requests(name)
-    blocks = Blocks(runner.info.pools)
-    for _ in range(3):
-        count = len(request.token_ids) - request.num_computed_tokens
-        step = schedule(request, count, blocks)
-        before = runner.num_replays
-        found = waits(
-            lambda step=step: request.token_ids.append(runner.execute(step).token_ids[name])
-        )
-    assert runner.num_replays == before + 1
-    assert len(found) == 1, "\n".join(found)
+@pytest.mark.parametrize("place", ANYWHERE)
+def test_an_image_in_parts_beside_decodes_is_that_of_one_pass(place: Place) -> None:
+    model = load_model(checkpoint("tiny"), place.device, "float32")
+    runner = ModelRunner(model, PLAN, backend_of(place))
+    blocks = Blocks(PLAN.sizes)
+    words, late = requests("text", "late")
+    runner.compute_logits(schedule(words, len(words.token_ids), blocks))
+    whole = schedule(late, len(late.token_ids), blocks)
+    expected = runner.compute_logits(whole)
+    (due,) = whole.images
+    for begin, end in ((0, 1), (1, 3)):
+        words.token_ids.append(5)
+        beside = schedule(words, 1, blocks)
+        part = ImageToEncode(due.image, due.block_ids, begin, end)
+        runner.compute_logits(StepBatch(beside.sequences, [part]))
+    last = ImageToEncode(due.image, due.block_ids, 3)
+    poison_blocks(runner.pools, [], due.block_ids)
+    told = runner.compute_logits(StepBatch(whole.sequences, [last]))
+    torch.testing.assert_close(told, expected, atol=1e-4, rtol=1e-4)
