@@ -47,6 +47,8 @@ def requests(draw, request_id: str, max_model_len: int, num_image_blocks: int) -
         ),
         priority=draw(st.sampled_from([0, 0, 0, -1])),
         num_prompt_logprobs=draw(st.sampled_from([None, None, 0])),
+        # Compiled after so many steps.
+        grammar=draw(st.sampled_from([None, None, None, "0", "3", "8"])),
     )
 
 
@@ -99,12 +101,14 @@ def test_thousands_of_mixes_answer_as_if_alone(scenario, aborts_in_step):
 def run_mix(scenario, aborts_in_step: bool) -> None:
     bench, plan, failing = scenario
     aborted: set[str] = set()
-    last_arrival = max(arrives_at for arrives_at, _, _ in plan)
+    last_arrival = max(ready_at(arrives_at, request) for arrives_at, request, _ in plan)
     now = 0
     while now <= last_arrival or bench.scheduler.has_work:
         for arrives_at, request, _ in plan:
             if arrives_at == now:
                 bench.add(request)
+            if request.grammar is not None and ready_at(arrives_at, request) == now:
+                bench.let_on(request)
         batch = bench.plan() if aborts_in_step else None
         abort_some(bench, plan, now, aborted)
         batch = batch if aborts_in_step else bench.plan()
@@ -122,6 +126,11 @@ def run_mix(scenario, aborts_in_step: bool) -> None:
         if not any(request.choice_ids for _, request, _ in plan):
             assert bench.num_lost_runs == bench.scheduler.num_preemptions
     bench.assert_all_free()
+
+
+def ready_at(arrives_at: int, request: AddRequest) -> int:
+    """When its grammar is compiled."""
+    return arrives_at + int(request.grammar or 0)
 
 
 def abort_some(bench: Bench, plan, now: int, aborted: set[str]) -> None:

@@ -22,6 +22,18 @@ def _blocks_of(entry: ImageEntry) -> list[int]:
     return entry.block_ids
 
 
+class AnyText:
+    """A matcher that allows everything."""
+
+    has_failed = False
+
+    def accept(self, token_id: int) -> None:
+        pass
+
+    def copy(self) -> AnyText:
+        return self
+
+
 @dataclass
 class Bench:
     """A scheduler, its queue and a fake runner, stepped by hand.
@@ -74,10 +86,18 @@ class Bench:
             self.sequences[sequence.request_id] = sequence
         return sequences[0]
 
+    def let_on(self, request: AddRequest) -> None:
+        """The grammar of `request` is compiled: those of its answers that are there may run."""
+        for request_id in request.answer_ids:
+            if not self.sequences[request_id].is_finished:
+                self.scheduler.let_on(self.sequences[request_id], AnyText())
+
     def plan(self) -> StepBatch | None:
         """The next step. Asserts that the first of those who run proceeds in it, or its image."""
         first = next(iter(self.scheduler._running), None)
         batch = self.scheduler.schedule()
+        for one in batch.sequences if batch else ():
+            assert not self.sequences[one.request_id].lacks_matcher
         if first is not None and self.max_num_batched_tokens >= self.max_num_seqs:
             assert batch is not None
             is_computed = first.sequence_id in {one.request_id for one in batch.sequences}
