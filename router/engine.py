@@ -141,11 +141,11 @@ class Engine:
         if limit_s is None:
             return
         num_ahead = self._queue.num_ahead(priority)
-        num_running, num_places = self.scheduler.num_running, self._config.max_num_seqs
-        place = num_ahead + 1 - (num_places - num_running)
+        num_places = self._config.max_num_seqs
+        place = num_ahead + 1 - (num_places - self.scheduler.num_running)
         if place <= 0:
             return
-        wait_s = self._pace.wait_s(place, min(num_running + num_ahead, num_places))
+        wait_s = self._pace.wait_s(place, num_places)
         if wait_s is not None and wait_s > limit_s:
             raise QueueFullError(
                 f"the request would wait about {wait_s:.1f} s for its turn, the limit is "

@@ -51,16 +51,16 @@ class Pace:
         """Take in how long a request ran that has just ended, however it ended."""
         self._run_seconds.append(run_s)
 
-    def wait_s(self, place: int, num_running: int) -> float | None:
+    def wait_s(self, place: int, num_places: int) -> float | None:
         """How long the `place`-th of those who wait (from 1) will wait for its first step.
 
-        So many places come free as requests end: one every run time / num_running (Little's
-        law). None where too few have ended to tell.
+        All places are taken, and come free as requests end: one every run time / num_places
+        (Little's law). None where too few have ended to tell.
         """
         runs = self._run_seconds
         if len(runs) < MIN_RUNS:
             return None
-        return place * sum(runs) / len(runs) / max(num_running, 1)
+        return place * sum(runs) / len(runs) / num_places
 
     def _forget(self) -> None:
         """Drop the steps that began too long ago, but for the last."""
