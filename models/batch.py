@@ -18,6 +18,10 @@ Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
 Bias = Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]
 
 
+class DeviceLostError(RuntimeError):
+    """A step failed and so will all others: only a new process can use the device again."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token of a request is chosen; the defaults change nothing.
 

@@ -6,6 +6,7 @@
     StepError (RuntimeError)       one step failed; the engine ends the requests of that step
       NonFiniteLogitsError         the model's logits were NaN or infinite
 
+A device that can compute nothing more is DeviceLostError (`batch.py`): the engine must know it.
 Knows nothing of HTTP or of the engine's answers.
 """
 

@@ -47,6 +47,7 @@ from .image_cost import image_cost_tokens
 from .inputs import StepInputs, image_slots, pack
 from .loading import LoadedModel
 from .logprobs import RawLogprobs, prompt_logprobs
+from .lost_device import tells_of_lost_devices
 from .placement import VISION
 from .pools import PoolPlan
 from .sampling import Masks, Sampled, sample
@@ -153,11 +154,18 @@ class ModelRunner:
         )
         return self._graphs
 
+    @property
+    def devices(self) -> list[torch.device]:
+        """Those that hold parts of the model."""
+        return self._loaded.placement.devices()
+
     @torch.inference_mode()
+    @tells_of_lost_devices
     def execute(self, batch: StepBatch) -> StepResult:
         """Encode the batch's images, run its tokens, sample what is due.
 
         Raises StepError if the step cannot be computed; blocks of the batch then hold anything.
+        Raises DeviceLostError if no other can be either.
         """
         vision_states, vision_seconds = self._encode(batch)
         if not batch.sequences:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from ..models.batch import ModelInfo, StepBatch, StepResult, TokenMatcher
+from ..models.batch import DeviceLostError, ModelInfo, StepBatch, StepResult, TokenMatcher
 from .admission import AdmissionLimits, check_request
 from .config import EngineConfig
 from .errors import (
@@ -66,7 +66,10 @@ class Runner(Protocol):
         ...
 
     def execute(self, batch: StepBatch) -> StepResult:
-        """Compute one step. Called from one thread, one call at a time."""
+        """Compute one step. Called from one thread, one call at a time.
+
+        What it raises ends the requests of the step; DeviceLostError the engine.
+        """
         ...
 
     def compile_grammar(self, grammar: str, eos_token_ids: list[int], tenant: str) -> TokenMatcher:
@@ -195,7 +198,10 @@ class Engine:
     # The loop
 
     async def run(self) -> None:
-        """Compute steps for ever, or until cancelled."""
+        """Compute steps for ever, or until cancelled.
+
+        Raises DeviceLostError where no step can be computed any more.
+        """
         while True:
             batch = self.scheduler.schedule()
             if batch is None:
@@ -211,6 +217,8 @@ class Engine:
         loop = asyncio.get_running_loop()
         try:
             result = await loop.run_in_executor(self._executor, self._execute, batch)
+        except DeviceLostError:
+            raise  # the process ends, and another one takes its place
         except Exception:
             logger.exception("a step of %d sequences failed", len(batch.sequences))
             self._fail(self.scheduler.fail_step(), _step_failure())

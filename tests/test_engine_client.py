@@ -449,6 +449,27 @@ def test_the_process_serves_and_ends_cleanly_on_sigterm(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_engine_whose_device_is_lost_ends_rather_than_fail_every_request(tmp_path):
+    """It went on, ready as ever, and answered each request by an error."""
+    setup = EngineProcess(tmp_path)
+    lost = (
+        "from vlmserve.models.batch import DeviceLostError\n"
+        "    def fail(batch): raise DeviceLostError('cuda:0 can compute nothing more')\n"
+        "    return FakeRunner(before_step=fail)"
+    )
+    process = setup.start(script=FAKE_ENGINE.format(load=lost, step_seconds=0.0))
+
+    async def scenario() -> None:
+        client = await setup.client()
+        await client.wait_ready(DEADLINE_S)
+        with pytest.raises(EngineDeadError):
+            await tokens_of(client, request_of())
+        await client.close()
+
+    asyncio.run(scenario())
+    assert end(process)[0] == 1
+
+
 def test_sigterm_ends_running_requests_with_an_error_even_in_an_endless_step(tmp_path):
     setup = EngineProcess(tmp_path, step_seconds=3600)
     process = setup.start()
