@@ -92,6 +92,8 @@ def create_runner(
     """
     set_threads(num_threads)
     chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # of this thread, which computes too: triton launches there
     if isinstance(model, Checkpoint):
         checkpoint = model
     else:

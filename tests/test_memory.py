@@ -432,6 +432,21 @@ def test_a_model_that_the_cpu_cannot_hold_lies_on_disk_and_answers_alike(
     assert answers[0] == answers[1]
 
 
+def test_a_runner_makes_its_device_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device: on `cuda:1` it was given what lay elsewhere."""
+    made: list[torch.device] = []
+
+    def note(device: torch.device) -> None:
+        made.append(device)
+        raise ModelError("far enough")
+
+    monkeypatch.setattr(launch, "choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", note)
+    with pytest.raises(ModelError, match="far enough"):
+        create_runner(checkpoint("tiny"), **SMALL | {"device": "cuda:1"})
+    assert made == [torch.device("cuda", 1)]
+
+
 def test_memory_module_and_step_are_what_the_engine_uses() -> None:
     """The readings are handed in by default; a test must not silence them for all."""
     assert launch.room_of is memory.room_of

@@ -143,8 +143,10 @@ class TritonBackend(AttentionBackend):
         """The attention output of all launches; see `AttentionBackend.attend`."""
         query = _heads_together(query)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        for launch in plan.launches:
-            self._attend(query, key_cache, value_cache, output, plan, launch, scale)
+        # triton launches on the current device, and a model's layers may lie on several
+        with torch.cuda.device_of(query):
+            for launch in plan.launches:
+                self._attend(query, key_cache, value_cache, output, plan, launch, scale)
         return output
 
     def _attend(
@@ -218,17 +220,18 @@ class TritonBackend(AttentionBackend):
         """See `AttentionBackend.write`; a token whose slot is negative is stored nowhere."""
         width = keys.shape[-2] * keys.shape[-1]
         keys, values = _heads_together(keys), _heads_together(values)
-        self._kernels.write_kernel[(len(slots),)](
-            keys,
-            values,
-            key_cache,
-            value_cache,
-            slots,
-            keys.stride(0),
-            values.stride(0),
-            WIDTH=width,
-            PADDED_WIDTH=power_of_2(width),
-        )
+        with torch.cuda.device_of(keys):
+            self._kernels.write_kernel[(len(slots),)](
+                keys,
+                values,
+                key_cache,
+                value_cache,
+                slots,
+                keys.stride(0),
+                values.stride(0),
+                WIDTH=width,
+                PADDED_WIDTH=power_of_2(width),
+            )
 
 
 def choose_splits(num_rows: int, longest: int) -> int:

@@ -23,7 +23,7 @@ from ..fused import FusedDecoder
 from ..inputs import StepInputs
 from ..layer_count import LayerCount
 from .layout import Layout, Parts, write
-from .recorder import Recorder
+from .recorder import Recorder, frozen_objects
 
 # rows of the largest graph: beyond these a step computes longer than it is launched
 MAX_ROWS = 256
@@ -75,10 +75,11 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         self.num_replays = 0
         variants = (True, False) if pools.cross_layers else (False,)
-        for layout in reversed(self._layouts):
-            for has_images in variants:
-                graph = self._record(layout, has_images, recorder)
-                self._graphs[layout.size, has_images] = graph
+        with frozen_objects():
+            for layout in reversed(self._layouts):
+                for has_images in variants:
+                    graph = self._record(layout, has_images, recorder)
+                    self._graphs[layout.size, has_images] = graph
 
     @property
     def num_graphs(self) -> int:
@@ -161,7 +162,7 @@ class _Buffer:
         """Copy the beginning to the device, without waiting."""
         self.device[:num_entries].copy_(self._host[:num_entries], non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self.device.device))
 
     def wait(self) -> None:
         """Until the host's side may be written: the last step's tokens have come by then."""

@@ -8,8 +8,10 @@ passed to a kernel stays what it was: a computation must take all that changes f
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,6 +20,20 @@ Computation = Callable[[], Tensor]
 
 # passes before a capture: kernels are compiled, and libraries take their workspaces
 NUM_WARM_UPS = 2
+
+
+@contextlib.contextmanager
+def frozen_objects() -> Iterator[None]:
+    """Let collections of garbage pass over all objects that there are.
+
+    torch collects before every capture, which takes as long as a capture with so many objects.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Recorder(ABC):
