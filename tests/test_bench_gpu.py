@@ -28,7 +28,7 @@ from vlmserve.bench.gpu_bench.child import Child, published_config
 from vlmserve.bench.gpu_bench.document import DROPPED, FAILED, NOT_AVAILABLE, OK, aims
 from vlmserve.bench.gpu_bench.paths import lay_out, missing
 from vlmserve.bench.gpu_bench.plan import FULL, INT8, PLAIN, TINY, Row, expected_s, rows_of
-from vlmserve.bench.gpu_bench.run import _Limits, _Watch
+from vlmserve.bench.gpu_bench.run import _failed_with, _Limits, _Watch
 from vlmserve.models.batch import PoolSizes
 from vlmserve.models.fused import FusedDecoder
 from vlmserve.models.int8.product import fused_product
@@ -228,10 +228,12 @@ def test_replayed_steps_are_rows_like_others_and_eager_ones_follow_on_the_same_r
         Row("decode", PLAIN, "graphs", has_image=True),
         Row("decode", PLAIN, "eager"),
     ]
-    Child(told(tmp_path, rows, time.monotonic() + 3000)).run()
+    content = told(tmp_path, rows, time.monotonic() + 3000)
+    content["size"] |= {"context": 3, "warm_steps": 1, "steps": 2}
+    Child(content).run()
     ends = [event for event in events_of(tmp_path) if event["event"] == "row"]
     assert [event["status"] for event in ends] == [OK] * 2, ends
-    assert [event["replayed"] for event in ends] == [TINY.steps + 1, 0]
+    assert [event["replayed"] for event in ends] == [2 + 1, 0]
     assert len(built) == 1
 
 
@@ -244,6 +246,29 @@ def test_a_row_that_hangs_is_ended_and_named(tmp_path: Path) -> None:
         assert [event["event"] for event in watch.events()] == ["begin"]
     assert watch.current == "decode/none/eager/text/1"
     assert watch.why == "ended: it took longer than a row or a start may take"
+
+
+def watched(tmp_path: Path, *events: dict[str, Any]) -> _Watch:
+    """The watch over a process that told these events and died."""
+    file = tmp_path / "told.jsonl"
+    file.write_text("".join(json.dumps(event) + "\n" for event in events))
+    with subprocess.Popen([sys.executable, "-c", "import os; os._exit(9)"]) as process:
+        limits = _Limits(600, 600, time.monotonic() + 600)
+        watch = _Watch(process, file, limits)
+        assert list(watch.events()) == list(events)
+    return watch
+
+
+def test_a_process_takes_with_it_what_would_fail_again(tmp_path: Path) -> None:
+    rows = rows_of(PLAIN, TINY.batches)
+    graphs, eager = ([row for row in rows if row.mode == mode] for mode in ("graphs", "eager"))
+    building = {"event": "building", "row": graphs[0].id}
+    begin = {"event": "begin", "row": eager[1].id}
+    ended = {"event": "row", "row": graphs[0].id}
+    assert _failed_with(watched(tmp_path), rows) == rows
+    assert _failed_with(watched(tmp_path, building), rows) == graphs
+    assert _failed_with(watched(tmp_path, begin), rows) == [eager[1]]
+    assert _failed_with(watched(tmp_path, building, ended), rows[1:]) == []
 
 
 def test_what_matters_most_is_measured_first() -> None:

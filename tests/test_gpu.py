@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from support.attention_cases import (
@@ -22,6 +23,7 @@ from support.attention_cases import (
     needs_interpreter,
     on_cuda,
 )
+from support.sampled import sample
 from support.taped import TapeRecorder, tape_operations, taped_backend
 from torch import nn
 
@@ -29,7 +31,13 @@ from vlmserve.bench.checkpoints import layout
 from vlmserve.models.attention import AttentionBackend, get_backend
 from vlmserve.models.attention.sdpa import SdpaBackend
 from vlmserve.models.attention.triton_paged import TritonBackend
-from vlmserve.models.batch import ImageToEncode, PoolSizes, StepBatch
+from vlmserve.models.batch import (
+    ImageToEncode,
+    PoolSizes,
+    SamplingContext,
+    SamplingParams,
+    StepBatch,
+)
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.cache import LayerCache, poison_blocks
 from vlmserve.models.fused import FusedDecoder, is_fused
@@ -435,3 +443,32 @@ def test_an_image_in_parts_beside_decodes_is_that_of_one_pass(place: Place) -> N
     poison_blocks(runner.pools, [], due.block_ids)
     told = runner.compute_logits(StepBatch(whole.sequences, [last]))
     torch.testing.assert_close(told, expected, atol=1e-4, rtol=1e-4)
+
+
+MIXTURE = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.7),
+    SamplingParams(top_p=0.9, top_k=40),
+    SamplingParams(top_p=0.999),
+    SamplingParams(top_k=3),
+    SamplingParams(min_p=0.1, top_p=0.6),
+    SamplingParams(repetition_penalty=1.2, frequency_penalty=0.5, logit_bias=((5, 2.0),)),
+    SamplingParams(temperature=0.0, presence_penalty=1.0),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_the_same_logits_and_seeds_give_the_same_tokens_on_every_device(device: str) -> None:
+    """Against a CPU with each row alone: a row's token depends on nothing beside it."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(64, 20_000, generator=generator)
+    params = [
+        msgspec.structs.replace(MIXTURE[row % len(MIXTURE)], seed=row) for row in range(len(logits))
+    ]
+    contexts = [SamplingContext([1, 2, 3], [4, 4, 5], [6]) for _ in params]
+    indices = list(range(len(params)))
+    alone = [
+        int(sample(logits[row, None].clone(), [params[row]], [row], [contexts[row]]))
+        for row in indices
+    ]
+    assert sample(logits.to(device), params, indices, contexts).tolist() == alone

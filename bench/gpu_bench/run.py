@@ -180,16 +180,10 @@ class _Run:
                 self._take(quantize, event, pending)
         if not pending:
             return []
-        failed = pending.get(watch.current or "")
-        why = f"{watch.why}\n{_end_of(log)}"
-        if failed is not None:
-            self._document.add(failed, FAILED, error=why)
-            del pending[failed.id]
-        elif watch.num_rows == 0:  # what does not start once does not start twice
-            for row in pending.values():
-                self._document.add(row, FAILED, error=why)
-            return []
-        return list(pending.values())
+        failed = _failed_with(watch, list(pending.values()))
+        for row in failed:
+            self._document.add(row, FAILED, error=f"{watch.why}\n{_end_of(log)}")
+        return [row for row in pending.values() if row not in failed]
 
     def _take(self, quantize: str, event: dict[str, Any], pending: dict[str, Row]) -> None:
         facts = {key: value for key, value in event.items() if key != "event"}
@@ -223,6 +217,7 @@ class _Watch:
     def __init__(self, child: subprocess.Popen[bytes], events: Path, limits: _Limits) -> None:
         self._child, self._events, self._limits = child, events, limits
         self.current: str | None = None
+        self.is_building = False
         self.num_rows = 0
         self.why = ""
 
@@ -252,12 +247,26 @@ class _Watch:
 
     def _note(self, event: dict[str, Any]) -> float:
         """Seconds until the next event is due."""
+        self.is_building = event["event"] == "building"
         if event["event"] in ("building", "begin"):
             self.current = event["row"]
         elif event["event"] == "row":
             self.current = None
             self.num_rows += 1
         return self._limits.row_s if event["event"] == "begin" else self._limits.start_s
+
+
+def _failed_with(watch: _Watch, pending: list[Row]) -> list[Row]:
+    """Which of the rows that are left a process has taken with it.
+
+    What does not start, or cannot be built, would not the next time either.
+    """
+    current = [row for row in pending if row.id == watch.current]
+    if current and watch.is_building:
+        return [row for row in pending if row.mode == current[0].mode]
+    if not current and watch.num_rows == 0:
+        return pending
+    return current
 
 
 @contextmanager

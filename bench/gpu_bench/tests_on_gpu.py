@@ -47,7 +47,12 @@ def run_tests(
     count = num_processes or max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0)) // 2))
     began = time.monotonic()
     children = [_start(files, environment, folder, f"{number}/{count}") for number in range(count)]
-    codes = [_wait(child, began + limit_s) for child in children]
+    try:
+        codes = [_wait(child, began + limit_s) for child in children]
+    finally:  # also where the run is asked to end meanwhile
+        for child in children:
+            child.kill()
+            child.wait()
     notes = [note for number in range(count) for note in _notes(folder, number)]
     return _summary(notes, codes, folder) | {"seconds": round(time.monotonic() - began, 1)}
 
