@@ -168,19 +168,16 @@ class Processor:
         return [name or "" for name in names]
 
     def _check_size(self, texts: Iterable[str], max_tokens: int) -> None:
-        """Refuse a hopeless text before it is tokenized to its end, which may be seconds away.
+        """Refuse hopeless texts before they are tokenized to their end, which may be minutes away.
 
-        A cut inside a word adds a few tokens, so each slice counts for a few less.
+        They are counted as one text, however many they are. A cut inside a word adds a few tokens,
+        so each slice counts for a few less.
         """
         num_tokens = 0
-        for text in texts:
-            if len(text) <= SLICE_CHARS:
-                continue
-            for begin in range(0, len(text), SLICE_CHARS):
-                num_slice = len(_encode(self._plain, text[begin : begin + SLICE_CHARS]))
-                num_tokens += max(0, num_slice - SLICE_SLACK)
-                if num_tokens > max_tokens:
-                    raise PromptTooLongError(f"over {num_tokens:,}", max_tokens)
+        for text in _slices(texts):
+            num_tokens += max(0, len(_encode(self._plain, text)) - SLICE_SLACK)
+            if num_tokens > max_tokens:
+                raise PromptTooLongError(f"over {num_tokens:,}", max_tokens)
 
     def _render(
         self,
@@ -242,6 +239,23 @@ def _texts_of(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[st
         yield message.text.strip()
         yield from (json.dumps(call.arguments, ensure_ascii=False) for call in message.tool_calls)
     yield from (json.dumps(tool.definition, ensure_ascii=False) for tool in tools)
+
+
+def _slices(texts: Iterable[str]) -> Iterator[str]:
+    """All texts in a row, in pieces of at most SLICE_CHARS; nothing where one piece holds them."""
+    waiting: list[str] = []
+    num_waiting = 0
+    is_long = False
+    for text in texts:
+        for begin in range(0, len(text), SLICE_CHARS):
+            piece = text[begin : begin + SLICE_CHARS]
+            if num_waiting + len(piece) > SLICE_CHARS:
+                yield "".join(waiting)
+                waiting, num_waiting, is_long = [], 0, True
+            waiting.append(piece)
+            num_waiting += len(piece)
+    if is_long:
+        yield "".join(waiting)
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:

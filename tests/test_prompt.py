@@ -10,7 +10,7 @@ from support.http_side import LLAMA_TEMPLATE, SPECIAL_IDS, write_checkpoint
 from vlmserve.models import bundled
 from vlmserve.models.batch import ImageSpan
 from vlmserve.server import prompt
-from vlmserve.server.conversation import ImagePart, Message, TextPart
+from vlmserve.server.conversation import ImagePart, Message, TextPart, Tool
 from vlmserve.server.meta_format import render_as_meta
 from vlmserve.server.prompt import Processor, PromptTooLongError, image_spans
 from vlmserve.server.template import ChatTemplate, TemplateRefusedError
@@ -210,7 +210,17 @@ def test_a_prompt_that_is_too_long_names_the_numbers_and_the_remedy(processor):
     assert len(processor.prepare([user(1, QUESTION)], 17).token_ids) == 17
 
 
-def test_megabytes_of_text_are_refused_without_tokenizing_them_all(processor, monkeypatch):
+FIELDS = {f"field{number}": {"type": "string"} for number in range(1_000)}
+MEGABYTES = {
+    "a text": ([user("x" * 10_000_000)], ()),
+    # Each is short by itself: they used to be tokenized to their ends, for minutes.
+    "many turns": ([user("word " * 10_000)] * 200, ()),
+    "many tools": ([user("a")], [Tool(f"f{n}", None, {"properties": FIELDS}) for n in range(120)]),
+}
+
+
+@pytest.mark.parametrize("name", MEGABYTES)
+def test_megabytes_are_refused_without_tokenizing_them_all(processor, monkeypatch, name):
     tokenized = []
 
     def encode(tokenizer, text):
@@ -218,19 +228,21 @@ def test_megabytes_of_text_are_refused_without_tokenizing_them_all(processor, mo
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     monkeypatch.setattr(prompt, "_encode", encode)
+    messages, tools = MEGABYTES[name]
     with pytest.raises(PromptTooLongError, match="over"):
-        processor.prepare([user("x" * 10_000_000)], 8191)
+        processor.prepare(messages, 8191, tools)
     assert sum(tokenized) <= 65_536
 
 
-def test_a_long_text_that_fits_is_not_refused_for_its_slices(in_metas_format):
+@pytest.mark.parametrize("num_turns", [1, 10, 2_000])
+def test_a_long_text_that_fits_is_not_refused_for_its_slices(in_metas_format, num_turns):
     """Cuts inside words and characters make more tokens than there are."""
-    text = "What 🐻 is in this image? " * 8000
-    token_ids = in_metas_format.prepare([user(text)], 10**6).token_ids
+    messages = [user("What 🐻 is in this image? " * (8000 // num_turns))] * num_turns
+    token_ids = in_metas_format.prepare(messages, 10**6).token_ids
     exact = len(token_ids)
-    assert in_metas_format.prepare([user(text)], exact).token_ids == token_ids
+    assert in_metas_format.prepare(messages, exact).token_ids == token_ids
     with pytest.raises(PromptTooLongError):
-        in_metas_format.prepare([user(text)], exact - 1)
+        in_metas_format.prepare(messages, exact - 1)
 
 
 @pytest.mark.parametrize(
