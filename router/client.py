@@ -282,6 +282,9 @@ class EngineClient:
                 self._receive(message)
         except (WireError, OSError) as error:
             logger.error("lost the engine: %s", error)
+        except Exception:
+            # A fault of ours. Nobody would read on: whoever waits must hear of it.
+            logger.exception("an engine's message could not be taken in")
         self._reader_task = None
         self._disconnect("the engine process ended")
         if self._on_dead is not None:

@@ -198,6 +198,28 @@ def test_an_engine_that_speaks_nonsense_counts_as_dead(tmp_path):
     asyncio.run(scenario())
 
 
+def test_a_fault_while_a_message_is_taken_in_leaves_nobody_waiting(tmp_path, caplog):
+    """The reader ended alone: the connection looked alive, and requests waited for ever."""
+    deaths = []
+
+    async def scenario() -> None:
+        async with scripted_engine(tmp_path) as engine:
+            client = await connected(engine, on_dead=lambda: deaths.append("dead"))
+            outputs = client.generate(request_of())
+            first = asyncio.ensure_future(anext(outputs))
+            await until(lambda: len(engine.received) == 1)
+            client._streams["a"].deliver = None
+            engine.output(1)
+            with pytest.raises(EngineDeadError):
+                await asyncio.wait_for(first, DEADLINE_S)
+            assert deaths == ["dead"]
+            assert not client.is_connected
+            await client.close()
+
+    asyncio.run(scenario())
+    assert "could not be taken in" in caplog.text
+
+
 def test_a_client_connects_again_after_its_engine_died(tmp_path):
     async def scenario() -> None:
         async with scripted_engine(tmp_path) as engine:
