@@ -221,9 +221,9 @@ def test_ranks_size_their_pools_together_by_the_one_with_the_least_room(monkeypa
     """
     measured: dict[int, list[int]] = defaultdict(list)
 
-    def peaks(model, attention, limits):
+    def peaks(model, attention, limits, with_graphs):
         measured[threading.get_ident()].append(limits.max_model_len)
-        return _peaks(model, attention, limits)
+        return _peaks(model, attention, limits, with_graphs)
 
     monkeypatch.setattr(launch, "load", load_one_at_a_time)
     monkeypatch.setattr(launch, "_peaks", peaks)
@@ -245,7 +245,7 @@ def test_ranks_size_their_pools_together_by_the_one_with_the_least_room(monkeypa
 def test_a_step_that_is_too_large_for_a_rank_is_not_tried_again_shorter(monkeypatch) -> None:
     """The other ranks are in the middle of it."""
 
-    def peaks(model, attention, limits):
+    def peaks(model, attention, limits, with_graphs):
         raise StepTooLargeError("a step does not fit beside the weights")
 
     monkeypatch.setattr(launch, "load", load_one_at_a_time)
