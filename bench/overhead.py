@@ -46,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--steps", type=int, default=100, help="decode steps that are measured")
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--plan-ahead", action="store_true", help="as the setting of that name")
     return parser.parse_args()
 
 
@@ -125,7 +126,12 @@ class Measurement:
 
     def __init__(self, runner: ModelRunner, args: argparse.Namespace) -> None:
         self._args = args
-        config = EngineConfig(model="bench", socket_path="", max_num_seqs=args.sequences)
+        config = EngineConfig(
+            model="bench",
+            socket_path="",
+            max_num_seqs=args.sequences,
+            plan_ahead=args.plan_ahead,
+        )
         self._clock = Clock()
         self._engine = Engine(runner, config, self.send)
         self._num_steps = 0
@@ -201,6 +207,7 @@ def main() -> None:
         "sequences": args.sequences,
         "steps": args.steps,
         "temperature": args.temperature,
+        "plan_ahead": args.plan_ahead,
     }
     print(json.dumps(document | figures))
 

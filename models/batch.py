@@ -6,7 +6,7 @@ module never imports torch, so the scheduler and the wire can use it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
@@ -16,6 +16,13 @@ NonNegative = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
 Bias = Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]
+# Called once a step, from when on Python of other threads costs the step the least: on a CPU when
+# it begins, on a GPU when all is launched and its tokens are waited for.
+OnLaunch = Callable[[], None]
+
+
+def ignore() -> None:
+    """An `OnLaunch` that nobody waits for."""
 
 
 class DeviceLostError(RuntimeError):

@@ -6,7 +6,9 @@ nothing of attention or of who scheduled the step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import is_
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +63,30 @@ def pack(batch: StepBatch, block_size: int, num_patches: int) -> StepInputs:
         sampled=ends[is_sampled] - 1,
         sampled_sequences=[s for s in sequences if s.sampling is not None],
     )
+
+
+@dataclass(slots=True, frozen=True)
+class PreparedRows:
+    """Rows of one token each that were packed before their tokens were known."""
+
+    rows: Sequence[ScheduledSequence]
+    inputs: StepInputs
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[ScheduledSequence], block_size: int, num_patches: int
+    ) -> PreparedRows:
+        """Packs rows whose token_ids hold anything, one each."""
+        return cls(rows, pack(StepBatch(list(rows)), block_size, num_patches))
+
+    def are_all_of(self, batch: StepBatch) -> bool:
+        """True if a batch consists of these rows, in this order."""
+        return len(self.rows) == len(batch.sequences) and all(map(is_, self.rows, batch.sequences))
+
+    def with_tokens(self) -> StepInputs:
+        """The packed inputs with the tokens that the rows now hold."""
+        token_ids = np.array([row.token_ids[0] for row in self.rows], dtype=np.int64)
+        return replace(self.inputs, token_ids=token_ids)
 
 
 def image_slots(images: list[ImageToEncode], num_patches: int) -> Ints:

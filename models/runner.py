@@ -23,12 +23,14 @@ from .attention.sdpa import SdpaBackend
 from .attention.triton_paged import TritonBackend
 from .batch import (
     ModelInfo,
+    OnLaunch,
     PromptLogprobs,
     ScheduledSequence,
     StepBatch,
     StepResult,
     TokenLogprobs,
     TokenMatcher,
+    ignore,
 )
 from .cache import (
     KVPools,
@@ -44,7 +46,7 @@ from .grammar import Grammars, Matcher
 from .graphs.decode import DecodeGraphs, GraphLimits
 from .graphs.recorder import Recorder
 from .image_cost import image_cost_tokens
-from .inputs import StepInputs, image_slots, pack
+from .inputs import PreparedRows, StepInputs, image_slots, pack
 from .loading import LoadedModel
 from .logprobs import RawLogprobs, prompt_logprobs
 from .lost_device import tells_of_lost_devices
@@ -90,6 +92,7 @@ class ModelRunner:
         config = loaded.text_config
         self.grammars = Grammars(loaded.folder, config.vocab_size)
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
+        self._prepared: PreparedRows | None = None
         self._num_embeddings = self._text_model.embed_tokens.num_embeddings
         self.pools: KVPools = allocate_pools(
             config,
@@ -161,25 +164,37 @@ class ModelRunner:
 
     @torch.inference_mode()
     @tells_of_lost_devices
-    def execute(self, batch: StepBatch) -> StepResult:
+    def execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
         """Encode the batch's images, run its tokens, sample what is due.
 
-        Raises StepError if the step cannot be computed; blocks of the batch then hold anything.
-        Raises DeviceLostError if no other can be either.
+        on_launch: see `OnLaunch`. Raises StepError if the step cannot be computed; blocks of the
+        batch then hold anything. Raises DeviceLostError if no other can be either.
         """
+        prepared, self._prepared = self._prepared, None
+        if self._loaded.device.type != "cuda":
+            on_launch()
         vision_states, vision_seconds = self._encode(batch)
         if not batch.sequences:
             raise StepError(
                 "a step has no sequence: images are encoded with the tokens that see them"
             )
-        inputs = self._pack(batch)
+        inputs = self._pack(batch, prepared)
         # Filled by another thread while the model computes; both run without Python's lock.
         masks = self._start_masks(inputs)
         hidden = self._forward(batch, inputs, vision_states)
-        result = self._sample(hidden, inputs, masks)
+        result = self._sample(hidden, inputs, masks, on_launch)
         result.prompt_logprobs = self._prompt_logprobs(hidden, batch)
         result.vision_seconds = vision_seconds
         return result
+
+    def prepare(self, rows: Sequence[ScheduledSequence]) -> None:
+        """Lay out rows of a token each that may be the next step's; their tokens come later.
+
+        Called from another thread, between a step's `on_launch` and the next step.
+        """
+        if rows:
+            sizes = self._sizes.block_size, self._loaded.num_patches
+            self._prepared = PreparedRows.of(rows, *sizes)
 
     @torch.inference_mode()
     def compute_logits(self, batch: StepBatch) -> Tensor:
@@ -201,7 +216,7 @@ class ModelRunner:
         self._vision.synchronize()
         return states, time.perf_counter() - start
 
-    def _pack(self, batch: StepBatch) -> StepInputs:
+    def _pack(self, batch: StepBatch, prepared: PreparedRows | None = None) -> StepInputs:
         """The packed inputs, with every id and block inside its table: a CUDA gather outside of one
         would end the whole process."""
         for sequence in batch.sequences:
@@ -210,6 +225,8 @@ class ModelRunner:
             for segment in sequence.segments:
                 count = self._sizes.num_image_blocks
                 _check_ids(segment.block_ids, count, "image block", sequence)
+        if prepared is not None and prepared.are_all_of(batch):
+            return prepared.with_tokens()
         return pack(batch, self._sizes.block_size, self._loaded.num_patches)
 
     def _forward(self, batch: StepBatch, inputs: StepInputs, vision: Tensor | None) -> Tensor:
@@ -288,7 +305,11 @@ class ModelRunner:
         return Masks(rows, self.grammars.fill(cast(Sequence[Matcher], matchers)))
 
     def _sample(
-        self, hidden: Tensor, inputs: StepInputs, masks: Future[Masks] | None = None
+        self,
+        hidden: Tensor,
+        inputs: StepInputs,
+        masks: Future[Masks] | None = None,
+        on_launch: OnLaunch = ignore,
     ) -> StepResult:
         sequences = inputs.sampled_sequences
         if not sequences:
@@ -299,6 +320,8 @@ class ModelRunner:
         indices, contexts = [s.sample_index for s in sequences], [s.context for s in sequences]
         allowed = None if masks is None else masks.result()
         sampled = sample(logits, params, indices, contexts, allowed)
+        if logits.is_cuda:
+            on_launch()  # what is left waits for the device
         token_ids, told = _collect(sampled, raw)
         return StepResult(
             token_ids=dict(zip((s.request_id for s in sequences), token_ids, strict=True)),

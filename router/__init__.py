@@ -10,7 +10,7 @@ In the order in which to read them:
     admission, queue, pace      what can never run, who waits, and for about how long
     grammar_jobs                grammars that are compiled meanwhile
     sequence, segments          one answer: its tokens, how far they are computed, what they see
-    scheduler, step             which tokens run in the next step
+    scheduler, step, rows       which tokens run in the next step, and as what
     block_manager               which blocks each sequence holds
     blocks, text_pool, prefix   the two pools, and what is found in them again
     step_watch                  whether the running step gets on

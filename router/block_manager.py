@@ -116,6 +116,14 @@ class BlockManager:
         """Cover the newest token of `sequence` with a block."""
         sequence.block_ids += self.text_pool.allocate(self._num_missing(sequence))
 
+    def grow_ahead(self, sequence: Sequence) -> bool:
+        """Cover the token behind the newest one too; False if no block is free for it."""
+        if self.num_blocks(sequence.num_tokens + 1) > len(sequence.block_ids):
+            if self.text_pool.num_free == 0:
+                return False
+            sequence.block_ids += self.text_pool.allocate(1)
+        return True
+
     def _num_missing(self, sequence: Sequence) -> int:
         return self.num_blocks(sequence.num_tokens) - len(sequence.block_ids)
 

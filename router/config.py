@@ -30,6 +30,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     needs. cuda_graphs: record decode steps, where a GPU and the backend have it.
     kv_cache_bytes None sizes both pools from what weights and a step leave,
     of a GPU's memory the share gpu_memory_utilization.
+    plan_ahead: prepare the next step while one is computed; None on CUDA only.
     prefix_cache and image_cache keep text and image blocks after use, until others
     need the room. num_threads None takes the cores that HTTP and image decoding leave.
     max_queue_wait_s: the longest time that a request may be expected to wait; None for any.
@@ -60,6 +61,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_image_blocks: Positive | None = None
     kv_cache_bytes: Positive | None = None
     gpu_memory_utilization: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9
+    plan_ahead: bool | None = None
     prefix_cache: bool = True
     image_cache: bool = True
     poison_freed_blocks: bool = False
@@ -88,6 +90,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 "--replicas puts each engine on devices of its own, --device-map and --max-memory "
                 "spread one over several: leave one of them out"
             )
+
+    def plans_ahead(self, device: str) -> bool:
+        """Whether an engine whose model is on `device` plans ahead."""
+        return device.startswith("cuda") if self.plan_ahead is None else self.plan_ahead
 
     @property
     def process_name(self) -> str:

@@ -20,7 +20,16 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from ..models.batch import DeviceLostError, ModelInfo, StepBatch, StepResult, TokenMatcher
+from ..models.batch import (
+    DeviceLostError,
+    ModelInfo,
+    OnLaunch,
+    ScheduledSequence,
+    StepBatch,
+    StepResult,
+    TokenMatcher,
+    ignore,
+)
 from .admission import AdmissionLimits, check_request
 from .config import EngineConfig
 from .errors import (
@@ -65,10 +74,17 @@ class Runner(Protocol):
         """Grows while a step computes. Read from another thread."""
         ...
 
-    def execute(self, batch: StepBatch) -> StepResult:
+    def execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
         """Compute one step. Called from one thread, one call at a time.
 
         What it raises ends the requests of the step; DeviceLostError the engine.
+        """
+        ...
+
+    def prepare(self, rows: list[ScheduledSequence]) -> None:
+        """Lay out the rows that the next step is likely to hold, all but their tokens.
+
+        Called from the loop's thread, between a step's `on_launch` and the next step.
         """
         ...
 
@@ -109,6 +125,7 @@ class Engine:
         self._grammar_jobs = GrammarJobs(runner.compile_grammar, self._take_matcher)
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="model")
         self.step_watch = StepWatch(lambda: runner.num_layers_begun)
+        self._plans_ahead = config.plans_ahead(runner.info.device)
         self._num_steps = 0
         self._vision_seconds = 0.0
         self._vision_step_counts = [0] * (len(VISION_BOUNDS_S) + 1)
@@ -214,9 +231,8 @@ class Engine:
         self._tell_begun()
         self.step_watch.begin(batch)
         is_computed = False
-        loop = asyncio.get_running_loop()
         try:
-            result = await loop.run_in_executor(self._executor, self._execute, batch)
+            result = await self._compute(batch)
         except DeviceLostError:
             raise  # the process ends, and another one takes its place
         except Exception:
@@ -231,14 +247,31 @@ class Engine:
             self._num_steps += 1
             self.step_watch.end(is_computed=is_computed)
 
+    async def _compute(self, batch: StepBatch) -> StepResult:
+        """Let the step's thread compute; do meanwhile what can be done for the next step."""
+        loop = asyncio.get_running_loop()
+        if not self._plans_ahead:
+            return await loop.run_in_executor(self._executor, self._execute, batch)
+        is_launched = asyncio.Event()
+
+        def on_launch() -> None:
+            loop.call_soon_threadsafe(is_launched.set)
+
+        computing = loop.run_in_executor(self._executor, self._execute, batch, on_launch)
+        computing.add_done_callback(lambda _: is_launched.set())  # also where it fails before
+        await is_launched.wait()
+        if not computing.done():
+            self._runner.prepare(self.scheduler.plan_ahead())
+        return await computing
+
     def _count_vision(self, seconds: float) -> None:
         if seconds > 0:
             self._vision_seconds += seconds
             self._vision_step_counts[bisect.bisect_left(VISION_BOUNDS_S, seconds)] += 1
 
-    def _execute(self, batch: StepBatch) -> StepResult:
+    def _execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
         """In the step's thread: compute, and make sure that every answer is there."""
-        result = self._runner.execute(batch)
+        result = self._runner.execute(batch, on_launch)
         expected = {one.request_id for one in batch.sequences if one.sampling is not None}
         if result.token_ids.keys() != expected:
             raise RuntimeError(

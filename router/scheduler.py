@@ -55,7 +55,8 @@ from .block_manager import BlockManager
 from .blocks import ImageEntry
 from .messages import FinishReason
 from .queue import RequestQueue
-from .segments import cut_segments, is_seen
+from .rows import fill, row_of
+from .segments import is_seen
 from .sequence import Sequence, Status
 from .step import ImageCost, Step
 
@@ -103,6 +104,8 @@ class Scheduler:
         self._begun: list[Sequence] = []
         self._copies: dict[Sequence, BlockCopy] = {}
         self._step: Step | None = None
+        # The rows that `plan_ahead` made of the decodes behind the running step.
+        self._ahead: dict[Sequence, ScheduledSequence] = {}
         # The one image of which the runner keeps a part.
         self._partial: ImageEntry | None = None
 
@@ -150,12 +153,13 @@ class Scheduler:
         batch.freed_image_blocks = self.blocks.image_pool.blocks.take_freed()
 
     def _plan_decodes(self, step: Step) -> None:
+        ahead, self._ahead = self._ahead, {}
         for sequence in list(self._running):
             # A sequence later in the copy may have been preempted for an earlier one.
             if sequence.status is Status.RUNNING and sequence.is_decoding:
                 self._give_room(sequence)
                 if sequence.status is Status.RUNNING:
-                    self._plan(step, sequence)
+                    self._plan(step, sequence, ahead.get(sequence))
         step.has_streams = bool(step.sequences)
 
     def _plan_chunks(self, step: Step) -> None:
@@ -185,33 +189,26 @@ class Scheduler:
             self._run(sequence)
             self._plan(step, sequence)
 
-    def _plan(self, step: Step, sequence: Sequence) -> None:
-        """Put as many of the next tokens of `sequence` into the step as its budgets allow."""
+    def _plan(self, step: Step, sequence: Sequence, ahead: ScheduledSequence | None = None) -> None:
+        """Put as many of the next tokens of `sequence` into the step as its budgets allow.
+
+        ahead: the row of its one next token, where that was planned while the last step ran.
+        """
         start = sequence.num_computed_tokens
         end = start + min(sequence.num_uncomputed_tokens, step.budget)
         end = self._plan_images(step, sequence, start, end)
         end = min(end, start + step.budget)  # images may have taken some of it
         if end == start:
             return
-        image_block_ids = [entry.block_ids for entry in sequence.images]
-        is_last_chunk = end == sequence.num_tokens
-        step.batch.sequences.append(
-            ScheduledSequence(
-                request_id=sequence.sequence_id,
-                token_ids=sequence.token_ids[start:end],
-                start=start,
-                block_ids=sequence.block_ids[: self.blocks.num_blocks(end)],
-                segments=cut_segments(sequence.request.spans, image_block_ids, start, end),
-                sampling=sequence.sampling if is_last_chunk else None,
-                sample_index=sequence.num_generated_tokens,
-                context=sequence.sampling_context() if is_last_chunk else None,
-                matcher=sequence.matcher if is_last_chunk else None,
-                prompt=sequence.prompt_targets(start, end),
-            )
-        )
+        row = ahead or self._row(sequence, start, end)
+        fill(row, sequence)
+        step.batch.sequences.append(row)
         step.sequences.append(sequence)
         step.budget -= end - start
         sequence.is_in_step = True
+
+    def _row(self, sequence: Sequence, start: int, end: int) -> ScheduledSequence:
+        return row_of(sequence, start, end, self.blocks.num_blocks(end))
 
     def _plan_images(self, step: Step, sequence: Sequence, start: int, end: int) -> int:
         """Encode what these positions see and no step has encoded, once.
@@ -224,6 +221,24 @@ class Scheduler:
             if not entry.is_encoded and is_seen(span, start, end) and not step.encode(entry):
                 return max(span.start, start)
         return end
+
+    def plan_ahead(self) -> list[ScheduledSequence]:
+        """While a step is computed: the rows of the decodes that will follow it.
+
+        All but their tokens, which are being sampled. The next `schedule` takes those that
+        then go on; a block that such a row needs is taken now, unless none is free.
+        """
+        assert self._step is not None, "no step is being computed"
+        rows = zip(self._step.sequences, self._step.batch.sequences, strict=True)
+        sampled = {sequence for sequence, row in rows if row.sampling is not None}
+        self._ahead = {
+            sequence: self._row(sequence, sequence.num_tokens, sequence.num_tokens + 1)
+            for sequence in self._running
+            if sequence in sampled
+            and sequence.may_go_on(self._limits.max_model_len)
+            and self.blocks.grow_ahead(sequence)
+        }
+        return list(self._ahead.values())
 
     # Who runs, waits or is gone
 
@@ -335,7 +350,7 @@ class Scheduler:
         for entry in (self._partial, step.partial, *step.due_images):
             if entry is not None:
                 entry.num_layers = 0
-        self._partial = None
+        self._partial, self._ahead = None, {}
         for sequence in step.sequences:
             self._finish(sequence)
         for sequence in step.copies:

@@ -141,6 +141,12 @@ class Sequence:
         place = self.num_computed_tokens
         return all(entry.is_encoded or not span.covers(place) for entry, span in seen)
 
+    def may_go_on(self, max_model_len: int) -> bool:
+        """True unless the token that is being sampled for it is its last in any case."""
+        num_generated = self.num_generated_tokens + 1
+        is_last = num_generated >= self.request.max_tokens or self.num_tokens + 1 >= max_model_len
+        return not is_last and not self.is_aborted
+
     @property
     def num_image_bytes(self) -> int:
         return sum(len(image.data) for image in self.request.images)

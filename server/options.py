@@ -351,6 +351,13 @@ ImageCache = Annotated[
         help="Keep encoded pictures for whoever sends them again.", rich_help_panel=ENGINE_PANEL
     ),
 ]
+PlanAhead = Annotated[
+    bool | None,
+    typer.Option(
+        help="Prepare the next step while one is computed; default: on CUDA. Answers are the same.",
+        rich_help_panel=ENGINE_PANEL,
+    ),
+]
 NumThreads = Annotated[
     int | None,
     typer.Option(

@@ -12,7 +12,14 @@ import pytest
 from msgspec.structs import replace
 from support.stepped import SteppedEngine
 
-from vlmserve.models.batch import ModelInfo, SamplingParams, StepBatch, StepResult, TokenMatcher
+from vlmserve.models.batch import (
+    ModelInfo,
+    OnLaunch,
+    SamplingParams,
+    StepBatch,
+    StepResult,
+    TokenMatcher,
+)
 from vlmserve.models.runner import ModelRunner
 from vlmserve.router.messages import AddRequest
 from vlmserve.tests.helpers_models import PROMPTS, Request, oracle_logits, prompt, runner
@@ -32,8 +39,8 @@ class Listener:
     def info(self) -> ModelInfo:
         return self.runner.info
 
-    def execute(self, batch: StepBatch) -> StepResult:
-        result = self.runner.execute(batch)
+    def execute(self, batch: StepBatch, *on_launch: OnLaunch) -> StepResult:
+        result = self.runner.execute(batch, *on_launch)
         for request_id, one in result.logprobs.items():
             self.logprobs.setdefault(request_id, []).append(one.logprob)
         return result

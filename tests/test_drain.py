@@ -34,8 +34,8 @@ def body(**fields):
 class EndlessRunner(FakeRunner):
     """Samples no special token, of which one in three hundred would be an end of turn."""
 
-    def execute(self, batch):
-        result = super().execute(batch)
+    def execute(self, batch, *on_launch):
+        result = super().execute(batch, *on_launch)
         result.token_ids = {name: one % NUM_ORDINARY for name, one in result.token_ids.items()}
         return result
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 from support.fake_runner import FakeRunner, expected_token_ids, fake_image, fake_info
 
-from vlmserve.models.batch import ImageSpan, PoolSizes, StepBatch, StepResult
+from vlmserve.models.batch import ImageSpan, OnLaunch, PoolSizes, StepBatch, StepResult
 from vlmserve.router import wire
 from vlmserve.router.client import EngineClient
 from vlmserve.router.config import EngineConfig
@@ -241,8 +241,8 @@ def test_an_exception_in_a_step_ends_its_requests_and_no_others(tmp_path):
 
 def test_a_runner_that_forgets_a_sequence_fails_the_step_and_not_the_engine(tmp_path):
     class Forgetful(FakeRunner):
-        def execute(self, batch: StepBatch) -> StepResult:
-            result = super().execute(batch)
+        def execute(self, batch: StepBatch, *on_launch: OnLaunch) -> StepResult:
+            result = super().execute(batch, *on_launch)
             return StepResult({}) if self.num_steps == 1 else result
 
     async def scenario() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from vlmserve.bench.checkpoints import build
-from vlmserve.models.batch import ImageTiles, ModelInfo, PoolSizes, StepBatch, StepResult
+from vlmserve.models.batch import ImageTiles, ModelInfo, OnLaunch, PoolSizes, StepBatch, StepResult
 from vlmserve.models.loading import load_model
 from vlmserve.models.pools import PoolPlan
 from vlmserve.models.reference import mend
@@ -54,7 +54,7 @@ class Recorder:
     def info(self) -> ModelInfo:
         return self.inner.info
 
-    def execute(self, batch: StepBatch) -> StepResult:
+    def execute(self, batch: StepBatch, *on_launch: OnLaunch) -> StepResult:
         logits = self.inner.compute_logits(batch)
         rows = logits.split([len(sequence.token_ids) for sequence in batch.sequences])
         result = StepResult({})

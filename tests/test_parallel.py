@@ -281,7 +281,7 @@ class FailingRunner:
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    def execute(self, batch):
+    def execute(self, batch, on_launch):
         raise self.error
 
 

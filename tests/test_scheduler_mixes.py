@@ -67,6 +67,7 @@ def scenarios(draw):
         image_cache=draw(st.booleans()),
         image_cost_tokens=draw(st.integers(0, 30)),
         num_image_layers=draw(st.integers(1, 5)),
+        plans_ahead=draw(st.booleans()),
     )
     count = draw(st.integers(1, 7))
     plan = []

@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 
-from ..batch import ModelInfo, StepBatch, StepResult, TokenMatcher
+from ..batch import (
+    ModelInfo,
+    OnLaunch,
+    ScheduledSequence,
+    StepBatch,
+    StepResult,
+    TokenMatcher,
+    ignore,
+)
 from ..errors import ModelError, StepError
 from ..launch import create_runner
 from ..loading import choose_device
@@ -65,7 +73,11 @@ class ParallelRunner:
         """See `ModelRunner.compile_grammar`; the first rank alone applies grammars."""
         return self._local.compile_grammar(grammar, eos_token_ids, tenant)
 
-    def execute(self, batch: StepBatch) -> StepResult:
+    def prepare(self, rows: Sequence[ScheduledSequence]) -> None:
+        """See `ModelRunner.prepare`; the other ranks get their rows with the step."""
+        self._local.prepare(rows)
+
+    def execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
         """Compute one step on all ranks; see `ModelRunner.execute`.
 
         A step that fails on this rank alone leaves the others in another place of it: the process
@@ -73,7 +85,7 @@ class ParallelRunner:
         """
         self._ranks.compute(batch)
         try:
-            return self._local.execute(batch)
+            return self._local.execute(batch, on_launch)
         except StepError:
             raise
         except Exception as error:

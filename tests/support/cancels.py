@@ -24,7 +24,7 @@ from support.fake_runner import FakeRunner, fake_image, fake_info
 from support.http_side import running_server
 from support.standing import CHAT, body_for, raw_post
 
-from vlmserve.models.batch import ImageTiles, PoolSizes, StepBatch, StepResult
+from vlmserve.models.batch import ImageTiles, OnLaunch, PoolSizes, StepBatch, StepResult
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.server.images.settings import ImageRequest
 from vlmserve.server.settings import ServerSettings
@@ -58,8 +58,8 @@ class Turnstile:
 class OrdinaryRunner(FakeRunner):
     """Samples no special token of the bundled tokenizer, which would end an answer by chance."""
 
-    def execute(self, batch: StepBatch) -> StepResult:
-        result = super().execute(batch)
+    def execute(self, batch: StepBatch, *on_launch: OnLaunch) -> StepResult:
+        result = super().execute(batch, *on_launch)
         result.token_ids = {name: one % 700 for name, one in result.token_ids.items()}
         return result
 

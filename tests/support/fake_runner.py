@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from vlmserve.models.batch import (
     ImageTiles,
     ModelInfo,
+    OnLaunch,
     PoolSizes,
     PromptLogprobs,
     SamplingParams,
@@ -25,6 +26,7 @@ from vlmserve.models.batch import (
     StepBatch,
     StepResult,
     TokenMatcher,
+    ignore,
 )
 from vlmserve.router.messages import AddRequest
 
@@ -119,8 +121,9 @@ class FakeRunner:
     """A runner as the engine expects one: `info` and `execute`.
 
     step_seconds: how long each step takes at least. num_restarts: sequences that
-    were computed from their start once more. before_step: called with each
-    batch in the step's thread; what it raises is the step's failure.
+    were computed from their start once more. num_rows_ahead: rows that had
+    been planned ahead. before_step: called with each batch in the step's thread; what it
+    raises is the step's failure.
     """
 
     info: ModelInfo = field(default_factory=fake_info)
@@ -130,16 +133,25 @@ class FakeRunner:
     num_layers_begun: int = 0
     num_images_encoded: int = 0
     num_restarts: int = 0
+    num_rows_ahead: int = 0
     max_batched_tokens: int = 0
     max_batched_sequences: int = 0
     _text: dict[tuple[int, int], _Cell] = field(default_factory=dict)
     _images: dict[int, bytes] = field(default_factory=dict)
+    _prepared: list[tuple[ScheduledSequence, object]] = field(default_factory=list)
     _begun: tuple[bytes, int] | None = None
     _copied: set[int] = field(default_factory=set)
     _num_computed: dict[str, int] = field(default_factory=dict)
 
-    def execute(self, batch: StepBatch) -> StepResult:
+    def prepare(self, rows: list[ScheduledSequence]) -> None:
+        """Keep what the rows held when they were planned ahead."""
+        self._prepared = [(one, _layout_of(one)) for one in rows]
+
+    def execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
         """Write the batch into the pools and hash what its last positions see."""
+        prepared, self._prepared = self._prepared, []
+        on_launch()
+        self._check_prepared(prepared, batch)
         self.num_layers_begun += 1
         if self.before_step is not None:
             self.before_step(batch)
@@ -197,6 +209,15 @@ class FakeRunner:
                 self._text.pop((block_id, offset), None)
         for block_id in batch.freed_image_blocks:
             self._images.pop(block_id, None)
+
+    def _check_prepared(
+        self, prepared: list[tuple[ScheduledSequence, object]], batch: StepBatch
+    ) -> None:
+        in_batch = {id(one) for one in batch.sequences}
+        used = [(row, layout) for row, layout in prepared if id(row) in in_batch]
+        if any(layout != _layout_of(row) for row, layout in used):
+            raise SchedulingError("a row is not what was planned ahead")
+        self.num_rows_ahead += len(used)
 
     def _encode_layers(self, batch: StepBatch) -> None:
         """Keep the one image of which a part is encoded, and by how many layers."""
@@ -256,6 +277,11 @@ class FakeRunner:
     def _slot(self, sequence: ScheduledSequence, position: int) -> tuple[int, int]:
         block_index, offset = divmod(position, self.info.pools.block_size)
         return sequence.block_ids[block_index], offset
+
+
+def _layout_of(row: ScheduledSequence) -> object:
+    """All of a row but what depends on its tokens."""
+    return row.start, list(row.block_ids), list(row.segments), row.sample_index
 
 
 def _seed_of(sampling: SamplingParams) -> int:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.fake_runner import FakeRunner, fake_info
 
-from vlmserve.models.batch import PoolSizes, StepBatch, StepResult
+from vlmserve.models.batch import OnLaunch, PoolSizes, StepBatch, StepResult
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine_process import main
@@ -37,9 +37,9 @@ NUM_ORDINARY = 700
 class FaultyRunner(FakeRunner):
     """Computes as its base does, but for what the file says at the beginning of each step."""
 
-    def execute(self, batch: StepBatch) -> StepResult:
+    def execute(self, batch: StepBatch, *on_launch: OnLaunch) -> StepResult:
         self._suffer(batch)
-        result = super().execute(batch)
+        result = super().execute(batch, *on_launch)
         result.token_ids = {name: one % NUM_ORDINARY for name, one in result.token_ids.items()}
         return result
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from support.fake_runner import FakeRunner, fake_info
 
-from vlmserve.models.batch import PoolSizes, StepBatch
+from vlmserve.models.batch import PoolSizes, ScheduledSequence, StepBatch, StepResult
 from vlmserve.router.admission import AdmissionLimits, check_request
 from vlmserve.router.blocks import ImageEntry
 from vlmserve.router.messages import AddRequest
@@ -51,6 +51,7 @@ class Bench:
     image_cache: bool = True
     image_cost_tokens: int = 0
     num_image_layers: int = 1
+    plans_ahead: bool = False
 
     def __post_init__(self) -> None:
         info = fake_info(
@@ -75,6 +76,7 @@ class Bench:
         self._num_preemptions: dict[str, int] = {}
         self._have_run: set[str] = set()
         self._streaming: dict[str, int] = {}
+        self.rows_ahead: list[ScheduledSequence] = []
 
     def add(self, request: AddRequest) -> Sequence:
         check_request(request, self.limits)
@@ -98,11 +100,13 @@ class Bench:
         batch = self.scheduler.schedule()
         for one in batch.sequences if batch else ():
             assert not self.sequences[one.request_id].lacks_matcher
+        rows = self.scheduler.plan_ahead() if self.plans_ahead and batch is not None else []
         if first is not None and self.max_num_batched_tokens >= self.max_num_seqs:
             assert batch is not None
             is_computed = first.sequence_id in {one.request_id for one in batch.sequences}
             is_seeing = any(one.block_ids in map(_blocks_of, first.images) for one in batch.images)
             assert is_computed or is_seeing
+        self.rows_ahead = rows
         self._count_lost_runs()
         self._have_run |= {one.request_id for one in batch.sequences} if batch else set()
         return batch
@@ -125,17 +129,21 @@ class Bench:
 
     def finish(self, batch: StepBatch) -> None:
         self._streaming.clear()
-        for progress in self.scheduler.update(self.runner.execute(batch)):
+        for progress in self.scheduler.update(self._execute(batch)):
             self._take(progress)
             if progress.token_ids:
                 sequence = progress.sequence
                 self._streaming[sequence.sequence_id] = sequence.num_preemptions
         self.scheduler.check()
 
+    def _execute(self, batch: StepBatch) -> StepResult:
+        """Compute; the rows planned ahead are laid out meanwhile."""
+        return self.runner.execute(batch, lambda: self.runner.prepare(self.rows_ahead))
+
     def fail(self, batch: StepBatch, is_computed: bool) -> None:
         """Lose the step that was planned: before it is computed, or only its result."""
         if is_computed:
-            self.runner.execute(batch)
+            self._execute(batch)
         for sequence in self.scheduler.fail_step():
             self._end(sequence.sequence_id, "failed")
         self.scheduler.check()
