@@ -19,16 +19,25 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def descendants(pid: int) -> list[int]:
-    """All descendants of a process."""
+    """All living descendants of a process; zombies are not."""
     found, waiting = [], [pid]
     while waiting:
         parent = waiting.pop()
         for task in Path(f"/proc/{parent}/task").glob("*/children"):
             with contextlib.suppress(OSError):
-                children = [int(child) for child in task.read_text().split()]
-                found += children
-                waiting += children
+                direct = [int(child) for child in task.read_text().split()]
+                found += [child for child in direct if is_running(child)]
+                waiting += direct
     return found
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process still runs; a zombie that is yet to be reaped does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def engine_pid(supervisor: int) -> int | None:

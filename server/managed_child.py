@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -76,6 +77,18 @@ class ManagedChild:
     async def wait(self) -> None:
         """Return when it has ended."""
         await self._process.wait()
+
+    async def wait_or_hang(self, hanging: Coroutine[Any, Any, str]) -> str | None:
+        """None when it has ended, or why it hangs as soon as `hanging` returns that."""
+        hangs = asyncio.create_task(hanging)
+        ends = asyncio.create_task(self.wait())
+        try:
+            await asyncio.wait([hangs, ends], return_when=asyncio.FIRST_COMPLETED)
+            return None if ends.done() else hangs.result()
+        finally:
+            for task in (hangs, ends):
+                task.cancel()
+            await asyncio.gather(hangs, ends, return_exceptions=True)
 
     def terminate(self) -> None:
         """Ask it to end."""

@@ -357,28 +357,18 @@ async def _ended(
     child: ManagedChild, name: str, hanging: Coroutine[Any, Any, str]
 ) -> RestartReason:
     """Return when the child has ended, or has been ended because `hanging` said why it hangs."""
-    hangs, ends = asyncio.create_task(hanging), asyncio.create_task(child.wait())
-    try:
-        await asyncio.wait([hangs, ends], return_when=asyncio.FIRST_COMPLETED)
-        if ends.done():
-            return "ended"
-        _say(f"{name} {hangs.result()}; ending it")
-        child.kill()
-        await ends
-        return "hung"
-    finally:
-        await _cancelled(hangs, ends)
+    reason = await child.wait_or_hang(hanging)
+    if reason is None:
+        return "ended"
+    _say(f"{name} {reason}; ending it")
+    child.kill()
+    await child.wait()
+    return "hung"
 
 
 async def _all_ended(children: Sequence[ManagedChild]) -> None:
     for child in children:
         await child.wait()
-
-
-async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _is_ready(listener: socket.socket, is_tls: bool) -> bool:

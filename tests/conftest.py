@@ -161,19 +161,29 @@ class FaultyServer(RunningServer):
         fresh.replace(self.fault)
 
 
+@contextlib.contextmanager
+def faulty_serving(folder: Path, **options) -> Iterator[FaultyServer]:
+    """A server whose engine fails on demand, until the block ends; see `faulty_server.py`."""
+    port, fault = free_port(), folder / "fault"
+    command = [sys.executable, str(FAULTY_SERVER), json.dumps({"port": port, **options})]
+    with running_command(command, port, folder, FAULT_FILE=str(fault)) as server:
+        yield FaultyServer(server.process, port, server.log, fault=fault)
+
+
 @pytest.fixture
 def start_faulty_server(tmp_path):
     """start_faulty_server(supervision={}, server={}, engine={}) -> FaultyServer."""
     with contextlib.ExitStack() as stack:
+        yield lambda **options: stack.enter_context(faulty_serving(tmp_path, **options))
 
-        def start(**options) -> FaultyServer:
-            port, fault = free_port(), tmp_path / "fault"
-            command = [sys.executable, str(FAULTY_SERVER), json.dumps({"port": port, **options})]
-            running = running_command(command, port, tmp_path, FAULT_FILE=str(fault))
-            server = stack.enter_context(running)
-            return FaultyServer(server.process, port, server.log, fault=fault)
 
-        yield start
+@pytest.fixture(scope="module")
+def start_shared_faulty_server(tmp_path_factory):
+    """The same for servers that a module's tests share."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **options: stack.enter_context(
+            faulty_serving(tmp_path_factory.mktemp("server"), **options)
+        )
 
 
 @pytest.fixture

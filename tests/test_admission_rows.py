@@ -1,4 +1,8 @@
-"""Overload: what is refused, how soon, and that nothing of it stays."""
+"""Overload: what is refused, how soon, and that nothing of it stays.
+
+In one process, where a step can be held by a gate and the queue's own counts be read;
+`test_rows_server` asks the same of whole servers.
+"""
 
 import asyncio
 import threading
@@ -8,7 +12,15 @@ import httpx2
 import pytest
 from support.engine_side import engine_at
 from support.fake_runner import FakeRunner
-from support.standing import GENERATION_ROUTES, SLACK, body_for
+from support.standing import (
+    CHAT,
+    COMPLETIONS,
+    GENERATION_ROUTES,
+    SLACK,
+    STACK_ROUTES,
+    TEXT_ROUTES,
+    body_for,
+)
 from test_http_to_engine import server_at, until_free, until_ready
 
 from vlmserve.router.config import EngineConfig
@@ -61,13 +73,14 @@ def test_row_31_a_full_queue_is_a_429_with_retry_after_at_once_while_a_step_runs
         async with engine_at(path, runner, **options) as engine, server_at(path) as client:
             await until_ready(client)
             images = ["picture"] if limit == "bytes" else []
-            first = GENERATION_ROUTES[0]
+            routes = GENERATION_ROUTES if limit == "bytes" else TEXT_ROUTES
+            first = routes[0]
             taken = []
             for count in (1, 2):
                 call = client.post(first, json=body_of(first, images=images))
                 taken.append(asyncio.create_task(call))
                 await until(lambda count=count: num_open(engine) == count)
-            for route in GENERATION_ROUTES:
+            for route in routes:
                 for stream in (False, True):
                     body = body_of(route, images=images, stream=stream)
                     began = time.monotonic()
@@ -140,7 +153,7 @@ def test_row_31_the_wait_follows_how_long_the_last_requests_ran(have_started):
     assert refused == {"e": 2.0, "f": 2.0}, "the third would wait for 12 s"
 
 
-@pytest.mark.parametrize("route", GENERATION_ROUTES)
+@pytest.mark.parametrize("route", [CHAT, STACK_ROUTES[0], COMPLETIONS])
 def test_row_32_counters_are_back_whatever_becomes_of_the_requests(tmp_path, route):
     """Answered, refused, past their time, left, and failed in a step: nothing stays counted."""
 

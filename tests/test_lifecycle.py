@@ -11,7 +11,9 @@ import urllib.error
 import urllib.request
 
 import pytest
-from support.standing import Standing, descendants, is_running
+from support.standing import Standing
+
+from server_state import descendants, is_running
 
 VLMSERVE = [sys.executable, "-m", "vlmserve.server"]
 MODEL = "vlmserve-tiny-vision"

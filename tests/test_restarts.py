@@ -12,16 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from support.standing import (
     CHAT,
-    GENERATION_ROUTES,
     SLACK,
+    STACK_ROUTES,
+    TEXT_ROUTES,
     Standing,
     assert_error,
     assert_stream_error,
     body_for,
-    descendants,
-    is_running,
     num_descriptors,
 )
+
+from server_state import descendants, is_running
 
 QUICK = {"hang_limits": {"heartbeat_s": 1.5, "step_s": 1.5}, "spare_delay_s": None}
 
@@ -33,14 +34,14 @@ def standing_of(server) -> Standing:
 
 def long_body(route, **more):
     return body_for(route, max_tokens=3000, **more) | (
-        {"ignore_eos": True} if route == CHAT else {}
+        {} if route in STACK_ROUTES else {"ignore_eos": True}
     )
 
 
 class Open:
     """Long requests on every route, streamed and plain, each begun when this is made."""
 
-    def __init__(self, standing, routes=GENERATION_ROUTES):
+    def __init__(self, standing, routes=TEXT_ROUTES):
         self._pool = ThreadPoolExecutor(2 * len(routes))
         self.answers = {
             (route, stream): self._pool.submit(
@@ -85,7 +86,7 @@ def test_row_33_engine_killed_ends_streams_and_others_within_1_s_and_serves_agai
         # More than the engine runs at once: some are still queued.
         requests = Open(standing)
         until_running(standing, wait_for, 8)
-        assert wait_for(lambda: standing.metrics()["num_requests_waiting"] == 12)
+        assert wait_for(lambda: standing.metrics()["num_requests_waiting"] == 14)
         assert wait_for(lambda: standing.metrics()["generation_tokens_total"] > 100)
         os.kill(standing.engine_pid, signal.SIGKILL)
         requests.assert_ended_by_an_error(1.0 * SLACK)
@@ -102,7 +103,7 @@ def test_row_33_requests_between_two_engines_are_a_503(start_faulty_server, wait
     os.kill(standing.engine_pid, signal.SIGKILL)
     assert wait_for(lambda: "starting another in 2 s" in log_of(server))
     assert standing.get("/v1/health/ready").status == 503
-    for route in GENERATION_ROUTES:
+    for route in TEXT_ROUTES:
         for stream in (True, False):
             assert_error(standing.post(route, body_for(route, stream=stream)), 503)
     assert standing.get("/v1/health/live").status == 200
@@ -127,7 +128,7 @@ def test_row_34_a_hung_engine_is_not_ready_and_then_restarted(start_faulty_serve
     server.suffer("slow 0.02")
     with standing.holds(same_engine=False):
         before = standing.engine_pid
-        requests = Open(standing, [CHAT])
+        requests = Open(standing)
         assert wait_for(lambda: standing.metrics()["generation_tokens_total"] > 20)
         hang(server, standing)
         assert wait_for(lambda: standing.get("/v1/health/ready").status == 503, 5.0 * SLACK)
@@ -147,8 +148,8 @@ def test_row_35_a_killed_worker_is_replaced_and_its_requests_leave_the_engine(
     standing = standing_of(server)
     server.suffer("slow 0.02")
     with standing.holds():
-        with ThreadPoolExecutor(6) as pool:
-            lost = [pool.submit(standing.post, CHAT, long_body(CHAT)) for _ in range(6)]
+        with ThreadPoolExecutor(len(TEXT_ROUTES)) as pool:
+            lost = [pool.submit(standing.post, one, long_body(one)) for one in TEXT_ROUTES]
             until_running(standing, wait_for, 2)
             (worker,) = standing.pids("worker")
             decoders = standing.pids("decoder")

@@ -17,7 +17,7 @@ from support.http_side import (
     tokens_one_by_one,
     write_checkpoint,
 )
-from support.standing import GENERATION_ROUTES, body_for
+from support.standing import GENERATION_ROUTES, TEXT_ROUTES, body_for
 
 from vlmserve.server.access import ApiKeys, KeyFileError
 from vlmserve.server.app import build_app
@@ -77,7 +77,7 @@ def with_auth(value):
 
 def test_row_41_every_route_of_the_router_needs_the_key_but_live_and_ready(checkpoint):
     routes = all_routes(checkpoint)
-    assert {path for _, path in routes} >= {*OPEN, "/metrics", "/v1/models", *GENERATION_ROUTES}
+    assert {path for _, path in routes} >= {*OPEN, "/metrics", "/v1/models", *TEXT_ROUTES}
     extra = [("GET", "/no-such-route"), ("DELETE", "/v1/models"), ("OPTIONS", "/v1/models")]
 
     async def use(client):
@@ -172,12 +172,12 @@ def test_row_42_any_key_opens_every_route(checkpoint, key):
     async def use(client):
         return [
             (await client.post(path, json=body_of(path), headers=with_auth(f"bearer {key}")))
-            for path in GENERATION_ROUTES
+            for path in TEXT_ROUTES
         ]
 
     answers, engine = served(checkpoint, use, api_keys=KEYS)
     assert {answer.status_code for answer in answers} == {200}, answers[0].text
-    assert len(engine.requests) == len(GENERATION_ROUTES)
+    assert len(engine.requests) == len(TEXT_ROUTES)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_row_42_a_foreign_host_is_refused_where_hosts_are_configured(checkpoint,
         head = [(b"host", host.encode())]
         answers = [await client.get("/v1/models", headers=head)]
         answers += [
-            await client.post(path, json=body_of(path), headers=head) for path in GENERATION_ROUTES
+            await client.post(path, json=body_of(path), headers=head) for path in TEXT_ROUTES
         ]
         probes = [(await client.get(path, headers=head)).status_code for path in OPEN]
         return answers, probes
@@ -235,7 +235,7 @@ def test_row_37_equal_ids_of_clients_never_meet(checkpoint, stream):
         same = {"X-Request-Id": "same", **HEADERS}
         calls = [
             client.post(path, json=body_of(path, stream=stream), headers=same)
-            for path in GENERATION_ROUTES * 2
+            for path in TEXT_ROUTES * 2
         ]
         return await asyncio.gather(*calls)
 
@@ -267,7 +267,7 @@ def test_row_37_no_field_of_a_client_becomes_a_cache_key(checkpoint):
 
 def test_row_38_tenants_follow_the_key_on_every_route(checkpoint):
     async def use(client):
-        for path in GENERATION_ROUTES:
+        for path in TEXT_ROUTES:
             for key in KEYS:
                 sent = with_auth(f"Bearer {key}")
                 answer = await client.post(path, json=body_of(path), headers=sent)
@@ -275,7 +275,7 @@ def test_row_38_tenants_follow_the_key_on_every_route(checkpoint):
 
     _, engine = served(checkpoint, use, api_keys=KEYS)
     tenants = [request.tenant for request in engine.requests]
-    assert tenants == tenants[:2] * len(GENERATION_ROUTES)
+    assert tenants == tenants[:2] * len(TEXT_ROUTES)
     assert tenants[0] != tenants[1]
     assert not any(key in tenant for key in KEYS for tenant in tenants)
 
@@ -284,7 +284,7 @@ def test_row_38_without_keys_whatever_a_client_sends_is_no_tenant(checkpoint):
     async def use(client):
         for key in ("a", "b"):
             sent = with_auth(f"Bearer {key}")
-            for path in GENERATION_ROUTES:
+            for path in TEXT_ROUTES:
                 await client.post(path, json=body_of(path), headers=sent)
 
     _, engine = served(checkpoint, use)

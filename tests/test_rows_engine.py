@@ -1,8 +1,12 @@
-"""What neighbours, faults and exhausted pools must not do to a request, seen from the routes."""
+"""What neighbours, faults and exhausted pools must not do to a request, seen from the routes.
+
+Rows 28, 39 and 50 in one process, where the scheduler can be asked to check its pools;
+`test_rows_server` asks the same of a whole server. Row 40 looks into the pools' tensors, which no
+server shows.
+"""
 
 import asyncio
 import os
-import socket
 import stat
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,12 +16,14 @@ from support.engine_side import engine_at
 from support.fake_runner import FakeRunner, fake_info
 from support.standing import (
     CHAT,
+    COMPLETIONS,
     GENERATION_ROUTES,
+    STACK_ROUTES,
+    TEXT_ROUTES,
     Standing,
     assert_error,
     assert_stream_error,
     body_for,
-    raw_post,
 )
 from support.stepped import SteppedEngine
 from test_admission_rows import body_of, until
@@ -27,13 +33,17 @@ from vlmserve.models.batch import PoolSizes
 from vlmserve.router import wire
 from vlmserve.router.messages import AddRequest
 
+# One of each kind; `test_rows_server` goes through them all.
+ROUTES = [CHAT, STACK_ROUTES[0], COMPLETIONS]
+
 
 def bodies_of(route, count=10):
     """Requests of several lengths, with and without pictures; some begin alike."""
     texts = [f"{'Look at this. ' * (i % 3)}{i}?" for i in range(count)]
+    pictures = [[f"picture {i % 4}"] * (i % 3) for i in range(count)]
     return [
-        body_of(route, text, images=[f"picture {i % 4}"] * (i % 3), max_tokens=40)
-        for i, text in enumerate(texts)
+        body_of(route, text, images=images if route in GENERATION_ROUTES else [], max_tokens=40)
+        for text, images in zip(texts, pictures, strict=True)
     ]
 
 
@@ -46,12 +56,13 @@ async def posted(client, route, bodies):
 def text_of(answer):
     """The text of a plain answer of any route."""
     content = answer.json()
-    if "choices" in content:
-        return content["choices"][0]["message"]["content"]
-    return content["completion_message"]["content"]
+    if "completion_message" in content:
+        return content["completion_message"]["content"]
+    choice = content["choices"][0]
+    return choice["text"] if "text" in choice else choice["message"]["content"]
 
 
-@pytest.mark.parametrize("route", GENERATION_ROUTES)
+@pytest.mark.parametrize("route", ROUTES)
 def test_row_28_an_exhausted_cache_preempts_and_changes_no_greedy_answer(tmp_path, route):
     """Nobody is refused, nothing stands still, and all blocks come back."""
 
@@ -79,7 +90,7 @@ def test_row_29_a_failed_step_is_a_500_for_those_in_it_and_for_nobody_else(
     server = start_faulty_server(engine={"max_num_seqs": 2})
     standing = Standing(server, is_warm=True)
     with standing.holds():
-        for route in GENERATION_ROUTES:
+        for route in TEXT_ROUTES:
             for stream in (False, True):
                 server.suffer(fault)
                 answer = standing.post(route, body_for(route, stream=stream))
@@ -90,11 +101,16 @@ def test_row_29_a_failed_step_is_a_500_for_those_in_it_and_for_nobody_else(
         server.suffer("slow 0.05")
         with ThreadPoolExecutor(6) as pool:
             body = body_for(CHAT, max_tokens=30, stream=True, ignore_eos=True)
+            before = standing.metrics()
             crowd = [pool.submit(standing.post, CHAT, body) for _ in range(6)]
+
+            def grown(name):
+                return standing.metrics()[name] - before[name]
+
             assert wait_for(lambda: standing.metrics()["num_requests_waiting"] == 4)
-            assert wait_for(lambda: standing.metrics()["generation_tokens_total"] > 70)
+            assert wait_for(lambda: grown("generation_tokens_total") > 20)
             server.suffer(fault)
-            assert wait_for(lambda: standing.metrics()["request_failure_total"] > 20)
+            assert wait_for(lambda: grown("request_failure_total") > 0)
             server.suffer("")
             answers = [one.result() for one in crowd]
         failed = [one for one in answers if one.status == 500 or "error" in one.frames[-2]]
@@ -105,7 +121,7 @@ def test_row_29_a_failed_step_is_a_500_for_those_in_it_and_for_nobody_else(
         assert len(failed) >= 2
 
 
-@pytest.mark.parametrize("route", GENERATION_ROUTES)
+@pytest.mark.parametrize("route", ROUTES)
 def test_row_39_company_that_joins_and_leaves_changes_no_answer(tmp_path, route):
     async def scenario():
         path = tmp_path / "engine.sock"
@@ -200,23 +216,7 @@ def engine_socket(pid):
     return path
 
 
-def test_row_49_a_client_that_leaves_is_logged_as_499_and_freed(start_faulty_server, wait_for):
-    """On every route, in the stream and waiting for a plain answer."""
-    server = start_faulty_server()
-    standing = Standing(server, is_warm=True)
-    server.suffer("slow 0.01")
-    with standing.holds():
-        for number, route in enumerate(GENERATION_ROUTES, 1):
-            for stream in (True, False):
-                sent = raw_post(route, body_for(route, max_tokens=3000, stream=stream))
-                with socket.create_connection(("127.0.0.1", server.port)) as client:
-                    client.sendall(sent)
-                    assert wait_for(lambda: standing.metrics()["num_requests_running"] == 1)
-                assert wait_for(lambda: standing.metrics()["num_requests_running"] == 0)
-            assert wait_for(lambda n=number: server.log.read_text().count("status=499") == 2 * n)
-
-
-@pytest.mark.parametrize("route", GENERATION_ROUTES)
+@pytest.mark.parametrize("route", ROUTES)
 def test_row_50_a_cancel_that_races_with_the_end_frees_once(tmp_path, route):
     """The pools assert that nothing is freed twice; whoever stays gets the whole answer."""
 
@@ -228,9 +228,10 @@ def test_row_50_a_cancel_that_races_with_the_end_frees_once(tmp_path, route):
             await posted(client, route, [body_of(route, max_tokens=3)])
             usual_s = asyncio.get_running_loop().time() - began
             num_left = 0
+            images = ["p"] if route in GENERATION_ROUTES else []
             for i in range(60):
                 call = asyncio.create_task(
-                    client.post(route, json=body_of(route, f"{i}", images=["p"], max_tokens=3))
+                    client.post(route, json=body_of(route, f"{i}", images=images, max_tokens=3))
                 )
                 # From far before the usual end to far behind it.
                 await asyncio.wait([call], timeout=usual_s * i / 30)

@@ -1,4 +1,8 @@
-"""Clients that do not read their answers: bounded, cut, and freed in the engine."""
+"""Clients that do not read their answers: bounded, cut, and freed in the engine.
+
+In one process, where the engine's own counts can be read; `test_rows_server` asks the same of
+a whole server.
+"""
 
 import asyncio
 import socket
@@ -8,7 +12,7 @@ from support.cancels import OrdinaryRunner
 from support.engine_side import engine_at
 from support.fake_runner import fake_info
 from support.http_side import running_server
-from support.standing import GENERATION_ROUTES, SLACK, body_for, raw_post
+from support.standing import CHAT, COMPLETIONS, SLACK, body_for, raw_post
 
 from vlmserve.models.batch import PoolSizes
 from vlmserve.models.bundled import CHECKPOINT
@@ -61,7 +65,7 @@ def serve(tmp_path, scenario):
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("route", GENERATION_ROUTES)
+@pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
 def test_row_30_a_client_that_does_not_read_is_cut_and_its_blocks_are_freed(
     tmp_path, route, caplog
 ):
@@ -86,7 +90,7 @@ def test_row_30_a_client_that_does_not_read_is_cut_and_its_blocks_are_freed(
 def test_row_30_a_client_that_reads_slowly_is_served_to_the_end(tmp_path, caplog):
     async def scenario(url, engine):
         more = {"ignore_eos": True, "max_tokens": 600}
-        client = await deaf_client(url, GENERATION_ROUTES[0], **more)
+        client = await deaf_client(url, CHAT, **more)
         loop = asyncio.get_running_loop()
         received = b""
         async with asyncio.timeout(ROUNDS_S):

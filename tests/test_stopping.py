@@ -15,16 +15,15 @@ import pytest
 from support.faulty_server import ENGINE
 from support.standing import (
     CHAT,
-    GENERATION_ROUTES,
     SLACK,
+    TEXT_ROUTES,
     Standing,
     assert_error,
     assert_stream_error,
     body_for,
-    descendants,
-    is_running,
 )
 
+from server_state import descendants, is_running
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.router.config import EngineConfig
 
@@ -43,28 +42,44 @@ def running_stream(pool, standing, wait_for, max_tokens=3000):
 def test_row_51_sigterm_refuses_what_is_new_and_ends_what_outlasts_the_drain(
     start_faulty_server, wait_for
 ):
-    server = start_faulty_server(supervision={"drain_time_s": 4.0})
+    """On every route: a short answer, a long one, and a long stream are open when it comes."""
+    server = start_faulty_server(
+        supervision={"drain_time_s": 4.0}, engine={"heartbeat_interval_s": 0.05}
+    )
     standing = Standing(server, is_warm=True)
-    server.suffer("slow 0.02")
+    # Nothing ends before all have begun.
+    server.suffer("slow 0.5")
     family = descendants(server.process.pid)
-    with ThreadPoolExecutor(3) as pool:
-        stream = running_stream(pool, standing, wait_for)
-        short = pool.submit(standing.post, CHAT, body_for(CHAT, max_tokens=40, ignore_eos=True))
-        plain = pool.submit(standing.post, CHAT, body_for(CHAT, max_tokens=3000, ignore_eos=True))
-        assert wait_for(lambda: standing.metrics()["num_requests_running"] == 3)
+    bodies = [
+        (route, body_for(route, **fields))
+        for fields in (
+            {"max_tokens": 20},
+            {"max_tokens": 3000},
+            {"max_tokens": 3000, "stream": True},
+        )
+        for route in TEXT_ROUTES
+    ]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        calls = [pool.submit(standing.post, *one) for one in bodies]
+        begun = "time_to_first_token_seconds_count"
+        assert wait_for(lambda: standing.metrics()[begun] == len(bodies))
         server.process.send_signal(signal.SIGTERM)
         assert wait_for(lambda: standing.get("/v1/health/ready").status == 503, 1.0 * SLACK)
-        for route in GENERATION_ROUTES:
+        server.suffer("slow 0.02")
+        for route in TEXT_ROUTES:
             for streamed in (False, True):
                 refused = standing.post(route, body_for(route, stream=streamed))
                 assert_error(refused, 503)
                 assert int(refused.headers["retry-after"]) >= 1
         assert standing.get("/v1/health/live").status == 200
-        assert not stream.done()
-        assert short.result().status == 200
-        assert short.result().json["usage"]["completion_tokens"] == 40
-        assert assert_stream_error(stream.result())["type"] == "service_unavailable_error"
-        assert_error(plain.result(), 503)
+        num_routes = len(TEXT_ROUTES)
+        assert not any(call.done() for call in calls[num_routes:])
+        ends = [call.result() for call in calls]
+    assert [one.status for one in ends[:num_routes]] == [200] * num_routes
+    for plain in ends[num_routes : 2 * num_routes]:
+        assert_error(plain, 503)
+    for stream in ends[2 * num_routes :]:
+        assert assert_stream_error(stream)["type"] == "service_unavailable_error"
     assert server.process.wait(EXIT_S * SLACK) == 0
     assert not any(map(is_running, family))
 

@@ -14,6 +14,7 @@ from support.http_side import (
     tokens_one_by_one,
     write_checkpoint,
 )
+from support.standing import GENERATION_ROUTES
 from support.tool_template import TOOL_TEMPLATE
 
 from vlmserve.models.batch import TokenLogprobs
@@ -395,12 +396,12 @@ def test_a_reply_in_several_tokens_a_step_gives_the_same(checkpoint):
     assert message["tool_calls"][0]["function"]["arguments"] == ARGUMENTS
 
 
-@pytest.mark.parametrize("path", [CHAT, OLD, NEW])
+@pytest.mark.parametrize("path", GENERATION_ROUTES)
 @pytest.mark.parametrize("stream", [False, True])
 def test_row_25_hostile_output_is_answered_on_every_route(checkpoint, path, stream):
     body = (BODY if path == CHAT else STACK_BODY) | {"stream": stream}
     for part in ("<function=get_time>{", "[get_time(a=[", '<|python_tag|>get_time(a="\\', "}{"):
-        ids = TOKENIZER.encode(part * 500, add_special_tokens=False).ids
+        ids = TOKENIZER.encode(part * 100, add_special_tokens=False).ids
         steps = [ids[begin : begin + 100] for begin in range(0, len(ids), 100)]
         script = [SequenceOutput(request_id="r", token_ids=step) for step in steps]
         last = SequenceOutput(request_id="r", token_ids=[128009], finish_reason="stop")

@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from server_state import GAUGES, descendants
+
 SLACK = 5.0
 PROBE_S = 2.0
 RETURN_S = 1.0
@@ -53,12 +55,6 @@ BODY_ROUTES = [*TEXT_ROUTES, *TOKENIZE_ROUTES, "/detokenize", "/v1/detokenize"]
 PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQV"
     "R42mM8ISfHwMDAxMDAwMDAAAANBAEIf62CUQAAAABJRU5ErkJggg=="
-)
-GAUGES = (
-    "num_requests_running",
-    "num_requests_waiting",
-    "vlmserve_text_blocks_used",
-    "vlmserve_image_blocks_used",
 )
 KINDS = {
     b"vlmserve.router.engine_process": "engine",
@@ -324,28 +320,6 @@ class Standing:
             time.sleep(0.1)
 
 
-def descendants(pid: int) -> list[int]:
-    """All living descendants of a process; zombies are not."""
-    found, waiting = [], [pid]
-    while waiting:
-        parent = waiting.pop()
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                direct = [int(child) for child in task.read_text().split()]
-                found += [child for child in direct if is_running(child)]
-                waiting += direct
-    return found
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process still runs; a zombie that is yet to be reaped does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
-
-
 def kind_of(pid: int) -> str:
     """What a child of the server is, by its name or its command line."""
     try:
@@ -362,8 +336,17 @@ def kind_of(pid: int) -> str:
 
 def peak_bytes(pid: int) -> int:
     """The most memory that a process has held."""
+    return _status_bytes(pid, "VmHWM")
+
+
+def resident_bytes(pid: int) -> int:
+    """The memory that a process holds."""
+    return _status_bytes(pid, "VmRSS")
+
+
+def _status_bytes(pid: int, name: str) -> int:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def num_descriptors(pid: int) -> int:
