@@ -27,7 +27,7 @@ def test_every_generating_route_answers_its_body_and_refuses_nonsense(standing, 
 def test_the_tree_is_one_supervisor_worker_engine_and_two_decoders(standing):
     kinds = standing.snapshot().children
     single = ("supervisor", "worker", "engine")
-    assert [kinds.pop(kind) for kind in (*single, "decoder", "grammars")] == [1, 1, 1, 2, 2]
+    assert [kinds.pop(kind) for kind in (*single, "decoder")] == [1, 1, 1, 2]
     assert not kinds
     assert standing.snapshot().descriptors["worker"] > 5
 

@@ -56,14 +56,19 @@ PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQV"
     "R42mM8ISfHwMDAxMDAwMDAAAANBAEIf62CUQAAAABJRU5ErkJggg=="
 )
+# Standing by for the next engine; it comes and goes by itself.
+SPARE = "spare"
+# Checking grammars: started when needed, up to so many, and killed over a slow one.
+GRAMMARS = "grammars"
+MAX_GRAMMARS = 2
+# The pipes to each of them that the worker holds.
+PIPES_OF_GRAMMARS = 2
 KINDS = {
     b"vlmserve.router.engine_process": "engine",
     b"vlmserve.server.worker": "worker",
     b"vlmserve.server.images.decoder_child": "decoder",
-    b"vlmserve.server.grammar_child": "grammars",
+    b"vlmserve.server.grammar_child": GRAMMARS,
 }
-# Standing by for the next engine; it comes and goes by itself.
-SPARE = "spare"
 
 
 class Server(Protocol):
@@ -252,14 +257,18 @@ class Standing:
         return pid
 
     def snapshot(self) -> Snapshot:
-        """The state at this moment, but for a spare engine."""
-        processes = {pid: kind for pid, kind in self.processes().items() if kind != SPARE}
+        """The state at this moment, but for a spare engine and what checks grammars."""
+        found = self.processes()
+        passing = Counter(kind for kind in found.values() if kind in (SPARE, GRAMMARS))
+        assert passing[GRAMMARS] <= MAX_GRAMMARS
+        processes = {pid: kind for pid, kind in found.items() if kind not in passing}
         figures = self.metrics()
         descriptors: Counter[str] = Counter()
         for pid, kind in processes.items():
             descriptors[kind] += num_descriptors(pid)
         # The pipe on which a spare waits for its settings.
-        descriptors["supervisor"] -= len(self.pids(SPARE))
+        descriptors["supervisor"] -= passing[SPARE]
+        descriptors["worker"] -= passing[GRAMMARS] * PIPES_OF_GRAMMARS
         return Snapshot(
             engines={pid for pid, kind in processes.items() if kind == "engine"},
             children=Counter(processes.values()),
