@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -154,6 +155,29 @@ def test_a_long_prompt_beside_short_decodes_does_not_split_their_keys() -> None:
     case = make_case([(1, 100), (40, 3000)], is_causal=True)
     single, _ = TritonBackend().prepare(case.rows, CPU, torch.float32).launches
     assert single.num_splits == 1
+
+
+def test_partial_results_are_as_many_as_the_rows_that_are_split() -> None:
+    """They were as many as the step's tokens: a GiB for one decode beside a chunk of 2,048."""
+    case = make_case([(1, 600), (40, 40), (1, 9)], is_causal=True)
+    backend, partials = TritonBackend(num_splits=4), []
+    kernel = backend._kernels.attend_kernel
+
+    class Kept:
+        def __getitem__(self, grid):
+            def launch(*args, **constants):
+                partials.append(args[4:6])
+                kernel[grid](*args, **constants)
+
+            return launch
+
+    backend._kernels = SimpleNamespace(
+        attend_kernel=Kept(), merge_kernel=backend._kernels.merge_kernel
+    )
+    check(backend, case)
+    num_heads, head_dim = case.query.shape[1:]
+    assert partials[0][0].shape == (4, 2, num_heads, head_dim)
+    assert partials[0][1].shape == (4, 2, num_heads)
 
 
 def test_single_queries_and_longer_rows_are_launched_apart() -> None:

@@ -90,6 +90,19 @@ def test_a_sum_and_the_norm_after_it_are_torchs(
         assert_equal(actual, expected)
 
 
+@torch.inference_mode()
+def test_a_norm_is_of_the_sum_as_it_is_rounded(device: str) -> None:
+    """In float16; the interpreter cuts off what bfloat16 would round."""
+    torch.manual_seed(0)
+    hidden, update = torch.randn(2, 5, 72, device=device).half().unbind()
+    weight = (torch.rand(72, device=device) + 0.5).half()
+    summed, normed = fused_launch.add_norm(hidden, update, weight, 1e-5)
+    assert torch.equal(summed, hidden + update)
+    exact = nn.functional.rms_norm(summed.double(), (72,), weight.double(), 1e-5)
+    is_near = (normed.double() - exact).abs() <= 1.01 * 2.0**-11 * exact.abs()
+    assert is_near.all()
+
+
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 16), (3, 3, 24)])
 @torch.inference_mode()
 def test_rotation_and_write_are_torchs_and_negative_slots_are_skipped(

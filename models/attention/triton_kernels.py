@@ -20,7 +20,7 @@ import triton.language as tl
 
 
 # counts that change from step to step compile no kernel anew
-@triton.jit(do_not_specialize=["num_queries", "table_stride"])
+@triton.jit(do_not_specialize=["table_stride"])
 def attend_kernel(
     query,
     key_cache,
@@ -36,7 +36,6 @@ def attend_kernel(
     query_stride,
     table_stride,
     scale_log2,
-    num_queries,
     BLOCK_SIZE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -53,8 +52,9 @@ def attend_kernel(
 
     query: [num_queries, num_heads, head_dim], query_stride elements from token to token; caches:
     one layer's, [num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM]; output: as query, contiguous.
-    partial: float32 [NUM_SPLITS, num_queries, num_heads, head_dim] and partial_lse, base 2,
-    [NUM_SPLITS, num_queries, num_heads], written where NUM_SPLITS > 1. tile_rows, tile_offsets:
+    partial: float32 [NUM_SPLITS, num_tiles, num_heads, head_dim] and partial_lse, base 2,
+    [NUM_SPLITS, num_tiles, num_heads], written where NUM_SPLITS > 1, whose tiles have one query
+    each: their size is that of the launch, not of the step. tile_rows, tile_offsets:
     int32 [num_tiles], the tile's row and its first query within the row. query_starts, key_lens,
     block_table: the rows', int32. OPERAND: the type in which products are fed.
     """
@@ -119,25 +119,25 @@ def attend_kernel(
 
     sees_any = total > 0.0
     mixed = mixed / tl.where(sees_any, total, 1.0)[:, None]
-    out_row = token * num_heads + head
     if NUM_SPLITS == 1:
+        out_row = token * num_heads + head
         out_at = output + out_row[:, None] * HEAD_DIM + dims[None, :]
         tl.store(out_at, mixed.to(output.dtype.element_ty), mask=is_element)
     else:
-        out_row += split.to(tl.int64) * num_queries * num_heads
-        tl.store(partial + out_row[:, None] * HEAD_DIM + dims[None, :], mixed, mask=is_element)
+        tl.static_assert(BLOCK_Q == 1)
+        part = (split.to(tl.int64) * tl.num_programs(0) + tile) * num_heads + head
+        tl.store(partial + part[:, None] * HEAD_DIM + dims[None, :], mixed, mask=is_element)
         lse = tl.where(sees_any, highest + tl.log2(tl.where(sees_any, total, 1.0)), float("-inf"))
-        tl.store(partial_lse + out_row, lse, mask=is_query)
+        tl.store(partial_lse + part, lse, mask=is_query)
 
 
-@triton.jit(do_not_specialize=["num_queries"])
+@triton.jit
 def merge_kernel(
     partial,
     partial_lse,
     output,
     tile_rows,
     query_starts,
-    num_queries,
     num_heads,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -145,12 +145,13 @@ def merge_kernel(
     PADDED_SPLITS: tl.constexpr,
 ):
     """One head's output of a row with one query, from one a split; zeros if no split saw a key."""
-    token = tl.load(query_starts + tl.load(tile_rows + tl.program_id(0)))
-    row = token.to(tl.int64) * num_heads + tl.program_id(1)
+    tile, head = tl.program_id(0), tl.program_id(1)
+    token = tl.load(query_starts + tl.load(tile_rows + tile))
+    row = token.to(tl.int64) * num_heads + head
     splits = tl.arange(0, PADDED_SPLITS)
     dims = tl.arange(0, PADDED_DIM)
     is_split = splits < NUM_SPLITS
-    at = splits.to(tl.int64) * num_queries * num_heads + row
+    at = (splits.to(tl.int64) * tl.num_programs(0) + tile) * num_heads + head
     lse = tl.load(partial_lse + at, mask=is_split, other=float("-inf"))
     highest = tl.max(lse, 0)
     weights = tl.exp2(lse - tl.where(highest == float("-inf"), 0.0, highest))

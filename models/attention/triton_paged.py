@@ -159,13 +159,13 @@ class TritonBackend(AttentionBackend):
         launch: Launch,
         scale: float,
     ) -> None:
-        num_queries, num_heads, head_dim = query.shape
+        num_heads, head_dim = query.shape[1:]
         num_kv_heads, num_splits = key_cache.shape[-2], launch.num_splits
         group, num_tiles = num_heads // num_kv_heads, len(launch.tile_rows)
         padded_dim = max(MIN_DOT, power_of_2(head_dim))
         partial, lse = output, output
         if num_splits > 1:
-            rows = (num_splits, num_queries, num_heads)
+            rows = (num_splits, num_tiles, num_heads)
             partial = torch.empty((*rows, head_dim), dtype=torch.float32, device=query.device)
             lse = torch.empty(rows, dtype=torch.float32, device=query.device)
         self._kernels.attend_kernel[num_tiles, num_kv_heads, num_splits](
@@ -183,7 +183,6 @@ class TritonBackend(AttentionBackend):
             query.stride(0),
             plan.block_table.stride(0),
             scale * LOG2_E,
-            num_queries,
             BLOCK_SIZE=plan.block_size,
             NUM_KV_HEADS=num_kv_heads,
             GROUP=group,
@@ -206,7 +205,6 @@ class TritonBackend(AttentionBackend):
                 output,
                 launch.tile_rows,
                 plan.query_starts,
-                num_queries,
                 num_heads,
                 HEAD_DIM=head_dim,
                 PADDED_DIM=padded_dim,
