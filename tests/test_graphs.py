@@ -6,20 +6,23 @@ On a CPU the kernels run in Triton's interpreter and a tape stands in for CUDA's
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.taped import TapeRecorder, tape_operations, taped_backend
 
-from vlmserve.models.attention.triton_paged import TritonBackend
+from vlmserve.models.attention.triton_paged import TritonBackend, TritonPlan
 from vlmserve.models.batch import PoolSizes, StepBatch
 from vlmserve.models.fused import FusedDecoder
 from vlmserve.models.graphs.choice import why_not
 from vlmserve.models.graphs.decode import DecodeGraphs, padded_sizes
 from vlmserve.models.graphs.layout import ALIGNMENT, Layout
-from vlmserve.models.graphs.recorder import CudaRecorder
+from vlmserve.models.graphs.recorder import Computation, CudaRecorder
 from vlmserve.models.loading import load_model
 from vlmserve.models.operations import TritonOperations
 from vlmserve.models.pools import PoolPlan
@@ -209,6 +212,30 @@ def test_a_tape_would_show_a_number_that_python_keeps() -> None:
     assert replay().tolist() == [6.0] * 3
     with pytest.raises(AssertionError, match="cannot be captured"):
         recorder.record(lambda: given * float(given.sum()))
+
+
+def test_what_replays_read_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph keeps no tensor: the plans' were freed, and replays read what came there."""
+
+    class Forgetful(TapeRecorder):
+        def record(self, compute: Computation) -> Computation:
+            output = compute()
+            return lambda: output
+
+    made, fixed_plan = [], TritonBackend.fixed_plan
+
+    def noted(*args: Any) -> TritonPlan:
+        plan = fixed_plan(*args)
+        tensors = [plan.query_starts, *(one.tile_offsets for one in plan.launches)]
+        made.extend(weakref.ref(tensor) for tensor in tensors)
+        return plan
+
+    monkeypatch.setattr(TritonBackend, "fixed_plan", noted)
+    runner = ModelRunner(loaded("tiny"), PLAN, TritonBackend(1))
+    runner.record_graphs(1, Forgetful())
+    gc.collect()
+    assert len(made) == 6  # text alone has one plan, with images there are two
+    assert all(reference() is not None for reference in made)
 
 
 def test_sizes_go_up_to_the_most_sequences() -> None:

@@ -45,12 +45,16 @@ class GraphLimits:
 
 @dataclass(slots=True, frozen=True)
 class _Graph:
-    """A recorded step. num_layers: how many layers it begins."""
+    """A recorded step. num_layers: how many layers it begins.
+
+    step: kept, as replays read its tensors where they lay while it was recorded.
+    """
 
     layout: Layout
     has_images: bool
     replay: Callable[[], Tensor]
     num_layers: int
+    step: PagedStep
 
 
 class DecodeGraphs:
@@ -128,7 +132,7 @@ class DecodeGraphs:
             return hidden
 
         replay = recorder.record(compute)
-        return _Graph(layout, has_images, replay, counts[-1])
+        return _Graph(layout, has_images, replay, counts[-1], step)
 
     def _step(self, parts: Parts[Tensor], has_images: bool) -> PagedStep:
         limits, num_patches = self._limits, self._pools.num_patches

@@ -43,7 +43,8 @@ class Recorder(ABC):
     def record(self, compute: Computation) -> Computation:
         """What replays `compute`: the same tensor each time, which the next replay overwrites.
 
-        Also a replay of another computation may overwrite it.
+        Also a replay of another computation may overwrite it. What `compute` reads must be kept by
+        the caller: a replay knows its place in memory alone.
         """
 
 
