@@ -285,7 +285,7 @@ class GrowingAnswer:
         tool_parser: ToolCallParser | None = None,
     ) -> None:
         self._choice = choice
-        self._text = Detokenizer(processor.tokenizer, special_ids=processor.special_ids)
+        self._text = Detokenizer(processor.tokenizer, processor.special_ids)
         self._stops = StopStrings(stop)
         self._calls = None if tool_parser is None else GrowingCalls(tool_parser, choice)
         self._reader = reader
@@ -318,7 +318,7 @@ class GrowingAnswer:
                 events += self._delta(text + self._stops.flush())
                 events += self._told(self._calls.python_tag())
                 text = ""
-            piece = self._cut(self._text.push(token_id).text)
+            piece = self._cut(self._text.push(token_id))
             text += piece.text
             if piece.stop is not None:
                 return [*events, *self._delta(text), *self._finish("stop", piece.stop)]
@@ -343,7 +343,7 @@ class GrowingAnswer:
         return self._stops.push(text)
 
     def _end(self, text: str, output: SequenceOutput) -> list[Event]:
-        tail = self._cut(self._text.flush().text)
+        tail = self._cut(self._text.flush())
         held = self._stops.flush() if tail.stop is None else ""
         events = self._delta(text + tail.text + held)
         if output.finish_reason == "stop":

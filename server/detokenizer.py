@@ -70,36 +70,29 @@ class Detokenizer:
     special_ids: the tokenizer's, so that a run of them costs nothing.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stops: Sequence[str] = (),
-        special_ids: Container[int] = frozenset(),
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, special_ids: Container[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
         self._special_ids = special_ids
         self._stream = DecodeStream(skip_special_tokens=True)
-        self._stops = StopStrings(stops)
         self._unread: list[int] = []
 
-    def push(self, token_id: int) -> Piece:
+    def push(self, token_id: int) -> str:
         """The text that is complete with this token.
 
         Tokens that end inside a character wait in `_unread` for the rest of it.
         """
         if token_id in self._special_ids:
-            return Piece("")
+            return ""
         text = self._step(token_id)
         if len(self._unread) > MAX_UNREAD:
             text += self._give_up_on_unread()
-        return self._stops.push(text) if text else Piece("")
+        return text
 
-    def flush(self) -> Piece:
-        """The tail: held text, and a character that never became whole (as U+FFFD)."""
-        tail = self._tokenizer.decode(self._unread, skip_special_tokens=True)
+    def flush(self) -> str:
+        """The tail: a character that never became whole (as U+FFFD)."""
+        tail: str = self._tokenizer.decode(self._unread, skip_special_tokens=True)
         self._unread.clear()
-        piece = self._stops.push(tail)
-        return piece if piece.stop is not None else Piece(piece.text + self._stops.flush())
+        return tail
 
     def _step(self, token_id: int) -> str:
         text = self._stream.step(self._tokenizer, token_id)

@@ -7,7 +7,7 @@ from support.http_side import meta_like_tokenizer
 
 from vlmserve.router.messages import AddRequest, SequenceOutput
 from vlmserve.server.answers import Finish, GrowingAnswer, TextDelta
-from vlmserve.server.detokenizer import Detokenizer, StopStrings
+from vlmserve.server.detokenizer import Detokenizer, Piece, StopStrings
 from vlmserve.server.errors import InternalError
 from vlmserve.server.logprobs import TokenReader
 from vlmserve.server.prompt import Processor
@@ -25,13 +25,14 @@ def ids_of(text):
 
 def pieces_of(token_ids, stops=()):
     """The pieces of a whole answer; the last is the flush, absent after a stop."""
-    detokenizer = Detokenizer(TOKENIZER, stops, SPECIAL_IDS)
+    detokenizer, cutter = Detokenizer(TOKENIZER, SPECIAL_IDS), StopStrings(stops)
     pieces = []
     for token_id in token_ids:
-        pieces.append(detokenizer.push(token_id))
+        pieces.append(cutter.push(detokenizer.push(token_id)))
         if pieces[-1].stop is not None:
             return pieces
-    return [*pieces, detokenizer.flush()]
+    tail = cutter.push(detokenizer.flush())
+    return [*pieces, tail if tail.stop is not None else Piece(tail.text + cutter.flush())]
 
 
 def test_pieces_joined_are_the_plain_text():
@@ -68,11 +69,11 @@ def test_a_long_run_of_broken_bytes_is_not_decoded_over_and_over(monkeypatch):
             num_decoded += self.num_ids
 
     detokenizer = Detokenizer(TOKENIZER)
-    texts = [detokenizer.push(half).text for _ in range(500)]
-    assert "".join(texts) + detokenizer.flush().text == "�" * 500
+    texts = [detokenizer.push(half) for _ in range(500)]
+    assert "".join(texts) + detokenizer.flush() == "�" * 500
 
     monkeypatch.setattr("vlmserve.server.detokenizer.DecodeStream", CountingStream)
-    detokenizer = Detokenizer(TOKENIZER, special_ids=SPECIAL_IDS)
+    detokenizer = Detokenizer(TOKENIZER, SPECIAL_IDS)
     for _ in range(1000):
         detokenizer.push(half)
         detokenizer.push(EOT)
