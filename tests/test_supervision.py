@@ -58,6 +58,37 @@ def test_an_engine_without_a_heartbeat_hangs_after_10_s():
     assert reason.startswith("gave no heartbeat for")
 
 
+class SilentClient(EngineClient):
+    """Connected to an engine that is ready and says nothing more."""
+
+    def __init__(self):
+        super().__init__("unused")
+        self.info, self.last_heartbeat = READY, 1.0
+
+    @property
+    def is_connected(self):
+        return True
+
+
+@pytest.mark.parametrize("is_held_up", [False, True])
+def test_silence_is_counted_by_the_clock_but_for_what_the_watch_itself_slept_through(is_held_up):
+    """Looks are an interval apart; of a longer pause two intervals count."""
+    interval_s, limit_s = 1 / 1024, 64 / 1024
+    num_looks = 0
+
+    def clock():
+        nonlocal num_looks
+        num_looks += 1
+        return num_looks * interval_s + (3600.0 if is_held_up and num_looks > 8 else 0.0)
+
+    limits = HangLimits(heartbeat_s=limit_s)
+    watch = EngineWatch(SilentClient(), limits, interval_s=interval_s, clock=clock)
+    reason = asyncio.run(watch.until_it_hangs())
+    assert reason.startswith("gave no heartbeat for")
+    # One before the first interval, one finds the heartbeat, and the last is past the limit.
+    assert num_looks == 67 - is_held_up
+
+
 def test_an_engine_that_beats_does_not_hang_whatever_it_computes():
     client, watch = watched()
     for number in range(1000):
