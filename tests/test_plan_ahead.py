@@ -319,11 +319,21 @@ def asked_of(model: ModelRunner) -> list[AddRequest]:
     ]
 
 
-def test_the_model_answers_alike_whether_it_is_planned_ahead_or_not():
+def test_the_model_answers_alike_whether_it_is_planned_ahead_or_not(monkeypatch):
     answers = []
+    num_used = 0
+
+    def used(prepared: PreparedRows) -> StepInputs:
+        nonlocal num_used
+        num_used += 1
+        return with_tokens(prepared)
+
+    with_tokens = PreparedRows.with_tokens
+    monkeypatch.setattr(PreparedRows, "with_tokens", used)
     for plan_ahead in (False, True):
         model = runner("tiny")
         tokens = asyncio.run(answered(model, asked_of(model), plan_ahead=plan_ahead))
         answers.append(tokens)
+        assert (num_used > 0) == plan_ahead
     assert answers[0] == answers[1]
     assert len(answers[0]["second"]) == 9
