@@ -239,17 +239,20 @@ def test_an_exception_in_a_step_ends_its_requests_and_no_others(tmp_path):
     asyncio.run(scenario())
 
 
-def test_a_runner_that_forgets_a_sequence_fails_the_step_and_not_the_engine(tmp_path):
+@pytest.mark.parametrize("forgotten", ["token_ids", "prompt_logprobs"])
+def test_a_runner_that_forgets_a_sequence_fails_the_step_and_not_the_engine(tmp_path, forgotten):
     class Forgetful(FakeRunner):
         def execute(self, batch: StepBatch, *on_launch: OnLaunch) -> StepResult:
             result = super().execute(batch, *on_launch)
-            return StepResult({}) if self.num_steps == 1 else result
+            if self.num_steps == 1:
+                setattr(result, forgotten, {})
+            return result
 
     async def scenario() -> None:
-        async with engine_of(tmp_path, Forgetful()) as rig:
+        async with asyncio.timeout(DEADLINE_S), engine_of(tmp_path, Forgetful()) as rig:
             client = await rig.connect()
             with pytest.raises(EngineInternalError):
-                await tokens_of(client, request_of("a"))
+                await tokens_of(client, request_of("a", num_prompt_logprobs=0))
             assert await tokens_of(client, request_of("b")) == expected_token_ids(request_of("b"))
 
     asyncio.run(scenario())
@@ -431,15 +434,16 @@ def test_heartbeats_tell_the_counts_and_the_age_of_the_running_step(tmp_path):
     asyncio.run(scenario())
 
 
-def test_the_first_output_tells_how_many_tokens_were_cached(tmp_path):
+def test_the_first_output_tells_how_many_tokens_were_cached_and_how_long_it_waited(tmp_path):
     async def scenario() -> None:
         async with engine_of(tmp_path, max_num_batched_tokens=16, max_num_seqs=16) as rig:
             client = await rig.connect()
-            told = []
-            for name in "ab":
+            for name, num_cached in (("a", 0), ("b", 32)):
                 request = image_request(name, prompt=range(40))
-                told.append([one.num_cached_tokens async for one in client.generate(request)])
-            assert told == [[0, 0, 0, 0], [32, 0, 0, 0]]
+                outputs = [one async for one in client.generate(request)]
+                assert outputs[0].num_cached_tokens == num_cached
+                assert outputs[0].queue_s > 0
+                assert {(one.num_cached_tokens, one.queue_s) for one in outputs[1:]} <= {(0, 0.0)}
             stats = rig.engine.stats()
             assert (stats.prefix_tokens_queried, stats.prefix_tokens_hit) == (80, 32)
             assert (stats.image_cache_hits, stats.image_cache_misses) == (1, 1)

@@ -19,12 +19,15 @@ from vlmserve.models.batch import PromptLogprobs, TokenLogprobs
 from vlmserve.router import wire
 from vlmserve.router.client import EngineClient
 from vlmserve.router.config import EngineConfig
-from vlmserve.router.errors import EngineDeadError, InvalidRequestError
+from vlmserve.router.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from vlmserve.router.messages import (
     AbortRequests,
     AddRequest,
     EngineReady,
+    EngineStats,
+    Heartbeat,
     Refusal,
+    RequestFailed,
     SequenceOutput,
     StepOutputs,
     ToEngine,
@@ -382,6 +385,47 @@ def test_leaving_early_sends_one_abort(tmp_path, way):
             assert engine.received[1] == AbortRequests(["a"])
             engine.output(7)  # crosses the abort: nobody waits for it
             assert client.num_open_requests == 0
+            await client.close()
+
+    asyncio.run(scenario())
+
+
+def test_of_several_answers_only_those_that_are_open_are_aborted(tmp_path):
+    async def scenario() -> None:
+        async with scripted_engine(tmp_path) as engine:
+            client = await connected(engine)
+            outputs = client.generate(request_of("a", choice_ids=["b", "c"]))
+            first = asyncio.ensure_future(anext(outputs))
+            await until(lambda: len(engine.received) == 1)
+            engine.output(1, request_id="b", finish_reason="stop")
+            await first
+            await outputs.aclose()
+            await until(lambda: len(engine.received) == 2)
+            assert engine.received[1] == AbortRequests(["a", "c"])
+            await client.close()
+
+    asyncio.run(scenario())
+
+
+def test_of_several_failures_the_first_is_told_and_nothing_of_a_dead_engine_stays(tmp_path):
+    async def scenario() -> None:
+        async with scripted_engine(tmp_path) as engine:
+            client = await connected(engine)
+            outputs = client.generate(request_of("a", choice_ids=["b"]))
+            first = asyncio.ensure_future(anext(outputs))
+            await until(lambda: len(engine.received) == 1)
+            engine.say(Heartbeat(stats=EngineStats(num_running=2), stall_s=1.0))
+            await until(lambda: client.stats.num_running == 2)
+            failed = [
+                RequestFailed(request_id="a", kind="queue_full", message="full"),
+                RequestFailed(request_id="b", kind="internal", message="failed"),
+            ]
+            engine.writers[-1].write(b"".join(map(wire.encode_frame, failed)))
+            with pytest.raises(QueueFullError):
+                await first
+            engine.hang_up()
+            await until(lambda: not client.is_connected)
+            assert (client.stats, client.stall_s) == (EngineStats(), 0.0)
             await client.close()
 
     asyncio.run(scenario())

@@ -147,7 +147,7 @@ class ScriptedClient(EngineClient):
 
     def __init__(self, *script):
         super().__init__("unused")
-        self.script, self.asked = script, []
+        self.script, self.asked, self.on_asked = script, [], lambda: None
         self.info, self.last_heartbeat, self.is_there = READY, 1.0, True
 
     @property
@@ -160,6 +160,7 @@ class ScriptedClient(EngineClient):
 
     async def generate(self, *requests):
         self.asked += [one.request_id for one in requests]
+        self.on_asked()
         for step in self.script:
             if isinstance(step, Exception):
                 raise step
@@ -188,6 +189,24 @@ async def outcome(pool, request=None):
 def pool_of(*clients):
     moves = []
     return ReplicaPool(clients, WellLimits(), moves.append), moves
+
+
+def test_a_prompt_weighs_until_its_first_output_and_an_answer_until_its_end():
+    pool, _ = pool_of(ScriptedClient(TOKEN, END))
+    load = pool.chooser.loads[0]
+    # Computing it weighs as much as two answers.
+    request = request_of(tokens=range(1024))
+
+    async def scenario():
+        weights = []
+        pool._clients[0].on_asked = lambda: weights.append(load.own)
+        async with contextlib.aclosing(pool.generate(request)) as stream:
+            async for _ in stream:
+                weights.append(load.own)
+        return weights
+
+    assert asyncio.run(scenario()) == [3.0, 1.0, 1.0]
+    assert load.own == 0.0
 
 
 FULL = QueueFullError("full", 9.0)
