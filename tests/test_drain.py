@@ -16,6 +16,7 @@ from support.engine_side import engine_at
 from support.fake_runner import FakeRunner
 
 from vlmserve.models import bundled
+from vlmserve.server.drain import Drain
 from vlmserve.server.settings import ServerSettings
 
 BUNDLED = Path(bundled.__file__).parent / "checkpoint"
@@ -195,3 +196,22 @@ def listening_socket(url):
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     inode = next(one[9] for one in lines if one[1].endswith(f":{port}") and one[3] == "0A")
     return f"socket:[{inode}]"
+
+
+def test_a_request_between_two_of_its_parts_is_waited_for():
+    """It is open, and counted neither as being prepared nor as being answered."""
+    looks = iter([1, 0, 1, 0, 0])
+    ended = []
+
+    async def end_requests():
+        ended.append(True)
+
+    async def run():
+        stopped = asyncio.Event()
+        drain = Drain(60.0, lambda: next(looks), end_requests, stopped.set)
+        drain.begin()
+        await asyncio.wait_for(stopped.wait(), 30)
+
+    asyncio.run(run())
+    assert list(looks) == []
+    assert ended == []
