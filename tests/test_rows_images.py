@@ -116,13 +116,22 @@ def test_row_13_odd_pictures_are_answered_or_refused_and_never_a_500(standing):
             assert answer.status == (400 if name == "too long a column" else 200), (name, answer)
 
 
-def test_row_14_a_decoder_that_hangs_or_dies_costs_its_own_picture(standing):
+def has_limits(pid: int) -> bool:
+    """Whether a decoder has begun to serve: it takes its limits last."""
+    try:
+        lines = Path(f"/proc/{pid}/limits").read_text().splitlines()
+    except OSError:  # it has ended
+        return False
+    return any(line.split()[:4] == ["Max", "file", "size", "0"] for line in lines)
+
+
+def test_row_14_a_decoder_that_hangs_or_dies_costs_its_own_picture(standing, wait_for):
     """Stopped ones are killed after 5 s; killed ones are replaced; text goes on meanwhile."""
     routes = (CHAT, GENERATION_ROUTES[-1])
     for end, words in ((None, "takes over 5 s"), (signal.SIGKILL, "the decoder stopped")):
         # A child that is still starting would not be given a picture.
-        while standing.settled().children["decoder"] < 2:
-            time.sleep(0.1)
+        assert wait_for(lambda: len([*filter(has_limits, standing.pids("decoder"))]) == 2)
+        standing.settled()
         stopped = standing.pids("decoder")
         for pid in stopped:
             os.kill(pid, signal.SIGSTOP)
