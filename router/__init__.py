@@ -7,6 +7,7 @@ In the order in which to read them:
     replica_pool, replicas      several engines behind that face, and which of them is asked
     config, engine_process      the engine's process: its settings, its life
     engine_server, engine       its socket; its loop: requests in, steps computed, messages out
+    runner                      what it expects of whatever computes a step
     admission, queue, pace      what can never run, who waits, and for about how long
     grammar_jobs                grammars that are compiled meanwhile
     sequence, segments          one answer: its tokens, how far they are computed, what they see

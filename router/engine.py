@@ -18,13 +18,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
 from ..models.batch import (
     DeviceLostError,
-    ModelInfo,
     OnLaunch,
-    ScheduledSequence,
     StepBatch,
     StepResult,
     TokenMatcher,
@@ -52,6 +49,7 @@ from .messages import (
 )
 from .pace import LONGEST_S, SHORTEST_S, Pace
 from .queue import QueueLimits, RequestQueue
+from .runner import Runner
 from .scheduler import Progress, Scheduler, SchedulerLimits
 from .sequence import Sequence
 from .step_watch import StepWatch
@@ -59,42 +57,6 @@ from .step_watch import StepWatch
 logger = logging.getLogger("vlmserve.engine")
 
 Send = Callable[[int, FromEngine], None]
-
-
-class Runner(Protocol):
-    """What computes a step; see `models/batch.py` for both types."""
-
-    @property
-    def info(self) -> ModelInfo:
-        """What was loaded."""
-        ...
-
-    @property
-    def num_layers_begun(self) -> int:
-        """Grows while a step computes. Read from another thread."""
-        ...
-
-    def execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
-        """Compute one step. Called from one thread, one call at a time.
-
-        What it raises ends the requests of the step; DeviceLostError the engine.
-        """
-        ...
-
-    def prepare(self, rows: list[ScheduledSequence]) -> None:
-        """Lay out the rows that the next step is likely to hold, all but their tokens.
-
-        Called from the loop's thread, between a step's `on_launch` and the next step.
-        """
-        ...
-
-    def compile_grammar(self, grammar: str, eos_token_ids: list[int], tenant: str) -> TokenMatcher:
-        """A matcher at a grammar's start. Called from a thread of its own.
-
-        What is kept of it serves `tenant` alone.
-        Raises ValueError, fit for a client, if the grammar cannot be compiled.
-        """
-        ...
 
 
 class DuplicateRequestError(ValueError):

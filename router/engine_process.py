@@ -26,11 +26,12 @@ import msgspec
 from ..models.heap import use_one_heap
 from ..models.threads import wait_briefly
 from .config import EngineConfig
-from .engine import Engine, Runner
+from .engine import Engine
 from .engine_server import EngineServer, SocketPathError
 from .errors import EngineDeadError
 from .logs import say, set_up_logging
 from .parent import ParentGoneError, die_with_parent, name_process
+from .runner import Runner
 
 logger = logging.getLogger("vlmserve.engine")
 

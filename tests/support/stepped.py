@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmserve.router.engine import Runner
 from vlmserve.router.messages import AddRequest
 from vlmserve.router.queue import QueueLimits, RequestQueue
+from vlmserve.router.runner import Runner
 from vlmserve.router.scheduler import Scheduler, SchedulerLimits
 from vlmserve.router.sequence import Sequence
 
