@@ -23,6 +23,8 @@ MAX_IGNORED_FIELDS = 64
 # Beyond it a float does not tell one integer from the next.
 MAX_WHOLE_FLOAT = 2.0**53
 MAX_NUMBERS = 10_000
+# Made once: a union made for each of a million items takes as long as looking at it.
+_NESTING = (dict, list)
 
 # By this title the API's document finds where to tell the names that a server has.
 SERVED_MODEL = "Served model"
@@ -99,7 +101,7 @@ def nests_deeper_than(depth: int, value: Any) -> bool:
 
 def _children(value: Any) -> list[Any]:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [one for one in inner if isinstance(one, dict | list)]
+    return [one for one in inner if isinstance(one, _NESTING)]
 
 
 def _convert_without_unknown(raw: Any, schema: type[T]) -> T:
