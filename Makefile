@@ -74,7 +74,7 @@ soak: setup-test ## ten thousand random requests against one engine, each checke
 torture: setup-test ## 200 engine kills, 100,000 cancels, twice the load it can serve; JSON lines
 	$(BIN)/python bench/torture.py kills --count 200
 	$(BIN)/python -m pytest -s -m torture $(ARGS)
-	$(BIN)/python bench/torture.py cancels --count 2000
+	$(BIN)/python bench/torture.py cancels --count 100000
 	$(BIN)/python bench/torture.py overload
 
 bench: setup-test ## a load run against the bundled model; one JSON document last

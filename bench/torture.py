@@ -1,8 +1,8 @@
 """Hurts a real server and counts what its clients lose. Each part's last line is one JSON document.
 
-    python bench/torture.py kills --count 200      # engines killed under load
-    python bench/torture.py cancels --count 2000   # clients that leave, at any moment
-    python bench/torture.py overload               # 0.9 and 2 times what the server can serve
+    python bench/torture.py kills --count 200        # engines killed under load
+    python bench/torture.py cancels --count 100000   # clients that leave, at any moment
+    python bench/torture.py overload                 # 0.9 and 2 times what the server can serve
 
 The server is the bundled model's, started for the run. A part fails (exit code 1) where a promise
 of docs/reliability.md is broken.
