@@ -180,7 +180,7 @@ def _draw(
 ) -> Tensor:
     """A draw for each row from its filtered distribution; all rows sampled, none greedy.
 
-    UNDECIDED where a row must be put in order whole; with `is_whole` they all are.
+    UNDECIDED where a row must be put in order whole, which `is_whole` does with all of them.
     """
     device = logits.device
     temperature = upload([p.temperature for p in params], device, np.float64)
