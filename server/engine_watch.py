@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ..router.client import EngineClient
 from ..router.errors import EngineDeadError
+from .watch_time import WatchTime
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,7 @@ class HangLimits:
 
 
 class EngineWatch:
-    """Listens to one engine until it goes away or hangs. clock: seconds, monotonic.
-
-    Time in which the watch itself was held up counts against nobody: what the engine
-    said then has not been read yet.
-    """
+    """Listens to one engine until it goes away or hangs. clock: seconds, monotonic."""
 
     def __init__(
         self,
@@ -56,12 +53,10 @@ class EngineWatch:
 
     async def until_it_hangs(self) -> str:
         """Why the engine is taken to hang. Never returns while it gets on, nor after its end."""
-        looked = self._clock()
+        watch_time = WatchTime(self._interval_s, self._clock)
         while True:
             await self._pass_interval()
-            now = self._clock()
-            reason = self.judge(min(now - looked, 2 * self._interval_s))
-            looked = now
+            reason = self.judge(watch_time.passed_s())
             if reason is not None:
                 return reason
 

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
+from .watch_time import WatchTime
+
 INTERVAL_S = 0.5
 # More than a pipe holds.
 READ_BYTES = 1 << 20
@@ -47,8 +49,7 @@ class Pulse:
     """The supervisor's end of one worker's pipe, to be used as `with`.
 
     The worker gets `worker_fd`, which is given up by `hand_over` once it has it. clock: seconds,
-    monotonic. Time in which the watch itself was held up counts against nobody: what came
-    then has not been read yet.
+    monotonic.
     """
 
     def __init__(
@@ -87,12 +88,10 @@ class Pulse:
 
     async def until_it_stops(self) -> str:
         """Why the worker is taken to hang. Never returns while it beats, nor after its end."""
-        looked = self._clock()
+        watch_time = WatchTime(self._interval_s, self._clock)
         while True:
             await asyncio.sleep(self._interval_s)
-            now = self._clock()
-            reason = self.judge(min(now - looked, 2 * self._interval_s))
-            looked = now
+            reason = self.judge(watch_time.passed_s())
             if reason is not None:
                 return reason
 
