@@ -13,6 +13,9 @@ A step encodes a few images at most, and while others decode no more of them tha
 take as long as a full chunk (`step.py`): a chunk ends before an image that has to wait
 for another step.
 
+While a step is computed, the decodes behind it can be laid out (`plan_ahead`). That decides
+nothing: the next step is planned when the result is in, and takes what is ready.
+
 Why this cannot deadlock, nor starve anyone: `running` is in the order of priority
 and arrival, and only its last member is ever preempted, so the first always
 proceeds; a preempted sequence waits before everyone who came after it; and
