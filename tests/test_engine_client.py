@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -115,6 +115,16 @@ async def scripted_engine(tmp_path: Path) -> AsyncIterator[ScriptedEngine]:
             writer.close()
 
 
+async def asked(
+    engine: ScriptedEngine, client: EngineClient, request: AddRequest
+) -> tuple[AsyncGenerator[SequenceOutput, None], asyncio.Future[SequenceOutput]]:
+    """The outputs of a request that the engine has received, and the first of them to come."""
+    outputs = client.generate(request)
+    first = asyncio.ensure_future(anext(outputs))
+    await until(lambda: len(engine.received) == 1)
+    return outputs, first
+
+
 async def connected(engine: ScriptedEngine, **options) -> EngineClient:
     client = EngineClient(engine.path, **options)
     await client.connect(5)
@@ -208,9 +218,7 @@ def test_a_fault_while_a_message_is_taken_in_leaves_nobody_waiting(tmp_path, cap
     async def scenario() -> None:
         async with scripted_engine(tmp_path) as engine:
             client = await connected(engine, on_dead=lambda: deaths.append("dead"))
-            outputs = client.generate(request_of())
-            first = asyncio.ensure_future(anext(outputs))
-            await until(lambda: len(engine.received) == 1)
+            _, first = await asked(engine, client, request_of())
             client._streams["a"].deliver = None
             engine.output(1)
             with pytest.raises(EngineDeadError):
@@ -280,9 +288,7 @@ def test_a_slow_reader_gets_all_tokens_in_order_and_joined(tmp_path):
     async def scenario() -> None:
         async with scripted_engine(tmp_path) as engine:
             client = await connected(engine)
-            outputs = client.generate(request_of())
-            first = asyncio.ensure_future(anext(outputs))
-            await until(lambda: len(engine.received) == 1)
+            outputs, first = await asked(engine, client, request_of())
             engine.output(1)
             assert (await first).token_ids == [1]
             engine.output(2)
@@ -322,9 +328,7 @@ def test_joined_outputs_keep_what_the_first_told_and_how_the_last_ended(tmp_path
     async def scenario() -> None:
         async with scripted_engine(tmp_path) as engine:
             client = await connected(engine)
-            outputs = client.generate(request_of())
-            begun = asyncio.ensure_future(anext(outputs))
-            await until(lambda: len(engine.received) == 1)
+            outputs, begun = await asked(engine, client, request_of())
             engine.say(StepOutputs(outputs=[first, last]))
             joined = await begun
             await outputs.aclose()
@@ -347,9 +351,7 @@ def test_tokens_that_came_before_the_engine_died_are_not_lost(tmp_path):
     async def scenario() -> None:
         async with scripted_engine(tmp_path) as engine:
             client = await connected(engine)
-            outputs = client.generate(request_of())
-            first = asyncio.ensure_future(anext(outputs))
-            await until(lambda: len(engine.received) == 1)
+            outputs, first = await asked(engine, client, request_of())
             engine.output(1)
             await first
             engine.output(2)
@@ -370,9 +372,7 @@ def test_leaving_early_sends_one_abort(tmp_path, way):
     async def scenario() -> None:
         async with scripted_engine(tmp_path) as engine:
             client = await connected(engine)
-            outputs = client.generate(request_of())
-            first = asyncio.ensure_future(anext(outputs))
-            await until(lambda: len(engine.received) == 1)
+            outputs, first = await asked(engine, client, request_of())
             if way == "cancel":
                 first.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -394,9 +394,7 @@ def test_of_several_answers_only_those_that_are_open_are_aborted(tmp_path):
     async def scenario() -> None:
         async with scripted_engine(tmp_path) as engine:
             client = await connected(engine)
-            outputs = client.generate(request_of("a", choice_ids=["b", "c"]))
-            first = asyncio.ensure_future(anext(outputs))
-            await until(lambda: len(engine.received) == 1)
+            outputs, first = await asked(engine, client, request_of("a", choice_ids=["b", "c"]))
             engine.output(1, request_id="b", finish_reason="stop")
             await first
             await outputs.aclose()
@@ -411,9 +409,7 @@ def test_of_several_failures_the_first_is_told_and_nothing_of_a_dead_engine_stay
     async def scenario() -> None:
         async with scripted_engine(tmp_path) as engine:
             client = await connected(engine)
-            outputs = client.generate(request_of("a", choice_ids=["b"]))
-            first = asyncio.ensure_future(anext(outputs))
-            await until(lambda: len(engine.received) == 1)
+            _, first = await asked(engine, client, request_of("a", choice_ids=["b"]))
             engine.say(Heartbeat(stats=EngineStats(num_running=2), stall_s=1.0))
             await until(lambda: client.stats.num_running == 2)
             failed = [
