@@ -35,7 +35,7 @@ def main() -> None:
     cancels.add_argument("--seed", type=int, default=0)
     overload = parts.add_parser("overload")
     overload.add_argument("--seconds", type=float, default=60.0, help="of each of the loads")
-    overload.add_argument("--max-queue-wait", type=float, default=0.3)
+    overload.add_argument("--max-queue-wait", type=float, default=0.5)
     overload.add_argument("--max-num-seqs", type=int, default=8)
     overload.add_argument("--max-tokens", type=int, default=64)
     overload.add_argument("--seed", type=int, default=0)
