@@ -37,6 +37,8 @@ from vlmserve.models.fused import is_fused
 from vlmserve.models.launch import _peaks, create_runner
 from vlmserve.models.loading import LoadedModel, load, load_model, open_checkpoint
 from vlmserve.models.memory import Room
+from vlmserve.models.parallel import ranks as parallel_ranks
+from vlmserve.models.parallel import runner as parallel_runner
 from vlmserve.models.parallel import wire
 from vlmserve.models.parallel.plan import Side, check_size, cut_linears, narrow, share_of
 from vlmserve.models.parallel.ranks import Ranks
@@ -356,6 +358,19 @@ def test_a_rank_that_ends_while_it_loads_is_named(tmp_path: Path) -> None:
     finally:
         ranks.close()
     assert deaths == []
+
+
+def test_a_first_rank_that_fails_while_others_wait_for_it_says_so(monkeypatch) -> None:
+    """It waited for their word, as they did for it, for an hour."""
+
+    def fail(settings):
+        raise RuntimeError("the driver is too old")
+
+    monkeypatch.setattr(parallel_runner, "join_group", fail)
+    monkeypatch.setattr(parallel_ranks, "LAST_WORD_S", 0.1)
+    with pytest.raises(RuntimeError, match="the driver is too old"):
+        create_parallel_runner(checkpoint("tiny"), 2, **OPTIONS)
+    assert not meeting_places()
 
 
 def test_ranks_end_when_the_first_one_goes_away(tmp_path: Path) -> None:

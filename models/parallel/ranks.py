@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -87,13 +88,26 @@ class Ranks:
 
     def wait_ready(self) -> None:
         """Wait until every rank has loaded. Raises ModelError, one line, for one that cannot."""
-        for rank, connection in enumerate(self._connections, start=1):
-            body = wire.receive(connection)
-            if body is None:
-                raise ModelError(f"rank {rank} ended while it loaded the model")
-            if (error := wire.ready_decoder.decode(body).error) is not None:
-                raise ModelError(f"rank {rank}: {error}")
+        for connection in self._connections:
+            self._hear(connection)
         self._is_ready = True
+
+    def raise_last_words(self) -> None:
+        """Raise ModelError for a rank that says soon why it cannot load, or has ended.
+
+        One that loads on, or waits for the others, says nothing.
+        """
+        speaking, _, _ = select.select(self._connections, [], [], LAST_WORD_S)
+        for connection in speaking:
+            self._hear(connection)
+
+    def _hear(self, connection: socket.socket) -> None:
+        rank = self._connections.index(connection) + 1
+        body = wire.receive(connection)
+        if body is None:
+            raise ModelError(f"rank {rank} ended while it loaded the model")
+        if (error := wire.ready_decoder.decode(body).error) is not None:
+            raise ModelError(f"rank {rank}: {error}")
 
     def compute(self, batch: StepBatch) -> None:
         """Let every rank compute a step, at the same time as the caller."""

@@ -127,9 +127,9 @@ def create_parallel_runner(
         place.close()
         raise
     except BaseException:
-        # a collective that another rank left: that one knows why
+        # perhaps a collective that another rank left: that one knows why
         try:
-            ranks.wait_ready()
+            ranks.raise_last_words()
         finally:
             ranks.close()
             place.close()
