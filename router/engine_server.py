@@ -54,6 +54,7 @@ class EngineServer:
             self._serve_worker, sock=listening, limit=wire.READ_BUFFER_BYTES
         )
         self._heartbeat_task = asyncio.create_task(self._beat(), name="heartbeat")
+        self._heartbeat_task.add_done_callback(_tell_of_failure)
 
     def attach(self, engine: Engine) -> None:
         """Serve requests by `engine` from now on, and tell every worker that it is ready."""
@@ -137,6 +138,12 @@ class EngineServer:
             for worker_id in list(self._workers):
                 self.send(worker_id, heartbeat)
             await asyncio.sleep(self._config.heartbeat_interval_s)
+
+
+def _tell_of_failure(beating: asyncio.Task[None]) -> None:
+    """Say why there are no heartbeats any more, for which the supervisor will end this process."""
+    if not beating.cancelled() and (error := beating.exception()) is not None:
+        logger.error("heartbeats ended by a fault", exc_info=error)
 
 
 def _heartbeat_of(engine: Engine | None) -> Heartbeat:

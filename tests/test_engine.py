@@ -530,3 +530,19 @@ def test_closing_the_engine_ends_every_open_request_once(tmp_path):
         await client.close()
 
     asyncio.run(scenario())
+
+
+def test_heartbeats_that_end_by_a_fault_say_so_in_the_log(tmp_path, caplog, monkeypatch):
+    """Else the engine would be ended as one that hangs, and nobody knew of what."""
+
+    def stats() -> None:
+        raise AttributeError("no such figure")
+
+    async def scenario() -> None:
+        async with engine_of(tmp_path, heartbeat_interval_s=0.01) as rig:
+            with monkeypatch.context() as patch:
+                patch.setattr(rig.engine, "stats", stats)
+                await until(lambda: "no such figure" in caplog.text)
+
+    asyncio.run(scenario())
+    assert [one.getMessage() for one in caplog.records] == ["heartbeats ended by a fault"]
