@@ -111,10 +111,14 @@ class Loop:
         batch = self._scheduler.schedule()
         assert batch is not None, "the requests ended before they were measured"
         executes = self.clock.mark()
-        result = self._runner.execute(batch)
+        result = self._runner.execute(batch, self._plan_ahead)
         executed = self.clock.mark()
         self._scheduler.update(result)
         return Step(begin, executes, executed, batch, result)
+
+    def _plan_ahead(self) -> None:
+        """As the engine does on CUDA: once all is launched, while the device computes."""
+        self._runner.prepare(self._scheduler.plan_ahead())
 
     def begin_decode(self, num_seqs: int) -> None:
         """Compute prompts until every sequence decodes."""
