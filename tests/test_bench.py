@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from vlmserve.models.bundled import CHECKPOINT
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -61,6 +63,7 @@ def test_a_run_of_the_engine_alone_tells_each_parts_share_of_a_step():
     assert 0 < document["overhead_share"] < 1
 
 
+@pytest.mark.slow
 def test_a_second_turn_is_measured_with_nothing_encoded_in_it():
     document = last_document(
         "second_turn.py", "--checkpoint", str(CHECKPOINT), "--dtype", "float32", "--pictures", "1"

@@ -68,6 +68,7 @@ def last_document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 def test_the_last_line_is_the_document_that_is_saved(rehearsed) -> None:
     folder, done = rehearsed
     found = last_document(done)
@@ -82,12 +83,14 @@ def test_the_last_line_is_the_document_that_is_saved(rehearsed) -> None:
     assert len(found["aims"]) == 3
 
 
+@pytest.mark.slow
 def test_every_row_that_was_planned_has_one_entry(rehearsed) -> None:
     rows = last_document(rehearsed[1])["rows"]
     planned = [row.id for quantize in (PLAIN, INT8) for row in rows_of(quantize, (1,))]
     assert sorted(row["row"] for row in rows) == sorted(planned)
 
 
+@pytest.mark.slow
 def test_a_row_that_raises_is_recorded_with_its_error_and_the_others_go_on(rehearsed) -> None:
     rows = {row["row"]: row for row in last_document(rehearsed[1])["rows"]}
     assert rows[RAISES]["status"] == FAILED
@@ -95,6 +98,7 @@ def test_a_row_that_raises_is_recorded_with_its_error_and_the_others_go_on(rehea
     assert rows["decode/none/eager/image/1"]["status"] == OK
 
 
+@pytest.mark.slow
 def test_a_row_that_kills_its_process_costs_only_itself(rehearsed) -> None:
     rows = {row["row"]: row for row in last_document(rehearsed[1])["rows"]}
     assert rows[DIES]["status"] == FAILED
@@ -104,18 +108,21 @@ def test_a_row_that_kills_its_process_costs_only_itself(rehearsed) -> None:
     assert rehearsed[1].returncode == 1
 
 
+@pytest.mark.slow
 def test_a_device_without_graphs_says_why(rehearsed) -> None:
     rows = last_document(rehearsed[1])["rows"]
     found = {(row["status"], row["why"]) for row in rows if row["mode"] == "graphs"}
     assert found == {(NOT_AVAILABLE, "they need a CUDA device, and this is cpu")}
 
 
+@pytest.mark.slow
 def test_each_row_is_printed_as_it_ends(rehearsed) -> None:
     lines = rehearsed[1].stdout.splitlines()[:-1]
     for row in last_document(rehearsed[1])["rows"]:
         assert any(line.startswith(row["row"]) for line in lines)
 
 
+@pytest.mark.slow
 def test_rows_hold_their_figures_beside_the_bound(rehearsed) -> None:
     good = [row for row in last_document(rehearsed[1])["rows"] if row["status"] == OK]
     kinds = {"decode", "prefill", "encode", "products", "profile"}

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent / "support" / "compiled_kernels.py"
 TIMEOUT_S = 600
 # shared memory of a block, by compute capability: 8.6 and 8.9 run what is compiled for 8.0

@@ -57,6 +57,7 @@ def test_locust_users_report_first_text_and_gaps_of_unique_pictures(server, tmp_
     )
 
 
+@pytest.mark.slow
 @needs_locust
 def test_locust_counts_a_refusal_as_a_failure(server, tmp_path):
     done = run_locust(server.url, tmp_path, "--model", "no-such-model")

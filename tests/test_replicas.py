@@ -435,6 +435,7 @@ def test_one_replica_that_dies_too_often_rests_and_the_server_ends_only_with_all
     assert server.process.wait(20 * SLACK) == 1
 
 
+@pytest.mark.slow
 def test_queues_of_both_replicas_are_full_before_a_client_hears_429(start_faulty_server, wait_for):
     server = start_faulty_server(
         engine={"num_replicas": 2, "max_num_seqs": 1, "max_queue_requests": 1}
@@ -451,6 +452,7 @@ def test_queues_of_both_replicas_are_full_before_a_client_hears_429(start_faulty
         assert all(one.result(60 * SLACK).status == 200 for one in answers)
 
 
+@pytest.mark.slow
 def test_what_waits_at_a_replica_that_dies_is_answered_by_another(start_faulty_server, wait_for):
     server = start_faulty_server(engine={"num_replicas": 2, "max_num_seqs": 1})
     standing = Standing(server, is_warm=True)
