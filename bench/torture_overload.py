@@ -29,7 +29,7 @@ REFUSED = "HTTP 429"
 BELOW, ABOVE = 0.9, 2.0
 # One turn of a load, and what of it passes before its requests count as served: places and
 # queue fill first.
-TURN_S, FILLING_S = 10.0, 1.0
+TURN_S, FILLING_S = 5.0, 1.0
 # By which the first guess at the capacity is made.
 MIN_REQUESTS = 64
 P99_RATIO, REFUSAL_P99_S, GOODPUT = 1.5, 0.05, 0.95
@@ -127,7 +127,7 @@ async def _in_turns(offering: Offering, seconds: float) -> tuple[Served, Served,
     turn_s = seconds / num_turns
     saturated.add(await offering.saturate(MIN_REQUESTS))
     for _ in range(num_turns):
-        count = max(MIN_REQUESTS, int(saturated.rate * turn_s / 2))
+        count = max(MIN_REQUESTS, int(saturated.rate * turn_s))
         saturated.add(await offering.saturate(count))
         for factor, served in ((BELOW, below), (ABOVE, above)):
             served.add(await offering.at_rate(factor * saturated.rate, turn_s))
