@@ -11,6 +11,8 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from . import wire
 from .errors import (
@@ -43,6 +45,33 @@ CONNECT_RETRY_S = 0.05
 REFUSAL_S = 0.25
 # uvloop raises RuntimeError for a write to a connection that is lost, asyncio passes over it.
 _LOST = (ConnectionError, RuntimeError)
+
+
+class Health(Protocol):
+    """What an engine's heartbeats tell of it; see `EngineClient`."""
+
+    @property
+    def is_ready(self) -> bool: ...
+    @property
+    def heartbeat_age_s(self) -> float: ...
+    @property
+    def stall_s(self) -> float: ...
+    @property
+    def may_compile(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WellLimits:
+    """Until when an engine counts as well: the age of its heartbeat, a step without progress."""
+
+    heartbeat_s: float = 2.0
+    stall_s: float = 3.0
+
+    def allow(self, engine: Health) -> bool:
+        """True if the engine has its model, its heart beats and its steps get on."""
+        is_late = engine.heartbeat_age_s > self.heartbeat_s
+        is_stuck = engine.stall_s > self.stall_s and not engine.may_compile
+        return engine.is_ready and not (is_late or is_stuck)
 
 
 class _Stream:

@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from .admission import check_image_blocks
-from .client import EngineClient
+from .client import EngineClient, WellLimits
 from .errors import EngineDeadError, QueueFullError
 from .messages import AddRequest, EngineReady, EngineStats, SequenceOutput
 from .replicas import ReplicaChooser, affinity_keys, margin_of, weight_of
@@ -23,14 +23,6 @@ from .replicas import ReplicaChooser, affinity_keys, margin_of, weight_of
 # before it began to compute it.
 MoveReason = Literal["full", "dead"]
 MOVE_REASONS: tuple[MoveReason, ...] = ("full", "dead")
-
-
-@dataclass(frozen=True, slots=True)
-class WellLimits:
-    """Until when a replica counts as well: the age of its heartbeat, a step without progress."""
-
-    heartbeat_s: float = 2.0
-    stall_s: float = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +108,7 @@ class ReplicaPool:
 
     def states(self) -> list[ReplicaState]:
         """Each replica's own state."""
-        return [
-            ReplicaState(self._is_well(client), client.stats)
-            if client.is_ready
-            else ReplicaState(False, EngineStats())
-            for client in self._clients
-        ]
+        return [ReplicaState(self._limits.allow(client), client.stats) for client in self._clients]
 
     async def generate(self, *requests: AddRequest) -> AsyncGenerator[SequenceOutput, None]:
         """As `EngineClient.generate`, by one replica.
@@ -200,7 +187,7 @@ class ReplicaPool:
             for number, client in enumerate(self._clients)
             if client.is_ready and number not in tried
         ]
-        return [one for one in ready if self._is_well(self._clients[one])] or ready
+        return [one for one in ready if self._limits.allow(self._clients[one])] or ready
 
     def _listen(self) -> None:
         """Take in what heartbeats have told since the last time."""
@@ -210,15 +197,10 @@ class ReplicaPool:
                 stats = client.stats
                 self._chooser.loads[number].tell(stats.num_running + stats.num_waiting)
 
-    def _is_well(self, client: EngineClient) -> bool:
-        is_stuck = client.stall_s > self._limits.stall_s and not client.may_compile
-        is_late = client.heartbeat_age_s > self._limits.heartbeat_s
-        return client.is_ready and not (is_late or is_stuck)
-
     @property
     def _best(self) -> EngineClient:
         """The replica whose health speaks for all: one that is well, or one that is ready."""
-        return max(self._clients, key=lambda client: (self._is_well(client), client.is_ready))
+        return max(self._clients, key=lambda client: (self._limits.allow(client), client.is_ready))
 
     # Asking
 

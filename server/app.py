@@ -23,7 +23,7 @@ from sanic import HTTPResponse, Request, Sanic
 from sanic.exceptions import SanicException
 
 from .. import __version__
-from ..router.replica_pool import ReplicaPool, WellLimits
+from ..router.replica_pool import ReplicaPool
 from .access import OPEN_PATHS, Access, PreflightAnswer
 from .access_log import RequestLog
 from .drain import Drain
@@ -220,7 +220,7 @@ class Parts:
         ]
         self._pool = ReplicaPool(
             [link.client for link in self._links],
-            WellLimits(settings.heartbeat_timeout_s, settings.ready_stall_s),
+            settings.well_limits,
             self._metrics.count_move,
             # Workers that start together do not all begin with the same replica.
             first=os.getpid() % len(paths),

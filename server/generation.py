@@ -13,6 +13,7 @@ import math
 from collections.abc import AsyncGenerator, Iterator
 from typing import Protocol
 
+from ..router.client import Health
 from ..router.errors import (
     EngineDeadError,
     EngineError,
@@ -50,21 +51,13 @@ from .tools.parser import ToolCallParser
 logger = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
+class Engine(Health, Protocol):
     """What is used of `router.client.EngineClient`."""
 
-    @property
-    def is_ready(self) -> bool: ...
     @property
     def info(self) -> EngineReady | None: ...
     @property
     def stats(self) -> EngineStats: ...
-    @property
-    def heartbeat_age_s(self) -> float: ...
-    @property
-    def stall_s(self) -> float: ...
-    @property
-    def may_compile(self) -> bool: ...
     def generate(self, *requests: AddRequest) -> AsyncGenerator[SequenceOutput, None]: ...
     def leave(self, request_id: str) -> None: ...
     def refusal(self, priority: int) -> QueueFullError | None: ...

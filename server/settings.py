@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from ..models.batch import Positive
+from ..router.client import WellLimits
 from ..router.logs import LogFormat, LogLevel
 from .images.settings import ImageSettings
 
@@ -85,6 +86,11 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def needs_key(self) -> bool:
         """Whether clients must send a key: a file counts, whatever it holds."""
         return bool(self.api_keys) or self.api_key_file is not None
+
+    @property
+    def well_limits(self) -> WellLimits:
+        """Until when an engine takes requests."""
+        return WellLimits(self.heartbeat_timeout_s, self.ready_stall_s)
 
     @property
     def model_name(self) -> str:

@@ -20,11 +20,11 @@ from vlmserve.models.batch import ImageSpan
 from vlmserve.models.errors import ModelError
 from vlmserve.models.memory import Held, Room, held_by_engines, part_of
 from vlmserve.models.replica import Replica
-from vlmserve.router.client import EngineClient
+from vlmserve.router.client import EngineClient, WellLimits
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from vlmserve.router.messages import AddRequest, EngineReady, EngineStats, SequenceOutput
-from vlmserve.router.replica_pool import ReplicaPool, WellLimits, sum_of
+from vlmserve.router.replica_pool import ReplicaPool, sum_of
 from vlmserve.router.replicas import Affinities, Load, ReplicaChooser, affinity_keys, margin_of
 
 READY = EngineReady(

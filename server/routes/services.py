@@ -51,10 +51,8 @@ class Services:
     @property
     def is_ready(self) -> bool:
         """The engine has its model, its heart beats, its steps get on, and nothing is stopping."""
-        engine, settings = self.engine, self.settings
-        is_late = engine.heartbeat_age_s > settings.heartbeat_timeout_s
-        is_stuck = engine.stall_s > settings.ready_stall_s and not engine.may_compile
-        return engine.is_ready and not (is_late or is_stuck or self.generator.is_draining)
+        is_well = self.settings.well_limits.allow(self.engine)
+        return is_well and not self.generator.is_draining
 
 
 class _Context(Protocol):
