@@ -143,9 +143,15 @@ class Sequence:
 
     def may_go_on(self, max_model_len: int) -> bool:
         """True unless the token that is being sampled for it is its last in any case."""
-        num_generated = self.num_generated_tokens + 1
-        is_last = num_generated >= self.request.max_tokens or self.num_tokens + 1 >= max_model_len
-        return not is_last and not self.is_aborted
+        return self._has_room(max_model_len, num_more=1) and not self.is_aborted
+
+    def _has_room(self, max_model_len: int, num_more: int = 0) -> bool:
+        """True if it may grow, once it has so many more tokens."""
+        num_generated, num_tokens = self.num_generated_tokens, self.num_tokens
+        return (
+            num_generated + num_more < self.request.max_tokens
+            and num_tokens + num_more < max_model_len
+        )
 
     @property
     def num_image_bytes(self) -> int:
@@ -174,9 +180,7 @@ class Sequence:
                 return "abort"
         if token_id in self.end_token_ids or token_id in self.stop_token_ids:
             return "stop"
-        if self.num_generated_tokens >= self.request.max_tokens:
-            return "length"
-        return "length" if self.num_tokens >= max_model_len else None
+        return None if self._has_room(max_model_len) else "length"
 
     def full_block_keys(self, block_size: int) -> list[bytes]:
         """The prefix cache's keys of all full blocks of tokens; each is made once."""
