@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ..router.client import EngineClient
 from ..router.errors import EngineDeadError
-from .watch_time import WatchTime
+from .watch_time import watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +53,7 @@ class EngineWatch:
 
     async def until_it_hangs(self) -> str:
         """Why the engine is taken to hang. Never returns while it gets on, nor after its end."""
-        watch_time = WatchTime(self._interval_s, self._clock)
-        while True:
-            await self._pass_interval()
-            reason = self.judge(watch_time.passed_s())
-            if reason is not None:
-                return reason
+        return await watch(self._pass_interval, self.judge, self._interval_s, self._clock)
 
     def judge(self, passed_s: float) -> str | None:
         """Take in `passed_s` more seconds; in words why the engine hangs, or None."""

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
-from .watch_time import WatchTime
+from .watch_time import watch
 
 INTERVAL_S = 0.5
 # More than a pipe holds.
@@ -88,12 +89,8 @@ class Pulse:
 
     async def until_it_stops(self) -> str:
         """Why the worker is taken to hang. Never returns while it beats, nor after its end."""
-        watch_time = WatchTime(self._interval_s, self._clock)
-        while True:
-            await asyncio.sleep(self._interval_s)
-            reason = self.judge(watch_time.passed_s())
-            if reason is not None:
-                return reason
+        pause = functools.partial(asyncio.sleep, self._interval_s)
+        return await watch(pause, self.judge, self._interval_s, self._clock)
 
     def judge(self, passed_s: float) -> str | None:
         """Take in `passed_s` more seconds; in words why the worker hangs, or None."""

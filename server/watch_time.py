@@ -1,4 +1,4 @@
-"""The time that passes for whoever watches another process.
+"""How one process watches another.
 
 Owns one rule: time in which the watch itself was held up counts against nobody, as what the other
 one said then has not been read yet. So it is where a machine slept or a container was paused.
@@ -6,22 +6,25 @@ one said then has not been read yet. So it is where a machine slept or a contain
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 
-class WatchTime:
-    """Seconds between one look and the next. clock: seconds, monotonic."""
+async def watch(
+    pause: Callable[[], Awaitable[object]],
+    judge: Callable[[float], str | None],
+    interval_s: float,
+    clock: Callable[[], float],
+) -> str:
+    """The first reason that `judge` gives, which looks after each `pause`.
 
-    def __init__(self, interval_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """interval_s: how often one means to look."""
-        self._most_s = 2 * interval_s
-        self._clock = clock
-        self._looked = clock()
-
-    def passed_s(self) -> float:
-        """The seconds since the last look that count: two intervals at most."""
-        now = self._clock()
-        passed_s = min(now - self._looked, self._most_s)
-        self._looked = now
-        return passed_s
+    pause: takes about `interval_s`. judge: told the seconds that count since it last looked, two
+    intervals at most. clock: seconds, monotonic.
+    """
+    looked = clock()
+    while True:
+        await pause()
+        now = clock()
+        reason = judge(min(now - looked, 2 * interval_s))
+        looked = now
+        if reason is not None:
+            return reason
