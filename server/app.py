@@ -48,6 +48,7 @@ from .routes import chat, completions, docs, health, llama_stack, service, token
 from .routes.services import Services, json_response
 from .schemas.json_text import check_json_text
 from .settings import ServerSettings
+from .tasks import end_tasks
 from .template import Clock
 
 if TYPE_CHECKING:
@@ -190,7 +191,8 @@ class Parts:
 
     async def close(self, app: Sanic[Any, Any]) -> None:
         """Close what `open` opened."""
-        await _cancelled(self._lag)
+        if self._lag is not None:
+            await end_tasks(self._lag)
         await self._disconnect()
         await self._grammar_checks.close()
         if self._own_fetcher is not None:
@@ -239,12 +241,6 @@ class Parts:
         tiling = TilingConfig.from_checkpoint(self._settings.model)
         self._decoders = DecoderPool(limits, tiling)
         return ImageLoader(limits, fetcher, self._decoders)
-
-
-async def _cancelled(task: asyncio.Task[None] | None) -> None:
-    if task is not None:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 def answer_error(request: Request, error: Exception) -> HTTPResponse:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from ..router.client import EngineClient
 from ..router.errors import EngineDeadError
+from .tasks import end_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,7 @@ class EngineLink:
     async def stop(self) -> None:
         """Do not connect again."""
         if self._connecting is not None:
-            self._connecting.cancel()
-            await asyncio.gather(self._connecting, return_exceptions=True)
+            await end_tasks(self._connecting)
 
     async def close(self) -> None:
         """End every request that is with the engine."""

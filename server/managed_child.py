@@ -16,6 +16,8 @@ from typing import Any
 
 import msgspec
 
+from .tasks import end_tasks
+
 
 class ManagedChild:
     """A process that reads its settings as one line of JSON on stdin.
@@ -86,9 +88,7 @@ class ManagedChild:
             await asyncio.wait([hangs, ends], return_when=asyncio.FIRST_COMPLETED)
             return None if ends.done() else hangs.result()
         finally:
-            for task in (hangs, ends):
-                task.cancel()
-            await asyncio.gather(hangs, ends, return_exceptions=True)
+            await end_tasks(hangs, ends)
 
     def terminate(self) -> None:
         """Ask it to end."""

@@ -17,6 +17,7 @@ import msgspec
 
 from ...models.batch import ImageTiles
 from ..children import child_environment, end_child
+from ..tasks import end_tasks
 from .decoder_child import DecoderConfig
 from .decoder_frames import REPLY_HEAD, REQUEST_HEAD, DecodeReply, decode_reply, reply_length
 from .header import check_header, read_header
@@ -127,10 +128,7 @@ class DecoderPool:
         """End all children; images still being decoded fail."""
         self._is_closed = True
         self._idle.put_nowait(None)
-        background = [*self._tasks, *self._jobs]
-        for task in background:
-            task.cancel()
-        await asyncio.gather(*background, return_exceptions=True)
+        await end_tasks(*self._tasks, *self._jobs)
         children, self._children = self._children, set()
         await asyncio.gather(*(child.kill() for child in children))
 

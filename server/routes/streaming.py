@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import orjson
 from sanic import HTTPResponse, Request
@@ -18,6 +18,7 @@ from sanic import HTTPResponse, Request
 from ..answers import Event
 from ..errors import ApiError, InternalError, nested_body
 from ..generation import PreparedGeneration
+from ..tasks import end_tasks
 from .services import services_of
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ async def _first_of(
         yield first
     finally:
         # The events cannot be closed while a task waits for one.
-        await _end(first)
+        await end_tasks(first)
 
 
 @contextlib.asynccontextmanager
@@ -113,7 +114,7 @@ async def _pings(response: HTTPResponse, interval_s: float) -> AsyncIterator[Non
     try:
         yield
     finally:
-        await _end(task)
+        await end_tasks(task)
 
 
 async def _ping(response: HTTPResponse, interval_s: float) -> None:
@@ -124,8 +125,3 @@ async def _ping(response: HTTPResponse, interval_s: float) -> None:
 
 async def _next(events: AsyncIterator[Event]) -> Event:
     return await anext(events)
-
-
-async def _end(task: asyncio.Task[Any]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
