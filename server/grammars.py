@@ -90,6 +90,10 @@ def lark_grammar(text: str, field: str = "grammar") -> str:
     Special tokens are refused: text that only looks like one is text.
     """
     _check_text(text, field)
+    return _checked_lark_grammar(text, field)
+
+
+def _checked_lark_grammar(text: str, field: str) -> str:
     if any(part["open"] for part in _LARK_TEXT.finditer(text)):
         raise BadRequestError(f"{field} has a string or a regex without its end", param=field)
     if "<" in _LARK_TEXT.sub("", text):
@@ -105,7 +109,7 @@ def ebnf_grammar(text: str, field: str = "grammar") -> str:
     """A grammar in either notation: Lark where it has a rule `start:`, else GBNF from `root`."""
     _check_text(text, field)
     if _LARK_START.search(text):
-        return lark_grammar(text, field)
+        return _checked_lark_grammar(text, field)
     return _encoded({"gbnf": text}, field)
 
 
