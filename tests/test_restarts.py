@@ -244,10 +244,17 @@ def test_figures_are_those_of_all_workers_and_outlive_them(start_faulty_server, 
     until_whole(standing, wait_for, num_workers=2)
 
     def ask(count):
+        num_steps = standing.metrics()["vlmserve_steps_total"]
         with ThreadPoolExecutor(8) as pool:
             bodies = [body_for(CHAT, max_tokens=3, ignore_eos=True)] * count
             for answer in pool.map(lambda body: standing.post(CHAT, body), bodies):
                 assert answer.status == 200
+        # What the engine tells of itself comes with its heartbeats, to all workers at once.
+        assert wait_for(lambda: has_rested(num_steps))
+
+    def has_rested(num_steps):
+        told = standing.metrics()
+        return told["vlmserve_steps_total"] > num_steps and told["num_requests_running"] == 0
 
     def assert_told(count):
         for _ in range(6):
