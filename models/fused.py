@@ -174,7 +174,7 @@ class FusedDecoder:
         model: Any = self._text_model
         stream = Stream(model.embed_tokens(token_ids))
         cos, sin = model.rotary_emb(stream.hidden[None], position_ids=positions[None])
-        rotation = Rotation.of(cos[0], sin[0])
+        rotation = Rotation(cos[0], sin[0])
         for layer, cache in zip(self._layers, pools.layers, strict=True):
             if isinstance(layer, FusedSelfLayer):
                 layer(stream, self._operations, rotation, cache, step)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .batch import PromptLogprobs, PromptTargets, SamplingParams, TokenLogprobs
-from .transfer import upload
+from .transfer import fetch, upload
 
 # JSON has no -inf.
 LOWEST_LOGPROB = -9999.0
@@ -81,10 +81,10 @@ def _of_rows(logits: Tensor, token_ids: list[int], num_top: int) -> Iterator[Pro
     known = [min(one, vocab_size - 1) for one in token_ids]
     at = upload(known, logits.device, np.int64)
     chosen = logprobs.gather(-1, at[:, None])
-    ranks = ((logprobs > chosen).sum(dim=-1) + 1).tolist()
+    ranks = (logprobs > chosen).sum(dim=-1) + 1
     top = logprobs.topk(min(num_top, vocab_size), dim=-1)
-    tops = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    rows = zip(token_ids, chosen.squeeze(1).tolist(), ranks, tops, strict=True)
-    for token_id, logprob, rank, (ids, values) in rows:
+    told = fetch([chosen.squeeze(1), ranks, top.indices, top.values])
+    rows = zip(token_ids, *(array.tolist() for array in told), strict=True)
+    for token_id, logprob, rank, ids, values in rows:
         has_logit = token_id < vocab_size
         yield PromptLogprobs(token_id, logprob, rank, ids, values) if has_logit else None

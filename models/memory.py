@@ -73,15 +73,14 @@ def part_of(room: Room, num_sharers: int, held: Held) -> Room:
 def held_by_engines(root: Path = Path("/"), pid: int | None = None) -> Held:
     """What this process holds, and its parent's other children of its name. root: of /proc."""
     own_pid = os.getpid() if pid is None else pid
-    parent = _status(root, own_pid).get("PPid")
-    name = _status(root, own_pid).get("Name")
+    own = _status(root, own_pid)
     others = 0
     for folder in (root / "proc").glob("[0-9]*"):
         status = _status(root, int(folder.name))
-        is_sibling = (status.get("PPid"), status.get("Name")) == (parent, name)
+        is_sibling = all(status.get(field) == own.get(field) for field in ("PPid", "Name"))
         if is_sibling and int(folder.name) != own_pid:
             others += _held_bytes(status)
-    return Held(_held_bytes(_status(root, own_pid)), others)
+    return Held(_held_bytes(own), others)
 
 
 def _status(root: Path, pid: int) -> dict[str, str]:

@@ -54,29 +54,30 @@ class Heads:
     head_dim: int
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(frozen=True)
 class Rotation:
     """cos and sin of a step's positions, [num_tokens, head_dim], both halves alike.
 
-    signed_sin: sin with its first half negated: rotate_half(x) * sin is x rolled by half a head
-    times it.
+    As transformers hands them on.
     """
 
     cos: Tensor
     sin: Tensor
-    signed_sin: Tensor
 
-    @classmethod
-    def of(cls, cos: Tensor, sin: Tensor) -> Rotation:
-        """As transformers hands them on."""
-        half = sin.shape[-1] // 2
-        return cls(cos, sin, torch.cat((-sin[:, :half], sin[:, half:]), dim=-1))
+    @functools.cached_property
+    def _signed_sin(self) -> Tensor:
+        """sin, its first half negated: rotate_half(x) * sin is x rolled by half a head times it.
+
+        Made where a rotation is torch's, once a step: the kernels take sin as it is.
+        """
+        half = self.sin.shape[-1] // 2
+        return torch.cat((-self.sin[:, :half], self.sin[:, half:]), dim=-1)
 
     def __call__(self, heads: Tensor) -> Tensor:
         """[num_tokens, num_heads, head_dim] rotated."""
         half = self.cos.shape[-1] // 2
         rolled = heads.roll(half, -1)
-        return torch.addcmul(heads * self.cos[:, None], rolled, self.signed_sin[:, None])
+        return torch.addcmul(heads * self.cos[:, None], rolled, self._signed_sin[:, None])
 
 
 class Operations(ABC):
@@ -267,7 +268,7 @@ def _trial(operations: Operations, device: torch.device, dtype: torch.dtype) -> 
     cos, sin = (random(3, heads.head_dim // 2).repeat(1, 2) for _ in range(2))
     cache = LayerCache(*(random(1, 4, heads.num_kv_heads, heads.head_dim) for _ in range(2)))
     slots = torch.tensor([2, 0, 3], device=device)
-    rotation = Rotation.of(cos, sin)
+    rotation = Rotation(cos, sin)
     query = operations.rotate_and_write(normed, heads, rotation, cache, slots, SdpaBackend())
     gated = operations.gated(normed, nn.SiLU())
     return [normed, gated_normed, stream.hidden, query, cache.keys, cache.values, gated]

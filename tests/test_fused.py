@@ -48,7 +48,7 @@ def test_a_rotation_is_transformers_rotary_embedding(dtype: torch.dtype) -> None
     heads = torch.randn(7, 3, 16, dtype=dtype)
     rows = heads.double().transpose(0, 1)[None]
     exact, _ = apply_rotary_pos_emb(rows, rows, cos[None], sin[None])
-    rotated = Rotation.of(cos.to(dtype), sin.to(dtype))(heads)
+    rotated = Rotation(cos.to(dtype), sin.to(dtype))(heads)
     assert_near(rotated, exact[0].transpose(0, 1), dtype)
 
 

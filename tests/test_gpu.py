@@ -211,7 +211,7 @@ def test_rotation_and_write_are_those_of_float32(place: Place, num_tokens: int) 
         # both begin with the rounded cosines
         cos, sin = (part.to(place.dtype).to(dtype) for part in (angles.cos(), angles.sin()))
         query = one.rotate_and_write(
-            joined.to(dtype), heads, Rotation.of(cos, sin), cache, slots, SdpaBackend()
+            joined.to(dtype), heads, Rotation(cos, sin), cache, slots, SdpaBackend()
         )
         results.append((query, cache.keys, cache.values))
     for exact, actual in zip(*results, strict=True):

@@ -112,7 +112,7 @@ def test_rotation_and_write_are_torchs_and_negative_slots_are_skipped(
     heads = Heads(num_heads, num_kv_heads, head_dim)
     joined = torch.randn(3, (num_heads + 2 * num_kv_heads) * head_dim, device=device)
     angles = torch.rand(3, head_dim // 2, device=device).repeat(1, 2)
-    rotation = Rotation.of(angles.cos(), angles.sin())
+    rotation = Rotation(angles.cos(), angles.sin())
     shape = (4, 2, num_kv_heads, head_dim)
     caches = [LayerCache(*torch.zeros(2, *shape, device=device).unbind()) for _ in range(2)]
     slots, backend = torch.tensor([5, 0, 7], device=device), SdpaBackend()

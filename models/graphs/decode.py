@@ -22,7 +22,7 @@ from ..cache import KVPools, PagedStep
 from ..fused import FusedDecoder
 from ..inputs import StepInputs
 from ..layer_count import LayerCount
-from .layout import Layout, Parts, write
+from .layout import Ints, Layout, Parts, write
 from .recorder import Recorder, frozen_objects
 
 # rows of the largest graph: beyond these a step computes longer than it is launched
@@ -47,11 +47,12 @@ class GraphLimits:
 class _Graph:
     """A recorded step. num_layers: how many layers it begins.
 
-    step: kept, as replays read its tensors where they lay while it was recorded.
+    host: where its inputs are written, num_entries: how much of the buffer they take. step: kept,
+    as replays read its tensors where they lay while it was recorded.
     """
 
-    layout: Layout
-    has_images: bool
+    host: Parts[Ints]
+    num_entries: int
     replay: Callable[[], Tensor]
     num_layers: int
     step: PagedStep
@@ -102,8 +103,8 @@ class DecodeGraphs:
         graph = self._find(inputs)
         assert graph is not None, "the step has no graph"
         self._buffer.wait()
-        write(graph.layout.parts(self._buffer.host), inputs)
-        self._buffer.send(graph.layout.num_entries(graph.has_images))
+        write(graph.host, inputs)
+        self._buffer.send(graph.num_entries)
         self._layers.num_begun += graph.num_layers
         self.num_replays += 1
         return graph.replay()[: len(inputs.token_ids)]
@@ -132,7 +133,8 @@ class DecodeGraphs:
             return hidden
 
         replay = recorder.record(compute)
-        return _Graph(layout, has_images, replay, counts[-1], step)
+        host, num_entries = layout.parts(self._buffer.host), layout.num_entries(has_images)
+        return _Graph(host, num_entries, replay, counts[-1], step)
 
     def _step(self, parts: Parts[Tensor], has_images: bool) -> PagedStep:
         limits, num_patches = self._limits, self._pools.num_patches
