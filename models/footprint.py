@@ -29,6 +29,7 @@ from .peak import StepLimits
 from .placement import EMBEDDING, HEAD, PROJECTOR, TEXT, VISION
 from .quantization import is_quantized, quantized_bytes
 from .vision import MAX_IMAGES_PER_PASS
+from .vision_parts import padded_patches
 from .weight_files import StoredTensor
 
 _FLOAT32, _FLOAT64, _INT64 = 4, 8, 8
@@ -156,7 +157,7 @@ class _Shape:
 
 
 def _vision_bytes(s: _Shape) -> int:
-    padded = s.max_num_tiles * (-(-s.num_patches // 8) * 8)
+    padded = s.max_num_tiles * padded_patches(s.num_patches)
     tokens = s.images_a_pass * padded
     state = tokens * s.vision_hidden * s.size
     pixels = s.images_a_pass * s.max_num_tiles * s.tile_values * (_FLOAT32 + s.size)

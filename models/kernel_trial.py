@@ -1,6 +1,6 @@
 """Tries kernels of this project on the machine that will serve, before they are taken.
 
-Owns what they need, the tolerance and the line in the log. Knows nothing of what a kernel computes;
+Owns the trial, its tolerance and the line in the log. Knows nothing of what a kernel computes;
 attention has a trial of its own (attention/trial.py), whose answer decides more.
 
 A kernel depends on the driver, the GPU, triton's build and a C compiler for its launchers, none of
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from .triton_launch import why_no_kernels
+
 logger = logging.getLogger(__name__)
 
-MIN_CAPABILITY = (8, 0)
 # of 1 and of what is right: both sides may compute in half precision
 TOLERANCE = 3e-2
 
@@ -33,19 +33,10 @@ def are_usable(what: str, device: torch.device, trial: Trial) -> bool:
     """
     if device.type != "cuda":
         return False
-    if (reason := _why_not(device) or what_is_wrong(trial)) is None:
+    if (reason := why_no_kernels(device) or what_is_wrong(trial)) is None:
         return True
     logger.warning("%s are left to torch's operations: %s", what, reason)
     return False
-
-
-def _why_not(device: torch.device) -> str | None:
-    if find_spec("triton") is None:
-        return "the package triton is not installed"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    return None
 
 
 @torch.inference_mode()

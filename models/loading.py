@@ -270,6 +270,18 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def check_gpus(first: torch.device, count: int, asked: str) -> None:
+    """Return if there are so many GPUs from the chosen device on, where that is one.
+
+    asked: the options that need them, for the message. Raises ModelError.
+    """
+    if first.type != "cuda":
+        return
+    left = torch.cuda.device_count() - (first.index or 0)
+    if left < count:
+        raise ModelError(f"{asked} needs {count} CUDA devices and there are {left} from {first} on")
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name; "auto" is bfloat16 where the device has it in hardware."""
     if name == "auto":

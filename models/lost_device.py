@@ -6,23 +6,11 @@ later call fails too, and only a new process gets on. Owns that question, asked 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from collections.abc import Iterable
 
 import torch
 
 from .batch import DeviceLostError
-
-
-class _OnDevices(Protocol):
-    @property
-    def devices(self) -> Iterable[torch.device]: ...
-
-
-Owner = TypeVar("Owner", bound=_OnDevices)
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
 
 def is_lost(device: torch.device) -> bool:
@@ -36,18 +24,7 @@ def is_lost(device: torch.device) -> bool:
     return False
 
 
-def tells_of_lost_devices(
-    step: Callable[Concatenate[Owner, Arguments], Result],
-) -> Callable[Concatenate[Owner, Arguments], Result]:
-    """The method, which raises DeviceLostError where it fails and leaves a lost device behind."""
-
-    @functools.wraps(step)
-    def told(self: Owner, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        try:
-            return step(self, *args, **kwargs)
-        except Exception as error:
-            if lost := [str(device) for device in self.devices if is_lost(device)]:
-                raise DeviceLostError(f"{', '.join(lost)} can compute nothing more") from error
-            raise
-
-    return told
+def raise_if_lost(devices: Iterable[torch.device], error: Exception) -> None:
+    """Raise DeviceLostError, from the error of a step that failed on them, if one is lost."""
+    if lost := [str(device) for device in devices if is_lost(device)]:
+        raise DeviceLostError(f"{', '.join(lost)} can compute nothing more") from error

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import MllamaConfig
 
-from .assembly import Opened, RankShare, Read
+from .assembly import RankShare, Read
 from .loading import Checkpoint
 from .parallel.plan import Side, share_of
 from .skeleton import empty_model
@@ -55,10 +55,7 @@ class _Draw:
     dtype: torch.dtype
     seed: int
 
-    def __call__(self, device: torch.device) -> Opened:
-        return self._drawn(device)
-
-    def _drawn(self, device: torch.device) -> Iterator[tuple[StoredTensor, Read]]:
+    def __call__(self, device: torch.device) -> Iterator[tuple[StoredTensor, Read]]:
         for tensor in self.tensors.values():
             yield tensor, self._reader(tensor, device)
 

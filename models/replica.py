@@ -5,15 +5,14 @@ Owns the arithmetic. Knows nothing of how models are loaded or of who starts eng
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .errors import ModelError
-from .loading import choose_device
+from .loading import check_gpus, choose_device
+from .threads import threads_of_one
 
 
 @dataclass(slots=True, frozen=True)
@@ -33,7 +32,7 @@ class Replica:
         return {
             **options,
             "device": str(device),
-            "num_threads": options["num_threads"] or self._num_threads(),
+            "num_threads": options["num_threads"] or threads_of_one(self.count * self.size),
             "num_sharers": self.count if device.type == "cpu" else 1,
         }
 
@@ -41,18 +40,6 @@ class Replica:
         """The first of this replica's devices; they lie one behind the other from `base` on."""
         if base.type != "cuda":
             return base
-        first = base.index or 0
-        left = torch.cuda.device_count() - first
-        if left < self.count * self.size:
-            each = f" with --tensor-parallel-size {self.size}" if self.size > 1 else ""
-            raise ModelError(
-                f"--replicas {self.count}{each} needs {self.count * self.size} CUDA devices and "
-                f"there are {left} from {base} on"
-            )
-        return torch.device("cuda", first + self.number * self.size)
-
-    def _num_threads(self) -> int | None:
-        """Threads of one process; None where OMP_NUM_THREADS says so already."""
-        if "OMP_NUM_THREADS" in os.environ:
-            return None
-        return max(1, len(os.sched_getaffinity(0)) // (self.count * self.size))
+        each = f" with --tensor-parallel-size {self.size}" if self.size > 1 else ""
+        check_gpus(base, self.count * self.size, f"--replicas {self.count}{each}")
+        return torch.device("cuda", (base.index or 0) + self.number * self.size)

@@ -49,7 +49,7 @@ from .image_cost import image_cost_tokens
 from .inputs import PreparedRows, StepInputs, image_slots, pack
 from .loading import LoadedModel
 from .logprobs import RawLogprobs, prompt_logprobs
-from .lost_device import tells_of_lost_devices
+from .lost_device import raise_if_lost
 from .placement import VISION
 from .pools import PoolPlan
 from .sampling import Masks, Sampled, sample
@@ -157,19 +157,20 @@ class ModelRunner:
         )
         return self._graphs
 
-    @property
-    def devices(self) -> list[torch.device]:
-        """Those that hold parts of the model."""
-        return self._loaded.placement.devices()
-
     @torch.inference_mode()
-    @tells_of_lost_devices
     def execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
         """Encode the batch's images, run its tokens, sample what is due.
 
         on_launch: see `OnLaunch`. Raises StepError if the step cannot be computed; blocks of the
         batch then hold anything. Raises DeviceLostError if no other can be either.
         """
+        try:
+            return self._execute(batch, on_launch)
+        except Exception as error:
+            raise_if_lost(self._loaded.placement.devices(), error)
+            raise
+
+    def _execute(self, batch: StepBatch, on_launch: OnLaunch) -> StepResult:
         prepared, self._prepared = self._prepared, None
         if self._loaded.device.type != "cuda":
             on_launch()

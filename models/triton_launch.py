@@ -1,15 +1,29 @@
 """What every launch of a Triton kernel of this project needs to know.
 
-Owns the least sizes and the operands' type. Knows no kernel. Imports triton only when asked for it.
+Owns where they run, the least sizes and the operands' type. Knows no kernel. Imports triton only
+when asked for it.
 """
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 # tl.dot takes no fewer rows, columns or depth
 MIN_DOT = 16
+MIN_CAPABILITY = (8, 0)
+
+
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why a CUDA device runs no kernels of this project, in a few words; None if it may."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
 
 
 def power_of_2(number: int) -> int:

@@ -15,7 +15,6 @@ from support.engine_side import engine_at
 from support.fake_runner import FakeRunner, fake_image
 from support.standing import CHAT, SLACK, Standing, assert_error, assert_stream_error, body_for
 
-from vlmserve.models import replica as replica_module
 from vlmserve.models.batch import ImageSpan
 from vlmserve.models.errors import ModelError
 from vlmserve.models.memory import Held, Room, held_by_engines, part_of
@@ -82,11 +81,11 @@ def test_what_died_has_forgotten_everything_and_takes_part_again():
     assert chooser.choose([b"other"], [0, 1], 1) == 0
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 20)), max_size=200))
-def test_replicas_are_never_further_apart_than_the_margin_and_one(steps):
+@given(st.lists(st.integers(0, 5), max_size=200))
+def test_replicas_are_never_further_apart_than_the_margin_and_one(keys):
     """Whatever is asked for again and again, nobody starves and nobody is swamped."""
     chooser, margin = ReplicaChooser(3), 2.0
-    for key, _ in steps:
+    for key in keys:
         before = [load.now for load in chooser.loads]
         chosen = chooser.choose([bytes([key])], range(3), margin)
         assert before[chosen] <= min(before) + margin
@@ -308,7 +307,7 @@ def test_replicas_lie_one_behind_the_other_on_gpus_and_too_few_are_told(monkeypa
 
 def test_replicas_share_a_cpu_s_cores_unless_someone_said_how_many(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(replica_module.os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     options = {"device": "cpu", "num_threads": None}
     assert Replica(0, 2).share_of(options)["num_threads"] == 4
     assert Replica(0, 2, 2).share_of(options)["num_threads"] == 2

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import ClassVar
 
 import numpy as np
@@ -23,12 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..transfer import upload
-from ..triton_launch import MIN_DOT, operand_of, power_of_2
+from ..triton_launch import MIN_DOT, operand_of, power_of_2, why_no_kernels
 from .base import AttentionBackend, Geometry, PagedRows
 
 Ints = NDArray[np.int64]
 
-MIN_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
 # queries of a tile of a longer row; times the heads of a KV group they make a product's rows
 TILE_QUERIES = 16
@@ -86,12 +84,7 @@ class TritonBackend(AttentionBackend):
             return f"it needs a CUDA device, and this is {geometry.device}"
         if geometry.head_dim > MAX_HEAD_DIM:
             return f"heads of {geometry.head_dim} are longer than {MAX_HEAD_DIM}"
-        if find_spec("triton") is None:
-            return "the package triton is not installed"
-        capability = torch.cuda.get_device_capability(geometry.device)
-        if capability < MIN_CAPABILITY:
-            return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-        return None
+        return why_no_kernels(geometry.device)
 
     def prepare(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> TritonPlan:
         """The launches of these rows; see `AttentionBackend.prepare`."""

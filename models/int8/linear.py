@@ -16,12 +16,13 @@ codes: sums of codes would pass its largest number where an output is over some 
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernel_trial import are_usable
 from .quantizer import Int8Weight
 
 # beyond these a product costs arithmetic: measured on a CPU, on a GPU a guess from its ridge point
@@ -86,10 +87,13 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+@functools.cache
 def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether few rows take the fused kernel; asked at loading, as it is tried then."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return False
-    from .product import has_kernel
+    """Whether few rows take the fused kernel; asked at loading, as it is tried then, once."""
 
-    return has_kernel(device, dtype)
+    def trial() -> list[tuple[Tensor, Tensor]]:
+        from .product import trial_pairs
+
+        return trial_pairs(device, dtype)
+
+    return are_usable("int8 products of few rows", device, trial)

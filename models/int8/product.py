@@ -5,13 +5,11 @@ Owns the shape of a launch. Knows nothing of layers.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..kernel_trial import are_usable
 from ..triton_launch import MIN_DOT, operand_of, power_of_2
 from . import int8_kernels
 
@@ -73,12 +71,6 @@ def fused_product(rows: Tensor, codes: Tensor, scales: Tensor, tiles: Tiles = TI
 def choose_splits(num_tiles: int, num_in: int, num_programs: int = TILES.num_programs) -> int:
     """Stretches of the input, so that a small weight's few tiles still fill a GPU."""
     return max(1, min(num_programs // num_tiles, num_in // MIN_SPLIT))
-
-
-@functools.cache
-def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the fused product can be had there; it is tried once."""
-    return are_usable("int8 products of few rows", device, lambda: trial_pairs(device, dtype))
 
 
 def trial_pairs(device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:

@@ -7,7 +7,6 @@ is one runner. Every rank samples, as the logits are joined on each; the first o
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,9 @@ from ..batch import (
 )
 from ..errors import ModelError, StepError
 from ..launch import create_runner
-from ..loading import choose_device
+from ..loading import check_gpus, choose_device
 from ..runner import ModelRunner
+from ..threads import threads_of_one
 from .group import DistributedGroup, MeetingPlace
 from .ranks import Ranks, end_process
 from .wire import RankSettings
@@ -113,8 +113,11 @@ def create_parallel_runner(
     On CUDA the ranks take the devices from the chosen one on; on a CPU they share its cores. Raises
     ModelError, one line with the remedy.
     """
-    options = _with_threads(options, size) | {"model": model}
-    _check_devices(options.get("device", "auto"), size)
+    # ranks share the machine's cores unless someone said how many threads a process takes
+    num_threads = options.get("num_threads") or threads_of_one(size)
+    options = options | {"model": model, "num_threads": num_threads}
+    first = choose_device(options.get("device", "auto"))
+    check_gpus(first, size, f"--tensor-parallel-size {size}")
     place = MeetingPlace()
     ranks = Ranks(size, place.path, options, on_death)
     settings = RankSettings(rank=0, size=size, meeting_place=str(place.path), options=options)
@@ -151,22 +154,3 @@ def join_group(settings: RankSettings) -> DistributedGroup:
         device = torch.device("cuda", (base.index or 0) + settings.rank)
         torch.cuda.set_device(device)
     return DistributedGroup(settings.rank, settings.size, device, Path(settings.meeting_place))
-
-
-def _check_devices(name: str, size: int) -> None:
-    """Raise ModelError unless there are as many GPUs from the chosen one on as ranks."""
-    first = choose_device(name)
-    if first.type == "cuda":
-        left = torch.cuda.device_count() - (first.index or 0)
-        if left < size:
-            raise ModelError(
-                f"--tensor-parallel-size {size} needs {size} CUDA devices and there are {left} "
-                f"from {first} on"
-            )
-
-
-def _with_threads(options: dict[str, Any], size: int) -> dict[str, Any]:
-    """Ranks share the machine's cores unless someone said how many threads a process takes."""
-    if options.get("num_threads") is not None or "OMP_NUM_THREADS" in os.environ:
-        return options
-    return options | {"num_threads": max(1, len(os.sched_getaffinity(0)) // size)}
