@@ -74,6 +74,17 @@ def decode_work(
     return Work(flops, read + layers * (layer_itemsize or itemsize))
 
 
+def prompt_work(text: Any, num_seqs: int, prompt_len: int, num_keys: int, size: int) -> Work:
+    """The tokens of num_seqs prompts, which see num_keys keys of an image each.
+
+    text: the decoder's config; size: bytes of a number.
+    """
+    # a prompt is so many tokens that see half of it on average, and one product with the head
+    tokens = decode_work(text, num_seqs * prompt_len, prompt_len // 2, num_keys, size)
+    num_heads_saved = num_seqs * (prompt_len - 1)
+    return tokens + Work(-2.0 * num_heads_saved * text.vocab_size * text.hidden_size, 0.0)
+
+
 def prefill_work(config: Any, num_seqs: int, prompt_len: int, num_tiles: int, size: int) -> Work:
     """The prompts of num_seqs requests, one image of num_tiles tiles each.
 
@@ -84,14 +95,11 @@ def prefill_work(config: Any, num_seqs: int, prompt_len: int, num_tiles: int, si
     kv_width = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     num_patches = (vision.image_size // vision.patch_size) ** 2 + 1
     num_keys = num_tiles * num_patches
-    # a prompt is so many tokens that see half of it on average, and one product with the head
-    tokens = decode_work(text, num_seqs * prompt_len, prompt_len // 2, num_keys, size)
-    head = text.vocab_size * text.hidden_size
-    num_heads_saved = num_seqs * (prompt_len - 1)
+    tokens = prompt_work(text, num_seqs, prompt_len, num_keys, size)
     projected = vision.vision_output_dim * text.hidden_size
     cross = len(text.cross_attention_layers) * 2 * text.hidden_size * kv_width
     seen = _vision_work(vision, num_seqs, num_patches, size)
-    extra = 2.0 * num_seqs * num_keys * (projected + cross) - 2.0 * num_heads_saved * head
+    extra = 2.0 * num_seqs * num_keys * (projected + cross)
     return tokens + seen + Work(extra, float(size) * (projected + cross))
 
 

@@ -33,11 +33,8 @@ def descendants(pid: int) -> list[int]:
 
 def is_running(pid: int) -> bool:
     """Whether a process still runs; a zombie that is yet to be reaped does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
+    fields = _stat_fields(pid)
+    return bool(fields) and fields[0] not in "ZX"
 
 
 def engine_pid(supervisor: int) -> int | None:
@@ -78,11 +75,16 @@ def gauges(url: str) -> dict[str, float]:
 
 def process_cpu_seconds(pid: int) -> float:
     """What a process has computed, and those of its children that ended; 0 if it has gone."""
-    with contextlib.suppress(OSError):
+    return sum(int(ticks) for ticks in _stat_fields(pid)[11:15]) / TICKS_PER_S
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """What the kernel tells of a process behind its name; empty if it has gone."""
+    try:
         # The name, in brackets, may hold spaces.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return sum(int(ticks) for ticks in fields[11:15]) / TICKS_PER_S
-    return 0.0
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def machine_cpu_seconds() -> float:

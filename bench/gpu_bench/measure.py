@@ -22,7 +22,7 @@ from vlmserve.router.queue import QueueLimits, RequestQueue
 from vlmserve.router.scheduler import Scheduler, SchedulerLimits
 from vlmserve.router.sequence import Sequence
 
-from ..bounds import decode_work, prefill_work
+from ..bounds import decode_work, prefill_work, prompt_work
 from .clock import Clock
 from .plan import INT8, Row, Size
 from .products import products
@@ -179,15 +179,13 @@ def prefill(runner: ModelRunner, row: Row, size: Size, bytes_per_s: float) -> di
     loop = Loop(runner, size, 1)
     steps = _alone(loop, size, size.prefill_tokens, has_image=False)
     step_ms = statistics.median(loop.clock.ms(one.begin, one.executed) for one in steps)
-    config = runner.config.text_config
-    work = decode_work(config, size.prefill_tokens, size.prefill_tokens // 2, 0, 1)
-    head = 2.0 * (size.prefill_tokens - 1) * config.vocab_size * config.hidden_size
+    work = prompt_work(runner.config.text_config, 1, size.prefill_tokens, 0, 1)
     return {
         "tokens": size.prefill_tokens,
         "repeats": size.repeats,
         "step_ms": round(step_ms, 4),
         "tokens_per_s": round(1e3 * size.prefill_tokens / step_ms, 1),
-        "tflop_per_s": round((work.flops - head) / step_ms / 1e9, 2),
+        "tflop_per_s": round(work.flops / step_ms / 1e9, 2),
     }
 
 
