@@ -199,7 +199,7 @@ def test_a_row_that_would_outlast_the_budget_is_dropped_with_the_reason(tmp_path
     assert not any(event["event"] == "building" for event in events_of(tmp_path))
 
 
-def test_what_cannot_be_built_fails_its_rows_once_and_for_all(tmp_path: Path, monkeypatch) -> None:
+def test_what_cannot_be_built_fails_its_rows_once_and_for_all(tmp_path: Path) -> None:
     rows = [row for row in rows_of(PLAIN, TINY.batches) if row.mode == "eager"][:3]
     content = told(tmp_path, rows, time.monotonic() + 1000)
     content["size"]["model"] = "of no known layout"

@@ -13,7 +13,7 @@ import httpx2
 import msgspec
 import pytest
 from support.engine_side import engine_at
-from support.fake_runner import FakeRunner
+from support.fake_runner import OrdinaryRunner
 
 from vlmserve.models import bundled
 from vlmserve.server.drain import Drain
@@ -23,8 +23,6 @@ BUNDLED = Path(bundled.__file__).parent / "checkpoint"
 DEADLINE_S = 60.0
 DRAIN_S = 2.0
 NEW_REQUESTS = ["/v1/chat/completions"]
-# Below the special tokens of the bundled tokenizer.
-NUM_ORDINARY = 700
 
 
 def body(**fields):
@@ -32,18 +30,9 @@ def body(**fields):
     return {"model": "m", "messages": [turn], "ignore_eos": True, "max_tokens": 1000} | fields
 
 
-class EndlessRunner(FakeRunner):
-    """Samples no special token, of which one in three hundred would be an end of turn."""
-
-    def execute(self, batch, *on_launch):
-        result = super().execute(batch, *on_launch)
-        result.token_ids = {name: one % NUM_ORDINARY for name, one in result.token_ids.items()}
-        return result
-
-
 def slow_engine(path):
     """An engine of 50 steps a second: 1,000 tokens take ten times the drain."""
-    return engine_at(path, EndlessRunner(step_seconds=0.02))
+    return engine_at(path, OrdinaryRunner(step_seconds=0.02))
 
 
 @contextlib.asynccontextmanager

@@ -59,7 +59,7 @@ def test_what_spells_a_special_token_is_answered_letter_by_letter(
         'start: "\\"" <|eot_id|> "\\""',
     ],
 )
-def test_a_special_token_is_found_wherever_it_is_one(text: str, grammars: Grammars) -> None:
+def test_a_special_token_is_found_wherever_it_is_one(text: str) -> None:
     with pytest.raises(BadRequestError, match="special token"):
         ebnf_grammar(text)
 

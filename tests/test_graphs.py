@@ -20,7 +20,13 @@ from vlmserve.models.attention.triton_paged import TritonBackend, TritonPlan
 from vlmserve.models.batch import PoolSizes, StepBatch
 from vlmserve.models.fused import FusedDecoder
 from vlmserve.models.graphs.choice import why_not
-from vlmserve.models.graphs.decode import DecodeGraphs, padded_sizes
+from vlmserve.models.graphs.decode import (
+    MAX_TABLE,
+    DecodeGraphs,
+    GraphLimits,
+    _layout,
+    padded_sizes,
+)
 from vlmserve.models.graphs.layout import ALIGNMENT, Layout
 from vlmserve.models.graphs.recorder import Computation, CudaRecorder
 from vlmserve.models.loading import load_model
@@ -192,7 +198,7 @@ def test_a_replay_counts_the_layers_that_a_pass_begins(pair: Pair) -> None:
     pair.prefill([*words, *seeing])
     for running in (words, [*words, *seeing]):
         counts = []
-        batch = join([schedule(request, 1, pair.blocks) for request in running])
+        batch = step(pair, running, 1)
         for runner in (pair.eager, pair.replaying):
             before = runner.num_layers_begun
             runner.compute_logits(batch)
@@ -261,8 +267,6 @@ def test_parts_of_a_layout_lie_apart_and_aligned() -> None:
 
 
 def test_a_table_is_no_wider_than_what_is_copied_at_once() -> None:
-    from vlmserve.models.graphs.decode import MAX_TABLE, GraphLimits, _layout
-
     limits = GraphLimits(64, 131_072, 16, 4)
     assert _layout(1, limits).text_width == 8192
     assert _layout(64, limits).text_width * 64 == MAX_TABLE

@@ -25,7 +25,6 @@ from vlmserve.models.batch import (
     StepResult,
 )
 from vlmserve.models.inputs import PreparedRows, StepInputs, pack
-from vlmserve.models.runner import ModelRunner
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine import Engine
 from vlmserve.router.messages import AddRequest, FromEngine, RequestFailed, StepOutputs
@@ -297,7 +296,7 @@ def test_a_step_that_fails_before_its_launch_costs_its_own_requests_only():
     asyncio.run(scenario())
 
 
-def asked_of(model: ModelRunner) -> list[AddRequest]:
+def asked() -> list[AddRequest]:
     """Greedy and sampled answers, penalties, logarithms, several answers, and pictures."""
     params = {
         "text": SamplingParams(temperature=0.0),
@@ -332,7 +331,7 @@ def test_the_model_answers_alike_whether_it_is_planned_ahead_or_not(monkeypatch)
     monkeypatch.setattr(PreparedRows, "with_tokens", used)
     for plan_ahead in (False, True):
         model = runner("tiny")
-        tokens = asyncio.run(answered(model, asked_of(model), plan_ahead=plan_ahead))
+        tokens = asyncio.run(answered(model, asked(), plan_ahead=plan_ahead))
         answers.append(tokens)
         assert (num_used > 0) == plan_ahead
     assert answers[0] == answers[1]

@@ -5,6 +5,7 @@ import contextlib
 import os
 
 import pytest
+from test_supervision import first_reason
 
 from vlmserve.server.pulse import Pulse, WorkerLimits, beat
 from vlmserve.server.restart_counts import FILE_NAME, RestartCounter, RestartCounts
@@ -16,14 +17,6 @@ LIMITS = WorkerLimits(stall_s=10, starting_s=300)
 def pulse():
     with Pulse(LIMITS) as made:
         yield made
-
-
-def first_reason(pulse, seconds, step_s=0.5):
-    """When and why the worker is taken to hang, if within `seconds`."""
-    for number in range(int(seconds / step_s)):
-        if reason := pulse.judge(step_s):
-            return number * step_s, reason
-    return None
 
 
 def test_a_worker_that_beats_does_not_hang(pulse):

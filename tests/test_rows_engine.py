@@ -24,6 +24,7 @@ from support.standing import (
     assert_error,
     assert_stream_error,
     body_for,
+    text_of,
 )
 from support.stepped import SteppedEngine
 from test_admission_rows import body_of, until
@@ -50,16 +51,7 @@ def bodies_of(route, count=10):
 async def posted(client, route, bodies):
     answers = await asyncio.gather(*(client.post(route, json=body) for body in bodies))
     assert [one.status_code for one in answers] == [200] * len(bodies)
-    return [text_of(one) for one in answers]
-
-
-def text_of(answer):
-    """The text of a plain answer of any route."""
-    content = answer.json()
-    if "completion_message" in content:
-        return content["completion_message"]["content"]
-    choice = content["choices"][0]
-    return choice["text"] if "text" in choice else choice["message"]["content"]
+    return [text_of(one.json()) for one in answers]
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -127,8 +127,7 @@ def distinct(route: str, number: int) -> dict:
     """A grammar that no other number has: a kilobyte of text, up to 62 compiled."""
     words = [f"{number} may be followed by word {place}" for place in range(30)]
     if route in STACK_ROUTES:
-        schema = {"enum": words}
-        return {"response_format": {"type": "json_schema", "json_schema": schema}}
+        return as_schema(route, {"enum": words})
     return {"guided_regex": "|".join(words)}
 
 

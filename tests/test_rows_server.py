@@ -30,6 +30,7 @@ from support.standing import (
     assert_error,
     body_for,
     raw_post,
+    text_of,
 )
 
 REFUSAL_S = 0.05
@@ -55,14 +56,10 @@ def body_of(route, text="Hi", *, pictures=(), **more):
     return body_for(route, text, images=urls, **more)
 
 
-def text_of(answer):
-    """The text of a plain answer of any route."""
+def said(answer):
+    """The text of an answer that is a plain one."""
     assert answer.status == 200, answer.body[:500]
-    content = answer.json
-    if "completion_message" in content:
-        return content["completion_message"]["content"]
-    choice = content["choices"][0]
-    return choice["text"] if "text" in choice else choice["message"]["content"]
+    return text_of(answer.json)
 
 
 @contextlib.contextmanager
@@ -107,13 +104,13 @@ def test_row_28_an_exhausted_cache_preempts_and_answers_the_same(tight, wait_for
         for route in TEXT_ROUTES:
             bodies = crowd_of(route)
             tight.suffer("")
-            alone = [text_of(standing.post(route, one)) for one in bodies]
+            alone = [said(standing.post(route, one)) for one in bodies]
             assert len(set(alone)) > 1, "or a mix-up would not be seen"
             before = standing.metrics()["num_preemptions_total"]
             # So that all have come before the first one ends.
             tight.suffer("slow 0.005")
             together = list(pool.map(lambda one, r=route: standing.post(r, one), bodies))
-            assert [text_of(one) for one in together] == alone
+            assert [said(one) for one in together] == alone
             assert wait_for(lambda b=before: standing.metrics()["num_preemptions_total"] > b)
         tight.suffer("")
 
@@ -130,11 +127,11 @@ def test_row_39_company_that_joins_and_leaves_changes_no_answer(tight):
         for route in TEXT_ROUTES:
             bodies = crowd_of(route)[:4]
             tight.suffer("")
-            alone = [text_of(standing.post(route, one)) for one in bodies]
+            alone = [said(standing.post(route, one)) for one in bodies]
             tight.suffer("slow 0.003")
             guests = [pool.submit(visit, route, rng.uniform(0.0, 0.3)) for _ in range(6)]
             staying = [pool.submit(standing.post, route, one) for one in bodies]
-            assert [text_of(one.result(60 * SLACK)) for one in staying] == alone
+            assert [said(one.result(60 * SLACK)) for one in staying] == alone
             for guest in guests:
                 guest.result()
         tight.suffer("")
@@ -180,9 +177,9 @@ def test_row_31_a_full_queue_is_a_429_with_retry_after_at_once_while_a_step_runs
     waiting, late, option = FILLING[limit]
     routes = GENERATION_ROUTES if limit == "bytes" else TEXT_ROUTES
     standing = Standing(narrow, is_warm=True)
-    for route in routes[:1] if limit == "bytes" else []:
+    if limit == "bytes":
         # Their pixels are known, so that only the queue can refuse them.
-        assert standing.post(route, body_of(route, pictures=[1, 2])).status == 200
+        assert standing.post(routes[0], body_of(routes[0], pictures=[1, 2])).status == 200
     with standing.holds(), ThreadPoolExecutor(4) as pool:
         narrow.suffer("slow 0.05")
         first = routes[0]

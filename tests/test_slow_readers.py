@@ -8,9 +8,8 @@ import asyncio
 import socket
 
 import pytest
-from support.cancels import OrdinaryRunner
 from support.engine_side import engine_at
-from support.fake_runner import fake_info
+from support.fake_runner import OrdinaryRunner, fake_info
 from support.http_side import running_server
 from support.standing import CHAT, COMPLETIONS, SLACK, body_for, raw_post
 

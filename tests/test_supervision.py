@@ -44,7 +44,7 @@ def watched(**heartbeat) -> tuple[EngineClient, EngineWatch]:
 
 
 def first_reason(watch, seconds, step_s=0.5):
-    """When and why the engine is taken to hang, if within `seconds`."""
+    """When and why what is watched is taken to hang, if within `seconds`."""
     for number in range(int(seconds / step_s)):
         if reason := watch.judge(step_s):
             return number * step_s, reason

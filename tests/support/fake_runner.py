@@ -30,6 +30,8 @@ from vlmserve.models.batch import (
 )
 from vlmserve.router.messages import AddRequest
 
+# below the special tokens of the bundled tokenizer
+NUM_ORDINARY = 700
 DEFAULT_POOLS = PoolSizes(num_text_blocks=256, num_image_blocks=32, block_size=16)
 
 
@@ -300,3 +302,12 @@ def _tile_contents(image: ImageTiles) -> tuple[bytes, ...]:
 def _next_token_id(cells: list[_Cell], seed: int, vocab_size: int) -> int:
     digest = hashlib.blake2b(repr((seed, cells)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % vocab_size
+
+
+class OrdinaryRunner(FakeRunner):
+    """Samples no special token of the bundled tokenizer, of which some end an answer by chance."""
+
+    def execute(self, batch: StepBatch, *on_launch: OnLaunch) -> StepResult:
+        result = super().execute(batch, *on_launch)
+        result.token_ids = {name: one % NUM_ORDINARY for name, one in result.token_ids.items()}
+        return result

@@ -11,15 +11,10 @@ from support.fake_runner import FakeRunner, fake_info
 
 from vlmserve.models.batch import PoolSizes, ScheduledSequence, StepBatch, StepResult
 from vlmserve.router.admission import AdmissionLimits, check_request
-from vlmserve.router.blocks import ImageEntry
 from vlmserve.router.messages import AddRequest
 from vlmserve.router.queue import QueueLimits, RequestQueue
 from vlmserve.router.scheduler import Scheduler, SchedulerLimits
 from vlmserve.router.sequence import Sequence
-
-
-def _blocks_of(entry: ImageEntry) -> list[int]:
-    return entry.block_ids
 
 
 class AnyText:
@@ -104,7 +99,9 @@ class Bench:
         if first is not None and self.max_num_batched_tokens >= self.max_num_seqs:
             assert batch is not None
             is_computed = first.sequence_id in {one.request_id for one in batch.sequences}
-            is_seeing = any(one.block_ids in map(_blocks_of, first.images) for one in batch.images)
+            is_seeing = any(
+                one.block_ids in [entry.block_ids for entry in first.images] for one in batch.images
+            )
             assert is_computed or is_seeing
         self.rows_ahead = rows
         self._count_lost_runs()

@@ -132,6 +132,14 @@ def body_for(
     return {"model": MODEL, "messages": [turn]} | greedy | more
 
 
+def text_of(content: dict[str, Any]) -> str:
+    """The text of a plain answer of any route that generates."""
+    if "completion_message" in content:
+        return str(content["completion_message"]["content"])
+    choice = content["choices"][0]
+    return str(choice["text"] if "text" in choice else choice["message"]["content"])
+
+
 def raw_post(route: str, body: dict[str, Any]) -> bytes:
     """A whole request as it goes over the wire, for clients that do not read its answer."""
     content = json.dumps(body).encode()
