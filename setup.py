@@ -1,6 +1,6 @@
 """Builds the distribution `vlmserve`; what it is stands in setup.cfg."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 
@@ -12,4 +12,8 @@ class BuildPackages(build_py):
         return [module for module in modules if module[:2] != ("vlmserve", "setup")]
 
 
-setup(cmdclass={"build_py": BuildPackages})
+FLOORS = find_packages(include=["server*", "router*", "models*"])
+setup(
+    packages=["vlmserve", *(f"vlmserve.{name}" for name in FLOORS)],
+    cmdclass={"build_py": BuildPackages},
+)

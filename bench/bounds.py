@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmserve.models.packed import PackedWeight, can_pack
+from vlmserve.models.decoder.packed_linear import PackedWeight, can_pack
 
 # rows of the product that measures the peak: enough to leave the weight's read behind
 PEAK_ROWS = 1024

@@ -144,7 +144,7 @@ def build(
         pad_token_id=text_config.pad_token_id,
     ).save_pretrained(folder)
     if with_processor:
-        from vlmserve.models.bundled.tokenizer import build_tokenizer
+        from vlmserve.models.bundled.dataset.tokenizer import build_tokenizer
 
         build_tokenizer().save_pretrained(folder)
     vision_config: Any = config.vision_config

@@ -37,8 +37,8 @@ from vlmserve.models.batch import (
     ScheduledSequence,
     StepBatch,
 )
-from vlmserve.models.launch import create_runner
-from vlmserve.models.runner import ModelRunner
+from vlmserve.models.create_runner import create_runner
+from vlmserve.models.execution.runner import ModelRunner
 
 BLOCK_SIZE = 16
 GREEDY = SamplingParams(temperature=0.0)

@@ -25,9 +25,13 @@ from tokenizers.models import BPE
 from checkpoints import build, layout
 from processes import machine
 from vlmserve.models.batch import CrossSegment, SamplingParams, ScheduledSequence, StepBatch
-from vlmserve.models.launch import create_runner
-from vlmserve.models.runner import ModelRunner
-from vlmserve.server.grammars import json_object_grammar, json_schema_grammar, regex_grammar
+from vlmserve.models.create_runner import create_runner
+from vlmserve.models.execution.runner import ModelRunner
+from vlmserve.server.structured_output.grammar_text import (
+    json_object_grammar,
+    json_schema_grammar,
+    regex_grammar,
+)
 
 VOCAB_SIZE = 128_256
 CONTEXT = 48

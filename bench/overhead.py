@@ -26,11 +26,11 @@ import numpy as np
 from processes import machine
 from vlmserve.models import bundled
 from vlmserve.models.batch import ImageSpan, ImageTiles, SamplingParams
-from vlmserve.models.launch import create_runner
-from vlmserve.models.runner import ModelRunner
+from vlmserve.models.create_runner import create_runner
+from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.router import wire
 from vlmserve.router.config import EngineConfig
-from vlmserve.router.engine import Engine
+from vlmserve.router.engine.engine import Engine
 from vlmserve.router.messages import AddRequest, FromEngine, StepOutputs
 
 MODEL, SCHEDULE, METADATA = "model's forward", "schedule", "metadata"

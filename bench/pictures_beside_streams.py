@@ -23,12 +23,12 @@ import numpy as np
 from processes import machine
 from vlmserve.models import bundled
 from vlmserve.models.batch import ImageSpan, ImageTiles, SamplingParams
-from vlmserve.models.launch import create_runner
-from vlmserve.models.runner import ModelRunner
+from vlmserve.models.create_runner import create_runner
+from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.router.messages import AddRequest
-from vlmserve.router.queue import QueueLimits, RequestQueue
-from vlmserve.router.scheduler import Scheduler, SchedulerLimits
-from vlmserve.router.sequence import Sequence
+from vlmserve.router.scheduler.request_queue import QueueLimits, RequestQueue
+from vlmserve.router.scheduler.scheduler import Scheduler, SchedulerLimits
+from vlmserve.router.scheduler.sequence import Sequence
 
 MAX_MODEL_LEN = 2048
 MAX_NUM_SEQS = 64

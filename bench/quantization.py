@@ -22,20 +22,20 @@ import torch
 from transformers import MllamaForConditionalGeneration
 
 from checkpoints import build, layout
-from vlmserve.models.assembly import WHOLE, Recipe, assemble
 from vlmserve.models.bundled import CHECKPOINT
-from vlmserve.models.bundled.exam import exam
-from vlmserve.models.bundled.grading import Grader
-from vlmserve.models.loading import open_checkpoint
-from vlmserve.models.packed import pack_linears
-from vlmserve.models.quantization import (
+from vlmserve.models.bundled.exam.exam import exam
+from vlmserve.models.bundled.exam.grading import Grader
+from vlmserve.models.decoder.mllama_fixes import mend
+from vlmserve.models.decoder.packed_linear import pack_linears
+from vlmserve.models.weights.loader import open_checkpoint
+from vlmserve.models.weights.quantization import (
     METHODS,
     WEIGHT_ONLY,
     is_quantized,
     quantization_config,
     settle,
 )
-from vlmserve.models.reference import mend
+from vlmserve.models.weights.tensor_loader import WHOLE, Recipe, assemble
 
 LAYER_11B = {
     "hidden_size": 4096,

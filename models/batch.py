@@ -39,7 +39,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     (token id, bias) pairs, each id once. The ids that end the answer are banned
     for the first min_tokens tokens. num_logprobs: how many of the likeliest tokens
     are told beside the chosen one's log-probability; None tells of none.
-    `models/sampling.py` has the order of these.
+    `models/sampling/sampler.py` has the order of these.
     """
 
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] = 1.0

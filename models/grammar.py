@@ -22,8 +22,8 @@ from llguidance.numpy import fill_next_token_bitmask_par
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from .eos_tokens import configured_end_ids, end_token_ids
 from .errors import GrammarError
-from .turn_ends import configured_end_ids, end_token_ids
 
 # What is compiled was seen to take up to 62 times its text: 48 MiB together.
 MAX_COMPILED = 64

@@ -1,5 +1,5 @@
 """`python -m vlmserve.server`: the command line without its console script."""
 
-from .cli import main
+from .cli.main import main
 
 main()

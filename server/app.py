@@ -23,36 +23,36 @@ from sanic import HTTPResponse, Request, Sanic
 from sanic.exceptions import SanicException
 
 from .. import __version__
-from ..router.replica_pool import ReplicaPool
-from .access import OPEN_PATHS, Access, PreflightAnswer
-from .access_log import RequestLog
-from .drain import Drain
-from .engine_link import EngineLink
+from ..router.client.replica_pool import ReplicaPool
+from .api.openapi import document
+from .api.services import Services, json_response
 from .errors import ApiError, InternalError, error_body, type_of_status
-from .generation import Engine, Generator, Images
-from .grammar_checks import GrammarChecks
+from .generation.engine_connection import EngineLink
+from .generation.generator import Engine, Generator, Images
 from .guards import HeadGuard
-from .http_head import HeadLimits
-from .http_protocol import HardyRequest, receive_body
+from .http.auth import OPEN_PATHS, Access, PreflightAnswer
+from .http.drain import Drain
+from .http.head import HeadLimits
+from .http.protocol import HardyRequest, receive_body
 from .images.decoders import DecoderPool
 from .images.fetch import ImageFetcher
 from .images.loader import ImageLoader
 from .images.tiling import TilingConfig
-from .loop_lag import watch_lag
-from .metrics import Metrics
-from .openapi import document
-from .prompt import Processor
-from .recording import RecordingSanic
-from .records import record_of
+from .prompts.chat_template import Clock
+from .prompts.processor import Processor
 from .routes import chat, completions, docs, health, llama_stack, service, tokenization
-from .routes.services import Services, json_response
 from .schemas.json_text import check_json_text
 from .settings import ServerSettings
+from .structured_output.compile_checks import GrammarChecks
 from .tasks import end_tasks
-from .template import Clock
+from .telemetry.event_loop_lag import watch_lag
+from .telemetry.metrics import Metrics
+from .telemetry.recorded_app import RecordingSanic
+from .telemetry.request_log import RequestLog
+from .telemetry.request_record import record_of
 
 if TYPE_CHECKING:
-    from .tracing import Tracer
+    from .telemetry.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def build_app(
 def _tracer_of(settings: ServerSettings) -> Tracer | None:
     if settings.traces is None:
         return None
-    from .tracing import Tracer  # needs an extra
+    from .telemetry.tracing import Tracer  # needs an extra
 
     return Tracer(settings.traces)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from sanic import Request
 
-from .access import Access
 from .errors import UnsupportedMediaError
+from .http.auth import Access
 
 
 class HeadGuard:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from ..models.batch import Positive
-from ..router.client import WellLimits
+from ..router.client.engine_client import WellLimits
 from ..router.logs import LogFormat, LogLevel
 from .images.settings import ImageSettings
 

@@ -18,12 +18,12 @@ import msgspec
 from sanic import Sanic
 
 from ..router.logs import say, set_up_logging
-from ..router.parent import ParentGoneError, die_with_parent
+from ..router.parent_death import ParentGoneError, die_with_parent
 from .app import build_app
-from .http_protocol import StrictProtocol
-from .pulse import beat
+from .http.protocol import StrictProtocol
+from .http.tls import ServerTls
 from .settings import ServerSettings
-from .tls import ServerTls
+from .supervisor.worker_liveness import beat
 
 # Listening socket, engine, children's pipes, fetches, the event loop's own.
 OWN_DESCRIPTORS = 200

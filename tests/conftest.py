@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from support.standing import Standing
+from support.invariants import Standing
 
 from vlmserve.models.bundled.pictures import data_url, draw, random_scene
 

@@ -11,18 +11,18 @@ ROWS = set(range(1, 54)) - {45}
 def files_by_row() -> dict[int, set[str]]:
     """The files that hold a test of each row."""
     found: dict[int, set[str]] = {}
-    for file in TESTS.glob("test_*.py"):
+    for file in TESTS.rglob("test_*.py"):
         for number in re.findall(
             r"^(?:async )?def test_row_(\d+)_", file.read_text(), re.MULTILINE
         ):
-            found.setdefault(int(number), set()).add(file.name)
+            found.setdefault(int(number), set()).add(str(file.relative_to(TESTS)))
     return found
 
 
 def rows_of_page() -> dict[int, set[str]]:
     """The files that the page names for each row."""
     lines = re.findall(r"^\| (\d+) \| (.+) \| ?(.*)\|$", PAGE.read_text(), re.MULTILINE)
-    return {int(number): set(re.findall(r"`(\w+\.py)`", files)) for number, _, files in lines}
+    return {int(number): set(re.findall(r"`([\w/]+\.py)`", files)) for number, _, files in lines}
 
 
 def test_every_row_has_a_test_of_its_name():

@@ -25,9 +25,9 @@ import torch
 import transformers
 from transformers import MllamaConfig
 
-from vlmserve.models.launch import create_runner
-from vlmserve.models.random_weights import random_checkpoint
-from vlmserve.models.runner import ModelRunner
+from vlmserve.models.create_runner import create_runner
+from vlmserve.models.execution.runner import ModelRunner
+from vlmserve.models.weights.random_weights import random_checkpoint
 
 from ..checkpoints import layout
 from .document import DROPPED, FAILED, NOT_AVAILABLE, OK

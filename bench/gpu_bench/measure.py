@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from vlmserve.models.batch import ImageSpan, ImageTiles, SamplingParams, StepBatch, StepResult
-from vlmserve.models.runner import ModelRunner
+from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.router.messages import AddRequest
-from vlmserve.router.queue import QueueLimits, RequestQueue
-from vlmserve.router.scheduler import Scheduler, SchedulerLimits
-from vlmserve.router.sequence import Sequence
+from vlmserve.router.scheduler.request_queue import QueueLimits, RequestQueue
+from vlmserve.router.scheduler.scheduler import Scheduler, SchedulerLimits
+from vlmserve.router.scheduler.sequence import Sequence
 
 from ..bounds import decode_work, prefill_work, prompt_work
 from .clock import Clock

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmserve.models.int8.linear import Int8Linear
-from vlmserve.models.int8.product import TILES, Tiles, fused_product
-from vlmserve.models.int8.quantizer import Int8Weight, quantize
-from vlmserve.models.runner import ModelRunner
+from vlmserve.models.decoder.int8.linear import Int8Linear
+from vlmserve.models.decoder.int8.product import TILES, Tiles, fused_product
+from vlmserve.models.decoder.int8.quantizer import Int8Weight, quantize
+from vlmserve.models.execution.runner import ModelRunner
 
 from .clock import Clock
 from .plan import INT8, Row, Size

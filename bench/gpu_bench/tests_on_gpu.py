@@ -20,13 +20,13 @@ from .paths import ROOT
 
 # every file with tests marked `gpu`, and no other: others import what a bare machine lacks
 FILES = (
-    "tests/test_gpu.py",
-    "tests/test_attention.py",
-    "tests/test_graphs.py",
-    "tests/test_int8.py",
-    "tests/test_memory.py",
-    "tests/test_operations.py",
-    "tests/test_synchronizations.py",
+    "tests/models/test_gpu.py",
+    "tests/models/attention/test_attention.py",
+    "tests/models/execution/test_decode_graphs.py",
+    "tests/models/decoder/int8/test_int8.py",
+    "tests/models/memory/test_memory.py",
+    "tests/models/decoder/test_operations.py",
+    "tests/models/execution/test_synchronizations.py",
 )
 MOST_PROCESSES = 6
 SHOWN_FAILURES = 30

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..transfer import upload
+from ..device_copies import upload
 from .base import AttentionBackend, Geometry, PagedRows
 from .tiles import RaggedCall, TilePart, attend_tiles, plan_tiles
 

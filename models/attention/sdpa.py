@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..transfer import upload
+from ..device_copies import upload
 from .base import AttentionBackend, PagedRows
 
 # a bucket gathers at most so many keys at once: 128 MiB of keys of Llama-3.2-11B in bf16

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..transfer import upload
+from ..device_copies import upload
 from .base import PagedRows
 
 Ints = NDArray[np.int64]

@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..transfer import upload
-from ..triton_launch import MIN_DOT, operand_of, power_of_2, why_no_kernels
+from ..device_copies import upload
+from ..kernels.triton_support import MIN_DOT, operand_of, power_of_2, why_no_kernels
 from .base import AttentionBackend, Geometry, PagedRows
 
 Ints = NDArray[np.int64]

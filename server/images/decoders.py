@@ -16,7 +16,7 @@ from asyncio.subprocess import PIPE, Process
 import msgspec
 
 from ...models.batch import ImageTiles
-from ..children import child_environment, end_child
+from ..child_sandbox import child_environment, end_child
 from ..tasks import end_tasks
 from .decoder_child import DecoderConfig
 from .decoder_frames import REPLY_HEAD, REQUEST_HEAD, DecodeReply, decode_reply, reply_length

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from sanic import HTTPResponse, Request
 
-from ..schemas.chat import ChatCompletionRequest, chat_generation
-from ..schemas.chat_answers import ChatAnswers, ChatCompletion, ChatCompletionChunk
+from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
+from ..api.services import check_model, completion_response, services_of, tenant_of
+from ..api.sse import send_stream
+from ..schemas.openai.chat import ChatCompletionRequest, chat_generation
+from ..schemas.openai.chat_answers import ChatAnswers, ChatCompletion, ChatCompletionChunk
 from . import samples
-from .declared import EVENTS, GENERATION_REFUSALS, Reply, Routes
-from .services import check_model, completion_response, services_of, tenant_of
-from .streaming import send_stream
 
 ROUTES = Routes("chat", "Chat")
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 from sanic import HTTPResponse, Request
 
-from ..prompt import Processor
-from ..requests import PlainPrompt
-from ..schemas.completion_answers import CompletionAnswers, CompletionChunk, TextCompletion
-from ..schemas.completions import CompletionRequest, completion_generation
+from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
+from ..api.services import check_model, completion_response, services_of, tenant_of
+from ..api.sse import send_stream
+from ..generation.request import PlainPrompt
+from ..prompts.processor import Processor
+from ..schemas.openai.completion_answers import CompletionAnswers, CompletionChunk, TextCompletion
+from ..schemas.openai.completions import CompletionRequest, completion_generation
 from . import samples
-from .declared import EVENTS, GENERATION_REFUSALS, Reply, Routes
-from .services import check_model, completion_response, services_of, tenant_of
-from .streaming import send_stream
 
 ROUTES = Routes("completions", "Completions")
 

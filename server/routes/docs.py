@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from sanic import HTTPResponse, Request
 
-from .declared import Reply, Routes
+from ..api.endpoint import Reply, Routes
 
 ROUTES = Routes("docs", "Documentation")
 
@@ -18,7 +18,7 @@ HTML = "text/html; charset=utf-8"
 SCRIPT = "text/javascript; charset=utf-8"
 STYLE = "text/css; charset=utf-8"
 
-_PAGES = files(__package__).joinpath("../pages")
+_PAGES = files(__package__).joinpath("../api/pages")
 # Nothing but this server's own files, and no code in the page itself.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"

@@ -7,11 +7,11 @@ from urllib.parse import unquote
 from prometheus_client import CONTENT_TYPE_LATEST
 from sanic import HTTPResponse, Request
 
-from ..access import LIVE, READY
+from ..api.endpoint import Reply, Routes
+from ..api.services import check_model, json_response, services_of
+from ..http.auth import LIVE, READY
 from ..schemas.model_answers import LiveAnswer, ModelCard, ModelList, ReadyAnswer, model_card
 from . import samples
-from .declared import Reply, Routes
-from .services import check_model, json_response, services_of
 
 # What clients of other servers of this kind ask.
 SHORT_READY = "/health"

@@ -10,8 +10,16 @@ from urllib.parse import unquote
 
 from sanic import HTTPResponse, Request
 
-from ..schemas.llama_stack import StackChatRequest, stack_generation, stack_model
-from ..schemas.llama_stack_answers import (
+from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
+from ..api.services import (
+    check_model,
+    completion_response,
+    json_response,
+    services_of,
+    tenant_of,
+)
+from ..api.sse import send_stream
+from ..schemas.llama_stack.answers import (
     NewStackChunk,
     OldStackChunk,
     StackAnswers,
@@ -20,16 +28,8 @@ from ..schemas.llama_stack_answers import (
     StackModelList,
     stack_model_card,
 )
+from ..schemas.llama_stack.requests import StackChatRequest, stack_generation, stack_model
 from . import samples
-from .declared import EVENTS, GENERATION_REFUSALS, Reply, Routes
-from .services import (
-    check_model,
-    completion_response,
-    json_response,
-    services_of,
-    tenant_of,
-)
-from .streaming import send_stream
 
 PREFIXES = ("", "/ls", "/experimental/ls")
 OLD_PATHS = ("/inference/chat_completion", "/alpha/inference/chat-completion")

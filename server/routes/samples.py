@@ -6,10 +6,10 @@ server's document carries its own model's name in them.
 
 from __future__ import annotations
 
-from ..schemas.chat_answers import ChatCompletion
-from ..schemas.completion_answers import TextCompletion
-from ..schemas.llama_stack_answers import StackCompletion, StackModelList, stack_model_card
+from ..schemas.llama_stack.answers import StackCompletion, StackModelList, stack_model_card
 from ..schemas.model_answers import ModelList, model_card
+from ..schemas.openai.chat_answers import ChatCompletion
+from ..schemas.openai.completion_answers import TextCompletion
 
 MODEL = "meta/llama-3.2-11b-vision-instruct"
 PICTURE = (

@@ -8,8 +8,9 @@ from pathlib import Path
 from sanic import HTTPResponse, Request
 
 from ... import __version__
+from ..api.endpoint import Reply, Routes
+from ..api.services import json_response, services_of
 from ..errors import ApiError
-from ..model_card import License, ModelFolderCard
 from ..schemas.service_answers import (
     LicenseAnswer,
     LicenseInfo,
@@ -17,8 +18,7 @@ from ..schemas.service_answers import (
     MetadataAnswer,
     VersionAnswer,
 )
-from .declared import Reply, Routes
-from .services import json_response, services_of
+from .model_card import License, ModelFolderCard
 
 # Of the paths and shapes, which stay what they are while the server grows.
 API_VERSION = "1.0.0"

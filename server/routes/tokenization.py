@@ -10,8 +10,10 @@ import functools
 
 from sanic import HTTPResponse, Request
 
+from ..api.endpoint import Reply, Routes
+from ..api.services import check_model, json_response, services_of
 from ..errors import BadRequestError
-from ..prompt import Processor, PromptTooLongError
+from ..prompts.processor import Processor, PromptTooLongError
 from ..schemas.tokenization import (
     MAX_TOKENS,
     Detokenized,
@@ -22,8 +24,6 @@ from ..schemas.tokenization import (
     offered_tools,
     prompt_of,
 )
-from .declared import Reply, Routes
-from .services import check_model, json_response, services_of
 
 ROUTES = Routes("tokenization", "Tokens")
 

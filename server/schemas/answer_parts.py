@@ -8,8 +8,8 @@ from __future__ import annotations
 import secrets
 from typing import NotRequired, TypedDict
 
-from ..answers import PromptTold, Usage
-from ..logprobs import PromptCandidate
+from ..generation.answer_stream import PromptTold, Usage
+from ..generation.token_text import PromptCandidate
 
 
 class PromptToken(TypedDict):

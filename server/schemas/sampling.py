@@ -14,7 +14,7 @@ import msgspec
 
 from ...models.batch import Bias, Penalty, SamplingParams
 from ..errors import BadRequestError
-from ..requests import sampling_params
+from ..generation.request import sampling_params
 from .decoding import ModelName, no_nul
 from .rules import all_of, given, having, needs
 from .structured import Choices, Form, Guided, ResponseFormat, guided_forms, response_form

@@ -11,16 +11,16 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ..conversation import Tool, ToolFormat
 from ..errors import BadRequestError
-from ..grammars import (
+from ..prompts.conversation import Tool, ToolFormat
+from ..structured_output.grammar_text import (
     choice_grammar,
     ebnf_grammar,
     json_object_grammar,
     json_schema_grammar,
     regex_grammar,
 )
-from ..tools.grammar import calls_grammar
+from ..structured_output.tool_call_grammar import calls_grammar
 
 ONE_TEXT = msgspec.Meta(extra_json_schema={"minProperties": 1, "maxProperties": 1})
 Choices = Annotated[

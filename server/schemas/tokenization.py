@@ -9,11 +9,11 @@ from typing import Annotated, Any, ClassVar, TypedDict
 
 import msgspec
 
-from ..conversation import Message, Tool
 from ..errors import BadRequestError
+from ..prompts.conversation import Message, Tool
 from . import rules
-from .chat_messages import MessageList, conversation_of
 from .decoding import ModelName, no_nul
+from .openai.chat_messages import MessageList, conversation_of
 from .rules import all_of, given, having, only_one_given
 from .sampling import TokenId
 from .tools import ToolList, tools_of

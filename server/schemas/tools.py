@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from ..conversation import Tool, ToolCall
 from ..errors import BadRequestError
+from ..prompts.conversation import Tool, ToolCall
 from .decoding import nests_deeper_than
 
 MAX_TOOLS = 128

@@ -22,7 +22,7 @@ import httpx2
 from support.engine_side import engine_at
 from support.fake_runner import OrdinaryRunner, fake_image, fake_info
 from support.http_side import running_server
-from support.standing import CHAT, body_for, raw_post
+from support.invariants import CHAT, body_for, raw_post
 
 from vlmserve.models.batch import ImageTiles, PoolSizes, StepBatch
 from vlmserve.models.bundled import CHECKPOINT

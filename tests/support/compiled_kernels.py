@@ -30,16 +30,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, mangle_type
 
-from vlmserve.models import fused_kernels, fused_launch
 from vlmserve.models.attention import PagedRows, triton_kernels
 from vlmserve.models.attention.triton_paged import TritonBackend
-from vlmserve.models.cache import KVPools, LayerCache, PagedStep
-from vlmserve.models.fused import FusedCrossLayer, FusedDecoder, FusedSelfLayer
-from vlmserve.models.graphs.decode import DecodeGraphs, GraphLimits
-from vlmserve.models.graphs.recorder import Computation, Recorder
-from vlmserve.models.int8 import int8_kernels, product
-from vlmserve.models.layer_count import LayerCount
-from vlmserve.models.operations import TritonOperations
+from vlmserve.models.decoder import fused_kernels
+from vlmserve.models.decoder import kernel_launch as fused_launch
+from vlmserve.models.decoder.decoder import FusedCrossLayer, FusedDecoder, FusedSelfLayer
+from vlmserve.models.decoder.int8 import int8_kernels, product
+from vlmserve.models.decoder.layer_count import LayerCount
+from vlmserve.models.decoder.operations import TritonOperations
+from vlmserve.models.execution.graphs.decode import DecodeGraphs, GraphLimits
+from vlmserve.models.execution.graphs.recorder import Computation, Recorder
+from vlmserve.models.kv_cache.paged_cache import KVPools, LayerCache, PagedStep
 
 META = torch.device("meta")
 DTYPE = torch.bfloat16

@@ -27,8 +27,8 @@ import msgspec
 import numpy
 
 from vlmserve.models.bundled import CHECKPOINT
+from vlmserve.models.bundled.dataset.questions import describe
 from vlmserve.models.bundled.pictures import draw, encode, random_scene
-from vlmserve.models.bundled.questions import describe
 from vlmserve.router.config import EngineConfig
 from vlmserve.server.app import build_app
 from vlmserve.server.images.fetch import ImageFetcher, TcpConnector
@@ -100,7 +100,7 @@ def start_engine(socket_path: str) -> subprocess.Popen:
         model=str(CHECKPOINT), socket_path=socket_path, dtype="float32", parent_pid=os.getpid()
     )
     child = subprocess.Popen(
-        [sys.executable, "-m", "vlmserve.router.engine_process"],
+        [sys.executable, "-m", "vlmserve.router.engine.process"],
         stdin=subprocess.PIPE,
         stdout=sys.stderr,
     )

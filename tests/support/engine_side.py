@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmserve.router.config import EngineConfig
-from vlmserve.router.engine import Engine
-from vlmserve.router.engine_server import EngineServer
+from vlmserve.router.engine.engine import Engine
+from vlmserve.router.engine.runner_protocol import Runner
+from vlmserve.router.engine.server import EngineServer
 from vlmserve.router.errors import EngineDeadError
-from vlmserve.router.runner import Runner
 
 
 @asynccontextmanager

@@ -27,7 +27,7 @@ from support.fake_runner import OrdinaryRunner, fake_info
 from vlmserve.models.batch import OnLaunch, PoolSizes, StepBatch, StepResult
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.router.config import EngineConfig
-from vlmserve.router.engine_process import main
+from vlmserve.router.engine.process import main
 
 FAULT_VARIABLE = "FAULT_FILE"
 

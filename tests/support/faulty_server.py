@@ -18,11 +18,11 @@ import msgspec
 
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.router.config import EngineConfig
-from vlmserve.server.engine_watch import HangLimits
-from vlmserve.server.listening import listen
-from vlmserve.server.pulse import WorkerLimits
+from vlmserve.server.cli.listener import listen
 from vlmserve.server.settings import ServerSettings
-from vlmserve.server.supervisor import Supervision, Supervisor
+from vlmserve.server.supervisor.engine_watchdog import HangLimits
+from vlmserve.server.supervisor.supervisor import Supervision, Supervisor
+from vlmserve.server.supervisor.worker_liveness import WorkerLimits
 
 ENGINE = str(Path(__file__).parent / "faulty_engine.py")
 

@@ -18,29 +18,28 @@ from urllib.parse import urlsplit
 
 import httptools
 import msgspec
+from support.invariants import BODY_ROUTES, CHAT, COMPLETIONS, STACK_ROUTES, body_for
 from support.pictures import HEADERS
-from support.standing import BODY_ROUTES, CHAT, COMPLETIONS, STACK_ROUTES, body_for
-from test_fetch_guard import FORBIDDEN
-from test_http_head import BROKEN_CHUNKS, GET, HOST, LIMITS, POST, TWO_READINGS
-from test_tool_parser import NAMES, TAG, hostile, in_pieces, joined, parsed
-from test_wire import FROM_ENGINE, TO_ENGINE
 
 from vlmserve.router import wire
 from vlmserve.router.errors import FrameTooLargeError, MalformedFrameError
-from vlmserve.server import grammars
+from vlmserve.server.api.sse import frame
 from vlmserve.server.errors import ApiError, BadRequestError
-from vlmserve.server.http_chunks import ChunkReader
-from vlmserve.server.http_head import RequestHead, canonical, end_of_head, read_head
+from vlmserve.server.http.chunked import ChunkReader
+from vlmserve.server.http.head import RequestHead, canonical, end_of_head, read_head
 from vlmserve.server.images.addresses import is_allowed, parse_literal
 from vlmserve.server.images.header import check_header, read_header
 from vlmserve.server.images.settings import ImageError, ImageSettings
 from vlmserve.server.images.sources import RemoteImage, parse_remote_url, parse_source
-from vlmserve.server.routes.streaming import frame
-from vlmserve.server.schemas.chat import ChatCompletionRequest, chat_generation
-from vlmserve.server.schemas.completions import CompletionRequest, completion_generation
 from vlmserve.server.schemas.decoding import decode_body
 from vlmserve.server.schemas.json_text import check_now
-from vlmserve.server.schemas.llama_stack import StackChatRequest, stack_generation, stack_model
+from vlmserve.server.schemas.llama_stack.requests import (
+    StackChatRequest,
+    stack_generation,
+    stack_model,
+)
+from vlmserve.server.schemas.openai.chat import ChatCompletionRequest, chat_generation
+from vlmserve.server.schemas.openai.completions import CompletionRequest, completion_generation
 from vlmserve.server.schemas.tokenization import (
     DetokenizeRequest,
     TokenizeRequest,
@@ -48,6 +47,25 @@ from vlmserve.server.schemas.tokenization import (
     offered_tools,
     prompt_of,
 )
+from vlmserve.server.structured_output import grammar_text as grammars
+from vlmserve.tests.router.test_wire import FROM_ENGINE, TO_ENGINE
+from vlmserve.tests.server.generation.tool_calls.test_parser import (
+    NAMES,
+    TAG,
+    hostile,
+    in_pieces,
+    joined,
+    parsed,
+)
+from vlmserve.tests.server.http.test_head import (
+    BROKEN_CHUNKS,
+    GET,
+    HOST,
+    LIMITS,
+    POST,
+    TWO_READINGS,
+)
+from vlmserve.tests.server.images.test_fetch import FORBIDDEN
 
 SETTINGS = ImageSettings()
 MAX_BODY_BYTES = 1 << 20

@@ -15,12 +15,18 @@ from typing import Any
 
 import httpx2
 from support.http_side import MODEL
-from support.standing import GENERATION_ROUTES, body_for
+from support.invariants import GENERATION_ROUTES, body_for
 from support.threaded import server_in_thread
-from test_fetch_guard import NO_AUTHORITIES, PUBLIC, LoopbackConnector, ScriptedResolver, Site
 
 from vlmserve.server.images.fetch import ImageFetcher
 from vlmserve.server.images.settings import ImageSettings
+from vlmserve.tests.server.images.test_fetch import (
+    NO_AUTHORITIES,
+    PUBLIC,
+    LoopbackConnector,
+    ScriptedResolver,
+    Site,
+)
 
 
 class Outside:

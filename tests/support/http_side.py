@@ -23,7 +23,7 @@ from vlmserve.models.batch import ImageTiles
 from vlmserve.router.errors import EngineError, QueueFullError
 from vlmserve.router.messages import AddRequest, EngineReady, EngineStats, SequenceOutput
 from vlmserve.server.app import build_app
-from vlmserve.server.http_protocol import StrictProtocol
+from vlmserve.server.http.protocol import StrictProtocol
 from vlmserve.server.images.settings import ImageRequest
 from vlmserve.server.settings import ServerSettings
 

@@ -9,7 +9,7 @@ import socket
 import ssl
 import time
 
-from support.standing import Answer
+from support.invariants import Answer
 
 TIMEOUT_S = 30.0
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmserve.models import sampling
 from vlmserve.models.batch import TokenLogprobs
-from vlmserve.models.logprobs import RawLogprobs
-from vlmserve.models.transfer import fetch
+from vlmserve.models.device_copies import fetch
+from vlmserve.models.sampling import sampler as sampling
+from vlmserve.models.sampling.logprobs import RawLogprobs
 
 
 def sample(*args: Any, **kwargs: Any) -> Tensor:

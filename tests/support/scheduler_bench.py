@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from support.fake_runner import FakeRunner, fake_info
 
 from vlmserve.models.batch import PoolSizes, ScheduledSequence, StepBatch, StepResult
-from vlmserve.router.admission import AdmissionLimits, check_request
 from vlmserve.router.messages import AddRequest
-from vlmserve.router.queue import QueueLimits, RequestQueue
-from vlmserve.router.scheduler import Scheduler, SchedulerLimits
-from vlmserve.router.sequence import Sequence
+from vlmserve.router.scheduler.admission import AdmissionLimits, check_request
+from vlmserve.router.scheduler.request_queue import QueueLimits, RequestQueue
+from vlmserve.router.scheduler.scheduler import Scheduler, SchedulerLimits
+from vlmserve.router.scheduler.sequence import Sequence
 
 
 class AnyText:

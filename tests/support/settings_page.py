@@ -15,8 +15,8 @@ import msgspec
 import typer
 
 from vlmserve.router.config import EngineConfig
-from vlmserve.server.cli import app
-from vlmserve.server.environment import ADOPTED, IGNORED
+from vlmserve.server.cli.environment import ADOPTED, IGNORED
+from vlmserve.server.cli.main import app
 from vlmserve.server.images.settings import ImageSettings
 from vlmserve.server.settings import ServerSettings
 
@@ -90,7 +90,7 @@ def _fields(settings: Any) -> list[tuple[str, Any]]:
 
 
 def _set_by_the_command_line() -> dict[str, set[str]]:
-    """The fields that server/cli.py fills in, by type."""
+    """The fields that server/cli/main.py fills in, by type."""
     found: dict[str, set[str]] = {kind: set() for kind in SETTINGS}
     tree = ast.parse((ROOT / "server" / "cli.py").read_text())
     for node in ast.walk(tree):

@@ -15,17 +15,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from msgspec.structs import replace
+from support.helpers_models import count_excuses, image, loaded, prompt
 from support.stepped import MAX_MODEL_LEN, SteppedEngine
 
 from vlmserve.models.batch import ImageTiles, PoolSizes, SamplingParams
-from vlmserve.models.pools import PoolPlan
-from vlmserve.models.runner import ModelRunner
+from vlmserve.models.execution.runner import ModelRunner
+from vlmserve.models.kv_cache.pool_sizes import PoolPlan
 from vlmserve.router.config import EngineConfig
-from vlmserve.router.engine import Engine
+from vlmserve.router.engine.engine import Engine
 from vlmserve.router.errors import EngineDeadError
 from vlmserve.router.messages import AddRequest, FromEngine, RequestFailed, StepOutputs
-from vlmserve.router.sequence import Sequence
-from vlmserve.tests.helpers_models import count_excuses, image, loaded, prompt
+from vlmserve.router.scheduler.sequence import Sequence
 
 LAYOUT = "tiny"
 POOLS = PoolSizes(num_text_blocks=24, num_image_blocks=14, block_size=4)

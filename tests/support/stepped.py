@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlmserve.router.engine.runner_protocol import Runner
 from vlmserve.router.messages import AddRequest
-from vlmserve.router.queue import QueueLimits, RequestQueue
-from vlmserve.router.runner import Runner
-from vlmserve.router.scheduler import Scheduler, SchedulerLimits
-from vlmserve.router.sequence import Sequence
+from vlmserve.router.scheduler.request_queue import QueueLimits, RequestQueue
+from vlmserve.router.scheduler.scheduler import Scheduler, SchedulerLimits
+from vlmserve.router.scheduler.sequence import Sequence
 
 MAX_MODEL_LEN = 64
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vlmserve.models import fused_launch
 from vlmserve.models.attention.triton_paged import TritonBackend
-from vlmserve.models.graphs.recorder import Computation, Recorder
+from vlmserve.models.decoder import kernel_launch as fused_launch
+from vlmserve.models.execution.graphs.recorder import Computation, Recorder
 
 FORBIDDEN = {
     "aten::_local_scalar_dense",

@@ -1,8 +1,8 @@
 """Counts on a CPU what would make a GPU's step wait, or its host.
 
 Sees the calls that read values back, results whose shape depends on values, indexing by bools, and
-copies to a device of anything that was not pinned. `models/transfer.py` is the way that is allowed:
-its copies down are counted apart.
+copies to a device of anything that was not pinned. `models/device_copies.py` is the way that is
+allowed: its copies down are counted apart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vlmserve.models import transfer
+from vlmserve.models import device_copies as transfer
 
 READS = {
     "item",

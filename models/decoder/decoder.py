@@ -1,0 +1,214 @@
+"""The decoder on one device in fewer and larger operations, with the mathematics of transformers'.
+
+Owns the exchange of decoder layers and the pass through them. Knows nothing of requests, of how
+attention, products (products.py) and what lies between them (operations.py) are computed, or of
+models whose parts lie apart: those keep transformers' modules, as do layers of bitsandbytes.
+
+    self    norm -> one product for q, k, v -> one rotation for q and k -> slots, attention
+            -> product plus what came in -> norm -> one product for gate and up -> product plus ...
+    cross   keys and values in one product, of new images only; gates' tanh computed once
+
+A step of few tokens is thereby half as many calls from Python. Products of the same states share
+their read of them and their threads' rendezvous. Rounding differs from transformers' where an
+operation keeps float32 inside: sums, rotations and norms are rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.mllama.modeling_mllama import (
+    MllamaCrossAttentionDecoderLayer,
+    MllamaSelfAttentionDecoderLayer,
+    MllamaTextModel,
+)
+
+from ..kv_cache.paged_cache import KVPools, LayerCache, PagedStep
+from .linear_products import can_join, product_of
+from .operations import Heads, Operations, Rotation, Stream, choose_operations
+
+
+class RmsNorm(nn.Module):
+    """transformers' RMSNorm: its weight and eps, for the operations to compute with."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(norm.weight.detach(), requires_grad=False)
+        self.eps = float(norm.variance_epsilon)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Of states that are no stream, over their last dimension; rounded once."""
+        return F.rms_norm(states, self.weight.shape, self.weight, self.eps)
+
+    def of(self, stream: Stream, operations: Operations) -> Tensor:
+        """The norm of the stream, [num_tokens, hidden]."""
+        return operations.norm(stream, self.weight, self.eps)
+
+
+class Mlp(nn.Module):
+    """The gated MLP up to its last product, which the layer takes together with its sum."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self._gate_up = product_of([mlp.gate_proj, mlp.up_proj])
+        self._act = mlp.act_fn
+        self.down = product_of([mlp.down_proj])
+
+    def forward(self, states: Tensor, operations: Operations) -> Tensor:
+        """[num_tokens, hidden] to [num_tokens, intermediate]."""
+        return operations.gated(self._gate_up(states), self._act)
+
+
+class FusedSelfLayer(nn.Module):
+    """A self-attention layer."""
+
+    def __init__(self, layer: MllamaSelfAttentionDecoderLayer) -> None:
+        super().__init__()
+        attention: Any = layer.self_attn
+        self._heads = Heads(attention.num_heads, attention.num_key_value_heads, attention.head_dim)
+        self._scale = attention.scaling
+        self._norm = RmsNorm(layer.input_layernorm)
+        self._qkv = product_of([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._out = product_of([attention.o_proj])
+        self._mlp_norm = RmsNorm(layer.post_attention_layernorm)
+        self._mlp = Mlp(layer.mlp)
+
+    def forward(
+        self,
+        stream: Stream,
+        operations: Operations,
+        rotation: Rotation,
+        cache: LayerCache,
+        step: PagedStep,
+    ) -> None:
+        """Add to the stream; the step's keys and values go to their slots."""
+        joined = self._qkv(self._norm.of(stream, operations))
+        query = operations.rotate_and_write(
+            joined, self._heads, rotation, cache, step.text_slots, step.backend
+        )
+        mixed = step.backend.attend(query, cache.keys, cache.values, step.text_plan, self._scale)
+        operations.add(stream, self._out, mixed.reshape(len(joined), -1))
+        inner = self._mlp(self._mlp_norm.of(stream, operations), operations)
+        operations.add(stream, self._mlp.down, inner)
+
+
+class FusedCrossLayer(nn.Module):
+    """A cross-attention layer."""
+
+    def __init__(self, layer: MllamaCrossAttentionDecoderLayer) -> None:
+        super().__init__()
+        attention: Any = layer.cross_attn
+        self._head_dim = attention.head_dim
+        self._num_kv_heads = attention.num_key_value_heads
+        self._scale = attention.scaling
+        self._norm = RmsNorm(layer.input_layernorm)
+        self._query = product_of([attention.q_proj])
+        self._key_value = product_of([attention.k_proj, attention.v_proj])
+        self._query_norm, self._key_norm = RmsNorm(attention.q_norm), RmsNorm(attention.k_norm)
+        self._out = product_of([attention.o_proj])
+        self._attention_gate = _opening(layer.cross_attn_attn_gate)
+        self._mlp_norm = RmsNorm(layer.post_attention_layernorm)
+        self._mlp = Mlp(layer.mlp)
+        self._mlp_gate = _opening(layer.cross_attn_mlp_gate)
+
+    def write(self, vision: Tensor, cache: LayerCache, step: PagedStep) -> None:
+        """Keys and values of new images, [num_vision_tokens, hidden], to their slots."""
+        assert step.image_slots is not None, "vision states came without slots"
+        projected = self._key_value(vision).view(len(vision), 2, self._num_kv_heads, -1)
+        keys, values = self._key_norm(projected[:, 0]), projected[:, 1]
+        step.backend.write(keys, values, cache.keys, cache.values, step.image_slots)
+
+    def forward(
+        self,
+        stream: Stream,
+        operations: Operations,
+        row_mask: Tensor | None,
+        cache: LayerCache,
+        step: PagedStep,
+    ) -> None:
+        """Add to the stream. row_mask: [num_tokens, 1], 0 where no image is seen.
+
+        The attention's output is 0 there already.
+        """
+        states = self._query(self._norm.of(stream, operations))
+        query = self._query_norm(states.view(len(states), -1, self._head_dim))
+        mixed = step.backend.attend(query, cache.keys, cache.values, step.cross_plan, self._scale)
+        mixed = mixed.reshape(len(states), -1)
+        operations.add_gated(stream, self._out, mixed, self._attention_gate)
+        inner = self._mlp(self._mlp_norm.of(stream, operations), operations)
+        operations.add_gated(stream, self._mlp.down, inner, self._mlp_gate, row_mask)
+
+
+def _opening(gate: Tensor) -> nn.Parameter:
+    """How far a gate is open, which transformers computes at every step."""
+    return nn.Parameter(gate.detach().tanh(), requires_grad=False)
+
+
+class FusedDecoder:
+    """The pass of one step through a text model whose layers were exchanged."""
+
+    def __init__(self, text_model: MllamaTextModel, operations: Operations | None = None) -> None:
+        """operations: what computes between the products; None takes the device's fastest."""
+        self._text_model = text_model
+        weight = text_model.norm.weight
+        self._operations = operations or choose_operations(weight.device, weight.dtype)
+        self._layers: list[Any] = list(text_model.layers)
+        self._norm = RmsNorm(text_model.norm)
+
+    def __call__(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        vision: Tensor | None,
+        row_mask: Tensor | None,
+        pools: KVPools,
+        step: PagedStep,
+    ) -> Tensor:
+        """The normalised hidden states of all tokens, [num_tokens, hidden].
+
+        token_ids, positions: int64 [num_tokens]; vision: [num_vision_tokens, hidden] of the images
+        that are new; row_mask: [num_tokens, 1], None where every token sees an image.
+        """
+        model: Any = self._text_model
+        stream = Stream(model.embed_tokens(token_ids))
+        cos, sin = model.rotary_emb(stream.hidden[None], position_ids=positions[None])
+        rotation = Rotation(cos[0], sin[0])
+        for layer, cache in zip(self._layers, pools.layers, strict=True):
+            if isinstance(layer, FusedSelfLayer):
+                layer(stream, self._operations, rotation, cache, step)
+                continue
+            if vision is not None:
+                layer.write(vision, cache, step)
+            if step.cross_plan is not None:  # else no token sees an image: nothing would change
+                layer(stream, self._operations, row_mask, cache, step)
+        return self._norm.of(stream, self._operations)
+
+
+def fuse_layers(text_model: MllamaTextModel) -> bool:
+    """Exchange all decoder layers, in place, where they can be: whole and on one device.
+
+    One at a time, so that no second copy of the whole model is ever in memory.
+    """
+    devices = {parameter.device for parameter in text_model.parameters()}
+    is_together = len(devices) == 1 and devices.pop().type in ("cpu", "cuda")
+    if not is_together or not all(_is_fusable(*named) for named in text_model.named_modules()):
+        return False
+    layers: Any = text_model.layers
+    for index, layer in enumerate(layers):
+        is_self = isinstance(layer, MllamaSelfAttentionDecoderLayer)
+        layers[index] = FusedSelfLayer(layer) if is_self else FusedCrossLayer(layer)
+    return True
+
+
+def is_fused(text_model: nn.Module) -> TypeGuard[MllamaTextModel]:
+    """Whether `fuse_layers` exchanged its layers."""
+    layers: Any = text_model.layers
+    return isinstance(layers[0], (FusedSelfLayer, FusedCrossLayer))
+
+
+def _is_fusable(name: str, module: nn.Module) -> bool:
+    # accelerate's hooks bring a layer's weights from where they lie
+    is_bare = not hasattr(module, "_hf_hook")
+    return is_bare and (not name.endswith("_proj") or can_join(module))

@@ -1,0 +1,99 @@
+"""A linear layer over an int8 weight, by the fastest product that the device has.
+
+Owns which product is taken for how many rows. Knows nothing of how a kernel computes.
+
+    rows of the input      CUDA                   CPU, bfloat16          CPU, float32
+    few (a decode step)    fused Triton kernel    torch's int8 kernel    unpacked, in parts
+                           (where a trial of it
+                           is right)
+    many (a prefill)       unpacked, in parts     unpacked, in parts     unpacked, in parts
+
+With few rows a product costs the reading of its weight, which is half of bfloat16's; with many it
+costs arithmetic, and the codes are turned into the compute type once for all rows, some channels at
+a time so that they stay in a CPU's cache. The scales then go to the sums, but in float16 to the
+codes: sums of codes would pass its largest number where an output is over some 40.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.self_test import are_usable
+from .quantizer import Int8Weight
+
+# beyond these a product costs arithmetic: measured on a CPU, on a GPU a guess from its ridge point
+FEW_ROWS_CPU = 8
+FEW_ROWS_CUDA = 64
+# codes that are unpacked at once
+CHUNK_CPU = 1 << 20
+CHUNK_CUDA = 1 << 24
+
+
+class Int8Linear(nn.Module):
+    """Gives what `nn.Linear` gives with the dequantized weight. Inference only."""
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Int8Weight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.codes.shape
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("bias", bias)
+        self._has_kernel = _has_kernel(weight.codes.device, weight.scales.dtype)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features], in the dtype of the scales."""
+        rows = states.reshape(-1, self.in_features)
+        product = self._few(rows) if self._has_few(rows) else self._many(rows)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.view(*states.shape[:-1], self.out_features)
+
+    def _has_few(self, rows: Tensor) -> bool:
+        if rows.device.type == "cuda":
+            return len(rows) <= FEW_ROWS_CUDA and self._has_kernel
+        return len(rows) <= FEW_ROWS_CPU and rows.dtype == torch.bfloat16
+
+    def _few(self, rows: Tensor) -> Tensor:
+        if rows.device.type == "cuda":
+            from .product import fused_product
+
+            return fused_product(rows, self.codes, self.scales)
+        product: Tensor = torch._weight_int8pack_mm(rows.contiguous(), self.codes, self.scales)
+        return product
+
+    def _many(self, rows: Tensor) -> Tensor:
+        chunk = CHUNK_CUDA if rows.device.type == "cuda" else CHUNK_CPU
+        size = max(1, chunk // self.in_features)
+        unpacked = rows.new_empty(min(size, self.out_features), self.in_features)
+        scales_codes = rows.dtype == torch.float16
+        sums = []
+        for codes, scales in zip(self.codes.split(size), self.scales.split(size), strict=True):
+            part = unpacked[: len(codes)].copy_(codes)
+            if scales_codes:
+                part *= scales[:, None]
+            sums.append(F.linear(rows, part))
+        joined = sums[0] if len(sums) == 1 else torch.cat(sums, 1)
+        return joined if scales_codes else joined * self.scales
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+@functools.cache
+def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether few rows take the fused kernel; asked at loading, as it is tried then, once."""
+
+    def trial() -> list[tuple[Tensor, Tensor]]:
+        from .product import trial_pairs
+
+        return trial_pairs(device, dtype)
+
+    return are_usable("int8 products of few rows", device, trial)

@@ -1,0 +1,116 @@
+"""Products of linear layers, one or several of the same states side by side, of any kind of weight.
+
+Owns which kinds can be joined and how each multiplies. Knows nothing of Mllama.
+
+    nn.Linear       weights joined; packed where a CPU has bfloat16 products
+    Int8Linear      codes and scales joined: an output channel keeps its own scale
+    SummedLinear    a rank's inner product, added up over the ranks, then the addend, once
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..tensor_parallel.layers import SummedLinear
+from .int8.linear import Int8Linear
+from .int8.quantizer import Int8Weight
+from .packed_linear import PackedWeight, can_pack
+
+
+class Product(nn.Module):
+    """What the linear layers of the same states give, side by side."""
+
+    @abstractmethod
+    def forward(self, states: Tensor) -> Tensor:
+        """[num_tokens, in_features] to [num_tokens, out_features]."""
+
+    def plus(self, states: Tensor, addend: Tensor) -> Tensor:
+        """The product and `addend`, of its shape, in one operation where there is one."""
+        return self(states) + addend
+
+
+class PlainProduct(Product):
+    """Of weights in the compute type."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        weights = [linear.weight.detach() for linear in linears]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self._packed = PackedWeight(weight) if can_pack(weight) else None
+        kept = None if self._packed is not None else nn.Parameter(weight, requires_grad=False)
+        self._weight: nn.Parameter | None
+        self.register_parameter("_weight", kept)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """See `Product.forward`."""
+        if self._packed is not None:
+            return self._packed.product(states)
+        assert self._weight is not None
+        return F.linear(states, self._weight)
+
+    def plus(self, states: Tensor, addend: Tensor) -> Tensor:
+        """See `Product.plus`; rounded once."""
+        if self._packed is not None:
+            return self._packed.product_plus(states, addend)
+        assert self._weight is not None
+        return torch.addmm(addend, states, self._weight.T)
+
+
+class Int8Product(Product):
+    """Of int8 weights."""
+
+    def __init__(self, linears: Sequence[Int8Linear]) -> None:
+        super().__init__()
+        if len(linears) == 1:
+            self._linear = linears[0]
+            return
+        codes = torch.cat([linear.codes for linear in linears])
+        scales = torch.cat([linear.scales for linear in linears])
+        self._linear = Int8Linear(Int8Weight(codes, scales))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """See `Product.forward`."""
+        product: Tensor = self._linear(states)
+        return product
+
+
+class SummedProduct(Product):
+    """Of a layer that is cut along its inputs: all ranks have the sum."""
+
+    def __init__(self, linear: SummedLinear) -> None:
+        super().__init__()
+        self._inner = product_of([linear.inner])
+        self._group = linear.group
+
+    def forward(self, states: Tensor) -> Tensor:
+        """See `Product.forward`."""
+        return self._group.add_up(self._inner(states))
+
+
+def product_of(linears: Sequence[nn.Module]) -> Product:
+    """The product of layers for which `can_join` holds, all of one kind.
+
+    Where there are several it has a copy of their weights: drop the layers to free them.
+    """
+    first = linears[0]
+    if isinstance(first, SummedLinear):
+        assert len(linears) == 1, "what is added up over the ranks stands alone"
+        return SummedProduct(first)
+    if isinstance(first, Int8Linear):
+        return Int8Product(cast(Sequence[Int8Linear], linears))
+    return PlainProduct(cast(Sequence[nn.Linear], linears))
+
+
+def can_join(linear: nn.Module) -> bool:
+    """Whether a layer without bias is of a kind that can be one of a product's."""
+    if isinstance(linear, SummedLinear):
+        return not linear.has_bias and can_join(linear.inner)
+    # exactly these: a layer of bitsandbytes is a subclass with a weight of its own kind
+    layer: Any = linear
+    return type(linear) in (nn.Linear, Int8Linear) and layer.bias is None

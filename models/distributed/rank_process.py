@@ -1,0 +1,81 @@
+"""The process of one rank: `python -m vlmserve.models.distributed.rank_process FD`.
+
+Owns its life: settings first, then one step after another, the end with its socket. FD is the
+inherited end of a socket pair; see `wire.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from typing import NoReturn
+
+from ..errors import StepError
+from . import wire
+from .parallel_runner import create_rank
+from .wire import RankReady
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> NoReturn:
+    """Compute what the first rank computes until it goes away. Does not return."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    # Ctrl-C reaches the whole group: the first rank decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    connection.set_inheritable(False)
+    body = wire.receive(connection)
+    if body is None:
+        _exit(0)
+    frames = _frames_of(connection)
+    try:
+        runner = create_rank(wire.settings_decoder.decode(body))
+    except Exception as error:
+        # one line for the operator; the first rank says which rank it was
+        line = " ".join(str(error).split())[:500] or type(error).__name__
+        connection.sendall(wire.frame_of(RankReady(line)))
+        logger.debug("a rank could not load", exc_info=error)
+        _exit(3)
+    connection.sendall(wire.frame_of(RankReady()))
+    while True:
+        batch = wire.batch_decoder.decode(frames.get())
+        try:
+            runner.execute(batch)
+        except StepError:
+            pass  # raised before anything is computed, and on the first rank alike
+        except Exception:
+            logger.exception("a step failed on this rank alone: it cannot go on with the others")
+            _exit(1)
+
+
+def _frames_of(connection: socket.socket) -> queue.SimpleQueue[bytes]:
+    """The bodies as they come; the process ends when the first rank goes away.
+
+    A thread of its own, so that it does so in the middle of a collective too.
+    """
+    frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def read() -> None:
+        while (body := wire.receive(connection)) is not None:
+            frames.put(body)
+        _exit(0)
+
+    threading.Thread(target=read, name="rank-frames", daemon=True).start()
+    return frames
+
+
+def _exit(status: int) -> NoReturn:
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What one of several engines on this machine takes of it: GPUs of its own, or a share of the CPU.
+
+Owns the arithmetic. Knows nothing of how models are loaded or of who starts engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..threads import threads_of_one
+from ..weights.loader import check_gpus, choose_device
+
+
+@dataclass(slots=True, frozen=True)
+class Replica:
+    """The engine of that number of `count`, each over `size` devices."""
+
+    number: int
+    count: int
+    size: int = 1
+
+    def share_of(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of `create_runner` with this replica's devices, threads and memory.
+
+        Raises ModelError, one line, where there are too few GPUs.
+        """
+        device = self.device_of(choose_device(options["device"]))
+        return {
+            **options,
+            "device": str(device),
+            "num_threads": options["num_threads"] or threads_of_one(self.count * self.size),
+            "num_sharers": self.count if device.type == "cpu" else 1,
+        }
+
+    def device_of(self, base: torch.device) -> torch.device:
+        """The first of this replica's devices; they lie one behind the other from `base` on."""
+        if base.type != "cuda":
+            return base
+        each = f" with --tensor-parallel-size {self.size}" if self.size > 1 else ""
+        check_gpus(base, self.count * self.size, f"--replicas {self.count}{each}")
+        return torch.device("cuda", (base.index or 0) + self.number * self.size)

@@ -1,0 +1,364 @@
+"""Computes one step: images in, tokens in, sampled tokens out.
+
+Owns the order of a step and the pools' memory. Knows nothing of queues, of when a block is free,
+or of what a token means.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import MllamaConfig
+
+from ..attention import AttentionBackend
+from ..attention.sdpa import SdpaBackend
+from ..attention.triton_paged import TritonBackend
+from ..batch import (
+    ModelInfo,
+    OnLaunch,
+    PromptLogprobs,
+    ScheduledSequence,
+    StepBatch,
+    StepResult,
+    TokenLogprobs,
+    TokenMatcher,
+    ignore,
+)
+from ..decoder.decoder import FusedDecoder, is_fused
+from ..decoder.multi_device import SplitCache, SplitStep
+from ..device_copies import fetch, upload
+from ..errors import StepError
+from ..grammar import Grammars, Matcher
+from ..kv_cache.paged_cache import (
+    KVPools,
+    PagedCache,
+    PagedStep,
+    allocate_pools,
+    copy_blocks,
+    poison_blocks,
+)
+from ..kv_cache.pool_sizes import PoolPlan
+from ..kv_cache.step_inputs import PreparedRows, StepInputs, image_slots, pack
+from ..sampling.logprobs import RawLogprobs, prompt_logprobs
+from ..sampling.sampler import Masks, Sampled, sample
+from ..vision.encoder import VisionEncoder
+from ..vision.image_cost import image_cost_tokens
+from ..weights.device_map import VISION
+from ..weights.loader import LoadedModel
+from .device_health import raise_if_lost
+from .graphs.decode import DecodeGraphs, GraphLimits
+from .graphs.recorder import Recorder
+
+
+def set_threads(num_threads: int | None) -> None:
+    """How many threads torch computes with; None leaves one core to HTTP and image decoding.
+
+    Of two cores it takes both: they need the second for a few milliseconds a step only, and the
+    model computes a third faster with it (docs/benchmarks.md). OMP_NUM_THREADS, where it is set, is
+    the user's word and stands.
+    """
+    if num_threads is None and "OMP_NUM_THREADS" in os.environ:
+        return
+    num_cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(num_threads or (num_cores if num_cores <= 2 else num_cores - 1))
+
+
+class ModelRunner:
+    """Runs step after step of one model; not safe for two threads at once."""
+
+    def __init__(
+        self, loaded: LoadedModel, plan: PoolPlan, backend: AttentionBackend | None = None
+    ) -> None:
+        """Allocates the pools of `plan`; without a `backend` attention is the reference's."""
+        self._loaded = loaded
+        self._model = loaded.model
+        self._text_model = loaded.model.model.language_model
+        self._fused = FusedDecoder(self._text_model) if is_fused(self._text_model) else None
+        self._vision = VisionEncoder(
+            loaded.model, loaded.normalization, loaded.placement.device_of(VISION)
+        )
+        self._backend = backend or SdpaBackend()
+        self._sizes = plan.sizes
+        self._layer_devices = loaded.layer_devices
+        self._graphs: DecodeGraphs | None = None
+        config = loaded.text_config
+        self.grammars = Grammars(loaded.folder, config.vocab_size)
+        self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
+        self._prepared: PreparedRows | None = None
+        self._num_embeddings = self._text_model.embed_tokens.num_embeddings
+        self.pools: KVPools = allocate_pools(
+            config,
+            plan.sizes,
+            loaded.num_patches,
+            loaded.dtype,
+            loaded.placement.layer_devices(),
+            loaded.num_ranks,
+        )
+        self.info = ModelInfo(
+            vocab_size=config.vocab_size,
+            max_model_len=plan.max_model_len,
+            max_num_tiles=self._vision.max_num_tiles,
+            tile_size=self._vision.tile_size,
+            device="+".join(map(str, loaded.placement.devices())),
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            pools=plan.sizes,
+            image_cost_tokens=image_cost_tokens(self.config),
+            num_image_layers=self._vision.num_layers,
+        )
+
+    @property
+    def num_layers_begun(self) -> int:
+        """How many layers were begun so far, of all steps; may be read while a step runs."""
+        return self._loaded.layers.num_begun
+
+    @property
+    def config(self) -> MllamaConfig:
+        """The model's configuration: its sizes, for measuring."""
+        return cast(MllamaConfig, self._model.config)
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether decode steps are replayed."""
+        return self._graphs is not None
+
+    @property
+    def num_replays(self) -> int:
+        """How many steps the present graphs have replayed."""
+        return 0 if self._graphs is None else self._graphs.num_replays
+
+    def forget_graphs(self) -> None:
+        """Compute every step eagerly from now on: to compare."""
+        self._graphs = None
+
+    @torch.inference_mode()
+    def record_graphs(self, max_num_seqs: int, recorder: Recorder) -> DecodeGraphs:
+        """Let decode steps of up to so many sequences be replayed from now on; the graphs.
+
+        Only for a model and a backend of which `graphs.choice.why_not` says nothing.
+        """
+        assert self._fused is not None
+        assert isinstance(self._backend, TritonBackend)
+        limits = GraphLimits(
+            max_num_seqs=max_num_seqs,
+            max_model_len=self.info.max_model_len,
+            block_size=self._sizes.block_size,
+            max_num_tiles=self.info.max_num_tiles,
+        )
+        self._graphs = DecodeGraphs(
+            self._fused, self.pools, self._backend, limits, recorder, self._loaded.layers
+        )
+        return self._graphs
+
+    @torch.inference_mode()
+    def execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
+        """Encode the batch's images, run its tokens, sample what is due.
+
+        on_launch: see `OnLaunch`. Raises StepError if the step cannot be computed; blocks of the
+        batch then hold anything. Raises DeviceLostError if no other can be either.
+        """
+        try:
+            return self._execute(batch, on_launch)
+        except Exception as error:
+            raise_if_lost(self._loaded.placement.devices(), error)
+            raise
+
+    def _execute(self, batch: StepBatch, on_launch: OnLaunch) -> StepResult:
+        prepared, self._prepared = self._prepared, None
+        if self._loaded.device.type != "cuda":
+            on_launch()
+        vision_states, vision_seconds = self._encode(batch)
+        if not batch.sequences:
+            raise StepError(
+                "a step has no sequence: images are encoded with the tokens that see them"
+            )
+        inputs = self._pack(batch, prepared)
+        # Filled by another thread while the model computes; both run without Python's lock.
+        masks = self._start_masks(inputs)
+        hidden = self._forward(batch, inputs, vision_states)
+        result = self._sample(hidden, inputs, masks, on_launch)
+        result.prompt_logprobs = self._prompt_logprobs(hidden, batch)
+        result.vision_seconds = vision_seconds
+        return result
+
+    def prepare(self, rows: Sequence[ScheduledSequence]) -> None:
+        """Lay out rows of a token each that may be the next step's; their tokens come later.
+
+        Called from another thread, between a step's `on_launch` and the next step.
+        """
+        if rows:
+            sizes = self._sizes.block_size, self._loaded.num_patches
+            self._prepared = PreparedRows.of(rows, *sizes)
+
+    @torch.inference_mode()
+    def compute_logits(self, batch: StepBatch) -> Tensor:
+        """The logits after every token of the batch, float32 [num_tokens, vocab_size].
+
+        Runs the step as `execute` does, keys and values included, without sampling: for tests and
+        for measuring, where each position matters.
+        """
+        vision_states, _ = self._encode(batch)
+        inputs = self._pack(batch)
+        return self._logits(self._forward(batch, inputs, vision_states))
+
+    def _encode(self, batch: StepBatch) -> tuple[Tensor | None, float]:
+        """The projected states of the images that are finished, and the seconds that took."""
+        if not batch.images:
+            return None, 0.0
+        start = time.perf_counter()
+        states = self._vision.encode(batch.images)
+        self._vision.synchronize()
+        return states, time.perf_counter() - start
+
+    def _pack(self, batch: StepBatch, prepared: PreparedRows | None = None) -> StepInputs:
+        """The packed inputs, with every id and block inside its table: a CUDA gather outside of one
+        would end the whole process."""
+        for sequence in batch.sequences:
+            _check_ids(sequence.token_ids, self._num_embeddings, "token id", sequence)
+            _check_ids(sequence.block_ids, self._sizes.num_text_blocks, "text block", sequence)
+            for segment in sequence.segments:
+                count = self._sizes.num_image_blocks
+                _check_ids(segment.block_ids, count, "image block", sequence)
+        if prepared is not None and prepared.are_all_of(batch):
+            return prepared.with_tokens()
+        return pack(batch, self._sizes.block_size, self._loaded.num_patches)
+
+    def _forward(self, batch: StepBatch, inputs: StepInputs, vision: Tensor | None) -> Tensor:
+        """The normalised hidden states of all tokens, [num_tokens, hidden]."""
+        copy_blocks(self.pools, batch.copies)
+        poison_blocks(self.pools, batch.freed_text_blocks, batch.freed_image_blocks)
+        if self._graphs is not None and vision is None and self._graphs.takes(inputs):
+            return self._graphs.replay(inputs)
+        token_ids, positions = self._upload(inputs.token_ids), self._upload(inputs.positions)
+        row_mask = self._row_mask(inputs)
+        if self._fused is not None:
+            step = self._step(batch, inputs, self._loaded.device)
+            return self._fused(token_ids, positions, vision, row_mask, self.pools, step)
+        paged_step, cache = self._paged(batch, inputs)
+        output = self._text_model(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            cross_attention_states=None if vision is None else vision[None],
+            full_text_row_masked_out_mask=None if row_mask is None else row_mask[None, None],
+            past_key_values=cache,
+            use_cache=True,
+            paged_step=paged_step,
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def _paged(
+        self, batch: StepBatch, inputs: StepInputs
+    ) -> tuple[PagedStep | SplitStep, PagedCache]:
+        """The step and the cache that writes it; a step a device where layers lie on several."""
+        if len(self._layer_devices) == 1:
+            step = self._step(batch, inputs, self._layer_devices[0])
+            return step, PagedCache(self.pools, step)
+        split = SplitStep({one: self._step(batch, inputs, one) for one in self._layer_devices})
+        return split, SplitCache(self.pools, split)
+
+    def _step(self, batch: StepBatch, inputs: StepInputs, device: torch.device) -> PagedStep:
+        """What every layer of a device shares; each plan is made once."""
+        prepare, dtype = self._backend.prepare, self._loaded.dtype
+        cross, slots = inputs.cross_rows, None
+        if finished := batch.finished_images:
+            slots = self._upload(image_slots(finished, self._loaded.num_patches), device)
+        return PagedStep(
+            backend=self._backend,
+            text_slots=self._upload(inputs.text_slots, device),
+            image_slots=slots,
+            text_plan=prepare(inputs.text_rows, device, dtype),
+            cross_plan=None if cross is None else prepare(cross, device, dtype),
+        )
+
+    def _row_mask(self, inputs: StepInputs) -> Tensor | None:
+        """1 for a token that sees an image, else 0, [num_tokens, 1]; None if all see one."""
+        if inputs.sees_image.all():
+            return None
+        return self._upload(inputs.sees_image).to(self._loaded.dtype)[:, None]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._model.lm_head(hidden).float()
+        return logits
+
+    def compile_grammar(
+        self, grammar: str, eos_token_ids: Sequence[int], tenant: str = ""
+    ) -> TokenMatcher:
+        """A matcher at the start of a grammar. Raises GrammarError. Called from any one thread."""
+        return self.grammars.compile(grammar, eos_token_ids, tenant)
+
+    def _start_masks(self, inputs: StepInputs) -> Future[Masks] | None:
+        """The masks of the rows that have a grammar; None where none has."""
+        pairs = [(i, s.matcher) for i, s in enumerate(inputs.sampled_sequences) if s.matcher]
+        if not pairs:
+            return None
+        rows, matchers = zip(*pairs, strict=True)
+        return self._mask_thread.submit(self._fill_masks, rows, matchers)
+
+    def _fill_masks(self, rows: Sequence[int], matchers: Sequence[TokenMatcher]) -> Masks:
+        return Masks(rows, self.grammars.fill(cast(Sequence[Matcher], matchers)))
+
+    def _sample(
+        self,
+        hidden: Tensor,
+        inputs: StepInputs,
+        masks: Future[Masks] | None = None,
+        on_launch: OnLaunch = ignore,
+    ) -> StepResult:
+        sequences = inputs.sampled_sequences
+        if not sequences:
+            return StepResult({})
+        logits = self._logits(hidden.index_select(0, self._upload(inputs.sampled, hidden.device)))
+        params = [s.sampling for s in sequences if s.sampling is not None]
+        raw = RawLogprobs(logits, params)
+        indices, contexts = [s.sample_index for s in sequences], [s.context for s in sequences]
+        allowed = None if masks is None else masks.result()
+        sampled = sample(logits, params, indices, contexts, allowed)
+        if logits.is_cuda:
+            on_launch()  # what is left waits for the device
+        token_ids, told = _collect(sampled, raw)
+        return StepResult(
+            token_ids=dict(zip((s.request_id for s in sequences), token_ids, strict=True)),
+            logprobs={sequences[row].request_id: one for row, one in told.items()},
+        )
+
+    def _prompt_logprobs(
+        self, hidden: Tensor, batch: StepBatch
+    ) -> dict[str, list[PromptLogprobs | None]]:
+        """request_id -> an entry a target, for the sequences that have some."""
+        told = {}
+        begin = 0
+        for sequence in batch.sequences:
+            if targets := sequence.prompt:
+                first = begin + targets.first
+                rows = hidden[first : first + len(targets.token_ids)]
+                told[sequence.request_id] = prompt_logprobs(rows, targets, self._logits)
+            begin += len(sequence.token_ids)
+        return told
+
+    def _upload(
+        self, array: NDArray[np.int64] | NDArray[np.bool_], device: torch.device | None = None
+    ) -> Tensor:
+        return upload(array, device or self._loaded.device)
+
+
+def _collect(sampled: Sampled, raw: RawLogprobs) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    """Each row's token, and what rows that asked are told: by one copy, but for rare rows."""
+    while True:
+        token_ids, *told = fetch([sampled.token_ids, *raw.tensors(sampled.token_ids)])
+        if sampled.is_decided(token_ids):
+            return token_ids.tolist(), raw.of(told)
+
+
+def _check_ids(ids: list[int], limit: int, what: str, sequence: ScheduledSequence) -> None:
+    """Raise StepError unless all ids are in [0, limit)."""
+    if ids and (min(ids) < 0 or max(ids) >= limit):
+        wrong = next(i for i in ids if not 0 <= i < limit)
+        raise StepError(f"request {sequence.request_id}: {what} {wrong} is not below {limit}")

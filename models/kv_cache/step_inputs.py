@@ -1,0 +1,147 @@
+"""Lays a step's sequences out as one packed row of tokens.
+
+Owns the arithmetic from block ids to slots, positions and rows. Knows numpy, not torch, and
+nothing of attention or of who scheduled the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import is_
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..attention.base import PagedRows
+from ..batch import CrossSegment, ImageToEncode, ScheduledSequence, StepBatch
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(slots=True, frozen=True)
+class StepInputs:
+    """One step, packed: all tokens of all sequences in one row, in the batch's order.
+
+    token_ids, positions, text_slots: int64 [num_tokens]. text_rows: a row a sequence, causal.
+    cross_rows: a row a segment, over its images' tiles; None where no token sees an image.
+    sees_image: bool [num_tokens]. sampled: int64, the packed places of the sequences' last tokens
+    that a token is sampled for, in the order of `sampled_sequences`.
+    """
+
+    token_ids: Ints
+    positions: Ints
+    text_slots: Ints
+    text_rows: PagedRows
+    cross_rows: PagedRows | None
+    sees_image: NDArray[np.bool_]
+    sampled: Ints
+    sampled_sequences: list[ScheduledSequence]
+
+
+def pack(batch: StepBatch, block_size: int, num_patches: int) -> StepInputs:
+    """The packed inputs of a batch with at least one sequence.
+
+    block_size: tokens of a text block; num_patches: vision tokens of an image block.
+    """
+    sequences = batch.sequences
+    lens = [len(sequence.token_ids) for sequence in sequences]
+    ends = np.cumsum(lens, dtype=np.int64)
+    segments = [segment for sequence in sequences for segment in _segments(sequence)]
+    sees_image = np.repeat(
+        [bool(segment.block_ids) for segment in segments],
+        [segment.num_tokens for segment in segments],
+    )
+    is_sampled = [sequence.sampling is not None for sequence in sequences]
+    return StepInputs(
+        token_ids=np.concatenate([np.array(s.token_ids, dtype=np.int64) for s in sequences]),
+        positions=np.concatenate([_positions(s) for s in sequences]),
+        text_slots=np.concatenate([_text_slots(s, block_size) for s in sequences]),
+        text_rows=_text_rows(sequences, lens, block_size),
+        cross_rows=_cross_rows(segments, num_patches) if sees_image.any() else None,
+        sees_image=sees_image,
+        sampled=ends[is_sampled] - 1,
+        sampled_sequences=[s for s in sequences if s.sampling is not None],
+    )
+
+
+@dataclass(slots=True, frozen=True)
+class PreparedRows:
+    """Rows of one token each that were packed before their tokens were known."""
+
+    rows: Sequence[ScheduledSequence]
+    inputs: StepInputs
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[ScheduledSequence], block_size: int, num_patches: int
+    ) -> PreparedRows:
+        """Packs rows whose token_ids hold anything, one each."""
+        return cls(rows, pack(StepBatch(list(rows)), block_size, num_patches))
+
+    def are_all_of(self, batch: StepBatch) -> bool:
+        """True if a batch consists of these rows, in this order."""
+        return len(self.rows) == len(batch.sequences) and all(map(is_, self.rows, batch.sequences))
+
+    def with_tokens(self) -> StepInputs:
+        """The packed inputs with the tokens that the rows now hold."""
+        token_ids = np.array([row.token_ids[0] for row in self.rows], dtype=np.int64)
+        return replace(self.inputs, token_ids=token_ids)
+
+
+def image_slots(images: list[ImageToEncode], num_patches: int) -> Ints:
+    """Where the images' vision tokens go in the image pool, tile after tile."""
+    block_ids = np.array([b for image in images for b in image.block_ids], dtype=np.int64)
+    return (block_ids[:, None] * num_patches + np.arange(num_patches)).reshape(-1)
+
+
+def _segments(sequence: ScheduledSequence) -> list[CrossSegment]:
+    """The sequence's segments; one that sees nothing where it lists none."""
+    segments = sequence.segments or [CrossSegment(len(sequence.token_ids), [])]
+    covered = sum(segment.num_tokens for segment in segments)
+    assert covered == len(sequence.token_ids), "segments must cover the sequence's tokens"
+    return segments
+
+
+def _positions(sequence: ScheduledSequence) -> Ints:
+    start = sequence.start
+    return np.arange(start, start + len(sequence.token_ids), dtype=np.int64)
+
+
+def _text_slots(sequence: ScheduledSequence, block_size: int) -> Ints:
+    """The slot of each new token; its blocks must reach that far."""
+    positions = _positions(sequence)
+    blocks = np.array(sequence.block_ids, dtype=np.int64)
+    return blocks[positions // block_size] * block_size + positions % block_size
+
+
+def _text_rows(sequences: list[ScheduledSequence], lens: list[int], block_size: int) -> PagedRows:
+    return PagedRows(
+        query_start_loc=_starts(lens),
+        key_lens=np.array([s.start + n for s, n in zip(sequences, lens, strict=True)]),
+        block_table=_table([sequence.block_ids for sequence in sequences]),
+        block_size=block_size,
+        is_causal=True,
+    )
+
+
+def _cross_rows(segments: list[CrossSegment], num_patches: int) -> PagedRows:
+    return PagedRows(
+        query_start_loc=_starts([segment.num_tokens for segment in segments]),
+        key_lens=np.array([len(segment.block_ids) * num_patches for segment in segments]),
+        block_table=_table([segment.block_ids for segment in segments]),
+        block_size=num_patches,
+        is_causal=False,
+    )
+
+
+def _starts(lens: list[int]) -> Ints:
+    return np.concatenate([[0], np.cumsum(lens, dtype=np.int64)]).astype(np.int64)
+
+
+def _table(rows: list[list[int]]) -> Ints:
+    """Rows of block ids, padded with 0 to the longest."""
+    table = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    for row, block_ids in zip(table, rows, strict=True):
+        row[: len(block_ids)] = block_ids
+    return table

@@ -1,0 +1,220 @@
+"""Encodes images: tiles in, the states that cross attention reads out.
+
+Owns normalisation, padding to the vision model's fixed number of tiles, the bound on how many
+images one pass takes, and the one image that is encoded in parts. Knows nothing of pools, requests
+or how an image became tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import MllamaForConditionalGeneration
+
+from ..batch import ImageTiles, ImageToEncode
+from ..checkpoint import read_json
+from ..errors import ModelError, StepError
+from .layered_encoder import BegunImage, LayeredVision, can_be_cut
+
+# transformers' defaults, where a checkpoint's file leaves them out
+_DEFAULT_MEAN = _DEFAULT_STD = (0.5, 0.5, 0.5)
+# every image is padded to the same number of tiles, so a pass of four is already a large one
+MAX_IMAGES_PER_PASS = 4
+
+
+@dataclass(slots=True, frozen=True)
+class ImageNormalization:
+    """How 8-bit values become pixel values: (value * scale - mean[channel]) / std[channel]."""
+
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def table(self) -> Tensor:
+        """The pixel value of each channel and 8-bit value, float32 [3, 256].
+
+        Rounded as transformers' processor does it: once after the product, once after the rest.
+        """
+        scaled = (np.arange(256, dtype=np.float64) * self.scale).astype(np.float32)
+        mean, std = (np.array(v, dtype=np.float32)[:, None] for v in (self.mean, self.std))
+        return torch.from_numpy((scaled - mean) / std)
+
+
+def read_normalization(folder: Path) -> ImageNormalization:
+    """The normalisation that a checkpoint's folder asks for. Raises ModelError.
+
+    From preprocessor_config.json, or the `image_processor` of a newer processor_config.json.
+    """
+    file = folder / "preprocessor_config.json"
+    if not file.is_file() and (folder / "processor_config.json").is_file():
+        settings = read_json(folder / "processor_config.json").get("image_processor", {})
+    else:
+        settings = read_json(file)
+    try:
+        return _normalization(settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder}: the image normalisation is unusable: {error}") from None
+
+
+def _normalization(settings: dict[str, Any]) -> ImageNormalization:
+    """Raises ValueError or TypeError for settings that are no numbers, one a channel."""
+    rescales, normalizes = settings.get("do_rescale", True), settings.get("do_normalize", True)
+    found = ImageNormalization(
+        scale=float(settings.get("rescale_factor", 1 / 255)) if rescales else 1.0,
+        mean=_channels(settings.get("image_mean", _DEFAULT_MEAN)) if normalizes else (0.0,) * 3,
+        std=_channels(settings.get("image_std", _DEFAULT_STD)) if normalizes else (1.0,) * 3,
+    )
+    if 0.0 in found.std:
+        raise ValueError("image_std has a 0")
+    return found
+
+
+def _channels(values: Sequence[float]) -> tuple[float, ...]:
+    numbers = tuple(float(value) for value in values)
+    if len(numbers) != 3:
+        raise ValueError(f"{len(numbers)} values for 3 channels")
+    return numbers
+
+
+class VisionEncoder:
+    """The vision model and the projector, several images a pass."""
+
+    def __init__(
+        self,
+        model: MllamaForConditionalGeneration,
+        normalization: ImageNormalization,
+        device: torch.device,
+    ) -> None:
+        """`model` must have its taps mended (see `reference.mend_vision`).
+
+        device: where the vision model computes, which is not where offloaded weights lie.
+        """
+        self._vision = model.model.vision_model
+        self._projector = model.model.multi_modal_projector
+        self._table = normalization.table().to(device)
+        self._layered = LayeredVision(self._vision)
+        self._begun: BegunImage | None = None
+
+    @property
+    def max_num_tiles(self) -> int:
+        return int(self._vision.max_num_tiles)
+
+    @property
+    def tile_size(self) -> int:
+        return int(self._vision.image_size)
+
+    @property
+    def num_layers(self) -> int:
+        """In how many parts an image can be encoded; 1 where the model computes as a whole only."""
+        return self._layered.num_layers if can_be_cut(self._vision) else 1
+
+    def encode(self, images: Sequence[ImageToEncode]) -> Tensor | None:
+        """The projected states of the finished images' real tiles; None where none is finished.
+
+        [num_tiles * num_patches, hidden], in the order of the images. Raises StepError if an image
+        does not fit the model, or goes on where no part of it has ended.
+        """
+        for entry in images:
+            self._check(entry.image)
+        states = [states for part in _passes(images) if (states := self._encode(part)) is not None]
+        return torch.cat(states) if len(states) > 1 else next(iter(states), None)
+
+    def synchronize(self) -> None:
+        """Wait until what was encoded is there."""
+        if self._table.device.type == "cuda":
+            torch.cuda.synchronize(self._table.device)
+
+    def _check(self, image: ImageTiles) -> None:
+        expected_bytes = image.num_tiles * 3 * self.tile_size**2
+        if image.tile_size != self.tile_size or len(image.data) != expected_bytes:
+            raise StepError(
+                f"an image of {len(image.data)} bytes says {image.num_tiles} tiles of "
+                f"{image.tile_size} pixels; the model's tiles have {self.tile_size}"
+            )
+        if image.num_tiles > self.max_num_tiles:
+            raise StepError(
+                f"an image has {image.num_tiles} tiles; the model takes {self.max_num_tiles}"
+            )
+        highest_id = len(self._vision.config.supported_aspect_ratios)
+        if image.aspect_ratio_id > highest_id:
+            raise StepError(
+                f"aspect_ratio_id {image.aspect_ratio_id} is over the model's {highest_id}"
+            )
+
+    def _encode(self, entries: Sequence[ImageToEncode]) -> Tensor | None:
+        """The projected states of one pass: several whole images, or a part of one."""
+        images = [entry.image for entry in entries]
+        num_tiles = torch.tensor([image.num_tiles for image in images])
+        is_real = (torch.arange(self.max_num_tiles) < num_tiles[:, None]).to(self._table.device)
+        first = entries[0]
+        states: Tensor | None = (
+            self._encode_whole(images, is_real)
+            if first.is_whole
+            else self._encode_part(first, is_real)
+        )
+        if states is None:
+            return None
+        # [num images, max tiles, num_patches, vision output] -> only what the decoder may see
+        projected: Tensor = self._projector(states[is_real])
+        return projected.flatten(0, 1)
+
+    def _encode_whole(self, images: Sequence[ImageTiles], is_real: Tensor) -> Tensor:
+        states: Tensor = self._vision(
+            pixel_values=self.pixel_values(images),
+            aspect_ratio_ids=self._aspect_ratio_ids(images),
+            aspect_ratio_mask=is_real[:, None].long(),
+        ).last_hidden_state[:, 0]
+        return states
+
+    def _encode_part(self, entry: ImageToEncode, is_real: Tensor) -> Tensor | None:
+        """None where layers are left for another step."""
+        begun, self._begun = self._begun, None
+        if entry.begin == 0:
+            pixels, ids = self.pixel_values([entry.image]), self._aspect_ratio_ids([entry.image])
+            begun = self._layered.begin(pixels, is_real, ids)
+        if begun is None or begun.num_layers != entry.begin:
+            raise StepError(f"an image goes on at layer {entry.begin}, where no step has left it")
+        self._layered.advance(begun, self.num_layers if entry.end is None else entry.end)
+        if entry.end is None:
+            return self._layered.finish(begun)
+        self._begun = begun
+        return None
+
+    def _aspect_ratio_ids(self, images: Sequence[ImageTiles]) -> Tensor:
+        ids = torch.tensor([[image.aspect_ratio_id] for image in images])
+        return ids.to(self._table.device)
+
+    def pixel_values(self, images: Sequence[ImageTiles]) -> Tensor:
+        """float32 [num images, 1, max_num_tiles, 3, tile_size, tile_size]; padding tiles are 0."""
+        size, table = self.tile_size, self._table
+        shape = (len(images), 1, self.max_num_tiles, 3, size, size)
+        pixels = torch.zeros(shape, device=table.device)
+        for index, image in enumerate(images):
+            values = np.frombuffer(image.data, dtype=np.uint8).astype(np.int32)
+            tiles = torch.from_numpy(values).to(table.device).view(-1, 3, size * size)
+            for channel in range(3):
+                looked_up = table[channel].index_select(0, tiles[:, channel].reshape(-1))
+                target = pixels[index, 0, : image.num_tiles, channel]
+                target.copy_(looked_up.view(-1, size, size))
+        return pixels
+
+
+def _passes(images: Sequence[ImageToEncode]) -> Iterator[Sequence[ImageToEncode]]:
+    """The images in order, cut into passes: neighbours that are whole share one."""
+    begin = 0
+    while begin < len(images):
+        end = begin + 1
+        while (
+            end < min(len(images), begin + MAX_IMAGES_PER_PASS)
+            and images[begin].is_whole
+            and images[end].is_whole
+        ):
+            end += 1
+        yield images[begin:end]
+        begin = end

@@ -1,0 +1,114 @@
+"""Shows how far the weights have been read, by bytes, on stderr.
+
+Owns the bar of a terminal and the lines of a log. Knows transformers' loop over weights only as a
+loop over names; nothing of devices or quantization, which that loop does as it goes.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from transformers.utils import logging as transformers_logging
+
+from ..byte_text import shown_bytes
+
+LINE_INTERVAL_S = 10.0
+_DESCRIPTION = "Loading weights"  # transformers' name of its loop
+
+
+class ByteProgress:
+    """A bar where the stream is a terminal, else a line now and then and one at the end."""
+
+    def __init__(
+        self,
+        total_bytes: int,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total, self._done = total_bytes, 0
+        self._stream = stream or sys.stderr
+        self._clock = clock
+        self._begin = self._last_line = clock()
+        self._bar: Progress | None = None
+        if self._stream.isatty():
+            self._bar = _bar(Console(file=self._stream))
+            self._task = self._bar.add_task("loading weights", total=total_bytes)
+            self._bar.start()
+
+    def advance(self, num_bytes: int) -> None:
+        """So many bytes more have been read and placed."""
+        self._done = min(self._total, self._done + num_bytes)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done)
+        elif self._clock() - self._last_line >= LINE_INTERVAL_S:
+            self._last_line = self._clock()
+            percent = 100 * self._done // max(1, self._total)
+            self._say(f"{shown_bytes(self._done)} of {shown_bytes(self._total)} ({percent} %)")
+
+    def close(self) -> None:
+        """Take the bar away, or write the last line."""
+        if self._bar is not None:
+            self._bar.stop()
+        else:
+            seconds = self._clock() - self._begin
+            self._say(f"{shown_bytes(self._done)} read in {seconds:.1f} s")
+
+    def _say(self, text: str) -> None:
+        self._stream.write(f"loading weights: {text}\n")
+        self._stream.flush()
+
+
+def _bar(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)
+
+
+@contextmanager
+def shown(
+    num_bytes: Mapping[str, int], make: Callable[[int], ByteProgress] = ByteProgress
+) -> Iterator[None]:
+    """Within it, transformers' loop over weights shows bytes in the place of its own bar.
+
+    num_bytes: of each weight, by its name in the module.
+    """
+    progress = make(sum(num_bytes.values()))
+
+    def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("desc") == _DESCRIPTION and args:
+            return _counted(args[0], num_bytes, progress)
+        return factory(*args, **kwargs)
+
+    previous = transformers_logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+        progress.close()
+
+
+def _counted(
+    items: Iterable[tuple[str, Any]], num_bytes: Mapping[str, int], progress: ByteProgress
+) -> Iterator[tuple[str, Any]]:
+    """The items; each counts as read when the next is asked for."""
+    for name, mapping in items:
+        yield name, mapping
+        progress.advance(num_bytes.get(name, 0))

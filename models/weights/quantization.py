@@ -1,0 +1,85 @@
+"""Holds the decoder's linear layers in 8 or 4 bits.
+
+Owns the methods' names, what stays in the compute dtype, and what bitsandbytes needs to be told.
+Knows nothing of devices or of how a layer computes. bitsandbytes is an extra and loads only when a
+method of its own is asked for; transformers then quantizes while it loads. `int8` is this project's
+(models/decoder/int8/).
+
+    int8               int8 weights by row; products in the compute dtype
+    bitsandbytes       LLM.int8 (Dettmers et al., 2022): int8 weights by row, outlier columns of the
+                       activations in the compute dtype
+    bitsandbytes-nf4   NF4 (Dettmers et al., 2023): 4 bits in blocks of 64 weights
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from ..errors import ModelError
+
+WEIGHT_ONLY, INT8, NF4 = "int8", "bitsandbytes", "bitsandbytes-nf4"
+METHODS = (WEIGHT_ONLY, INT8, NF4)
+# gates and norms are no linear layers and the embedding is a table: they stay as they are
+KEPT_MODULES = ("model.vision_model", "model.multi_modal_projector", "lm_head")
+NF4_BLOCK = 64
+_CPU_PACKED_ROWS = 32
+
+
+def quantization_config(method: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What transformers quantizes by while it loads; None where it does not. Raises ModelError."""
+    if method is None:
+        return None
+    if method not in METHODS:
+        raise ModelError(f"quantization {method!r} is unknown: use one of {', '.join(METHODS)}")
+    if method == WEIGHT_ONLY:
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"--quantize {method} needs the package bitsandbytes: pip install 'vlmserve[quantize]'"
+        )
+    # it warns at every product of activations that are not float16, and of a kernel it cannot fetch
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    kept = list(KEPT_MODULES)
+    if method == INT8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
+    )
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a method holds the weight of that name, of the model, in fewer bits."""
+    return name.startswith("model.language_model.layers.") and name.endswith("_proj.weight")
+
+
+def quantized_bytes(method: str, shape: Sequence[int]) -> int:
+    """What a linear layer's weight of that shape takes: its bits and its float32 scales."""
+    rows, count = shape[0], math.prod(shape)
+    if method in (WEIGHT_ONLY, INT8):
+        return count + 4 * rows
+    return -(-count // 2) + 4 * -(-count // NF4_BLOCK)
+
+
+def settle(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let each 4-bit layer on a CPU compute in the compute dtype, whatever its shape.
+
+    bitsandbytes rearranges 4-bit weights for bfloat16 instructions at their first use. That fails
+    for shapes that are no multiples of its blocks, and computes float32 activations in bfloat16.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            layer: Any = module
+            is_whole = not (layer.in_features % NF4_BLOCK or layer.out_features % _CPU_PACKED_ROWS)
+            if dtype != torch.bfloat16 or not is_whole:
+                layer.support_avx512bf16_for_cpu = False

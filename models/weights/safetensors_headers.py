@@ -1,0 +1,120 @@
+"""Reads what a checkpoint's safetensors files say of their tensors, and none of the tensors.
+
+Owns the files' headers: names, shapes, types and bytes, and whether each file is whole. Knows
+nothing of torch or of what a tensor is for, but for the names that older checkpoints use.
+
+    8 bytes  length of the header, little endian
+    header   JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]}, offsets from its end
+    data     as long as the last offset says
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import read_json
+from ..errors import ModelError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# the format's own limit
+MAX_HEADER_BYTES = 100_000_000
+_LENGTH_BYTES = 8
+_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+# the names of checkpoints published before transformers 4.52 -> today's
+_RENAMED = {
+    "language_model.lm_head.": "lm_head.",
+    "language_model.model.": "model.language_model.",
+    "vision_model.": "model.vision_model.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
+
+
+@dataclass(slots=True, frozen=True)
+class StoredTensor:
+    """One tensor of a file. name: as the module calls it; num_bytes: in the file."""
+
+    name: str
+    file: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint by its name in the module.
+
+    Reads headers only. Raises ModelError, one line, for a file that is cut short or no safetensors
+    file, and for a tensor that the index promises and its shard lacks.
+    """
+    if not (folder / INDEX).is_file():
+        return {tensor.name: tensor for tensor in _read_header(folder / SINGLE)}
+    shards: dict[str, str] = read_json(folder / INDEX)["weight_map"]
+    found = {
+        tensor.name: tensor
+        for file in sorted(set(shards.values()))
+        for tensor in _read_header(folder / file)
+    }
+    for source, file in shards.items():
+        tensor = found.get(module_name(source))
+        if tensor is None or tensor.file != file:
+            raise ModelError(
+                f"{folder}: {INDEX} promises {source} in {file}, which lacks it; "
+                "download both again"
+            )
+    return found
+
+
+def module_name(source: str) -> str:
+    """The name in today's module of a tensor that a file calls `source`."""
+    for old, new in _RENAMED.items():
+        if source.startswith(old):
+            return new + source.removeprefix(old)
+    return source
+
+
+def _read_header(file: Path) -> list[StoredTensor]:
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        header_bytes = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+        if size < _LENGTH_BYTES or header_bytes > MAX_HEADER_BYTES:
+            raise _damaged(file, "it is no safetensors file")
+        if size < _LENGTH_BYTES + header_bytes:
+            raise _damaged(file, f"it is cut short, inside its header ({size:,} bytes)")
+        raw = stream.read(header_bytes)
+    try:
+        entries = json.loads(raw)
+        entries.pop("__metadata__", None)
+        tensors = [_tensor(file, name, entry) for name, entry in entries.items()]
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        raise _damaged(file, "its header is unreadable") from None
+    expected = _LENGTH_BYTES + header_bytes + max(ends, default=0)
+    if size != expected:
+        what = "it is cut short" if size < expected else "it is too long"
+        raise _damaged(file, f"{what} ({size:,} bytes of {expected:,})")
+    return tensors
+
+
+def _tensor(file: Path, name: str, entry: dict[str, Any]) -> StoredTensor:
+    """Raises ValueError where shape, type and offsets do not agree."""
+    shape = tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, end)):
+        raise ValueError("a size is no number")
+    if (end - begin) * 8 != math.prod(shape) * _BITS[entry["dtype"]]:
+        raise ValueError("shape and offsets disagree")
+    return StoredTensor(module_name(name), file.name, shape, end - begin)
+
+
+def _damaged(file: Path, why: str) -> ModelError:
+    return ModelError(f"{file.parent}: {file.name} is damaged: {why}; download it again")

@@ -1,0 +1,60 @@
+"""Keys of full text blocks: equal only where the keys and values in the block are.
+
+Owns what such a key covers: the tenant, every token from the prompt's start to the
+block's end, and which images each of them sees. A token's keys and values depend on
+nothing else. Knows nothing of pools, or of what runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from bisect import bisect_left, bisect_right
+
+from ...models.batch import ImageSpan
+from .block_pool import ImageKey
+from .visibility import is_seen
+
+
+def extend_block_keys(
+    keys: list[bytes],
+    token_ids: list[int],
+    spans: list[ImageSpan],
+    image_keys: list[ImageKey],
+    tenant: str,
+    block_size: int,
+) -> None:
+    """Append the keys of the full blocks of `token_ids` that `keys` does not have yet.
+
+    spans[i] says which positions see the image of image_keys[i]. Each key is a
+    SHA-256 over the one before it, so a key stands for all tokens up to its block's end.
+    """
+    parent = keys[-1] if keys else hashlib.sha256(tenant.encode()).digest()
+    begin = len(keys) * block_size
+    edges = sorted({edge for span in spans for edge in (span.start, span.end) if edge is not None})
+    view = b""
+    for start in range(begin, len(token_ids) - block_size + 1, block_size):
+        end = start + block_size
+        # Where no image appears or goes a block sees what the one before it saw.
+        if start == begin or bisect_right(edges, start - block_size) < bisect_left(edges, end):
+            view = _view(spans, image_keys, start, end)
+        block = hashlib.sha256(parent)
+        block.update(array("q", token_ids[start:end]).tobytes())
+        block.update(view)
+        parent = block.digest()
+        keys.append(parent)
+
+
+def _view(spans: list[ImageSpan], image_keys: list[ImageKey], start: int, end: int) -> bytes:
+    """A hash of which positions of a block see which images; empty where none sees any.
+
+    Where an image appears or goes beyond the block makes no difference to it. Positions count
+    from the block's start: where that is, the number of keys before it tells.
+    """
+    seen = [
+        (max(span.start - start, 0), min(span.end or end, end) - start, tuple(key))
+        for span, key in zip(spans, image_keys, strict=True)
+        if is_seen(span, start, end)
+    ]
+    # Tuples of ints, str and bytes: their repr is unambiguous.
+    return hashlib.sha256(repr(seen).encode()).digest() if seen else b""

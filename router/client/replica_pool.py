@@ -1,0 +1,257 @@
+"""Several engines behind the face of one: `generate` sends each request to one of them.
+
+Owns which clients may be chosen, and what becomes of a request that one engine refused or died
+with. Knows nothing of HTTP or tensors; `replicas.py` chooses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from ..errors import EngineDeadError, QueueFullError
+from ..messages import AddRequest, EngineReady, EngineStats, SequenceOutput
+from ..scheduler.admission import check_image_blocks
+from .engine_client import EngineClient, WellLimits
+from .replica_chooser import ReplicaChooser, affinity_keys, margin_of, weight_of
+
+# Why a request went to another replica than the first one chosen: its queue was full, or it died
+# before it began to compute it.
+MoveReason = Literal["full", "dead"]
+MOVE_REASONS: tuple[MoveReason, ...] = ("full", "dead")
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaState:
+    """One replica at this moment; of one that is not there all counts are 0."""
+
+    is_ready: bool
+    stats: EngineStats
+
+
+class ReplicaPool:
+    """The engines of one worker, used like one `EngineClient`; who made the clients connects them.
+
+    on_moved: told of every request that goes to another replica. first: see `ReplicaChooser`.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[EngineClient],
+        limits: WellLimits,
+        on_moved: Callable[[MoveReason], None] = lambda reason: None,
+        *,
+        first: int = 0,
+    ) -> None:
+        self._clients = list(clients)
+        self._limits = limits
+        self._on_moved = on_moved
+        self._chooser = ReplicaChooser(len(clients), first=first)
+        self._infos: list[EngineReady | None] = [None] * len(clients)
+        self._heard: list[float | None] = [None] * len(clients)
+        self._homes: dict[str, EngineClient] = {}
+        self._least: EngineReady | None = None
+        self._is_stopping = False
+
+    @property
+    def chooser(self) -> ReplicaChooser:
+        return self._chooser
+
+    @property
+    def num_open_requests(self) -> int:
+        return sum(client.num_open_requests for client in self._clients)
+
+    # As one engine
+
+    @property
+    def is_ready(self) -> bool:
+        """At least one replica has its model."""
+        return any(client.is_ready for client in self._clients)
+
+    @property
+    def info(self) -> EngineReady | None:
+        """What every replica can do, those that were ready once: the least of each figure.
+
+        Sums of what they have room for would promise one request what none can hold.
+        """
+        infos = [client.info for client in self._clients]
+        is_new = any(
+            one is not None and one is not known
+            for one, known in zip(infos, self._infos, strict=True)
+        )
+        if is_new:
+            self._infos = [new or known for new, known in zip(infos, self._infos, strict=True)]
+            self._least = least_of([one for one in self._infos if one is not None])
+        return self._least
+
+    @property
+    def stats(self) -> EngineStats:
+        """The sums over all replicas."""
+        return sum_of([state.stats for state in self.states()])
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """That of the replica that is best off, as are the other figures of health."""
+        return self._best.heartbeat_age_s
+
+    @property
+    def stall_s(self) -> float:
+        return self._best.stall_s
+
+    @property
+    def may_compile(self) -> bool:
+        return self._best.may_compile
+
+    def states(self) -> list[ReplicaState]:
+        """Each replica's own state."""
+        return [ReplicaState(self._limits.allow(client), client.stats) for client in self._clients]
+
+    async def generate(self, *requests: AddRequest) -> AsyncGenerator[SequenceOutput, None]:
+        """As `EngineClient.generate`, by one replica.
+
+        A replica whose queue is full passes the request on to the others: QueueFullError comes
+        where all refused. When a replica dies while the request still waits there, another gets
+        it, once. One that was being computed may be what the replica died of: it ends.
+        """
+        self._check_images(requests)
+        keys = affinity_keys(requests[0])
+        tried: set[int] = set()
+        refusals: list[QueueFullError] = []
+        has_lost_one = False
+        while (replica := self._choose(keys, tried)) is not None:
+            has_output = False
+            try:
+                async with contextlib.aclosing(self._ask(replica, requests)) as outputs:
+                    async for output in outputs:
+                        has_output = True
+                        yield output
+                return
+            except QueueFullError as error:
+                if has_output:
+                    raise
+                refusals.append(error)
+                reason: MoveReason = "full"
+            except EngineDeadError as error:
+                if has_output or error.has_begun or has_lost_one:
+                    raise
+                has_lost_one, reason = True, "dead"
+            tried.add(replica)
+            if self._able(tried):
+                self._on_moved(reason)
+        if refusals:
+            # The first to have room again.
+            raise min(refusals, key=lambda error: error.retry_after_s)
+        raise EngineDeadError("no replica is ready")
+
+    def refusal(self, priority: int) -> QueueFullError | None:
+        """As `EngineClient.refusal`: where every replica that could be asked has no room."""
+        refusals = [self._clients[number].refusal(priority) for number in self._able(set())]
+        known = [error for error in refusals if error is not None]
+        if not known or len(known) < len(refusals):
+            return None
+        return min(known, key=lambda error: error.retry_after_s)
+
+    def leave(self, request_id: str) -> None:
+        """As `EngineClient.leave`."""
+        client = self._homes.get(request_id)
+        if client is not None:
+            client.leave(request_id)
+
+    def died(self, replica: int) -> None:
+        """This replica's connection is lost: what it had cached is forgotten."""
+        self._heard[replica] = None
+        self._chooser.died(replica)
+
+    def stop(self) -> None:
+        """Send nothing any more: what one engine does not end, no other is asked for."""
+        self._is_stopping = True
+
+    # Choosing
+
+    def _choose(self, keys: Sequence[bytes], tried: set[int]) -> int | None:
+        self._listen()
+        info = self.info
+        margin = 0.0 if info is None else margin_of(info.max_num_seqs)
+        return self._chooser.choose(keys, self._able(tried), margin)
+
+    def _able(self, tried: set[int]) -> list[int]:
+        """Those that are well and untried, or that have their model at least."""
+        if self._is_stopping:
+            return []
+        ready = [
+            number
+            for number, client in enumerate(self._clients)
+            if client.is_ready and number not in tried
+        ]
+        return [one for one in ready if self._limits.allow(self._clients[one])] or ready
+
+    def _listen(self) -> None:
+        """Take in what heartbeats have told since the last time."""
+        for number, client in enumerate(self._clients):
+            if client.last_heartbeat != self._heard[number]:
+                self._heard[number] = client.last_heartbeat
+                stats = client.stats
+                self._chooser.loads[number].tell(stats.num_running + stats.num_waiting)
+
+    @property
+    def _best(self) -> EngineClient:
+        """The replica whose health speaks for all: one that is well, or one that is ready."""
+        return max(self._clients, key=lambda client: (self._limits.allow(client), client.is_ready))
+
+    # Asking
+
+    async def _ask(
+        self, replica: int, requests: Sequence[AddRequest]
+    ) -> AsyncGenerator[SequenceOutput, None]:
+        """One replica's outputs; its load is counted while it is asked."""
+        client, load = self._clients[replica], self._chooser.loads[replica]
+        ids = [one for request in requests for one in request.answer_ids]
+        # A prompt weighs until its first output; then an answer weighs as any other.
+        prompts = sum(map(weight_of, requests)) - len(ids)
+        load.own += len(ids) + prompts
+        load.own_answers += len(ids)
+        self._homes |= dict.fromkeys(ids, client)
+        try:
+            async with contextlib.aclosing(client.generate(*requests)) as outputs:
+                async for output in outputs:
+                    load.own -= prompts
+                    prompts = 0.0
+                    yield output
+        finally:
+            load.own -= len(ids) + prompts
+            load.own_answers -= len(ids)
+            for one in ids:
+                self._homes.pop(one, None)
+
+    def _check_images(self, requests: Sequence[AddRequest]) -> None:
+        """Refuse what one replica has no room for, so that answers do not depend on the choice."""
+        if (info := self.info) is not None:
+            for request in requests:
+                check_image_blocks(request, info.num_image_tiles)
+
+
+def least_of(infos: Sequence[EngineReady]) -> EngineReady:
+    """What all of these can do."""
+    return msgspec.structs.replace(
+        infos[0],
+        max_model_len=min(one.max_model_len for one in infos),
+        max_num_seqs=min(one.max_num_seqs for one in infos),
+        num_text_tokens=min(one.num_text_tokens for one in infos),
+        num_image_tiles=min(one.num_image_tiles for one in infos),
+    )
+
+
+def sum_of(all_stats: Sequence[EngineStats]) -> EngineStats:
+    """The counts of several engines added up, those of each bucket too."""
+    total = EngineStats()
+    for stats in all_stats:
+        for name in EngineStats.__struct_fields__:
+            if name != "vision_step_counts":
+                setattr(total, name, getattr(total, name) + getattr(stats, name))
+    counts = [stats.vision_step_counts for stats in all_stats if stats.vision_step_counts]
+    total.vision_step_counts = [sum(column) for column in zip(*counts, strict=True)]
+    return total

@@ -1,0 +1,191 @@
+"""The engine's process: `python -m vlmserve.router.engine.process [--spare] < config.json`.
+
+Owns the process's life: its settings from stdin, its death with its parent, its
+signals and its exit code. Knows nothing of scheduling or tensors. A spare (`--spare`)
+imports all that an engine needs while it waits for its settings, which may never come:
+importing is most of what a small model's start takes.
+
+Exit codes: 0 after SIGTERM, 1 if the engine itself fails, 2 for settings or a
+socket path that cannot be used, 3 if the model cannot be loaded. Each non-zero
+exit but 1 says why in one line on stderr.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn
+
+import msgspec
+
+from ...models.malloc import use_one_heap
+from ...models.threads import wait_briefly
+from ..config import EngineConfig
+from ..errors import EngineDeadError
+from ..logs import say, set_up_logging
+from ..parent_death import ParentGoneError, die_with_parent, name_process
+from .engine import Engine
+from .runner_protocol import Runner
+from .server import EngineServer, SocketPathError
+
+logger = logging.getLogger("vlmserve.engine")
+
+EXIT_STOPPED = 0
+EXIT_FAILED = 1
+EXIT_BAD_SETTINGS = 2
+EXIT_MODEL_ERROR = 3
+
+SPARE_OPTION = "--spare"
+ENGINE_NAME, SPARE_NAME = "vlmserve-engine", "vlmserve-spare"
+
+# the settings that the model's runner takes under the same names
+RUNNER_OPTIONS = (
+    "device",
+    "dtype",
+    "quantize",
+    "device_map",
+    "max_memory",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_num_batched_images",
+    "attention_backend",
+    "block_size",
+    "cuda_graphs",
+    "num_text_blocks",
+    "num_image_blocks",
+    "kv_cache_bytes",
+    "gpu_memory_utilization",
+    "num_threads",
+)
+
+LoadRunner = Callable[[EngineConfig], Runner]
+
+
+def load_model_runner(config: EngineConfig) -> Runner:
+    """Load the model that `config` names. Imports torch: call it late, off the loop."""
+    from ...models.create_runner import create_runner
+    from ...models.distributed.parallel_runner import create_parallel_runner
+    from ...models.distributed.replica import Replica
+
+    options = {name: getattr(config, name) for name in RUNNER_OPTIONS}
+    if config.num_replicas > 1:
+        replica = Replica(config.replica, config.num_replicas, config.tensor_parallel_size)
+        options = replica.share_of(options)
+    if config.tensor_parallel_size > 1:
+        return create_parallel_runner(config.model, config.tensor_parallel_size, **options)
+    return create_runner(config.model, **options)
+
+
+def import_model_runner() -> None:
+    """What `load_model_runner` would import first."""
+
+
+async def serve(config: EngineConfig, load_runner: LoadRunner = load_model_runner) -> int:
+    """Listen, load, and compute steps until SIGTERM; the process's exit code."""
+    stopping = _stop_on_sigterm()
+    server = EngineServer(config)
+    try:
+        await server.start()
+    except SocketPathError as error:
+        return _complain(str(error), EXIT_BAD_SETTINGS)
+    try:
+        return await _load_and_run(config, load_runner, server, stopping)
+    finally:
+        await server.close()
+
+
+async def _load_and_run(
+    config: EngineConfig, load_runner: LoadRunner, server: EngineServer, stopping: asyncio.Event
+) -> int:
+    # Loaded in the thread that will compute: some of torch's state is a thread's own.
+    executor = ThreadPoolExecutor(1, thread_name_prefix="model")
+    loading = asyncio.get_running_loop().run_in_executor(executor, load_runner, config)
+    stop = asyncio.create_task(stopping.wait())
+    await _first_of(loading, stop)
+    if not loading.done():
+        return EXIT_STOPPED
+    if (error := loading.exception()) is not None:
+        return _complain_of_model(config, error)
+    engine = Engine(loading.result(), config, server.send, executor)
+    server.attach(engine)
+    logger.info("the engine is ready")
+    running = asyncio.create_task(engine.run(), name="engine")
+    await _first_of(running, stop)
+    engine.close(EngineDeadError("the engine is stopping"))
+    if running.done():
+        logger.error("the engine failed", exc_info=running.exception())
+        return EXIT_FAILED
+    running.cancel()
+    return EXIT_STOPPED
+
+
+async def _first_of(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+
+
+def main(
+    load_runner: LoadRunner = load_model_runner,
+    prepare: Callable[[], None] = import_model_runner,
+) -> NoReturn:
+    """Run one engine process to its end. Does not return.
+
+    prepare: what a spare does before it waits for its settings.
+    """
+    use_one_heap()  # before any thread, of which importing torch starts some
+    wait_briefly()
+    try:
+        if SPARE_OPTION in sys.argv[1:]:
+            die_with_parent()
+            name_process(SPARE_NAME)
+            prepare()
+        config = read_config()
+        set_up_logging(config.log_level, config.log_format, config.process_name)
+        die_with_parent(config.parent_pid)
+        name_process(ENGINE_NAME)
+    except (msgspec.DecodeError, UnicodeDecodeError, ParentGoneError) as error:
+        _exit(_complain(f"engine settings: {error}", EXIT_BAD_SETTINGS))
+    _exit(asyncio.run(serve(config, load_runner)))
+
+
+def read_config() -> EngineConfig:
+    """The settings: one line of JSON on stdin. Raises msgspec.DecodeError."""
+    line = sys.stdin.buffer.readline()
+    if not line and SPARE_OPTION in sys.argv[1:]:
+        _exit(EXIT_STOPPED)  # it was never needed
+    return msgspec.json.decode(line, type=EngineConfig)
+
+
+def _stop_on_sigterm() -> asyncio.Event:
+    """Set by SIGTERM. SIGINT is left to the parent: Ctrl-C reaches the whole group."""
+    stopping = asyncio.Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
+    return stopping
+
+
+def _complain_of_model(config: EngineConfig, error: BaseException) -> int:
+    if not isinstance(error, (ValueError, OSError)):  # those say it all in their message
+        logger.error("loading the model failed", exc_info=error)
+    first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
+    return _complain(f"cannot load the model {config.model!r}: {first_line}", EXIT_MODEL_ERROR)
+
+
+def _complain(message: str, exit_code: int) -> int:
+    say(f"error: {message}", logging.ERROR)
+    return exit_code
+
+
+def _exit(exit_code: int) -> NoReturn:
+    """End now: a step that never ends must not hold up the exit, as its thread would."""
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The engine's socket: workers connect, ask and are answered.
+
+Owns the Unix socket, the connections and the heartbeats. Knows nothing of what
+runs: requests go to the `Engine` once there is one, and its messages come back
+through `send`. A worker that breaks the protocol, or does not read, loses its
+connection and its requests; nobody else notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import stat
+from collections.abc import Iterator
+
+from .. import wire
+from ..config import EngineConfig
+from ..errors import EngineDeadError, WireError, failure_of
+from ..messages import AddRequest, EngineStats, FromEngine, Heartbeat, ToEngine
+from .engine import DuplicateRequestError, Engine
+
+logger = logging.getLogger("vlmserve.engine")
+
+FLUSH_TIMEOUT_S = 1.0
+
+
+class SocketPathError(OSError):
+    """The engine cannot listen at the path it was given."""
+
+
+class EngineServer:
+    """Listens from `start` on; serves requests from `attach` on; ends with `close`."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._engine: Engine | None = None
+        self._server: asyncio.Server | None = None
+        self._workers: dict[int, asyncio.StreamWriter] = {}
+        self._worker_ids = itertools.count(1)
+        self._heartbeat_task: asyncio.Task[None] | None = None
+
+    @property
+    def num_workers(self) -> int:
+        return len(self._workers)
+
+    async def start(self) -> None:
+        """Listen. Raises SocketPathError, saying what to do, if the path cannot be used."""
+        listening = _listen(self._config.socket_path)
+        self._server = await asyncio.start_unix_server(
+            self._serve_worker, sock=listening, limit=wire.READ_BUFFER_BYTES
+        )
+        self._heartbeat_task = asyncio.create_task(self._beat(), name="heartbeat")
+        self._heartbeat_task.add_done_callback(_tell_of_failure)
+
+    def attach(self, engine: Engine) -> None:
+        """Serve requests by `engine` from now on, and tell every worker that it is ready."""
+        self._engine = engine
+        for worker_id in list(self._workers):
+            self.send(worker_id, engine.ready_message())
+
+    def send(self, worker_id: int, message: FromEngine) -> None:
+        """Send without waiting. A worker that has gone is passed over, a stuck one dropped."""
+        writer = self._workers.get(worker_id)
+        if writer is None:
+            return
+        writer.write(wire.encode_frame(message))
+        if writer.transport.get_write_buffer_size() > self._config.max_outgoing_bytes:
+            logger.error("worker %d does not read its answers: dropped", worker_id)
+            self._hang_up(worker_id)
+
+    async def close(self) -> None:
+        """Flush what was sent, hang up and remove the socket."""
+        if self._heartbeat_task is not None:
+            self._heartbeat_task.cancel()
+        if self._server is not None:
+            self._server.close()
+        writers, self._workers = list(self._workers.values()), {}
+        for writer in writers:
+            writer.close()
+        closing = [asyncio.ensure_future(writer.wait_closed()) for writer in writers]
+        if closing:
+            await asyncio.wait(closing, timeout=FLUSH_TIMEOUT_S)
+        for one in closing:
+            one.cancel()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._config.socket_path)
+
+    async def _serve_worker(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        worker_id = next(self._worker_ids)
+        self._workers[worker_id] = writer
+        if self._engine is not None:
+            self.send(worker_id, self._engine.ready_message())
+        try:
+            await self._receive_from(worker_id, reader)
+        except (WireError, DuplicateRequestError) as error:
+            logger.error("worker %d broke the protocol and is dropped: %s", worker_id, error)
+        except OSError as error:
+            logger.warning("worker %d is lost: %s", worker_id, error)
+        except asyncio.CancelledError:
+            pass  # the loop ends; asyncio would report the cancelled handler as a fault
+        finally:
+            self._hang_up(worker_id)
+            if self._engine is not None:
+                self._engine.drop_worker(worker_id)
+
+    async def _receive_from(self, worker_id: int, reader: asyncio.StreamReader) -> None:
+        limit = self._config.max_frame_bytes
+        while message := await wire.read_message(reader, wire.to_engine_decoder, limit):
+            self._handle(worker_id, message)
+            # A worker with many frames at hand must not hold up the others.
+            await asyncio.sleep(0)
+
+    def _handle(self, worker_id: int, message: ToEngine) -> None:
+        if self._engine is None:
+            if isinstance(message, AddRequest):
+                error = EngineDeadError("the engine is still loading its model")
+                for request_id in message.answer_ids:
+                    self.send(worker_id, failure_of(request_id, error))
+        elif isinstance(message, AddRequest):
+            self._engine.add(worker_id, message)
+        else:
+            self._engine.abort(worker_id, message.request_ids)
+
+    def _hang_up(self, worker_id: int) -> None:
+        """Close at once, whatever is unsent. Its reader then ends, which drops its requests."""
+        if writer := self._workers.pop(worker_id, None):
+            writer.transport.abort()
+
+    async def _beat(self) -> None:
+        while True:
+            heartbeat = _heartbeat_of(self._engine)
+            for worker_id in list(self._workers):
+                self.send(worker_id, heartbeat)
+            await asyncio.sleep(self._config.heartbeat_interval_s)
+
+
+def _tell_of_failure(beating: asyncio.Task[None]) -> None:
+    """Say why there are no heartbeats any more, for which the supervisor will end this process."""
+    if not beating.cancelled() and (error := beating.exception()) is not None:
+        logger.error("heartbeats ended by a fault", exc_info=error)
+
+
+def _heartbeat_of(engine: Engine | None) -> Heartbeat:
+    if engine is None:
+        return Heartbeat(stats=EngineStats())
+    watch = engine.step_watch
+    return Heartbeat(
+        stats=engine.stats(),
+        step_age_s=watch.age_s,
+        stall_s=watch.stall_s,
+        may_compile=watch.is_first_of_kind,
+    )
+
+
+def _listen(path: str) -> socket.socket:
+    """A listening Unix socket at `path` that only this user may open."""
+    _remove_stale(path)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with _umask(0o177):
+            listening.bind(path)
+    except OSError as error:
+        listening.close()
+        raise SocketPathError(
+            f"cannot listen on the socket {path!r}: {error.strerror or error}; give a path of at "
+            "most 107 bytes in a folder that exists and is yours"
+        ) from error
+    listening.listen()
+    listening.setblocking(False)
+    return listening
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket that a killed engine left behind; one that answers is not ours to take."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise SocketPathError(f"{path!r} exists and is no socket: remove it")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            os.unlink(path)
+            return
+    raise SocketPathError(f"another engine listens on {path!r}: stop it or give another path")
+
+
+@contextlib.contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    """Files are made with `mask` inside; the mode is right from the first moment."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)

@@ -1,0 +1,251 @@
+"""One request as the scheduler sees it: its tokens, and how far they are computed.
+
+Owns the state of one accepted request. There is no prefill or decode phase:
+`num_computed_tokens` catches up with `num_tokens`, and whoever is behind by
+exactly one token, and waits for no image, is decoding. Knows nothing of budgets,
+other requests or tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum
+
+import msgspec
+
+from ...models.batch import (
+    PromptLogprobs,
+    PromptTargets,
+    SamplingContext,
+    SamplingParams,
+    TokenMatcher,
+)
+from ..blocks.block_pool import ImageEntry, ImageKey
+from ..blocks.prefix_keys import extend_block_keys
+from ..messages import AddRequest, FinishReason
+
+
+class Status(Enum):
+    """Where a sequence is; it leaves FINISHED never.
+
+    FOLLOWING: another answer to the prompt that its leader is to compute for both.
+    """
+
+    FOLLOWING = "following"
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The tokens of one request and the blocks that hold what is computed of them.
+
+    sequence_id is unique in the engine; `request.request_id` only on its worker.
+    token_ids: the prompt, then what was generated. block_ids cover all of them
+    while the sequence runs; images[i] is the pool's entry for request.images[i].
+    num_kept_blocks: how many of them, from the first, the prefix cache knows.
+    num_cached_tokens: how many tokens it had when the sequence first ran.
+    arrival: counts the requests that were queued before this one's.
+    choice: which of the request's answers this is; the first is the leader of the
+    others, its followers, until it has computed their prompt or has gone.
+    prompt_logprobs: of the prompt's tokens so far, kept when blocks are given up; None
+    where they are not asked for, and for followers.
+    matcher: its place in the request's grammar, from when that is compiled.
+    queued_at, ran_at: of `time.monotonic()`; ran_at is when it first ran, and stays.
+    """
+
+    sequence_id: str
+    worker_id: int
+    request: AddRequest
+    choice: int = 0
+    sampling: SamplingParams = field(init=False)
+    token_ids: list[int] = field(init=False)
+    image_keys: list[ImageKey] = field(init=False)
+    end_token_ids: frozenset[int] = field(init=False)
+    stop_token_ids: frozenset[int] = field(init=False)
+    penalized_prompt_ids: array[int] = field(init=False)
+    status: Status = Status.WAITING
+    num_computed_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    images: list[ImageEntry] = field(default_factory=list)
+    is_in_step: bool = False
+    is_aborted: bool = False
+    num_preemptions: int = 0
+    num_kept_blocks: int = 0
+    num_cached_tokens: int = 0
+    block_keys: list[bytes] = field(default_factory=list)
+    followers: list[Sequence] = field(default_factory=list)
+    leader: Sequence | None = None
+    arrival: int = 0
+    matcher: TokenMatcher | None = None
+    prompt_logprobs: list[PromptLogprobs | None] | None = None
+    queued_at: float = field(default_factory=time.monotonic)
+    ran_at: float | None = None
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.token_ids = list(request.prompt_token_ids)
+        self.image_keys = [ImageKey.of(image, request.tenant) for image in request.images]
+        self.end_token_ids = frozenset(request.eos_token_ids)
+        self.stop_token_ids = frozenset(request.stop_token_ids)
+        self.sampling = _sampling_of(request, self.choice)
+        if request.num_prompt_logprobs is not None and self.choice == 0:
+            self.prompt_logprobs = [None]  # nothing stands before the first token
+        is_penalized = request.sampling.repetition_penalty != 1.0
+        self.penalized_prompt_ids = array("q", set(self.token_ids) if is_penalized else ())
+
+    @classmethod
+    def of(cls, worker_id: int, request: AddRequest) -> list[Sequence]:
+        """The sequences of a request, one a choice: the leader, then its followers."""
+        leader, *followers = (
+            cls(f"{worker_id}/{request_id}", worker_id, request, choice)
+            for choice, request_id in enumerate(request.answer_ids)
+        )
+        for follower in followers:
+            follower.status, follower.leader = Status.FOLLOWING, leader
+        leader.followers = followers
+        return [leader, *followers]
+
+    @property
+    def request_id(self) -> str:
+        """The id under which the worker knows this choice."""
+        return self.request.answer_ids[self.choice]
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Who goes first: the lower priority number, then who came first."""
+        return self.request.priority, self.arrival, self.choice
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """One token behind, and every image that this token sees is here."""
+        if self.num_uncomputed_tokens != 1:
+            return False
+        seen = zip(self.images, self.request.spans, strict=True)
+        place = self.num_computed_tokens
+        return all(entry.is_encoded or not span.covers(place) for entry, span in seen)
+
+    def may_go_on(self, max_model_len: int) -> bool:
+        """True unless the token that is being sampled for it is its last in any case."""
+        return self._has_room(max_model_len, num_more=1) and not self.is_aborted
+
+    def _has_room(self, max_model_len: int, num_more: int = 0) -> bool:
+        """True if it may grow, once it has so many more tokens."""
+        num_generated, num_tokens = self.num_generated_tokens, self.num_tokens
+        return (
+            num_generated + num_more < self.request.max_tokens
+            and num_tokens + num_more < max_model_len
+        )
+
+    @property
+    def num_image_bytes(self) -> int:
+        return sum(len(image.data) for image in self.request.images)
+
+    @property
+    def queue_s(self) -> float:
+        """How long it waited before it first ran; 0 while it has not."""
+        return 0.0 if self.ran_at is None else self.ran_at - self.queued_at
+
+    @property
+    def lacks_matcher(self) -> bool:
+        """True while the request's grammar is being compiled: it cannot run yet."""
+        return self.request.grammar is not None and self.matcher is None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is Status.FINISHED
+
+    def append(self, token_id: int, max_model_len: int) -> FinishReason | None:
+        """Take a generated token; why the request ends with it, or None if it goes on."""
+        self.token_ids.append(token_id)
+        if self.matcher is not None:
+            self.matcher.accept(token_id)
+            if self.matcher.has_failed:
+                return "abort"
+        if token_id in self.end_token_ids or token_id in self.stop_token_ids:
+            return "stop"
+        return None if self._has_room(max_model_len) else "length"
+
+    def full_block_keys(self, block_size: int) -> list[bytes]:
+        """The prefix cache's keys of all full blocks of tokens; each is made once."""
+        if len(self.block_keys) < self.num_tokens // block_size:
+            request = self.request
+            extend_block_keys(
+                self.block_keys,
+                self.token_ids,
+                request.spans,
+                self.image_keys,
+                request.tenant,
+                block_size,
+            )
+        return self.block_keys
+
+    def sampling_context(self) -> SamplingContext | None:
+        """What the choice of the next token depends on besides the logits; None if nothing."""
+        params = self.sampling
+        is_short = self.num_generated_tokens < params.min_tokens
+        if not is_short and not params.has_penalties:
+            return None
+        num_prompt = len(self.request.prompt_token_ids)
+        return SamplingContext(
+            prompt_token_ids=self.penalized_prompt_ids,
+            generated_token_ids=self.token_ids[num_prompt:] if params.has_penalties else (),
+            banned_token_ids=[*self.end_token_ids, *self.stop_token_ids] if is_short else (),
+        )
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """How many tokens, from the first, may be taken from a cache.
+
+        The last one is computed in any case: something must be sampled from. So is
+        what stands before a token of the prompt whose log-probability is not known yet.
+        """
+        most = self.num_tokens - 1
+        known = self.prompt_logprobs
+        if known is None or len(known) == len(self.request.prompt_token_ids):
+            return most
+        return min(most, len(known) - 1)
+
+    def prompt_targets(self, start: int, end: int) -> PromptTargets | None:
+        """The log-probabilities that are due when positions start .. end - 1 are computed."""
+        if self.prompt_logprobs is None:
+            return None
+        prompt_token_ids = self.request.prompt_token_ids
+        begin = max(start + 1, len(self.prompt_logprobs))
+        token_ids = prompt_token_ids[begin : end + 1]
+        if not token_ids:
+            return None
+        return PromptTargets(begin - 1 - start, token_ids, self.request.num_prompt_logprobs or 0)
+
+    def matched_stop_token_id(self) -> int | None:
+        """The last token if it is one of the request's own stops and not an end of turn."""
+        last = self.token_ids[-1]
+        return last if last in self.stop_token_ids and last not in self.end_token_ids else None
+
+
+def _sampling_of(request: AddRequest, choice: int) -> SamplingParams:
+    """The request's parameters, with a random stream of its own for each choice.
+
+    The first choice's is the request's: an answer does not depend on how many were asked for.
+    """
+    if choice == 0:
+        return request.sampling
+    digest = hashlib.sha256(f"{request.sampling.seed}/{choice}".encode()).digest()
+    seed = int.from_bytes(digest[:8], "big") >> 1
+    return msgspec.structs.replace(request.sampling, seed=seed)

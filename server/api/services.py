@@ -1,0 +1,114 @@
+"""What the routes share: the services of one worker and the JSON they answer with.
+
+Owns no endpoint. Knows nothing of any API's shapes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import orjson
+from sanic import HTTPResponse, Request
+
+from ..errors import ModelNotFoundError
+from ..generation.answer_stream import Completion
+from ..generation.generator import Engine, Generator
+from ..prompts.processor import Processor
+from ..schemas.decoding import decode_body
+from ..settings import ServerSettings
+from ..telemetry.metrics import Metrics
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+# Of so many the JSON is made in about ten milliseconds.
+MAX_INLINE_LOGPROBS = 2_000
+
+
+@dataclass(slots=True)
+class Services:
+    """One worker's parts, as `app.ctx.services`."""
+
+    settings: ServerSettings
+    engine: Engine
+    generator: Generator
+    metrics: Metrics
+    processor: Processor
+    configured_model_len: int
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def max_model_len(self) -> int:
+        """The engine's context; before it is ready, the checkpoint's."""
+        info = self.engine.info
+        return self.configured_model_len if info is None else info.max_model_len
+
+    @property
+    def is_ready(self) -> bool:
+        """The engine has its model, its heart beats, its steps get on, and nothing is stopping."""
+        is_well = self.settings.well_limits.allow(self.engine)
+        return is_well and not self.generator.is_draining
+
+
+class _Context(Protocol):
+    services: Services
+
+
+def services_of(request: Request) -> Services:
+    """The services of the worker that serves this request."""
+    context: _Context = request.app.ctx
+    return context.services
+
+
+def json_response(
+    content: Any, status: int = 200, headers: dict[str, str] | None = None
+) -> HTTPResponse:
+    """A JSON answer, its keys in the order in which they were written."""
+    return HTTPResponse(
+        orjson.dumps(content), status=status, headers=headers, content_type="application/json"
+    )
+
+
+async def completion_response(
+    plain: Callable[[Completion], Any], completion: Completion
+) -> HTTPResponse:
+    """The JSON that `plain` makes of whole answers; in a thread where they tell of many tokens."""
+    if completion.num_logprobs <= MAX_INLINE_LOGPROBS:
+        return json_response(plain(completion))
+    return await asyncio.to_thread(lambda: json_response(plain(completion)))
+
+
+async def read_body(request: Request, schema: type[T]) -> T:
+    """The request's body as a `schema`. Raises BadRequestError."""
+    if services_of(request).settings.unknown_fields == "error":
+        return decode_body(request.body, schema)
+    # Each unknown field costs another pass over the body.
+    return await asyncio.to_thread(decode_body, request.body, schema, ignore_unknown=True)
+
+
+def tenant_of(request: Request, cache_salt: str | None = None) -> str:
+    """Who shares cached pictures and texts with this request: same API key, same cache_salt.
+
+    A hash, as the engine has no use for the key itself; empty without a key and a salt.
+    """
+    owner: bytes = getattr(request.ctx, "key_owner", b"")
+    if not owner and not cache_salt:
+        return ""
+    # The key's digest has a fixed length, so that no key and salt pass for others.
+    salt = (cache_salt or "").encode(errors="surrogatepass")
+    return hashlib.sha256(owner.ljust(32, b"\0") + salt).hexdigest()
+
+
+def check_model(request: Request, name: str) -> None:
+    """Raises ModelNotFoundError unless a model is served under this name."""
+    served = services_of(request).settings.served_model_names
+    if name not in served:
+        raise ModelNotFoundError(
+            f"The model {name[:200]!r} does not exist; this server has {', '.join(served)}.",
+            param="model",
+        )

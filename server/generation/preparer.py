@@ -1,0 +1,257 @@
+"""From what is asked for to what the engine is asked: every check before it, and all its input.
+
+Owns the order of those: what the model can do, prompts, grammar, images. Knows nothing of HTTP,
+of the engine's work or of answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+import secrets
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from ...models.batch import ImageTiles
+from ...router.messages import AddRequest, EngineReady
+from ..errors import BadRequestError, NotReadyError
+from ..images.settings import ImageError, ImageRequest, PoolClosed
+from ..prompts.conversation import ImagePart
+from ..prompts.processor import PreparedPrompt, Processor, PromptTooLongError
+from ..structured_output.compile_checks import GrammarChecks
+from ..telemetry.request_record import current_record
+from .request import (
+    GenerationRequest,
+    PlainPrompt,
+    check_against,
+    check_min_tokens,
+    check_prompt_logprobs,
+    check_token_ids,
+    room,
+)
+
+# Longer texts are tokenized in a thread, so that the event loop goes on.
+MAX_INLINE_CHARS = 4_000
+# Of all prompts of one request, so that no body keeps a thread for seconds: four long contexts.
+MAX_PROMPT_TOKENS = 524_288
+
+
+class Images(Protocol):
+    """What is used of `images.loader.ImageLoader`."""
+
+    async def load(
+        self, images: Sequence[ImageRequest], deadline: float | None = None
+    ) -> list[ImageTiles]: ...
+
+
+@dataclass(slots=True, frozen=True)
+class PreparedGeneration:
+    """A request that passed every check but the engine's own.
+
+    requests: one for each prompt, all with as many answers. deadline: when it is given up, in the
+    loop's time; infinite where it never is.
+    """
+
+    requests: tuple[AddRequest, ...]
+    stop: tuple[str, ...]
+    deadline: float = math.inf
+    tool_names: tuple[str, ...] = ()
+    max_tool_calls: int | None = None
+
+    @property
+    def answer_ids(self) -> list[str]:
+        """The engine's ids of all answers in the order of their choices: prompt by prompt."""
+        return [answer_id for request in self.requests for answer_id in request.answer_ids]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(request.prompt_token_ids) for request in self.requests)
+
+
+class Preparer:
+    """Prepares requests with a processor, an image loader and the children that check grammars."""
+
+    def __init__(
+        self,
+        processor: Processor,
+        images: Images,
+        image_deadline_s: float,
+        grammar_checks: GrammarChecks,
+    ) -> None:
+        self._processor = processor
+        self._images = images
+        self._image_deadline_s = image_deadline_s
+        self._grammar_checks = grammar_checks
+
+    async def prepare(
+        self, request: GenerationRequest, info: EngineReady, deadline: float
+    ) -> PreparedGeneration:
+        """What the engine is asked: the prompts are checked before any image is fetched.
+
+        Raises BadRequestError, or NotReadyError while the server stops.
+        """
+        check_against(info, request)
+        prompts = await self._prompts(request, info)
+        check_prompt_logprobs(request, sum(len(prompt.token_ids) for prompt in prompts))
+        # Before any work: what each prompt leaves room for.
+        rooms = [room(request, len(one.token_ids), info.max_model_len) for one in prompts]
+        check_min_tokens(request.sampling.min_tokens, min(rooms))
+        grammar = await self._grammar(request)
+        added = [
+            await self._added(request, prompt, max_tokens, grammar)
+            for prompt, max_tokens in zip(prompts, rooms, strict=True)
+        ]
+        return PreparedGeneration(
+            _with_seeds(request, added),
+            request.stop,
+            deadline,
+            tool_names=tuple(tool.name for tool in request.tools),
+            max_tool_calls=request.max_tool_calls,
+        )
+
+    async def _added(
+        self,
+        request: GenerationRequest,
+        prompt: PreparedPrompt,
+        max_tokens: int,
+        grammar: str | None,
+    ) -> AddRequest:
+        return AddRequest(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=prompt.token_ids,
+            images=await self._tiles(prompt.images, request.tenant),
+            spans=prompt.spans,
+            sampling=request.sampling,
+            max_tokens=max_tokens,
+            # A grammar says itself where an answer may end.
+            eos_token_ids=[]
+            if request.ignore_eos and not grammar
+            else self._processor.eos_token_ids,
+            stop_token_ids=list(request.stop_token_ids),
+            tenant=request.tenant,
+            choice_ids=[uuid.uuid4().hex for _ in range(1, request.num_choices)],
+            priority=request.priority,
+            num_prompt_logprobs=request.num_prompt_logprobs,
+            grammar=grammar,
+        )
+
+    async def _grammar(self, request: GenerationRequest) -> str | None:
+        """The request's grammar as the engine takes it. Raises BadRequestError."""
+        if request.grammar is None:
+            return None
+        return await self._grammar_checks.check(
+            request.grammar, request.grammar_field, request.tenant
+        )
+
+    async def _prompts(
+        self, request: GenerationRequest, info: EngineReady
+    ) -> Sequence[PreparedPrompt]:
+        if request.messages:
+            return [await self._conversation(request, info.max_model_len)]
+        prepare = functools.partial(self._plain_prompts, request, info)
+        if sum(len(prompt.content) for prompt in request.prompts) <= MAX_INLINE_CHARS:
+            return prepare()
+        return await asyncio.to_thread(prepare)
+
+    async def _conversation(self, request: GenerationRequest, max_model_len: int) -> PreparedPrompt:
+        num_chars = sum(message.num_chars for message in request.messages)
+        has_json = bool(request.tools) or any(one.tool_calls for one in request.messages)
+        prepare = functools.partial(
+            self._processor.prepare,
+            request.messages,
+            max_model_len - 1,
+            request.tools,
+            request.tool_format,
+        )
+        try:
+            if num_chars <= MAX_INLINE_CHARS and not has_json:
+                return prepare()
+            return await asyncio.to_thread(prepare)
+        except PromptTooLongError as error:
+            raise BadRequestError(str(error), param="messages") from error
+
+    def _plain_prompts(
+        self, request: GenerationRequest, info: EngineReady
+    ) -> Sequence[PreparedPrompt]:
+        """Raises BadRequestError that names the first prompt which cannot be."""
+        limit = max(MAX_PROMPT_TOKENS, info.max_model_len)
+        prompts = []
+        num_tokens = 0
+        for prompt in request.prompts:
+            token_ids = self._plain_prompt(prompt, request.add_special_tokens, info)
+            num_tokens += len(token_ids)
+            if num_tokens > limit:
+                raise BadRequestError(
+                    f"the prompts have over {limit:,} tokens together: send fewer in one request",
+                    param=prompt.field,
+                )
+            prompts.append(PreparedPrompt(token_ids, [], []))
+        return prompts
+
+    def _plain_prompt(
+        self, prompt: PlainPrompt, add_special_tokens: bool, info: EngineReady
+    ) -> list[int]:
+        field, most = prompt.field, info.max_model_len - 1
+        try:
+            if isinstance(prompt.content, str):
+                token_ids = self._processor.prepare_text(
+                    prompt.content, most, add_special_tokens=add_special_tokens
+                )
+            else:
+                token_ids = list(prompt.content)
+                self._check_ids(token_ids, field, info)
+                if len(token_ids) > most:
+                    raise PromptTooLongError(f"{len(token_ids):,}", most)
+        except PromptTooLongError as error:
+            raise BadRequestError(f"{field}: {error}", param=field) from error
+        if not token_ids:
+            raise BadRequestError(f"{field} has no tokens: send at least one", param=field)
+        return token_ids
+
+    def _check_ids(self, token_ids: Sequence[int], field: str, info: EngineReady) -> None:
+        check_token_ids(info, token_ids, field)
+        if self._processor.image_id in token_ids:
+            raise BadRequestError(
+                f"{field} holds {self._processor.image_id}, the token of an image, and no image"
+                " goes with it: ask /v1/chat/completions about images",
+                param=field,
+            )
+
+    async def _tiles(self, images: Sequence[ImagePart], tenant: str) -> list[ImageTiles]:
+        if not images:
+            return []
+        record = current_record()
+        record.num_images += len(images)
+        record.images_began = record.images_began or time.monotonic()
+        wanted = [ImageRequest(image.url, image.max_tiles, tenant) for image in images]
+        deadline = asyncio.get_running_loop().time() + self._image_deadline_s
+        try:
+            return await self._images.load(wanted, deadline)
+        except ImageError as error:
+            field = "messages" if error.index is None else images[error.index].field
+            raise BadRequestError(f"{field}: {error.message}", param=field) from error
+        except TimeoutError as error:
+            raise BadRequestError(
+                f"the images took longer than {self._image_deadline_s:g} s to load: send fewer or"
+                " smaller ones, or as data URLs",
+                param="messages",
+            ) from error
+        except PoolClosed as error:
+            raise NotReadyError("the server is stopping: try again", retry_after_s=1.0) from error
+        finally:
+            record.images_ended = time.monotonic()
+
+
+def _with_seeds(request: GenerationRequest, added: Sequence[AddRequest]) -> tuple[AddRequest, ...]:
+    """The same, each prompt with a seed of its own where the client gave none."""
+    if request.has_seed:
+        return tuple(added)
+    for one in added[1:]:
+        one.sampling = msgspec.structs.replace(one.sampling, seed=secrets.randbits(63))
+    return tuple(added)

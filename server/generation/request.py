@@ -1,0 +1,160 @@
+"""What is to be generated, in the one form that every API's request becomes.
+
+Owns the request and what of it the loaded model can do. Knows nothing of HTTP, of
+prompts or of the engine's work.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...models.batch import SamplingParams
+from ...router.messages import EngineReady
+from ..errors import BadRequestError
+from ..prompts.conversation import Message, Tool, ToolFormat
+
+# Log-probabilities of a prompt in one answer: about 5 MB of JSON, a tenth of a second to write.
+MAX_PROMPT_ENTRIES = 65_536
+
+
+@dataclass(slots=True, frozen=True)
+class PlainPrompt:
+    """A prompt that is no conversation: a text, or token ids as they are.
+
+    field: its place in the client's body, for errors.
+    """
+
+    content: str | tuple[int, ...]
+    field: str
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class GenerationRequest:
+    """What to generate, however it was asked for: from one conversation, or from plain prompts.
+
+    max_tokens None: default_max_tokens, or what the context leaves where that is None or more.
+    has_seed: the client gave one, which then holds for each of several prompts.
+    add_special_tokens: a plain text begins with `<|begin_of_text|>`.
+    tenant: only with requests of the same tenant are cached pictures and texts shared.
+    num_choices: how many answers to the same prompt; num_prompt_logprobs: how many of
+    the likeliest tokens are told beside each token of the prompt. Of requests that wait the one of
+    lower priority goes first. timeout_s: from its arrival to the end of its answer.
+    tools: what the model is told of and may call, in which format; max_tool_calls: the
+    answer ends with that many, None for no bound. grammar: what texts the answer may
+    be, not compiled yet, and the field that said so.
+    """
+
+    sampling: SamplingParams
+    messages: tuple[Message, ...] = ()
+    prompts: tuple[PlainPrompt, ...] = ()
+    add_special_tokens: bool = True
+    has_seed: bool = True
+    max_tokens: int | None = None
+    default_max_tokens: int | None = None
+    max_tokens_field: str = "max_tokens"
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    tenant: str = ""
+    num_choices: int = 1
+    num_prompt_logprobs: int | None = None
+    prompt_logprobs_field: str = "prompt_logprobs"
+    priority: int = 0
+    timeout_s: float | None = None
+    tools: tuple[Tool, ...] = ()
+    tool_format: ToolFormat = "json"
+    max_tool_calls: int | None = None
+    grammar: str | None = None
+    grammar_field: str = ""
+
+
+def sampling_params(
+    temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None
+) -> SamplingParams:
+    """The API's defaults where a field is None; a random seed where none is given."""
+    return SamplingParams(
+        temperature=1.0 if temperature is None else temperature,
+        top_p=1.0 if top_p is None else top_p,
+        top_k=top_k or -1,
+        # The sign has no meaning for a random stream: 63 bits, never negative.
+        seed=secrets.randbits(63) if seed is None else seed & (2**63 - 1),
+    )
+
+
+def check_against(info: EngineReady, request: GenerationRequest) -> None:
+    """Refuse what the loaded model cannot do, before any work."""
+    if request.tools and any(message.images for message in request.messages):
+        raise BadRequestError(
+            "tools and images cannot share a request: the model's published prompt has no place"
+            " for an image beside tools. Leave one out, or ask about the image first",
+            param="tools",
+        )
+    if request.max_tokens is not None and request.max_tokens >= info.max_model_len:
+        field = request.max_tokens_field
+        raise BadRequestError(
+            f"{field} is {request.max_tokens:,}; max_model_len is {info.max_model_len:,}"
+            " with the prompt: lower it or start with a larger --max-model-len",
+            param=field,
+        )
+    if request.num_choices > info.max_num_seqs:
+        raise BadRequestError(
+            f"n is {request.num_choices}; this server runs {info.max_num_seqs} answers at once:"
+            " lower it or start with a larger --max-num-seqs",
+            param="n",
+        )
+    biased = [token_id for token_id, _ in request.sampling.logit_bias]
+    for field, token_ids in (("stop_token_ids", request.stop_token_ids), ("logit_bias", biased)):
+        check_token_ids(info, token_ids, field)
+
+
+def check_token_ids(info: EngineReady, token_ids: Sequence[int], field: str) -> None:
+    """Raises BadRequestError if the model has no such token."""
+    if token_ids and max(token_ids) >= info.vocab_size:
+        raise BadRequestError(
+            f"{field} holds {max(token_ids)}; the vocabulary ends at {info.vocab_size - 1}",
+            param=field,
+        )
+
+
+def check_prompt_logprobs(request: GenerationRequest, num_prompt: int) -> None:
+    """A long prompt with twenty candidates a token would be an answer of hundreds of megabytes."""
+    if request.num_prompt_logprobs is None:
+        return
+    field = request.prompt_logprobs_field
+    num_entries = num_prompt * (1 + request.num_prompt_logprobs)
+    if num_entries > MAX_PROMPT_ENTRIES:
+        raise BadRequestError(
+            f"{field} {request.num_prompt_logprobs} of {num_prompt:,} prompt tokens are"
+            f" {num_entries:,} log-probabilities, the limit is {MAX_PROMPT_ENTRIES:,}: ask for"
+            " fewer or shorten the prompt",
+            param=field,
+        )
+
+
+def check_min_tokens(min_tokens: int, max_tokens: int) -> None:
+    if min_tokens > max_tokens:
+        raise BadRequestError(
+            f"min_tokens is {min_tokens:,}, but at most {max_tokens:,} tokens may be generated:"
+            " lower it or raise max_tokens",
+            param="min_tokens",
+        )
+
+
+def room(request: GenerationRequest, num_prompt: int, max_model_len: int) -> int:
+    """How many tokens may be generated.
+
+    Raises BadRequestError if prompt and max_tokens do not fit the context.
+    """
+    left = max_model_len - num_prompt
+    if request.max_tokens is None:
+        return min(left, request.default_max_tokens or left)
+    if request.max_tokens > left:
+        field = request.max_tokens_field
+        raise BadRequestError(
+            f"the prompt has {num_prompt:,} tokens and {field} is {request.max_tokens:,};"
+            f" max_model_len is {max_model_len:,}: lower {field} to {left:,} or shorten the prompt",
+            param=field,
+        )
+    return request.max_tokens

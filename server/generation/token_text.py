@@ -1,0 +1,135 @@
+"""How a token and its log-probability read for a client.
+
+Owns the text and bytes of single tokens, which may be parts of a character. Knows nothing of
+requests, nor of any API's shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from ...models.batch import PromptLogprobs, TokenLogprobs
+
+
+@dataclass(slots=True, frozen=True)
+class TokenText:
+    """A token by itself.
+
+    text_bytes: what it adds to the answer in UTF-8, so that those of all tokens joined are the
+    answer; None for special tokens, which add nothing. text: the same as a string, and
+    `bytes:\\xe2\\x82` where it holds a part of a character.
+    """
+
+    text: str
+    text_bytes: bytes | None
+
+
+@dataclass(slots=True, frozen=True)
+class TokenLogprob:
+    """A candidate for one place of the answer and its natural log-probability."""
+
+    token: TokenText
+    logprob: float
+
+
+@dataclass(slots=True, frozen=True)
+class TokenEntry:
+    """One generated token; top: the likeliest candidates for its place, best first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(slots=True, frozen=True)
+class PromptCandidate:
+    """A token for one place of the prompt; rank 1 is the likeliest there."""
+
+    token_id: int
+    text: str
+    logprob: float
+    rank: int
+
+
+# For each token of a prompt what stands there, then the likeliest; None where nothing is known.
+PromptEntries = tuple[tuple[PromptCandidate, ...] | None, ...]
+
+
+class TokenReader:
+    """Reads token ids of one tokenizer, each by itself."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._added = tokenizer.get_added_tokens_decoder()
+        self._is_byte_level = "ByteLevel" in repr(tokenizer.decoder)
+        # No longer than the vocabulary.
+        self._known: dict[int, TokenText] = {}
+
+    def entry(self, token_id: int, logprobs: TokenLogprobs) -> TokenEntry:
+        """What the model said at the place of a chosen token."""
+        top = zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
+        return TokenEntry(
+            TokenLogprob(self.read(token_id), logprobs.logprob),
+            tuple(TokenLogprob(self.read(one), logprob) for one, logprob in top),
+        )
+
+    def prompt_entries(self, prompt: list[PromptLogprobs | None]) -> PromptEntries:
+        """What the model said at each place of a prompt."""
+        return tuple(None if one is None else self._prompt_candidates(one) for one in prompt)
+
+    def _prompt_candidates(self, one: PromptLogprobs) -> tuple[PromptCandidate, ...]:
+        top = zip(one.top_token_ids, one.top_logprobs, strict=True)
+        candidates = [(one.token_id, one.logprob, one.rank)]
+        candidates += [
+            (token_id, logprob, rank)
+            for rank, (token_id, logprob) in enumerate(top, 1)
+            if token_id != one.token_id
+        ]
+        return tuple(
+            PromptCandidate(token_id, self.read(token_id).text, logprob, rank)
+            for token_id, logprob, rank in candidates
+        )
+
+    def read(self, token_id: int) -> TokenText:
+        """The token's text and bytes."""
+        known = self._known.get(token_id)
+        if known is None:
+            known = self._known[token_id] = self._read(token_id)
+        return known
+
+    def _read(self, token_id: int) -> TokenText:
+        name: str | None = self._tokenizer.id_to_token(token_id)
+        if name is None:
+            # A model's vocabulary may be wider than its tokenizer's.
+            return TokenText(f"token_id:{token_id}", None)
+        added = self._added.get(token_id)
+        if added is not None:
+            return TokenText(name, None if added.special else name.encode())
+        if self._is_byte_level and all(character in _BYTES for character in name):
+            return _text_of(bytes(_BYTES[character] for character in name))
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return TokenText(text, text.encode())
+
+
+def _text_of(text_bytes: bytes) -> TokenText:
+    try:
+        return TokenText(text_bytes.decode(), text_bytes)
+    except UnicodeDecodeError:
+        escaped = "".join(f"\\x{byte:02x}" for byte in text_bytes)
+        return TokenText(f"bytes:{escaped}", text_bytes)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Which byte each character of a byte-level vocabulary stands for.
+
+    Bytes that print stand for themselves, the others follow from U+0100 on.
+    Source: bytes_to_unicode of GPT-2's encoder.py.
+    """
+    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in set(printing)]
+    alphabet = {chr(byte): byte for byte in printing}
+    return alphabet | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()

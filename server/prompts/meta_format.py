@@ -1,0 +1,140 @@
+"""Renders a conversation in Meta's own format: for what a chat template cannot take.
+
+Owns headers, and how tools and calls are written in each of the three formats
+that Llama 3 was taught. Knows nothing of token ids or of templates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from .chat_template import BEGIN_OF_TEXT, IMAGE
+from .conversation import ImagePart, Message, TextPart, Tool, ToolCall, ToolFormat
+from .placeholders import RenderedPiece
+
+# The words of the published chat template; the missing space is its own.
+JSON_TASK = (
+    "Given the following functions, please respond with a JSON for a function call with its"
+    " proper arguments that best answers the given prompt.\n\n"
+    'Respond in the format {"name": function name, "parameters": dictionary of argument name'
+    " and its value}.Do not use variables.\n\n"
+)
+TAG_TASK = (
+    "To call a function, reply with nothing but this:\n\n"
+    '<function=example_function_name>{"example_name": "example_value"}</function>\n\n'
+)
+LIST_TASK = (
+    "To call functions, reply with nothing but this:\n\n"
+    "[func_name1(params_name1=params_value1, params_name2=params_value2...),"
+    " func_name2(params)]\n\n"
+)
+LIST_HEAD = "You have access to the following functions:\n\n"
+
+
+def render_as_meta(
+    messages: Sequence[Message],
+    tools: Sequence[Tool] = (),
+    tool_format: ToolFormat = "json",
+    *,
+    add_generation_prompt: bool = True,
+) -> list[RenderedPiece]:
+    """The prompt in Meta's ChatFormat: no preamble, no date, every role with images.
+
+    Tools in JSON stand at the head of the first user message, as in the
+    published template; those of the other formats at the head of the system
+    message. Either message is made where it is missing.
+    """
+    role = "user" if tool_format == "json" else "system"
+    place = _place_of_tools(messages, role) if tools else None
+    pieces = [RenderedPiece(BEGIN_OF_TEXT, is_template=True)]
+    for number, message in enumerate(messages):
+        if number == place and message.role != role:
+            pieces += [_header(role), *_tools(tools, tool_format), _turn_end()]
+        pieces.append(_header("ipython" if message.role == "tool" else message.role))
+        if number == place and message.role == role:
+            pieces += _tools(tools, tool_format)
+        pieces.extend(_meta_part(part) for part in message.parts)
+        pieces += _calls(message, tool_format)
+        pieces.append(_turn_end())
+    if place == len(messages):
+        pieces += [_header(role), *_tools(tools, tool_format), _turn_end()]
+    return [*pieces, _header("assistant")] if add_generation_prompt else pieces
+
+
+def _place_of_tools(messages: Sequence[Message], role: str) -> int:
+    """The message that holds the tools, or before which one is made for them."""
+    roles = [message.role for message in messages]
+    if role == "system":
+        return 0
+    others = (number for number, role in enumerate(roles) if role != "system")
+    return roles.index("user") if "user" in roles else next(others, len(roles))
+
+
+def _header(role: str) -> RenderedPiece:
+    return RenderedPiece(f"<|start_header_id|>{role}<|end_header_id|>\n\n", is_template=True)
+
+
+def _turn_end() -> RenderedPiece:
+    return RenderedPiece("<|eot_id|>", is_template=True)
+
+
+def _meta_part(part: TextPart | ImagePart) -> RenderedPiece:
+    if isinstance(part, ImagePart):
+        return RenderedPiece(IMAGE, is_template=True)
+    return RenderedPiece(part.text.strip(), is_template=False)
+
+
+def _tools(tools: Sequence[Tool], tool_format: ToolFormat) -> list[RenderedPiece]:
+    """What the model is told of its tools. Their words are the client's, so they are text."""
+    if tool_format == "json":
+        listed = "".join(f"{_json(tool.definition, indent=4)}\n\n" for tool in tools)
+        return [_text(JSON_TASK + listed)]
+    functions = [tool.definition["function"] for tool in tools]
+    if tool_format == "function_tag":
+        listed = "".join(f"{_json(function)}\n\n" for function in functions)
+        return [_text(LIST_HEAD + listed + TAG_TASK)]
+    return [_text(f"{LIST_HEAD}{_json(functions)}\n\n{LIST_TASK}")]
+
+
+def _calls(message: Message, tool_format: ToolFormat) -> list[RenderedPiece]:
+    if not message.tool_calls:
+        return []
+    if tool_format == "json":
+        calls = "; ".join(_json_call(call) for call in message.tool_calls)
+    elif tool_format == "function_tag":
+        calls = "\n".join(
+            f"<function={call.name}>{_json(call.arguments)}</function>"
+            for call in message.tool_calls
+        )
+    else:
+        calls = f"[{', '.join(_python_call(call) for call in message.tool_calls)}]"
+    return [_text(f"\n{calls}" if message.text.strip() else calls)]
+
+
+def _json_call(call: ToolCall) -> str:
+    return f'{{"name": "{call.name}", "parameters": {_json(call.arguments)}}}'
+
+
+def _python_call(call: ToolCall) -> str:
+    arguments = (f"{key}={python_literal(value)}" for key, value in call.arguments.items())
+    return f"{call.name}({', '.join(arguments)})"
+
+
+def python_literal(value: Any) -> str:
+    """A JSON value as Python writes it; strings keep JSON's quotes."""
+    if isinstance(value, dict):
+        pairs = (f"{python_literal(key)}: {python_literal(one)}" for key, one in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(python_literal, value))}]"
+    return repr(value) if value is None or isinstance(value, bool) else _json(value)
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _text(text: str) -> RenderedPiece:
+    return RenderedPiece(text, is_template=False)

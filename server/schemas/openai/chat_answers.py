@@ -1,0 +1,303 @@
+"""What a client of /v1/chat/completions reads: the plain answer and the chunks.
+
+Owns keys and their order. Knows nothing of how they are sent.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NotRequired, TypedDict
+
+from ...generation.answer_stream import (
+    Answer,
+    AnsweredCall,
+    Completion,
+    End,
+    Event,
+    FinishReason,
+    PromptTold,
+    TextDelta,
+    ToolCallDelta,
+    Usage,
+)
+from ...generation.token_text import TokenEntry, TokenLogprob
+from ..answer_parts import PromptLogprobs, UsageCounts, obfuscation, prompt_logprobs, usage_counts
+
+
+class CandidateToken(TypedDict):
+    """A token that the model might have chosen. bytes: null for a special token."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChosenToken(CandidateToken):
+    """A token of the answer, and the likeliest ones in its place."""
+
+    top_logprobs: list[CandidateToken]
+
+
+class ChoiceLogprobs(TypedDict):
+    """One entry for each token that usage counts."""
+
+    content: list[ChosenToken]
+
+
+class CallOfFunction(TypedDict):
+    """arguments: JSON as text, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ChatCall(TypedDict):
+    """A call that the client is to make."""
+
+    id: str
+    type: Literal["function"]
+    function: CallOfFunction
+
+
+class ChatMessage(TypedDict):
+    """The answer. tool_calls: only where the request has tools."""
+
+    role: Literal["assistant"]
+    content: str | None
+    tool_calls: NotRequired[list[ChatCall]]
+
+
+class ChatChoice(TypedDict):
+    """stop_reason: the stop string or token id that ended the answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+
+
+class ChatCompletion(TypedDict):
+    """The whole answer."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageCounts
+    prompt_logprobs: PromptLogprobs | None
+
+
+class PartOfFunction(TypedDict):
+    """name: in a call's first part only."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class PartOfCall(TypedDict):
+    """A piece of a call; id, type and the function's name come with the first one."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: PartOfFunction
+
+
+class ChatDelta(TypedDict):
+    """What is new: the role first, then pieces of text or of calls, nothing at the end."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+    tool_calls: NotRequired[list[PartOfCall]]
+
+
+class ChatChunkChoice(TypedDict):
+    """finish_reason and stop_reason come with the choice's last chunk."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+
+
+class ChatCompletionChunk(TypedDict):
+    """One frame of a streamed answer.
+
+    usage: only with stream_options.include_usage, null in all but the last chunk, whose
+    choices are empty. obfuscation: only with stream_options.include_obfuscation.
+    """
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[UsageCounts | None]
+    obfuscation: NotRequired[str]
+
+
+def _new_id() -> str:
+    return f"chat-{uuid.uuid4().hex}"
+
+
+@dataclass(slots=True, frozen=True)
+class ChatAnswers:
+    """The answers to one request: all carry the same id and time.
+
+    has_tools: the request has tools, so that its messages have tool_calls.
+    """
+
+    model: str
+    include_usage: bool = False
+    num_choices: int = 1
+    has_tools: bool = False
+    is_obfuscated: bool = False
+    id: str = field(default_factory=_new_id)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def plain(self, completion: Completion) -> ChatCompletion:
+        """The whole answers, as api-reference.txt shows them."""
+        told = completion.prompts[0] if completion.prompts else None
+        return {
+            "id": self.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": [
+                _choice(index, answer, self.has_tools)
+                for index, answer in enumerate(completion.answers)
+            ],
+            "usage": usage_counts(completion.usage),
+            "prompt_logprobs": prompt_logprobs(told),
+        }
+
+    def first(self) -> list[ChatCompletionChunk]:
+        """The chunks before any text, one a choice."""
+        delta: ChatDelta = {"role": "assistant", "content": ""}
+        return [self._chunk(choice, delta) for choice in range(self.num_choices)]
+
+    def chunks(self, event: Event) -> list[ChatCompletionChunk]:
+        """The chunks that tell of one event."""
+        if isinstance(event, TextDelta):
+            return [self._chunk(event.choice, {"content": event.text}, event.logprobs)]
+        if isinstance(event, ToolCallDelta):
+            return self._call_chunks(event)
+        if isinstance(event, PromptTold):
+            # Asked for with whole answers only.
+            return []
+        if isinstance(event, End):
+            return [self._usage_chunk(event.usage)] if self.include_usage else []
+        return [self._chunk(event.choice, {}, event.logprobs, event.reason, event.stop_reason)]
+
+    def _call_chunks(self, event: ToolCallDelta) -> list[ChatCompletionChunk]:
+        """The name, then the arguments' text, as it comes."""
+        chunks = []
+        logprobs = event.logprobs
+        if event.is_first:
+            first: PartOfCall = {
+                "index": event.index,
+                "id": event.id,
+                "type": "function",
+                "function": {"name": event.name, "arguments": ""},
+            }
+            chunks.append(self._chunk(event.choice, {"tool_calls": [first]}, logprobs))
+            logprobs = ()
+        if event.arguments or logprobs:
+            part: PartOfCall = {"index": event.index, "function": {"arguments": event.arguments}}
+            chunks.append(self._chunk(event.choice, {"tool_calls": [part]}, logprobs))
+        return chunks
+
+    def _chunk(
+        self,
+        index: int,
+        delta: ChatDelta,
+        logprobs: Sequence[TokenEntry] = (),
+        finish_reason: FinishReason | None = None,
+        stop_reason: str | int | None = None,
+    ) -> ChatCompletionChunk:
+        choice: ChatChunkChoice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": _logprobs(logprobs),
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+        }
+        chunk = self._frame([choice])
+        if self.include_usage:
+            chunk["usage"] = None
+        if self.is_obfuscated:
+            chunk["obfuscation"] = obfuscation(delta.get("content", ""))
+        return chunk
+
+    def _usage_chunk(self, usage: Usage) -> ChatCompletionChunk:
+        chunk = self._frame([])
+        chunk["usage"] = usage_counts(usage)
+        return chunk
+
+    def _frame(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
+        return {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+
+def _choice(index: int, answer: Answer, has_tools: bool) -> ChatChoice:
+    return {
+        "index": index,
+        "message": _message(answer, has_tools),
+        "logprobs": _logprobs(answer.logprobs),
+        "finish_reason": answer.finish.reason,
+        "stop_reason": answer.finish.stop_reason,
+    }
+
+
+def _message(answer: Answer, has_tools: bool) -> ChatMessage:
+    """Its content is null where there are calls and no text beside them."""
+    text = answer.text if answer.text or not answer.tool_calls else None
+    message: ChatMessage = {"role": "assistant", "content": text}
+    if has_tools:
+        message["tool_calls"] = [_answered(call) for call in answer.tool_calls]
+    return message
+
+
+def _answered(call: AnsweredCall) -> ChatCall:
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def _logprobs(entries: Sequence[TokenEntry]) -> ChoiceLogprobs | None:
+    """OpenAI's ChoiceLogprobs; None where the request did not ask or no token came."""
+    if not entries:
+        return None
+    return {"content": [_chosen(entry) for entry in entries]}
+
+
+def _chosen(entry: TokenEntry) -> ChosenToken:
+    one = entry.chosen
+    return {
+        "token": one.token.text,
+        "logprob": one.logprob,
+        "bytes": _bytes(one),
+        "top_logprobs": [_candidate(other) for other in entry.top],
+    }
+
+
+def _candidate(one: TokenLogprob) -> CandidateToken:
+    return {"token": one.token.text, "logprob": one.logprob, "bytes": _bytes(one)}
+
+
+def _bytes(one: TokenLogprob) -> list[int] | None:
+    text_bytes = one.token.text_bytes
+    return None if text_bytes is None else list(text_bytes)

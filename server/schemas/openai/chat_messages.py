@@ -1,0 +1,212 @@
+"""Conversations as OpenAI's clients write them: roles, contents and parts.
+
+Owns their names, bounds and spellings, and how they become a conversation. Knows nothing of
+sampling, of tokens or of answers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+
+from ...errors import BadRequestError
+from ...prompts.conversation import ImagePart, Message, Part, Role, TextPart
+from ..decoding import no_nul
+from ..rules import any_of, given, having
+from ..tools import CallId, CallList, calls_of
+
+Name = Annotated[str, msgspec.Meta(max_length=256)]
+
+MAX_PARTS = 2048
+
+# Only data URLs: a link inside a text is never fetched.
+_IMG_TAG = re.compile(
+    r"""<img\s++src=(?P<quote>["'])(?P<url>data:image/[^"']*+)(?P=quote)\s*+/?>"""
+)
+
+
+class ImageUrl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """detail "low" takes one tile; "auto" and "high" take what the checkpoint allows."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class TextContent(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"
+):
+    text: str
+
+
+class OnlyText(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part where none but texts are taken, so that its type says nothing new."""
+
+    text: str
+    type: Literal["text"] = "text"
+
+
+class ImageContent(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="image_url"
+):
+    image_url: ImageUrl | str
+
+
+class RefusalContent(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="refusal"
+):
+    """What another model said where it refused: text of the conversation like any."""
+
+    refusal: str
+
+
+TextList = Annotated[list[OnlyText], msgspec.Meta(max_length=MAX_PARTS)]
+AnswerList = Annotated[list[TextContent | RefusalContent], msgspec.Meta(max_length=MAX_PARTS)]
+PartList = Annotated[list[TextContent | ImageContent], msgspec.Meta(max_length=MAX_PARTS)]
+
+
+class _Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="role"):
+    """What all roles share; `name` is taken and has no effect."""
+
+
+class SystemMessage(_Turn, frozen=True, tag="system"):
+    content: str | TextList
+    name: Name | None = None
+
+
+class DeveloperMessage(_Turn, frozen=True, tag="developer"):
+    """The newer name of a system message."""
+
+    content: str | TextList
+    name: Name | None = None
+
+
+class UserMessage(_Turn, frozen=True, tag="user"):
+    content: str | PartList
+    name: Name | None = None
+
+
+class AssistantMessage(_Turn, frozen=True, tag="assistant"):
+    """An earlier answer; fields that the SDK echoes back are taken at null.
+
+    content may be null beside tool_calls or a refusal only.
+    """
+
+    schema_rules: ClassVar[dict[str, Any]] = any_of(
+        given("content"),
+        having("tool_calls", {"type": "array", "minItems": 1}),
+        having("refusal", {"type": "string", "minLength": 1}),
+    )
+
+    content: str | AnswerList | None = None
+    name: Name | None = None
+    refusal: str | None = None
+    audio: None = None
+    annotations: Annotated[list[Any], msgspec.Meta(max_length=0)] | None = None
+    function_call: None = None
+    tool_calls: CallList | None = None
+
+
+class ToolMessage(_Turn, frozen=True, tag="tool"):
+    """The result of one call of an earlier answer."""
+
+    content: str | TextList
+    tool_call_id: CallId
+    name: Name | None = None
+
+
+AnyMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
+MessageList = Annotated[list[AnyMessage], msgspec.Meta(min_length=1, max_length=2048)]
+
+
+def conversation_of(turns: Sequence[AnyMessage]) -> tuple[Message, ...]:
+    """The conversation that a body's messages are. Raises BadRequestError that names the field."""
+    messages = bounded(_message(turn, f"messages[{i}]") for i, turn in enumerate(turns))
+    _check_results(turns)
+    return messages
+
+
+def bounded(messages: Iterable[Message]) -> tuple[Message, ...]:
+    """All of the messages. Raises BadRequestError at the first that is one image too many.
+
+    Far over what a server takes: only so that a body of nothing but images is not read on.
+    """
+    taken: list[Message] = []
+    num_images = 0
+    for message in messages:
+        num_images += len(message.images)
+        if num_images > MAX_PARTS:
+            raise BadRequestError(
+                f"the messages have over {MAX_PARTS:,} images: send fewer", param="messages"
+            )
+        taken.append(message)
+    return tuple(taken)
+
+
+def _check_results(turns: Sequence[AnyMessage]) -> None:
+    """Raises BadRequestError at a tool message that answers no call of an earlier answer."""
+    ids: set[str] = set()
+    for i, turn in enumerate(turns):
+        if isinstance(turn, AssistantMessage):
+            ids.update(call.id for call in turn.tool_calls or ())
+        elif isinstance(turn, ToolMessage) and turn.tool_call_id not in ids:
+            raise BadRequestError(
+                f"messages[{i}].tool_call_id is {turn.tool_call_id[:64]!r}, which is the id of no"
+                " call in an earlier assistant message: send that message too",
+                param=f"messages[{i}].tool_call_id",
+            )
+
+
+def _message(turn: AnyMessage, field: str) -> Message:
+    parts = _parts(turn, f"{field}.content")
+    if not isinstance(turn, AssistantMessage):
+        return Message(_role(turn), parts)
+    if turn.refusal:
+        parts += (TextPart(no_nul(turn.refusal, f"{field}.refusal")),)
+    return Message("assistant", parts, calls_of(turn.tool_calls, f"{field}.tool_calls"))
+
+
+def _role(turn: AnyMessage) -> Role:
+    if isinstance(turn, UserMessage):
+        return "user"
+    return "tool" if isinstance(turn, ToolMessage) else "system"
+
+
+def _parts(turn: AnyMessage, field: str) -> tuple[Part, ...]:
+    if turn.content is None:
+        if isinstance(turn, AssistantMessage) and (turn.tool_calls or turn.refusal):
+            return ()
+        raise BadRequestError(f"{field} is required where there are no tool_calls", param=field)
+    if isinstance(turn.content, str):
+        text = no_nul(turn.content, field)
+        return parts_of_text(text, field) if isinstance(turn, UserMessage) else (TextPart(text),)
+    return tuple(_part(part, f"{field}[{i}]") for i, part in enumerate(turn.content))
+
+
+def _part(part: OnlyText | TextContent | RefusalContent | ImageContent, field: str) -> Part:
+    if isinstance(part, RefusalContent):
+        return TextPart(no_nul(part.refusal, f"{field}.refusal"))
+    if not isinstance(part, ImageContent):
+        return TextPart(no_nul(part.text, f"{field}.text"))
+    if isinstance(part.image_url, str):
+        return ImagePart(part.image_url, f"{field}.image_url")
+    max_tiles = 1 if part.image_url.detail == "low" else None
+    return ImagePart(part.image_url.url, f"{field}.image_url.url", max_tiles)
+
+
+def parts_of_text(text: str, field: str) -> tuple[Part, ...]:
+    """A string content in parts: `<img src="data:image/...">` in it is an image.
+
+    Raises BadRequestError where it has more parts than a list of them may have.
+    """
+    parts: list[Part] = []
+    begin = 0
+    for tag in _IMG_TAG.finditer(text):
+        if len(parts) >= MAX_PARTS:
+            raise BadRequestError(f"{field} has over {MAX_PARTS:,} parts: send fewer", param=field)
+        parts += [TextPart(text[begin : tag.start()]), ImagePart(tag["url"], field)]
+        begin = tag.end()
+    parts.append(TextPart(text[begin:]))
+    return tuple(part for part in parts if isinstance(part, ImagePart) or part.text)

@@ -1,0 +1,237 @@
+"""What a client of /v1/completions reads: the plain answer and the chunks.
+
+Owns keys and their order. Knows nothing of how they are sent.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NotRequired, TypedDict
+
+from ...generation.answer_stream import (
+    Answer,
+    Completion,
+    End,
+    Event,
+    Finish,
+    PromptTold,
+    TextDelta,
+    Usage,
+)
+from ...generation.token_text import TokenEntry
+from ..answer_parts import (
+    PromptLogprobs,
+    UsageCounts,
+    obfuscation,
+    prompt_logprobs,
+    usage_counts,
+)
+from .logprob_columns import TokenColumns, TokenLists
+
+Reason = Literal["stop", "length"]
+
+
+class CompletionChoice(TypedDict):
+    """stop_reason: the stop string or token id that ended the text."""
+
+    index: int
+    text: str
+    logprobs: TokenLists | None
+    finish_reason: Reason
+    stop_reason: str | int | None
+    prompt_logprobs: PromptLogprobs | None
+
+
+class TextCompletion(TypedDict):
+    """The whole answer."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: UsageCounts
+
+
+class CompletionChunkChoice(TypedDict):
+    """finish_reason and stop_reason come with the choice's last chunk."""
+
+    index: int
+    text: str
+    logprobs: TokenLists | None
+    finish_reason: Reason | None
+    stop_reason: str | int | None
+
+
+class CompletionChunk(TypedDict):
+    """One frame of a streamed answer.
+
+    usage: only with stream_options.include_usage, null in all but the last chunk, whose
+    choices are empty. obfuscation: only with stream_options.include_obfuscation.
+    """
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChunkChoice]
+    usage: NotRequired[UsageCounts | None]
+    obfuscation: NotRequired[str]
+
+
+def _new_id() -> str:
+    return f"cmpl-{uuid.uuid4().hex}"
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionAnswers:
+    """The answers to one request: all carry the same id and time.
+
+    num_answers: to each prompt. echoes: the prompts' texts, where they stand before the answers.
+    num_top: how many of the likeliest tokens are told beside each token; None tells of no token.
+    num_prompt_top: the same of prompt_logprobs. is_echo_only: nothing is told but the prompt.
+    """
+
+    model: str
+    num_answers: int = 1
+    echoes: Sequence[str] | None = None
+    num_top: int | None = None
+    num_prompt_top: int | None = None
+    is_echo_only: bool = False
+    include_usage: bool = False
+    is_obfuscated: bool = False
+    id: str = field(default_factory=_new_id)
+    created: int = field(default_factory=lambda: int(time.time()))
+    _columns: dict[int, TokenColumns] = field(default_factory=dict)
+
+    def plain(self, completion: Completion) -> TextCompletion:
+        """The whole answers, prompt by prompt."""
+        prompts = {told.prompt: told for told in completion.prompts}
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": [
+                self._choice(index, answer, prompts.get(index // self.num_answers))
+                for index, answer in enumerate(completion.answers)
+            ],
+            "usage": self._usage(completion.usage),
+        }
+
+    def first(self) -> list[CompletionChunk]:
+        """The echoes, where nothing has to be waited for."""
+        if self.echoes is None or self.num_top is not None:
+            return []
+        return [
+            self._chunk(prompt * self.num_answers + number, text)
+            for prompt, text in enumerate(self.echoes)
+            for number in range(self.num_answers)
+        ]
+
+    def chunks(self, event: Event) -> list[CompletionChunk]:
+        """The chunks that tell of one event."""
+        if isinstance(event, PromptTold):
+            return self._echoed(event)
+        if isinstance(event, End):
+            return [self._usage_chunk(event.usage)] if self.include_usage else []
+        if isinstance(event, Finish):
+            return [self._last(event)]
+        if isinstance(event, TextDelta) and not self.is_echo_only:
+            return [
+                self._chunk(event.choice, event.text, self._lists(event.choice, event.logprobs))
+            ]
+        return []
+
+    def _choice(self, index: int, answer: Answer, told: PromptTold | None) -> CompletionChoice:
+        columns = self._columns_of(index)
+        text = "" if self.echoes is None else self.echoes[index // self.num_answers]
+        if self.echoes is not None and told is not None and self.num_top is not None:
+            columns.add_prompt(told)
+        if not self.is_echo_only:
+            text += answer.text
+            columns.add(answer.logprobs)
+        is_asked = self.num_prompt_top is not None
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": None if self.num_top is None else columns.take(),
+            "finish_reason": self._reason(answer.finish),
+            "stop_reason": None if self.is_echo_only else answer.finish.stop_reason,
+            "prompt_logprobs": prompt_logprobs(told, self.num_prompt_top) if is_asked else None,
+        }
+
+    def _echoed(self, told: PromptTold) -> list[CompletionChunk]:
+        """A prompt before its answers, where its tokens are told with it."""
+        if self.echoes is None or self.num_top is None:
+            return []
+        chunks = []
+        for number in range(self.num_answers):
+            index = told.prompt * self.num_answers + number
+            columns = self._columns_of(index)
+            columns.add_prompt(told)
+            chunks.append(self._chunk(index, self.echoes[told.prompt], columns.take()))
+        return chunks
+
+    def _last(self, event: Finish) -> CompletionChunk:
+        if self.is_echo_only:
+            return self._chunk(event.choice, "", None, "length")
+        lists = self._lists(event.choice, event.logprobs)
+        return self._chunk(event.choice, "", lists, self._reason(event), event.stop_reason)
+
+    def _reason(self, finish: Finish) -> Reason:
+        return "length" if self.is_echo_only or finish.reason == "length" else "stop"
+
+    def _lists(self, index: int, entries: Sequence[TokenEntry]) -> TokenLists | None:
+        if not entries:
+            return None
+        columns = self._columns_of(index)
+        columns.add(entries)
+        return columns.take()
+
+    def _columns_of(self, index: int) -> TokenColumns:
+        return self._columns.setdefault(index, TokenColumns(self.num_top or 0))
+
+    def _chunk(
+        self,
+        index: int,
+        text: str,
+        logprobs: TokenLists | None = None,
+        finish_reason: Reason | None = None,
+        stop_reason: str | int | None = None,
+    ) -> CompletionChunk:
+        choice: CompletionChunkChoice = {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+        }
+        chunk = self._frame([choice])
+        if self.include_usage:
+            chunk["usage"] = None
+        if self.is_obfuscated:
+            chunk["obfuscation"] = obfuscation(text)
+        return chunk
+
+    def _usage(self, usage: Usage) -> UsageCounts:
+        if self.is_echo_only:
+            usage = Usage(usage.prompt_tokens, 0, usage.cached_tokens)
+        return usage_counts(usage)
+
+    def _usage_chunk(self, usage: Usage) -> CompletionChunk:
+        chunk = self._frame([])
+        chunk["usage"] = self._usage(usage)
+        return chunk
+
+    def _frame(self, choices: list[CompletionChunkChoice]) -> CompletionChunk:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }

@@ -1,0 +1,83 @@
+"""A process that compiles strangers' grammars to say whether they can be: killed at a deadline.
+
+    stdin, stdout    length (4 bytes, big-endian) and that many bytes: an answer for each question,
+                     and one before the first, when the tokenizer is read
+
+Owns the check and its memory limit. Knows nothing of requests. A question is a grammar as
+`grammars.py` writes it; an answer is JSON: the grammar ready for the engine, or why it is none.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from typing import BinaryIO
+
+import msgspec
+from llguidance.gbnf_to_lark import gbnf_to_lark
+
+from ...models.grammar import Grammars
+from ...router.parent_death import die_with_parent
+
+MAX_MEMORY_BYTES = 2 << 30
+# Of processor time, for the first token: a step of the model waits for it, and its neighbours too.
+MAX_MASK_S = 0.25
+LENGTH_BYTES = 4
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """Exactly one is set: the grammar for the engine, or the reason against it in one line."""
+
+    grammar: str | None = None
+    error: str | None = None
+
+
+def judge(text: str, grammars: Grammars) -> Verdict:
+    """Whether a grammar compiles and begins in time, as the engine would have it.
+
+    One in GBNF is translated first.
+    """
+    try:
+        raw = msgspec.json.decode(text)
+        if gbnf := raw.get("gbnf"):
+            raw = {"grammars": [{"lark_grammar": gbnf_to_lark(gbnf)}]}
+            text = msgspec.json.encode(raw).decode()
+        matcher = grammars.compile_anew(text)
+        start = time.process_time()
+        grammars.fill([matcher])
+        seconds = time.process_time() - start
+    except Exception as problem:  # the translation raises nothing more special
+        return Verdict(error=_one_line(str(problem) or type(problem).__name__))
+    if matcher.has_failed or seconds > MAX_MASK_S:
+        return Verdict(error="its first token takes too long to find: simplify it")
+    return Verdict(grammar=text)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+def main() -> None:
+    """Answer until stdin ends."""
+    die_with_parent(int(sys.argv[1]))
+    grammars = Grammars(sys.argv[2], vocab_size=0)
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    # Nothing that a library prints may pass for an answer.
+    os.dup2(2, 1)
+    _write(sink, Verdict())
+    while len(head := source.read(LENGTH_BYTES)) == LENGTH_BYTES:
+        question = source.read(int.from_bytes(head, "big")).decode()
+        _write(sink, judge(question, grammars))
+
+
+def _write(sink: BinaryIO, verdict: Verdict) -> None:
+    answer = msgspec.json.encode(verdict)
+    sink.write(len(answer).to_bytes(LENGTH_BYTES, "big") + answer)
+    sink.flush()
+
+
+if __name__ == "__main__":
+    main()

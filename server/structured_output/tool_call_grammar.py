@@ -1,0 +1,50 @@
+"""The grammar of answers that are calls: what tool_choice required, or a named one, asks for.
+
+Owns how a call is written where it must be one. The parser reads every text of these
+grammars as calls. Knows nothing of how grammars are compiled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from ..prompts.conversation import Tool, ToolFormat
+from .grammar_text import lark_grammar, quoted, with_bounded_blanks
+
+# So that a model which sees no end comes to one.
+MAX_CALLS = 16
+
+
+def calls_grammar(
+    tools: Sequence[Tool], max_calls: int | None, tool_format: ToolFormat = "json"
+) -> str:
+    """One call or more to these tools, their arguments as the tools' schemas have them.
+
+    max_calls: None for up to MAX_CALLS. Calls are function tags where the prompt asks
+    for those, else JSON.
+    Raises BadRequestError, naming tools, if the schemas are too long together.
+    """
+    is_tagged = tool_format == "function_tag"
+    between = quoted("\n" if is_tagged else "; ")
+    num_more = min(max_calls or MAX_CALLS, MAX_CALLS) - 1
+    rules = [
+        f"start: call ({between} call){{0,{num_more}}}" if num_more else "start: call",
+        "call: " + " | ".join(f"call_{number}" for number in range(len(tools))),
+    ]
+    for number, tool in enumerate(tools):
+        begin, end = _around(tool, is_tagged)
+        rules.append(f"call_{number}: {quoted(begin)} arguments_{number} {quoted(end)}")
+        rules.append(f"arguments_{number}: %json {_schema(tool)}")
+    return lark_grammar("\n".join(rules), "tools")
+
+
+def _around(tool: Tool, is_tagged: bool) -> tuple[str, str]:
+    """What stands before and behind a call's arguments."""
+    if is_tagged:
+        return f"<function={tool.name}>", "</function>"
+    return f'{{"name": "{tool.name}", "parameters": ', "}"
+
+
+def _schema(tool: Tool) -> str:
+    return json.dumps(with_bounded_blanks(tool.schema, f"the parameters of {tool.name}", "tools"))

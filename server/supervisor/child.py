@@ -1,0 +1,106 @@
+"""One child process of the supervisor: its start, its settings, its end.
+
+Owns the process and how its end is told in words. Knows nothing of what it does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from ..tasks import end_tasks
+
+
+class ManagedChild:
+    """A process that reads its settings as one line of JSON on stdin.
+
+    On stdin, not on the command line: settings hold API keys. In a session of its own,
+    so that Ctrl-C reaches the supervisor alone.
+    """
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def start(
+        cls,
+        command: Sequence[str],
+        *,
+        pass_fds: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> ManagedChild:
+        """Start Python with these arguments; it waits for its settings."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *command,
+            stdin=PIPE,
+            pass_fds=pass_fds,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )
+        return cls(process)
+
+    async def configure(self, settings: msgspec.Struct) -> None:
+        """Hand the settings over. A child that has ended meanwhile does not get them."""
+        stdin = self._process.stdin
+        assert stdin is not None
+        with contextlib.suppress(ConnectionError):
+            stdin.write(msgspec.json.encode(settings) + b"\n")
+            await stdin.drain()
+        stdin.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.returncode is not None
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; negative where a signal ended it."""
+        return self._process.returncode
+
+    @property
+    def how_it_ended(self) -> str:
+        """In words, for the operator."""
+        code = self._process.returncode or 0
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    async def wait(self) -> None:
+        """Return when it has ended."""
+        await self._process.wait()
+
+    async def wait_or_hang(self, hanging: Coroutine[Any, Any, str]) -> str | None:
+        """None when it has ended, or why it hangs as soon as `hanging` returns that."""
+        hangs = asyncio.create_task(hanging)
+        ends = asyncio.create_task(self.wait())
+        try:
+            await asyncio.wait([hangs, ends], return_when=asyncio.FIRST_COMPLETED)
+            return None if ends.done() else hangs.result()
+        finally:
+            await end_tasks(hangs, ends)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+
+    def hang_up(self) -> None:
+        """Tell it that there is something to read again."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGHUP)
+
+    def kill(self) -> None:
+        """Have the kernel end it, whatever it does; a stopped process too."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()

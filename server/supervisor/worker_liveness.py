@@ -1,0 +1,111 @@
+"""How a worker shows its supervisor that its event loop runs: bytes in a pipe, one a beat.
+
+Owns both ends of the pipe and the judgement of what comes through it. Knows nothing of
+processes: who is told that a worker hangs ends it.
+
+A pipe, and no request: to ask a worker takes a connection, which a full one would refuse, and
+which any of several workers may answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from .watchdog import watch
+
+INTERVAL_S = 0.5
+# More than a pipe holds.
+READ_BYTES = 1 << 20
+
+
+async def beat(fd: int, interval_s: float = INTERVAL_S) -> None:
+    """Write a byte each interval into the pipe's end `fd`; never returns."""
+    os.set_blocking(fd, False)
+    while True:
+        # One that is full has not been read for long: what is in it says enough.
+        with contextlib.suppress(BlockingIOError):
+            os.write(fd, b".")
+        await asyncio.sleep(interval_s)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLimits:
+    """How long a worker may be without a beat, in seconds.
+
+    stall_s: once there was one; starting_s: before that, as starting holds the process up.
+    """
+
+    stall_s: float = 10.0
+    starting_s: float = 300.0
+
+
+class Pulse:
+    """The supervisor's end of one worker's pipe, to be used as `with`.
+
+    The worker gets `worker_fd`, which is given up by `hand_over` once it has it. clock: seconds,
+    monotonic.
+    """
+
+    def __init__(
+        self,
+        limits: WorkerLimits,
+        *,
+        interval_s: float = INTERVAL_S / 2,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits = limits
+        self._interval_s = interval_s
+        self._clock = clock
+        self._fd, self.worker_fd = os.pipe()
+        os.set_blocking(self._fd, False)
+        self._is_handed_over = False
+        self._has_beaten = False
+        self._silent_s = 0.0
+
+    def __enter__(self) -> Pulse:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.hand_over()
+        os.close(self._fd)
+
+    def hand_over(self) -> None:
+        """Close the worker's end here. Further calls do nothing."""
+        if not self._is_handed_over:
+            self._is_handed_over = True
+            os.close(self.worker_fd)
+
+    async def until_it_stops(self) -> str:
+        """Why the worker is taken to hang. Never returns while it beats, nor after its end."""
+        pause = functools.partial(asyncio.sleep, self._interval_s)
+        return await watch(pause, self.judge, self._interval_s, self._clock)
+
+    def judge(self, passed_s: float) -> str | None:
+        """Take in `passed_s` more seconds; in words why the worker hangs, or None."""
+        if self._is_beating():
+            self._has_beaten, self._silent_s = True, 0.0
+        else:
+            self._silent_s += passed_s
+        limit_s = self._limits.stall_s if self._has_beaten else self._limits.starting_s
+        if self._silent_s > limit_s:
+            return f"has not run its event loop for {self._silent_s:.0f} s"
+        return None
+
+    def _is_beating(self) -> bool:
+        """Whether something came since the last look. An end is none: its process has ended."""
+        try:
+            return bool(os.read(self._fd, READ_BYTES))
+        except BlockingIOError:
+            return False

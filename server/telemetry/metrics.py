@@ -1,0 +1,265 @@
+"""The figures at /metrics: the documented service's names, and the field's usual ones beside them.
+
+Owns one worker's registry. No label takes its value from a client. Workers under the supervisor
+keep their figures in mapped files of one folder (PROMETHEUS_MULTIPROC_DIR), and each shows the
+sums over all: those of a worker that died stay, as it counted to the last. There are counters
+and histograms only, but for what `engine_figures.py` tells, which every worker tells alike.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from ...router.client.replica_pool import MOVE_REASONS, MoveReason, ReplicaState
+from ...router.messages import AddRequest, EngineStats
+from .engine_metrics import EngineFigures, ReplicaFigures, RestartFigures
+from .request_record import Record, current_record
+
+# When a figure was first made is no figure: it doubles the page, and cannot be summed.
+disable_created_metrics()
+# Where it is set, as prometheus_client is imported, figures are kept in files there.
+FIGURES_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+
+_LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 131072)
+_FEW = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+
+FinishedReason = Literal["stop", "length", "tool_calls", "abort", "error"]
+FINISHED_REASONS: tuple[FinishedReason, ...] = ("stop", "length", "tool_calls", "abort", "error")
+
+
+class Metrics:
+    """All figures of one HTTP worker, and the engine's counts as it last told them."""
+
+    def __init__(self, num_request_max: int) -> None:
+        self.registry = CollectorRegistry()
+        self._engine = EngineFigures(num_request_max)
+        self._replicas: ReplicaFigures | None = None
+        self.registry.register(self._engine)
+        self._add_documented_figures()
+        self._add_usual_figures()
+        self._add_http_figures()
+
+    def start(self, requests: Sequence[AddRequest]) -> RequestTimer:
+        """Begin to time one request that goes to the engine, with its prompts."""
+        return RequestTimer(self, requests)
+
+    def fail_early(self) -> None:
+        """A request failed before it went to the engine: its time was over, or there is no room."""
+        self.request_failure.inc()
+        self.request_finish.labels("error").inc()
+
+    def watch_replicas(self, states: Callable[[], Sequence[ReplicaState]]) -> None:
+        """Tell of each of several replicas too."""
+        self._replicas = ReplicaFigures(states)
+        self.registry.register(self._replicas)
+        self.replica_moves = self._counter(
+            "vlmserve_replica_moves",
+            "Requests that another replica took: full, the first one's queue was; dead, it was "
+            "before it began with them.",
+            ["reason"],
+        )
+        for reason in MOVE_REASONS:
+            self.replica_moves.labels(reason)
+
+    def count_move(self, reason: MoveReason) -> None:
+        """A request goes to another replica than the one first chosen."""
+        self.replica_moves.labels(reason).inc()
+
+    def count_http(self, record: Record) -> None:
+        """Count a request of whatever kind that has ended."""
+        self.http_requests.labels(record.method, record.route, str(record.status)).inc()
+        if record.images_began is not None and record.images_ended is not None:
+            self.image_load_time.observe(record.images_ended - record.images_began)
+
+    def render(self, stats: EngineStats) -> bytes:
+        """All figures in Prometheus' text format; of all workers, where there are several."""
+        self._engine.stats = stats
+        folder = os.environ.get(FIGURES_VARIABLE)
+        if folder is None:
+            return generate_latest(self.registry)
+        summed = CollectorRegistry()
+        MultiProcessCollector(summed)
+        summed.register(RestartFigures(Path(folder)))
+        summed.register(self._engine)
+        if self._replicas is not None:
+            summed.register(self._replicas)
+        return generate_latest(summed)
+
+    def _add_documented_figures(self) -> None:
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens taken.")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+            _LATENCY_S,
+        )
+        self.time_per_output_token = self._histogram(
+            "time_per_output_token_seconds", "Between two tokens of an answer.", _TOKEN_S
+        )
+        self.e2e_request_latency = self._histogram(
+            "e2e_request_latency_seconds", "From a request's arrival to its last token.", _LATENCY_S
+        )
+        self.request_prompt_tokens = self._histogram(
+            "request_prompt_tokens", "Prompt tokens a request.", _TOKENS
+        )
+        self.request_generation_tokens = self._histogram(
+            "request_generation_tokens", "Generated tokens a request.", _TOKENS
+        )
+        self.request_finish = self._counter(
+            "request_finish", "Requests that ended, by reason.", ["finished_reason"]
+        )
+        for reason in FINISHED_REASONS:
+            self.request_finish.labels(reason)
+        self.request_success = self._counter("request_success", "Requests answered to their end.")
+        self.request_failure = self._counter(
+            "request_failure",
+            "Requests that failed in the engine, or whose time was over before it.",
+        )
+
+    def _add_usual_figures(self) -> None:
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds",
+            "Between two tokens of an answer, counted once a token.",
+            _TOKEN_S,
+        )
+        self.request_queue_time = self._histogram(
+            "request_queue_time_seconds", "In the engine's queue before the first run.", _LATENCY_S
+        )
+        self.request_prefill_time = self._histogram(
+            "request_prefill_time_seconds", "From the first run to the first token.", _LATENCY_S
+        )
+        self.request_decode_time = self._histogram(
+            "request_decode_time_seconds", "From the first token to the last.", _LATENCY_S
+        )
+        self.request_inference_time = self._histogram(
+            "request_inference_time_seconds", "From the first run to the last token.", _LATENCY_S
+        )
+        self.request_params_n = self._histogram("request_params_n", "Answers asked for.", _FEW)
+        self.request_params_max_tokens = self._histogram(
+            "request_params_max_tokens", "Tokens that an answer may have.", _TOKENS
+        )
+        self.request_images = self._histogram("request_images", "Images a request.", _FEW)
+        self.image_load_time = self._histogram(
+            "image_load_time_seconds", "Fetching and decoding a request's images.", _LATENCY_S
+        )
+
+    def _add_http_figures(self) -> None:
+        self.http_requests = self._counter(
+            "vlmserve_http_requests",
+            "HTTP requests that ended; 499 is a client that went away.",
+            ["method", "route", "status"],
+        )
+        self.event_loop_lag = self._histogram(
+            "vlmserve_event_loop_lag_seconds", "How late the event loop runs what is due.", _LAG_S
+        )
+
+    def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(name, text, buckets=buckets, registry=self.registry)
+
+
+class RequestTimer:
+    """One request's times in the engine; exactly one of its ends is counted.
+
+    What it measures stands in the HTTP request's record too.
+    """
+
+    def __init__(self, metrics: Metrics, requests: Sequence[AddRequest]) -> None:
+        self._metrics = metrics
+        self._record = record = current_record()
+        self._admitted = time.monotonic()
+        self._first: float | None = None
+        self._last: dict[str, float] = {}
+        self._num_tokens = 0
+        self._queue_s = 0.0
+        self._is_over = False
+        num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        record.admitted = record.admitted or self._admitted
+        record.prompt_tokens += num_prompt_tokens
+        metrics.prompt_tokens.inc(num_prompt_tokens)
+        metrics.request_prompt_tokens.observe(num_prompt_tokens)
+        metrics.request_params_n.observe(len(requests[0].answer_ids))
+        metrics.request_params_max_tokens.observe(max(one.max_tokens for one in requests))
+        metrics.request_images.observe(sum(len(request.images) for request in requests))
+
+    def tokens(self, request_id: str, count: int, queue_s: float = 0.0) -> None:
+        """Some tokens of one answer came. queue_s: as the first output tells it."""
+        if not count:
+            return
+        now = time.monotonic()
+        if self._first is None:
+            self._begin(now, queue_s)
+        last = self._last.get(request_id)
+        if last is not None:
+            gap_s = (now - last) / count
+            self._metrics.time_per_output_token.observe(gap_s)
+            for _ in range(count):
+                self._metrics.inter_token_latency.observe(gap_s)
+        self._last[request_id] = self._record.last_token = now
+        self._num_tokens += count
+        self._record.completion_tokens += count
+        self._metrics.generation_tokens.inc(count)
+
+    def end_answer(self, reason: Literal["stop", "length", "tool_calls"]) -> None:
+        """One of the request's answers is whole."""
+        self._record.finish_reasons.append(reason)
+
+    def finish(self, reason: Literal["stop", "length", "tool_calls"]) -> None:
+        """The request was answered. reason: its last answer's."""
+        self._metrics.request_success.inc()
+        self._observe_decode()
+        self._close(reason)
+
+    def fail(self) -> None:
+        """The engine failed the request."""
+        self._metrics.request_failure.inc()
+        self._record.finish_reasons.append("error")
+        self._close("error")
+
+    def leave(self) -> None:
+        """Nobody waits any more; without effect after another end."""
+        if not self._is_over:
+            self._record.finish_reasons.append("abort")
+        self._close("abort")
+
+    def _begin(self, now: float, queue_s: float) -> None:
+        self._first, self._queue_s = now, queue_s
+        record = self._record
+        if record.first_token is None:
+            record.first_token, record.queue_s = now, queue_s
+        self._metrics.time_to_first_token.observe(now - record.began)
+        self._metrics.request_queue_time.observe(queue_s)
+        self._metrics.request_prefill_time.observe(max(0.0, now - self._admitted - queue_s))
+
+    def _observe_decode(self) -> None:
+        if self._first is not None:
+            last = max(self._last.values())
+            self._metrics.request_decode_time.observe(last - self._first)
+            inference_s = last - self._admitted - self._queue_s
+            self._metrics.request_inference_time.observe(max(0.0, inference_s))
+
+    def _close(self, reason: FinishedReason) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        self._metrics.request_finish.labels(reason).inc()
+        self._metrics.e2e_request_latency.observe(time.monotonic() - self._record.began)
+        self._metrics.request_generation_tokens.observe(self._num_tokens)

@@ -1,0 +1,61 @@
+"""Who is told of each request that has ended: the log in one line, the metrics, a trace.
+
+Owns the line's fields. Knows nothing of when a request ends, or of how a line is written.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from .metrics import Metrics
+from .request_record import Record
+
+if TYPE_CHECKING:
+    from .tracing import Tracer
+
+logger = logging.getLogger("vlmserve.access")
+
+
+class RequestLog:
+    """Tells of each closed record: to the metrics, and to log and tracer where they are wanted."""
+
+    def __init__(self, is_logged: bool, metrics: Metrics, tracer: Tracer | None = None) -> None:
+        self._is_logged = is_logged
+        self._metrics = metrics
+        self._tracer = tracer
+
+    def add(self, record: Record) -> None:
+        """Count the request, trace it, and write its line."""
+        self._metrics.count_http(record)
+        if self._tracer is not None:
+            self._tracer.add(record)
+        if self._is_logged:
+            logger.info("request", extra={"fields": fields_of(record)})
+
+
+def fields_of(record: Record) -> dict[str, Any]:
+    """What an operator may know of a request: no word of it, nor who sent it.
+
+    Times in seconds; None for what a request never came to.
+    """
+    fields: dict[str, Any] = {
+        "method": record.method,
+        "route": record.route,
+        "status": record.status,
+        "total_s": round(record.total_s, 4),
+    }
+    if not record.is_generation and not record.num_images:
+        return fields
+    return fields | {
+        "prompt_tokens": record.prompt_tokens,
+        "completion_tokens": record.completion_tokens,
+        "images": record.num_images,
+        "queue_s": _rounded(record.queue_s),
+        "ttft_s": _rounded(record.ttft_s),
+        "finish_reasons": record.finish_reasons,
+    }
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)

@@ -1,0 +1,107 @@
+"""What is remembered of one HTTP request until it ends: who asked for what, and how long it took.
+
+Owns the record, its id, and its way through the tasks that work for the request. Holds nothing
+that a client wrote but that id, and it only where it is harmless. Knows nothing of how a record is
+told: as a line of the log, in metrics or as a trace.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from sanic import Request
+
+from ...router.logs import request_id_of_task
+
+UNMATCHED = "unmatched"
+OTHER_METHOD = "other"
+CLIENT_CLOSED_REQUEST = 499
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(slots=True)
+class Record:
+    """One request's figures. All times are of `time.monotonic()`, None where they never came.
+
+    route: the route's own pattern, never the path that was asked for. traceparent, tracestate: as
+    the client sent them, for the trace alone. queue_s: as the engine measured it. A request of
+    several prompts sums tokens and images, and keeps the first queue and first token.
+    """
+
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    method: str = OTHER_METHOD
+    route: str = UNMATCHED
+    status: int = 0
+    traceparent: str | None = None
+    tracestate: str | None = None
+    began: float = field(default_factory=time.monotonic)
+    began_ns: int = field(default_factory=time.time_ns)
+    ended: float | None = None
+    images_began: float | None = None
+    images_ended: float | None = None
+    admitted: float | None = None
+    queue_s: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    num_images: int = 0
+    finish_reasons: list[str] = field(default_factory=list)
+    is_handled: bool = False
+
+    @classmethod
+    def of(cls, request: Request) -> Record:
+        """The record of a request whose head has just been read."""
+        method = request.method if request.method in _METHODS else OTHER_METHOD
+        return cls(
+            request_id=_request_id(request),
+            method=method,
+            traceparent=request.headers.getone("traceparent", None),
+            tracestate=request.headers.getone("tracestate", None),
+        )
+
+    @property
+    def total_s(self) -> float:
+        return (time.monotonic() if self.ended is None else self.ended) - self.began
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From the request's arrival to its first token."""
+        return None if self.first_token is None else self.first_token - self.began
+
+    @property
+    def is_generation(self) -> bool:
+        return self.admitted is not None
+
+
+_record_of_task: ContextVar[Record | None] = ContextVar("record_of_task", default=None)
+
+
+def current_record() -> Record:
+    """The record of the request that this task works for; one of its own where there is none."""
+    record = _record_of_task.get()
+    return Record() if record is None else record
+
+
+def remember(record: Record | None) -> None:
+    """Make `record` this task's, and that of the tasks that it starts."""
+    _record_of_task.set(record)
+    request_id_of_task.set(None if record is None else record.request_id)
+
+
+def record_of(request: Request) -> Record | None:
+    """The request's record, None before it has one."""
+    record: Record | None = getattr(request.ctx, "record", None)
+    return record
+
+
+def _request_id(request: Request) -> str:
+    """The client's X-Request-Id if it is harmless, else a new one."""
+    given = str(request.headers.getone("x-request-id", ""))
+    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,0 +1,398 @@
+"""Tensor parallelism: the plan, a cut model against the whole one, and ranks in their processes.
+
+In most tests the ranks are threads of this process whose collectives meet at a barrier; the last
+ones start real processes over gloo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy
+import openai
+import pytest
+import torch
+from support.helpers_models import (
+    BLOCK_SIZE,
+    checkpoint,
+    generate,
+    oracle_logits,
+    prefill_logits,
+    requests,
+)
+from torch import Tensor
+
+from vlmserve.models import create_runner as launch
+from vlmserve.models.batch import BlockCopy, CrossSegment, PoolSizes, ScheduledSequence, StepBatch
+from vlmserve.models.bundled.pictures import data_url, draw, random_scene
+from vlmserve.models.create_runner import _peaks, create_runner
+from vlmserve.models.decoder.decoder import is_fused
+from vlmserve.models.distributed import parallel_runner, wire
+from vlmserve.models.distributed import ranks as parallel_ranks
+from vlmserve.models.distributed.parallel_runner import ParallelRunner, create_parallel_runner
+from vlmserve.models.distributed.ranks import Ranks
+from vlmserve.models.errors import ModelError, StepError, StepTooLargeError
+from vlmserve.models.execution.runner import ModelRunner
+from vlmserve.models.kv_cache.pool_sizes import PoolPlan
+from vlmserve.models.memory.available import Room
+from vlmserve.models.tensor_parallel.plan import Side, check_size, cut_linears, narrow, share_of
+from vlmserve.models.weights.loader import LoadedModel, load, load_model, open_checkpoint
+from vlmserve.tests.conftest import MODEL_NAME, serving, wait_until
+
+SIZES = PoolSizes(200, 40, BLOCK_SIZE)
+# transformers and accelerate build modules under process-wide switches
+BUILDING = threading.Lock()
+
+
+class Meeting:
+    """Where threads that play ranks put what they computed and take what all did."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._barrier = threading.Barrier(size, timeout=60)
+        self._given: list = [None] * size
+
+    def leave(self) -> None:
+        """Let nobody wait for a rank that failed."""
+        self._barrier.abort()
+
+    def exchange(self, rank: int, value):
+        self._given[rank] = value
+        self._barrier.wait()
+        everything = list(self._given)
+        self._barrier.wait()
+        return everything
+
+
+class ThreadGroup:
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        self.rank, self.size, self._meeting = rank, meeting.size, meeting
+
+    def add_up(self, states: Tensor) -> Tensor:
+        return torch.stack(self._meeting.exchange(self.rank, states)).sum(0)
+
+    def join(self, states: Tensor) -> Tensor:
+        return torch.cat(self._meeting.exchange(self.rank, states), dim=-1)
+
+    def least(self, numbers: list[int]) -> list[int]:
+        return [min(column) for column in zip(*self._meeting.exchange(self.rank, numbers))]  # noqa: B905
+
+
+def on_ranks(size: int, work: Callable):
+    """What `work(group)` gives on each rank, all at once."""
+    meeting = Meeting(size)
+
+    def run(rank: int):
+        try:
+            return work(ThreadGroup(rank, meeting))
+        except BaseException:
+            meeting.leave()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(run, rank) for rank in range(size)]
+        return [future.result() for future in futures]
+
+
+def part_of(layout: str, group: ThreadGroup | None, quantize: str | None = None) -> LoadedModel:
+    """A rank's part of a checkpoint in float32, or the whole."""
+    with BUILDING:
+        return load_model(checkpoint(layout), "cpu", "float32", quantize, group)
+
+
+def skeleton(layout: str = "tiny"):
+    return open_checkpoint(checkpoint(layout), torch.float32).skeleton
+
+
+def test_every_decoder_layer_is_cut_and_nothing_else_but_vision_and_head() -> None:
+    model = skeleton()
+    cut = cut_linears(model, 2)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "model.multi_modal_projector":
+            assert name in cut, name
+    ins = {name.rpartition(".")[2] for name, side in cut.items() if side is Side.IN}
+    assert ins == {"o_proj", "down_proj", "fc2"}
+
+
+def test_a_vision_encoder_that_does_not_divide_stays_whole() -> None:
+    model = skeleton()
+    model.config.vision_config.attention_heads = 3
+    cut = cut_linears(model, 2)
+    assert not any(name.startswith("model.vision_model") for name in cut)
+    assert any(name.startswith("model.language_model") for name in cut)
+
+
+def test_a_vocabulary_that_does_not_divide_stays_whole() -> None:
+    model = skeleton()
+    model.lm_head = torch.nn.Linear(8, 767, device="meta")
+    assert "lm_head" not in cut_linears(model, 2)
+
+
+def test_a_number_of_ranks_that_does_not_divide_is_refused_with_those_that_do() -> None:
+    config = skeleton().config
+    config.text_config.num_attention_heads = 32
+    config.text_config.num_key_value_heads = 8
+    config.text_config.intermediate_size = 14336
+    check_size(config, 8)
+    with pytest.raises(
+        ModelError,
+        match=r"32 attention heads cannot be shared out to 3 ranks: --tensor-parallel-size takes "
+        "1, 2, 4, 8$",
+    ):
+        check_size(config, 3)
+
+
+def test_shares_cover_a_side_once() -> None:
+    assert [share_of(12, rank, 3) for rank in range(3)] == [
+        slice(0, 4),
+        slice(4, 8),
+        slice(8, 12),
+    ]
+
+
+def test_a_module_with_weights_is_not_cut() -> None:
+    model = load_model(checkpoint("tiny"), "cpu", "float32").model
+    with pytest.raises(AssertionError, match="would lose them"):
+        narrow(model, {"model.multi_modal_projector": Side.OUT}, 2)
+
+
+def logits_of_two_ranks(layout: str, quantize: str | None = None) -> dict[str, Tensor]:
+    """Of every prompt at every position, in chunks, batched; the ranks have the same bits."""
+
+    def compute(group):
+        model = part_of(layout, group, quantize)
+        assert is_fused(model.model.model.language_model)
+        return prefill_logits(ModelRunner(model, PoolPlan(SIZES, 800)), requests(), chunk=5)
+
+    first, second = on_ranks(2, compute)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    return first
+
+
+@pytest.mark.parametrize("layout", ["tiny", "all-kv-heads"])
+def test_two_ranks_give_the_oracles_logits_at_every_position(layout) -> None:
+    """float32, 1e-4."""
+    logits = logits_of_two_ranks(layout)
+    for request in requests():
+        expected = oracle_logits(layout, request)
+        torch.testing.assert_close(logits[request.request_id], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_two_ranks_with_int8_weights_are_as_near_as_one() -> None:
+    """Each rank scales its own part of a channel, so the bits are not those of one rank."""
+    logits = logits_of_two_ranks("tiny", "int8")
+    for request in requests():
+        exact = oracle_logits("tiny", request)
+        error = (logits[request.request_id] - exact).square().mean() / exact.square().mean()
+        assert 0 < error.sqrt() < 0.05
+
+
+def test_a_rank_holds_half_of_the_cut_weights_and_half_of_the_cache() -> None:
+    def compute(group=None):
+        model = part_of("tiny", group)
+        runner = ModelRunner(model, PoolPlan(SIZES, 800))
+        layer = model.model.model.language_model.layers[0]
+        weights = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+        return weights, runner.pools.layers[0].keys.numel(), model.geometry
+
+    whole, keys, geometry = compute()
+    for part in on_ranks(2, compute):
+        assert part[:2] == (whole // 2, keys // 2)
+        assert part[2].num_heads * 2 == geometry.num_heads
+        assert part[2].num_kv_heads * 2 == geometry.num_kv_heads
+
+
+def load_one_at_a_time(*args, **kwargs) -> LoadedModel:
+    with BUILDING:
+        return load(*args, **kwargs)
+
+
+def test_ranks_size_their_pools_together_by_the_one_with_the_least_room(monkeypatch) -> None:
+    """A step that is measured has collectives in it, so that each must measure as often as all.
+
+    Once each halved the longest sequence by its own room, and one measured on while the other
+    waited for its answer.
+    """
+    measured: dict[int, list[int]] = defaultdict(list)
+
+    def peaks(model, attention, limits, with_graphs):
+        measured[threading.get_ident()].append(limits.max_model_len)
+        return _peaks(model, attention, limits, with_graphs)
+
+    monkeypatch.setattr(launch, "load", load_one_at_a_time)
+    monkeypatch.setattr(launch, "_peaks", peaks)
+    options = OPTIONS | {"num_text_blocks": None, "num_image_blocks": None, "max_num_seqs": 8}
+    limits = {"max_num_batched_tokens": 64, "max_num_batched_images": 1}
+
+    def size(group: ThreadGroup):
+        room = Room((16, 512)[group.rank] << 20, "as a test says")
+        everything = options | limits | {"rooms": lambda device: room, "group": group}
+        return create_runner(checkpoint("tiny"), **everything).info
+
+    first, second = on_ranks(2, size)
+    assert first == second
+    lens = list(measured.values())
+    assert lens[0] == lens[1]
+    assert len(lens[0]) > 1
+
+
+def test_a_step_that_is_too_large_for_a_rank_is_not_tried_again_shorter(monkeypatch) -> None:
+    """The other ranks are in the middle of it."""
+
+    def peaks(model, attention, limits, with_graphs):
+        raise StepTooLargeError("a step does not fit beside the weights")
+
+    monkeypatch.setattr(launch, "load", load_one_at_a_time)
+    monkeypatch.setattr(launch, "_peaks", peaks)
+    with pytest.raises(StepTooLargeError):
+        on_ranks(1, lambda group: create_runner(checkpoint("tiny"), **OPTIONS, group=group))
+
+
+@pytest.mark.parametrize("quantize", ["bitsandbytes", "bitsandbytes-nf4"])
+def test_what_does_not_go_with_ranks_is_refused_with_the_remedy(quantize) -> None:
+    def compute(group):
+        part_of("tiny", group, quantize)
+
+    with pytest.raises(ModelError, match=r"with --tensor-parallel-size take --quantize int8"):
+        on_ranks(2, compute)
+
+
+def test_a_step_is_told_without_its_grammars() -> None:
+    """All else is told; once the freed blocks of the debug mode were lost."""
+    batch = StepBatch(
+        [ScheduledSequence("a", [1], 0, [0], [CrossSegment(1, [])], matcher=object())],
+        copies=[BlockCopy(1, 2)],
+        freed_text_blocks=[3],
+        freed_image_blocks=[4],
+    )
+    told = wire.batch_decoder.decode(wire.frame_of(batch)[4:])
+    without = [dataclasses.replace(batch.sequences[0], matcher=None)]
+    assert told == dataclasses.replace(batch, sequences=without)
+    assert batch.sequences[0].matcher is not None
+
+
+class FailingRunner:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def execute(self, batch, on_launch):
+        raise self.error
+
+
+class NoRanks:
+    def compute(self, batch) -> None:
+        pass
+
+
+def test_a_step_that_is_refused_goes_on_and_one_that_fails_ends_the_process() -> None:
+    deaths: list[str] = []
+    refused = ParallelRunner(FailingRunner(StepError("no")), NoRanks(), deaths.append)
+    with pytest.raises(StepError, match="no"):
+        refused.execute(StepBatch())
+    assert deaths == []
+    failed = ParallelRunner(FailingRunner(MemoryError()), NoRanks(), deaths.append)
+    with pytest.raises(StepError, match="one rank of several"):
+        failed.execute(StepBatch())
+    assert deaths == ["the ranks are out of step"]
+
+
+# Ranks in processes of their own
+
+
+OPTIONS = {
+    "device": "cpu",
+    "dtype": "float32",
+    "num_text_blocks": 200,
+    "num_image_blocks": 40,
+    "block_size": BLOCK_SIZE,
+    "max_num_seqs": 4,
+    "num_threads": 1,
+}
+
+
+def meeting_places() -> list[str]:
+    """This process's open files by which ranks meet."""
+    files = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    return [str(file) for file in files if file.is_symlink() and "ranks" in os.readlink(file)]
+
+
+def test_ranks_in_processes_of_their_own_give_the_tokens_of_one() -> None:
+    """Over gloo, prompts with pictures and without, batched; then a rank is killed."""
+    whole, shared = requests("text", "one", "adjacent"), requests("text", "one", "adjacent")
+    model = checkpoint("tiny")
+    generate(create_runner(model, **OPTIONS), whole, num_tokens=6, chunk=7)
+    deaths: list[str] = []
+    runner = create_parallel_runner(model, 2, deaths.append, **OPTIONS)
+    try:
+        generate(runner, shared, num_tokens=6, chunk=7)
+        assert [r.generated for r in shared] == [r.generated for r in whole]
+        # once it was not told, and the engine's first heartbeat within a step was its last
+        assert runner.num_layers_begun > 0
+        # NCCL asks there as long as the group lives; once it was deleted when all had met
+        assert meeting_places()
+        (pid,) = runner.rank_pids
+        os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: deaths)
+        assert deaths[0] == "rank 1 ended (signal 9)"
+    finally:
+        runner.close()
+    assert not meeting_places()
+
+
+def test_a_rank_that_ends_while_it_loads_is_named(tmp_path: Path) -> None:
+    """Its options name a device that there is not, which it tells before it goes."""
+    deaths: list[str] = []
+    options = OPTIONS | {"model": checkpoint("tiny"), "device": "tpu"}
+    ranks = Ranks(2, tmp_path / "meeting", options, deaths.append)
+    try:
+        with pytest.raises(ModelError, match=r"^rank 1: device 'tpu' is unknown"):
+            ranks.wait_ready()
+    finally:
+        ranks.close()
+    assert deaths == []
+
+
+def test_a_first_rank_that_fails_while_others_wait_for_it_says_so(monkeypatch) -> None:
+    """It waited for their word, as they did for it, for an hour."""
+
+    def fail(settings):
+        raise RuntimeError("the driver is too old")
+
+    monkeypatch.setattr(parallel_runner, "join_group", fail)
+    monkeypatch.setattr(parallel_ranks, "LAST_WORD_S", 0.1)
+    with pytest.raises(RuntimeError, match="the driver is too old"):
+        create_parallel_runner(checkpoint("tiny"), 2, **OPTIONS)
+    assert not meeting_places()
+
+
+def test_ranks_end_when_the_first_one_goes_away(tmp_path: Path) -> None:
+    """Also in the middle of waiting for the others: here the first rank never comes."""
+    options = OPTIONS | {"model": checkpoint("tiny")}
+    ranks = Ranks(2, tmp_path / "meeting", options, lambda line: None)
+    (pid,) = ranks.pids
+    ranks.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", [(), ("--quantize", "int8")], ids=["whole", "int8"])
+def test_a_server_over_two_ranks_sees_what_is_drawn(tmp_path: Path, quantize) -> None:
+    scene = random_scene(numpy.random.default_rng(5), 2)
+    options = ("--tensor-parallel-size", "2", "--dtype", "float32", *quantize)
+    with serving(tmp_path, *options) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
+        picture = {"type": "image_url", "image_url": {"url": data_url(draw(scene))}}
+        text = {"type": "text", "text": "How many shapes are there?"}
+        answer = client.chat.completions.create(
+            model=MODEL_NAME,
+            messages=[{"role": "user", "content": [picture, text]}],
+            temperature=0,
+        )
+    assert answer.choices[0].message.content == "There are two shapes."

@@ -1,0 +1,61 @@
+"""Every Triton kernel through the real compiler to PTX, without a GPU, as production launches it.
+
+The interpreter, which the other tests run kernels in, takes much that the compiler refuses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).resolve().parents[2] / "support" / "compiled_kernels.py"
+TIMEOUT_S = 600
+# shared memory of a block, by compute capability: 8.6 and 8.9 run what is compiled for 8.0
+SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    """What the script tells of all launches."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), *map(str, SHARED_BYTES)]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_every_kernel_is_compiled_for_each_capability(document: dict[str, Any]) -> None:
+    for capability in SHARED_BYTES:
+        entries = [one for one in document["launches"] if one["capability"] == capability]
+        assert sorted({one["kernel"] for one in entries}) == document["kernels"]
+
+
+def test_every_launch_becomes_ptx(document: dict[str, Any]) -> None:
+    failed = [one for one in document["launches"] if "error" in one]
+    assert not failed, json.dumps(failed, indent=1)
+
+
+def test_no_launch_takes_more_shared_memory_than_a_block_has(document: dict[str, Any]) -> None:
+    for one in document["launches"]:
+        assert one["shared_bytes"] <= SHARED_BYTES[one["capability"]], one
+
+
+@pytest.mark.parametrize("kernel", ["attend_kernel", "int8_product_kernel"])
+def test_keys_values_and_weights_are_read_ahead_16_bytes_at_a_time(
+    document: dict[str, Any], kernel: str
+) -> None:
+    entries = [one for one in document["launches"] if one["kernel"] == kernel]
+    assert entries
+    for one in entries:
+        assert one["wide_copies"] > 0, one

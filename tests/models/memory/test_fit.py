@@ -1,0 +1,235 @@
+"""Models that cannot fit are refused before a weight is read, with the sum and what would help."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.helpers_models import checkpoint
+from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+from vlmserve.models.create_runner import create_runner
+from vlmserve.models.errors import ModelError
+from vlmserve.models.kv_cache.pool_sizes import PoolRequest
+from vlmserve.models.memory.available import Room
+from vlmserve.models.memory.fit import Plan, check_fits, needs_of, share_of
+from vlmserve.models.memory.peak_step import StepLimits
+from vlmserve.models.weights import loader as loading
+from vlmserve.models.weights.device_map import given_map, on_one_device
+from vlmserve.models.weights.loader import open_checkpoint
+
+CPU = torch.device("cpu")
+KIB, MIB = 1 << 10, 1 << 20
+SMALL: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 64,
+    "max_num_batched_images": 1,
+    "num_threads": torch.get_num_threads(),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_read_weights", lambda *args: pytest.fail("weights were read"))
+
+
+def rooms(num_bytes: int) -> Callable[[torch.device], Room]:
+    return lambda device: Room(num_bytes, "as a test says")
+
+
+def plan(quantize: str | None = None, max_model_len: int | None = None) -> Plan:
+    opened = open_checkpoint(checkpoint("tiny"), torch.float32)
+    pools = PoolRequest(16384, max_model_len, 1, 4, 16, token_bytes=768, tile_bytes=3840)
+    return Plan(opened, StepLimits(1, 64, 1, max_model_len or 16384), pools, quantize)
+
+
+def refusal(room: int, **settings: Any) -> str:
+    with pytest.raises(ModelError) as raised:
+        create_runner(checkpoint("tiny"), **(SMALL | settings), rooms=rooms(room))
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def in_bytes(text: str) -> float:
+    amount, unit = text.split()
+    return float(amount) * {"B": 1, "KiB": KIB, "MiB": MIB, "GiB": MIB * KIB}[unit]
+
+
+def test_the_refusal_shows_a_sum_that_adds_up() -> None:
+    line = refusal(MIB)
+    amount = r"([\d.]+ [KMG]?i?B)"
+    found = re.search(
+        rf"weights {amount} \(vision {amount}, decoder {amount}, embedding and head {amount}\) \+ "
+        rf"KV cache of at least {amount} \(2,048 text tokens, 4 image tiles\) \+ activations of a "
+        rf"step {amount} = {amount}, and there are 1\.0 MiB \(as a test says\)",
+        line,
+    )
+    assert found, line
+    weights, vision, decoder, table, cache, peak, total = map(in_bytes, found.groups())
+    assert weights == pytest.approx(vision + decoder + table, rel=0.1)
+    assert total == pytest.approx(weights + cache + peak, rel=0.1)
+    assert line.startswith(checkpoint("tiny"))
+    assert "does not fit cpu" in line
+
+
+def test_the_quantizations_that_would_fit_are_named_and_no_others() -> None:
+    totals = {m: needs_of(plan(m)).total for m in (None, "bitsandbytes", "bitsandbytes-nf4")}
+    assert totals["bitsandbytes-nf4"] < totals["bitsandbytes"] < (totals[None] or 0)
+    line = refusal(totals["bitsandbytes"])
+    assert "use --quantize int8 (" in line
+    assert ", or --quantize bitsandbytes (" in line
+    assert "--quantize bitsandbytes-nf4 (" in line
+    line = refusal(totals["bitsandbytes-nf4"])
+    assert "--quantize int8 (" not in line
+    assert "--quantize bitsandbytes (" not in line
+    assert "use --quantize bitsandbytes-nf4 (" in line
+    line = refusal(totals["bitsandbytes-nf4"] - 1)
+    assert "--quantize" not in line
+    assert "--device-map auto" in line
+
+
+def test_a_quantized_model_is_not_advised_its_own_method() -> None:
+    line = refusal(needs_of(plan("bitsandbytes-nf4")).total, quantize="bitsandbytes")
+    assert "use --quantize bitsandbytes-nf4 (" in line
+    assert "--quantize bitsandbytes (" not in line
+
+
+def test_a_shorter_max_model_len_is_named_where_it_would_fit() -> None:
+    line = refusal(needs_of(plan(max_model_len=4096)).total, max_model_len=16384)
+    assert "(16,384 text tokens" in line
+    assert "use --max-model-len 4096, or " in line
+
+
+def test_a_smaller_kv_cache_memory_is_named_where_it_would_fit() -> None:
+    room = needs_of(plan()).total
+    assert "use a smaller --kv-cache-memory" in refusal(room, kv_cache_bytes=room)
+
+
+def test_what_just_fits_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reading(Exception):
+        pass
+
+    def read(*args: Any) -> None:
+        raise Reading
+
+    monkeypatch.setattr(loading, "_read_weights", read)
+    need = needs_of(plan()).total
+    with pytest.raises(Reading):
+        create_runner(checkpoint("tiny"), **SMALL, rooms=rooms(need))
+    assert "does not fit" in refusal(need - 1)
+
+
+def test_a_map_that_does_not_fit_names_the_device_and_not_a_quantization() -> None:
+    needs = needs_of(plan())
+    entries = {"": "cpu", "lm_head": "disk"}
+    skeleton = plan().checkpoint.skeleton
+    share = share_of(given_map(entries, skeleton, 0, "map"), needs, CPU)
+    whole = share_of(on_one_device(skeleton, CPU), needs, CPU)
+    head = needs.weights["lm_head"]
+    assert share.resident_bytes == whole.resident_bytes - head
+    assert share.visitor == head
+    assert share.total == whole.total
+
+
+def test_weights_that_wait_on_the_cpu_beside_a_gpu_must_fit_there_too() -> None:
+    asked = plan()
+    placement = given_map({"": 0, "lm_head": "cpu"}, asked.checkpoint.skeleton, 1, "map")
+    gpu = torch.device("cuda", 0)
+    head = needs_of(asked).weights["lm_head"]
+    assert share_of(placement, needs_of(asked), CPU).total == head
+    assert share_of(placement, needs_of(asked), gpu).visitor == head
+    rooms_of = {gpu: Room(64 * MIB, "free"), CPU: Room(head - 1, "little")}
+    with pytest.raises(ModelError, match=r"does not fit cpu: weights .* \(embedding and head"):
+        check_fits(asked, placement, rooms_of.__getitem__)
+
+
+def test_a_map_of_a_file_is_checked_before_weights_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "map.json"
+    file.write_text(json.dumps({"": "disk"}))
+    line = refusal(MIB, device_map=str(file))
+    assert "for offloaded ones" in line
+    assert "a --device-map or --max-memory that leaves more room there" in line
+
+
+def test_max_memory_without_a_device_that_is_there_is_refused() -> None:
+    line = refusal(MIB, max_memory={"0": MIB})
+    assert "--max-memory names '0', which is not there: use one of cpu" in line
+    file = refusal(MIB, max_memory={"cpu": MIB}, device_map="map.json")
+    assert "goes with --device-map auto or balanced" in file
+
+
+def test_max_model_len_over_the_context_is_refused_before_weights_are_read() -> None:
+    assert "the model's context is 16,384" in refusal(8 << 30, max_model_len=20_000)
+
+
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of Llama-3.2-11B-Vision's shapes: true headers before 21 GB of a hole."""
+    folder = tmp_path_factory.mktemp("large")
+    config = MllamaConfig(vision_config={"image_size": 560})
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        skeleton = MllamaForConditionalGeneration(config)
+    entries, end = {}, 0
+    for name, weight in skeleton.state_dict().items():
+        offsets = [end, end := end + 2 * weight.numel()]
+        entries[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": offsets}
+    header = json.dumps(entries).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    shutil.copy(Path(checkpoint("tiny")) / "preprocessor_config.json", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {},
+            "weights 19.9 GiB (vision 1.7 GiB, decoder 16.3 GiB, embedding and head 2.0 GiB) + KV "
+            "cache of at least 456.1 MiB (2,048 text tokens, 4 image tiles) + activations of a "
+            "step 4.8 GiB = 25.2 GiB, and there are 17.6 GiB (as a test says): use --quantize "
+            "int8 (17.0 GiB in all), or --quantize bitsandbytes (17.0 GiB in all), or --quantize "
+            "bitsandbytes-nf4 (13.5 GiB in all), or "
+            "--device-map auto, which keeps elsewhere what has no room",
+        ),
+        (
+            {"max_model_len": 131_072},
+            "(131,072 text tokens, 4 image tiles) + activations of a step 4.8 GiB = 40.9 GiB, and "
+            "there are 17.6 GiB (as a test says): use --quantize int8 with --max-model-len "
+            "4096, or --device-map auto",
+        ),
+    ],
+    ids=["by default", "its whole context"],
+)
+def test_llama_3_2_11b_is_refused_on_a_small_machine_with_its_true_sizes(
+    large_folder: Path, settings: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ModelError) as raised:
+        create_runner(
+            str(large_folder),
+            device="cpu",
+            dtype="bfloat16",
+            num_threads=torch.get_num_threads(),
+            rooms=rooms(int(17.6 * 2**30)),
+            **settings,
+        )
+    assert told in str(raised.value)
+
+
+def test_fewer_images_a_step_are_named_where_they_would_fit() -> None:
+    asked = plan()
+    one = needs_of(asked).total
+    more = replace(asked, limits=replace(asked.limits, max_num_batched_images=64))
+    assert needs_of(more).total > one
+    assert "use --max-num-batched-images 1, or " in refusal(one, max_num_batched_images=64)

@@ -1,0 +1,36 @@
+"""How the engine's threads wait: they spin a moment, then sleep, unless the user said otherwise."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vlmserve.models.threads import wait_briefly
+
+
+def test_threads_spin_a_moment_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that what is set below is taken back
+        monkeypatch.delenv(name)
+    wait_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "20000"
+    assert "OMP_WAIT_POLICY" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "2000")]
+)
+def test_the_users_word_stands(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    for other in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    wait_briefly()
+    assert dict(os.environ) == before
+
+
+def test_the_engines_process_can_still_say_it_before_torch_comes() -> None:
+    script = "import vlmserve.router.engine.process, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

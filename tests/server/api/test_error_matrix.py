@@ -1,0 +1,175 @@
+"""Every field of every POST route: missing, null, of a wrong type, out of range, unknown beside it.
+
+The cases come from the types that read the bodies, so a new field or route is in it by itself.
+"""
+
+import asyncio
+import copy
+import random
+import re
+
+import pytest
+from support.http_side import (
+    MODEL,
+    ScriptedEngine,
+    client_of,
+    error_of,
+    meta_like_tokenizer,
+    tokens_one_by_one,
+    write_checkpoint,
+)
+from support.schema_cases import cases_of
+
+from vlmserve.server.app import ROUTES
+from vlmserve.server.structured_output.compile_checks import GrammarChecks
+
+TOKENIZER = meta_like_tokenizer()
+TURN = {"role": "user", "content": "What"}
+BASES = {
+    "ChatCompletionRequest": {"model": MODEL, "messages": [TURN]},
+    "CompletionRequest": {"model": MODEL, "prompt": "What"},
+    "TokenizeRequest": {"prompt": "What"},
+    "DetokenizeRequest": {"tokens": [3923]},
+    "StackChatRequest": {"model_id": MODEL, "messages": [TURN]},
+}
+URL = "https://host/a.png"
+# Structs whose rules between fields ask for more than their required ones.
+SAMPLES = {
+    "AssistantMessage": {"role": "assistant", "content": "a"},
+    "CalledFunction": {"name": "a", "arguments": "{}"},
+    "ContentItem": {"text": "a"},
+    "ImageSource": {"uri": URL},
+    "StackMessage": {"role": "user", "content": "a"},
+}
+TOOL = {"type": "function", "function": {"name": "a"}}
+CALL = {"id": "a", "type": "function", "function": {"name": "a", "arguments": "{}"}}
+# What the type takes at null, and a rule between fields does not: something must be there.
+REFUSED_NULLS = {
+    "ChatCompletionRequest": r"messages\[0\]\.content",
+    "CompletionRequest": r"(?!)",
+    "TokenizeRequest": r"prompt|messages\[0\]\.content",
+    "DetokenizeRequest": r"(?!)",
+    "StackChatRequest": r"model_id|messages\[0\]\.(content|context)(\[0\])?\.(text|image\.uri)",
+}
+KINDS = ("missing", "null", "type", "range", "unknown")
+POSTS = [one for group in ROUTES for one in group.endpoints if one.method == "POST"]
+# The first path of each body takes every case, the others a sample of them.
+FIRST = {one.body: one.path for one in reversed(POSTS)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(autouse=True)
+def no_grammar_is_compiled(monkeypatch):
+    """The small tokenizer takes none; what grammars may be is tested with them."""
+
+    async def check(self, grammar, *_):
+        return grammar
+
+    monkeypatch.setattr(GrammarChecks, "check", check)
+
+
+def test_every_post_route_is_in_the_matrix():
+    assert {one.body.__name__ for one in POSTS} == set(BASES)
+    for body in FIRST:
+        cases = list(cases_of(body, BASES[body.__name__], SAMPLES))
+        assert {case.kind for case in cases} >= {"null", "type", "unknown"}
+        assert {case.field for case in cases} >= set(body.__struct_fields__)
+
+
+def completed(schema, case):
+    """The body, with what its null needs beside it to be taken."""
+    body = copy.deepcopy(case.body)
+    if schema == "TokenizeRequest" and (body.get("messages") or body.get("tools")):
+        body = {"messages": [TURN]} | body
+        del body["prompt"]
+    if not case.is_neutral:
+        return body
+    if "stream_options" in body:
+        body["stream"] = True
+    if schema == "ChatCompletionRequest" and "tool_choice" in body:
+        body["tools"] = [TOOL]
+    return with_turns_that_fit(schema, body)
+
+
+def with_turns_that_fit(schema, body):
+    """A result behind its call; of Llama Stack's, calls in an answer, and an image without text."""
+    turn = (body.get("messages") or [{}])[0] or {}
+    if schema != "StackChatRequest":
+        if turn.get("role") == "tool":
+            body["messages"].insert(0, {"role": "assistant", "tool_calls": [CALL]})
+        return body
+    if turn.get("tool_calls"):
+        turn["role"] = "assistant"
+    for content in (turn.get("content"), turn.get("context")):
+        item = content[0] if isinstance(content, list) and content else content
+        if isinstance(item, dict) and item.get("image"):
+            item.pop("text", None)
+    return body
+
+
+def send(checkpoint, path, body, cases):
+    """The answers to all cases, from one server, which then still answers a good body."""
+
+    schema = body.__name__
+
+    async def run():
+        engine = ScriptedEngine(lambda request: tokens_one_by_one(TOKENIZER, "What?"))
+        async with client_of(checkpoint, engine) as client:
+            answers = [await client.post(path, json=completed(schema, case)) for case in cases]
+            assert (await client.post(path, json=BASES[schema])).status_code == 200
+            assert engine.open == set()
+            return answers
+
+    return asyncio.run(run())
+
+
+def problem_of(schema, case, answer):
+    """What is wrong with the answer to a case; None if nothing."""
+    is_missed = case.is_neutral and re.fullmatch(REFUSED_NULLS[schema], case.field)
+    if case.is_neutral and not is_missed:
+        return None if answer.status_code == 200 else answer.text[:200]
+    if answer.status_code != 400:
+        return f"status {answer.status_code}"
+    error = error_of(answer, 400)
+    param, message = error["param"], error["message"][:120]
+    if error["type"] != "invalid_request_error" or param is None:
+        return f"not a named field: {message}"
+    if is_missed:
+        # The whole that lacks something, or the field.
+        return None if (case.field + ".").startswith(f"{param}.") else f"param {param}: {message}"
+    # Of a list it may be an item.
+    if param != case.field and not param.startswith((f"{case.field}.", f"{case.field}[")):
+        return f"param {param}: {message}"
+    name = case.field.rpartition(".")[2].partition("[")[0]
+    return None if name in message else f"not named: {message}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("body", list(FIRST), ids=lambda body: body.__name__)
+def test_every_field_is_judged_and_named(checkpoint, body, kind):
+    base = BASES[body.__name__]
+    cases = [case for case in cases_of(body, base, SAMPLES) if case.kind == kind]
+    answers = send(checkpoint, FIRST[body], body, cases)
+    problems = {
+        (case.field, str(case.body)[:150]): problem
+        for case, answer in zip(cases, answers, strict=True)
+        if (problem := problem_of(body.__name__, case, answer))
+    }
+    assert not problems, "\n".join(map(repr, problems.items()))
+
+
+@pytest.mark.parametrize("path", [one.path for one in POSTS if one.path != FIRST[one.body]])
+def test_sibling_paths_judge_alike(checkpoint, path):
+    (body,) = [one.body for one in POSTS if one.path == path]
+    base = BASES[body.__name__]
+    cases = random.Random(path).sample(list(cases_of(body, base, SAMPLES)), 12)
+    answers = send(checkpoint, path, body, cases)
+    first = send(checkpoint, FIRST[body], body, cases)
+    for case, answer, other in zip(cases, answers, first, strict=True):
+        assert answer.status_code == other.status_code, case
+        if answer.status_code == 400:
+            assert error_of(answer, 400) == error_of(other, 400)

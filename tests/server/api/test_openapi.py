@@ -1,0 +1,217 @@
+"""The API's document: generated from the types that validate, complete, and true."""
+
+import asyncio
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jsonschema
+import openapi_spec_validator
+import pytest
+from support.http_side import MODEL, OneTileImages, ScriptedEngine, client_of, write_checkpoint
+
+from vlmserve.server.api import openapi
+from vlmserve.server.app import build_app
+from vlmserve.server.errors import ApiError
+from vlmserve.server.http.auth import OPEN_PATHS
+from vlmserve.server.routes import samples
+from vlmserve.server.settings import ServerSettings
+
+DATA = Path(__file__).resolve().parents[2] / "data"
+PAGES = Path(openapi.__file__).parent / "pages"
+CHROMIUM = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--virtual-time-budget=20000",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "sample"),
+    [
+        ("chat.request", samples.CHAT_REQUEST),
+        ("chat.response", samples.CHAT_COMPLETION),
+        ("llama_stack.request", samples.STACK_REQUEST),
+        ("llama_stack.response", samples.STACK_COMPLETION),
+    ],
+)
+def test_the_documents_examples_are_the_documented_samples(name, sample):
+    documented = json.loads((DATA / f"{name}.json").read_text())
+    assert json.dumps(sample) == json.dumps(documented)
+
+
+def test_the_example_of_models_is_the_documented_one_but_for_its_random_id():
+    documented = json.loads((DATA / "models.response.json").read_text())
+    permission = documented["data"][0]["permission"][0]
+    permission["id"] = samples.MODEL_LIST["data"][0]["permission"][0]["id"]
+    assert json.dumps(samples.MODEL_LIST) == json.dumps(documented)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def app_of(checkpoint, **settings):
+    fields = {"served_model_names": [MODEL]} | settings
+    options = ServerSettings(model=str(checkpoint), engine_socket="", **fields)
+    engine = ScriptedEngine(lambda request: [])
+    return build_app(options, engine_client=engine, images=OneTileImages())
+
+
+@pytest.fixture(scope="module")
+def document(checkpoint) -> dict:
+    """That of a server with no settings but its model."""
+    return document_of(checkpoint)
+
+
+def document_of(checkpoint, **settings):
+    return json.loads(app_of(checkpoint, **settings).ctx.document())
+
+
+def operations_of(document):
+    return {
+        (method.upper(), path): operation
+        for path, item in document["paths"].items()
+        for method, operation in item.items()
+    }
+
+
+def get(checkpoint, path, **settings):
+    async def run():
+        engine = ScriptedEngine(lambda request: [])
+        async with client_of(checkpoint, engine, **settings) as client:
+            return await client.get(path)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("settings", [{}, {"api_keys": ["k"]}, {"unknown_fields": "ignore"}])
+def test_the_document_is_valid_openapi(checkpoint, settings):
+    document = document_of(checkpoint, **settings)
+    assert document["openapi"].startswith("3.1.")
+    openapi_spec_validator.validate(document)
+
+
+def test_the_document_tells_of_every_route_and_of_no_other(checkpoint, document):
+    app = app_of(checkpoint)
+    routes = {
+        (method, "/" + re.sub(r"<(\w+)(:\w+)?>", r"{\1}", route.path))
+        for route in app.router.routes
+        for method in route.methods
+    }
+    assert routes == set(operations_of(document))
+
+
+def test_every_operation_has_a_name_of_its_own_and_a_summary(document):
+    operations = operations_of(document).values()
+    names = [operation["operationId"] for operation in operations]
+    assert len(set(names)) == len(names)
+    assert all(operation["summary"] for operation in operations)
+
+
+def test_every_status_that_an_error_can_have_is_described():
+    def statuses(kind):
+        return {kind.status}.union(*map(statuses, kind.__subclasses__()))
+
+    assert statuses(ApiError) <= set(openapi.REFUSALS)
+
+
+def test_every_example_fits_its_schema(document):
+    contents = [
+        media
+        for operation in operations_of(document).values()
+        for part in (operation.get("requestBody", {}), *operation["responses"].values())
+        for media in part.get("content", {}).values()
+    ]
+    checked = 0
+    for media in contents:
+        examples = [one["value"] for one in media.get("examples", {}).values()]
+        examples += [media["example"]] if "example" in media else []
+        schema = media["schema"] | {"components": document["components"]}
+        for example in examples:
+            jsonschema.Draft202012Validator(schema).validate(example)
+            checked += 1
+    assert checked > 10
+
+
+def test_the_models_of_the_document_are_the_servers(checkpoint):
+    document = document_of(checkpoint, served_model_names=["one", "two"])
+    body = document["components"]["schemas"]["ChatCompletionRequest"]
+    assert body["properties"]["model"]["enum"] == ["one", "two"]
+    content = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]
+    assert content["application/json"]["examples"]["picture"]["value"]["model"] == "one"
+
+
+def test_keys_are_asked_for_in_the_document_as_by_the_server(checkpoint, document):
+    operations = operations_of(document_of(checkpoint, api_keys=["k"]))
+    without = {
+        path for (_, path), operation in operations.items() if operation.get("security") == []
+    }
+    assert without == OPEN_PATHS
+    for (_, path), operation in operations.items():
+        assert ("401" in operation["responses"]) is (path not in without), path
+    assert "security" not in document
+
+
+def test_unknown_fields_are_open_in_the_document_where_the_server_drops_them(checkpoint):
+    def closed(**settings):
+        schemas = document_of(checkpoint, **settings)["components"]["schemas"]
+        return {name for name, one in schemas.items() if one.get("additionalProperties") is False}
+
+    assert {"ChatCompletionRequest", "ImageUrl", "StackSampling"} <= closed()
+    assert not closed(unknown_fields="ignore")
+
+
+def test_the_server_sends_the_document_and_the_page(checkpoint, document):
+    response = get(checkpoint, "/openapi.json")
+    assert response.headers["content-type"] == "application/json"
+    assert response.json() == document
+    page = get(checkpoint, "/docs")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "script-src 'self'" in page.headers["content-security-policy"]
+
+
+def test_the_document_and_the_page_need_the_key_where_there_is_one(checkpoint):
+    paths = ["/docs", "/openapi.json", "/docs/page.js", "/docs/page.css"]
+
+    async def run():
+        engine = ScriptedEngine(lambda request: [])
+        async with client_of(checkpoint, engine, api_keys=["k"]) as client:
+            return [(await client.get(path)).status_code for path in paths]
+
+    assert asyncio.run(run()) == [401] * len(paths)
+
+
+def test_the_page_asks_no_other_host_for_anything_and_holds_no_code():
+    page, script, style = [
+        (PAGES / name).read_text() for name in ("docs.html", "page.js", "page.css")
+    ]
+    for text in (page, script, style):
+        assert "//" not in re.sub(r"(?m)^\s*// .*$", "", text)
+    assert not re.search(r"<script(?![^>]*\bsrc=)|\bon\w+=|style=", page)
+    assert not re.search(r"innerHTML|eval\(|document\.write", script)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_a_browser_draws_every_operation(checkpoint, document, tmp_path):
+    async def draw():
+        async with client_of(checkpoint, ScriptedEngine(lambda request: [])) as client:
+            process = await asyncio.create_subprocess_exec(
+                "chromium", *CHROMIUM, f"--user-data-dir={tmp_path}", "--dump-dom",
+                f"{client.base_url}/docs#post_v1_chat_completions",
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+            )  # fmt: skip
+            try:
+                return (await process.communicate())[0].decode()
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+
+    drawn = asyncio.run(draw())
+    for (method, _), operation in operations_of(document).items():
+        assert (f'id="{operation["operationId"]}"' in drawn) is (method != "HEAD")
+    assert "ChatCompletionRequest" in drawn
+    assert "stream_options" in drawn
+    assert "<li>Texts hold no U+0000.</li>" in drawn

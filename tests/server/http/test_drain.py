@@ -1,0 +1,206 @@
+"""SIGTERM to a worker with open requests: each ends by itself or by an error, none is cut."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import httpx2
+import msgspec
+import pytest
+from support.engine_side import engine_at
+from support.fake_runner import OrdinaryRunner
+
+from vlmserve.models import bundled
+from vlmserve.server.http.drain import Drain
+from vlmserve.server.settings import ServerSettings
+
+BUNDLED = Path(bundled.__file__).parent / "checkpoint"
+DEADLINE_S = 60.0
+DRAIN_S = 2.0
+NEW_REQUESTS = ["/v1/chat/completions"]
+
+
+def body(**fields):
+    turn = {"role": "user", "content": "Hello"}
+    return {"model": "m", "messages": [turn], "ignore_eos": True, "max_tokens": 1000} | fields
+
+
+def slow_engine(path):
+    """An engine of 50 steps a second: 1,000 tokens take ten times the drain."""
+    return engine_at(path, OrdinaryRunner(step_seconds=0.02))
+
+
+@contextlib.asynccontextmanager
+async def worker(engine_socket):
+    """A worker process; gives the process and its base URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        settings = ServerSettings(
+            model=str(BUNDLED),
+            engine_socket=engine_socket,
+            served_model_names=["m"],
+            listen_fd=listening.fileno(),
+            drain_time_s=DRAIN_S,
+        )
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "vlmserve.server.worker"),
+            stdin=asyncio.subprocess.PIPE,
+            pass_fds=[listening.fileno()],
+        )
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    process.stdin.write(msgspec.json.encode(settings))
+    process.stdin.close()
+    try:
+        yield process, url
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def until_ready(client):
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            with contextlib.suppress(httpx2.TransportError):
+                if (await client.get("/v1/health/ready")).status_code == 200:
+                    return
+            await asyncio.sleep(0.05)
+
+
+def during_drain(tmp_path, use):
+    """What `use(client)` gives if the worker is told to stop while it waits; and the exit code."""
+
+    async def run():
+        path = str(tmp_path / "engine.sock")
+        async with (
+            asyncio.timeout(DEADLINE_S),
+            slow_engine(path) as engine,
+            worker(path) as (process, url),
+            httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
+        ):
+            await until_ready(client)
+            using = asyncio.create_task(use(client))
+            while not engine.stats().num_running:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            result = await using
+            return result, await process.wait()
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/inference/chat-completion"])
+def test_a_stream_that_outlasts_the_drain_ends_with_an_error_frame(tmp_path, path):
+    """It was cut in the middle, without an error or [DONE]."""
+    stack = {
+        "model_id": "m",
+        "messages": [{"role": "user", "content": "Hello"}],
+        "sampling_params": {"max_tokens": 1000, "strategy": {"type": "top_k", "top_k": 5}},
+    }
+    is_chat = path.endswith("completions")
+    sent = (body() if is_chat else stack) | {"stream": True}
+    answer, code = during_drain(tmp_path, lambda client: client.post(path, json=sent))
+    assert code == 0
+    frames = answer.text.strip().split("\n\n")
+    if is_chat:
+        assert frames.pop() == "data: [DONE]"
+    last = json.loads(frames[-1].removeprefix("data: "))
+    assert last["error"]["type"] == "service_unavailable_error"
+
+
+def test_a_plain_answer_that_outlasts_the_drain_is_a_503(tmp_path):
+    """Its connection was closed without an answer."""
+    answer, code = during_drain(
+        tmp_path, lambda client: client.post("/v1/chat/completions", json=body())
+    )
+    assert (answer.status_code, code) == (503, 0)
+    assert answer.headers["retry-after"] == "1"
+
+
+def test_a_short_answer_is_finished_in_the_drain(tmp_path):
+    answer, code = during_drain(
+        tmp_path, lambda client: client.post("/v1/chat/completions", json=body(max_tokens=20))
+    )
+    assert (answer.status_code, code) == (200, 0)
+    assert answer.json()["usage"]["completion_tokens"] == 20
+
+
+def test_new_requests_are_a_503_in_the_drain_on_new_connections_too(tmp_path):
+    """They were refused by the kernel, which tells a client nothing of when to come back."""
+
+    async def use(client):
+        open_request = asyncio.create_task(client.post("/v1/chat/completions", json=body()))
+        answers = []
+        while not open_request.done() and not answers:
+            async with httpx2.AsyncClient(base_url=client.base_url) as other:
+                if (await other.get("/v1/health/ready")).status_code == 503:
+                    answers = [await other.post(path, json=body()) for path in NEW_REQUESTS]
+                    answers.append(await other.get("/v1/health/live"))
+            await asyncio.sleep(0.02)
+        assert not open_request.done()
+        await open_request
+        return answers
+
+    (*refused, live), _ = during_drain(tmp_path, use)
+    assert live.status_code == 200
+    for answer in refused:
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert answer.json()["object"] == "error"
+
+
+def test_a_decoder_does_not_hold_the_listening_socket(tmp_path):
+    async def run():
+        path = str(tmp_path / "engine.sock")
+        async with (
+            asyncio.timeout(DEADLINE_S),
+            slow_engine(path),
+            worker(path) as (process, url),
+            httpx2.AsyncClient(base_url=url) as client,
+        ):
+            await until_ready(client)
+            listening = listening_socket(url)
+            return listening in links(process.pid), [
+                listening in links(pid) for pid in children_of(process.pid)
+            ]
+
+    assert asyncio.run(run()) == (True, [False, False])
+
+
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def links(pid):
+    folder = Path(f"/proc/{pid}/fd")
+    return {os.readlink(fd) for fd in folder.iterdir()}
+
+
+def listening_socket(url):
+    """The link of a descriptor of the socket that listens on the URL's port."""
+    port = f"{int(url.rsplit(':', 1)[1]):04X}"
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    inode = next(one[9] for one in lines if one[1].endswith(f":{port}") and one[3] == "0A")
+    return f"socket:[{inode}]"
+
+
+def test_a_request_between_two_of_its_parts_is_waited_for():
+    """It is open, and counted neither as being prepared nor as being answered."""
+    looks = iter([1, 0, 1, 0, 0])
+    ended = []
+
+    async def end_requests():
+        ended.append(True)
+
+    async def run():
+        stopped = asyncio.Event()
+        drain = Drain(60.0, lambda: next(looks), end_requests, stopped.set)
+        drain.begin()
+        await asyncio.wait_for(stopped.wait(), 30)
+
+    asyncio.run(run())
+    assert list(looks) == []
+    assert ended == []

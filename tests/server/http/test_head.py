@@ -1,0 +1,261 @@
+"""The strict reader of heads and chunks: what it takes, what it refuses, and how early."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlmserve.server.errors import ApiError, BadRequestError
+from vlmserve.server.http.chunked import FREE_FRAMING_BYTES, ChunkReader
+from vlmserve.server.http.head import (
+    HeadLimits,
+    HeadTooLargeError,
+    UrlTooLongError,
+    canonical,
+    end_of_head,
+    read_head,
+)
+
+LIMITS = HeadLimits()
+GET = b"GET / HTTP/1.1\r\n"
+HOST = b"Host: a\r\n"
+POST = b"POST / HTTP/1.1\r\n" + HOST
+
+# What a second reader, in front of this one, may take otherwise. (RFC 9112 and 9110)
+TWO_READINGS = {
+    "blank before the colon": POST + b"Content-Length : 4\r\n\r\n",
+    "no Host": GET + b"\r\n",
+    "two Hosts": GET + HOST + HOST + b"\r\n",
+    "two Hosts in one": GET + b"Host: a, b\r\n\r\n",
+    "a path in the Host": GET + b"Host: a/b\r\n\r\n",
+    "a user in the Host": GET + b"Host: u@a\r\n\r\n",
+    "NUL in a value": GET + HOST + b"X: a\0b\r\n\r\n",
+    "escape in a value": GET + HOST + b"X: a\x1bb\r\n\r\n",
+    "DEL in a value": GET + HOST + b"X: a\x7fb\r\n\r\n",
+    "folded": GET + HOST + b"X: a\r\n b\r\n\r\n",
+    "folded by a tab": GET + HOST + b"X: a\r\n\tb\r\n\r\n",
+    "folded at the start": GET + b" " + HOST + b"\r\n",
+    "no colon": GET + HOST + b"X\r\n\r\n",
+    "no name": GET + HOST + b": a\r\n\r\n",
+    "bracket in a name": GET + HOST + b"X(A): a\r\n\r\n",
+    "non-ASCII in a name": GET + HOST + "Xé: a\r\n\r\n".encode(),
+    "Arabic digits": POST + "Content-Length: ٤\r\n\r\n".encode(),
+    "negative length": POST + b"Content-Length: -4\r\n\r\n",
+    "signed length": POST + b"Content-Length: +4\r\n\r\n",
+    "hexadecimal length": POST + b"Content-Length: 0x4\r\n\r\n",
+    "length with underscore": POST + b"Content-Length: 1_0\r\n\r\n",
+    "fractional length": POST + b"Content-Length: 4.0\r\n\r\n",
+    "empty length": POST + b"Content-Length: \r\n\r\n",
+    "list of lengths": POST + b"Content-Length: 4, 4\r\n\r\n",
+    "endless length": POST + b"Content-Length: " + b"9" * 16 + b"\r\n\r\n",
+    "length twice": POST + b"Content-Length: 4\r\nContent-Length: 4\r\n\r\n",
+    "two lengths": POST + b"Content-Length: 4\r\nContent-Length: 5\r\n\r\n",
+    "length and coding": POST + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "coding and length": POST + b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n",
+    "coding twice": POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "two codings": POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
+    "other coding": POST + b"Transfer-Encoding: identity\r\n\r\n",
+    "coding with a control": POST + b"Transfer-Encoding: \x0bchunked\r\n\r\n",
+    "quoted coding": POST + b'Transfer-Encoding: "chunked"\r\n\r\n',
+    "empty coding": POST + b"Transfer-Encoding:\r\n\r\n",
+    "chunked in HTTP/1.0": b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "LF ends the line": b"GET / HTTP/1.1\nHost: a\r\n\r\n",
+    "LF ends a header": GET + b"Host: a\nX: b\r\n\r\n",
+    "CR ends a header": GET + b"Host: a\rX: b\r\n\r\n",
+    "CR CR LF": GET + b"Host: a\r\r\n\r\n",
+    "two blanks": b"GET  / HTTP/1.1\r\n" + HOST + b"\r\n",
+    "blank in front": b" GET / HTTP/1.1\r\n" + HOST + b"\r\n",
+    "blank behind": b"GET / HTTP/1.1 \r\n" + HOST + b"\r\n",
+    "tab in the line": b"GET\t/ HTTP/1.1\r\n" + HOST + b"\r\n",
+    "blank in the URL": b"GET /a b HTTP/1.1\r\n" + HOST + b"\r\n",
+    "HTTP/0.9": b"GET /\r\n\r\n",
+    "no method": b"/ HTTP/1.1\r\n" + HOST + b"\r\n",
+    "method in lower case": b"get / HTTP/1.1\r\n" + HOST + b"\r\n",
+    "version in lower case": b"GET / http/1.1\r\n" + HOST + b"\r\n",
+    "HTTP/1.2": b"GET / HTTP/1.2\r\n" + HOST + b"\r\n",
+    "HTTP/1.10": b"GET / HTTP/1.10\r\n" + HOST + b"\r\n",
+    "HTTP/2 without a word": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "CONNECT": b"CONNECT a:443 HTTP/1.1\r\n" + HOST + b"\r\n",
+    "star without OPTIONS": b"GET * HTTP/1.1\r\n" + HOST + b"\r\n",
+    "fragment": b"GET /a#b HTTP/1.1\r\n" + HOST + b"\r\n",
+    "non-ASCII in the URL": "GET /é HTTP/1.1\r\n".encode() + HOST + b"\r\n",
+    "control in the URL": b"GET /\x1b HTTP/1.1\r\n" + HOST + b"\r\n",
+    "another host in the URL": b"GET http://b/ HTTP/1.1\r\n" + HOST + b"\r\n",
+    "another port in the URL": b"GET http://a:1/ HTTP/1.1\r\n" + HOST + b"\r\n",
+    "a user in the URL": b"GET http://u@a/ HTTP/1.1\r\n" + HOST + b"\r\n",
+    "another scheme": b"GET ftp://a/ HTTP/1.1\r\n" + HOST + b"\r\n",
+    "bytes of TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+}  # fmt: skip
+
+BROKEN_CHUNKS = {
+    "hexadecimal prefix": b"0x3\r\nabc\r\n0\r\n\r\n",
+    "data without a line end": b"3\r\nabc0\r\n\r\n",
+    "data with another line end": b"3\r\nabc\n0\r\n\r\n",
+    "longer than its size": b"3\r\nabcd\r\n0\r\n\r\n",
+    "sign": b"+3\r\nabc\r\n0\r\n\r\n",
+    "minus": b"-3\r\nabc\r\n0\r\n\r\n",
+    "underscore": b"0_3\r\nabc\r\n0\r\n\r\n",
+    "blank in front": b" 3\r\nabc\r\n0\r\n\r\n",
+    "blank behind": b"3 \r\nabc\r\n0\r\n\r\n",
+    "Arabic digit": "٣\r\nabc\r\n0\r\n\r\n".encode(),
+    "no size": b"\r\nabc\r\n0\r\n\r\n",
+    "extension alone": b";a\r\nabc\r\n0\r\n\r\n",
+    "extension with LF": b"3;a\nb\r\nabc\r\n0\r\n\r\n",
+    "extension without end": b"3;" + b"a" * 300 + b"\r\nabc\r\n0\r\n\r\n",
+    "size without end": b"0" * 300 + b"3\r\nabc\r\n0\r\n\r\n",
+    "size beyond all": b"f" * 17 + b"\r\nabc\r\n0\r\n\r\n",
+    "LF ends the size": b"3\nabc\r\n0\r\n\r\n",
+    "trailer without a colon": b"3\r\nabc\r\n0\r\nX\r\n\r\n",
+    "trailer with a blank": b"3\r\nabc\r\n0\r\nX : a\r\n\r\n",
+    "folded trailer": b"3\r\nabc\r\n0\r\nX: a\r\n b\r\n\r\n",
+    "LF in the trailer": b"3\r\nabc\r\n0\r\nX: a\nY: b\r\n\r\n",
+}  # fmt: skip
+
+
+def read(head: bytes, step: int | None = None):
+    """A head that comes in pieces of `step` bytes, refused while it comes or when it is whole."""
+    num_passed = 0
+    for length in range(step or len(head), len(head) + (step or 1), step or 1):
+        end = end_of_head(head[:length], LIMITS, num_passed)
+        if end is not None:
+            return read_head(head[:end], LIMITS)
+        num_passed = min(length, len(head))
+    raise AssertionError("the head has no end")
+
+
+@pytest.mark.parametrize("head", TWO_READINGS.values(), ids=TWO_READINGS)
+def test_row_01_a_head_that_could_be_read_in_two_ways_is_refused(head):
+    for step in (None, 1, 2, 7):
+        with pytest.raises(BadRequestError):
+            read(head, step)
+
+
+def test_a_good_head_is_read_as_it_says():
+    head = read(POST + b"Content-Length: 044\r\nX: \xe9\t,\r\nY:\r\n\r\n")
+    assert (head.method, head.target, head.version) == (b"POST", b"/", b"HTTP/1.1")
+    assert (head.content_length, head.is_chunked) == (44, False)
+    assert read(GET + HOST + b"\r\n").content_length is None
+    assert read(b"GET / HTTP/1.0\r\n\r\n").version == b"HTTP/1.0"
+    assert read(b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n").target == b"*"
+    for host in (b"a.example:8000", b"[::1]:8000", b"127.0.0.1", b""):
+        read(GET + b"Host: " + host + b"\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "path"),
+    [
+        (b"GET http://A.example:8000/b?c=d HTTP/1.1", b"/b?c=d"),
+        (b"GET HTTP://a.example:8000 HTTP/1.1", b"/"),
+    ],
+)
+def test_a_url_with_the_host_of_the_host_header_becomes_its_path(line, path):
+    head = line + b"\r\nHost: a.example:8000\r\nX: y\r\n\r\n"
+    rewritten = canonical(head, read(head))
+    assert rewritten == b"GET " + path + b" HTTP/1.1\r\nHost: a.example:8000\r\nX: y\r\n\r\n"
+
+
+def test_the_coding_is_passed_on_in_the_one_spelling_that_every_parser_knows():
+    head = POST + b"X: Chunked\r\nTRANSFER-Encoding: \t Chunked \t\r\n\r\n"
+    assert read(head).is_chunked
+    rewritten = canonical(head, read(head))
+    assert rewritten == POST + b"X: Chunked\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def test_sizes_are_limited_and_the_limits_themselves_are_allowed():
+    limits = HeadLimits(max_bytes=200, max_headers=3, max_url_bytes=20)
+    head = GET + HOST + b"A: a\r\nB: b\r\n"
+    assert read_head(head + b"\r\n", limits)
+    with pytest.raises(HeadTooLargeError):
+        read_head(head + b"C: c\r\n\r\n", limits)
+    assert read_head(b"GET /" + b"a" * 19 + b" HTTP/1.1\r\n" + HOST + b"\r\n", limits)
+    long_line = b"GET /" + b"a" * 20 + b" HTTP/1.1\r\n"
+    with pytest.raises(UrlTooLongError):
+        end_of_head(long_line, limits)
+    with pytest.raises(UrlTooLongError):
+        read_head(long_line + HOST + b"\r\n", limits)
+    full = GET + HOST + b"A: " + b"a" * (200 - 32) + b"\r\n\r\n"
+    assert len(full) == 200
+    assert end_of_head(full, limits) == 200
+    with pytest.raises(HeadTooLargeError):
+        end_of_head(full[:-4] + b"a\r\n\r\n", limits)
+
+
+@pytest.mark.parametrize("start", [b"GET /\r\n", b"GET / HTTP/1.1\n", GET + b"Host: a\n", b"\0"])
+def test_what_cannot_become_a_head_is_refused_before_its_end(start):
+    with pytest.raises(BadRequestError):
+        end_of_head(start, LIMITS)
+
+
+def test_a_head_is_waited_for_whatever_byte_it_stops_at():
+    head = POST + b"Content-Length: 4\r\n\r\n"
+    for length in range(len(head)):
+        assert end_of_head(head[:length], LIMITS) is None
+    assert end_of_head(head + b"abcd", LIMITS) == len(head)
+
+
+def test_reading_a_hostile_head_takes_time_linear_in_its_length():
+    """A pattern with two places for the same blank took a second for 16 kB of them."""
+    blanks = GET + HOST + b"X:" + b" " * 16_000 + b"\x01"
+    assert end_of_head(blanks, LIMITS) is None
+    with pytest.raises(BadRequestError):
+        read_head(blanks + b"\r\n\r\n", LIMITS)
+
+
+def take_all(coded: bytes, cuts=(), limits=LIMITS, max_bytes=1 << 30):
+    """The data of a coded body that arrives in pieces, the reader, and what is left over."""
+    reader, buffer, data = ChunkReader(limits), bytearray(), b""
+    bounds = [0, *cuts, len(coded)]
+    for begin, end in itertools.pairwise(bounds):
+        buffer += coded[begin:end]
+        while piece := reader.take(buffer, max_bytes):
+            data += piece
+        if reader.declared_bytes > max_bytes:
+            break
+    return data, reader, bytes(buffer)
+
+
+@pytest.mark.parametrize("coded", BROKEN_CHUNKS.values(), ids=BROKEN_CHUNKS)
+def test_row_01_broken_chunks_are_refused_in_one_piece_and_byte_by_byte(coded):
+    for cuts in ([], range(1, len(coded))):
+        with pytest.raises(ApiError) as refusal:
+            take_all(coded, cuts)
+        assert refusal.value.status in (400, 431)
+
+
+def coded_body(pieces, trailer=b""):
+    chunks = b"".join(b"%X;ext=1\r\n%b\r\n" % (len(piece), piece) for piece in pieces if piece)
+    return chunks + b"000\r\n" + trailer + b"\r\n"
+
+
+@given(st.lists(st.binary(max_size=40), max_size=6), st.data())
+def test_a_body_is_the_same_wherever_its_pieces_are_cut(pieces, data):
+    coded = coded_body(pieces, data.draw(st.sampled_from([b"", b"X: a\r\n", b"X: a\r\nY:b\r\n"])))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(coded)), max_size=12)))
+    found, reader, rest = take_all(coded + b"GET /", cuts)
+    assert found == b"".join(pieces)
+    assert reader.is_complete
+    assert reader.num_bytes == reader.declared_bytes == len(found)
+    assert rest == b"GET /", "what follows is not the body's"
+
+
+def test_a_body_over_its_limit_is_known_before_it_has_come():
+    data, reader, _ = take_all(b"3\r\nabc\r\nfffffffff\r\nabc", max_bytes=10)
+    assert data == b"abc"
+    assert reader.declared_bytes > 10
+
+
+def test_a_trailer_has_the_limits_of_a_head():
+    limits = HeadLimits(max_bytes=100, max_headers=2)
+    assert take_all(b"0\r\nA: a\r\nB: b\r\n\r\n", limits=limits)[1].is_complete
+    for trailer in (b"A: a\r\n" * 3 + b"\r\n", b"A: " + b"a" * 100):
+        with pytest.raises(HeadTooLargeError):
+            take_all(b"0\r\n" + trailer, limits=limits)
+
+
+def test_chunks_of_a_byte_are_taken_for_a_small_body_only():
+    """64 MB in chunks of a byte would be a minute's work, and 384 MB on the wire."""
+    assert take_all(b"1\r\na\r\n" * 10_000 + b"0\r\n\r\n")[1].is_complete
+    tiny = bytearray(b"1\r\na\r\n" * (FREE_FRAMING_BYTES // 3))
+    with pytest.raises(BadRequestError, match="too small"):
+        ChunkReader(LIMITS).take(tiny, 1 << 30)

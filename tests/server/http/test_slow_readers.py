@@ -1,0 +1,104 @@
+"""Clients that do not read their answers: bounded, cut, and freed in the engine.
+
+In one process, where the engine's own counts can be read; `test_rows_server` asks the same of
+a whole server.
+"""
+
+import asyncio
+import socket
+
+import pytest
+from support.engine_side import engine_at
+from support.fake_runner import OrdinaryRunner, fake_info
+from support.http_side import running_server
+from support.invariants import CHAT, COMPLETIONS, SLACK, body_for, raw_post
+
+from vlmserve.models.batch import PoolSizes
+from vlmserve.models.bundled import CHECKPOINT
+from vlmserve.server.settings import ServerSettings
+
+MODEL = "vlmserve-tiny-vision"
+READER_TIMEOUT_S = 0.4
+ROUNDS_S = 60.0
+
+
+async def until(is_true):
+    async with asyncio.timeout(ROUNDS_S):
+        while not is_true():  # noqa: ASYNC110 - watches state that has no event
+            await asyncio.sleep(0.01)
+
+
+async def deaf_client(url, route, max_tokens=2000, **more):
+    """A request whose answer is never read; little of it fits the kernel's buffers."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(client, ("127.0.0.1", int(url.rsplit(":", 1)[1])))
+    body = body_for(route, max_tokens=max_tokens, stream=True, **more)
+    await loop.sock_sendall(client, raw_post(route, body))
+    return client
+
+
+def serve(tmp_path, scenario):
+    """Run scenario(url, engine, app's connections' largest buffer) on a server of tiny buffers."""
+
+    async def run():
+        pools = PoolSizes(num_text_blocks=512, num_image_blocks=8, block_size=16)
+        runner = OrdinaryRunner(fake_info(pools, 4096))
+        settings = ServerSettings(
+            model=str(CHECKPOINT),
+            engine_socket=str(tmp_path / "engine.sock"),
+            served_model_names=[MODEL],
+            reader_timeout_s=READER_TIMEOUT_S,
+            send_buffer_bytes=4096,
+        )
+        async with (
+            engine_at(settings.engine_socket, runner) as engine,
+            running_server(settings) as url,
+        ):
+            await until(lambda: engine.stats() is not None)
+            await asyncio.sleep(0.2)
+            await scenario(url, engine)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
+def test_row_30_a_client_that_does_not_read_is_cut_and_its_blocks_are_freed(
+    tmp_path, route, caplog
+):
+    """It held its blocks until its last token, and its connection for good."""
+
+    async def scenario(url, engine):
+        client = await deaf_client(url, route)
+        await until(lambda: engine.stats().num_running == 1)
+        began = asyncio.get_running_loop().time()
+        await until(lambda: engine.stats().num_running == 0)
+        assert asyncio.get_running_loop().time() - began < ROUNDS_S
+        assert engine.stats().text_blocks_used == 0
+        assert len(engine._open) == 0
+        client.close()
+
+    serve(tmp_path, scenario)
+    (line,) = [one.getMessage() for one in caplog.records if "reads nothing" in one.getMessage()]
+    num_unsent = int(line.split("with ")[1].split()[0])
+    assert 0 < num_unsent < 1_000_000
+
+
+def test_row_30_a_client_that_reads_slowly_is_served_to_the_end(tmp_path, caplog):
+    async def scenario(url, engine):
+        more = {"ignore_eos": True, "max_tokens": 600}
+        client = await deaf_client(url, CHAT, **more)
+        loop = asyncio.get_running_loop()
+        received = b""
+        async with asyncio.timeout(ROUNDS_S):
+            while b"[DONE]" not in received:
+                # Less than waits, and now and then a pause shorter than the timeout.
+                received += await loop.sock_recv(client, 32_768)
+                await asyncio.sleep(READER_TIMEOUT_S / SLACK / 4)
+        assert b'"error"' not in received
+        client.close()
+
+    serve(tmp_path, scenario)
+    assert "reads nothing" not in caplog.text

@@ -1,0 +1,112 @@
+"""What grammars of clients' may say, and how long it takes to see that."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from vlmserve.models.bundled import CHECKPOINT
+from vlmserve.models.grammar import Grammars
+from vlmserve.server.errors import BadRequestError
+from vlmserve.server.structured_output.compile_child import judge
+from vlmserve.server.structured_output.grammar_text import (
+    MAX_GRAMMAR_BYTES,
+    choice_grammar,
+    ebnf_grammar,
+    lark_grammar,
+)
+
+# Milliseconds, where a look at each character from each other one would take minutes.
+LINEAR_S = 5.0
+
+
+TOKENIZER = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+SPECIAL_IDS = {id for id, one in TOKENIZER.get_added_tokens_decoder().items() if one.special}
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Grammars:
+    return Grammars(CHECKPOINT, vocab_size=TOKENIZER.get_vocab_size())
+
+
+@pytest.mark.parametrize("text", ["<|eot_id|>", "a<|python_tag|>b", "<|image|>"])
+def test_what_spells_a_special_token_is_answered_letter_by_letter(
+    text: str, grammars: Grammars
+) -> None:
+    """It used to be answered by the token itself, which is no text, and may fit no grammar."""
+    verdict = judge(choice_grammar([text]), grammars)
+    assert verdict.grammar is not None
+    matcher = grammars.compile(verdict.grammar)
+    token_ids: list[int] = []
+    while TOKENIZER.decode(token_ids) != text:
+        allowed = np.unpackbits(grammars.fill([matcher])[0], bitorder="little")
+        token_ids.append(int(np.flatnonzero(allowed)[0]))
+        assert token_ids[-1] not in SPECIAL_IDS
+        matcher.accept(token_ids[-1])
+        assert not matcher.has_failed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'start: "a" <|eot_id|>',
+        'start: "a" <[1]>',
+        # It used to pass: a regex was taken to end with its line.
+        "start: /a\n b/ <|eot_id|> /c/",
+        "start: /a\n\\/ b/ <|eot_id|> /c/",
+        'start: /"/ <|eot_id|> /"/',
+        "start: /#/ <|eot_id|>",
+        'start: "//" <|eot_id|>',
+        'start: "\\"" <|eot_id|> "\\""',
+    ],
+)
+def test_a_special_token_is_found_wherever_it_is_one(text: str) -> None:
+    with pytest.raises(BadRequestError, match="special token"):
+        ebnf_grammar(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'start: "<|eot_id|>"',
+        "start: /<b>\n<i>/",
+        'start: "a" // <|eot_id|>\n# <b>',
+        'start: /a/i "b"i',
+        "start: /\\/</",
+        'start: %json {"const": "</b>"}',
+    ],
+)
+def test_text_that_looks_like_a_special_token_is_text(text: str, grammars: Grammars) -> None:
+    assert judge(ebnf_grammar(text), grammars).error is None
+
+
+@pytest.mark.parametrize("text", ['start: "a', "start: /a", 'start: "a\nb"', "start: /a\\\n/"])
+def test_a_string_or_regex_without_its_end_is_refused(text: str) -> None:
+    with pytest.raises(BadRequestError, match="without its end"):
+        lark_grammar(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n" * MAX_GRAMMAR_BYTES,
+        "\n" * 10_000_000,
+        " \t" * (MAX_GRAMMAR_BYTES // 2),
+        "start" + " \n" * 30_000,
+        'start: "' + '\\"' * 32_000,
+        "start: /" + "\\/" * 32_000,
+        "start: " + "[" * 60_000,
+        "start: " + '"' * 60_000,
+    ],
+    ids=lambda text: f"{text[:9]!r}-{len(text)}",
+)
+def test_row_08_a_grammar_is_looked_through_once(text: str) -> None:
+    """Blank lines and open strings used to be looked at again from each of their characters."""
+    began = time.process_time()
+    with contextlib.suppress(BadRequestError):
+        ebnf_grammar(text)
+    assert time.process_time() - began < LINEAR_S

@@ -1,0 +1,212 @@
+"""Starting, ending and dying: what an operator and the clients see."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+
+import pytest
+from support.invariants import Standing
+
+from server_state import descendants, is_running
+
+VLMSERVE = [sys.executable, "-m", "vlmserve.server"]
+MODEL = "vlmserve-tiny-vision"
+OPTIONS = [
+    "--host",
+    "--port",
+    "--max-model-len",
+    "--max-num-seqs",
+    "--max-num-batched-tokens",
+    "--device",
+    "--dtype",
+    "--served-model-name",
+    "--api-key",
+]
+
+
+def engine_pid(server) -> int:
+    return Standing(server).engine_pid
+
+
+def open_stream(server):
+    """A stream that goes on for long: the end of the turn does not stop it."""
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "Who are you?"}],
+        "temperature": 0,
+        "max_tokens": 8000,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    request = urllib.request.Request(
+        f"{server.url}/v1/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    return urllib.request.urlopen(request, timeout=60)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_whole_tree_with_exit_code_0(start_server, wait_for, signum):
+    server = start_server()
+    family = descendants(server.process.pid)
+    assert len(family) >= 4, "expected an engine, a worker and two decoders"
+    server.process.send_signal(signum)
+    assert server.process.wait(60) == 0
+    assert wait_for(lambda: not any(is_running(pid) for pid in family))
+
+
+def test_an_engine_that_dies_ends_open_requests_with_an_error_and_another_takes_over(
+    start_server, wait_for
+):
+    """The whole server ended with it."""
+    server = start_server()
+    streams = [open_stream(server) for _ in range(3)]
+    for stream in streams:
+        stream.readline()
+    os.kill(engine_pid(server), signal.SIGKILL)
+    for stream in streams:
+        frames = [line for line in stream.read().decode().split("\n") if line.startswith("data: ")]
+        assert frames[-1] == "data: [DONE]"
+        error = json.loads(frames[-2].removeprefix("data: "))["error"]
+        assert error["message"]
+        assert error["type"]
+    assert wait_for(lambda: "the engine ended (signal SIGKILL)" in server.log.read_text())
+    assert wait_for(lambda: status_of(server, "/v1/health/ready") == 200, 180)
+    Standing(server).probe()
+
+
+def test_a_killed_supervisor_leaves_nothing_running(start_server, wait_for):
+    server = start_server()
+    family = descendants(server.process.pid)
+    server.process.kill()
+    server.process.wait(30)
+    assert wait_for(lambda: not any(is_running(pid) for pid in family))
+
+
+def test_a_port_in_use_is_one_clear_line():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = subprocess.run(
+            [*VLMSERVE, "serve", "--port", port], capture_output=True, text=True, timeout=60
+        )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines() == [
+        f"vlmserve: cannot listen on 127.0.0.1:{port}: Address already in use; "
+        "choose another --port"
+    ]
+
+
+def test_steps_too_small_for_the_running_requests_are_one_clear_line():
+    """A decode left out of every step would wait until another request ends."""
+    few = ["--max-num-batched-tokens", "7", "--max-num-seqs", "8", "--port", "0"]
+    done = subprocess.run([*VLMSERVE, "serve", *few], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("vlmserve: --max-num-batched-tokens is 7, --max-num-seqs is 8")
+
+
+@pytest.mark.parametrize("model", ["/nonexistent/model", "./nothing-here", "no-such-model"])
+def test_a_model_that_is_not_there_is_one_clear_line(model):
+    done = subprocess.run(
+        [*VLMSERVE, "serve", model, "--port", "0"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"vlmserve: no model at {model!r}")
+
+
+def test_pickle_weights_are_refused_before_they_are_read(tmp_path):
+    from vlmserve.models.bundled import CHECKPOINT
+
+    for file in CHECKPOINT.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not to be read")
+    done = subprocess.run(
+        [*VLMSERVE, "serve", str(tmp_path), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "safetensors" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ready_is_503_until_the_model_is_loaded(start_server, wait_for):
+    """The first answer of /v1/health/ready while the engine loads, then 200."""
+    server = start_server()
+    body = json.loads(server.get("/v1/health/ready"))
+    assert body == {"object": "health.response", "message": "Service is ready."}
+    os.kill(engine_pid(server), signal.SIGSTOP)
+    try:
+        assert wait_for(lambda: status_of(server, "/v1/health/ready") == 503)
+        assert status_of(server, "/v1/health/live") == 200
+    finally:
+        os.kill(engine_pid(server), signal.SIGCONT)
+    assert wait_for(lambda: status_of(server, "/v1/health/ready") == 200)
+
+
+def status_of(server, path: str) -> int:
+    try:
+        with urllib.request.urlopen(server.url + path, timeout=30) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_the_ready_line_names_the_url_and_the_model(start_server, wait_for):
+    server = start_server("--served-model-name", "my-model")
+    assert wait_for(lambda: "vlmserve is ready on" in server.log.read_text())
+    (line,) = [x for x in server.log.read_text().splitlines() if "vlmserve is ready on" in x]
+    assert server.url in line
+    assert "my-model" in line
+    assert [m["id"] for m in json.loads(server.get("/v1/models"))["data"]] == ["my-model"]
+
+
+def test_help_groups_and_explains_every_option():
+    done = subprocess.run(
+        [*VLMSERVE, "serve", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1"},
+    )
+    assert done.returncode == 0
+    for heading in ("Model", "Engine", "HTTP"):
+        assert f"─ {heading} ─" in done.stdout
+    for option in OPTIONS:
+        assert option in done.stdout
+
+
+def test_a_slow_answer_does_not_block_others(server):
+    """A long stream and a short question at once: the short one ends first."""
+    order = []
+
+    def long() -> None:
+        with open_stream(server) as stream:
+            for _ in range(200):
+                stream.readline()
+            order.append("long")
+
+    thread = threading.Thread(target=long)
+    thread.start()
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    request = urllib.request.Request(
+        f"{server.url}/v1/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    urllib.request.urlopen(request, timeout=60).read()
+    order.append("short")
+    thread.join(60)
+    assert order == ["short", "long"]
