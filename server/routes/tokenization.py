@@ -14,7 +14,7 @@ from ..api.endpoint import Reply, Routes
 from ..api.services import check_model, json_response, services_of
 from ..errors import BadRequestError
 from ..prompts.processor import Processor, PromptTooLongError
-from ..schemas.tokenization import (
+from ..schemas.openai.tokenization import (
     MAX_TOKENS,
     Detokenized,
     DetokenizeRequest,

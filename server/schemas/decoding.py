@@ -23,8 +23,6 @@ MAX_IGNORED_FIELDS = 64
 # Beyond it a float does not tell one integer from the next.
 MAX_WHOLE_FLOAT = 2.0**53
 MAX_NUMBERS = 10_000
-# Made once: a union made for each of a million items takes as long as looking at it.
-_NESTING = (dict, list)
 
 # By this title the API's document finds where to tell the names that a server has.
 SERVED_MODEL = "Served model"
@@ -86,22 +84,6 @@ def no_nul(text: str, field: str) -> str:
     if "\0" in text:
         raise BadRequestError(f"{field} holds the character U+0000: remove it", param=field)
     return text
-
-
-def nests_deeper_than(depth: int, value: Any) -> bool:
-    """True if lists and objects lie in each other more than `depth` deep.
-
-    A loop, as recursion has a depth too.
-    """
-    level = [value]
-    for _ in range(depth):
-        level = [child for one in level for child in _children(one)]
-    return bool(level)
-
-
-def _children(value: Any) -> list[Any]:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [one for one in inner if isinstance(one, _NESTING)]
 
 
 def _convert_without_unknown(raw: Any, schema: type[T]) -> T:

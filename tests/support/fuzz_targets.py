@@ -40,7 +40,7 @@ from vlmserve.server.schemas.llama_stack.requests import (
 )
 from vlmserve.server.schemas.openai.chat import ChatCompletionRequest, chat_generation
 from vlmserve.server.schemas.openai.completions import CompletionRequest, completion_generation
-from vlmserve.server.schemas.tokenization import (
+from vlmserve.server.schemas.openai.tokenization import (
     DetokenizeRequest,
     TokenizeRequest,
     messages_of,

@@ -9,14 +9,14 @@ from typing import Annotated, Any, ClassVar, TypedDict
 
 import msgspec
 
-from ..errors import BadRequestError
-from ..prompts.conversation import Message, Tool
-from . import rules
-from .decoding import ModelName, no_nul
-from .openai.chat_messages import MessageList, conversation_of
-from .rules import all_of, given, having, only_one_given
-from .sampling import TokenId
-from .tools import ToolList, tools_of
+from ...errors import BadRequestError
+from ...prompts.conversation import Message, Tool
+from .. import rules
+from ..decoding import ModelName, no_nul
+from ..rules import all_of, given, having, only_one_given
+from ..sampling import TokenId
+from ..tools import ToolList, tools_of
+from .chat_messages import MessageList, conversation_of
 
 # More than any context holds: four prompts of 131,072 tokens.
 MAX_TOKENS = 524_288
