@@ -9,7 +9,8 @@
     ├── WireError              a peer that does not speak the protocol
     │   ├── FrameTooLargeError
     │   └── MalformedFrameError
-    └── OutOfBlocksError       more blocks asked for than a pool has free
+    ├── OutOfBlocksError       more blocks requested than a pool has free
+    └── IllegalTransitionError a bug: an event that a state does not allow
 
 Owns the names and how a `RequestFailed` on the wire maps to them. Knows nothing
 of HTTP status codes.
@@ -76,7 +77,11 @@ class MalformedFrameError(WireError):
 
 
 class OutOfBlocksError(RouterError):
-    """A pool has fewer free blocks than were asked for."""
+    """A pool has fewer free blocks than were requested."""
+
+
+class IllegalTransitionError(RouterError):
+    """A bug of ours: a table of states has no transition for this state and event."""
 
 
 def error_of(failed: RequestFailed) -> EngineError:

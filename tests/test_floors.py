@@ -21,6 +21,7 @@ SERVER_MAY_IMPORT = {
     "vlmserve.router.messages",
     "vlmserve.router.parent_death",
     "vlmserve.router.client.replica_pool",
+    "vlmserve.router.state_table",
     "vlmserve.router.wire",
     "vlmserve.models",
     "vlmserve.models.batch",

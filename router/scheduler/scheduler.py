@@ -33,10 +33,7 @@ compute the prompt's last token to sample from, before whoever waits, of whateve
 priority: their request runs already. Those without room, or whose leader has gone,
 wait as if they had just been preempted.
 
-    following ──fork──> running, or waiting
-    waiting ──admit──> running ──stop, length, abort, failure──> finished
-       ^                  │
-       └────preempt───────┘   both kinds of blocks given up, recomputed where others took them
+`sequence_states.py` lists the states of a sequence and the events that change them.
 """
 
 from __future__ import annotations
@@ -60,7 +57,8 @@ from ..messages import FinishReason
 from .batch_rows import fill, row_of
 from .block_manager import BlockManager
 from .request_queue import RequestQueue
-from .sequence import Sequence, Status
+from .sequence import Sequence
+from .sequence_states import SequenceEvent, Status
 from .step_budget import ImageCost, Step
 
 
@@ -189,7 +187,7 @@ class Scheduler:
                 return  # it would hold blocks and wait for its images
             self._waiting.remove(sequence)
             self.blocks.start(sequence, shared)
-            self._run(sequence)
+            self._run(sequence, SequenceEvent.ADMIT)
             self._plan(step, sequence)
 
     def _plan(self, step: Step, sequence: Sequence, ahead: ScheduledSequence | None = None) -> None:
@@ -245,8 +243,8 @@ class Scheduler:
 
     # Who runs, waits or is gone
 
-    def _run(self, sequence: Sequence) -> None:
-        sequence.status = Status.RUNNING
+    def _run(self, sequence: Sequence, event: SequenceEvent) -> None:
+        sequence.move(event)
         if sequence.ran_at is None:
             sequence.ran_at = time.monotonic()
             self._begun.append(sequence)
@@ -262,15 +260,15 @@ class Scheduler:
             follower.leader = None
             has_place = len(self._running) < self._limits.max_num_seqs
             if not has_place or not self.blocks.can_fork(num_spare=len(self._running)):
-                self._wait(follower)
+                self._wait(follower, SequenceEvent.DETACH)
                 continue
             copy = self.blocks.fork(leader, follower)
             if copy is not None:
                 self._copies[follower] = copy
-            self._run(follower)
+            self._run(follower, SequenceEvent.FORK)
 
-    def _wait(self, sequence: Sequence) -> None:
-        sequence.status = Status.WAITING
+    def _wait(self, sequence: Sequence, event: SequenceEvent) -> None:
+        sequence.move(event)
         self._waiting.put_back(sequence)
 
     def _release_followers(self, leader: Sequence) -> None:
@@ -278,7 +276,7 @@ class Scheduler:
         followers, leader.followers = leader.followers, []
         for follower in followers:
             follower.leader = None
-            self._wait(follower)
+            self._wait(follower, SequenceEvent.DETACH)
 
     def _give_room(self, sequence: Sequence) -> None:
         """Cover the newest token with a block, preempting from the last sequence on.
@@ -298,9 +296,9 @@ class Scheduler:
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self._wait(sequence)
+        self._wait(sequence, SequenceEvent.PREEMPT)
 
-    def _finish(self, sequence: Sequence) -> None:
+    def _finish(self, sequence: Sequence, event: SequenceEvent) -> None:
         """End a sequence that runs or waits, and let its followers, if any, go on alone."""
         if sequence.status is Status.RUNNING:
             self._leave(sequence)
@@ -308,7 +306,7 @@ class Scheduler:
             sequence.leader.followers.remove(sequence)
         else:
             self._waiting.remove(sequence)
-        sequence.status = Status.FINISHED
+        sequence.move(event)
         self._release_followers(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
@@ -355,7 +353,7 @@ class Scheduler:
                 entry.num_layers = 0
         self._partial, self._ahead = None, {}
         for sequence in step.sequences:
-            self._finish(sequence)
+            self._finish(sequence, SequenceEvent.FAIL)
         for sequence in step.copies:
             if sequence.status is Status.RUNNING:
                 self._preempt(sequence)
@@ -374,7 +372,7 @@ class Scheduler:
         if sequence.is_in_step:
             sequence.is_aborted = True
             return None
-        self._finish(sequence)
+        self._finish(sequence, SequenceEvent.ABORT)
         return Progress(sequence, [], "abort")
 
     def _end_step(self) -> Step:
@@ -394,7 +392,7 @@ class Scheduler:
         if planned.sampling is not None:
             self._fork(sequence)
         if sequence.is_aborted:
-            self._finish(sequence)
+            self._finish(sequence, SequenceEvent.ABORT)
             return Progress(sequence, [], "abort")
         if planned.sampling is None:
             return None
@@ -403,7 +401,7 @@ class Scheduler:
         finish_reason = sequence.append(token_id, self._limits.max_model_len)
         if finish_reason is None:
             return Progress(sequence, [token_id], logprobs=logprobs)
-        self._finish(sequence)
+        self._finish(sequence, SequenceEvent.FINISH)
         stop_token_id = sequence.matched_stop_token_id()
         return Progress(sequence, [token_id], finish_reason, stop_token_id, logprobs)
 

@@ -12,7 +12,6 @@ import hashlib
 import time
 from array import array
 from dataclasses import dataclass, field
-from enum import Enum
 
 import msgspec
 
@@ -26,18 +25,8 @@ from ...models.batch import (
 from ..blocks.block_pool import ImageEntry, ImageKey
 from ..blocks.prefix_keys import extend_block_keys
 from ..messages import AddRequest, FinishReason
-
-
-class Status(Enum):
-    """Where a sequence is; it leaves FINISHED never.
-
-    FOLLOWING: another answer to the prompt that its leader is to compute for both.
-    """
-
-    FOLLOWING = "following"
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
+from ..state_table import next_state
+from .sequence_states import TRANSITIONS, SequenceEvent, Status
 
 
 @dataclass(slots=True, eq=False)
@@ -170,6 +159,10 @@ class Sequence:
     @property
     def is_finished(self) -> bool:
         return self.status is Status.FINISHED
+
+    def move(self, event: SequenceEvent) -> None:
+        """Change `status` as the table allows. Raises IllegalTransitionError."""
+        self.status = next_state(TRANSITIONS, self.status, event)
 
     def append(self, token_id: int, max_model_len: int) -> FinishReason | None:
         """Take a generated token; why the request ends with it, or None if it goes on."""
