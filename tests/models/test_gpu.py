@@ -23,7 +23,7 @@ from support.attention_cases import (
     needs_interpreter,
     on_cuda,
 )
-from support.helpers_models import (
+from support.oracle import (
     BLOCK_SIZE,
     Blocks,
     Request,

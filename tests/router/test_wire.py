@@ -7,51 +7,15 @@ import asyncio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.fake_runner import fake_image
+from support.wire_messages import FROM_ENGINE, TO_ENGINE
 
-from vlmserve.models.batch import ImageSpan, SamplingParams
+from vlmserve.models.batch import ImageSpan
 from vlmserve.router import wire
 from vlmserve.router.errors import FrameTooLargeError, MalformedFrameError
 from vlmserve.router.messages import (
     AbortRequests,
     AddRequest,
-    EngineReady,
-    EngineStats,
-    Heartbeat,
-    RequestFailed,
-    SequenceOutput,
-    StepOutputs,
 )
-
-TO_ENGINE = [
-    AddRequest(
-        request_id="a",
-        prompt_token_ids=[128000, 1],
-        images=[fake_image("p", 4)],
-        spans=[ImageSpan(1), ImageSpan(0, 1)],
-        sampling=SamplingParams(temperature=0.5, top_p=0.9, top_k=5, seed=2**63),
-        max_tokens=5,
-        eos_token_ids=[3],
-        stop_token_ids=[4],
-        tenant="t",
-    ),
-    AbortRequests(["a", "b"]),
-]
-FROM_ENGINE = [
-    EngineReady(
-        pid=1,
-        max_model_len=2,
-        vocab_size=3,
-        max_num_seqs=4,
-        device="cpu",
-        dtype="float32",
-        num_text_tokens=5,
-        num_image_tiles=6,
-    ),
-    StepOutputs(outputs=[SequenceOutput(request_id="a", token_ids=[1], finish_reason="stop")]),
-    RequestFailed(request_id="a", kind="queue_full", message="full", retry_after_s=1.5),
-    Heartbeat(stats=EngineStats(num_running=3, vision_seconds=0.5), step_age_s=0.25),
-]
 
 
 def read_all(data: bytes, decoder=wire.to_engine_decoder, max_bytes: int = 1000) -> list:

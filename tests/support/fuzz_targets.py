@@ -19,7 +19,25 @@ from urllib.parse import urlsplit
 import httptools
 import msgspec
 from support.invariants import BODY_ROUTES, CHAT, COMPLETIONS, STACK_ROUTES, body_for
+from support.outside import FORBIDDEN
 from support.pictures import HEADERS
+from support.request_heads import (
+    BROKEN_CHUNKS,
+    GET,
+    HOST,
+    LIMITS,
+    POST,
+    TWO_READINGS,
+)
+from support.tool_call_answers import (
+    NAMES,
+    TAG,
+    hostile,
+    in_pieces,
+    joined,
+    parsed,
+)
+from support.wire_messages import FROM_ENGINE, TO_ENGINE
 
 from vlmserve.router import wire
 from vlmserve.router.errors import FrameTooLargeError, MalformedFrameError
@@ -48,24 +66,6 @@ from vlmserve.server.schemas.openai.tokenization import (
     prompt_of,
 )
 from vlmserve.server.structured_output import grammar_text as grammars
-from vlmserve.tests.router.test_wire import FROM_ENGINE, TO_ENGINE
-from vlmserve.tests.server.generation.tool_calls.test_parser import (
-    NAMES,
-    TAG,
-    hostile,
-    in_pieces,
-    joined,
-    parsed,
-)
-from vlmserve.tests.server.http.test_head import (
-    BROKEN_CHUNKS,
-    GET,
-    HOST,
-    LIMITS,
-    POST,
-    TWO_READINGS,
-)
-from vlmserve.tests.server.images.test_fetch import FORBIDDEN
 
 SETTINGS = ImageSettings()
 MAX_BODY_BYTES = 1 << 20

@@ -16,17 +16,17 @@ from typing import Any
 import httpx2
 from support.http_side import MODEL
 from support.invariants import GENERATION_ROUTES, body_for
-from support.threaded import server_in_thread
-
-from vlmserve.server.images.fetch import ImageFetcher
-from vlmserve.server.images.settings import ImageSettings
-from vlmserve.tests.server.images.test_fetch import (
+from support.outside import (
     NO_AUTHORITIES,
     PUBLIC,
     LoopbackConnector,
     ScriptedResolver,
     Site,
 )
+from support.threaded import server_in_thread
+
+from vlmserve.server.images.fetch import ImageFetcher
+from vlmserve.server.images.settings import ImageSettings
 
 
 class Outside:

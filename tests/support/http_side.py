@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -338,3 +339,16 @@ def frames_of(response: httpx2.Response) -> list[str]:
     frames = [part for part in response.text.split("\n\n") if part and not part.startswith(":")]
     assert all(frame.startswith("data: ") for frame in frames)
     return [frame.removeprefix("data: ") for frame in frames]
+
+
+def all_routes(checkpoint, **settings):
+    """Each (method, path) of the app's router, so that none is forgotten that is added later."""
+    options = ServerSettings(
+        model=str(checkpoint), engine_socket="", served_model_names=[MODEL], **settings
+    )
+    app = build_app(options)
+    found = set()
+    for route in app.router.routes:
+        path = "/" + re.sub(r"<[^>]*>", "x", route.path)
+        found |= {(method, path) for method in route.methods}
+    return sorted(found)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from vlmserve.models.batch import TokenLogprobs
@@ -23,3 +25,19 @@ def sample(*args: Any, **kwargs: Any) -> Tensor:
 def told_of(raw: RawLogprobs, token_ids: Tensor) -> dict[int, TokenLogprobs]:
     """What rows that asked are told of these tokens."""
     return raw.of([tensor.numpy() for tensor in raw.tensors(token_ids)])
+
+
+NUM_DRAWS = 20_000
+
+
+def chi_square_is_plausible(counts: np.ndarray, expected: np.ndarray) -> bool:
+    """Whether the statistic is below the 99.99 % quantile (Wilson and Hilferty's approximation).
+
+    The draws are a function of fixed seeds, so the answer is the same in every run.
+    """
+    assert (counts[expected == 0] == 0).all(), "a token outside of the distribution was drawn"
+    possible = expected > 0
+    statistic = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    freedom = max(int(possible.sum()) - 1, 1)
+    quantile = freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
+    return bool(statistic < quantile)

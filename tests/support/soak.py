@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from msgspec.structs import replace
-from support.helpers_models import count_excuses, image, loaded, prompt
+from support.oracle import count_excuses, image, loaded, prompt
 from support.stepped import MAX_MODEL_LEN, SteppedEngine
 
 from vlmserve.models.batch import ImageTiles, PoolSizes, SamplingParams

@@ -15,7 +15,6 @@ from support.http_side import (
     ScriptedEngine,
     client_of,
     frames_of,
-    write_checkpoint,
 )
 
 from vlmserve.router.messages import SequenceOutput
@@ -31,11 +30,6 @@ CHAT = "/v1/chat/completions"
 STACK = "/inference/chat_completion"
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "What is this?"}]}
 LIVE_MODEL = "vlmserve-tiny-vision"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def post(checkpoint, body, script, *, path=CHAT, **settings):

@@ -14,6 +14,7 @@ import httpx2
 import pytest
 from support.engine_side import engine_at
 from support.fake_runner import FakeRunner, fake_info
+from support.http_to_engine import body_of, server_at, until_free, until_ready
 from support.invariants import (
     CHAT,
     COMPLETIONS,
@@ -26,13 +27,12 @@ from support.invariants import (
     body_for,
     text_of,
 )
+from support.polling import until
 from support.stepped import SteppedEngine
 
 from vlmserve.models.batch import PoolSizes
 from vlmserve.router import wire
 from vlmserve.router.messages import AddRequest
-from vlmserve.tests.router.engine.test_admission import body_of, until
-from vlmserve.tests.server.routes.test_http_to_engine import server_at, until_free, until_ready
 
 # One of each kind; `test_rows_server` goes through them all.
 ROUTES = [CHAT, STACK_ROUTES[0], COMPLETIONS]
@@ -138,8 +138,9 @@ def test_row_39_company_that_joins_and_leaves_changes_no_answer(tmp_path, route)
 
 def test_row_40_what_freed_blocks_held_is_overwritten_before_the_next_step():
     """In the debug mode, which the random mixes of the soak test run in."""
+    from support import oracle as models
+
     from vlmserve.models.kv_cache.paged_cache import POISON
-    from vlmserve.tests import helpers_models as models
 
     runner = models.runner("tiny")
     engine = SteppedEngine(runner, {"poison_freed_blocks": True, "prefix_cache": False})

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from support.fake_kernels import FLASH_ATTN, varlen_attn_of
-from support.helpers_models import checkpoint
+from support.oracle import checkpoint
 
 from vlmserve.models.attention import Geometry, backend_names, get_backend
 from vlmserve.models.attention.choice import choose_backend

@@ -11,7 +11,7 @@ import torch
 from support import fake_kernels
 from support.attention_cases import SCALE, Subject, attend, dense, make_case
 from support.fake_kernels import FLASH_ATTN, varlen_attn_of
-from support.helpers_models import BLOCK_SIZE, loaded, oracle_logits, prefill_logits, requests
+from support.oracle import BLOCK_SIZE, loaded, oracle_logits, prefill_logits, requests
 
 from vlmserve.models.attention import PagedRows, get_backend, sdpa, tiles
 from vlmserve.models.attention.flash_attn_package import FlashAttnBackend, FlashAttnKernels

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.helpers_models import checkpoint, loaded
+from support.oracle import checkpoint, loaded
 from torch import nn
 from torch.nn import functional as F
 from transformers.models.mllama.modeling_mllama import (

@@ -9,7 +9,7 @@ import tempfile
 
 import pytest
 import torch
-from support.helpers_models import (
+from support.oracle import (
     BLOCK_SIZE,
     checkpoint,
     loaded,

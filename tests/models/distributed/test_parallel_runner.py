@@ -19,7 +19,7 @@ import numpy
 import openai
 import pytest
 import torch
-from support.helpers_models import (
+from support.oracle import (
     BLOCK_SIZE,
     checkpoint,
     generate,
@@ -27,6 +27,8 @@ from support.helpers_models import (
     prefill_logits,
     requests,
 )
+from support.polling import wait_until
+from support.running import MODEL_NAME, serving
 from torch import Tensor
 
 from vlmserve.models import create_runner as launch
@@ -44,7 +46,6 @@ from vlmserve.models.kv_cache.pool_sizes import PoolPlan
 from vlmserve.models.memory.available import Room
 from vlmserve.models.tensor_parallel.plan import Side, check_size, cut_linears, narrow, share_of
 from vlmserve.models.weights.loader import LoadedModel, load, load_model, open_checkpoint
-from vlmserve.tests.conftest import MODEL_NAME, serving, wait_until
 
 SIZES = PoolSizes(200, 40, BLOCK_SIZE)
 # transformers and accelerate build modules under process-wide switches

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from msgspec.structs import replace
-from support.helpers_models import PROMPTS, Request, oracle_logits, prompt, runner
+from support.oracle import PROMPTS, Request, oracle_logits, prompt, runner
 from support.stepped import SteppedEngine
 
 from vlmserve.models.batch import (

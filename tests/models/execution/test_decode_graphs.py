@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.helpers_models import (
+from support.oracle import (
     BLOCK_SIZE,
     Blocks,
     Request,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.helpers_models import runner
+from support.oracle import runner
 
 from vlmserve.models.batch import DeviceLostError, StepBatch
 from vlmserve.models.errors import StepError

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.helpers_models import GREEDY, Request, image, image_arguments, spans
+from support.oracle import GREEDY, Request, image, image_arguments, spans
 from support.stepped import MAX_MODEL_LEN, SteppedEngine
 from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration

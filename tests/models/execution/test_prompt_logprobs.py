@@ -20,7 +20,6 @@ from support.fake_runner import (
     fake_image,
     fake_info,
 )
-from support.helpers_models import IMAGE_ID, PROMPTS, oracle_logits, runner
 from support.http_side import (
     MODEL,
     OneTileImages,
@@ -28,6 +27,7 @@ from support.http_side import (
     running_server,
     write_checkpoint,
 )
+from support.oracle import IMAGE_ID, PROMPTS, oracle_logits, runner
 from support.stepped import SteppedEngine
 
 from vlmserve.models.batch import (

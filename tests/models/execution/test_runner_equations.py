@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.helpers_models import (
+from support.oracle import (
     TINY_LAYOUTS,
     Request,
     oracle,

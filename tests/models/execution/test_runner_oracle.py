@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from support.helpers_models import (
+from support.oracle import (
     PROMPTS,
     TILE_SIZE,
     TINY_LAYOUTS,

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 from support.fake_runner import FakeRunner
-from support.helpers_models import PROMPTS, runner
+from support.oracle import PROMPTS, runner
 
 from vlmserve.models.batch import SamplingParams, StepBatch, TokenLogprobs
 from vlmserve.router.config import EngineConfig

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.helpers_models import (
+from support.oracle import (
     GREEDY,
     Request,
     count_excuses,

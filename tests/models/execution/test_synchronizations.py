@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from support.helpers_models import (
+from support.oracle import (
     BLOCK_SIZE,
     Blocks,
     checkpoint,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers_models import checkpoint
+from support.oracle import checkpoint
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from vlmserve.models.create_runner import create_runner

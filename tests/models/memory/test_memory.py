@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers_models import checkpoint, generate, loaded, prompt
+from support.oracle import checkpoint, generate, loaded, prompt
 from torch.profiler import ProfilerActivity, profile
 
 from vlmserve.bench.checkpoints import build

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.sampled import sample
+from support.sampled import NUM_DRAWS, chi_square_is_plausible, sample
 from torch import Tensor
 from transformers import (
     MinPLogitsWarper,
@@ -19,7 +19,6 @@ from vlmserve.models.batch import SamplingContext, SamplingParams
 from vlmserve.models.errors import NonFiniteLogitsError
 from vlmserve.models.sampling import sampler as sampling
 from vlmserve.models.sampling.penalties import adjust
-from vlmserve.tests.models.sampling.test_sampler import NUM_DRAWS, chi_square_is_plausible
 
 VOCAB = 40
 PROMPT = [3, 3, 7, 11, 30]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
-from support.sampled import sample
+from support.sampled import NUM_DRAWS, chi_square_is_plausible, sample
 from torch import Tensor
 
 from vlmserve.models.batch import SamplingParams
@@ -15,7 +13,6 @@ from vlmserve.models.errors import NonFiniteLogitsError
 from vlmserve.models.sampling import sampler as sampling
 from vlmserve.models.sampling.sampler import uniform
 
-NUM_DRAWS = 20_000
 VOCAB = 12
 
 
@@ -39,19 +36,6 @@ def exact(logits: Tensor, params: SamplingParams) -> np.ndarray:
     out = np.zeros_like(probabilities)
     out[nucleus] = probabilities[nucleus] / probabilities[nucleus].sum()
     return out
-
-
-def chi_square_is_plausible(counts: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether the statistic is below the 99.99 % quantile (Wilson and Hilferty's approximation).
-
-    The draws are a function of fixed seeds, so the answer is the same in every run.
-    """
-    assert (counts[expected == 0] == 0).all(), "a token outside of the distribution was drawn"
-    possible = expected > 0
-    statistic = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
-    freedom = max(int(possible.sum()) - 1, 1)
-    quantile = freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
-    return bool(statistic < quantile)
 
 
 def draws(logits: Tensor, params: SamplingParams, by_seed: bool) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers_models import (
+from support.oracle import (
     PROMPTS,
     TINY_LAYOUTS,
     Blocks,

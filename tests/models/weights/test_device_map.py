@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
-from support.helpers_models import (
+from support.oracle import (
     BLOCK_SIZE,
     PROMPTS,
     checkpoint,

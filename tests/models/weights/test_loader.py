@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support.helpers_models import checkpoint, generate, loaded, prompt
+from support.oracle import checkpoint, generate, loaded, prompt
 from transformers import MllamaForConditionalGeneration, MllamaProcessor, MllamaTextConfig
 
 from vlmserve.bench.checkpoints import build

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support.helpers_models import checkpoint
+from support.oracle import checkpoint
 
 from vlmserve.models.weights import progress
 from vlmserve.models.weights.loader import load_model

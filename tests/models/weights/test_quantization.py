@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers_models import (
+from support.oracle import (
     BLOCK_SIZE,
     PROMPTS,
     checkpoint,

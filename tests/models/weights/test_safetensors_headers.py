@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.helpers_models import checkpoint, loaded
+from support.oracle import checkpoint, loaded
 
 from vlmserve.models.errors import ModelError
 from vlmserve.models.weights import loader as loading

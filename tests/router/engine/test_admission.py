@@ -5,13 +5,13 @@ In one process, where a step can be held by a gate and the queue's own counts be
 """
 
 import asyncio
-import threading
 import time
 
 import httpx2
 import pytest
 from support.engine_side import engine_at
 from support.fake_runner import FakeRunner
+from support.http_to_engine import Gate, body_of, server_at, until_free, until_ready
 from support.invariants import (
     CHAT,
     COMPLETIONS,
@@ -19,40 +19,14 @@ from support.invariants import (
     SLACK,
     STACK_ROUTES,
     TEXT_ROUTES,
-    body_for,
 )
+from support.polling import until
 
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine.engine import Engine
 from vlmserve.router.messages import AddRequest, FromEngine, RequestFailed
-from vlmserve.tests.server.routes.test_http_to_engine import server_at, until_free, until_ready
 
-MODEL = "m"
 REFUSAL_S = 0.05
-
-
-def body_of(route, text="Hi", **more):
-    body = body_for(route, text, **more)
-    return body | {"model" if "model" in body else "model_id": MODEL}
-
-
-class Gate:
-    """Holds every step up until it is opened."""
-
-    def __init__(self):
-        self._event = threading.Event()
-
-    def __call__(self, batch):
-        self._event.wait(60)
-
-    def open(self):
-        self._event.set()
-
-
-async def until(is_true):
-    async with asyncio.timeout(30):
-        while not is_true():  # noqa: ASYNC110 - watches state that has no event
-            await asyncio.sleep(0.005)
 
 
 LIMITS = {

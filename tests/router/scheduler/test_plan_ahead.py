@@ -14,7 +14,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 from support.fake_runner import FakeRunner, expected_token_ids, fake_image
-from support.helpers_models import PROMPTS, runner
+from support.oracle import PROMPTS, runner
 from support.scheduler_bench import Bench
 
 from vlmserve.models.batch import (

@@ -16,7 +16,6 @@ from support.http_side import (
     error_of,
     meta_like_tokenizer,
     tokens_one_by_one,
-    write_checkpoint,
 )
 from support.schema_cases import cases_of
 
@@ -55,11 +54,6 @@ KINDS = ("missing", "null", "type", "range", "unknown")
 POSTS = [one for group in ROUTES for one in group.endpoints if one.method == "POST"]
 # The first path of each body takes every case, the others a sample of them.
 FIRST = {one.body: one.path for one in reversed(POSTS)}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import jsonschema
 import openapi_spec_validator
 import pytest
-from support.http_side import MODEL, OneTileImages, ScriptedEngine, client_of, write_checkpoint
+from support.http_side import MODEL, OneTileImages, ScriptedEngine, client_of
 
 from vlmserve.server.api import openapi
 from vlmserve.server.app import build_app
@@ -45,11 +45,6 @@ def test_the_example_of_models_is_the_documented_one_but_for_its_random_id():
     permission = documented["data"][0]["permission"][0]
     permission["id"] = samples.MODEL_LIST["data"][0]["permission"][0]["id"]
     assert json.dumps(samples.MODEL_LIST) == json.dumps(documented)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def app_of(checkpoint, **settings):

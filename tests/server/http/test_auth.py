@@ -11,11 +11,11 @@ from support.http_side import (
     MODEL,
     OneTileImages,
     ScriptedEngine,
+    all_routes,
     client_of,
     meta_like_tokenizer,
     running_app,
     tokens_one_by_one,
-    write_checkpoint,
 )
 from support.invariants import GENERATION_ROUTES, TEXT_ROUTES, body_for
 
@@ -28,11 +28,6 @@ OPEN = {"/v1/health/live", "/v1/health/ready"}
 KEYS = ["key-one", "schlüssel"]
 HEADERS = {"Authorization": "Bearer key-one"}
 PAGE = "https://page.example"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture
@@ -51,19 +46,6 @@ def served(checkpoint, use, **settings):
             return await use(client), engine
 
     return asyncio.run(run())
-
-
-def all_routes(checkpoint, **settings):
-    """Each (method, path) of the app's router, so that none is forgotten that is added later."""
-    options = ServerSettings(
-        model=str(checkpoint), engine_socket="", served_model_names=[MODEL], **settings
-    )
-    app = build_app(options)
-    found = set()
-    for route in app.router.routes:
-        path = "/" + re.sub(r"<[^>]*>", "x", route.path)
-        found |= {(method, path) for method in route.methods}
-    return sorted(found)
 
 
 def body_of(path, **more):

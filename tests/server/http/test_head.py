@@ -5,6 +5,7 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.request_heads import BROKEN_CHUNKS, GET, HOST, LIMITS, POST, TWO_READINGS
 
 from vlmserve.server.errors import ApiError, BadRequestError
 from vlmserve.server.http.chunked import FREE_FRAMING_BYTES, ChunkReader
@@ -16,101 +17,6 @@ from vlmserve.server.http.head import (
     end_of_head,
     read_head,
 )
-
-LIMITS = HeadLimits()
-GET = b"GET / HTTP/1.1\r\n"
-HOST = b"Host: a\r\n"
-POST = b"POST / HTTP/1.1\r\n" + HOST
-
-# What a second reader, in front of this one, may take otherwise. (RFC 9112 and 9110)
-TWO_READINGS = {
-    "blank before the colon": POST + b"Content-Length : 4\r\n\r\n",
-    "no Host": GET + b"\r\n",
-    "two Hosts": GET + HOST + HOST + b"\r\n",
-    "two Hosts in one": GET + b"Host: a, b\r\n\r\n",
-    "a path in the Host": GET + b"Host: a/b\r\n\r\n",
-    "a user in the Host": GET + b"Host: u@a\r\n\r\n",
-    "NUL in a value": GET + HOST + b"X: a\0b\r\n\r\n",
-    "escape in a value": GET + HOST + b"X: a\x1bb\r\n\r\n",
-    "DEL in a value": GET + HOST + b"X: a\x7fb\r\n\r\n",
-    "folded": GET + HOST + b"X: a\r\n b\r\n\r\n",
-    "folded by a tab": GET + HOST + b"X: a\r\n\tb\r\n\r\n",
-    "folded at the start": GET + b" " + HOST + b"\r\n",
-    "no colon": GET + HOST + b"X\r\n\r\n",
-    "no name": GET + HOST + b": a\r\n\r\n",
-    "bracket in a name": GET + HOST + b"X(A): a\r\n\r\n",
-    "non-ASCII in a name": GET + HOST + "Xé: a\r\n\r\n".encode(),
-    "Arabic digits": POST + "Content-Length: ٤\r\n\r\n".encode(),
-    "negative length": POST + b"Content-Length: -4\r\n\r\n",
-    "signed length": POST + b"Content-Length: +4\r\n\r\n",
-    "hexadecimal length": POST + b"Content-Length: 0x4\r\n\r\n",
-    "length with underscore": POST + b"Content-Length: 1_0\r\n\r\n",
-    "fractional length": POST + b"Content-Length: 4.0\r\n\r\n",
-    "empty length": POST + b"Content-Length: \r\n\r\n",
-    "list of lengths": POST + b"Content-Length: 4, 4\r\n\r\n",
-    "endless length": POST + b"Content-Length: " + b"9" * 16 + b"\r\n\r\n",
-    "length twice": POST + b"Content-Length: 4\r\nContent-Length: 4\r\n\r\n",
-    "two lengths": POST + b"Content-Length: 4\r\nContent-Length: 5\r\n\r\n",
-    "length and coding": POST + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n",
-    "coding and length": POST + b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n",
-    "coding twice": POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n",
-    "two codings": POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
-    "other coding": POST + b"Transfer-Encoding: identity\r\n\r\n",
-    "coding with a control": POST + b"Transfer-Encoding: \x0bchunked\r\n\r\n",
-    "quoted coding": POST + b'Transfer-Encoding: "chunked"\r\n\r\n',
-    "empty coding": POST + b"Transfer-Encoding:\r\n\r\n",
-    "chunked in HTTP/1.0": b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
-    "LF ends the line": b"GET / HTTP/1.1\nHost: a\r\n\r\n",
-    "LF ends a header": GET + b"Host: a\nX: b\r\n\r\n",
-    "CR ends a header": GET + b"Host: a\rX: b\r\n\r\n",
-    "CR CR LF": GET + b"Host: a\r\r\n\r\n",
-    "two blanks": b"GET  / HTTP/1.1\r\n" + HOST + b"\r\n",
-    "blank in front": b" GET / HTTP/1.1\r\n" + HOST + b"\r\n",
-    "blank behind": b"GET / HTTP/1.1 \r\n" + HOST + b"\r\n",
-    "tab in the line": b"GET\t/ HTTP/1.1\r\n" + HOST + b"\r\n",
-    "blank in the URL": b"GET /a b HTTP/1.1\r\n" + HOST + b"\r\n",
-    "HTTP/0.9": b"GET /\r\n\r\n",
-    "no method": b"/ HTTP/1.1\r\n" + HOST + b"\r\n",
-    "method in lower case": b"get / HTTP/1.1\r\n" + HOST + b"\r\n",
-    "version in lower case": b"GET / http/1.1\r\n" + HOST + b"\r\n",
-    "HTTP/1.2": b"GET / HTTP/1.2\r\n" + HOST + b"\r\n",
-    "HTTP/1.10": b"GET / HTTP/1.10\r\n" + HOST + b"\r\n",
-    "HTTP/2 without a word": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    "CONNECT": b"CONNECT a:443 HTTP/1.1\r\n" + HOST + b"\r\n",
-    "star without OPTIONS": b"GET * HTTP/1.1\r\n" + HOST + b"\r\n",
-    "fragment": b"GET /a#b HTTP/1.1\r\n" + HOST + b"\r\n",
-    "non-ASCII in the URL": "GET /é HTTP/1.1\r\n".encode() + HOST + b"\r\n",
-    "control in the URL": b"GET /\x1b HTTP/1.1\r\n" + HOST + b"\r\n",
-    "another host in the URL": b"GET http://b/ HTTP/1.1\r\n" + HOST + b"\r\n",
-    "another port in the URL": b"GET http://a:1/ HTTP/1.1\r\n" + HOST + b"\r\n",
-    "a user in the URL": b"GET http://u@a/ HTTP/1.1\r\n" + HOST + b"\r\n",
-    "another scheme": b"GET ftp://a/ HTTP/1.1\r\n" + HOST + b"\r\n",
-    "bytes of TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
-}  # fmt: skip
-
-BROKEN_CHUNKS = {
-    "hexadecimal prefix": b"0x3\r\nabc\r\n0\r\n\r\n",
-    "data without a line end": b"3\r\nabc0\r\n\r\n",
-    "data with another line end": b"3\r\nabc\n0\r\n\r\n",
-    "longer than its size": b"3\r\nabcd\r\n0\r\n\r\n",
-    "sign": b"+3\r\nabc\r\n0\r\n\r\n",
-    "minus": b"-3\r\nabc\r\n0\r\n\r\n",
-    "underscore": b"0_3\r\nabc\r\n0\r\n\r\n",
-    "blank in front": b" 3\r\nabc\r\n0\r\n\r\n",
-    "blank behind": b"3 \r\nabc\r\n0\r\n\r\n",
-    "Arabic digit": "٣\r\nabc\r\n0\r\n\r\n".encode(),
-    "no size": b"\r\nabc\r\n0\r\n\r\n",
-    "extension alone": b";a\r\nabc\r\n0\r\n\r\n",
-    "extension with LF": b"3;a\nb\r\nabc\r\n0\r\n\r\n",
-    "extension without end": b"3;" + b"a" * 300 + b"\r\nabc\r\n0\r\n\r\n",
-    "size without end": b"0" * 300 + b"3\r\nabc\r\n0\r\n\r\n",
-    "size beyond all": b"f" * 17 + b"\r\nabc\r\n0\r\n\r\n",
-    "LF ends the size": b"3\nabc\r\n0\r\n\r\n",
-    "trailer without a colon": b"3\r\nabc\r\n0\r\nX\r\n\r\n",
-    "trailer with a blank": b"3\r\nabc\r\n0\r\nX : a\r\n\r\n",
-    "folded trailer": b"3\r\nabc\r\n0\r\nX: a\r\n b\r\n\r\n",
-    "LF in the trailer": b"3\r\nabc\r\n0\r\nX: a\nY: b\r\n\r\n",
-}  # fmt: skip
 
 
 def read(head: bytes, step: int | None = None):

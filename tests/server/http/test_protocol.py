@@ -14,13 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support.http_side import MODEL, write_checkpoint
+from support.http_side import MODEL, all_routes
 from support.invariants import BODY_ROUTES, CHAT, SLACK, assert_error, body_for, peak_bytes
 from support.raw_http import answers_in, exchange, only_answer
+from support.request_heads import BROKEN_CHUNKS, TWO_READINGS
 from support.threaded import server_in_thread
-
-from vlmserve.tests.server.http.test_auth import all_routes
-from vlmserve.tests.server.http.test_head import BROKEN_CHUNKS, TWO_READINGS
 
 TLS_FILE = Path(__file__).resolve().parents[2] / "data" / "tls_test_only.pem"
 LIVE = b"GET /v1/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -29,11 +27,6 @@ SLOW_S = 10.0
 BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "What?"}]}).encode()
 # A dozen suffices for the second of two event loops, and for TLS.
 SOME_READINGS = list(TWO_READINGS.values())[::5]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def test_row_01_every_route_that_takes_a_body_is_among_those_that_are_tested(checkpoint):

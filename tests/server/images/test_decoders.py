@@ -7,10 +7,8 @@ import contextlib
 import os
 import random
 import signal
-import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -18,14 +16,13 @@ import msgspec
 import pytest
 from PIL import Image
 from support.pictures import (
+    BOMBS,
     HEADERS,
     SETTINGS,
     TILING,
     encoded,
     noise,
     picture,
-    png_chunk,
-    png_of_zeros,
 )
 
 from vlmserve.models.batch import ImageTiles
@@ -36,11 +33,6 @@ from vlmserve.server.images.settings import ImageError, ImageSettings, PoolClose
 from vlmserve.server.images.tiling import cut
 
 CHILD = "vlmserve.server.images.decoder_child"
-
-
-def with_png_chunk(data: bytes, kind: bytes, body: bytes) -> bytes:
-    """A PNG with one more chunk after its header."""
-    return data[:33] + png_chunk(kind, body) + data[33:]
 
 
 def with_pool(
@@ -70,26 +62,6 @@ def is_running(pid: int) -> bool:
 
 def read_proc(pid: int, name: str) -> bytes:
     return Path(f"/proc/{pid}/{name}").read_bytes()
-
-
-BOMBS = {
-    "177 megapixels in 22 kB": png_of_zeros(13_300, 13_300),
-    "header says more than there is": encoded(picture())[:16]
-    + struct.pack(">II", 4000, 4000)
-    + encoded(picture())[24:],
-    "text bomb": with_png_chunk(
-        encoded(picture()), b"zTXt", b"c\0\0" + zlib.compress(bytes(50_000_000), 9)
-    ),
-    "profile bomb": with_png_chunk(
-        encoded(picture()), b"iCCP", b"c\0\0" + zlib.compress(bytes(50_000_000), 9)
-    ),
-    "pixels end early": encoded(picture(300, 300))[:20_000],
-    "JPEG ends early": encoded(picture(300, 300), "JPEG")[:9000],
-    "GIF ends early": encoded(picture(300, 300), "GIF")[:9000],
-    "WebP ends early": encoded(picture(300, 300), "WEBP")[:4000],
-    "HEIC": b"\x00\x00\x00\x18ftypheic" + bytes(100),
-    "empty": b"",
-}  # fmt: skip
 
 
 def test_hostile_and_broken_pictures_are_refused_and_leave_the_children_alive() -> None:

@@ -22,13 +22,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.guarded import guarded_server
-from support.http_side import write_checkpoint
 from support.invariants import CHAT, GENERATION_ROUTES, assert_error, body_for, peak_bytes
-from support.pictures import encoded, noise, picture, png_of_zeros
-
-from vlmserve.server.images.settings import MEBI
-from vlmserve.tests.server.images.test_decoders import BOMBS
-from vlmserve.tests.server.images.test_fetch import (
+from support.outside import (
     FORBIDDEN,
     PUBLIC,
     Site,
@@ -37,6 +32,9 @@ from vlmserve.tests.server.images.test_fetch import (
     plain_response,
     redirect,
 )
+from support.pictures import BOMBS, encoded, noise, picture, png_of_zeros
+
+from vlmserve.server.images.settings import MEBI
 
 ROOT = Path(__file__).resolve().parents[3]
 GOOD = encoded(picture())
@@ -161,11 +159,6 @@ def test_row_14_a_decoder_that_hangs_or_dies_costs_its_own_picture(standing, wai
             answer = standing.post(route, body_for(route, images=[url_of(GOOD)]))
             assert answer.status == 200, answer.body
         assert not set(stopped) & set(standing.pids("decoder"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from support.http_side import (
     OneTileImages,
     ScriptedEngine,
     client_of,
-    write_checkpoint,
 )
 
 from vlmserve.router.messages import EngineStats, SequenceOutput
@@ -26,11 +25,6 @@ PARTS = [
 ]
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": PARTS}]}
 STACK_BODY = {"model": MODEL, "messages": [{"role": "user", "content": "What is this?"}]}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def answers(num_cached_tokens):

@@ -21,7 +21,6 @@ from support.http_side import (
     meta_like_tokenizer,
     running_server,
     tokens_one_by_one,
-    write_checkpoint,
 )
 from support.shapes import shape_of
 
@@ -81,11 +80,6 @@ def test_an_answer_that_tells_of_many_tokens_is_written_beside_the_event_loop():
 def with_image(url="https://host/a.png"):
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": url}}]
     return BODY | {"messages": [{"role": "user", "content": parts}]}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def serve(checkpoint, use, script=None, *, images=None, engine=None, **settings):

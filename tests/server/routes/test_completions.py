@@ -14,7 +14,6 @@ from support.http_side import (
     frames_of,
     meta_like_tokenizer,
     tokens_one_by_one,
-    write_checkpoint,
 )
 
 from vlmserve.models.batch import PromptLogprobs, TokenLogprobs
@@ -30,11 +29,6 @@ WHAT, IS = 3923, 374
 BODY = {"model": MODEL, "prompt": "What is"}
 ANSWER = " in this image?"
 EMOJI = "🐻"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def ids_of(text):

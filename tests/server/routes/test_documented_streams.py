@@ -11,7 +11,6 @@ from support.http_side import (
     client_of,
     meta_like_tokenizer,
     tokens_one_by_one,
-    write_checkpoint,
 )
 
 from vlmserve.router.errors import EngineDeadError
@@ -22,11 +21,6 @@ CHAT = "/v1/chat/completions"
 OLD = ["/inference/chat_completion", "/alpha/inference/chat-completion"]
 NEW = "/v1/inference/chat-completion"
 STACK = [prefix + path for prefix in ("", "/ls", "/experimental/ls") for path in (*OLD, NEW)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def whole(request):

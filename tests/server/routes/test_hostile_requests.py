@@ -20,7 +20,6 @@ from support.http_side import (
     client_of,
     meta_like_tokenizer,
     tokens_one_by_one,
-    write_checkpoint,
 )
 from support.invariants import (
     CHAT,
@@ -41,11 +40,6 @@ BLOCKED_S = 0.1
 DEEP: dict = {}
 for _ in range(80):
     DEEP = {"type": "object", "properties": {"a": DEEP}}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def too_much(route: str) -> list[dict]:

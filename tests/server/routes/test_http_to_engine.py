@@ -1,72 +1,15 @@
 """The HTTP side over a real socket to a real engine, whose runner only hashes."""
 
 import asyncio
-import contextlib
 import json
-from pathlib import Path
 
-import httpx2
 import pytest
 from support.engine_side import engine_at
-from support.fake_runner import FakeRunner, fake_image, fake_info
-from support.http_side import running_server
+from support.fake_runner import FakeRunner, fake_info
+from support.http_to_engine import body, server_at, until_free, until_ready, until_running
+from support.invariants import CHAT
 
-from vlmserve.models import bundled
 from vlmserve.models.batch import PoolSizes
-from vlmserve.server.settings import ServerSettings
-
-BUNDLED = Path(bundled.__file__).parent / "checkpoint"
-CHAT = "/v1/chat/completions"
-DEADLINE_S = 30.0
-
-
-def body(text="What shape is it?", *, images=0, **fields):
-    """A request of up to 8 greedy tokens whose end of turn counts for nothing."""
-    parts = [{"type": "text", "text": text}]
-    parts += [{"type": "image_url", "image_url": f"picture {i}"} for i in range(images)]
-    turn = {"role": "user", "content": parts}
-    greedy = {"temperature": 0, "seed": 1, "max_tokens": 8, "ignore_eos": True}
-    return {"model": "m", "messages": [turn]} | greedy | fields
-
-
-class FakeImages:
-    """Two tiles for every URL."""
-
-    async def load(self, images, deadline=None):
-        return [fake_image(image.url, 2) for image in images]
-
-
-@contextlib.asynccontextmanager
-async def server_at(path):
-    """An HTTP server that looks for its engine at `path`; gives a client of it."""
-    settings = ServerSettings(model=str(BUNDLED), engine_socket=str(path), served_model_names=["m"])
-    async with (
-        asyncio.timeout(DEADLINE_S),
-        running_server(settings, images=FakeImages()) as url,
-        httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
-    ):
-        yield client
-
-
-async def until_ready(client, status=200):
-    while (await client.get("/v1/health/ready")).status_code != status:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
-
-
-async def until_running(engine):
-    async with asyncio.timeout(DEADLINE_S):
-        while not engine.scheduler.num_running:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
-async def until_free(engine):
-    """Wait until nothing runs, then check that every block came back."""
-    async with asyncio.timeout(DEADLINE_S):
-        while engine.scheduler.has_work:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-    engine.scheduler.check()
-    stats = engine.stats()
-    assert (stats.text_blocks_used, stats.image_blocks_used) == (0, 0)
 
 
 def test_mixed_requests_at_once_get_the_answers_they_get_alone(tmp_path):

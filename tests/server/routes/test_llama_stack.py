@@ -11,7 +11,6 @@ from support.http_side import (
     client_of,
     meta_like_tokenizer,
     tokens_one_by_one,
-    write_checkpoint,
 )
 
 from vlmserve.router.errors import EngineDeadError
@@ -27,11 +26,6 @@ BODY = {"model_id": MODEL, "messages": [{"role": "user", "content": "What is in 
 
 def says(text, finish_reason="stop", end=128009):
     return lambda request: list(tokens_one_by_one(TOKENIZER, text, finish_reason, end))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def post_all(checkpoint, bodies, script=None, *, headers=None):

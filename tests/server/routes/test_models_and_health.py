@@ -23,7 +23,6 @@ from support.http_side import (
     client_of,
     meta_like_tokenizer,
     tokens_one_by_one,
-    write_checkpoint,
 )
 from support.shapes import shape_of
 
@@ -55,11 +54,6 @@ ROUTES = [
         )
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def serve(checkpoint, use, *, engine=None, **settings):

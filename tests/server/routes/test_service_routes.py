@@ -64,11 +64,6 @@ USUAL = {
 }
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
 @pytest.fixture
 def licensed(tmp_path):
     folder = write_checkpoint(tmp_path / "licensed")

@@ -23,11 +23,6 @@ IMAGE_PART = {"type": "image_url", "image_url": {"url": "https://host/a.png"}}
 LOOK = [{"role": "user", "content": [{"type": "text", "text": "What is?"}, IMAGE_PART]}]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
 def serve(checkpoint, use, **settings):
     """Run `use(client, engine)` against a server and give what it gives."""
 

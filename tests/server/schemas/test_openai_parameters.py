@@ -181,7 +181,8 @@ def test_a_refused_parameter_is_named_and_taken_where_it_is_neutral(api, field):
 
 
 @pytest.mark.parametrize(
-    ("api", "field"), [(api, field) for api in MODULES for field in MODULES[api].WITHOUT_EFFECT]
+    ("api", "field"),
+    [(api, field) for api in MODULES for field in sorted(MODULES[api].WITHOUT_EFFECT)],
 )
 def test_a_parameter_without_effect_has_none(api, field):
     body = base_of(api) | {field: IDLE[field]}

@@ -4,6 +4,7 @@ import asyncio
 import os
 
 import pytest
+from support.fake_clock import Clock, first_reason
 from support.fake_runner import FakeRunner
 
 from vlmserve.models.batch import ImageToEncode, ScheduledSequence, StepBatch
@@ -16,17 +17,6 @@ from vlmserve.server.settings import ServerSettings
 from vlmserve.server.supervisor.engine_watchdog import EngineWatch, HangLimits
 from vlmserve.server.supervisor.restart_budget import RestartBudget
 from vlmserve.server.supervisor.supervisor import Supervision, Supervisor
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
-
 
 READY = EngineReady(
     pid=1, max_model_len=1, vocab_size=1, max_num_seqs=1, device="", dtype="",
@@ -41,14 +31,6 @@ def watched(**heartbeat) -> tuple[EngineClient, EngineWatch]:
         setattr(client, name, value)
     limits = HangLimits(heartbeat_s=10, loading_s=300, step_s=10, first_step_s=600)
     return client, EngineWatch(client, limits)
-
-
-def first_reason(watch, seconds, step_s=0.5):
-    """When and why what is watched is taken to hang, if within `seconds`."""
-    for number in range(int(seconds / step_s)):
-        if reason := watch.judge(step_s):
-            return number * step_s, reason
-    return None
 
 
 def test_an_engine_without_a_heartbeat_hangs_after_10_s():
@@ -147,7 +129,7 @@ def test_a_step_may_compile_until_one_of_its_kind_was_computed():
 
 
 def test_a_step_of_the_model_counts_its_layers_and_those_of_the_vision_encoder():
-    from vlmserve.tests import helpers_models as models
+    from support import oracle as models
 
     runner = models.runner("tiny")
     config, before = runner.config, runner.num_layers_begun

@@ -5,10 +5,10 @@ import contextlib
 import os
 
 import pytest
+from support.fake_clock import first_reason
 
 from vlmserve.server.supervisor.restart_counter import FILE_NAME, RestartCounter, RestartCounts
 from vlmserve.server.supervisor.worker_liveness import Pulse, WorkerLimits, beat
-from vlmserve.tests.server.supervisor.test_engine_watchdog import first_reason
 
 LIMITS = WorkerLimits(stall_s=10, starting_s=300)
 

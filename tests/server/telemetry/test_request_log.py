@@ -22,7 +22,6 @@ from support.http_side import (
     client_of,
     meta_like_tokenizer,
     tokens_one_by_one,
-    write_checkpoint,
 )
 from support.invariants import CHAT, GENERATION_ROUTES, PICTURE, body_for
 
@@ -36,11 +35,6 @@ CERTIFICATE = Path(__file__).resolve().parents[2] / "data" / "tls_test_only.pem"
 DEADLINE_S = 25.0
 # Controls, an escape sequence, a bidirectional override, and what a log shipper splits at.
 HOSTILE = "a\x1b[31mb\r\nc\x85d\u2028e\u202ef\x00g"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 class Lines:

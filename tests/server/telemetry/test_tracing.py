@@ -16,7 +16,6 @@ from support.http_side import (
     client_of,
     meta_like_tokenizer,
     tokens_one_by_one,
-    write_checkpoint,
 )
 from support.invariants import GENERATION_ROUTES, PICTURE, body_for
 
@@ -29,11 +28,6 @@ from vlmserve.server.telemetry.tracing import Tracer
 TOKENIZER = meta_like_tokenizer()
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import sys
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.tool_call_answers import TAG, hostile, in_pieces, joined, parsed
 
 from vlmserve.server.generation.tool_calls.parser import ToolCallParser
 from vlmserve.server.generation.tool_calls.pieces import CallPiece, TextPiece
@@ -14,43 +15,6 @@ from vlmserve.server.generation.tool_calls.python_arguments import (
     NotLiteralError,
     json_of_arguments,
 )
-
-TAG = "<|python_tag|>"
-NAMES = ("f", "get_weather", "ENDED")
-
-
-def parsed(pieces, names=NAMES, **options):
-    """All that a parser gives for an answer in pieces; a piece TAG is the special token."""
-    parser = ToolCallParser(names, **options)
-    found = []
-    for piece in pieces:
-        found += parser.push_python_tag() if piece == TAG else parser.push(piece)
-    return found + parser.flush()
-
-
-def joined(found):
-    """The text, and (name, arguments, is_end) of each call, from pieces in order."""
-    text, calls = "", []
-    for piece in found:
-        if isinstance(piece, TextPiece):
-            assert piece.text
-            text += piece.text
-        elif piece.name is not None:
-            assert piece.index == len(calls)
-            calls.append((piece.name, piece.arguments, piece.is_end))
-        else:
-            name, arguments, is_end = calls[-1]
-            assert piece.index == len(calls) - 1
-            assert not is_end
-            calls[-1] = (name, arguments + piece.arguments, piece.is_end)
-    return text, calls
-
-
-def in_pieces(answer):
-    """An answer as one text each side of the special token."""
-    parts = answer.split(TAG)
-    return [parts[0], *(piece for part in parts[1:] for piece in (TAG, part))]
-
 
 CALLS = [
     ('{"name": "f", "parameters": {"a": 1}}', "", [("f", '{"a": 1}')]),
@@ -210,25 +174,13 @@ def test_after_the_last_allowed_call_nothing_is_read():
     assert joined(parsed(answer, max_calls=1)) == ("", [("f", "{}", True)])
 
 
-def hostile(length):
-    """Texts that make careless parsers slow: each is a beginning again and again."""
-    for part in (
-        "<", "<function=", "<function=f>{}", "{", "[", "[{", '{"name": "f", "parameters": {"a":"',
-        '{"parameters":{"a":', f"{TAG}f(a=", f"{TAG}f(a='\\", "[f(a=[", "f(a=1);", '"\\', " ", ";",
-    ):  # fmt: skip
-        yield part, (part * (length // len(part) + 1))[:length]
-    yield "strings", TAG + "f(a=" + "'x'" * (length // 3) + ")"
-    yield "digits", TAG + "f(a=" + "1" * length + ")"
-    yield "brackets", TAG + "f(a=" + "[" * (length // 2) + "]" * (length // 2) + ")"
-
-
 def steps_of(work):
     """How many lines of our own code run: the same on every machine."""
     count = 0
 
     def trace(frame, event, _):
         nonlocal count
-        if "/server/tools/" not in frame.f_code.co_filename:
+        if "/server/generation/tool_calls/" not in frame.f_code.co_filename:
             return None
         count += event == "line"
         return trace
