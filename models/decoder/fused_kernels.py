@@ -1,6 +1,6 @@
 """Triton kernels of what lies between a decoder's products.
 
-Owns the programs. Knows nothing of layers; `fused_launch.py` launches them. Imported only where
+Owns the programs. Knows nothing of layers; `kernel_launch.py` launches them. Imported only where
 triton is. All compute in float32 and round each result once; a program is one token, or a stretch
 of one.
 """

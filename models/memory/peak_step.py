@@ -1,7 +1,7 @@
 """The step that takes the most memory: as a batch to run, and what it takes on a GPU.
 
 Owns the batch's composition. Knows nothing of pools' sizes or of how memory is shared out; what a
-step takes by arithmetic, without running it, is in footprint.py.
+step takes by arithmetic, without running it, is in estimate.py.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def load(
 ) -> LoadedModel:
     """The checkpoint's model, every weight where `placement` puts it.
 
-    is_fused: exchange decoder layers for those of `fused.py` where they can be; without, all keep
+    is_fused: exchange decoder layers for those of `decoder.py` where they can be; without, all keep
     transformers' modules, to compare with or to be split afterwards. group: the ranks that share
     it, each with its part of the layers; None for one alone.
     Progress goes to stderr. Raises ModelError, one line with the remedy.

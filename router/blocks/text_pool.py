@@ -1,7 +1,7 @@
 """Text blocks, shared by sequences that begin alike.
 
 Owns which full block holds what (by its key) and how many sequences need it. Knows
-nothing of how keys are made (`prefix.py`) or of what a block holds.
+nothing of how keys are made (`prefix_keys.py`) or of what a block holds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Several engines behind the face of one: `generate` sends each request to one of them.
 
 Owns which clients may be chosen, and what becomes of a request that one engine refused or died
-with. Knows nothing of HTTP or tensors; `replicas.py` chooses.
+with. Knows nothing of HTTP or tensors; `replica_chooser.py` chooses.
 """
 
 from __future__ import annotations

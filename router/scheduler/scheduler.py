@@ -10,7 +10,7 @@ Owns the sequences that run; `block_manager.py` moves their blocks. One step is 
        while there is budget, a place and room in both pools
 
 A step encodes a few images at most, and while others decode no more of them than would
-take as long as a full chunk (`step.py`): a chunk ends before an image that has to wait
+take as long as a full chunk (`step_budget.py`): a chunk ends before an image that has to wait
 for another step.
 
 While a step is computed, the decodes behind it can be laid out (`plan_ahead`). That decides

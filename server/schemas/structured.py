@@ -1,7 +1,7 @@
 """The spellings in which clients say what form an answer must have.
 
 Owns OpenAI's response_format, the guided_* fields, their twins under nvext, and Llama Stack's
-response_format. Knows nothing of how a grammar is written (`grammars.py`) or obeyed.
+response_format. Knows nothing of how a grammar is written (`grammar_text.py`) or obeyed.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
                      and one before the first, when the tokenizer is read
 
 Owns the check and its memory limit. Knows nothing of requests. A question is a grammar as
-`grammars.py` writes it; an answer is JSON: the grammar ready for the engine, or why it is none.
+`grammar_text.py` writes it; an answer is JSON: the grammar ready for the engine, or why it is none.
 """
 
 from __future__ import annotations

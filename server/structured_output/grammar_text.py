@@ -2,7 +2,7 @@
 
 Owns the wrapping and the bounds on what clients send. The text is llguidance's own
 format, or `{"gbnf": ...}` for a grammar that has still to be translated, which the
-children of `grammar_checks.py` do. Nothing is compiled here: a grammar of the right
+children of `compile_checks.py` do. Nothing is compiled here: a grammar of the right
 size may still be wrong. Knows nothing of API fields but the name that an error gives.
 """
 

@@ -3,7 +3,7 @@
 Owns one worker's registry. No label takes its value from a client. Workers under the supervisor
 keep their figures in mapped files of one folder (PROMETHEUS_MULTIPROC_DIR), and each shows the
 sums over all: those of a worker that died stay, as it counted to the last. There are counters
-and histograms only, but for what `engine_figures.py` tells, which every worker tells alike.
+and histograms only, but for what `engine_metrics.py` tells, which every worker tells alike.
 """
 
 from __future__ import annotations
