@@ -16,9 +16,11 @@ BIN := $(VENV)/bin
 PIP := PIP_REQUIRE_VIRTUALENV=1 $(BIN)/python -m pip --disable-pip-version-check -q
 TORCH_PIN := $(shell grep -E '^torch==' requirements/base.txt)
 TYPING := build/typing/vlmserve
+# The variable leaves out an advertisement of mkdocs-material.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test serve check test test-slow fuzz fuzz-api soak bench bench-gpu bench-gpu-wheels clean
+.PHONY: help setup setup-test serve check docs test test-slow fuzz fuzz-api soak bench bench-gpu bench-gpu-wheels clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -43,6 +45,10 @@ setup: $(VENV)/.base ## make .venv and install; afterwards .venv/bin/vlmserve is
 
 setup-test: $(VENV)/.test
 
+$(VENV)/.docs: $(VENV)/.base requirements/docs.txt
+	$(PIP) install -r requirements/docs.txt
+	@touch $@
+
 serve: setup ## serve the bundled model on port 8000 (PORT=, HOST=, MODEL=, ARGS= change it)
 	@exec $(BIN)/vlmserve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
@@ -50,11 +56,15 @@ $(TYPING): | $(VENV)/.test
 	@mkdir -p $(TYPING)
 	@for part in __init__.py py.typed server router models; do ln -sfn ../../../$$part $(TYPING)/$$part; done
 
-check: setup-test $(TYPING) ## lint, types and import rules
+check: setup-test $(VENV)/.docs $(TYPING) ## lint, types, import rules, links of the docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=build/typing $(BIN)/mypy -p vlmserve
-	$(BIN)/python -m pytest -q tests/test_floors.py
+	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_docs.py
+	$(MKDOCS) build --strict -q
+
+docs: $(VENV)/.docs ## serve the documentation on port 8001 (DOCS_PORT= changes it)
+	$(MKDOCS) serve --dev-addr 127.0.0.1:$(or $(DOCS_PORT),8001)
 
 test: setup-test ## the tests of every run (under 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not soak and not torture and not fuzz and not gpu" $(ARGS)
