@@ -27,7 +27,7 @@ from ..router.client.replica_pool import ReplicaPool
 from .api.openapi import document
 from .api.services import Services, json_response
 from .errors import ApiError, InternalError, error_body, type_of_status
-from .generation.engine_connection import EngineLink
+from .generation.engine_connection import EngineConnection
 from .generation.generator import Engine, Generator, Images
 from .guards import HeadGuard
 from .http.auth import OPEN_PATHS, Access, PreflightAnswer
@@ -131,7 +131,7 @@ class Parts:
         engine: Engine | None,
     ) -> None:
         self._settings = settings
-        self._links: list[EngineLink] = []
+        self._links: list[EngineConnection] = []
         self._pool: ReplicaPool | None = None
         self._own_fetcher: ImageFetcher | None = None
         self._decoders: DecoderPool | None = None
@@ -212,10 +212,10 @@ class Parts:
         settings = self._settings
         paths = [settings.engine_socket, *settings.replica_sockets]
         if len(paths) == 1:
-            self._links = [EngineLink(paths[0], "the engine")]
+            self._links = [EngineConnection(paths[0], "the engine")]
             return self._links[0].client
         self._links = [
-            EngineLink(
+            EngineConnection(
                 path, f"the engine of replica {number}", functools.partial(self._lose, number)
             )
             for number, path in enumerate(paths)

@@ -197,15 +197,15 @@ def _operation(one: Endpoint, schemas: Schemas, model: str, needs_key: bool) -> 
     if one.body is not None:
         operation["requestBody"] = {
             "required": True,
-            "description": _told_rules(one.body),
+            "description": _prose_rules(one.body),
             "content": {"application/json": _body_content(one, schemas, model)},
         }
     return operation
 
 
-def _told_rules(body: type[msgspec.Struct]) -> str:
+def _prose_rules(body: type[msgspec.Struct]) -> str:
     """The rules of a body that JSON schema has no words for."""
-    told: Sequence[str] = getattr(body, "told_rules", ())
+    told: Sequence[str] = getattr(body, "prose_rules", ())
     if not told:
         return "A body that fits the schema is taken."
     lines = "\n".join(f"- {rule}" for rule in told)

@@ -17,7 +17,7 @@ import orjson
 from sanic import HTTPResponse, Request
 
 from ..errors import ModelNotFoundError
-from ..generation.answer_stream import Completion
+from ..generation.completion import Completion
 from ..generation.generator import Engine, Generator
 from ..prompts.processor import Processor
 from ..schemas.decoding import decode_body

@@ -16,7 +16,7 @@ import orjson
 from sanic import HTTPResponse, Request
 
 from ..errors import ApiError, InternalError, nested_body
-from ..generation.answer_stream import Event
+from ..generation.events import Event
 from ..generation.generator import PreparedGeneration
 from ..tasks import end_tasks
 from .services import services_of

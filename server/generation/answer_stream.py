@@ -1,7 +1,7 @@
-"""An answer as it grows: from the engine's outputs to pieces of text and an end.
+"""Turns the engine's outputs for one choice into events: pieces of text and calls, then a Finish.
 
-Owns the events that every API tells of in its own form. Knows nothing of prompts,
-images or HTTP.
+First ToolCallStream (text to pieces of calls), then AnswerStream (tokens to events). Knows nothing
+of prompts, images or HTTP.
 """
 
 from __future__ import annotations
@@ -9,180 +9,29 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from ...router.messages import AddRequest, SequenceOutput
 from ..errors import InternalError
 from ..prompts.processor import Processor
 from .detokenizer import Detokenizer, Piece, StopStrings
-from .token_text import PromptEntries, TokenEntry, TokenReader, TokenText
+from .events import (
+    AnsweredCall,
+    Delta,
+    Event,
+    Finish,
+    FinishReason,
+    TextDelta,
+    ToolCallDelta,
+    Usage,
+)
+from .token_text import TokenEntry, TokenReader
 from .tool_calls.parser import ToolCallParser
 from .tool_calls.pieces import CallPiece, ParsedPiece, TextPiece
 
 
-@dataclass(slots=True, frozen=True)
-class Usage:
-    """Tokens of a request, or of one choice; the stopping token counts.
-
-    cached_tokens: those of the prompt that were not computed again.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
-
-
-@dataclass(slots=True, frozen=True)
-class TextDelta:
-    """A piece of one choice's answer, never empty.
-
-    logprobs: of the tokens since the last piece, where the request asked. A token
-    whose text is held back, as half a character or the start of a stop string,
-    is told of with the next piece.
-    """
-
-    text: str
-    logprobs: tuple[TokenEntry, ...] = ()
-    choice: int = 0
-
-
-@dataclass(slots=True, frozen=True)
-class AnsweredCall:
-    """A call that an answer makes. arguments: JSON text as the model wrote it.
-
-    raw: what stood in the answer. is_complete: it was not cut before its end.
-    """
-
-    id: str
-    name: str
-    arguments: str
-    raw: str
-    is_complete: bool
-
-
-@dataclass(slots=True, frozen=True)
-class ToolCallDelta:
-    """A piece of a call of one choice. is_first: the call begins; name stays the same.
-
-    arguments, raw: the next part of each, may be empty. whole: the call at its end.
-    logprobs: as in TextDelta.
-    """
-
-    index: int
-    id: str
-    name: str
-    arguments: str = ""
-    raw: str = ""
-    is_first: bool = False
-    whole: AnsweredCall | None = None
-    logprobs: tuple[TokenEntry, ...] = ()
-    choice: int = 0
-
-
-FinishReason = Literal["stop", "length", "tool_calls"]
-
-
-@dataclass(slots=True, frozen=True)
-class Finish:
-    """The last event of a choice: why its answer ended.
-
-    reason: tool_calls where it ended by itself, or was cut behind its last call.
-    stop_reason: None at an end of turn, else the stop string or token id that
-    matched. is_end_of_message: the turn ended by `<|eom_id|>`. logprobs: of the
-    tokens after the last piece, the stopping token's among them. usage: of this
-    choice.
-    """
-
-    reason: FinishReason
-    stop_reason: str | int | None
-    usage: Usage
-    is_end_of_message: bool = False
-    logprobs: tuple[TokenEntry, ...] = ()
-    choice: int = 0
-
-
-@dataclass(slots=True, frozen=True)
-class End:
-    """The last event of a request, behind the Finish of each of its choices."""
-
-    usage: Usage
-
-
-@dataclass(slots=True, frozen=True)
-class PromptTold:
-    """What the model said of a prompt, where the request asked: before its answers' pieces.
-
-    prompt: its number in the request. tokens, entries: one a token of the prompt.
-    """
-
-    prompt: int
-    tokens: tuple[TokenText, ...]
-    entries: PromptEntries
-
-
-Delta = TextDelta | ToolCallDelta
-ChoiceEvent = Delta | Finish
-Event = ChoiceEvent | PromptTold | End
-
-
-@dataclass(slots=True, frozen=True)
-class Answer:
-    """One choice's whole answer.
-
-    logprobs: one entry for each token that usage counts, where asked.
-    """
-
-    text: str
-    finish: Finish
-    logprobs: tuple[TokenEntry, ...] = ()
-    tool_calls: tuple[AnsweredCall, ...] = ()
-
-
-class GatheredAnswer:
-    """Joins the events of one choice."""
-
-    def __init__(self) -> None:
-        self._texts: list[str] = []
-        self._logprobs: list[TokenEntry] = []
-        self._calls: list[AnsweredCall] = []
-        self._finish: Finish | None = None
-
-    def add(self, event: ChoiceEvent) -> None:
-        self._logprobs += event.logprobs
-        if isinstance(event, TextDelta):
-            self._texts.append(event.text)
-        elif isinstance(event, Finish):
-            self._finish = event
-        elif event.whole is not None:
-            self._calls.append(event.whole)
-
-    def whole(self) -> Answer:
-        """The answer, of which the Finish has been added."""
-        assert self._finish is not None, "each choice has a Finish before the End"
-        return Answer("".join(self._texts), self._finish, tuple(self._logprobs), tuple(self._calls))
-
-
-@dataclass(slots=True, frozen=True)
-class Completion:
-    """All answers to a request, in the order of their choices.
-
-    prompts: in the order in which they were sent, where the request asked.
-    """
-
-    answers: tuple[Answer, ...]
-    usage: Usage
-    prompts: tuple[PromptTold, ...] = ()
-
-    @property
-    def num_logprobs(self) -> int:
-        """How many log-probabilities are told, of candidates that were not chosen too."""
-        of_answers = sum(1 + len(entry.top) for one in self.answers for entry in one.logprobs)
-        return of_answers + sum(len(entry or ()) for one in self.prompts for entry in one.entries)
-
-
 @dataclass(slots=True)
 class _OpenCall:
-    """A call that is being written."""
+    """A call that the model is still writing."""
 
     id: str
     name: str
@@ -194,8 +43,8 @@ class _OpenCall:
         return AnsweredCall(self.id, self.name, arguments, raw, is_complete)
 
 
-class GrowingCalls:
-    """Turns an answer's text into pieces of text and of calls, each with an id of its own."""
+class ToolCallStream:
+    """Turns an answer's text into pieces of text and of calls; each call gets its own id."""
 
     def __init__(self, parser: ToolCallParser, choice: int) -> None:
         self._parser = parser
@@ -206,24 +55,24 @@ class GrowingCalls:
 
     @property
     def is_done(self) -> bool:
-        """As many calls as are allowed are complete."""
+        """The maximum number of calls is complete."""
         return self._parser.is_done
 
     @property
     def has_called(self) -> bool:
-        """There are calls, and none was cut."""
+        """There is at least one call, and all are complete."""
         return 0 < self._num_complete == self._index + 1
 
     def text(self, text: str) -> list[Delta]:
-        """What became certain with this text."""
+        """Add text; return the pieces that are now certain."""
         return self._deltas(self._parser.push(text))
 
     def python_tag(self) -> list[Delta]:
-        """The same for the special token."""
+        """Add the special token; return the pieces that are now certain."""
         return self._deltas(self._parser.push_python_tag())
 
     def flush(self) -> list[Delta]:
-        """What is left at the end; a call that was cut is told of as it is."""
+        """The rest at the end of the answer; a cut call is reported as it is."""
         return [*self._deltas(self._parser.flush()), *self._close(is_complete=False)]
 
     def _deltas(self, pieces: Sequence[ParsedPiece]) -> list[Delta]:
@@ -242,7 +91,7 @@ class GrowingCalls:
             self._open = _OpenCall(f"call_{uuid.uuid4().hex[:24]}", piece.name)
             self._index = piece.index
         call = self._open
-        assert call is not None, "a parser names a call first"
+        assert call is not None, "a parser sends the name of a call first"
         call.arguments.append(piece.arguments)
         call.raw.append(piece.raw)
         is_first = piece.name is not None
@@ -269,10 +118,10 @@ class GrowingCalls:
         )
 
 
-class GrowingAnswer:
+class AnswerStream:
     """Turns the engine's outputs for one choice into events.
 
-    tool_parser: finds calls in the text; None leaves all of it text.
+    tool_parser: finds calls in the text; None: there are no calls, only text.
     """
 
     def __init__(
@@ -287,7 +136,7 @@ class GrowingAnswer:
         self._choice = choice
         self._text = Detokenizer(processor.tokenizer, processor.special_ids)
         self._stops = StopStrings(stop)
-        self._calls = None if tool_parser is None else GrowingCalls(tool_parser, choice)
+        self._calls = None if tool_parser is None else ToolCallStream(tool_parser, choice)
         self._reader = reader
         self._end_of_message_id = processor.end_of_message_id
         self._python_tag_id = processor.python_tag_id
@@ -295,19 +144,18 @@ class GrowingAnswer:
         self._min_tokens = request.sampling.min_tokens
         self._num_tokens = 0
         self._num_cached = 0
-        self._untold: list[TokenEntry] = []
+        self._pending_logprobs: list[TokenEntry] = []
 
     def take(self, output: SequenceOutput) -> list[Event]:
-        """The pieces that became due, then a Finish if this is the end.
+        """Add an output; return the pieces that are now certain, then a Finish at the end.
 
-        A stop string ends the answer at the token that completes it, and so does the
-        last call that is allowed: later tokens of the same output are neither shown
-        nor counted.
+        The token that completes a stop string, or the last allowed call, ends the answer: later
+        tokens of the same output are neither returned nor counted.
         Raises InternalError if the engine aborted the request.
         """
         if output.finish_reason == "abort":
             raise InternalError("the engine aborted the request")
-        self._num_cached += output.num_cached_tokens  # told once, with the first output
+        self._num_cached += output.num_cached_tokens  # reported once, with the first output
         num_shown = len(output.token_ids) - (output.finish_reason == "stop")
         events: list[Event] = []
         text = ""
@@ -316,7 +164,7 @@ class GrowingAnswer:
             token_id = output.token_ids[place]
             if token_id == self._python_tag_id and self._calls is not None:
                 events += self._delta(text + self._stops.flush())
-                events += self._told(self._calls.python_tag())
+                events += self._with_logprobs(self._calls.python_tag())
                 text = ""
             piece = self._cut(self._text.push(token_id))
             text += piece.text
@@ -334,10 +182,10 @@ class GrowingAnswer:
         self._num_tokens += 1
         if output.logprobs:
             token_id, logprobs = output.token_ids[place], output.logprobs[place]
-            self._untold.append(self._reader.entry(token_id, logprobs))
+            self._pending_logprobs.append(self._reader.entry(token_id, logprobs))
 
     def _cut(self, text: str) -> Piece:
-        """What of the text is due; the text of the first min_tokens tokens stops nothing."""
+        """The certain part of the text; the first min_tokens tokens match no stop string."""
         if not text or self._num_tokens <= self._min_tokens:
             return Piece(text)
         return self._stops.push(text)
@@ -359,14 +207,14 @@ class GrowingAnswer:
         if not text:
             return []
         if self._calls is not None:
-            return self._told(self._calls.text(text))
-        return [TextDelta(text, self._tell(), self._choice)]
+            return self._with_logprobs(self._calls.text(text))
+        return [TextDelta(text, self._take_logprobs(), self._choice)]
 
-    def _told(self, deltas: Sequence[Delta]) -> list[Event]:
-        """The same, the first with the entries that no event has told of."""
+    def _with_logprobs(self, deltas: Sequence[Delta]) -> list[Event]:
+        """The same deltas, the first with all pending log-probabilities."""
         if not deltas:
             return []
-        return [replace(deltas[0], logprobs=self._tell()), *deltas[1:]]
+        return [replace(deltas[0], logprobs=self._take_logprobs()), *deltas[1:]]
 
     def _finish(
         self,
@@ -374,19 +222,19 @@ class GrowingAnswer:
         stop_reason: str | int | None,
         is_end_of_message: bool = False,
     ) -> list[Event]:
-        """What is still held, and the Finish."""
+        """The rest of the calls, and the Finish."""
         events: list[Event] = []
         if self._calls is not None:
-            events += self._told(self._calls.flush())
+            events += self._with_logprobs(self._calls.flush())
             if reason == "stop" and self._calls.has_called:
                 reason = "tool_calls"
         usage = Usage(self._num_prompt, self._num_tokens, self._num_cached)
-        logprobs = self._tell()
+        logprobs = self._take_logprobs()
         end = Finish(reason, stop_reason, usage, is_end_of_message, logprobs, self._choice)
         return [*events, end]
 
-    def _tell(self) -> tuple[TokenEntry, ...]:
-        """The entries that no event has told of yet."""
-        entries = tuple(self._untold)
-        self._untold.clear()
+    def _take_logprobs(self) -> tuple[TokenEntry, ...]:
+        """Return and clear the pending log-probabilities."""
+        entries = tuple(self._pending_logprobs)
+        self._pending_logprobs.clear()
         return entries

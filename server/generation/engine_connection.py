@@ -16,7 +16,7 @@ from ..tasks import end_tasks
 logger = logging.getLogger(__name__)
 
 
-class EngineLink:
+class EngineConnection:
     """Connects from `open` to `stop`. name: the engine's, for the log. on_dead: told of its end."""
 
     def __init__(self, path: str, name: str, on_dead: Callable[[], None] = lambda: None) -> None:

@@ -1,7 +1,7 @@
-"""One generation from a conversation to text: what every API has in common.
+"""Generates answers: sends a prepared request to the engine and returns events.
 
-Owns the way of a request between the schemas: what is asked of the engine, what comes of it,
-usage. Knows nothing of HTTP, of the form in which a client asked, nor of how a prompt is made.
+Owns the path of a request that every API shares: prepare, send to the engine, turn its outputs into
+events, count usage. Knows nothing of HTTP, of the client's format, or of how a prompt is built.
 """
 
 from __future__ import annotations
@@ -32,17 +32,10 @@ from ..errors import (
 from ..prompts.processor import Processor
 from ..structured_output.compile_checks import GrammarChecks
 from ..telemetry.metrics import Metrics, RequestTimer
-from .answer_stream import (
-    Completion,
-    End,
-    Event,
-    Finish,
-    GatheredAnswer,
-    GrowingAnswer,
-    PromptTold,
-    Usage,
-)
+from .answer_stream import AnswerStream
+from .completion import Completion
 from .deadlines import deadline_error, until
+from .events import End, Event, Finish, PromptLogprobs, Usage
 from .preparer import Images, PreparedGeneration, Preparer
 from .request import GenerationRequest
 from .token_text import TokenReader
@@ -52,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class Engine(Health, Protocol):
-    """What is used of `router.client.EngineClient`."""
+    """The part of `router.client.EngineClient` that a generator uses."""
 
     @property
     def info(self) -> EngineReady | None: ...
@@ -64,7 +57,7 @@ class Engine(Health, Protocol):
 
 
 class Generator:
-    """Serves generation requests by a processor, an image loader and an engine."""
+    """Serves generation requests with a processor, an image loader and an engine."""
 
     def __init__(
         self,
@@ -87,10 +80,10 @@ class Generator:
         self.num_open = 0
 
     async def prepare(self, request: GenerationRequest) -> PreparedGeneration:
-        """What the engine is asked.
+        """Check the request and build the engine's request.
 
-        Raises BadRequestError, NotReadyError while there is no engine, OverloadedError where the
-        engine is known to have no room, or DeadlineError.
+        Raises BadRequestError; NotReadyError while there is no engine; OverloadedError if the
+        engine's queue is known to be full; or DeadlineError.
         """
         timeout_s = min(request.timeout_s or math.inf, self._max_request_time_s)
         deadline = asyncio.get_running_loop().time() + timeout_s
@@ -108,20 +101,20 @@ class Generator:
         info = self._engine.info
         if info is None or not self._engine.is_ready:
             raise NotReadyError("Service is not ready.", retry_after_s=1.0)
-        # Before any work: pictures would be fetched, decoded and sent over for nothing.
+        # Before any work: else images would be fetched, decoded and sent for nothing.
         if (refusal := self._engine.refusal(request.priority)) is not None:
             self._metrics.fail_early()
             raise api_error_of(refusal)
         return await self._preparer.prepare(request, info, deadline)
 
     async def stream(self, prepared: PreparedGeneration) -> AsyncGenerator[Event, None]:
-        """The answers' pieces, a Finish a choice, and an End. Closing it aborts them all.
+        """Pieces of the answers, a Finish for each choice, then an End. Closing it aborts all.
 
-        What is told of a prompt comes before all pieces of its answers.
-        Raises ApiError: before the first event if the engine refuses the request.
+        The log-probabilities of a prompt come before all pieces of its answers.
+        Raises ApiError, before the first event if the engine rejects the request.
         """
         timer = self._metrics.start(prepared.requests)
-        # Else nothing ends a request whose reader has stopped reading.
+        # Without it, a request whose client stopped reading would never end.
         expiry = self._leave_at(prepared)
         self.num_open += 1
         try:
@@ -141,11 +134,11 @@ class Generator:
             self.num_open -= 1
             expiry.cancel()
             timer.leave()
-            logger.debug("the engine's request %s is over", prepared.answer_ids[0])
+            logger.debug("engine request %s finished", prepared.answer_ids[0])
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
-        """The block's request is open."""
+        """Count the block's request as open."""
         self.num_open += 1
         try:
             yield
@@ -158,28 +151,28 @@ class Generator:
         outputs: AsyncGenerator[SequenceOutput, None],
         timer: RequestTimer,
     ) -> AsyncGenerator[Event, None]:
-        growing = self._growing_answers(prepared)
+        streams = self._answer_streams(prepared)
         usages: dict[int, Usage] = {}
-        while growing:
+        while streams:
             output = await _next_output(outputs, prepared.deadline)
             timer.tokens(output.request_id, len(output.token_ids), output.queue_s)
             if output.prompt_logprobs is not None:
-                yield self._told(prepared, output)
-            for event in growing[output.request_id].take(output):
+                yield self._prompt_logprobs(prepared, output)
+            for event in streams[output.request_id].take(output):
                 if isinstance(event, Finish):
-                    del growing[output.request_id]
+                    del streams[output.request_id]
                     usages[event.choice] = event.usage
                     timer.end_answer(event.reason)
-                    # A stop string ends an answer here first.
+                    # A stop string ends the answer here before the engine knows.
                     self._engine.leave(output.request_id)
-                    if not growing:
-                        # Counted before it is told: nobody may come back after a Finish.
+                    if not streams:
+                        # Count before the yield: the caller may stop reading after a Finish.
                         timer.finish(event.reason)
                 yield event
         yield End(_total(usages, len(prepared.requests)))
 
     def _leave_at(self, prepared: PreparedGeneration) -> asyncio.TimerHandle:
-        """Have the engine free the request at its deadline, whoever waits for what then."""
+        """Free the request in the engine at its deadline, even if nothing reads its events."""
 
         def leave() -> None:
             for request_id in prepared.answer_ids:
@@ -187,11 +180,15 @@ class Generator:
 
         return asyncio.get_running_loop().call_at(prepared.deadline, leave)
 
-    def _growing_answers(self, prepared: PreparedGeneration) -> dict[str, GrowingAnswer]:
-        """The answers that have not ended, by the ids under which the engine has them."""
-        pairs = [(one, answer_id) for one in prepared.requests for answer_id in one.answer_ids]
+    def _answer_streams(self, prepared: PreparedGeneration) -> dict[str, AnswerStream]:
+        """The unfinished answers by their ids in the engine."""
+        pairs = [
+            (request, answer_id)
+            for request in prepared.requests
+            for answer_id in request.answer_ids
+        ]
         return {
-            answer_id: GrowingAnswer(
+            answer_id: AnswerStream(
                 request,
                 prepared.stop,
                 self._processor,
@@ -202,38 +199,29 @@ class Generator:
             for choice, (request, answer_id) in enumerate(pairs)
         }
 
-    def _told(self, prepared: PreparedGeneration, output: SequenceOutput) -> PromptTold:
-        """What came with the first output of a prompt's first answer."""
-        assert output.prompt_logprobs is not None, "the caller looked"
+    def _prompt_logprobs(
+        self, prepared: PreparedGeneration, output: SequenceOutput
+    ) -> PromptLogprobs:
+        """The event for the first output of a prompt's first answer."""
+        assert output.prompt_logprobs is not None, "the caller checks it"
         ids = [request.request_id for request in prepared.requests]
         prompt = ids.index(output.request_id)
         token_ids = prepared.requests[prompt].prompt_token_ids
-        return PromptTold(
+        return PromptLogprobs(
             prompt,
             tuple(map(self._reader.read, token_ids)),
             self._reader.prompt_entries(output.prompt_logprobs),
         )
 
     async def answer(self, prepared: PreparedGeneration) -> Completion:
-        """The whole answers: the pieces of `stream`, joined."""
-        gathered = [GatheredAnswer() for _ in prepared.answer_ids]
-        prompts: list[PromptTold] = []
+        """The whole answers: all events of `stream`, joined. Raises as `stream` does."""
         async with contextlib.aclosing(self.stream(prepared)) as events:
-            async for event in events:
-                if isinstance(event, End):
-                    in_order = tuple(one.whole() for one in gathered)
-                    prompts.sort(key=lambda told: told.prompt)
-                    return Completion(in_order, event.usage, tuple(prompts))
-                if isinstance(event, PromptTold):
-                    prompts.append(event)
-                else:
-                    gathered[event.choice].add(event)
-        raise AssertionError("a stream of events ends with an End or an error")
+            return Completion.of_events([event async for event in events])
 
 
 def _tool_parser(prepared: PreparedGeneration) -> ToolCallParser | None:
     if not prepared.tool_names:
-        # Without tools, a text that looks like a call is text.
+        # Without tools, text that looks like a call is text.
         return None
     return ToolCallParser(prepared.tool_names, prepared.max_tool_calls)
 
@@ -243,7 +231,7 @@ async def _next_output(
 ) -> SequenceOutput:
     """The engine's next output. Raises DeadlineError, or InternalError if there is none."""
     if asyncio.get_running_loop().time() >= deadline:
-        # An output that is here already would be taken before the timeout below is looked at.
+        # An output that is already here would be returned before the timeout below is checked.
         raise deadline_error()
     async with until(deadline):
         try:
@@ -253,7 +241,7 @@ async def _next_output(
 
 
 def _total(usages: dict[int, Usage], num_prompts: int) -> Usage:
-    """The usage of a request: each prompt counts once, however many answers it has."""
+    """The usage of a request; each prompt counts once, for any number of answers."""
     firsts = [usages[choice] for choice in range(0, len(usages), len(usages) // num_prompts)]
     return Usage(
         prompt_tokens=sum(usage.prompt_tokens for usage in firsts),
@@ -263,7 +251,7 @@ def _total(usages: dict[int, Usage], num_prompts: int) -> Usage:
 
 
 def api_error_of(error: EngineError) -> ApiError:
-    """The client's error for the engine's."""
+    """The API error for an engine's error."""
     if isinstance(error, QueueFullError):
         return OverloadedError(str(error), retry_after_s=error.retry_after_s)
     if isinstance(error, InvalidRequestError):

@@ -1,6 +1,6 @@
-"""What the answers of OpenAI's APIs share: the usage and what is told of a prompt.
+"""What the answers of OpenAI's APIs share: usage, log-probabilities of a prompt, obfuscation.
 
-Owns keys and their order. Knows nothing of how they are sent.
+Owns the keys and their order. Knows nothing of how they are sent.
 """
 
 from __future__ import annotations
@@ -8,29 +8,30 @@ from __future__ import annotations
 import secrets
 from typing import NotRequired, TypedDict
 
-from ..generation.answer_stream import PromptTold, Usage
+from ..generation.events import PromptLogprobs, Usage
 from ..generation.token_text import PromptCandidate
 
 
 class PromptToken(TypedDict):
-    """A candidate for one place of the prompt. rank: 1 for the likeliest token."""
+    """A candidate token at one position of the prompt. rank: 1 for the likeliest token."""
 
     logprob: float
     rank: int
     decoded_token: str
 
 
-PromptLogprobs = list[dict[str, PromptToken] | None]
+# One entry for each token of the prompt: its candidates by token id.
+PromptCandidates = list[dict[str, PromptToken] | None]
 
 
 class PromptDetails(TypedDict):
-    """cached_tokens: those of the prompt that were not computed again."""
+    """cached_tokens: tokens of the prompt read from the cache."""
 
     cached_tokens: int
 
 
 class UsageCounts(TypedDict):
-    """An image counts as one token. prompt_tokens_details: only where the cache had some."""
+    """An image counts as one token. prompt_tokens_details: only if some tokens were cached."""
 
     prompt_tokens: int
     total_tokens: int
@@ -39,7 +40,7 @@ class UsageCounts(TypedDict):
 
 
 def usage_counts(usage: Usage) -> UsageCounts:
-    """What was read and written, the cache's part where there is one."""
+    """Tokens read and generated, and the cached ones if there are any."""
     counts: UsageCounts = {
         "prompt_tokens": usage.prompt_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
@@ -55,20 +56,26 @@ def obfuscation(text: str) -> str:
     return secrets.token_urlsafe(24)[: 32 - len(text.encode()) % 32]
 
 
-def prompt_logprobs(told: PromptTold | None, num_top: int | None = None) -> PromptLogprobs | None:
-    """vLLM's form: for each token of the prompt its candidates by their ids.
+def prompt_candidates(
+    logprobs: PromptLogprobs | None, num_top: int | None = None
+) -> PromptCandidates | None:
+    """For each token of the prompt, its candidates by token id, as vLLM returns them.
 
-    num_top: how many of the likeliest, where more were told; None for all.
+    num_top: keep only this many of the likeliest candidates; None keeps all.
     """
-    if told is None:
+    if logprobs is None:
         return None
-    return [entry if entry is None else _by_token_id(entry, num_top) for entry in told.entries]
+    return [None if entry is None else _by_token_id(entry, num_top) for entry in logprobs.entries]
 
 
 def _by_token_id(entry: tuple[PromptCandidate, ...], num_top: int | None) -> dict[str, PromptToken]:
-    # What stands there comes first, whatever its rank.
-    told = [entry[0], *(one for one in entry[1:] if num_top is None or one.rank <= num_top)]
+    # The prompt's own token comes first, whatever its rank.
+    others = (token for token in entry[1:] if num_top is None or token.rank <= num_top)
     return {
-        str(one.token_id): {"logprob": one.logprob, "rank": one.rank, "decoded_token": one.text}
-        for one in told
+        str(token.token_id): {
+            "logprob": token.logprob,
+            "rank": token.rank,
+            "decoded_token": token.text,
+        }
+        for token in (entry[0], *others)
     }

@@ -1,7 +1,7 @@
 """What a client of Llama Stack reads: the plain answer and the events.
 
-Owns keys and their order, and the two styles of clients: the /v1/ line expects
-typed deltas and always a `tool_calls`. Knows nothing of how they are sent.
+Owns the keys and their order, and the two styles of clients: clients of /v1/ paths expect
+typed deltas and always `tool_calls`. Knows nothing of how they are sent.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import msgspec
 
-from ...generation.answer_stream import (
+from ...generation.completion import Completion
+from ...generation.events import (
     AnsweredCall,
-    Completion,
     End,
     Event,
     Finish,
-    PromptTold,
+    PromptLogprobs,
     TextDelta,
     ToolCallDelta,
 )
@@ -41,13 +41,13 @@ class StackCallAnswer(TypedDict):
 
 
 class StackTokenLogprobs(TypedDict):
-    """The likeliest tokens of one place and the chosen one, by their texts."""
+    """The likeliest tokens at one position and the chosen one, by their texts."""
 
     logprobs_by_token: dict[str, float]
 
 
 class StackCompletionMessage(TypedDict):
-    """The answer. tool_calls: always on /v1/ paths, elsewhere where the request has tools."""
+    """The answer. tool_calls: always on /v1/ paths; on others, only if the request has tools."""
 
     role: Literal["assistant"]
     content: str
@@ -63,14 +63,14 @@ class StackCompletion(TypedDict):
 
 
 class OldCallDelta(TypedDict):
-    """A piece of a call, or at its end the whole one."""
+    """A piece of a call, or the whole call at its end."""
 
     content: str | StackCallAnswer
     parse_status: Literal["started", "in_progress", "success", "failure"]
 
 
 class NewDelta(TypedDict):
-    """A piece of text in `text`, or of a call, or at its end the whole one, in `tool_call`."""
+    """text: a piece of text. tool_call: a piece of a call, or the whole call at its end."""
 
     type: Literal["text", "tool_call"]
     text: NotRequired[str]
@@ -112,22 +112,24 @@ class NewStackChunk(TypedDict):
 class StackAnswers:
     """The answers to one request.
 
-    is_new: it came on a /v1/ path. has_tools: the request has tools, so that
-    messages have tool_calls; those of the new style always have.
+    is_new: the request came on a /v1/ path. has_tools: the request has tools, so messages have
+    tool_calls; messages of the new style always have them.
     """
 
     is_new: bool
     has_tools: bool = False
 
     def plain(self, completion: Completion) -> StackCompletion:
-        """The whole answer, as api-reference.txt shows it.
+        """The whole answer, in the form of api-reference.txt.
 
-        A call whose arguments are no JSON object, as it was cut, is text.
+        A call whose arguments are not a JSON object (it was cut) becomes text.
         """
         answer = completion.answers[0]
         calls = [_call(call) for call in answer.tool_calls]
         broken = [
-            call.raw for call, told in zip(answer.tool_calls, calls, strict=True) if told is None
+            call.raw
+            for call, parsed in zip(answer.tool_calls, calls, strict=True)
+            if parsed is None
         ]
         message: StackCompletionMessage = {
             "role": "assistant",
@@ -135,16 +137,16 @@ class StackAnswers:
             "stop_reason": _stop_reason(answer.finish),
         }
         if self.is_new or self.has_tools:
-            message["tool_calls"] = [told for told in calls if told is not None]
+            message["tool_calls"] = [call for call in calls if call is not None]
         return {"completion_message": message, "logprobs": _logprobs(answer.logprobs)}
 
     def first(self) -> list[dict[str, Any]]:
-        """The event before any text: an OldStackChunk or a NewStackChunk, as all that follow."""
+        """The frame before any text: an OldStackChunk or a NewStackChunk, like all that follow."""
         return [self._event("start", self._text(""))]
 
     def chunks(self, event: Event) -> list[dict[str, Any]]:
-        """The events that tell of one event of the answer."""
-        if isinstance(event, End | PromptTold):
+        """The frames that report one event of the answer."""
+        if isinstance(event, End | PromptLogprobs):
             return []
         if isinstance(event, TextDelta):
             return [self._event("progress", self._text(event.text), event.logprobs)]
@@ -153,7 +155,7 @@ class StackAnswers:
         return [self._event("complete", self._text(""), event.logprobs, _stop_reason(event))]
 
     def _call_events(self, event: ToolCallDelta) -> list[dict[str, Any]]:
-        """started, then what the model wrote as it comes, then the call or its failure."""
+        """First "started", then the model's text as it comes, then the call or its failure."""
         deltas = [self._part("", "started")] if event.is_first else []
         if event.raw:
             deltas.append(self._part(event.raw, "in_progress"))
@@ -193,7 +195,7 @@ class StackAnswers:
 
 
 def _call(call: AnsweredCall) -> StackCallAnswer | None:
-    """The call with its arguments read; None if they are no JSON object."""
+    """The call with its arguments decoded; None if they are not a JSON object."""
     try:
         arguments = msgspec.json.decode(call.arguments, type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
@@ -204,10 +206,10 @@ def _call(call: AnsweredCall) -> StackCallAnswer | None:
 
 
 def _logprobs(entries: Sequence[TokenEntry]) -> list[StackTokenLogprobs] | None:
-    """For each token the likeliest candidates and the chosen one, by their texts.
+    """For each token, the likeliest candidates and the chosen token by their texts.
 
-    None where the request did not ask or no token came. Of two candidates of one
-    text the likelier one is told of.
+    None if not requested or if there is no token. If two candidates have the same text, the
+    likelier one is kept.
     """
     if not entries:
         return None
@@ -216,8 +218,8 @@ def _logprobs(entries: Sequence[TokenEntry]) -> list[StackTokenLogprobs] | None:
 
 def _by_token(entry: TokenEntry) -> dict[str, float]:
     by_token: dict[str, float] = {}
-    for one in (*entry.top, entry.chosen):
-        by_token.setdefault(one.token.text, one.logprob)
+    for candidate in (*entry.top, entry.chosen):
+        by_token.setdefault(candidate.token.text, candidate.logprob)
     return by_token
 
 

@@ -125,7 +125,7 @@ class LogprobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class StackChatRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The body."""
 
-    told_rules: ClassVar[tuple[str, ...]] = (
+    prose_rules: ClassVar[tuple[str, ...]] = (
         *rules.OF_CHATS,
         rules.ONE_MODEL,
         rules.ONE_SETTING,

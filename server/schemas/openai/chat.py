@@ -62,7 +62,7 @@ REFUSED: dict[str, Neutral] = {
 class ChatCompletionRequest(SharedFields, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The body. Fields of `REFUSED` are taken at their neutral values only."""
 
-    told_rules: ClassVar[tuple[str, ...]] = (
+    prose_rules: ClassVar[tuple[str, ...]] = (
         *rules.OF_CHATS,
         *rules.OF_SAMPLING,
         rules.RESULTS,

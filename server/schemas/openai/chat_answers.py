@@ -1,6 +1,6 @@
 """What a client of /v1/chat/completions reads: the plain answer and the chunks.
 
-Owns keys and their order. Knows nothing of how they are sent.
+Owns the keys and their order. Knows nothing of how they are sent.
 """
 
 from __future__ import annotations
@@ -11,24 +11,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NotRequired, TypedDict
 
-from ...generation.answer_stream import (
-    Answer,
+from ...generation.completion import Answer, Completion
+from ...generation.events import (
     AnsweredCall,
-    Completion,
     End,
     Event,
     FinishReason,
-    PromptTold,
+    PromptLogprobs,
     TextDelta,
     ToolCallDelta,
     Usage,
 )
 from ...generation.token_text import TokenEntry, TokenLogprob
-from ..answer_parts import PromptLogprobs, UsageCounts, obfuscation, prompt_logprobs, usage_counts
+from ..answer_parts import (
+    PromptCandidates,
+    UsageCounts,
+    obfuscation,
+    prompt_candidates,
+    usage_counts,
+)
 
 
 class CandidateToken(TypedDict):
-    """A token that the model might have chosen. bytes: null for a special token."""
+    """A candidate token. bytes: null for a special token."""
 
     token: str
     logprob: float
@@ -36,7 +41,7 @@ class CandidateToken(TypedDict):
 
 
 class ChosenToken(CandidateToken):
-    """A token of the answer, and the likeliest ones in its place."""
+    """A token of the answer and the likeliest candidates at its position."""
 
     top_logprobs: list[CandidateToken]
 
@@ -48,14 +53,14 @@ class ChoiceLogprobs(TypedDict):
 
 
 class CallOfFunction(TypedDict):
-    """arguments: JSON as text, as the model wrote it."""
+    """arguments: JSON as text, exactly as the model wrote it."""
 
     name: str
     arguments: str
 
 
 class ChatCall(TypedDict):
-    """A call that the client is to make."""
+    """A call for the client to make."""
 
     id: str
     type: Literal["function"]
@@ -63,7 +68,7 @@ class ChatCall(TypedDict):
 
 
 class ChatMessage(TypedDict):
-    """The answer. tool_calls: only where the request has tools."""
+    """The answer. tool_calls: only if the request has tools."""
 
     role: Literal["assistant"]
     content: str | None
@@ -89,18 +94,18 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: UsageCounts
-    prompt_logprobs: PromptLogprobs | None
+    prompt_logprobs: PromptCandidates | None
 
 
 class PartOfFunction(TypedDict):
-    """name: in a call's first part only."""
+    """name: only in the first piece of a call."""
 
     name: NotRequired[str]
     arguments: str
 
 
 class PartOfCall(TypedDict):
-    """A piece of a call; id, type and the function's name come with the first one."""
+    """A piece of a call. The first piece has id, type and the function's name."""
 
     index: int
     id: NotRequired[str]
@@ -109,7 +114,7 @@ class PartOfCall(TypedDict):
 
 
 class ChatDelta(TypedDict):
-    """What is new: the role first, then pieces of text or of calls, nothing at the end."""
+    """The new part: first the role, then pieces of text or calls, empty in the last chunk."""
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
@@ -148,9 +153,9 @@ def _new_id() -> str:
 
 @dataclass(slots=True, frozen=True)
 class ChatAnswers:
-    """The answers to one request: all carry the same id and time.
+    """The answers to one request; all have the same id and time.
 
-    has_tools: the request has tools, so that its messages have tool_calls.
+    has_tools: the request has tools, so its messages have tool_calls.
     """
 
     model: str
@@ -162,8 +167,8 @@ class ChatAnswers:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def plain(self, completion: Completion) -> ChatCompletion:
-        """The whole answers, as api-reference.txt shows them."""
-        told = completion.prompts[0] if completion.prompts else None
+        """The whole answers, in the form of api-reference.txt."""
+        prompt = completion.prompts[0] if completion.prompts else None
         return {
             "id": self.id,
             "object": "chat.completion",
@@ -174,7 +179,7 @@ class ChatAnswers:
                 for index, answer in enumerate(completion.answers)
             ],
             "usage": usage_counts(completion.usage),
-            "prompt_logprobs": prompt_logprobs(told),
+            "prompt_logprobs": prompt_candidates(prompt),
         }
 
     def first(self) -> list[ChatCompletionChunk]:
@@ -183,20 +188,20 @@ class ChatAnswers:
         return [self._chunk(choice, delta) for choice in range(self.num_choices)]
 
     def chunks(self, event: Event) -> list[ChatCompletionChunk]:
-        """The chunks that tell of one event."""
+        """The chunks that report one event."""
         if isinstance(event, TextDelta):
             return [self._chunk(event.choice, {"content": event.text}, event.logprobs)]
         if isinstance(event, ToolCallDelta):
             return self._call_chunks(event)
-        if isinstance(event, PromptTold):
-            # Asked for with whole answers only.
+        if isinstance(event, PromptLogprobs):
+            # Streams cannot request them.
             return []
         if isinstance(event, End):
             return [self._usage_chunk(event.usage)] if self.include_usage else []
         return [self._chunk(event.choice, {}, event.logprobs, event.reason, event.stop_reason)]
 
     def _call_chunks(self, event: ToolCallDelta) -> list[ChatCompletionChunk]:
-        """The name, then the arguments' text, as it comes."""
+        """First the name, then the text of the arguments as it comes."""
         chunks = []
         logprobs = event.logprobs
         if event.is_first:
@@ -261,7 +266,7 @@ def _choice(index: int, answer: Answer, has_tools: bool) -> ChatChoice:
 
 
 def _message(answer: Answer, has_tools: bool) -> ChatMessage:
-    """Its content is null where there are calls and no text beside them."""
+    """The message; its content is null if there are calls and no text."""
     text = answer.text if answer.text or not answer.tool_calls else None
     message: ChatMessage = {"role": "assistant", "content": text}
     if has_tools:
@@ -278,26 +283,23 @@ def _answered(call: AnsweredCall) -> ChatCall:
 
 
 def _logprobs(entries: Sequence[TokenEntry]) -> ChoiceLogprobs | None:
-    """OpenAI's ChoiceLogprobs; None where the request did not ask or no token came."""
+    """OpenAI's ChoiceLogprobs; None if not requested or if there is no token."""
     if not entries:
         return None
     return {"content": [_chosen(entry) for entry in entries]}
 
 
 def _chosen(entry: TokenEntry) -> ChosenToken:
-    one = entry.chosen
     return {
-        "token": one.token.text,
-        "logprob": one.logprob,
-        "bytes": _bytes(one),
-        "top_logprobs": [_candidate(other) for other in entry.top],
+        **_candidate(entry.chosen),
+        "top_logprobs": [_candidate(candidate) for candidate in entry.top],
     }
 
 
-def _candidate(one: TokenLogprob) -> CandidateToken:
-    return {"token": one.token.text, "logprob": one.logprob, "bytes": _bytes(one)}
-
-
-def _bytes(one: TokenLogprob) -> list[int] | None:
-    text_bytes = one.token.text_bytes
-    return None if text_bytes is None else list(text_bytes)
+def _candidate(token: TokenLogprob) -> CandidateToken:
+    text_bytes = token.token.text_bytes
+    return {
+        "token": token.token.text,
+        "logprob": token.logprob,
+        "bytes": None if text_bytes is None else list(text_bytes),
+    }

@@ -1,6 +1,6 @@
 """What a client of /v1/completions reads: the plain answer and the chunks.
 
-Owns keys and their order. Knows nothing of how they are sent.
+Owns the keys and their order. Knows nothing of how they are sent.
 """
 
 from __future__ import annotations
@@ -11,22 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NotRequired, TypedDict
 
-from ...generation.answer_stream import (
-    Answer,
-    Completion,
-    End,
-    Event,
-    Finish,
-    PromptTold,
-    TextDelta,
-    Usage,
-)
+from ...generation.completion import Answer, Completion
+from ...generation.events import End, Event, Finish, PromptLogprobs, TextDelta, Usage
 from ...generation.token_text import TokenEntry
 from ..answer_parts import (
-    PromptLogprobs,
+    PromptCandidates,
     UsageCounts,
     obfuscation,
-    prompt_logprobs,
+    prompt_candidates,
     usage_counts,
 )
 from .logprob_columns import TokenColumns, TokenLists
@@ -42,7 +34,7 @@ class CompletionChoice(TypedDict):
     logprobs: TokenLists | None
     finish_reason: Reason
     stop_reason: str | int | None
-    prompt_logprobs: PromptLogprobs | None
+    prompt_logprobs: PromptCandidates | None
 
 
 class TextCompletion(TypedDict):
@@ -90,9 +82,10 @@ def _new_id() -> str:
 class CompletionAnswers:
     """The answers to one request: all carry the same id and time.
 
-    num_answers: to each prompt. echoes: the prompts' texts, where they stand before the answers.
-    num_top: how many of the likeliest tokens are told beside each token; None tells of no token.
-    num_prompt_top: the same of prompt_logprobs. is_echo_only: nothing is told but the prompt.
+    num_answers: answers to each prompt. echoes: the texts of the prompts, if the answers start
+    with them. num_top: how many likeliest tokens to list for each token; None: no
+    log-probabilities. num_prompt_top: the same for prompt_logprobs. is_echo_only: return only the
+    prompt.
     """
 
     model: str
@@ -108,8 +101,8 @@ class CompletionAnswers:
     _columns: dict[int, TokenColumns] = field(default_factory=dict)
 
     def plain(self, completion: Completion) -> TextCompletion:
-        """The whole answers, prompt by prompt."""
-        prompts = {told.prompt: told for told in completion.prompts}
+        """The whole answers, in the order of the prompts."""
+        prompts = {logprobs.prompt: logprobs for logprobs in completion.prompts}
         return {
             "id": self.id,
             "object": "text_completion",
@@ -123,7 +116,7 @@ class CompletionAnswers:
         }
 
     def first(self) -> list[CompletionChunk]:
-        """The echoes, where nothing has to be waited for."""
+        """The echoes, unless they must wait for log-probabilities."""
         if self.echoes is None or self.num_top is not None:
             return []
         return [
@@ -133,8 +126,8 @@ class CompletionAnswers:
         ]
 
     def chunks(self, event: Event) -> list[CompletionChunk]:
-        """The chunks that tell of one event."""
-        if isinstance(event, PromptTold):
+        """The chunks that report one event."""
+        if isinstance(event, PromptLogprobs):
             return self._echoed(event)
         if isinstance(event, End):
             return [self._usage_chunk(event.usage)] if self.include_usage else []
@@ -146,34 +139,38 @@ class CompletionAnswers:
             ]
         return []
 
-    def _choice(self, index: int, answer: Answer, told: PromptTold | None) -> CompletionChoice:
+    def _choice(
+        self, index: int, answer: Answer, prompt: PromptLogprobs | None
+    ) -> CompletionChoice:
         columns = self._columns_of(index)
         text = "" if self.echoes is None else self.echoes[index // self.num_answers]
-        if self.echoes is not None and told is not None and self.num_top is not None:
-            columns.add_prompt(told)
+        if self.echoes is not None and prompt is not None and self.num_top is not None:
+            columns.add_prompt(prompt)
         if not self.is_echo_only:
             text += answer.text
             columns.add(answer.logprobs)
-        is_asked = self.num_prompt_top is not None
+        candidates = None
+        if self.num_prompt_top is not None:
+            candidates = prompt_candidates(prompt, self.num_prompt_top)
         return {
             "index": index,
             "text": text,
             "logprobs": None if self.num_top is None else columns.take(),
             "finish_reason": self._reason(answer.finish),
             "stop_reason": None if self.is_echo_only else answer.finish.stop_reason,
-            "prompt_logprobs": prompt_logprobs(told, self.num_prompt_top) if is_asked else None,
+            "prompt_logprobs": candidates,
         }
 
-    def _echoed(self, told: PromptTold) -> list[CompletionChunk]:
-        """A prompt before its answers, where its tokens are told with it."""
+    def _echoed(self, prompt: PromptLogprobs) -> list[CompletionChunk]:
+        """The prompt, if it is echoed with its log-probabilities."""
         if self.echoes is None or self.num_top is None:
             return []
         chunks = []
         for number in range(self.num_answers):
-            index = told.prompt * self.num_answers + number
+            index = prompt.prompt * self.num_answers + number
             columns = self._columns_of(index)
-            columns.add_prompt(told)
-            chunks.append(self._chunk(index, self.echoes[told.prompt], columns.take()))
+            columns.add_prompt(prompt)
+            chunks.append(self._chunk(index, self.echoes[prompt.prompt], columns.take()))
         return chunks
 
     def _last(self, event: Finish) -> CompletionChunk:

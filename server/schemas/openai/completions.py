@@ -57,7 +57,7 @@ class CompletionRequest(SharedFields, frozen=True, forbid_unknown_fields=True, k
     likeliest ones beside each. best_of: n, or 1. suffix: not supported.
     """
 
-    told_rules: ClassVar[tuple[str, ...]] = (
+    prose_rules: ClassVar[tuple[str, ...]] = (
         *rules.OF_GENERATIONS,
         *rules.OF_SAMPLING,
         rules.BEST_OF,

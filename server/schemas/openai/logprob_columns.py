@@ -1,6 +1,6 @@
-"""The log-probabilities of a completion, in the four lists of OpenAI's first API.
+"""The log-probabilities of a text completion, as the four lists of OpenAI's first API.
 
-Owns the lists and where each token's text begins. Knows nothing of choices or of frames.
+Owns the lists and the offset of each token's text. Knows nothing of choices or of frames.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import codecs
 from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
-from ...generation.answer_stream import PromptTold
+from ...generation.events import PromptLogprobs
 from ...generation.token_text import TokenEntry, TokenText
 
 
@@ -27,34 +27,34 @@ class TokenLists(TypedDict):
 
 
 class TokenColumns:
-    """Those of one choice, as they grow. num_top: the likeliest tokens beside each."""
+    """The growing lists of one choice. num_top: number of likeliest tokens for each token."""
 
     def __init__(self, num_top: int) -> None:
         self._num_top = num_top
-        # A token may end inside a character, which then begins where that token does.
+        # A token may end inside a character; the character then starts at that token.
         self._reader = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_chars = 0
         self._lists = _no_lists()
 
-    def add_prompt(self, told: PromptTold) -> None:
-        """The tokens of the prompt, before all others."""
-        for token, entry in zip(told.tokens, told.entries, strict=True):
+    def add_prompt(self, logprobs: PromptLogprobs) -> None:
+        """Add the tokens of the prompt, before all others."""
+        for token, entry in zip(logprobs.tokens, logprobs.entries, strict=True):
             if entry is None:
                 self._add(token, None, None)
                 continue
-            # What stands there comes first, whatever its rank.
-            top = [one for one in entry[1:] if one.rank <= self._num_top]
-            likeliest = _by_text((one.text, one.logprob) for one in (entry[0], *top))
+            # The prompt's own token comes first, whatever its rank.
+            top = [candidate for candidate in entry[1:] if candidate.rank <= self._num_top]
+            likeliest = _by_text((token.text, token.logprob) for token in (entry[0], *top))
             self._add(token, entry[0].logprob, likeliest)
 
     def add(self, entries: Sequence[TokenEntry]) -> None:
-        """The next tokens of the answer."""
+        """Add the next tokens of the answer."""
         for entry in entries:
-            pairs = ((one.token.text, one.logprob) for one in (*entry.top, entry.chosen))
+            pairs = ((item.token.text, item.logprob) for item in (*entry.top, entry.chosen))
             self._add(entry.chosen.token, entry.chosen.logprob, _by_text(pairs))
 
     def take(self) -> TokenLists:
-        """What has been added since the last time."""
+        """Return and clear what was added since the last call."""
         lists, self._lists = self._lists, _no_lists()
         return lists
 
@@ -69,7 +69,7 @@ class TokenColumns:
 
 
 def _by_text(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Log-probabilities by text; of two tokens of one text the first one's."""
+    """Log-probabilities by text. If two tokens have the same text, the first is kept."""
     by_text: dict[str, float] = {}
     for text, logprob in pairs:
         by_text.setdefault(text, logprob)

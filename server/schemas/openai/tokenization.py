@@ -29,7 +29,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     those of the chat, which begins with it in any case. tools go with messages.
     """
 
-    told_rules: ClassVar[tuple[str, ...]] = (*rules.OF_CONVERSATIONS, rules.CONTEXT)
+    prose_rules: ClassVar[tuple[str, ...]] = (*rules.OF_CONVERSATIONS, rules.CONTEXT)
     schema_rules: ClassVar[dict[str, Any]] = all_of(
         only_one_given("prompt", "messages"),
         {"not": {"allOf": [given("prompt"), having("tools", {"type": "array", "minItems": 1})]}},
@@ -47,7 +47,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 class DetokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Token ids; the names of special tokens are part of their text."""
 
-    told_rules: ClassVar[tuple[str, ...]] = (rules.VOCABULARY,)
+    prose_rules: ClassVar[tuple[str, ...]] = (rules.VOCABULARY,)
 
     tokens: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_TOKENS)]
     model: ModelName | None = None

@@ -25,7 +25,8 @@ from tokenizers import Tokenizer, decoders, models
 from vlmserve.models.batch import SamplingContext, SamplingParams, TokenLogprobs
 from vlmserve.models.sampling.logprobs import RawLogprobs
 from vlmserve.router.messages import AddRequest, SequenceOutput
-from vlmserve.server.generation.answer_stream import Finish, GrowingAnswer, TextDelta
+from vlmserve.server.generation.answer_stream import AnswerStream
+from vlmserve.server.generation.events import Finish, TextDelta
 from vlmserve.server.generation.token_text import TokenReader
 from vlmserve.server.prompts.processor import Processor
 from vlmserve.server.settings import ServerSettings
@@ -149,14 +150,14 @@ def output(token_ids: list[int], finish_reason: Any = None) -> SequenceOutput:
     )
 
 
-def growing(stops: tuple[str, ...] = (), **sampling: Any) -> GrowingAnswer:
+def growing(stops: tuple[str, ...] = (), **sampling: Any) -> AnswerStream:
     request = AddRequest(
         request_id="r",
         prompt_token_ids=[1],
         max_tokens=99,
         sampling=SamplingParams(num_logprobs=2, **sampling),
     )
-    return GrowingAnswer(request, stops, Processor(TOKENIZER, None, [EOT]), READER)
+    return AnswerStream(request, stops, Processor(TOKENIZER, None, [EOT]), READER)
 
 
 def told(event: TextDelta | Finish) -> list[int]:

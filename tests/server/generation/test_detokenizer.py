@@ -7,8 +7,9 @@ from support.http_side import meta_like_tokenizer
 
 from vlmserve.router.messages import AddRequest, SequenceOutput
 from vlmserve.server.errors import InternalError
-from vlmserve.server.generation.answer_stream import Finish, GrowingAnswer, TextDelta
+from vlmserve.server.generation.answer_stream import AnswerStream
 from vlmserve.server.generation.detokenizer import Detokenizer, Piece, StopStrings
+from vlmserve.server.generation.events import Finish, TextDelta
 from vlmserve.server.generation.token_text import TokenReader
 from vlmserve.server.prompts.processor import Processor
 
@@ -156,7 +157,7 @@ def test_stop_strings_cut_like_a_search_in_the_whole_text(chunks, stops):
 def growing(stops=()):
     request = AddRequest(request_id="r", prompt_token_ids=[1, 2, 3], max_tokens=10)
     processor = Processor(TOKENIZER, None, [EOT])
-    return GrowingAnswer(request, stops, processor, READER)
+    return AnswerStream(request, stops, processor, READER)
 
 
 def output(token_ids, finish_reason=None, stop_token_id=None):

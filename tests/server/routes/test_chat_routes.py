@@ -33,7 +33,8 @@ from vlmserve.router.errors import (
 )
 from vlmserve.router.messages import SequenceOutput
 from vlmserve.server.api.services import completion_response
-from vlmserve.server.generation.answer_stream import Answer, Completion, Finish, Usage
+from vlmserve.server.generation.completion import Answer, Completion
+from vlmserve.server.generation.events import Finish, Usage
 from vlmserve.server.generation.token_text import TokenEntry, TokenLogprob, TokenText
 from vlmserve.server.images.settings import ImageError, PoolClosed
 from vlmserve.server.settings import ServerSettings
