@@ -17,6 +17,8 @@ SERVER_MAY_IMPORT = {
     "vlmserve.router.client.engine_client",
     "vlmserve.router.config",
     "vlmserve.router.errors",
+    # Whose turn it is: one rule for the engine and for the lanes of the HTTP side.
+    "vlmserve.router.fair_shares",
     "vlmserve.router.logs",
     "vlmserve.router.messages",
     "vlmserve.router.parent_death",

@@ -1,0 +1,6 @@
+"""Who may use a bounded resource of the worker, and when.
+
+Read in this order:
+
+    fair_lane    places that keys share: one line a key, bounded in number and in time
+"""

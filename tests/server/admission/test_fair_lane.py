@@ -1,0 +1,178 @@
+"""Places that keys share: in turn, bounded, and free again whatever happens."""
+
+import asyncio
+
+import pytest
+
+from vlmserve.server.admission.fair_lane import FairLane, LaneLimits
+from vlmserve.server.errors import OverloadedError
+
+
+class Clock:
+    """Seconds that pass when a test lets them."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Work:
+    """Pieces of work that end when the test says; `started` lists their names in order."""
+
+    def __init__(self, num_places: int = 1, **limits) -> None:
+        self.clock = Clock()
+        self.refusals: list[str] = []
+        self.lane = FairLane(
+            "image fetches",
+            LaneLimits(num_places, **limits),
+            clock=self.clock,
+            on_refusal=self.refusals.append,
+        )
+        self.started: list[str] = []
+        self._ends: dict[str, asyncio.Event] = {}
+
+    def begin(self, key: str, name: str) -> asyncio.Task:
+        end = self._ends[name] = asyncio.Event()
+
+        async def run() -> None:
+            async with self.lane.place(key):
+                self.started.append(name)
+                await end.wait()
+
+        return asyncio.create_task(run())
+
+    async def end(self, name: str, after_s: float = 1.0) -> None:
+        self.clock.now += after_s
+        self._ends[name].set()
+        await settle()
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def run(scenario) -> None:
+    asyncio.run(scenario())
+
+
+def test_a_key_that_fills_the_lane_delays_another_by_one_piece_of_work():
+    async def scenario():
+        work = Work(num_places=2)
+        tasks = [work.begin("flood", f"a{number}") for number in range(50)]
+        await settle()
+        tasks.append(work.begin("other", "b"))
+        await settle()
+        assert work.started == ["a0", "a1"]
+        await work.end("a0")
+        assert work.started == ["a0", "a1", "b"]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (work.lane.num_running, work.lane.num_waiting, work.lane.num_keys) == (0, 0, 0)
+
+    run(scenario)
+
+
+def test_keys_get_equal_time_not_equal_turns():
+    async def scenario():
+        work, seconds = Work(), {"long": 0.0, "short": 0.0}
+        tasks = [work.begin("long", f"long {n}") for n in range(40)]
+        tasks += [work.begin("short", f"short {n}") for n in range(400)]
+        await settle()
+        for _ in range(200):
+            name = work.started[-1]
+            lasts_s = 10.0 if name.startswith("long") else 1.0
+            seconds[name.split()[0]] += lasts_s
+            await work.end(name, lasts_s)
+        assert abs(seconds["long"] - seconds["short"]) <= 20
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(scenario)
+
+
+def test_inside_a_key_the_first_come_is_the_first_served():
+    async def scenario():
+        work = Work()
+        tasks = [work.begin("a", str(number)) for number in range(5)]
+        await settle()
+        for number in range(5):
+            await work.end(str(number))
+        await asyncio.gather(*tasks)
+        assert work.started == ["0", "1", "2", "3", "4"]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"max_waiting_by_key": 2}, "2 of this key wait"),
+        ({"max_waiting": 2}, "2 wait"),
+        ({"max_wait_s": 0.25}, "the limit is 0.25 s"),
+    ],
+)
+def test_a_full_line_refuses_at_once_names_the_lane_and_is_counted(limits, reason):
+    async def scenario():
+        work = Work(**limits)
+        tasks = [work.begin("a", str(number)) for number in range(3)]
+        await settle()
+        with pytest.raises(OverloadedError, match=f"image fetches: .*{reason}") as caught:
+            async with work.lane.place("a"):
+                pass
+        assert caught.value.retry_after_s > 0
+        assert work.refusals == ["image fetches"]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(scenario)
+
+
+def test_a_line_that_one_key_fills_is_open_to_another():
+    async def scenario():
+        work = Work(max_waiting_by_key=2)
+        tasks = [work.begin("a", str(number)) for number in range(3)]
+        await settle()
+        tasks.append(work.begin("b", "b"))
+        await settle()
+        await work.end("0")
+        assert work.started == ["0", "b"]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(scenario)
+
+
+def test_a_cancel_in_the_moment_the_place_comes_gives_it_to_the_next():
+    async def scenario():
+        work = Work()
+        first, second, third = (work.begin("a", name) for name in ("1", "2", "3"))
+        await settle()
+        work._ends["1"].set()
+        await asyncio.sleep(0)  # the first frees its place and gives it to the second
+        second.cancel()  # its place was given, it has not run since
+        await settle()
+        assert work.started == ["1", "3"]
+        await work.end("3")
+        await asyncio.gather(first, third)
+        assert second.cancelled()
+        assert (work.lane.num_running, work.lane.num_waiting, work.lane.num_keys) == (0, 0, 0)
+
+    run(scenario)
+
+
+def test_work_that_fails_frees_its_place():
+    async def scenario():
+        work = Work()
+        with pytest.raises(ValueError, match="broken"):
+            async with work.lane.place("a"):
+                raise ValueError("broken")
+        assert (work.lane.num_running, work.lane.num_keys) == (0, 0)
+
+    run(scenario)
