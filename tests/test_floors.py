@@ -1,9 +1,11 @@
-"""The fence between the three floors: who may import whom, and where torch may not go."""
+"""The fence between floors and folders: who may import whom, sizes, and where torch may not go."""
 
 import ast
 import subprocess
 import sys
 from collections.abc import Iterable
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,11 @@ ENGINE_PROCESS_MAY_IMPORT = ROUTER_MAY_IMPORT | {
 TENSORS = {"torch", "transformers", "accelerate", "safetensors"}
 # `router` knows nothing of tensors, text, pictures or HTTP.
 NOT_IN_ROUTER = TENSORS | {"numpy", "tokenizers", "llguidance", "PIL", "sanic", "httpx2"}
+# Rooms (folders and modules) at a floor's root, and modules in a folder.
+MOST_ROOMS = {"server": 20, "router": 11, "models": 22}
+LEAST_MODULES, MOST_MODULES = 2, 13
+# Folders with fewer modules, and why.
+SMALL_FOLDERS = {"models/bundled": "its parts are folders: the dataset, the training, the exam"}
 FORBIDDEN_CALLS = {"eval", "exec"}
 # multiprocessing sends its objects as pickles.
 FORBIDDEN_MODULES = {
@@ -96,6 +103,76 @@ def is_module(name: str) -> bool:
 
 def all_sources() -> list[Path]:
     return [path for floor in FLOORS for path in sources(floor)]
+
+
+def folders(floor: str) -> list[Path]:
+    return sorted({path.parent for path in sources(floor)} - {ROOT / floor})
+
+
+def modules_in(folder: Path) -> list[Path]:
+    """A folder's own modules; not those of the folders in it."""
+    return [path for path in sorted(folder.glob("*.py")) if not path.name.startswith("__")]
+
+
+def room_of(module: str) -> str | None:
+    """The folder that holds a module; the module itself where it lies at a floor's root.
+
+    None for what is no module of a floor, and for the floors themselves.
+    """
+    path = ROOT.joinpath(*module.split(".")[1:])
+    if not module.startswith("vlmserve.") or not is_module(module) or path.parent == ROOT:
+        return None
+    if path.is_dir() or path.parent.parent == ROOT:
+        return path.relative_to(ROOT).as_posix()
+    return path.parent.relative_to(ROOT).as_posix()
+
+
+def rooms_imported(path: Path) -> set[str]:
+    rooms = {room_of(name) for name in imported_modules(path)}
+    return {room for room in rooms if room is not None}
+
+
+def arrows(floor: str) -> dict[str, dict[str, str]]:
+    """room -> room that it imports -> a file that does so, within one floor."""
+    found: dict[str, dict[str, str]] = {}
+    for path in sources(floor):
+        own = room_of(module_name(path))
+        if own is None:
+            continue
+        reached = {room for room in rooms_imported(path) if room.startswith(f"{floor}/")} - {own}
+        found.setdefault(own, {}).update(dict.fromkeys(reached, path.name))
+    return found
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_no_circle_runs_through_the_rooms_of_a_floor(floor):
+    """Then the rooms have an order in which each imports only rooms below it, children included."""
+    graph = arrows(floor)
+    try:
+        TopologicalSorter({room: set(below) for room, below in graph.items()}).prepare()
+    except CycleError as error:
+        circle = error.args[1][::-1]  # graphlib lists a room behind those that it imports
+        ways = [f"{a} -> {b} ({graph[a][b]})" for a, b in pairwise(circle)]
+        pytest.fail("rooms import each other in a circle: " + ", ".join(ways))
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_floor_has_few_rooms_at_its_root(floor):
+    rooms = {path.relative_to(ROOT / floor).parts[0] for path in sources(floor)}
+    rooms = {room for room in rooms if not room.startswith("__")}
+    assert len(rooms) <= MOST_ROOMS[floor], f"a room more than agreed in {floor}/: {sorted(rooms)}"
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_folder_is_a_package_of_two_to_thirteen_modules(floor):
+    for folder in folders(floor):
+        name, count = folder.relative_to(ROOT).as_posix(), len(modules_in(folder))
+        assert (folder / "__init__.py").is_file(), f"{name} has no __init__.py"
+        assert count <= MOST_MODULES, f"{name} has {count} modules: split it"
+        if name in SMALL_FOLDERS:
+            assert count < LEAST_MODULES, f"{name} has grown: drop it from SMALL_FOLDERS"
+        else:
+            assert count >= LEAST_MODULES, f"{name} has {count} modules: merge it into its parent"
 
 
 @pytest.mark.parametrize("path", all_sources(), ids=lambda p: str(p.relative_to(ROOT)))
