@@ -26,8 +26,9 @@ from vlmserve.models.batch import ImageSpan, ImageTiles, SamplingParams
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.router.messages import AddRequest
+from vlmserve.router.scheduler.interface import SchedulerLimits
 from vlmserve.router.scheduler.request_queue import QueueLimits, RequestQueue
-from vlmserve.router.scheduler.scheduler import Scheduler, SchedulerLimits
+from vlmserve.router.scheduler.scheduler import Scheduler
 from vlmserve.router.scheduler.sequence import Sequence
 
 MAX_MODEL_LEN = 2048

@@ -14,6 +14,6 @@ In the order in which to read them:
     scheduler, step, rows       which tokens run in the next step, and as what
     block_manager               which blocks each sequence holds
     blocks, text_pool, prefix   the two pools, and what is found in them again
-    step_watch                  whether the running step gets on
+    step_watchdog                  whether the running step gets on
     logs, parent                what every process of the server does alike
 """

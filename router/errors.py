@@ -35,11 +35,11 @@ class EngineError(RouterError):
 class EngineDeadError(EngineError):
     """The engine is gone, is stopping, or has not loaded its model yet.
 
-    has_begun: the request was being computed, so that it may be what the engine died of.
+    has_started: the request was being computed, so that it may be what the engine died of.
     """
 
     kind: FailureKind = "engine_dead"
-    has_begun: bool = False
+    has_started: bool = False
 
 
 class QueueFullError(EngineError):

@@ -1,7 +1,6 @@
 """Messages between HTTP workers and the engine, msgpack over a Unix socket.
 
-Owns the wire's types. Knows nothing of tensors, text or HTTP. A frame is a
-4-byte big-endian length and one message; see `wire.py`.
+Owns the types of the messages; `wire.py` has the frames. Knows nothing of tensors, text or HTTP.
 """
 
 from __future__ import annotations
@@ -28,17 +27,16 @@ FailureKind = Literal["queue_full", "invalid", "internal", "engine_dead"]
 
 
 class AddRequest(msgspec.Struct, tag="add", kw_only=True):
-    """A worker asks for tokens.
+    """A worker requests tokens.
 
-    request_id is made by the server, never taken from a client. choice_ids: the ids
-    of further answers to the same prompt, each with outputs and an end of its own;
-    the prompt and its images are computed once for all. Of two requests that wait
-    the one of lower priority runs first. images and
-    spans run in parallel, in prompt order. grammar, in llguidance's JSON: the texts
-    that the answer may be. A token in `eos_token_ids` ends the
-    turn (stop_token_id None in the answer), one in `stop_token_ids` is reported.
-    num_prompt_logprobs: how many of the likeliest tokens are told beside each token of
-    the prompt, with the first choice's first output; None tells of none.
+    request_id: made by the server, never taken from a client. choice_ids: the ids of further
+    answers to the same prompt, each with its own outputs and end; the prompt and its images are
+    computed once for all. priority: the waiting request with the lower number runs first.
+    images[i] belongs to spans[i], in prompt order. grammar: in llguidance's JSON, the texts that
+    the answer may have. eos_token_ids: these tokens end the turn, and stop_token_id is None.
+    stop_token_ids: these tokens end the answer and are reported as stop_token_id.
+    num_prompt_logprobs: how many of the likeliest tokens come with each token of the prompt, in
+    the first choice's first output; None: no log-probabilities of the prompt.
     """
 
     request_id: str
@@ -66,14 +64,14 @@ class AbortRequests(msgspec.Struct, tag="abort"):
 
 
 class EngineStats(msgspec.Struct, kw_only=True):
-    """Counts at one moment; all block counts are of blocks, not bytes.
+    """Counts at one moment. Block counts are numbers of blocks, not bytes.
 
-    num_running and num_waiting are of answers: a request for n of them counts n times.
-    Used blocks are those that running requests need; cached ones are kept in case
-    they are needed again. An image counts once a request and picture: a miss is one
-    that had no blocks yet. prefix_tokens_queried: tokens of requests that started,
-    prefix_tokens_hit: those of them that were not computed again. vision_step_counts: how
-    many steps spent up to each of VISION_BOUNDS_S in the vision encoder, and beyond the last.
+    num_running, num_waiting: numbers of answers; a request for n answers counts n times. Used
+    blocks belong to running requests; cached blocks can be found again. image_cache_hits and
+    _misses: each image of a request counts once; a miss had no blocks yet. prefix_tokens_queried:
+    tokens of requests that started; prefix_tokens_hit: how many of them came from the cache.
+    vision_step_counts: how many steps spent up to each of VISION_BOUNDS_S seconds in the vision
+    encoder; the last count is above all bounds.
     """
 
     num_running: NonNegative = 0
@@ -110,15 +108,14 @@ class EngineReady(msgspec.Struct, tag="ready", kw_only=True):
 
 
 class SequenceOutput(msgspec.Struct, kw_only=True):
-    """New tokens of one request; the last one says why it ended.
+    """New tokens of one answer.
 
-    token_ids hold the stopping token too. finish_reason is None while the
-    request goes on. stop_token_id is set where one of the request's own
-    stop_token_ids matched. logprobs holds one entry a token where the request
-    asked for them, else none. num_cached_tokens comes with the first output: how
-    many of the prompt's tokens the prefix cache had. So do queue_s, the seconds until the
-    request first ran, and prompt_logprobs, where
-    asked for: an entry a token, None at the first and at `<|image|>`.
+    token_ids: include the stopping token. finish_reason: set in the last output only.
+    stop_token_id: set if one of the request's stop_token_ids matched. logprobs: one entry per
+    token if requested, else empty.
+    In the first output only: num_cached_tokens, how many of the prompt's tokens were cached;
+    queue_s, the seconds until the answer first ran; prompt_logprobs, if requested: one entry per
+    token of the prompt, None for the first token and for `<|image|>`.
     """
 
     request_id: str
@@ -131,31 +128,31 @@ class SequenceOutput(msgspec.Struct, kw_only=True):
     prompt_logprobs: list[PromptLogprobs | None] | None = None
 
 
-class Refusal(msgspec.Struct, kw_only=True):
-    """What a newcomer of priority 0 would be told instead of being queued."""
+class Rejection(msgspec.Struct, kw_only=True):
+    """The error that a new request of priority 0 would get instead of being queued."""
 
     message: str
     retry_after_s: float
 
 
 class StepOutputs(msgspec.Struct, tag="step", kw_only=True):
-    """What one step brought for one worker. refusal: where nobody has room behind that step."""
+    """One step's outputs for one worker. rejection: set if the queue is full after the step."""
 
     outputs: list[SequenceOutput]
-    refusal: Refusal | None = None
+    rejection: Rejection | None = None
 
 
-class RequestsBegun(msgspec.Struct, tag="begun"):
-    """Sent before the step that computes them first, where there are several engines.
+class RequestsStarted(msgspec.Struct, tag="started"):
+    """With several engines: sent before the step that computes these requests first.
 
-    What an engine dies of has begun, and is not asked of another one.
+    If the engine dies, they are not retried on another engine, because they may be the cause.
     """
 
     request_ids: list[str]
 
 
 class RequestFailed(msgspec.Struct, tag="failed", kw_only=True):
-    """A request's final message where it could not be served."""
+    """A request's final message if it failed."""
 
     request_id: str
     kind: FailureKind
@@ -166,9 +163,9 @@ class RequestFailed(msgspec.Struct, tag="failed", kw_only=True):
 class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
     """Sent every heartbeat_interval_s.
 
-    step_age_s: the age of the running step, 0 when idle. stall_s: how long that step
-    has shown no progress. may_compile: no step of its kind was computed before, so that
-    it may be compiling kernels, which shows no progress either.
+    step_age_s: the age of the running step, 0 when idle. stall_s: how long that step has made no
+    progress. may_compile: it is the first step of its kind, so it may be compiling kernels, which
+    is not counted as progress.
     """
 
     stats: EngineStats
@@ -178,4 +175,4 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
 
 
 ToEngine = AddRequest | AbortRequests
-FromEngine = EngineReady | StepOutputs | RequestsBegun | RequestFailed | Heartbeat
+FromEngine = EngineReady | StepOutputs | RequestsStarted | RequestFailed | Heartbeat

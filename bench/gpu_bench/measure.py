@@ -18,8 +18,9 @@ import torch
 from vlmserve.models.batch import ImageSpan, ImageTiles, SamplingParams, StepBatch, StepResult
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.router.messages import AddRequest
+from vlmserve.router.scheduler.interface import SchedulerLimits
 from vlmserve.router.scheduler.request_queue import QueueLimits, RequestQueue
-from vlmserve.router.scheduler.scheduler import Scheduler, SchedulerLimits
+from vlmserve.router.scheduler.scheduler import Scheduler
 from vlmserve.router.scheduler.sequence import Sequence
 
 from ..bounds import decode_work, prefill_work, prompt_work

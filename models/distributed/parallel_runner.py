@@ -58,9 +58,9 @@ class ParallelRunner:
         return self._local.info
 
     @property
-    def num_layers_begun(self) -> int:
+    def num_layers_started(self) -> int:
         """How many layers the first rank has begun; the others wait for it at every layer."""
-        return self._local.num_layers_begun
+        return self._local.num_layers_started
 
     @property
     def rank_pids(self) -> list[int]:

@@ -115,7 +115,7 @@ class ModelRunner:
         )
 
     @property
-    def num_layers_begun(self) -> int:
+    def num_layers_started(self) -> int:
         """How many layers were begun so far, of all steps; may be read while a step runs."""
         return self._loaded.layers.num_begun
 

@@ -1,0 +1,13 @@
+"""Which cache blocks hold what, by number only: free, used or cached.
+
+In the order in which to read the files:
+
+    contract        what every pool does and guarantees, on one page
+    block_pool      numbered blocks, each free, used or cached
+    text_pool       text blocks, shared by sequences with the same beginning
+    prefix_keys     the key under which a full text block is found again
+    image_pool      image blocks, shared by requests with the same image
+    visibility      which image blocks each token of a chunk sees
+
+The tensors behind the numbers are in `models/kv_cache`.
+"""

@@ -1,8 +1,8 @@
-"""Keys of full text blocks: equal only where the keys and values in the block are.
+"""Keys of full text blocks. Two blocks have the same key only if they hold the same values.
 
-Owns what such a key covers: the tenant, every token from the prompt's start to the
-block's end, and which images each of them sees. A token's keys and values depend on
-nothing else. Knows nothing of pools, or of what runs.
+Owns what a key covers: the tenant, every token from the prompt's start to the block's end, and
+which images each token sees. Nothing else changes a token's keys and values. Knows nothing of
+pools, or of what runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 
 from ...models.batch import ImageSpan
-from .block_pool import ImageKey
+from .image_pool import ImageKey
 from .visibility import is_seen
 
 
@@ -24,10 +24,10 @@ def extend_block_keys(
     tenant: str,
     block_size: int,
 ) -> None:
-    """Append the keys of the full blocks of `token_ids` that `keys` does not have yet.
+    """Append to `keys` the missing keys of the full blocks of `token_ids`.
 
-    spans[i] says which positions see the image of image_keys[i]. Each key is a
-    SHA-256 over the one before it, so a key stands for all tokens up to its block's end.
+    spans[i]: the positions that see the image of image_keys[i]. Each key is a SHA-256 over the key
+    before it, so it covers all tokens up to its block's end.
     """
     parent = keys[-1] if keys else hashlib.sha256(tenant.encode()).digest()
     begin = len(keys) * block_size
@@ -35,7 +35,7 @@ def extend_block_keys(
     view = b""
     for start in range(begin, len(token_ids) - block_size + 1, block_size):
         end = start + block_size
-        # Where no image appears or goes a block sees what the one before it saw.
+        # Between edges of spans, a block sees the same images as the block before it.
         if start == begin or bisect_right(edges, start - block_size) < bisect_left(edges, end):
             view = _view(spans, image_keys, start, end)
         block = hashlib.sha256(parent)
@@ -46,10 +46,10 @@ def extend_block_keys(
 
 
 def _view(spans: list[ImageSpan], image_keys: list[ImageKey], start: int, end: int) -> bytes:
-    """A hash of which positions of a block see which images; empty where none sees any.
+    """A hash of which positions of a block see which images; empty if none does.
 
-    Where an image appears or goes beyond the block makes no difference to it. Positions count
-    from the block's start: where that is, the number of keys before it tells.
+    Spans are cut to the block, since its values do not depend on where they begin or end outside.
+    Positions count from the block's start, which follows from the number of keys before it.
     """
     seen = [
         (max(span.start - start, 0), min(span.end or end, end) - start, tuple(key))

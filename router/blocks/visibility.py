@@ -1,7 +1,7 @@
-"""Which image blocks each token of a chunk may see.
+"""Which image blocks each token of a chunk sees.
 
-Owns the cut of a chunk of positions into runs that see the same images. Knows
-nothing of budgets or pools. The rule of who sees what is the spans' (Meta's).
+Owns the cut of a chunk of positions into runs that see the same images. Knows nothing of budgets
+or pools. The spans come from the prompt and follow Meta's rule.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ def cut_segments(
 ) -> list[CrossSegment]:
     """The cross segments of positions start .. end - 1, in order.
 
-    spans[i] says which positions see image i, block_ids[i] where it is stored.
-    The same picture twice in a prompt is two images: its blocks are listed twice,
-    and weigh twice in the attention, as they would if each had its own.
+    spans[i]: the positions that see image i; block_ids[i]: its blocks. The same picture twice in a
+    prompt is two images: its blocks are listed twice and count twice in the attention.
     """
     segments: list[CrossSegment] = []
     for left, right in pairwise(_borders(spans, start, end)):
@@ -31,12 +30,12 @@ def cut_segments(
 
 
 def is_seen(span: ImageSpan, start: int, end: int) -> bool:
-    """True if any of the positions start .. end - 1 may see the image of `span`."""
+    """True if any of the positions start .. end - 1 sees the image of `span`."""
     return span.start < end and (span.end is None or start < span.end)
 
 
 def _borders(spans: list[ImageSpan], start: int, end: int) -> list[int]:
-    """start, end and every position between them where some image appears or goes."""
+    """start, end and every position between them where an image's span begins or ends."""
     if end - start == 1:
         return [start, end]
     edges = {start, end}

@@ -31,9 +31,9 @@ from ..messages import (
     EngineStats,
     FromEngine,
     Heartbeat,
-    Refusal,
+    Rejection,
     RequestFailed,
-    RequestsBegun,
+    RequestsStarted,
     SequenceOutput,
     StepOutputs,
 )
@@ -77,7 +77,7 @@ class WellLimits:
 class _Stream:
     """What one open request has been sent and its caller has not taken yet.
 
-    open_ids: the choices that have no final message yet. has_begun: one of them is being
+    open_ids: the choices that have no final message yet. has_started: one of them is being
     computed, as far as was told. Outputs of a choice that
     pile up are joined, so a slow caller costs its token ids and no more.
     """
@@ -87,7 +87,7 @@ class _Stream:
         self._outputs: dict[str, SequenceOutput] = {}
         self._error: EngineError | None = None
         self.open_ids = dict.fromkeys(choice_ids)
-        self.has_begun = False
+        self.has_started = False
 
     def deliver(self, output: SequenceOutput) -> None:
         waiting = self._outputs.setdefault(output.request_id, output)
@@ -103,7 +103,7 @@ class _Stream:
 
     def fail(self, request_id: str, error: EngineError) -> None:
         if isinstance(error, EngineDeadError):
-            error.has_begun = self.has_begun
+            error.has_started = self.has_started
         self._error = self._error or error
         self.open_ids.pop(request_id, None)
         self._arrived.set()
@@ -147,7 +147,7 @@ class EngineClient:
         self.may_compile = False
         self.last_heartbeat: float | None = None
         self._on_ready = on_ready
-        self._refusal: Refusal | None = None
+        self._rejection: Rejection | None = None
         self._refused_at = 0.0
         self._on_dead = on_dead
         self._max_frame_bytes = max_frame_bytes
@@ -181,12 +181,12 @@ class EngineClient:
 
         Spares the work of preparing what is then refused. None tells nothing: the engine decides.
         """
-        refusal = self._refusal
-        if refusal is None or priority < 0 or not self._streams:
+        rejection = self._rejection
+        if rejection is None or priority < 0 or not self._streams:
             return None
         if time.monotonic() - self._refused_at > REFUSAL_S:
             return None
-        return QueueFullError(refusal.message, refusal.retry_after_s)
+        return QueueFullError(rejection.message, rejection.retry_after_s)
 
     async def connect(self, timeout_s: float = 60.0) -> None:
         """Connect, waiting for the engine's socket to appear.
@@ -321,15 +321,15 @@ class EngineClient:
 
     def _receive(self, message: FromEngine) -> None:
         if isinstance(message, StepOutputs):
-            self._refusal, self._refused_at = message.refusal, time.monotonic()
+            self._rejection, self._refused_at = message.rejection, time.monotonic()
             for output in message.outputs:
                 # An output may cross an abort on its way: nobody waits for it then.
                 if stream := self._streams.get(output.request_id):
                     stream.deliver(output)
-        elif isinstance(message, RequestsBegun):
+        elif isinstance(message, RequestsStarted):
             for request_id in message.request_ids:
                 if stream := self._streams.get(request_id):
-                    stream.has_begun = True
+                    stream.has_started = True
         elif isinstance(message, RequestFailed):
             if stream := self._streams.get(message.request_id):
                 stream.fail(message.request_id, error_of(message))
@@ -349,7 +349,7 @@ class EngineClient:
         writer, self._writer = self._writer, None
         self.info = self.last_heartbeat = None
         self.stats, self.stall_s = EngineStats(), 0.0
-        self._refusal = None
+        self._rejection = None
         self._state_changed.set()
         for request_id, stream in self._streams.items():
             if request_id in stream.open_ids:

@@ -102,7 +102,7 @@ class Affinities:
             del self._places[key]
         return None
 
-    def keep(self, keys: Sequence[bytes], replica: int) -> None:
+    def record(self, keys: Sequence[bytes], replica: int) -> None:
         """Remember that a request known by `keys` went there; forget what was not used longest."""
         place = (replica, self._lives.get(replica, 0))
         # The most telling key last, so that it is forgotten last.
@@ -142,7 +142,7 @@ class ReplicaChooser:
             chosen = known if lead <= margin else chosen
         self._last_turns[chosen] = self._num_turns
         self._num_turns += 1
-        self.affinities.keep(keys, chosen)
+        self.affinities.record(keys, chosen)
         return chosen
 
     def died(self, replica: int) -> None:

@@ -136,7 +136,7 @@ class ReplicaPool:
                 refusals.append(error)
                 reason: MoveReason = "full"
             except EngineDeadError as error:
-                if has_output or error.has_begun or has_lost_one:
+                if has_output or error.has_started or has_lost_one:
                     raise
                 has_lost_one, reason = True, "dead"
             tried.add(replica)

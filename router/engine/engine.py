@@ -1,11 +1,11 @@
 """The engine: one asyncio loop that turns accepted requests into tokens.
 
-Owns the queue, the scheduler with its blocks, and the one thread that computes
-steps. Everything but `runner.execute` runs on the loop and returns at once. Knows
-nothing of sockets (it is handed a `send`), tensors or text.
+Owns the queue, the scheduler with its blocks, and the one thread that computes steps. Everything
+but `runner.execute` runs on the loop and returns at once. Knows nothing of sockets (the caller
+passes `send`), tensors or text.
 
-Every accepted request ends in exactly one final message: an output with a finish
-reason, or a `RequestFailed`.
+Every accepted request ends in exactly one final message: an output with a finish reason, or a
+`RequestFailed`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from ...models.batch import (
     DeviceLostError,
@@ -40,19 +41,20 @@ from ..messages import (
     EngineReady,
     EngineStats,
     FromEngine,
-    Refusal,
-    RequestsBegun,
+    Rejection,
+    RequestsStarted,
     SequenceOutput,
     StepOutputs,
 )
 from ..scheduler.admission import AdmissionLimits, check_request
+from ..scheduler.interface import Progress, SchedulerLimits, SchedulerSnapshot
 from ..scheduler.request_queue import QueueLimits, RequestQueue
-from ..scheduler.scheduler import Progress, Scheduler, SchedulerLimits
+from ..scheduler.scheduler import Scheduler
 from ..scheduler.sequence import Sequence
-from ..scheduler.throughput import LONGEST_S, SHORTEST_S, Pace
-from .grammar_compiler import GrammarJobs
+from ..scheduler.throughput import LONGEST_S, SHORTEST_S, WaitEstimator
+from .grammar_compiler import GrammarCompiler
 from .runner_protocol import Runner
-from .step_watchdog import StepWatch
+from .step_watchdog import StepWatchdog
 
 logger = logging.getLogger("vlmserve.engine")
 
@@ -60,13 +62,30 @@ Send = Callable[[int, FromEngine], None]
 
 
 class DuplicateRequestError(ValueError):
-    """A worker used the id of one of its open requests again: it is broken."""
+    """A worker used the id of one of its open requests again: a bug of the worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """The engine's state at one moment.
+
+    open: the (worker id, request id) of every choice without a final message. num_aborting: how
+    many of them end with the step that is being computed. num_compiling: how many wait for their
+    grammar.
+    """
+
+    open: frozenset[tuple[int, str]]
+    num_aborting: int
+    num_compiling: int
+    num_steps: int
+    scheduler: SchedulerSnapshot
 
 
 class Engine:
-    """Requests in by `add`, messages out by `send(worker_id, message)`, while `run` runs.
+    """Takes requests by `add`, sends messages by `send(worker_id, message)`, while `run` runs.
 
-    executor: one thread, the one that loaded the runner; made where None.
+    executor: the one thread that loaded the runner. None: the engine creates it.
+    wait_estimator: None: the engine creates it.
     """
 
     def __init__(
@@ -75,27 +94,28 @@ class Engine:
         config: EngineConfig,
         send: Send,
         executor: ThreadPoolExecutor | None = None,
+        wait_estimator: WaitEstimator | None = None,
     ) -> None:
         self._runner = runner
         self._config = config
         self._send = send
         self._limits = AdmissionLimits.of(runner.info)
-        self._pace = Pace()
-        self._queue = RequestQueue(_queue_limits(config), self._pace)
+        self._wait_estimator = wait_estimator or WaitEstimator()
+        self._queue = RequestQueue(_queue_limits(config), self._wait_estimator)
         self.scheduler = Scheduler(runner.info, self._scheduler_limits(), self._queue)
         self._open: dict[tuple[int, str], Sequence] = {}
-        self._grammar_jobs = GrammarJobs(runner.compile_grammar, self._take_matcher)
+        self._grammar_compiler = GrammarCompiler(runner.compile_grammar, self._take_matcher)
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="model")
-        self.step_watch = StepWatch(lambda: runner.num_layers_begun)
+        self.step_watchdog = StepWatchdog(lambda: runner.num_layers_started)
         self._plans_ahead = config.plans_ahead(runner.info.device)
         self._num_steps = 0
         self._vision_seconds = 0.0
         self._vision_step_counts = [0] * (len(VISION_BOUNDS_S) + 1)
 
-    # What workers ask for
+    # Requests of workers
 
     def add(self, worker_id: int, request: AddRequest) -> None:
-        """Queue a request, or answer at once why not.
+        """Queue a request, or send at once why it fails.
 
         Raises DuplicateRequestError if the worker has an open request of this id.
         """
@@ -105,7 +125,7 @@ class Engine:
                 raise DuplicateRequestError(f"request {request_id!r} is open already")
         try:
             check_request(request, self._limits)
-            self._refuse_long_wait(request.priority)
+            self._reject_long_wait(request.priority)
             sequences = Sequence.of(worker_id, request)
             self._queue.put(sequences[0])
         except EngineError as error:
@@ -115,61 +135,61 @@ class Engine:
         for sequence in sequences:
             self._open[worker_id, sequence.request_id] = sequence
         if request.grammar is not None:
-            self._grammar_jobs.start(request, sequences)
+            self._grammar_compiler.start(request, sequences)
 
-    def _refuse_long_wait(self, priority: int) -> None:
-        """Raises QueueFullError if a newcomer would have to wait longer than is allowed."""
+    def _reject_long_wait(self, priority: int) -> None:
+        """Raises QueueFullError if a new request would wait longer than the limit."""
         limit_s = self._config.max_queue_wait_s
         if limit_s is None:
             return
         num_ahead = self._queue.num_ahead(priority)
         num_places = self._config.max_num_seqs
-        place = num_ahead + 1 - (num_places - self.scheduler.num_running)
-        if place <= 0:
+        position = num_ahead + 1 - (num_places - self.scheduler.num_running)
+        if position <= 0:
             return
-        wait_s = self._pace.wait_s(place, num_places)
+        wait_s = self._wait_estimator.wait_s(position, num_places)
         if wait_s is not None and wait_s > limit_s:
             raise QueueFullError(
-                f"the request would wait about {wait_s:.1f} s for its turn, the limit is "
+                f"the request would wait about {wait_s:.1f} s before it starts, the limit is "
                 f"{limit_s:g} s. Try again later or start the server with a larger "
                 "--max-queue-wait",
                 min(max(wait_s - limit_s, SHORTEST_S), LONGEST_S),
             )
 
-    def _refusal(self) -> Refusal | None:
-        """What any newcomer would be told just now, so that workers need not ask."""
+    def _rejection(self) -> Rejection | None:
+        """The error that any new request would get now, so that workers need not send it."""
         if not len(self._queue):
             return None
         try:
-            self._refuse_long_wait(0)
-            # A place that has just come free is about to be taken by one who waits.
+            self._reject_long_wait(0)
+            # A free place in the batch is about to be taken by a waiting request.
             if self.scheduler.num_running == self._config.max_num_seqs:
-                self._queue.refuse_if_full()
+                self._queue.reject_if_full()
         except QueueFullError as error:
-            return Refusal(message=str(error), retry_after_s=error.retry_after_s)
+            return Rejection(message=str(error), retry_after_s=error.retry_after_s)
         return None
 
     def _take_matcher(self, sequences: list[Sequence], result: TokenMatcher | EngineError) -> None:
-        """Let these answers of one request take their turn, or end them with an error."""
+        """Let these answers of one request run, or end them with an error."""
         if not isinstance(result, EngineError):
             for sequence in sequences:
-                self.scheduler.let_on(sequence, result.copy())
+                self.scheduler.make_ready(sequence, result.copy())
             return
         for sequence in sequences:
             self.scheduler.abort(sequence)
         self._fail(sequences, result)
 
     def abort(self, worker_id: int, request_ids: Iterable[str]) -> None:
-        """End requests of this worker; ids that are not open any more are passed over.
+        """End requests of this worker. Ids that are not open are ignored.
 
-        What is freed is free at once, or right after the step that computes it.
+        Their blocks are free at once, or right after the step that computes them.
         """
         found = [self._open.get((worker_id, request_id)) for request_id in request_ids]
-        progress = [self.scheduler.abort(sequence) for sequence in found if sequence is not None]
-        self._deliver([one for one in progress if one is not None])
+        ends = [self.scheduler.abort(sequence) for sequence in found if sequence is not None]
+        self._deliver([progress for progress in ends if progress is not None])
 
     def drop_worker(self, worker_id: int) -> None:
-        """Abort everything of a worker that has gone."""
+        """Abort all requests of a worker that disconnected."""
         self.abort(
             worker_id, [request_id for owner, request_id in self._open if owner == worker_id]
         )
@@ -177,10 +197,7 @@ class Engine:
     # The loop
 
     async def run(self) -> None:
-        """Compute steps for ever, or until cancelled.
-
-        Raises DeviceLostError where no step can be computed any more.
-        """
+        """Compute steps until cancelled. Raises DeviceLostError if the device is lost."""
         while True:
             batch = self.scheduler.schedule()
             if batch is None:
@@ -189,28 +206,28 @@ class Engine:
                 await self._run_step(batch)
 
     async def _run_step(self, batch: StepBatch) -> None:
-        began = time.monotonic()
-        self._tell_begun()
-        self.step_watch.begin(batch)
+        started_at = time.monotonic()
+        self._report_started()
+        self.step_watchdog.begin(batch)
         is_computed = False
         try:
             result = await self._compute(batch)
         except DeviceLostError:
-            raise  # the process ends, and another one takes its place
+            raise  # the process exits, and the supervisor starts another
         except Exception:
             logger.exception("a step of %d sequences failed", len(batch.sequences))
             self._fail(self.scheduler.fail_step(), _step_failure())
         else:
             is_computed = True
-            self._pace.count(began, batch.num_tokens)
+            self._wait_estimator.record_step(started_at, batch.num_tokens)
             self._count_vision(result.vision_seconds)
             self._deliver(self.scheduler.update(result))
         finally:
             self._num_steps += 1
-            self.step_watch.end(is_computed=is_computed)
+            self.step_watchdog.end(is_computed=is_computed)
 
     async def _compute(self, batch: StepBatch) -> StepResult:
-        """Let the step's thread compute; do meanwhile what can be done for the next step."""
+        """Compute a step in its thread, and meanwhile prepare the next step."""
         loop = asyncio.get_running_loop()
         if not self._plans_ahead:
             return await loop.run_in_executor(self._executor, self._execute, batch)
@@ -220,7 +237,7 @@ class Engine:
             loop.call_soon_threadsafe(is_launched.set)
 
         computing = loop.run_in_executor(self._executor, self._execute, batch, on_launch)
-        computing.add_done_callback(lambda _: is_launched.set())  # also where it fails before
+        computing.add_done_callback(lambda _: is_launched.set())  # also if it fails before
         await is_launched.wait()
         if not computing.done():
             self._runner.prepare(self.scheduler.plan_ahead())
@@ -232,51 +249,50 @@ class Engine:
             self._vision_step_counts[bisect.bisect_left(VISION_BOUNDS_S, seconds)] += 1
 
     def _execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
-        """In the step's thread: compute, and make sure that every answer is there."""
+        """In the step's thread: compute, and check that the result is complete."""
         result = self._runner.execute(batch, on_launch)
-        expected = {one.request_id for one in batch.sequences if one.sampling is not None}
-        if result.token_ids.keys() != expected:
+        rows = batch.sequences
+        sampled = {row.request_id for row in rows if row.sampling is not None}
+        if result.token_ids.keys() != sampled:
             raise RuntimeError(
-                f"the runner sampled {len(result.token_ids)} tokens, {len(expected)} were due"
+                f"the runner sampled {len(result.token_ids)} tokens, {len(sampled)} were due"
             )
-        targets = {one.request_id: one.prompt for one in batch.sequences if one.prompt is not None}
-        told = {one: len(entries) for one, entries in result.prompt_logprobs.items()}
-        if told != {one: len(due.token_ids) for one, due in targets.items()}:
-            raise RuntimeError("the runner told other log-probabilities of prompts than were due")
+        due = {row.request_id: len(row.prompt.token_ids) for row in rows if row.prompt is not None}
+        computed = {name: len(entries) for name, entries in result.prompt_logprobs.items()}
+        if computed != due:
+            raise RuntimeError("the runner returned other prompt log-probabilities than were due")
         return result
 
     def close(self, error: EngineError) -> None:
-        """End every open request with `error`. Call when `run` is over; a step may still run."""
-        self._grammar_jobs.close()
+        """End every open request with `error`. Call it after `run`; a step may still run."""
+        self._grammar_compiler.close()
         self._fail(list(self._open.values()), error)
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    # Answers
+    # Messages to workers
 
     def _deliver(self, progress: list[Progress]) -> None:
-        """Send one message to each worker that a step brought something."""
+        """Send its outputs to each worker, in one message."""
         outputs: dict[int, list[SequenceOutput]] = defaultdict(list)
-        for one in progress:
-            outputs[one.sequence.worker_id].append(_output_of(one))
-            if one.finish_reason is not None:
-                self._count_run(one.sequence)
-                self._forget(one.sequence)
-        refusal = self._refusal() if outputs else None
-        for worker_id, of_worker in outputs.items():
-            self._send(worker_id, StepOutputs(outputs=of_worker, refusal=refusal))
+        for change in progress:
+            sequence = change.sequence
+            outputs[sequence.worker_id].append(_output_of(change))
+            if change.finish_reason is not None:
+                if sequence.ran_at is not None:
+                    self._wait_estimator.record_run(time.monotonic() - sequence.ran_at)
+                self._forget(sequence)
+        rejection = self._rejection() if outputs else None
+        for worker_id, worker_outputs in outputs.items():
+            self._send(worker_id, StepOutputs(outputs=worker_outputs, rejection=rejection))
 
-    def _tell_begun(self) -> None:
-        """Name what the next step begins, where another engine might be asked for it."""
-        begun: dict[int, list[str]] = defaultdict(list)
-        for sequence in self.scheduler.take_begun():
-            begun[sequence.worker_id].append(sequence.request_id)
+    def _report_started(self) -> None:
+        """With several engines: report the requests that the next step starts."""
+        started: dict[int, list[str]] = defaultdict(list)
+        for sequence in self.scheduler.take_started():
+            started[sequence.worker_id].append(sequence.request_id)
         if self._config.num_replicas > 1:
-            for worker_id, request_ids in begun.items():
-                self._send(worker_id, RequestsBegun(request_ids))
-
-    def _count_run(self, sequence: Sequence) -> None:
-        if sequence.ran_at is not None:
-            self._pace.count_run(time.monotonic() - sequence.ran_at)
+            for worker_id, request_ids in started.items():
+                self._send(worker_id, RequestsStarted(request_ids))
 
     def _fail(self, sequences: list[Sequence], error: EngineError) -> None:
         for sequence in sequences:
@@ -285,12 +301,23 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         del self._open[sequence.worker_id, sequence.request_id]
-        self._grammar_jobs.leave(sequence)
+        self._grammar_compiler.leave(sequence)
 
-    # What can be known of it
+    # State
+
+    def snapshot(self) -> EngineSnapshot:
+        """The state at this moment, for tests."""
+        sequences = self._open.values()
+        return EngineSnapshot(
+            open=frozenset(self._open),
+            num_aborting=sum(sequence.is_aborted for sequence in sequences),
+            num_compiling=sum(sequence.lacks_matcher for sequence in sequences),
+            num_steps=self._num_steps,
+            scheduler=self.scheduler.snapshot(),
+        )
 
     def ready_message(self) -> EngineReady:
-        """What a worker is told once the model is loaded."""
+        """The message to each worker once the model is loaded."""
         info = self._runner.info
         return EngineReady(
             pid=os.getpid(),
@@ -304,28 +331,28 @@ class Engine:
         )
 
     def stats(self) -> EngineStats:
-        """Counts at this moment."""
-        text, images = self.scheduler.blocks.text_pool, self.scheduler.blocks.image_pool
-        image = images.blocks
+        """Counts at this moment, for metrics."""
+        scheduler = self.scheduler.snapshot()
+        text, images = scheduler.text, scheduler.images
         return EngineStats(
-            num_running=self.scheduler.num_running,
-            num_waiting=len(self._open) - self.scheduler.num_running,
+            num_running=len(scheduler.running),
+            num_waiting=len(self._open) - len(scheduler.running),
             num_steps=self._num_steps,
-            text_blocks_used=text.num_used,
-            text_blocks_total=text.num_total,
-            text_blocks_cached=text.num_cached,
-            image_blocks_used=image.num_used,
-            image_blocks_cached=image.num_cached,
-            image_blocks_total=image.num_total,
-            num_preemptions=self.scheduler.num_preemptions,
-            num_images_encoded=self.scheduler.num_images_encoded,
+            text_blocks_used=text.used,
+            text_blocks_total=text.total,
+            text_blocks_cached=text.cached,
+            image_blocks_used=images.used,
+            image_blocks_cached=images.cached,
+            image_blocks_total=images.total,
+            num_preemptions=scheduler.num_preemptions,
+            num_images_encoded=scheduler.num_images_encoded,
             vision_seconds=self._vision_seconds,
             vision_step_counts=list(self._vision_step_counts),
             image_cache_hits=images.num_hits,
             image_cache_misses=images.num_misses,
             image_cache_evictions=images.num_evictions,
-            prefix_tokens_queried=self.scheduler.blocks.num_prefix_tokens_queried,
-            prefix_tokens_hit=self.scheduler.blocks.num_prefix_tokens_hit,
+            prefix_tokens_queried=scheduler.prefix_tokens_queried,
+            prefix_tokens_hit=scheduler.prefix_tokens_hit,
         )
 
     def _scheduler_limits(self) -> SchedulerLimits:
@@ -364,5 +391,5 @@ def _output_of(progress: Progress) -> SequenceOutput:
 
 
 def _step_failure() -> EngineInternalError:
-    # The cause stays in the log: it may name paths or quote a prompt.
+    # Only the log has the cause: it may name paths or quote a prompt.
     return EngineInternalError("the engine failed while it computed this request; send it again")

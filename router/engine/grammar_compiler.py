@@ -31,7 +31,7 @@ class _Job:
     task: asyncio.Task[None]
 
 
-class GrammarJobs:
+class GrammarCompiler:
     """Compiles one grammar at a time, first come first served, beside the loop.
 
     on_done: called on the loop with those answers of a request that are still there and a matcher

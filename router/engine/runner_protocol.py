@@ -29,7 +29,7 @@ class Runner(Protocol):
         ...
 
     @property
-    def num_layers_begun(self) -> int:
+    def num_layers_started(self) -> int:
         """Grows while a step computes. Read from another thread."""
         ...
 

@@ -149,7 +149,7 @@ def _tell_of_failure(beating: asyncio.Task[None]) -> None:
 def _heartbeat_of(engine: Engine | None) -> Heartbeat:
     if engine is None:
         return Heartbeat(stats=EngineStats())
-    watch = engine.step_watch
+    watch = engine.step_watchdog
     return Heartbeat(
         stats=engine.stats(),
         step_age_s=watch.age_s,

@@ -12,16 +12,16 @@ from collections.abc import Callable
 from ...models.batch import StepBatch
 
 
-class StepWatch:
+class StepWatchdog:
     """Told when steps begin and end; asked in between. clock: seconds, monotonic.
 
-    num_layers_begun: what the runner counts, read at each question.
+    num_layers_started: what the runner counts, read at each question.
     """
 
     def __init__(
-        self, num_layers_begun: Callable[[], int], clock: Callable[[], float] = time.monotonic
+        self, num_layers_started: Callable[[], int], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._num_layers_begun = num_layers_begun
+        self._num_layers_begun = num_layers_started
         self._clock = clock
         self._began: float | None = None
         self._kind = (False, False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...models.batch import ImageSpan, ImageTiles, ModelInfo
-from ..blocks.block_pool import ImageKey
+from ..blocks.image_pool import ImageKey
 from ..errors import InvalidRequestError
 from ..messages import AddRequest
 

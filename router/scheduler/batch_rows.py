@@ -1,6 +1,6 @@
-"""What one sequence runs in one step, laid out for the runner.
+"""One sequence's part of one step, in the form that the runner takes.
 
-Owns how a sequence's state becomes a row of the batch. Knows nothing of budgets or of who runs.
+Owns how a sequence's state becomes a row of the batch. Knows nothing of budgets or of order.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from ...models.batch import ScheduledSequence
 from ..blocks.visibility import cut_segments
 from .sequence import Sequence
 
-# stands for a token that is still being sampled
+# a token that is still being sampled
 _UNKNOWN = 0
 
 
 def row_of(sequence: Sequence, start: int, end: int, num_blocks: int) -> ScheduledSequence:
-    """The row of positions start .. end - 1, which lie in the sequence's first `num_blocks` blocks.
+    """The row of positions start .. end - 1, in the sequence's first `num_blocks` blocks.
 
-    All but what depends on its tokens: `fill` adds that. So it may be of the one position
-    behind the known tokens too.
+    `fill` adds what depends on its tokens, so the row may include the token after the newest one.
     """
     is_sampled, num_tokens = end >= sequence.num_tokens, max(end, sequence.num_tokens)
     return ScheduledSequence(
@@ -36,7 +35,7 @@ def row_of(sequence: Sequence, start: int, end: int, num_blocks: int) -> Schedul
 
 
 def fill(row: ScheduledSequence, sequence: Sequence) -> None:
-    """Add the tokens, which are known now, and what sampling must know of them."""
+    """Add the row's token ids, which are known now, and the context of its sampling."""
     row.token_ids = sequence.token_ids[row.start : row.start + len(row.token_ids)]
     if row.sampling is not None:
         row.context = sequence.sampling_context()

@@ -1,8 +1,7 @@
-"""Which blocks of both pools each running sequence holds.
+"""Which blocks of both pools each running sequence uses.
 
-Owns the two pools and every move of blocks: what the prefix cache has of a sequence,
-whether there is room to start or to grow, sharing when answers fork, and giving all
-back. Knows nothing of queues, of budgets or of who runs when.
+Owns the two pools and every change to a sequence's blocks: start behind a cached prefix, grow,
+fork, release. Knows nothing of queues, of budgets or of the order in which sequences run.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ from __future__ import annotations
 from collections import Counter
 
 from ...models.batch import BlockCopy, PoolSizes
-from ..blocks.block_pool import ImagePool
+from ..blocks.image_pool import ImagePool
 from ..blocks.text_pool import TextPool
 from .sequence import Sequence
 
 
 class BlockManager:
-    """Holds and gives up the blocks of sequences. The caches keep what is given up."""
+    """Allocates and releases the blocks of sequences. The pools cache what is released."""
 
     def __init__(self, sizes: PoolSizes, *, prefix_cache: bool, image_cache: bool) -> None:
         self.text_pool = TextPool(sizes.num_text_blocks)
@@ -27,16 +26,16 @@ class BlockManager:
         self._prefix_cache = prefix_cache
 
     def num_blocks(self, num_tokens: int) -> int:
-        """How many text blocks hold so many tokens."""
+        """How many text blocks are needed for this many tokens."""
         return -(-num_tokens // self._block_size)
 
     # Starting
 
     def cached_blocks(self, sequence: Sequence, max_num_images: int) -> list[int]:
-        """The blocks that are here of the beginning of `sequence`, as far as it may use them.
+        """The cached blocks of the beginning of `sequence` that it may use.
 
-        Cut where the first token behind them sees more images that are not here than
-        the `max_num_images` that a step may encode: that token could never be computed.
+        max_num_images: how many images a step may encode. If the first token behind the cached
+        blocks sees more missing images, it could never be computed: the run is cut before them.
         """
         if not self._prefix_cache:
             return []
@@ -45,7 +44,7 @@ class BlockManager:
         return found[: self._num_usable(sequence, len(found), max_num_images)]
 
     def _num_usable(self, sequence: Sequence, num_found: int, max_num_images: int) -> int:
-        """How many of the blocks that were found may be used: see `cached_blocks`."""
+        """How many of the found blocks may be used: see `cached_blocks`."""
         pairs = zip(sequence.image_keys, sequence.request.spans, strict=True)
         missing = [(key, span) for key, span in pairs if not self.image_pool.has_encoded(key)]
         while num_found > 0:
@@ -53,26 +52,26 @@ class BlockManager:
             due = [(key, span) for key, span in missing if span.covers(position)]
             if len({key for key, _ in due}) <= max_num_images:
                 break
-            # Behind every block from the last one's start on all of these are seen.
+            # Every block behind the start of the last of these images sees all of them.
             num_found = (max(span.start for _, span in due) - 1) // self._block_size
         return max(num_found, 0)
 
     def can_start(self, sequence: Sequence, shared: list[int], num_spare: int) -> bool:
-        """True if `sequence` can start now, behind the `shared` blocks that are here of it.
+        """True if `sequence` can start now, behind its `shared` cached blocks.
 
-        num_spare: text blocks that must be left over.
+        num_spare: text blocks that must stay available.
         """
         num_blocks = self.num_blocks(sequence.num_tokens) - len(shared) + num_spare
-        return self.text_pool.can_share_and_allocate(
-            shared, num_blocks
-        ) and self.image_pool.can_acquire(sequence.image_keys)
+        return self.text_pool.can_allocate(num_blocks, shared) and self.image_pool.can_acquire(
+            sequence.image_keys
+        )
 
     def start(self, sequence: Sequence, shared: list[int]) -> None:
-        """Give `sequence` the blocks of all its known tokens and of its images."""
+        """Allocate blocks for all known tokens of `sequence` and for its images."""
         self.text_pool.share(shared)
         num_blocks = self.num_blocks(sequence.num_tokens) - len(shared)
         sequence.block_ids = shared + self.text_pool.allocate(num_blocks)
-        sequence.num_kept_blocks = len(shared)
+        sequence.num_committed_blocks = len(shared)
         sequence.num_computed_tokens = len(shared) * self._block_size
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = sequence.num_computed_tokens
@@ -84,20 +83,20 @@ class BlockManager:
     # Forking
 
     def can_fork(self, num_spare: int) -> bool:
-        """True if one more answer to a computed prompt can start, `num_spare` blocks left over."""
+        """True if one more answer to a computed prompt can start; num_spare as in `can_start`."""
         return self.text_pool.can_allocate(1 + num_spare)
 
     def fork(self, leader: Sequence, follower: Sequence) -> BlockCopy | None:
-        """Share what lies before the prompt's last token; the copy due of the block that it is in.
+        """Share the full blocks before the prompt's last token; allocate a block for that token.
 
-        None where that token begins a block of its own.
+        Returns the copy of the leader's block that is due, or None if the token begins a block.
         """
         last = len(follower.request.prompt_token_ids) - 1
         num_shared, num_copied = divmod(last, self._block_size)
         shared = leader.block_ids[:num_shared]
         self.text_pool.share(shared)
         follower.block_ids = shared + self.text_pool.allocate(1)
-        follower.num_kept_blocks = min(num_shared, leader.num_kept_blocks)
+        follower.num_committed_blocks = min(num_shared, leader.num_committed_blocks)
         follower.block_keys = leader.block_keys[:num_shared]
         follower.num_computed_tokens = last
         self.image_pool.share(leader.images)
@@ -109,17 +108,17 @@ class BlockManager:
     # Running
 
     def can_grow(self, sequence: Sequence) -> bool:
-        """True if there is room for the newest token of `sequence`."""
+        """True if a block for the newest token of `sequence` is available, or it has one."""
         return self.text_pool.can_allocate(self._num_missing(sequence))
 
     def grow(self, sequence: Sequence) -> None:
-        """Cover the newest token of `sequence` with a block."""
+        """Allocate a block for the newest token of `sequence` if it needs one."""
         sequence.block_ids += self.text_pool.allocate(self._num_missing(sequence))
 
     def grow_ahead(self, sequence: Sequence) -> bool:
-        """Cover the token behind the newest one too; False if no block is free for it."""
+        """As `grow`, for the next token. Never evicts; returns False if no block is free."""
         if self.num_blocks(sequence.num_tokens + 1) > len(sequence.block_ids):
-            if self.text_pool.num_free == 0:
+            if self.text_pool.blocks.num_free == 0:
                 return False
             sequence.block_ids += self.text_pool.allocate(1)
         return True
@@ -127,30 +126,41 @@ class BlockManager:
     def _num_missing(self, sequence: Sequence) -> int:
         return self.num_blocks(sequence.num_tokens) - len(sequence.block_ids)
 
-    def keep(self, sequence: Sequence) -> None:
-        """Let the blocks that `sequence` has filled be found by others."""
+    def commit(self, sequence: Sequence) -> None:
+        """Let other sequences find the blocks that `sequence` has filled."""
         num_full = sequence.num_computed_tokens // self._block_size
-        if num_full == sequence.num_kept_blocks or not self._prefix_cache:
+        if num_full == sequence.num_committed_blocks or not self._prefix_cache:
             return
         keys = sequence.full_block_keys(self._block_size)
-        for index in range(sequence.num_kept_blocks, num_full):
-            self.text_pool.keep(sequence.block_ids[index], keys[index])
-        sequence.num_kept_blocks = num_full
+        for index in range(sequence.num_committed_blocks, num_full):
+            self.text_pool.commit(sequence.block_ids[index], keys[index])
+        sequence.num_committed_blocks = num_full
 
     def release(self, sequence: Sequence) -> None:
-        """Give up all blocks of `sequence`."""
+        """Release all blocks of `sequence`."""
         self.text_pool.free(sequence.block_ids)
         self.image_pool.release(sequence.images)
         sequence.block_ids, sequence.images = [], []
 
+    # Debugging
+
+    def record_freed(self) -> None:
+        """From now on collect freed blocks of both pools, for `take_freed`."""
+        self.text_pool.blocks.record_freed()
+        self.image_pool.blocks.record_freed()
+
+    def take_freed(self) -> tuple[list[int], list[int]]:
+        """The text blocks and the image blocks freed since the last call."""
+        return self.text_pool.blocks.take_freed(), self.image_pool.blocks.take_freed()
+
     def check(self, running: list[Sequence]) -> None:
-        """Assert that blocks are held by `running` alone. For tests and debugging."""
+        """Assert both pools' invariants, and that exactly the `running` sequences use blocks."""
         self.text_pool.check()
         self.image_pool.check()
-        owners = Counter(block_id for one in running for block_id in one.block_ids)
-        assert len(owners) == self.text_pool.num_used, "a used text block has no owner"
+        owners = Counter(block_id for sequence in running for block_id in sequence.block_ids)
+        assert len(owners) == self.text_pool.blocks.num_used, "a used text block has no owner"
         for block_id, num_owners in owners.items():
             assert num_owners == self.text_pool.num_references(block_id), "a lost reference"
-        for one in running:
-            unfilled = one.block_ids[one.num_computed_tokens // self._block_size :]
+        for sequence in running:
+            unfilled = sequence.block_ids[sequence.num_computed_tokens // self._block_size :]
             assert all(owners[block_id] == 1 for block_id in unfilled), "a shared block is written"

@@ -1,37 +1,33 @@
 """Decides which tokens run next. Knows nothing of tensors, text or workers.
 
-Owns the sequences that run; `block_manager.py` moves their blocks. One step is planned so:
+Owns the running sequences; `block_manager.py` allocates their blocks. A step is planned in order:
 
-    1. every running sequence that is one token behind, and waits for no image, gets that
-       token (a decode); if the text pool is empty the last running one is preempted for it
-    2. what is left of the token budget goes to running sequences that are further
-       behind, oldest first, in chunks
-    3. waiting requests are admitted, by priority and then first come first served,
-       while there is budget, a place and room in both pools
+    1. Every running sequence that is one token behind, and waits for no image, gets that token
+       (a decode). If no text block is available, the last running sequence is preempted.
+    2. The rest of the token budget goes to running sequences that are further behind, by rank,
+       in chunks.
+    3. Waiting sequences are admitted by rank (priority, then arrival) while there is budget, a
+       place in the batch, and blocks in both pools.
 
-A step encodes a few images at most, and while others decode no more of them than would
-take as long as a full chunk (`step_budget.py`): a chunk ends before an image that has to wait
-for another step.
+A step encodes a few images at most. While streams run, images use the token budget
+(`step_budget.py`). A chunk ends before an image that must wait for another step.
 
-While a step is computed, the decodes behind it can be laid out (`plan_ahead`). That decides
-nothing: the next step is planned when the result is in, and takes what is ready.
+While a step is computed, the decodes after it can be laid out (`plan_ahead`). This decides
+nothing: the next step is planned when the result is known, and uses the rows that fit.
 
-Why this cannot deadlock, nor starve anyone: `running` is in the order of priority
-and arrival, and only its last member is ever preempted, so the first always
-proceeds; a preempted sequence waits before everyone who came after it; and
-admission refuses what could not run alone. Among equal priorities nobody is passed
-over; an endless stream of better priority does hold up the others: that is what it
-says. A sequence is given the blocks of all its known tokens and of its images when
-it is admitted, so only step 1 can run out.
+Why there is no deadlock and no starvation: `running` is ordered by rank, and only its last
+sequence is preempted, so the first always proceeds. A preempted sequence waits before every later
+request. Admission rejects what could not run alone. A sequence gets the blocks of all its known
+tokens and images when it is admitted, so only step 1 can run out of blocks. A continuous stream of
+higher-priority requests can starve lower ones; this is intended.
 
-A sequence starts behind the full blocks that the text pool still has of its
-beginning, but computes its last token in any case: something must be sampled from.
+A sequence starts behind the cached blocks of its beginning, but always computes its last token,
+to sample from its logits.
 
-Further answers to the same prompt follow the first one: when it has computed the
-prompt they fork, on references to its full blocks and a copy of its last one, and
-compute the prompt's last token to sample from, before whoever waits, of whatever
-priority: their request runs already. Those without room, or whose leader has gone,
-wait as if they had just been preempted.
+Further answers to a prompt (followers) start when their leader has computed it. They fork: they
+share its full blocks, copy its last block, and compute only the prompt's last token. They start
+before waiting requests of any priority, because their request runs already. A follower that finds
+no room, or whose leader ended early, waits like a preempted sequence.
 
 `sequence_states.py` lists the states of a sequence and the events that change them.
 """
@@ -40,7 +36,6 @@ from __future__ import annotations
 
 import bisect
 import time
-from dataclasses import dataclass
 
 from ...models.batch import (
     BlockCopy,
@@ -48,66 +43,40 @@ from ...models.batch import (
     ScheduledSequence,
     StepBatch,
     StepResult,
-    TokenLogprobs,
     TokenMatcher,
 )
-from ..blocks.block_pool import ImageEntry
+from ..blocks.image_pool import ImageEntry
 from ..blocks.visibility import is_seen
-from ..messages import FinishReason
 from .batch_rows import fill, row_of
 from .block_manager import BlockManager
+from .interface import Progress, SchedulerLimits, SchedulerSnapshot
 from .request_queue import RequestQueue
 from .sequence import Sequence
 from .sequence_states import SequenceEvent, Status
 from .step_budget import ImageCost, Step
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """How much one step may hold, how long a sequence may grow, and what is kept after use."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_num_batched_images: int
-    max_model_len: int
-    prefix_cache: bool = True
-    image_cache: bool = True
-    poison_freed_blocks: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What a step, or an abort, brought for one sequence."""
-
-    sequence: Sequence
-    token_ids: list[int]
-    finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None
-    logprobs: TokenLogprobs | None = None
-
-
 class Scheduler:
-    """Plans steps and takes in their results; one step at a time."""
+    """Plans steps and applies their results, one step at a time."""
 
     def __init__(self, info: ModelInfo, limits: SchedulerLimits, queue: RequestQueue) -> None:
         self.blocks = BlockManager(
             info.pools, prefix_cache=limits.prefix_cache, image_cache=limits.image_cache
         )
         if limits.poison_freed_blocks:
-            self.blocks.text_pool.note_freed()
-            self.blocks.image_pool.blocks.note_freed()
-        self.num_preemptions = 0
-        self.num_images_encoded = 0
+            self.blocks.record_freed()
+        self._num_preemptions = 0
+        self._num_images_encoded = 0
         self._limits = limits
         self._image_cost = ImageCost(info.image_cost_tokens, info.num_image_layers)
-        self._waiting = queue
+        self.queue = queue
         self._running: list[Sequence] = []
-        self._begun: list[Sequence] = []
+        self._started: list[Sequence] = []
         self._copies: dict[Sequence, BlockCopy] = {}
         self._step: Step | None = None
-        # The rows that `plan_ahead` made of the decodes behind the running step.
+        # The rows that `plan_ahead` made for the decodes after the running step.
         self._ahead: dict[Sequence, ScheduledSequence] = {}
-        # The one image of which the runner keeps a part.
+        # The one image of which the runner has encoded a part.
         self._partial: ImageEntry | None = None
 
     @property
@@ -116,14 +85,35 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running) or self._waiting.peek() is not None
+        """True if a sequence runs, or one that waits can run."""
+        return bool(self._running) or self.queue.peek() is not None
+
+    def snapshot(self) -> SchedulerSnapshot:
+        """The state at this moment, for metrics and tests."""
+        waiting = sorted(self.queue, key=lambda sequence: sequence.rank)
+        return SchedulerSnapshot(
+            waiting=tuple(sequence.sequence_id for sequence in waiting),
+            running=tuple(sequence.sequence_id for sequence in self._running),
+            waiting_tokens=self.queue.num_tokens,
+            waiting_bytes=self.queue.num_bytes,
+            text=self.blocks.text_pool.snapshot(),
+            images=self.blocks.image_pool.snapshot(),
+            num_preemptions=self._num_preemptions,
+            num_images_encoded=self._num_images_encoded,
+            prefix_tokens_queried=self.blocks.num_prefix_tokens_queried,
+            prefix_tokens_hit=self.blocks.num_prefix_tokens_hit,
+        )
+
+    def check(self) -> None:
+        """Assert both pools' invariants, and that only running sequences use blocks. For tests."""
+        self.blocks.check(self._running)
 
     # Planning a step
 
     def schedule(self) -> StepBatch | None:
-        """The next step, or None if nothing waits or runs.
+        """The next step, or None if no sequence waits or runs.
 
-        Hand its result to `update`, or call `fail_step`, before the next call.
+        Pass its result to `update`, or call `fail_step`, before the next call.
         """
         assert self._step is None, "the last step has no result yet"
         limits = self._limits
@@ -136,29 +126,29 @@ class Scheduler:
             return None
         step.copies, self._copies = self._copies, {}
         step.batch.copies = list(step.copies.values())
-        self._name_freed(step.batch)
+        if limits.poison_freed_blocks:
+            self._poison_freed(step.batch)
         self._step = step
         return step.batch
 
-    def take_begun(self) -> list[Sequence]:
-        """Those that ran for the first time since this was last asked."""
-        begun, self._begun = self._begun, []
-        return begun
+    def take_started(self) -> list[Sequence]:
+        """The sequences that ran for the first time since the last call."""
+        started, self._started = self._started, []
+        return started
 
-    def _name_freed(self, batch: StepBatch) -> None:
-        """In the debug mode: have the step poison what was freed since the last one."""
-        # A copy's target was written just before.
+    def _poison_freed(self, batch: StepBatch) -> None:
+        """Let the step overwrite the blocks that were freed since the last one."""
+        freed, batch.freed_image_blocks = self.blocks.take_freed()
+        # The step writes the targets of copies before it poisons.
         targets = {copy.target for copy in batch.copies}
-        freed = self.blocks.text_pool.take_freed()
-        batch.freed_text_blocks = [one for one in freed if one not in targets]
-        batch.freed_image_blocks = self.blocks.image_pool.blocks.take_freed()
+        batch.freed_text_blocks = [block_id for block_id in freed if block_id not in targets]
 
     def _plan_decodes(self, step: Step) -> None:
         ahead, self._ahead = self._ahead, {}
         for sequence in list(self._running):
-            # A sequence later in the copy may have been preempted for an earlier one.
+            # A later sequence of this copy may have been preempted for an earlier one.
             if sequence.status is Status.RUNNING and sequence.is_decoding:
-                self._give_room(sequence)
+                self._grow(sequence)
                 if sequence.status is Status.RUNNING:
                     self._plan(step, sequence, ahead.get(sequence))
         step.has_streams = bool(step.sequences)
@@ -172,33 +162,33 @@ class Scheduler:
 
     def _admit(self, step: Step) -> None:
         while step.budget > 0 and len(self._running) < self._limits.max_num_seqs:
-            sequence = self._waiting.peek()
+            sequence = self.queue.peek()
             if sequence is None:
                 return
             max_num_images = self._limits.max_num_batched_images
             shared = self.blocks.cached_blocks(sequence, max_num_images)
-            # One free block is left for each that runs, so that the newcomer is not
-            # preempted again by the next decodes of its elders.
+            # One block stays available for each running sequence, so that the next decodes do not
+            # preempt the new sequence at once.
             if not self.blocks.can_start(sequence, shared, num_spare=len(self._running)):
                 return
             if not step.can_begin_image and not all(
                 self.blocks.image_pool.has_encoded(key) for key in sequence.image_keys
             ):
-                return  # it would hold blocks and wait for its images
-            self._waiting.remove(sequence)
+                return  # it would only occupy blocks while its images wait
+            self.queue.remove(sequence)
             self.blocks.start(sequence, shared)
             self._run(sequence, SequenceEvent.ADMIT)
             self._plan(step, sequence)
 
     def _plan(self, step: Step, sequence: Sequence, ahead: ScheduledSequence | None = None) -> None:
-        """Put as many of the next tokens of `sequence` into the step as its budgets allow.
+        """Add as many of the next tokens of `sequence` to the step as its budgets allow.
 
-        ahead: the row of its one next token, where that was planned while the last step ran.
+        ahead: the row of its next token, if it was laid out while the last step ran.
         """
         start = sequence.num_computed_tokens
         end = start + min(sequence.num_uncomputed_tokens, step.budget)
         end = self._plan_images(step, sequence, start, end)
-        end = min(end, start + step.budget)  # images may have taken some of it
+        end = min(end, start + step.budget)  # images may have used some of it
         if end == start:
             return
         row = ahead or self._row(sequence, start, end)
@@ -212,11 +202,10 @@ class Scheduler:
         return row_of(sequence, start, end, self.blocks.num_blocks(end))
 
     def _plan_images(self, step: Step, sequence: Sequence, start: int, end: int) -> int:
-        """Encode what these positions see and no step has encoded, once.
+        """Encode the images that these positions see and no step has encoded.
 
-        Returns where the chunk ends: before the first image that has to wait for another
-        step, or for its last part. That image may start before `start` where the tokens
-        from there on came from the prefix cache.
+        Returns where the chunk ends: before the first image that must wait for another step. That
+        image may begin before `start` if the tokens up to there came from the prefix cache.
         """
         for entry, span in zip(sequence.images, sequence.request.spans, strict=True):
             if not entry.is_encoded and is_seen(span, start, end) and not step.encode(entry):
@@ -224,10 +213,10 @@ class Scheduler:
         return end
 
     def plan_ahead(self) -> list[ScheduledSequence]:
-        """While a step is computed: the rows of the decodes that will follow it.
+        """While a step is computed: the rows of the decodes after it, without their tokens.
 
-        All but their tokens, which are being sampled. The next `schedule` takes those that
-        then go on; a block that such a row needs is taken now, unless none is free.
+        The next `schedule` uses the rows of the sequences that continue. A block that a row needs
+        is allocated now; without a free block there is no row.
         """
         assert self._step is not None, "no step is being computed"
         rows = zip(self._step.sequences, self._step.batch.sequences, strict=True)
@@ -236,28 +225,46 @@ class Scheduler:
             sequence: self._row(sequence, sequence.num_tokens, sequence.num_tokens + 1)
             for sequence in self._running
             if sequence in sampled
-            and sequence.may_go_on(self._limits.max_model_len)
+            and sequence.may_continue(self._limits.max_model_len)
             and self.blocks.grow_ahead(sequence)
         }
         return list(self._ahead.values())
 
-    # Who runs, waits or is gone
+    # Changing states
+
+    def make_ready(self, sequence: Sequence, matcher: TokenMatcher) -> None:
+        """Give a sequence the matcher that it waits for; it can run from now on."""
+        sequence.matcher = matcher
+        if sequence.status is Status.WAITING:
+            self.queue.make_ready(sequence)
+
+    def abort(self, sequence: Sequence) -> Progress | None:
+        """End `sequence` early; None if it ends with the step that is being computed."""
+        if sequence.is_finished:
+            return None
+        if sequence.is_in_step:
+            sequence.is_aborted = True
+            return None
+        self._finish(sequence, SequenceEvent.ABORT)
+        return Progress(sequence, [], "abort")
 
     def _run(self, sequence: Sequence, event: SequenceEvent) -> None:
         sequence.move(event)
         if sequence.ran_at is None:
             sequence.ran_at = time.monotonic()
-            self._begun.append(sequence)
-        bisect.insort(self._running, sequence, key=lambda one: one.rank)
+            self._started.append(sequence)
+        bisect.insort(self._running, sequence, key=lambda running: running.rank)
+
+    def _wait(self, sequence: Sequence, event: SequenceEvent) -> None:
+        sequence.move(event)
+        self.queue.requeue(sequence)
 
     def _fork(self, leader: Sequence) -> None:
-        """Start the followers of `leader`, which has just computed its prompt, beside it.
+        """Start the followers of `leader`, which has just computed its prompt.
 
-        One free block is left for each that runs, as at admission.
+        One block stays available for each running sequence, as at admission.
         """
-        followers, leader.followers = leader.followers, []
-        for follower in followers:
-            follower.leader = None
+        for follower in _detached(leader):
             has_place = len(self._running) < self._limits.max_num_seqs
             if not has_place or not self.blocks.can_fork(num_spare=len(self._running)):
                 self._wait(follower, SequenceEvent.DETACH)
@@ -267,21 +274,10 @@ class Scheduler:
                 self._copies[follower] = copy
             self._run(follower, SequenceEvent.FORK)
 
-    def _wait(self, sequence: Sequence, event: SequenceEvent) -> None:
-        sequence.move(event)
-        self._waiting.put_back(sequence)
+    def _grow(self, sequence: Sequence) -> None:
+        """Allocate a block for the newest token, preempting from the last running sequence on.
 
-    def _release_followers(self, leader: Sequence) -> None:
-        """Let the followers of a leader that ends before its prompt compute it themselves."""
-        followers, leader.followers = leader.followers, []
-        for follower in followers:
-            follower.leader = None
-            self._wait(follower, SequenceEvent.DETACH)
-
-    def _give_room(self, sequence: Sequence) -> None:
-        """Cover the newest token with a block, preempting from the last sequence on.
-
-        The last may be `sequence` itself: it then waits for those before it.
+        The last may be `sequence` itself: it then waits.
         """
         while not self.blocks.can_grow(sequence):
             last = self._running[-1]
@@ -292,60 +288,60 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         assert not sequence.is_in_step, "a planned sequence is never preempted"
-        self._leave(sequence)
+        self._stop(sequence)
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
-        self.num_preemptions += 1
+        self._num_preemptions += 1
         self._wait(sequence, SequenceEvent.PREEMPT)
 
     def _finish(self, sequence: Sequence, event: SequenceEvent) -> None:
-        """End a sequence that runs or waits, and let its followers, if any, go on alone."""
+        """End a sequence in any state. Its followers, if any, compute the prompt themselves."""
         if sequence.status is Status.RUNNING:
-            self._leave(sequence)
+            self._stop(sequence)
         elif sequence.leader is not None:
             sequence.leader.followers.remove(sequence)
         else:
-            self._waiting.remove(sequence)
+            self.queue.remove(sequence)
         sequence.move(event)
-        self._release_followers(sequence)
+        for follower in _detached(sequence):
+            self._wait(follower, SequenceEvent.DETACH)
 
-    def _leave(self, sequence: Sequence) -> None:
-        """Take a running sequence out and give up both kinds of its blocks."""
-        assert sequence.status is Status.RUNNING
+    def _stop(self, sequence: Sequence) -> None:
+        """Remove a running sequence and release its blocks."""
         self._running.remove(sequence)
         self._copies.pop(sequence, None)
         self.blocks.release(sequence)
 
-    # Taking in what happened
+    # Applying results
 
     def update(self, result: StepResult) -> list[Progress]:
-        """Take in the result of the step that `schedule` planned; what it brought to whom.
+        """Apply the result of the step that `schedule` planned; returns what it changed.
 
-        Sequences that merely computed a chunk of their prompt are left out.
+        Sequences that only computed a chunk of their prompt are not included.
         """
         step = self._end_step()
-        self._take_images(step)
+        self._update_images(step)
         advanced = zip(step.sequences, step.batch.sequences, strict=True)
-        progress = (self._advance(sequence, planned, result) for sequence, planned in advanced)
-        return [one for one in progress if one is not None]
+        changes = (self._advance(sequence, planned, result) for sequence, planned in advanced)
+        return [progress for progress in changes if progress is not None]
 
-    def _take_images(self, step: Step) -> None:
-        """Note how far the step has encoded its images."""
+    def _update_images(self, step: Step) -> None:
+        """Record how far the step has encoded its images."""
         for entry in step.due_images:
             entry.is_encoded = True
-        self.num_images_encoded += len(step.due_images)
+        self._num_images_encoded += len(step.due_images)
         if self._partial in step.due_images:
             self._partial = None
         if step.partial is not None:
             if self._partial is not None:
-                self._partial.num_layers = 0  # the runner keeps the newest part alone
+                self._partial.num_layers = 0  # the runner keeps only the newest part
             step.partial.num_layers, self._partial = step.partial_end, step.partial
 
     def fail_step(self) -> list[Sequence]:
-        """End every sequence of the planned step, whose computation failed; those sequences.
+        """End and return the sequences of the planned step, whose computation failed.
 
-        Its images stay unencoded: whoever else needs them has them encoded again. Who
-        waited for a copy that the step was to make computes it instead.
+        Its images stay unencoded, so other sequences encode them again. Sequences that wait for a
+        copy from this step compute those tokens instead.
         """
         step = self._end_step()
         for entry in (self._partial, step.partial, *step.due_images):
@@ -359,22 +355,6 @@ class Scheduler:
                 self._preempt(sequence)
         return step.sequences
 
-    def let_on(self, sequence: Sequence, matcher: TokenMatcher) -> None:
-        """Give a sequence the matcher that it waits for; it takes its turn from now on."""
-        sequence.matcher = matcher
-        if sequence.status is Status.WAITING:
-            self._waiting.let_on(sequence)
-
-    def abort(self, sequence: Sequence) -> Progress | None:
-        """End `sequence` early; None if it ends with the step that is being computed."""
-        if sequence.is_finished:
-            return None
-        if sequence.is_in_step:
-            sequence.is_aborted = True
-            return None
-        self._finish(sequence, SequenceEvent.ABORT)
-        return Progress(sequence, [], "abort")
-
     def _end_step(self) -> Step:
         step, self._step = self._step, None
         assert step is not None, "there is no step to end"
@@ -386,7 +366,7 @@ class Scheduler:
         self, sequence: Sequence, planned: ScheduledSequence, result: StepResult
     ) -> Progress | None:
         sequence.num_computed_tokens += len(planned.token_ids)
-        self.blocks.keep(sequence)
+        self.blocks.commit(sequence)
         if planned.prompt is not None and sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs += result.prompt_logprobs[sequence.sequence_id]
         if planned.sampling is not None:
@@ -405,6 +385,10 @@ class Scheduler:
         stop_token_id = sequence.matched_stop_token_id()
         return Progress(sequence, [token_id], finish_reason, stop_token_id, logprobs)
 
-    def check(self) -> None:
-        """Assert that blocks are held by running sequences alone. For tests and debugging."""
-        self.blocks.check(self._running)
+
+def _detached(leader: Sequence) -> list[Sequence]:
+    """The followers of `leader`, which follow it no longer."""
+    followers, leader.followers = leader.followers, []
+    for follower in followers:
+        follower.leader = None
+    return followers

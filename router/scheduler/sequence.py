@@ -1,9 +1,8 @@
-"""One request as the scheduler sees it: its tokens, and how far they are computed.
+"""One answer to a request as the scheduler sees it: its tokens, and how far they are computed.
 
-Owns the state of one accepted request. There is no prefill or decode phase:
-`num_computed_tokens` catches up with `num_tokens`, and whoever is behind by
-exactly one token, and waits for no image, is decoding. Knows nothing of budgets,
-other requests or tensors.
+Owns the state of one accepted answer. There is no prefill or decode phase:
+`num_computed_tokens` catches up with `num_tokens`. A sequence that is exactly one token behind,
+and waits for no image, is decoding. Knows nothing of budgets, other requests or tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ...models.batch import (
     SamplingParams,
     TokenMatcher,
 )
-from ..blocks.block_pool import ImageEntry, ImageKey
+from ..blocks.image_pool import ImageEntry, ImageKey
 from ..blocks.prefix_keys import extend_block_keys
 from ..messages import AddRequest, FinishReason
 from ..state_table import next_state
@@ -31,20 +30,20 @@ from .sequence_states import TRANSITIONS, SequenceEvent, Status
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """The tokens of one request and the blocks that hold what is computed of them.
+    """The tokens of one answer and the blocks with their keys and values.
 
-    sequence_id is unique in the engine; `request.request_id` only on its worker.
-    token_ids: the prompt, then what was generated. block_ids cover all of them
-    while the sequence runs; images[i] is the pool's entry for request.images[i].
-    num_kept_blocks: how many of them, from the first, the prefix cache knows.
-    num_cached_tokens: how many tokens it had when the sequence first ran.
-    arrival: counts the requests that were queued before this one's.
-    choice: which of the request's answers this is; the first is the leader of the
-    others, its followers, until it has computed their prompt or has gone.
-    prompt_logprobs: of the prompt's tokens so far, kept when blocks are given up; None
-    where they are not asked for, and for followers.
-    matcher: its place in the request's grammar, from when that is compiled.
-    queued_at, ran_at: of `time.monotonic()`; ran_at is when it first ran, and stays.
+    sequence_id: unique in the engine; `request.request_id` is unique only on its worker.
+    choice: the number of this answer in its request. The first is the leader of the others, its
+    followers, until it has computed their prompt or has ended.
+    token_ids: the prompt, then the generated tokens. While the sequence runs, block_ids cover all
+    of them, and images[i] is the pool's entry for request.images[i].
+    num_committed_blocks: how many blocks, from the first, the prefix cache knows.
+    num_cached_tokens: how many tokens were cached when the sequence first ran.
+    arrival: how many requests were queued before its request.
+    prompt_logprobs: of the prompt's tokens computed so far; preemption keeps them. None if not
+    requested, and for followers.
+    matcher: its position in the request's grammar; None until the grammar is compiled.
+    queued_at, ran_at: `time.monotonic()`; ran_at is its first start and stays after preemption.
     """
 
     sequence_id: str
@@ -64,7 +63,7 @@ class Sequence:
     is_in_step: bool = False
     is_aborted: bool = False
     num_preemptions: int = 0
-    num_kept_blocks: int = 0
+    num_committed_blocks: int = 0
     num_cached_tokens: int = 0
     block_keys: list[bytes] = field(default_factory=list)
     followers: list[Sequence] = field(default_factory=list)
@@ -83,13 +82,13 @@ class Sequence:
         self.stop_token_ids = frozenset(request.stop_token_ids)
         self.sampling = _sampling_of(request, self.choice)
         if request.num_prompt_logprobs is not None and self.choice == 0:
-            self.prompt_logprobs = [None]  # nothing stands before the first token
+            self.prompt_logprobs = [None]  # the first token has no probability
         is_penalized = request.sampling.repetition_penalty != 1.0
         self.penalized_prompt_ids = array("q", set(self.token_ids) if is_penalized else ())
 
     @classmethod
     def of(cls, worker_id: int, request: AddRequest) -> list[Sequence]:
-        """The sequences of a request, one a choice: the leader, then its followers."""
+        """The sequences of a request, one per choice: the leader, then its followers."""
         leader, *followers = (
             cls(f"{worker_id}/{request_id}", worker_id, request, choice)
             for choice, request_id in enumerate(request.answer_ids)
@@ -101,12 +100,12 @@ class Sequence:
 
     @property
     def request_id(self) -> str:
-        """The id under which the worker knows this choice."""
+        """The id of this choice on its worker."""
         return self.request.answer_ids[self.choice]
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        """Who goes first: the lower priority number, then who came first."""
+        """The order in which sequences run: by priority number, then by arrival."""
         return self.request.priority, self.arrival, self.choice
 
     @property
@@ -123,19 +122,19 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """One token behind, and every image that this token sees is here."""
+        """One token is uncomputed, and every image that it sees is encoded."""
         if self.num_uncomputed_tokens != 1:
             return False
-        seen = zip(self.images, self.request.spans, strict=True)
-        place = self.num_computed_tokens
-        return all(entry.is_encoded or not span.covers(place) for entry, span in seen)
+        position = self.num_computed_tokens
+        images = zip(self.images, self.request.spans, strict=True)
+        return all(entry.is_encoded or not span.covers(position) for entry, span in images)
 
-    def may_go_on(self, max_model_len: int) -> bool:
-        """True unless the token that is being sampled for it is its last in any case."""
+    def may_continue(self, max_model_len: int) -> bool:
+        """False if the token that is now being sampled is certainly its last."""
         return self._has_room(max_model_len, num_more=1) and not self.is_aborted
 
     def _has_room(self, max_model_len: int, num_more: int = 0) -> bool:
-        """True if it may grow, once it has so many more tokens."""
+        """True if it may grow after `num_more` more tokens."""
         num_generated, num_tokens = self.num_generated_tokens, self.num_tokens
         return (
             num_generated + num_more < self.request.max_tokens
@@ -148,12 +147,12 @@ class Sequence:
 
     @property
     def queue_s(self) -> float:
-        """How long it waited before it first ran; 0 while it has not."""
+        """How long it waited before it first ran; 0 before that."""
         return 0.0 if self.ran_at is None else self.ran_at - self.queued_at
 
     @property
     def lacks_matcher(self) -> bool:
-        """True while the request's grammar is being compiled: it cannot run yet."""
+        """True while its grammar is being compiled: it cannot run yet."""
         return self.request.grammar is not None and self.matcher is None
 
     @property
@@ -165,7 +164,7 @@ class Sequence:
         self.status = next_state(TRANSITIONS, self.status, event)
 
     def append(self, token_id: int, max_model_len: int) -> FinishReason | None:
-        """Take a generated token; why the request ends with it, or None if it goes on."""
+        """Add a generated token; returns why the answer ends with it, or None if it continues."""
         self.token_ids.append(token_id)
         if self.matcher is not None:
             self.matcher.accept(token_id)
@@ -176,7 +175,7 @@ class Sequence:
         return None if self._has_room(max_model_len) else "length"
 
     def full_block_keys(self, block_size: int) -> list[bytes]:
-        """The prefix cache's keys of all full blocks of tokens; each is made once."""
+        """The prefix cache's keys of all full blocks; each is computed once."""
         if len(self.block_keys) < self.num_tokens // block_size:
             request = self.request
             extend_block_keys(
@@ -190,7 +189,7 @@ class Sequence:
         return self.block_keys
 
     def sampling_context(self) -> SamplingContext | None:
-        """What the choice of the next token depends on besides the logits; None if nothing."""
+        """What the next token depends on besides the logits; None if nothing."""
         params = self.sampling
         is_short = self.num_generated_tokens < params.min_tokens
         if not is_short and not params.has_penalties:
@@ -204,10 +203,10 @@ class Sequence:
 
     @property
     def num_reusable_tokens(self) -> int:
-        """How many tokens, from the first, may be taken from a cache.
+        """How many tokens, from the first, may come from the prefix cache.
 
-        The last one is computed in any case: something must be sampled from. So is
-        what stands before a token of the prompt whose log-probability is not known yet.
+        The last token is always computed, to sample from its logits. So are tokens whose logits
+        give the next prompt token's log-probability, if that is requested and not known yet.
         """
         most = self.num_tokens - 1
         known = self.prompt_logprobs
@@ -216,7 +215,7 @@ class Sequence:
         return min(most, len(known) - 1)
 
     def prompt_targets(self, start: int, end: int) -> PromptTargets | None:
-        """The log-probabilities that are due when positions start .. end - 1 are computed."""
+        """Which log-probabilities are due when positions start .. end - 1 are computed."""
         if self.prompt_logprobs is None:
             return None
         prompt_token_ids = self.request.prompt_token_ids
@@ -227,15 +226,15 @@ class Sequence:
         return PromptTargets(begin - 1 - start, token_ids, self.request.num_prompt_logprobs or 0)
 
     def matched_stop_token_id(self) -> int | None:
-        """The last token if it is one of the request's own stops and not an end of turn."""
+        """The last token if it is one of the request's stop tokens and does not end the turn."""
         last = self.token_ids[-1]
         return last if last in self.stop_token_ids and last not in self.end_token_ids else None
 
 
 def _sampling_of(request: AddRequest, choice: int) -> SamplingParams:
-    """The request's parameters, with a random stream of its own for each choice.
+    """The request's parameters, with a different seed for each choice.
 
-    The first choice's is the request's: an answer does not depend on how many were asked for.
+    The first choice keeps the request's seed, so it does not depend on how many were requested.
     """
     if choice == 0:
         return request.sampling

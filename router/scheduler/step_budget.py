@@ -1,11 +1,11 @@
-"""One step as it is planned: who and what is in it, and what it may still take.
+"""One step while it is planned: its sequences and images, and what it may still compute.
 
-Owns the step's budgets. Knows nothing of who comes first, nor of where blocks come from.
+Owns the step's budgets. Knows nothing of the order of sequences, nor of how blocks are allocated.
 
-While streams run, which wait for the step's end to get their next token, encoding counts against
-the budget of tokens at its cost, so that a step with pictures takes no longer than one with a full
-chunk of text. Where not even one image fits, a part of it is encoded: some of its layers, at least
-one. Where nobody streams, images are bounded by their number alone.
+While streams run, their next tokens wait for the end of the step. So encoding an image then uses
+the token budget at its cost: a step with images takes no longer than a step with a full chunk of
+text. An image that does not fit is encoded in parts, at least one layer per step. Without streams,
+only the number of images is limited.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ...models.batch import BlockCopy, ImageToEncode, StepBatch
-from ..blocks.block_pool import ImageEntry
+from ..blocks.image_pool import ImageEntry
 from .sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class ImageCost:
-    """What an image takes: as many tokens of the budget, evenly over its layers."""
+    """The cost of encoding an image, in tokens of the budget, spread evenly over its layers."""
 
     num_tokens: int
     num_layers: int
 
     def of(self, num_layers: int) -> int:
-        """Tokens that so many layers count as."""
+        """The cost of this many layers, in tokens."""
         return -(-self.num_tokens * num_layers // self.num_layers)
 
     def layers_for(self, num_tokens: int) -> int:
-        """How many layers count as so many tokens at most."""
+        """How many layers cost at most this many tokens."""
         return num_tokens * self.num_layers // self.num_tokens
 
 
@@ -37,9 +37,9 @@ class ImageCost:
 class Step:
     """The step being planned or computed.
 
-    budget: tokens that it may still take; image_budget: images. has_streams: the next token of
-    running streams is in it. due_images: those that are encoded to the end. partial: the image of
-    which only a part is, then the layers before partial_end.
+    budget: how many more tokens it may compute; image_budget: how many more images. has_streams:
+    it has the next token of running streams. due_images: encoded completely in this step. partial:
+    the image that is encoded up to the layer partial_end only.
     """
 
     budget: int
@@ -59,7 +59,7 @@ class Step:
         return self._layers_within(self.image_cost.num_layers) > 0
 
     def encode(self, entry: ImageEntry) -> bool:
-        """Plan what can be encoded of `entry`; True if this step encodes it to the end."""
+        """Plan as much of `entry` as fits; True if this step encodes it completely."""
         if entry in self.due_images:
             return True
         total = self.image_cost.num_layers
@@ -67,7 +67,7 @@ class Step:
         num_layers = self._layers_within(total - begin)
         if num_layers == 0:
             return False
-        assert entry.image is not None, "only an encoded image gives up its tiles"
+        assert entry.image is not None, "only an encoded image drops its tiles"
         end = begin + num_layers
         self.batch.images.append(
             ImageToEncode(entry.image, entry.block_ids, begin, None if end == total else end)
@@ -83,10 +83,10 @@ class Step:
         return True
 
     def _layers_within(self, num_left: int) -> int:
-        """How many of an image's last `num_left` layers this step may take."""
+        """How many of an image's last `num_left` layers this step may compute."""
         if self.image_budget == 0:
             return 0
         if not self.has_streams or self.image_cost.of(num_left) <= self.budget:
             return num_left
-        # A part goes alone: only one image at a time is kept between steps.
+        # A part goes alone: the runner keeps only one partial image between steps.
         return 0 if self.batch.images else max(1, self.image_cost.layers_for(self.budget))

@@ -1,6 +1,7 @@
-"""How fast the engine gets through its work, for clients that are told to come back.
+"""Estimates how long a request will wait, from recent steps and recent requests.
 
-Owns the steps of the last seconds and how long the last requests ran. Knows nothing of who waits.
+Owns the tokens computed in the last seconds and the run times of the last requests. Knows nothing
+of the queue.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from typing import NamedTuple
 
 WINDOW_S = 10.0
 SHORTEST_S, LONGEST_S = 1.0, 60.0
-# Of so many requests that ended last is taken how long one runs; of fewer, nothing is known.
+# The average run time covers at most MAX_RUNS requests; with fewer than MIN_RUNS it is unknown.
 MAX_RUNS, MIN_RUNS = 64, 4
 
 
 class _Step(NamedTuple):
-    began: float
+    started_at: float
     num_tokens: int
 
 
-class Pace:
-    """Counts the tokens of recent steps. clock: seconds, monotonic."""
+class WaitEstimator:
+    """Measures throughput and run times. clock: seconds, monotonic."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -30,40 +31,40 @@ class Pace:
         self._num_tokens = 0
         self._run_seconds: deque[float] = deque(maxlen=MAX_RUNS)
 
-    def count(self, began: float, num_tokens: int) -> None:
-        """Take in a step that began then and has just ended."""
-        self._steps.append(_Step(began, num_tokens))
+    def record_step(self, started_at: float, num_tokens: int) -> None:
+        """Record a step that has just ended."""
+        self._steps.append(_Step(started_at, num_tokens))
         self._num_tokens += num_tokens
-        self._forget()
+        self._drop_old_steps()
 
-    def seconds_for(self, num_tokens: int) -> float:
-        """How long so many tokens take at the pace of the last seconds, from 1 to 60.
-
-        Where no step was computed lately nothing is known: 1.
-        """
-        self._forget()
-        if not self._num_tokens:
-            return SHORTEST_S
-        spent_s = self._clock() - self._steps[0].began
-        return min(max(num_tokens * spent_s / self._num_tokens, SHORTEST_S), LONGEST_S)
-
-    def count_run(self, run_s: float) -> None:
-        """Take in how long a request ran that has just ended, however it ended."""
+    def record_run(self, run_s: float) -> None:
+        """Record the run time of a request that has just ended, for whatever reason."""
         self._run_seconds.append(run_s)
 
-    def wait_s(self, place: int, num_places: int) -> float | None:
-        """How long the `place`-th of those who wait (from 1) will wait for its first step.
+    def seconds_for(self, num_tokens: int) -> float:
+        """The time to compute this many tokens at the throughput of the last seconds, 1 to 60 s.
 
-        All places are taken, and come free as requests end: one every run time / num_places
-        (Little's law). None where too few have ended to tell.
+        1 if no step was computed lately.
+        """
+        self._drop_old_steps()
+        if not self._num_tokens:
+            return SHORTEST_S
+        elapsed_s = self._clock() - self._steps[0].started_at
+        return min(max(num_tokens * elapsed_s / self._num_tokens, SHORTEST_S), LONGEST_S)
+
+    def wait_s(self, position: int, num_places: int) -> float | None:
+        """The expected wait of the request at `position` in the queue (from 1).
+
+        All places are taken; one becomes free every run time / num_places (Little's law). None if
+        too few requests have ended to estimate it.
         """
         runs = self._run_seconds
         if len(runs) < MIN_RUNS:
             return None
-        return place * sum(runs) / len(runs) / num_places
+        return position * sum(runs) / len(runs) / num_places
 
-    def _forget(self) -> None:
-        """Drop the steps that began too long ago, but for the last."""
+    def _drop_old_steps(self) -> None:
+        """Drop the steps that started before the window, except the last step."""
         oldest = self._clock() - WINDOW_S
-        while len(self._steps) > 1 and self._steps[0].began < oldest:
+        while len(self._steps) > 1 and self._steps[0].started_at < oldest:
             self._num_tokens -= self._steps.popleft().num_tokens

@@ -194,13 +194,13 @@ class Cancels:
 
     def _num_aborted(self) -> int:
         """How many of a crowd are gone, or go with the step that is being computed."""
-        open_ones = self.engine._open.values()
-        return self._size - sum(not one.is_aborted for one in open_ones)
+        engine = self.engine.snapshot()
+        return self._size - len(engine.open) + engine.num_aborting
 
     def _is_free(self) -> bool:
         stats = self.engine.stats()
         held = (stats.num_running, stats.num_waiting, stats.text_blocks_used)
-        return not any(held) and not stats.image_blocks_used and not self.engine._open
+        return not any(held) and not stats.image_blocks_used and not self.engine.snapshot().open
 
     async def _until(self, is_true: Callable[[], bool]) -> None:
         while not is_true():  # noqa: ASYNC110 - watches state that has no event

@@ -132,7 +132,7 @@ class FakeRunner:
     step_seconds: float = 0.0
     before_step: Callable[[StepBatch], None] | None = None
     num_steps: int = 0
-    num_layers_begun: int = 0
+    num_layers_started: int = 0
     num_images_encoded: int = 0
     num_restarts: int = 0
     num_rows_ahead: int = 0
@@ -154,7 +154,7 @@ class FakeRunner:
         prepared, self._prepared = self._prepared, []
         on_launch()
         self._check_prepared(prepared, batch)
-        self.num_layers_begun += 1
+        self.num_layers_started += 1
         if self.before_step is not None:
             self.before_step(batch)
         if self.step_seconds:

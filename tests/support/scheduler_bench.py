@@ -12,8 +12,9 @@ from support.fake_runner import FakeRunner, fake_info
 from vlmserve.models.batch import PoolSizes, ScheduledSequence, StepBatch, StepResult
 from vlmserve.router.messages import AddRequest
 from vlmserve.router.scheduler.admission import AdmissionLimits, check_request
+from vlmserve.router.scheduler.interface import SchedulerLimits
 from vlmserve.router.scheduler.request_queue import QueueLimits, RequestQueue
-from vlmserve.router.scheduler.scheduler import Scheduler, SchedulerLimits
+from vlmserve.router.scheduler.scheduler import Scheduler
 from vlmserve.router.scheduler.sequence import Sequence
 
 
@@ -83,15 +84,16 @@ class Bench:
             self.sequences[sequence.request_id] = sequence
         return sequences[0]
 
-    def let_on(self, request: AddRequest) -> None:
+    def make_ready(self, request: AddRequest) -> None:
         """The grammar of `request` is compiled: those of its answers that are there may run."""
         for request_id in request.answer_ids:
             if not self.sequences[request_id].is_finished:
-                self.scheduler.let_on(self.sequences[request_id], AnyText())
+                self.scheduler.make_ready(self.sequences[request_id], AnyText())
 
     def plan(self) -> StepBatch | None:
         """The next step. Asserts that the first of those who run proceeds in it, or its image."""
-        first = next(iter(self.scheduler._running), None)
+        running = self.scheduler.snapshot().running
+        first = self.sequences[running[0]] if running else None
         batch = self.scheduler.schedule()
         for one in batch.sequences if batch else ():
             assert not self.sequences[one.request_id].lacks_matcher
@@ -174,8 +176,7 @@ class Bench:
         self.endings[request_id] = ending
 
     def assert_all_free(self) -> None:
-        assert self.scheduler.blocks.text_pool.num_used == 0
-        image_blocks = self.scheduler.blocks.image_pool.blocks
-        assert image_blocks.num_used == 0
+        assert self.scheduler.snapshot().text.used == 0
+        assert self.scheduler.snapshot().images.used == 0
         assert len(self.queue) == self.queue.num_tokens == self.queue.num_bytes == 0
         self.scheduler.check()

@@ -171,8 +171,8 @@ class Soak:
     def _check_pools(self) -> None:
         scheduler = self.engine.scheduler
         scheduler.check()
-        assert scheduler.blocks.text_pool.num_used == 0
-        assert scheduler.blocks.image_pool.blocks.num_used == 0
+        assert scheduler.snapshot().text.used == 0
+        assert scheduler.snapshot().images.used == 0
         assert self.engine.stats().num_waiting == self.engine.stats().num_running == 0
         stats = self.engine.stats()
         self.report.num_preemptions = stats.num_preemptions

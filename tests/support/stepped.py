@@ -10,8 +10,9 @@ from typing import Any
 
 from vlmserve.router.engine.runner_protocol import Runner
 from vlmserve.router.messages import AddRequest
+from vlmserve.router.scheduler.interface import SchedulerLimits
 from vlmserve.router.scheduler.request_queue import QueueLimits, RequestQueue
-from vlmserve.router.scheduler.scheduler import Scheduler, SchedulerLimits
+from vlmserve.router.scheduler.scheduler import Scheduler
 from vlmserve.router.scheduler.sequence import Sequence
 
 MAX_MODEL_LEN = 64
@@ -69,7 +70,7 @@ class SteppedEngine:
         return sequence.token_ids[len(sequence.request.prompt_token_ids) :]
 
     def assert_all_free(self) -> None:
-        assert self.scheduler.blocks.text_pool.num_used == 0
-        assert self.scheduler.blocks.image_pool.blocks.num_used == 0
+        assert self.scheduler.snapshot().text.used == 0
+        assert self.scheduler.snapshot().images.used == 0
         assert len(self.queue) == 0
         self.scheduler.check()

@@ -335,7 +335,7 @@ def test_ranks_in_processes_of_their_own_give_the_tokens_of_one() -> None:
         generate(runner, shared, num_tokens=6, chunk=7)
         assert [r.generated for r in shared] == [r.generated for r in whole]
         # once it was not told, and the engine's first heartbeat within a step was its last
-        assert runner.num_layers_begun > 0
+        assert runner.num_layers_started > 0
         # NCCL asks there as long as the group lives; once it was deleted when all had met
         assert meeting_places()
         (pid,) = runner.rank_pids

@@ -87,7 +87,7 @@ def test_each_answer_is_the_oracles_and_the_prompt_is_computed_once(layout, name
     request = request_of(one, temperature=1.0, seed=7)
     engine, listener = run(layout, request, prefix_cache=prefix_cache)
     assert engine.num_tokens == len(one.token_ids) + 3 + 4 * (LENGTH - 1)
-    assert engine.scheduler.num_images_encoded == len(one.images)
+    assert engine.scheduler.snapshot().num_images_encoded == len(one.images)
     for choice in "abcd":
         assert_as_oracle(layout, one, engine.generated(choice), listener.logprobs[choice])
     assert len({tuple(engine.generated(choice)) for choice in "abcd"}) > 1

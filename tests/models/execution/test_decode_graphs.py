@@ -200,9 +200,9 @@ def test_a_replay_counts_the_layers_that_a_pass_begins(pair: Pair) -> None:
         counts = []
         batch = step(pair, running, 1)
         for runner in (pair.eager, pair.replaying):
-            before = runner.num_layers_begun
+            before = runner.num_layers_started
             runner.compute_logits(batch)
-            counts.append(runner.num_layers_begun - before)
+            counts.append(runner.num_layers_started - before)
         assert counts[0] == counts[1] > 0
         for request in running:
             pair.append(request)

@@ -179,7 +179,7 @@ def test_many_on_a_tiny_pool_are_told_right():
     for request in wanted:
         engine.add(request)
     engine.run()
-    assert engine.scheduler.num_preemptions > 0
+    assert engine.scheduler.snapshot().num_preemptions > 0
     for request in wanted:
         assert_told(engine, request)
     engine.assert_all_free()

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.fake_runner import fake_image
 
-from vlmserve.router.blocks.block_pool import BlockPool, ImageKey, ImagePool
+from vlmserve.router.blocks.block_pool import BlockPool
+from vlmserve.router.blocks.image_pool import ImageKey, ImagePool
 from vlmserve.router.errors import OutOfBlocksError
 
 
@@ -16,14 +17,15 @@ def test_free_and_used_always_add_up_to_total(sizes):
     pool = BlockPool(12)
     held: list[list[int]] = []
     for size in sizes:
-        if size >= 0 and pool.can_allocate(size):
+        if 0 <= size <= pool.snapshot().free:
             held.append(pool.allocate(size))
         elif held:
             pool.free(held.pop(size % len(held)))
         pool.check()
-        assert pool.num_free + pool.num_used == pool.num_total == 12
+        counts = pool.snapshot()
+        assert counts.free + counts.used == counts.total == 12
         owned = [block_id for block_ids in held for block_id in block_ids]
-        assert len(set(owned)) == len(owned) == pool.num_used
+        assert len(set(owned)) == len(owned) == counts.used
 
 
 def test_blocks_come_in_order_and_in_the_same_order_again():
@@ -37,9 +39,9 @@ def test_blocks_come_in_order_and_in_the_same_order_again():
 def test_an_allocation_that_does_not_fit_takes_nothing():
     pool = BlockPool(3)
     pool.allocate(2)
-    with pytest.raises(OutOfBlocksError, match="2 blocks asked for, 1 are free"):
+    with pytest.raises(OutOfBlocksError, match="2 blocks requested, 1 are free"):
         pool.allocate(2)
-    assert pool.num_free == 1
+    assert pool.snapshot().free == 1
 
 
 def test_a_double_free_is_found_at_once():
@@ -67,13 +69,13 @@ def test_one_picture_has_one_entry_until_its_last_reference_goes():
     (first,) = acquire(pool, "p3")
     (second,) = acquire(pool, "p3")
     assert first is second
-    assert pool.blocks.num_used == 3
+    assert pool.snapshot().used == 3
     pool.release([first])
     pool.check()
-    assert pool.blocks.num_used == 3
+    assert pool.snapshot().used == 3
     pool.release([second])
     pool.check()
-    assert pool.blocks.num_used == 0
+    assert pool.snapshot().used == 0
     with pytest.raises(AssertionError, match="released twice"):
         pool.release([second])
 
@@ -92,7 +94,7 @@ def test_images_that_do_not_all_fit_take_nothing():
     with pytest.raises(OutOfBlocksError):
         acquire(pool, "q1", "r1")
     pool.check()
-    assert pool.blocks.num_used == 3
+    assert pool.snapshot().used == 3
     assert held[0].num_references == 1
     assert len(acquire(pool, "p3", "q1", "q1")) == 3
 
@@ -101,4 +103,4 @@ def test_other_tenant_other_content_other_tiles_are_other_keys():
     pool = ImagePool(16)
     entries = acquire(pool, "p2", "q2", "p3") + acquire(pool, "p2", tenant="t")
     assert len({id(entry) for entry in entries}) == 4
-    assert pool.blocks.num_used == 9
+    assert pool.snapshot().used == 9

@@ -15,11 +15,12 @@ from vlmserve.models.bundled.pictures import draw, random_scene
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
 from vlmserve.models.weights.loader import load_model
-from vlmserve.router.blocks.block_pool import ImageEntry, ImageKey, ImagePool
+from vlmserve.router.blocks.image_pool import ImageEntry, ImageKey, ImagePool
 from vlmserve.router.errors import OutOfBlocksError
 from vlmserve.router.messages import AddRequest
+from vlmserve.router.scheduler.interface import SchedulerLimits
 from vlmserve.router.scheduler.request_queue import QueueLimits, RequestQueue
-from vlmserve.router.scheduler.scheduler import Scheduler, SchedulerLimits
+from vlmserve.router.scheduler.scheduler import Scheduler
 from vlmserve.router.scheduler.sequence import Sequence
 from vlmserve.server.images.loader import ImageLoader
 from vlmserve.server.images.settings import ImageError, ImageRequest, ImageSettings
@@ -51,18 +52,21 @@ def use(pool: ImagePool, *names: str, tenant: str = "") -> list[ImageEntry]:
 
 
 def figures(pool: ImagePool) -> tuple[int, int, int]:
-    assert pool.blocks.num_free + pool.blocks.num_cached + pool.blocks.num_used == 4
-    return pool.num_hits, pool.num_misses, pool.num_evictions
+    counts = pool.snapshot()
+    assert counts.free + counts.cached + counts.used == counts.total == 4
+    return counts.num_hits, counts.num_misses, counts.num_evictions
 
 
 def test_an_encoded_picture_stays_and_is_found_encoded():
     pool = ImagePool(4)
     (first,) = use(pool, "p3")
-    assert (pool.blocks.num_cached, pool.blocks.num_used) == (3, 0)
+    counts = pool.snapshot()
+    assert (counts.cached, counts.used) == (3, 0)
     (again,) = acquire(pool, "p3")
     assert again is first
     assert again.is_encoded
-    assert (pool.blocks.num_cached, pool.blocks.num_used) == (0, 3)
+    counts = pool.snapshot()
+    assert (counts.cached, counts.used) == (0, 3)
     assert figures(pool) == (1, 1, 0)
 
 
@@ -70,7 +74,7 @@ def test_a_picture_that_no_step_encoded_does_not_stay():
     pool = ImagePool(4)
     pool.release(acquire(pool, "p3"))
     pool.check()
-    assert pool.blocks.num_free == 4
+    assert pool.snapshot().free == 4
     assert not acquire(pool, "p3")[0].is_encoded
 
 
@@ -136,7 +140,7 @@ def scheduler_of(runner: Any, **limits: Any) -> Scheduler:
 def answer(scheduler: Scheduler, runner: Any, request: AddRequest) -> Sequence:
     """Run one request to its end."""
     sequence = Sequence(request.request_id, 0, request)
-    scheduler._waiting.put(sequence)
+    scheduler.queue.put(sequence)
     while (batch := scheduler.schedule()) is not None:
         scheduler.update(runner.execute(batch))
         scheduler.check()
@@ -160,7 +164,7 @@ def test_the_same_picture_at_another_place_is_not_encoded_again(has_prefix_cache
             max_tokens=4,
         )
         assert generated(answer(scheduler, runner, request)) == expected_token_ids(request)
-    assert runner.num_images_encoded == scheduler.num_images_encoded == 1
+    assert runner.num_images_encoded == scheduler.snapshot().num_images_encoded == 1
 
 
 def test_switched_off_every_request_encodes_its_pictures():
@@ -176,7 +180,7 @@ def test_switched_off_every_request_encodes_its_pictures():
         )
         answer(scheduler, runner, request)
     assert runner.num_images_encoded == 2
-    assert scheduler.blocks.image_pool.blocks.num_free == 4
+    assert scheduler.snapshot().images.free == 4
 
 
 def test_an_image_of_a_failed_step_is_not_kept():
@@ -189,11 +193,11 @@ def test_an_image_of_a_failed_step_is_not_kept():
         spans=[ImageSpan(0)],
         max_tokens=2,
     )
-    scheduler._waiting.put(Sequence("a", 0, request))
+    scheduler.queue.put(Sequence("a", 0, request))
     assert scheduler.schedule() is not None
     scheduler.fail_step()
     scheduler.check()
-    assert scheduler.blocks.image_pool.blocks.num_free == 4
+    assert scheduler.snapshot().images.free == 4
     assert generated(answer(scheduler, runner, request)) == expected_token_ids(request)
 
 
@@ -245,7 +249,7 @@ def test_a_second_turn_on_the_same_picture_runs_no_vision_and_answers_the_same()
         second = taker.ask(turns, tiles)
         said.append((generated(first), generated(second)))
         is_cached = taker is cached
-        assert taker.scheduler.num_images_encoded == (1 if is_cached else 2)
+        assert taker.scheduler.snapshot().num_images_encoded == (1 if is_cached else 2)
         assert (second.num_cached_tokens > 0) is is_cached
     assert said[0] == said[1]
     assert len(said[0][0]) > 1

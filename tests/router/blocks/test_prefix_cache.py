@@ -21,8 +21,9 @@ from vlmserve.router.blocks.text_pool import TextPool
 from vlmserve.router.errors import OutOfBlocksError
 from vlmserve.router.messages import AddRequest
 from vlmserve.router.scheduler.admission import AdmissionLimits, check_request
+from vlmserve.router.scheduler.interface import SchedulerLimits
 from vlmserve.router.scheduler.request_queue import QueueLimits, RequestQueue
-from vlmserve.router.scheduler.scheduler import Scheduler, SchedulerLimits
+from vlmserve.router.scheduler.scheduler import Scheduler
 from vlmserve.router.scheduler.sequence import Sequence
 
 BLOCK_SIZE = 4
@@ -184,7 +185,7 @@ def test_switched_off_nothing_is_found():
     bench = Bench(prefix_cache=False)
     bench.ask(ask_for(range(12)))
     assert bench.ask(ask_for(range(12), name="b")).num_cached_tokens == 0
-    assert bench.scheduler.blocks.text_pool.num_cached == 0
+    assert bench.scheduler.snapshot().text.cached == 0
 
 
 def test_blocks_of_a_failed_step_are_not_found():
@@ -239,7 +240,7 @@ def test_an_image_whose_token_is_skipped_is_acquired_and_not_encoded_again():
     bench.ask(ask_for(range(14), ("p2", ImageSpan(1))))
     bench.add(ask_for(range(14), ("p2", ImageSpan(1)), name="b"))
     bench.step()
-    assert bench.scheduler.blocks.image_pool.blocks.num_used == 2
+    assert bench.scheduler.snapshot().images.used == 2
     bench.run()
     bench.assert_answered_as_if_alone(bench.sequences["b"])
     assert bench.runner.num_images_encoded == 1
@@ -362,8 +363,8 @@ def run_mix(bench: Bench, plan: list[tuple[int, AddRequest, int | None]]) -> Non
         else:
             got = generated(sequence)
             assert got == expected_token_ids(request)[: len(got)]
-    assert bench.scheduler.blocks.text_pool.num_used == 0
-    assert bench.scheduler.blocks.image_pool.blocks.num_used == 0
+    assert bench.scheduler.snapshot().text.used == 0
+    assert bench.scheduler.snapshot().images.used == 0
 
 
 # Keys
@@ -451,10 +452,11 @@ def test_a_shared_prefix_is_evicted_last():
     pool = TextPool(4)
     block_ids = pool.allocate(3)
     for block_id, key in zip(block_ids, [b"a", b"b", b"c"], strict=True):
-        pool.keep(block_id, key)
+        pool.commit(block_id, key)
     pool.free(block_ids)
     pool.check()
-    assert (pool.num_free, pool.num_cached, pool.num_used) == (1, 3, 0)
+    counts = pool.snapshot()
+    assert (counts.free, counts.cached, counts.used) == (1, 3, 0)
     held = pool.allocate(2)
     pool.check()
     assert pool.find([b"a", b"b", b"c"]) == block_ids[:2]
@@ -466,21 +468,21 @@ def test_a_shared_prefix_is_evicted_last():
 def test_shared_blocks_cannot_be_evicted_and_count_against_the_room():
     pool = TextPool(3)
     block_ids = pool.allocate(2)
-    pool.keep(block_ids[0], b"a")
+    pool.commit(block_ids[0], b"a")
     pool.free(block_ids)
     found = pool.find([b"a"])
-    assert pool.can_share_and_allocate(found, 2)
-    assert not pool.can_share_and_allocate(found, 3)
+    assert pool.can_allocate(2, found)
+    assert not pool.can_allocate(3, found)
     pool.share(found)
     pool.share(found)
-    with pytest.raises(OutOfBlocksError, match="3 blocks asked for, 2 are available"):
+    with pytest.raises(OutOfBlocksError, match="3 blocks requested, 2 are available"):
         pool.allocate(3)
     pool.free(found)
     pool.check()
-    assert pool.num_used == 1
+    assert pool.snapshot().used == 1
     pool.free(found)
     pool.check()
-    assert pool.num_cached == 1
+    assert pool.snapshot().cached == 1
     with pytest.raises(AssertionError, match="freed twice"):
         pool.free(found)
 
@@ -488,9 +490,9 @@ def test_shared_blocks_cannot_be_evicted_and_count_against_the_room():
 def test_a_second_block_of_the_same_content_stays_its_owners_alone():
     pool = TextPool(2)
     first, second = pool.allocate(1), pool.allocate(1)
-    pool.keep(first[0], b"a")
-    pool.keep(second[0], b"a")
+    pool.commit(first[0], b"a")
+    pool.commit(second[0], b"a")
     pool.free(second)
     pool.check()
-    assert pool.num_free == 1
+    assert pool.snapshot().free == 1
     assert pool.find([b"a"]) == first

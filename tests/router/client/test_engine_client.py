@@ -26,7 +26,7 @@ from vlmserve.router.messages import (
     EngineReady,
     EngineStats,
     Heartbeat,
-    Refusal,
+    Rejection,
     RequestFailed,
     SequenceOutput,
     StepOutputs,
@@ -142,8 +142,8 @@ def test_a_refusal_that_no_step_renews_is_forgotten(tmp_path, monkeypatch):
             client = await connected(engine)
             task = asyncio.create_task(tokens_of(client, request_of()))
             await until(lambda: bool(engine.received))
-            refusal = Refusal(message="full", retry_after_s=2.0)
-            engine.say(StepOutputs(outputs=[], refusal=refusal))
+            refusal = Rejection(message="full", retry_after_s=2.0)
+            engine.say(StepOutputs(outputs=[], rejection=refusal))
             await until(lambda: client.refusal(0) is not None)
             assert client.refusal(0).retry_after_s == 2.0
             monkeypatch.setattr("vlmserve.router.client.engine_client.REFUSAL_S", 0.0)
@@ -328,9 +328,9 @@ def test_joined_outputs_keep_what_the_first_told_and_how_the_last_ended(tmp_path
     async def scenario() -> None:
         async with scripted_engine(tmp_path) as engine:
             client = await connected(engine)
-            outputs, begun = await asked(engine, client, request_of())
+            outputs, started = await asked(engine, client, request_of())
             engine.say(StepOutputs(outputs=[first, last]))
-            joined = await begun
+            joined = await started
             await outputs.aclose()
             assert joined == SequenceOutput(
                 request_id="a",

@@ -104,7 +104,7 @@ def test_replicas_are_never_further_apart_than_the_margin_and_one(keys):
 def test_affinities_are_bounded_and_the_last_ones_are_kept(keys, limit):
     affinities = Affinities(limit)
     for number, key in enumerate(keys):
-        affinities.keep([key], number)
+        affinities.record([key], number)
         assert len(affinities) <= limit
     last = {key: number for number, key in enumerate(keys)}
     for key in sorted(last, key=lambda key: last[key])[-limit:]:
@@ -176,7 +176,7 @@ TOKEN = SequenceOutput(request_id="a", token_ids=[1])
 END = SequenceOutput(request_id="a", token_ids=[2], finish_reason="stop")
 DEAD = EngineDeadError("gone")
 DEAD_IN_STEP = EngineDeadError("gone")
-DEAD_IN_STEP.has_begun = True
+DEAD_IN_STEP.has_started = True
 
 
 async def outcome(pool, request=None):

@@ -25,6 +25,7 @@ from support.polling import until
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine.engine import Engine
 from vlmserve.router.messages import AddRequest, FromEngine, RequestFailed
+from vlmserve.router.scheduler.throughput import WaitEstimator
 
 REFUSAL_S = 0.05
 
@@ -68,7 +69,8 @@ def test_row_31_a_full_queue_is_a_429_with_retry_after_at_once_while_a_step_runs
             for one in await asyncio.gather(*taken):
                 assert one.status_code == 200
             await until_free(engine)
-            assert engine.scheduler._waiting.num_tokens == engine.scheduler._waiting.num_bytes == 0
+            scheduler = engine.scheduler.snapshot()
+            assert scheduler.waiting_tokens == scheduler.waiting_bytes == 0
 
     asyncio.run(scenario())
 
@@ -114,9 +116,10 @@ def test_row_31_the_wait_follows_how_long_the_last_requests_ran(have_started):
         refused[message.request_id] = message.retry_after_s
 
     config = EngineConfig(model="fake", socket_path="", max_num_seqs=2, max_queue_wait_s=10.0)
-    engine = Engine(FakeRunner(), config, receive)
+    estimator = WaitEstimator()
+    engine = Engine(FakeRunner(), config, receive, wait_estimator=estimator)
     for _ in range(4):
-        engine._pace.count_run(8.0)
+        estimator.record_run(8.0)
     for name in "ab":
         engine.add(1, AddRequest(request_id=name, prompt_token_ids=[1], max_tokens=9))
     if have_started:
@@ -167,8 +170,9 @@ def test_row_32_counters_are_back_whatever_becomes_of_the_requests(tmp_path, rou
                 assert late.status_code == 504
                 assert late.json()["error"]["code"] == "timeout"
             await until_free(engine)
-            waiting = engine.scheduler._waiting
-            assert (len(waiting), waiting.num_tokens, waiting.num_bytes) == (0, 0, 0)
+            scheduler = engine.scheduler.snapshot()
+            assert not scheduler.waiting
+            assert scheduler.waiting_tokens == scheduler.waiting_bytes == 0
             assert (await client.post(route, json=body_of(route))).status_code == 200
 
     asyncio.run(scenario())

@@ -54,7 +54,7 @@ async def engine_and_client(tmp_path, before_step=None, **options):
             engine.scheduler.check()
             stats = engine.stats()
             assert (stats.text_blocks_used, stats.image_blocks_used) == (0, 0)
-            assert not engine._open
+            assert not engine.snapshot().open
         finally:
             await client.close()
 

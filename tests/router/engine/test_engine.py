@@ -53,7 +53,7 @@ class Rig:
         self.engine.scheduler.check()
         stats = self.engine.stats()
         assert (stats.text_blocks_used, stats.image_blocks_used) == (0, 0)
-        assert not self.engine._open
+        assert not self.engine.snapshot().open
 
 
 async def until(is_true: Callable[[], bool]) -> None:

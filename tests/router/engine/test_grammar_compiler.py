@@ -114,8 +114,9 @@ def run(scenario, **options) -> Bench:
             bench.runner.may_compile.set()
             running.cancel()
             bench.engine.close(EngineDeadError("over"))
-        assert bench.engine.scheduler.blocks.text_pool.num_used == 0
-        assert len(bench.engine._queue) == bench.engine._queue.num_tokens == 0
+        assert bench.engine.scheduler.snapshot().text.used == 0
+        assert len(bench.engine.scheduler.queue) == 0
+        assert bench.engine.snapshot().scheduler.waiting_tokens == 0
         return bench
 
     return asyncio.run(whole())
@@ -173,7 +174,7 @@ def test_who_leaves_while_grammars_are_compiled_is_freed_at_once_and_compiled_no
         assert bench.engine.stats().num_waiting == 3
         bench.engine.abort(1, left)
         assert bench.endings == {"first": "abort", "second": "abort"}
-        assert (bench.engine.stats().num_waiting, bench.engine._queue.num_tokens) == (1, 3)
+        assert (bench.engine.stats().num_waiting, bench.engine.scheduler.queue.num_tokens) == (1, 3)
         bench.runner.may_compile.set()
         await bench.until("slow")
         bench.engine.add(1, request_of("last", "last"))
@@ -225,7 +226,7 @@ def test_a_request_keeps_its_place_while_its_grammar_is_compiled():
         bench.engine.add(1, request_of("slow", "slow"))
         bench.engine.add(1, request_of("later"))
         bench.runner.may_compile.set()
-        while bench.engine._queue.peek().request_id != "slow":  # noqa: ASYNC110
+        while bench.engine.scheduler.queue.peek().request_id != "slow":  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         may_step.set()
         await bench.until("running", "slow", "later")

@@ -55,7 +55,7 @@ def test_the_images_are_encoded_and_stored_once():
     engine.add(request)
     engine.run()
     assert engine.runner.num_images_encoded == 1
-    assert engine.scheduler.blocks.image_pool.num_hits == 0
+    assert engine.scheduler.snapshot().images.num_hits == 0
     assert_each_answers_as_alone(engine, request)
 
 
@@ -134,7 +134,7 @@ def test_a_fork_leaves_each_that_runs_a_block_to_grow_into():
     engine.step()
     assert engine.scheduler.num_running == 2
     engine.step()
-    assert engine.scheduler.num_preemptions == 0
+    assert engine.scheduler.snapshot().num_preemptions == 0
     engine.run()
     assert_each_answers_as_alone(engine, request)
 
@@ -187,7 +187,7 @@ def test_with_eight_blocks_fifty_requests_finish(num_choices):
     for request in requests:
         engine.add(request)
     engine.run()
-    assert engine.scheduler.num_preemptions > 0
+    assert engine.scheduler.snapshot().num_preemptions > 0
     for request in requests:
         assert_each_answers_as_alone(engine, request)
 

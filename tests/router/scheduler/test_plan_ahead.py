@@ -65,10 +65,10 @@ def test_a_row_of_who_ends_is_passed_over_and_its_block_is_free_again():
     bench.add(request_of("b", max_tokens=6))
     batch = bench.plan()
     assert batch is not None
-    assert bench.scheduler.blocks.text_pool.num_used == 4  # one each for what comes
+    assert bench.scheduler.snapshot().text.used == 4  # one each for what comes
     bench.finish(batch)
     assert bench.endings == {"a": "stop"}
-    assert bench.scheduler.blocks.text_pool.num_used == 2
+    assert bench.scheduler.snapshot().text.used == 2
     bench.run()
     assert bench.runner.num_rows_ahead == 5
     bench.assert_all_free()

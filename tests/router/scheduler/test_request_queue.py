@@ -12,7 +12,7 @@ from vlmserve.router.errors import QueueFullError, error_of, failure_of
 from vlmserve.router.messages import AddRequest
 from vlmserve.router.scheduler.request_queue import QueueLimits, RequestQueue
 from vlmserve.router.scheduler.sequence import Sequence
-from vlmserve.router.scheduler.throughput import Pace
+from vlmserve.router.scheduler.throughput import WaitEstimator
 
 
 def sequence_of(name: str, num_tokens: int = 3, num_images: int = 0, **fields) -> Sequence:
@@ -29,9 +29,9 @@ def sequence_of(name: str, num_tokens: int = 3, num_images: int = 0, **fields) -
 
 def queue_of(max_requests=10, max_tokens=100, max_bytes=100) -> RequestQueue:
     """A queue of an engine that computes two tokens a second, by a clock that stands."""
-    pace = Pace(clock=lambda: 5.0)
-    pace.count(began=0.0, num_tokens=10)
-    return RequestQueue(QueueLimits(max_requests, max_tokens, max_bytes), pace)
+    estimator = WaitEstimator(clock=lambda: 5.0)
+    estimator.record_step(started_at=0.0, num_tokens=10)
+    return RequestQueue(QueueLimits(max_requests, max_tokens, max_bytes), estimator)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_requests_leave_in_order_and_preempted_ones_before_those_that_came_later
         queue.remove(sequence)
     queue.put(sequence_of("d"))
     for sequence in sequences[:2]:
-        queue.put_back(sequence)
+        queue.requeue(sequence)
     assert names_in_order(queue) == ["a", "b", "c", "d"]
 
 
@@ -111,29 +111,29 @@ def test_each_answer_that_is_asked_for_counts_as_a_request():
 
 def test_the_time_to_come_back_follows_the_pace_of_the_last_seconds():
     now = 0.0
-    pace = Pace(clock=lambda: now)
-    assert pace.seconds_for(10**6) == 1.0, "nothing is known yet"
+    estimator = WaitEstimator(clock=lambda: now)
+    assert estimator.seconds_for(10**6) == 1.0, "nothing is known yet"
     for now in (1.0, 2.0, 3.0):
-        pace.count(now - 1, 100)
-    assert pace.seconds_for(1000) == 10.0
-    assert (pace.seconds_for(1), pace.seconds_for(10**6)) == (1.0, 60.0)
+        estimator.record_step(now - 1, 100)
+    assert estimator.seconds_for(1000) == 10.0
+    assert (estimator.seconds_for(1), estimator.seconds_for(10**6)) == (1.0, 60.0)
     for now in (20.0, 21.0):
-        pace.count(now - 1, 10)
-    assert pace.seconds_for(100) == 10.0, "the fast steps are long ago"
+        estimator.record_step(now - 1, 10)
+    assert estimator.seconds_for(100) == 10.0, "the fast steps are long ago"
     now = 31.0
-    assert pace.seconds_for(20) == 22.0, "two seconds' tokens took eleven until now"
+    assert estimator.seconds_for(20) == 22.0, "two seconds' tokens took eleven until now"
 
 
 def test_the_time_to_wait_follows_how_long_the_last_requests_ran():
-    pace = Pace()
+    estimator = WaitEstimator()
     for _ in range(3):
-        pace.count_run(8.0)
-    assert pace.wait_s(1, 4) is None, "too few have ended to tell"
-    pace.count_run(8.0)
-    assert (pace.wait_s(1, 4), pace.wait_s(6, 4)) == (2.0, 12.0)
+        estimator.record_run(8.0)
+    assert estimator.wait_s(1, 4) is None, "too few have ended to tell"
+    estimator.record_run(8.0)
+    assert (estimator.wait_s(1, 4), estimator.wait_s(6, 4)) == (2.0, 12.0)
     for _ in range(64):
-        pace.count_run(4.0)
-    assert pace.wait_s(1, 4) == 1.0, "the first ones are forgotten"
+        estimator.record_run(4.0)
+    assert estimator.wait_s(1, 4) == 1.0, "the first ones are forgotten"
 
 
 def test_those_of_a_better_or_equal_priority_are_ahead_of_a_newcomer():
@@ -146,7 +146,7 @@ def test_those_of_a_better_or_equal_priority_are_ahead_of_a_newcomer():
 def test_a_preempted_sequence_is_taken_back_by_a_full_queue():
     queue = queue_of(max_requests=1)
     queue.put(sequence_of("a"))
-    queue.put_back(sequence_of("b"))
+    queue.requeue(sequence_of("b"))
     assert len(queue) == 2
 
 

@@ -115,7 +115,7 @@ def test_a_preempted_request_runs_before_those_that_came_after_it():
     for name in ("first", "second", "third"):
         bench.add(request_of(name, prompt=range(8), max_tokens=10))
     bench.run()
-    assert bench.scheduler.num_preemptions > 0
+    assert bench.scheduler.snapshot().num_preemptions > 0
     assert list(bench.endings) == ["first", "second", "third"]
 
 
@@ -126,7 +126,7 @@ def test_a_newcomer_leaves_each_running_sequence_a_block_to_grow_into():
     # Two blocks are free and it needs two, but "old" is about to need a third.
     bench.add(request_of("new", prompt=range(10, 18), max_tokens=6))
     bench.run()
-    assert bench.scheduler.num_preemptions == 0
+    assert bench.scheduler.snapshot().num_preemptions == 0
     assert list(bench.endings) == ["old", "new"]
 
 
@@ -181,7 +181,7 @@ def test_the_same_picture_in_two_requests_is_stored_and_encoded_once():
         bench.add(request_of(name, images=[fake_image("p", 3)], spans=[ImageSpan(0)]))
     batch = bench.step()
     assert len(batch.images) == 1
-    assert bench.scheduler.blocks.image_pool.blocks.num_used == 3
+    assert bench.scheduler.snapshot().images.used == 3
     bench.run()
     assert bench.runner.num_images_encoded == 1
     bench.assert_all_free()
@@ -204,7 +204,7 @@ def test_a_shared_image_outlives_the_request_that_brought_it():
     bench.add(request_of("b", max_tokens=9, images=[image], spans=[ImageSpan(0)]))
     bench.step()
     bench.abort("a")
-    assert bench.scheduler.blocks.image_pool.blocks.num_used == 3
+    assert bench.scheduler.snapshot().images.used == 3
     bench.run()
     assert bench.tokens["b"] == expected_token_ids(bench.sequences["b"].request)
     assert bench.runner.num_images_encoded == 1

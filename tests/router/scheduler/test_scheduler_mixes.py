@@ -109,7 +109,7 @@ def run_mix(scenario, aborts_in_step: bool) -> None:
             if arrives_at == now:
                 bench.add(request)
             if request.grammar is not None and ready_at(arrives_at, request) == now:
-                bench.let_on(request)
+                bench.make_ready(request)
         batch = bench.plan() if aborts_in_step else None
         abort_some(bench, plan, now, aborted)
         batch = batch if aborts_in_step else bench.plan()
@@ -121,11 +121,11 @@ def run_mix(scenario, aborts_in_step: bool) -> None:
         assert now < 5000, "the requests do not finish"
     for _, request, _ in plan:
         assert_answered_as_if_alone(bench, request, aborted)
-    assert bench.runner.num_restarts <= bench.scheduler.num_preemptions
+    assert bench.runner.num_restarts <= bench.scheduler.snapshot().num_preemptions
     if not aborted and not failing and not bench.prefix_cache:
         assert bench.runner.num_restarts == bench.num_lost_runs
         if not any(request.choice_ids for _, request, _ in plan):
-            assert bench.num_lost_runs == bench.scheduler.num_preemptions
+            assert bench.num_lost_runs == bench.scheduler.snapshot().num_preemptions
     bench.assert_all_free()
 
 

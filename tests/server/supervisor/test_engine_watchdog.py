@@ -10,7 +10,7 @@ from support.fake_runner import FakeRunner
 from vlmserve.models.batch import ImageToEncode, ScheduledSequence, StepBatch
 from vlmserve.router.client.engine_client import EngineClient
 from vlmserve.router.config import EngineConfig
-from vlmserve.router.engine.step_watchdog import StepWatch
+from vlmserve.router.engine.step_watchdog import StepWatchdog
 from vlmserve.router.messages import EngineReady
 from vlmserve.server.cli.listener import listen
 from vlmserve.server.settings import ServerSettings
@@ -105,11 +105,11 @@ def a_step(num_tokens=1, image=None) -> StepBatch:
 def test_a_step_that_begins_layers_is_old_and_not_stalled():
     """A huge prompt on a slow machine takes minutes; what tells it from a hang is its layers."""
     runner, clock = FakeRunner(), Clock()
-    watch = StepWatch(lambda: runner.num_layers_begun, clock)
+    watch = StepWatchdog(lambda: runner.num_layers_started, clock)
     watch.begin(a_step())
     for _ in range(100):
         clock.now += 3
-        runner.num_layers_begun += 1
+        runner.num_layers_started += 1
         assert watch.stall_s == 0
     assert watch.age_s == 300
     clock.now += 7
@@ -119,7 +119,7 @@ def test_a_step_that_begins_layers_is_old_and_not_stalled():
 
 
 def test_a_step_may_compile_until_one_of_its_kind_was_computed():
-    watch = StepWatch(lambda: 0, Clock())
+    watch = StepWatchdog(lambda: 0, Clock())
     assert not watch.is_first_of_kind
     for num_tokens in (1, 9):
         for is_computed, is_first in ((False, True), (True, True), (True, False)):
@@ -132,11 +132,11 @@ def test_a_step_of_the_model_counts_its_layers_and_those_of_the_vision_encoder()
     from support import oracle as models
 
     runner = models.runner("tiny")
-    config, before = runner.config, runner.num_layers_begun
+    config, before = runner.config, runner.num_layers_started
     models.generate(runner, [models.prompt("r", "a|b", [models.image(1, 1)])], 1, chunk=8)
     vision = config.vision_config.num_hidden_layers + config.vision_config.num_global_layers
     num_layers = config.text_config.num_hidden_layers + vision
-    assert runner.num_layers_begun - before == num_layers
+    assert runner.num_layers_started - before == num_layers
 
 
 def test_restarts_come_further_and_further_apart_and_then_not_at_all():

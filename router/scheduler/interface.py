@@ -1,0 +1,56 @@
+"""What goes into the scheduler and what comes out of it, as plain data.
+
+Owns the types alone; steps are in `models/batch.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...models.batch import TokenLogprobs
+from ..blocks.contract import PoolSnapshot
+from ..messages import FinishReason
+from .sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """How much one step computes at most, how long a sequence may get, and what is cached."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_batched_images: int
+    max_model_len: int
+    prefix_cache: bool = True
+    image_cache: bool = True
+    poison_freed_blocks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a step, or an abort, changed for one sequence."""
+
+    sequence: Sequence
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSnapshot:
+    """The scheduler's state at one moment. waiting, running: sequence ids, by rank.
+
+    waiting_tokens, waiting_bytes: tokens and image bytes of the waiting sequences.
+    """
+
+    waiting: tuple[str, ...]
+    running: tuple[str, ...]
+    waiting_tokens: int
+    waiting_bytes: int
+    text: PoolSnapshot
+    images: PoolSnapshot
+    num_preemptions: int
+    num_images_encoded: int
+    prefix_tokens_queried: int
+    prefix_tokens_hit: int
