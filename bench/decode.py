@@ -39,6 +39,7 @@ from vlmserve.models.batch import (
 )
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.execution.runner import ModelRunner
+from vlmserve.models.runner_config import RunnerConfig
 
 BLOCK_SIZE = 16
 GREEDY = SamplingParams(temperature=0.0)
@@ -139,12 +140,14 @@ def make_runner(args: argparse.Namespace) -> ModelRunner:
     blocks = -(-(max(args.context, args.prompt) + 1) // BLOCK_SIZE)
     return create_runner(
         folder,
-        device=args.device,
-        dtype=args.dtype,
-        max_num_seqs=max(counts),
-        block_size=BLOCK_SIZE,
-        num_text_blocks=max(counts) * blocks,
-        num_image_blocks=max(counts) * 4,
+        RunnerConfig(
+            device=args.device,
+            dtype=args.dtype,
+            max_num_seqs=max(counts),
+            block_size=BLOCK_SIZE,
+            num_text_blocks=max(counts) * blocks,
+            num_image_blocks=max(counts) * 4,
+        ),
     )
 
 

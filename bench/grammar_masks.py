@@ -27,6 +27,7 @@ from processes import machine
 from vlmserve.models.batch import CrossSegment, SamplingParams, ScheduledSequence, StepBatch
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.execution.runner import ModelRunner
+from vlmserve.models.runner_config import RunnerConfig
 from vlmserve.server.structured_output.grammar_text import (
     json_object_grammar,
     json_schema_grammar,
@@ -88,7 +89,10 @@ def make_runner(folder: Path, args: argparse.Namespace) -> ModelRunner:
     build(config, folder, dtype=getattr(torch, args.dtype), with_processor=False)
     write_tokenizer(folder, args.vocab_size)
     return create_runner(
-        str(folder), device="cpu", dtype=args.dtype, max_model_len=256, max_num_seqs=args.sequences
+        str(folder),
+        RunnerConfig(
+            device="cpu", dtype=args.dtype, max_model_len=256, max_num_seqs=args.sequences
+        ),
     )
 
 

@@ -28,6 +28,7 @@ from vlmserve.models import bundled
 from vlmserve.models.batch import ImageSpan, ImageTiles, SamplingParams
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.execution.runner import ModelRunner
+from vlmserve.models.runner_config import RunnerConfig
 from vlmserve.router import wire
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine.engine import Engine
@@ -84,10 +85,12 @@ class Clock:
 def make_runner(args: argparse.Namespace) -> ModelRunner:
     return create_runner(
         args.checkpoint or str(bundled.CHECKPOINT),
-        device="cpu",
-        dtype=args.dtype,
-        max_model_len=NUM_PROMPT_TOKENS + args.steps + 64,
-        max_num_seqs=args.sequences,
+        RunnerConfig(
+            device="cpu",
+            dtype=args.dtype,
+            max_model_len=NUM_PROMPT_TOKENS + args.steps + 64,
+            max_num_seqs=args.sequences,
+        ),
     )
 
 

@@ -25,6 +25,7 @@ from vlmserve.models import bundled
 from vlmserve.models.batch import ImageSpan, ImageTiles, SamplingParams
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.execution.runner import ModelRunner
+from vlmserve.models.runner_config import RunnerConfig
 from vlmserve.router.messages import AddRequest
 from vlmserve.router.scheduler.interface import SchedulerLimits
 from vlmserve.router.scheduler.request_queue import QueueLimits, RequestQueue
@@ -180,12 +181,14 @@ def main() -> None:
     args = parse_arguments()
     runner = create_runner(
         args.checkpoint or str(bundled.CHECKPOINT),
-        dtype=args.dtype,
-        max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=MAX_NUM_SEQS,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        max_num_batched_images=args.max_num_batched_images,
-        kv_cache_bytes=1 << 30,
+        RunnerConfig(
+            dtype=args.dtype,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=MAX_NUM_SEQS,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+            max_num_batched_images=args.max_num_batched_images,
+            kv_cache_bytes=1 << 30,
+        ),
     )
     measurement = Measurement(runner, args)
     measurement.run()

@@ -101,7 +101,7 @@ async def run_kills(
 def _command(engine: str, port: int, max_restarts: int) -> list[str]:
     if engine == "bundled":
         return vlmserve_command(None, port, "float32", "--max-restarts", str(max_restarts))
-    options = {"port": port, "supervision": {"max_restarts": max_restarts, "spare_delay_s": None}}
+    options = {"port": port, "supervision": {"max_restarts": max_restarts, "has_standby": False}}
     return [sys.executable, str(HASHING_SERVER), json.dumps(options)]
 
 

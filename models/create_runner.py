@@ -29,6 +29,7 @@ from .memory.available import Room, RoomOf, room_of
 from .memory.estimate import peak_bytes
 from .memory.fit import LEAST_TEXT_TOKENS, Plan, check_fits, needs_of, peak_on, share_of
 from .memory.peak_step import StepLimits, measure_peak
+from .runner_config import RunnerConfig
 from .tensor_parallel.group import Group
 from .weights.device_map import (
     AUTO,
@@ -58,74 +59,46 @@ logger = logging.getLogger(__name__)
 
 def create_runner(
     model: str | Checkpoint,
+    config: RunnerConfig,
     *,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: str | None = None,
-    device_map: str | None = None,
-    max_memory: Mapping[str, int] | None = None,
-    max_model_len: int | None = None,
-    max_num_seqs: int = 64,
-    max_num_batched_tokens: int = 2048,
-    max_num_batched_images: int = 4,
-    attention_backend: str = "auto",
-    block_size: int | None = None,
-    num_text_blocks: int | None = None,
-    num_image_blocks: int | None = None,
-    kv_cache_bytes: int | None = None,
-    gpu_memory_utilization: float = 0.9,
-    cuda_graphs: bool = True,
-    num_threads: int | None = None,
-    num_sharers: int = 1,
     rooms: RoomOf | None = None,
     group: Group | None = None,
 ) -> ModelRunner:
     """The runner of a local checkpoint folder, loaded and with its pools allocated.
 
-    model: the folder, or what was opened of one, which has its dtype already.
-
-    group: the ranks that share the model, which all call this alike. num_sharers: how many engines
-    share a CPU's memory. The other arguments are the
-    engine's settings of the same names; rooms: what each device has free, in the place of asking
-    it. Raises ModelError, one line with the remedy, before a weight is read where the model cannot
-    fit. Shows progress on stderr.
+    model: the folder, or an opened checkpoint, which has its dtype already. group: tensor-parallel
+    ranks; every rank calls this with the same arguments. rooms: the free memory of each device;
+    None asks the devices. Raises ModelError, one line with the remedy, before a weight is read if
+    the model cannot fit. Shows progress on stderr.
     """
-    set_threads(num_threads)
-    chosen = choose_device(device)
+    set_threads(config.num_threads)
+    chosen = choose_device(config.device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # of this thread, which computes too: triton launches there
     if isinstance(model, Checkpoint):
         checkpoint = model
     else:
-        checkpoint = open_checkpoint(model, choose_dtype(dtype, chosen))
+        checkpoint = open_checkpoint(model, choose_dtype(config.dtype, chosen))
     share = share_with(checkpoint, group)
-    pools = replace(
-        _pool_request(checkpoint, share),
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        block_size=block_size or 1,
-        num_text_blocks=num_text_blocks,
-        num_image_blocks=num_image_blocks,
-    )
-    limits = StepLimits(
-        max_num_seqs, max_num_batched_tokens, max_num_batched_images, wanted_len(pools)
-    )
-    plan = Plan(checkpoint, limits, pools, quantize, kv_cache_bytes, share)
+    plan = _plan(checkpoint, config, share)
     rooms = rooms or partial(
-        room_of, gpu_memory_utilization=gpu_memory_utilization, num_sharers=num_sharers
+        room_of,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        num_sharers=config.num_sharers,
     )
+    max_memory = config.max_memory
     bounded = rooms if max_memory is None else partial(_bounded, rooms, max_memory)
-    placement = _place(plan, chosen, device_map, max_memory, bounded)
+    placement = _place(plan, chosen, config.device_map, max_memory, bounded)
     check_fits(plan, placement, bounded)
     before = {one: bounded(one).num_bytes for one in placement.devices()}
-    loaded = load(checkpoint, placement, quantize, group=group)
-    attention = choose_backend(attention_backend, loaded.geometry, block_size)
-    plan = replace(plan, pools=replace(pools, block_size=attention.block_size))
-    reason = why_not(loaded, attention.backend, cuda_graphs)
+    loaded = load(checkpoint, placement, config.quantize, group=group)
+    attention = choose_backend(config.attention_backend, loaded.geometry, config.block_size)
+    plan = replace(plan, pools=replace(plan.pools, block_size=attention.block_size))
+    reason = why_not(loaded, attention.backend, config.cuda_graphs)
     rest = _Rooms(rooms, before)
     sized = _size_pools(plan, loaded, attention, rest, group, with_graphs=reason is None)
     runner = ModelRunner(loaded, sized, attention.backend)
-    reason = reason or _record_graphs(runner, max_num_seqs, loaded.device)
+    reason = reason or _record_graphs(runner, config.max_num_seqs, loaded.device)
     if reason is not None:
         logger.info("decode graphs: none (%s)", reason)
     keep_freed_buffers()  # not earlier: pools take memory only as they are written
@@ -149,19 +122,29 @@ def _record_graphs(runner: ModelRunner, max_num_seqs: int, device: torch.device)
     return None
 
 
-def _pool_request(checkpoint: Checkpoint, share: RankShare) -> PoolRequest:
-    """What a rank's part of the checkpoint says of the pools; the caller adds the settings."""
-    config: Any = checkpoint.skeleton.config
+def _plan(checkpoint: Checkpoint, config: RunnerConfig, share: RankShare) -> Plan:
+    """The limits of a step and the request for pools, from a rank's share and the settings."""
+    model_config: Any = checkpoint.skeleton.config
+    text = model_config.text_config
     num_patches = int(checkpoint.skeleton.model.vision_model.num_patches)
-    return PoolRequest(
-        context_len=config.text_config.max_position_embeddings,
-        max_model_len=None,
-        max_num_seqs=1,
-        max_num_tiles=config.vision_config.max_num_tiles,
-        block_size=1,
-        token_bytes=token_bytes(config.text_config, checkpoint.dtype) // share.size,
-        tile_bytes=tile_bytes(config.text_config, num_patches, checkpoint.dtype) // share.size,
+    pools = PoolRequest(
+        context_len=text.max_position_embeddings,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_tiles=model_config.vision_config.max_num_tiles,
+        block_size=config.block_size or 1,
+        num_text_blocks=config.num_text_blocks,
+        num_image_blocks=config.num_image_blocks,
+        token_bytes=token_bytes(text, checkpoint.dtype) // share.size,
+        tile_bytes=tile_bytes(text, num_patches, checkpoint.dtype) // share.size,
     )
+    limits = StepLimits(
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        config.max_num_batched_images,
+        wanted_len(pools),
+    )
+    return Plan(checkpoint, limits, pools, config.quantize, config.kv_cache_bytes, share)
 
 
 def _bounded(rooms: RoomOf, max_memory: Mapping[str, int], device: torch.device) -> Room:

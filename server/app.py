@@ -222,7 +222,7 @@ class Parts:
         ]
         self._pool = ReplicaPool(
             [link.client for link in self._links],
-            settings.well_limits,
+            settings.health_thresholds,
             self._metrics.count_move,
             # Workers that start together do not all begin with the same replica.
             first=os.getpid() % len(paths),

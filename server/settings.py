@@ -1,7 +1,4 @@
-"""The settings of one HTTP worker, as the supervisor hands them over.
-
-Owns names, defaults and ranges. Knows nothing of the engine's settings.
-"""
+"""The settings of one HTTP worker: types, defaults, bounds and command-line options."""
 
 from __future__ import annotations
 
@@ -10,89 +7,190 @@ from typing import Annotated, Literal
 import msgspec
 
 from ..models.batch import Positive
-from ..router.client.engine_client import WellLimits
+from ..models.option import Limit, Option
+from ..models.runner_config import MODEL
+from ..router.client.engine_client import HealthThresholds
+from ..router.config import LOG
 from ..router.logs import LogFormat, LogLevel
-from .images.settings import ImageSettings
+from .images.settings import HTTP, ImageSettings
+
+ACCESS = "Access"
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class TraceSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where traces go; None leaves it to OpenTelemetry's own variables and defaults."""
+    """Where to send traces. None: use OpenTelemetry's own variables and defaults."""
 
     endpoint: str | None = None
     service_name: str | None = None
 
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything a worker needs; it travels as JSON.
+    """Everything a worker needs. The supervisor sends it as JSON.
 
-    model: a local folder with tokenizer and chat template. hub_id: the hub's repository that it
-    was fetched from. served_model_names:
-    the first is the name in answers, all are taken in requests. listen_fd: the
-    inherited listening socket. first_output_wait_s: how long a stream waits for
-    its first token before its headers go out, so that a refusal still has a status.
-    max_request_time_s: from a request's arrival to the end of its answer; a request's
-    own timeout_s may be shorter. api_key_file: read at the start and at each SIGHUP.
-    allowed_hosts: names in Host that are answered, empty for all. cors_origins: whose
-    pages may read answers, empty for none. log_requests: one line a request.
-    traces: None sends none. ready_stall_s: how
-    long a step may begin no layer of the model before the worker calls itself not ready.
-    replica_sockets: of the engines beside that of `engine_socket`, where there are several.
-    pulse_fd: the inherited pipe that tells the supervisor that the event loop runs.
-    drain_time_s: from SIGTERM to the error that ends what is still open. reader_timeout_s: how
-    long a client may read nothing of what waits for it; send_buffer_bytes: what the kernel
-    may hold of it.
+    model: a local folder with tokenizer and chat template. hub_id: the hub repository of the
+    model, if it came from the hub. served_model_names: requests may use any of them; answers use
+    the first. listen_fd: the inherited listening socket. liveness_fd: the inherited pipe to which
+    the event loop writes, so that the supervisor can detect a hung worker. replica_sockets: the
+    engines besides `engine_socket`. traces: None disables tracing.
     """
 
     model: str
     engine_socket: str
     replica_sockets: list[str] = []
-    served_model_names: list[str]
+    served_model_names: Annotated[
+        list[str],
+        Option(
+            "Model names in the API, separated by commas; repeatable. Answers use the first. "
+            "Default: the hub id or the folder name.",
+            MODEL,
+            name="served-model-name",
+        ),
+    ]
     listen_fd: int | None = None
-    pulse_fd: int | None = None
+    liveness_fd: int | None = None
     hub_id: str | None = None
-    api_keys: list[str] = []
-    api_key_file: str | None = None
-    allowed_hosts: list[str] = []
-    cors_origins: list[str] = []
-    tls_certfile: str | None = None
-    tls_keyfile: str | None = None
-    image_position: Literal["front", "as-sent"] = "front"
-    unknown_fields: Literal["error", "ignore"] = "error"
-    max_connections: Positive = 1_000
-    max_head_bytes: Positive = 16_384
-    max_headers: Positive = 100
-    max_body_bytes: Positive = 64 * 1024 * 1024
+    api_keys: Annotated[
+        list[str],
+        Option(
+            "API key that clients must send; repeatable. Set the environment variable instead to "
+            "keep the key out of the process list.",
+            ACCESS,
+            name="api-key",
+        ),
+    ] = []
+    api_key_file: Annotated[
+        str | None,
+        Option(
+            "File of more API keys, one per line; lines that start with # are comments. Reread on "
+            "SIGHUP.",
+            ACCESS,
+        ),
+    ] = None
+    allowed_hosts: Annotated[
+        list[str],
+        Option(
+            "Host name that requests may use, such as api.example.com or *.example.com; "
+            "repeatable. Default: any.",
+            ACCESS,
+            name="allowed-host",
+        ),
+    ] = []
+    cors_origins: Annotated[
+        list[str],
+        Option(
+            "Origin whose web pages may read answers, such as https://chat.example.com, or '*'; "
+            "repeatable. Default: none.",
+            ACCESS,
+            name="cors-origin",
+        ),
+    ] = []
+    tls_certfile: Annotated[
+        str | None,
+        Option("PEM file with the certificate chain; enables https. Reread on SIGHUP.", ACCESS),
+    ] = None
+    tls_keyfile: Annotated[
+        str | None,
+        Option(
+            "PEM file with the certificate's private key, without a password. Default: the key is "
+            "in --tls-certfile.",
+            ACCESS,
+        ),
+    ] = None
+    image_position: Annotated[
+        Literal["front", "as-sent"],
+        Option(
+            "front moves the images of a message before its text, because the model only sees "
+            "earlier images. as-sent keeps the order.",
+            HTTP,
+        ),
+    ] = "front"
+    unknown_fields: Annotated[
+        Literal["error", "ignore"],
+        Option("Unknown request fields: answer 400 (error), or log and ignore them.", HTTP),
+    ] = "error"
+    max_connections: Annotated[
+        Positive,
+        Option(
+            "Maximum connections per worker. Above it, the worker closes an idle connection, or "
+            "answers the new one with 503.",
+            HTTP,
+        ),
+    ] = 1_000
+    max_head_bytes: Annotated[
+        Annotated[int, msgspec.Meta(ge=256, le=65_536)],
+        Option("Maximum bytes of a request's head; above it, 431.", HTTP),
+    ] = 16_384
+    max_headers: Annotated[
+        Positive, Option("Maximum number of request headers; above it, 431.", HTTP)
+    ] = 100
+    max_body_bytes: Annotated[
+        Annotated[int, msgspec.Meta(ge=1_024)],
+        Option("Maximum bytes of a request's body; above it, 413.", HTTP),
+    ] = 67_108_864
     max_num_seqs: Positive = 64
-    request_timeout_s: Seconds = 10.0
-    keep_alive_timeout_s: Seconds = 75.0
-    stream_ping_interval_s: Seconds = 15.0
-    first_output_wait_s: Seconds = 1.0
-    heartbeat_timeout_s: Seconds = 2.0
-    ready_stall_s: Seconds = 3.0
+    request_timeout_s: Annotated[
+        Annotated[float, msgspec.Meta(ge=0.1)],
+        Option(
+            "Maximum seconds to receive a request's head, or a small body; after that, 408.", HTTP
+        ),
+    ] = 10.0
+    max_request_time_s: Annotated[
+        Annotated[float, msgspec.Meta(ge=0.001)],
+        Option(
+            "Maximum seconds from a request's arrival to the end of its answer. timeout_s of a "
+            "request may be shorter.",
+            HTTP,
+        ),
+    ] = 600.0
+    keep_alive_timeout_s: Annotated[
+        Seconds, Limit("Seconds until the server closes an idle connection.")
+    ] = 75.0
+    stream_ping_interval_s: Annotated[
+        Seconds, Limit("Seconds between the comments that keep a silent stream open.")
+    ] = 15.0
+    first_output_wait_s: Annotated[
+        Seconds,
+        Limit(
+            "Seconds a stream waits for its first token before it sends the headers. A request "
+            "rejected within that time still gets an error status."
+        ),
+    ] = 1.0
+    heartbeat_timeout_s: Annotated[
+        Seconds, Limit("Seconds without a heartbeat of the engine until ready answers 503.")
+    ] = 2.0
+    ready_stall_s: Annotated[
+        Seconds, Limit("Seconds without progress of a step until ready answers 503.")
+    ] = 3.0
     drain_time_s: Seconds = 20.0
-    reader_timeout_s: Seconds = 30.0
-    send_buffer_bytes: Positive = 524_288
-    image_deadline_s: Seconds = 30.0
-    max_request_time_s: Seconds = 600.0
+    reader_timeout_s: Annotated[
+        Seconds,
+        Limit("Seconds until the server disconnects a client that does not read its answer."),
+    ] = 30.0
+    send_buffer_bytes: Annotated[
+        Positive, Limit("Bytes of an answer that the kernel buffers for a slow client.")
+    ] = 524_288
+    image_deadline_s: Annotated[
+        Seconds, Limit("Maximum seconds to load all images of a request; after that, 400.")
+    ] = 30.0
     images: ImageSettings = msgspec.field(default_factory=ImageSettings)
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
-    log_requests: bool = True
+    log_requests: Annotated[bool, Option("Log one line per request.", LOG)] = True
     traces: TraceSettings | None = None
 
     @property
     def needs_key(self) -> bool:
-        """Whether clients must send a key: a file counts, whatever it holds."""
+        """Whether clients must send a key; true for a key file, even an empty one."""
         return bool(self.api_keys) or self.api_key_file is not None
 
     @property
-    def well_limits(self) -> WellLimits:
-        """Until when an engine takes requests."""
-        return WellLimits(self.heartbeat_timeout_s, self.ready_stall_s)
+    def health_thresholds(self) -> HealthThresholds:
+        """When an engine counts as unhealthy."""
+        return HealthThresholds(self.heartbeat_timeout_s, self.ready_stall_s)
 
     @property
     def model_name(self) -> str:
-        """The name that answers carry."""
+        """The model name in answers."""
         return self.served_model_names[0]

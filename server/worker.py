@@ -50,7 +50,7 @@ def main() -> None:
     except (msgspec.DecodeError, OSError, ValueError, ParentGoneError) as error:
         sys.exit(_fail(error))
     _reload_on_hangup(app, tls)
-    _show_life(app, settings.pulse_fd)
+    _show_life(app, settings.liveness_fd)
     context = None if tls is None else tls.context
     app.run(
         sock=listening,
@@ -98,16 +98,16 @@ def _reload_on_hangup(app: Sanic[Any, Any], tls: ServerTls | None) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
-def _show_life(app: Sanic[Any, Any], pulse_fd: int | None) -> None:
+def _show_life(app: Sanic[Any, Any], liveness_fd: int | None) -> None:
     """Beat for the supervisor from when the loop runs until it ends."""
-    if pulse_fd is None:
+    if liveness_fd is None:
         return
     # A decoder that outlives the worker for a moment must not hold it.
-    os.set_inheritable(pulse_fd, False)
+    os.set_inheritable(liveness_fd, False)
 
     @app.before_server_start
     async def begin(app: Sanic[Any, Any]) -> None:
-        app.ctx.pulse = asyncio.create_task(beat(pulse_fd))
+        app.ctx.pulse = asyncio.create_task(beat(liveness_fd))
 
     @app.after_server_stop
     async def end(app: Sanic[Any, Any]) -> None:

@@ -30,6 +30,9 @@ SERVER_MAY_IMPORT = {
     "vlmserve.models",
     "vlmserve.models.batch",
     "vlmserve.models.bundled",
+    # The settings of the runner and how settings declare their options: plain types.
+    "vlmserve.models.option",
+    "vlmserve.models.runner_config",
     # Whether a config.json is of a model that is served: known before weights are downloaded.
     "vlmserve.models.checkpoint",
     "vlmserve.models.errors",
@@ -43,7 +46,12 @@ SERVER_MAY_IMPORT = {
     "vlmserve.models.bundled.pictures",
 }
 # What `router` may see of `models`: the plain types that cross between them.
-ROUTER_MAY_IMPORT = {"vlmserve.models", "vlmserve.models.batch"}
+ROUTER_MAY_IMPORT = {
+    "vlmserve.models",
+    "vlmserve.models.batch",
+    "vlmserve.models.option",
+    "vlmserve.models.runner_config",
+}
 # The engine's process alone loads a model, and what must be set before torch is imported.
 ENGINE_PROCESS = ROOT / "router" / "engine" / "process.py"
 ENGINE_PROCESS_MAY_IMPORT = ROUTER_MAY_IMPORT | {

@@ -27,6 +27,7 @@ from transformers import MllamaConfig
 
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.execution.runner import ModelRunner
+from vlmserve.models.runner_config import RunnerConfig
 from vlmserve.models.weights.random_weights import random_checkpoint
 
 from ..checkpoints import layout
@@ -220,15 +221,17 @@ def make_runner(size: Size, row: Row) -> ModelRunner:
     blocks = -(-size.length(most) // BLOCK_SIZE)
     return create_runner(
         checkpoint,
-        device=size.device,
-        quantize=None if row.quantize == PLAIN else row.quantize,
-        max_model_len=size.max_model_len,
-        max_num_seqs=most,
-        max_num_batched_tokens=max(size.prefill_tokens, most),
-        block_size=BLOCK_SIZE,
-        num_text_blocks=max((most + 1) * blocks, -(-size.max_model_len // BLOCK_SIZE)),
-        num_image_blocks=(most + 1) * vision.max_num_tiles,
-        cuda_graphs=row.mode == GRAPHS,
+        RunnerConfig(
+            device=size.device,
+            quantize=None if row.quantize == PLAIN else row.quantize,
+            max_model_len=size.max_model_len,
+            max_num_seqs=most,
+            max_num_batched_tokens=max(size.prefill_tokens, most),
+            block_size=BLOCK_SIZE,
+            num_text_blocks=max((most + 1) * blocks, -(-size.max_model_len // BLOCK_SIZE)),
+            num_image_blocks=(most + 1) * vision.max_num_tiles,
+            cuda_graphs=row.mode == GRAPHS,
+        ),
     )
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import torch
 
 from ..batch import (
@@ -25,6 +25,7 @@ from ..batch import (
 from ..create_runner import create_runner
 from ..errors import ModelError, StepError
 from ..execution.runner import ModelRunner
+from ..runner_config import RunnerConfig
 from ..tensor_parallel.group import DistributedGroup, MeetingPlace
 from ..threads import threads_of_one
 from ..weights.loader import check_gpus, choose_device
@@ -105,25 +106,27 @@ class ParallelRunner:
 def create_parallel_runner(
     model: str,
     size: int,
+    config: RunnerConfig,
     on_death: Callable[[str], None] = end_process,
-    **options: Any,
 ) -> ParallelRunner:
-    """The runner of a checkpoint over `size` ranks on this machine; options: of `create_runner`.
+    """The runner of a checkpoint over `size` ranks on this machine; see `create_runner`.
 
     On CUDA the ranks take the devices from the chosen one on; on a CPU they share its cores. Raises
     ModelError, one line with the remedy.
     """
     # ranks share the machine's cores unless someone said how many threads a process takes
-    num_threads = options.get("num_threads") or threads_of_one(size)
-    options = options | {"model": model, "num_threads": num_threads}
-    first = choose_device(options.get("device", "auto"))
+    num_threads = config.num_threads or threads_of_one(size)
+    config = msgspec.structs.replace(config, num_threads=num_threads)
+    first = choose_device(config.device)
     check_gpus(first, size, f"--tensor-parallel-size {size}")
     place = MeetingPlace()
-    ranks = Ranks(size, place.path, options, on_death)
-    settings = RankSettings(rank=0, size=size, meeting_place=str(place.path), options=options)
+    settings = RankSettings(
+        rank=0, size=size, meeting_place=str(place.path), model=model, config=config
+    )
+    ranks = Ranks(settings, on_death)
     try:
         group = join_group(settings)
-        local = create_runner(**options | {"device": str(group.device), "group": group})
+        local = create_rank(settings, group)
         ranks.wait_ready()
     except ModelError:
         ranks.close()
@@ -140,15 +143,16 @@ def create_parallel_runner(
     return ParallelRunner(local, ranks, on_death, group, place)
 
 
-def create_rank(settings: RankSettings) -> ModelRunner:
-    """Another rank's runner, with its share of the weights. Waits for all ranks."""
-    group = join_group(settings)
-    return create_runner(**settings.options | {"device": str(group.device), "group": group})
+def create_rank(settings: RankSettings, group: DistributedGroup | None = None) -> ModelRunner:
+    """The runner of one rank, with its share of the weights. Waits for all ranks."""
+    group = group or join_group(settings)
+    config = msgspec.structs.replace(settings.config, device=str(group.device))
+    return create_runner(settings.model, config, group=group)
 
 
 def join_group(settings: RankSettings) -> DistributedGroup:
     """This process as one of the ranks, on a device of its own where there are several."""
-    base = choose_device(settings.options.get("device", "auto"))
+    base = choose_device(settings.config.device)
     device = base
     if base.type == "cuda":
         device = torch.device("cuda", (base.index or 0) + settings.rank)

@@ -18,8 +18,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from ..batch import StepBatch
 from ..errors import ModelError
@@ -45,24 +45,18 @@ class Ranks:
 
     def __init__(
         self,
-        size: int,
-        meeting_place: Path,
-        options: dict[str, Any],
+        first: RankSettings,
         on_death: Callable[[str], None] = end_process,
     ) -> None:
-        """Starts them; they load their shares meanwhile. options: of `create_runner`."""
+        """Starts them, with the settings of the first rank; they load their shares meanwhile."""
         self._on_death = on_death
         self._is_closing = threading.Event()
         self._is_ready = False
         self._connections: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
-            for rank in range(1, size):
-                self._start(
-                    RankSettings(
-                        rank=rank, size=size, meeting_place=str(meeting_place), options=options
-                    )
-                )
+            for rank in range(1, first.size):
+                self._start(msgspec.structs.replace(first, rank=rank))
         except BaseException:
             self.close()
             raise

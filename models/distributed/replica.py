@@ -5,12 +5,12 @@ Owns the arithmetic. Knows nothing of how models are loaded or of who starts eng
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+import msgspec
 import torch
 
+from ..runner_config import RunnerConfig
 from ..threads import threads_of_one
 from ..weights.loader import check_gpus, choose_device
 
@@ -23,18 +23,18 @@ class Replica:
     count: int
     size: int = 1
 
-    def share_of(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of `create_runner` with this replica's devices, threads and memory.
+    def share_of(self, config: RunnerConfig) -> RunnerConfig:
+        """The settings with this replica's devices, threads and share of the memory.
 
         Raises ModelError, one line, where there are too few GPUs.
         """
-        device = self.device_of(choose_device(options["device"]))
-        return {
-            **options,
-            "device": str(device),
-            "num_threads": options["num_threads"] or threads_of_one(self.count * self.size),
-            "num_sharers": self.count if device.type == "cpu" else 1,
-        }
+        device = self.device_of(choose_device(config.device))
+        return msgspec.structs.replace(
+            config,
+            device=str(device),
+            num_threads=config.num_threads or threads_of_one(self.count * self.size),
+            num_sharers=self.count if device.type == "cpu" else 1,
+        )
 
     def device_of(self, base: torch.device) -> torch.device:
         """The first of this replica's devices; they lie one behind the other from `base` on."""

@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import socket
 from dataclasses import replace
-from typing import Any
 
 import msgspec
 
 from ..batch import StepBatch
+from ..runner_config import RunnerConfig
 
 _LENGTH_BYTES = 4
 
 
 class RankSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank's process is told first. options: the arguments of `create_runner`."""
+    """The first message to a rank's process; see `create_runner`."""
 
     rank: int
     size: int
     meeting_place: str
-    options: dict[str, Any]
+    model: str
+    config: RunnerConfig
 
 
 class RankReady(msgspec.Struct, frozen=True):

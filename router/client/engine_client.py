@@ -61,7 +61,7 @@ class Health(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class WellLimits:
+class HealthThresholds:
     """Until when an engine counts as well: the age of its heartbeat, a step without progress."""
 
     heartbeat_s: float = 2.0

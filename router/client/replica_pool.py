@@ -16,7 +16,7 @@ import msgspec
 from ..errors import EngineDeadError, QueueFullError
 from ..messages import AddRequest, EngineReady, EngineStats, SequenceOutput
 from ..scheduler.admission import check_image_blocks
-from .engine_client import EngineClient, WellLimits
+from .engine_client import EngineClient, HealthThresholds
 from .replica_chooser import ReplicaChooser, affinity_keys, margin_of, weight_of
 
 # Why a request went to another replica than the first one chosen: its queue was full, or it died
@@ -42,7 +42,7 @@ class ReplicaPool:
     def __init__(
         self,
         clients: Sequence[EngineClient],
-        limits: WellLimits,
+        limits: HealthThresholds,
         on_moved: Callable[[MoveReason], None] = lambda reason: None,
         *,
         first: int = 0,

@@ -1,7 +1,7 @@
-"""The engine's process: `python -m vlmserve.router.engine.process [--spare] < config.json`.
+"""The engine's process: `python -m vlmserve.router.engine.process [--standby] < config.json`.
 
 Owns the process's life: its settings from stdin, its death with its parent, its
-signals and its exit code. Knows nothing of scheduling or tensors. A spare (`--spare`)
+signals and its exit code. Knows nothing of scheduling or tensors. A spare (`--standby`)
 imports all that an engine needs while it waits for its settings, which may never come:
 importing is most of what a small model's start takes.
 
@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from ...models.malloc import use_one_heap
+from ...models.runner_config import RunnerConfig
 from ...models.threads import wait_briefly
 from ..config import EngineConfig
 from ..errors import EngineDeadError
@@ -40,29 +41,8 @@ EXIT_FAILED = 1
 EXIT_BAD_SETTINGS = 2
 EXIT_MODEL_ERROR = 3
 
-SPARE_OPTION = "--spare"
-ENGINE_NAME, SPARE_NAME = "vlmserve-engine", "vlmserve-spare"
-
-# the settings that the model's runner takes under the same names
-RUNNER_OPTIONS = (
-    "device",
-    "dtype",
-    "quantize",
-    "device_map",
-    "max_memory",
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "max_num_batched_images",
-    "attention_backend",
-    "block_size",
-    "cuda_graphs",
-    "num_text_blocks",
-    "num_image_blocks",
-    "kv_cache_bytes",
-    "gpu_memory_utilization",
-    "num_threads",
-)
+STANDBY_OPTION = "--standby"
+ENGINE_NAME, STANDBY_NAME = "vlmserve-engine", "vlmserve-spare"
 
 LoadRunner = Callable[[EngineConfig], Runner]
 
@@ -73,13 +53,13 @@ def load_model_runner(config: EngineConfig) -> Runner:
     from ...models.distributed.parallel_runner import create_parallel_runner
     from ...models.distributed.replica import Replica
 
-    options = {name: getattr(config, name) for name in RUNNER_OPTIONS}
+    runner_config: RunnerConfig = config
     if config.num_replicas > 1:
         replica = Replica(config.replica, config.num_replicas, config.tensor_parallel_size)
-        options = replica.share_of(options)
+        runner_config = replica.share_of(config)
     if config.tensor_parallel_size > 1:
-        return create_parallel_runner(config.model, config.tensor_parallel_size, **options)
-    return create_runner(config.model, **options)
+        return create_parallel_runner(config.model, config.tensor_parallel_size, runner_config)
+    return create_runner(config.model, runner_config)
 
 
 def import_model_runner() -> None:
@@ -140,9 +120,9 @@ def main(
     use_one_heap()  # before any thread, of which importing torch starts some
     wait_briefly()
     try:
-        if SPARE_OPTION in sys.argv[1:]:
+        if STANDBY_OPTION in sys.argv[1:]:
             die_with_parent()
-            name_process(SPARE_NAME)
+            name_process(STANDBY_NAME)
             prepare()
         config = read_config()
         set_up_logging(config.log_level, config.log_format, config.process_name)
@@ -156,7 +136,7 @@ def main(
 def read_config() -> EngineConfig:
     """The settings: one line of JSON on stdin. Raises msgspec.DecodeError."""
     line = sys.stdin.buffer.readline()
-    if not line and SPARE_OPTION in sys.argv[1:]:
+    if not line and STANDBY_OPTION in sys.argv[1:]:
         _exit(EXIT_STOPPED)  # it was never needed
     return msgspec.json.decode(line, type=EngineConfig)
 

@@ -51,8 +51,8 @@ class Services:
     @property
     def is_ready(self) -> bool:
         """The engine has its model, its heart beats, its steps get on, and nothing is stopping."""
-        is_well = self.settings.well_limits.allow(self.engine)
-        return is_well and not self.generator.is_draining
+        is_healthy = self.settings.health_thresholds.allow(self.engine)
+        return is_healthy and not self.generator.is_draining
 
 
 class _Context(Protocol):

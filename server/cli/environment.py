@@ -8,15 +8,10 @@ are known and have no effect. Knows nothing of what an option does.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from typer.models import ParameterInfo
-
-PREFIX = "VLMSERVE_"
-F = TypeVar("F", bound=Callable[..., Any])
+from ..option_parser import PREFIX, variable_of
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
@@ -88,24 +83,6 @@ IGNORED: Mapping[str, str] = {
     "NGC_API_KEY": "nothing is fetched from NGC; the hub's token is HF_TOKEN",
     "NIM_MODEL_PROFILE": "there are no profiles; the model is an argument, its form are options",
 }
-
-
-def variable_of(option: str) -> str:
-    """The project's own variable of an option, by its parameter's name."""
-    return f"{PREFIX}{option.upper()}"
-
-
-def with_variables(command: F) -> F:
-    """Let each parameter of a command be set by its variable too."""
-    hints = inspect.get_annotations(command, eval_str=True)
-    for name, hint in hints.items():
-        if get_origin(hint) is not Annotated:
-            continue
-        for info in get_args(hint)[1:]:
-            if isinstance(info, ParameterInfo) and info.envvar is None:
-                info.envvar = variable_of(name)
-                info.show_envvar = False  # one rule for all, and help has little room
-    return command
 
 
 def adopt(environ: MutableMapping[str, str]) -> None:

@@ -7,7 +7,12 @@ of loading. Knows nothing of HTTP routes, pixels or processes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from ...models.batch import Positive
+from ...models.option import Limit, Option
+
+HTTP = "HTTP"
 MEBI = 1024 * 1024
 DEFAULT_MAX_IMAGE_BYTES = 20 * MEBI
 
@@ -51,36 +56,51 @@ class ImageRequest:
 class ImageSettings:
     """All limits on images, with their defaults.
 
-    Count, bytes and pixels of one request are checked before anything is fetched,
-    as far as its data URLs tell, and again as fetches come in.
-    max_image_bytes: encoded bytes of one image, after base64. max_pixels: JPEG
-    has a limit of its own, because it can be decoded at a fraction of its size
-    (a progressive one cannot, so max_pixels is its limit too).
-    allow_private_addresses: let image URLs reach private and loopback addresses,
-    for a server whose clients are all trusted; link-local ones (where clouds
-    keep their credentials) stay refused.
-    decoder_memory_bytes: address space a decoder child may take beyond its start.
-    tile_cache_bytes: tiles that are kept so that the same bytes are not decoded
-    again; 0 keeps none.
+    Count, bytes and pixels of one request are checked before anything is fetched, as far as its
+    data URLs show them, and again as fetches complete. Link-local addresses, where clouds serve
+    credentials, stay blocked even with allow_private_addresses.
     """
 
-    max_images: int = 16
-    max_image_bytes: int = DEFAULT_MAX_IMAGE_BYTES
-    max_request_bytes: int = 64 * MEBI
-    max_request_pixels: int = 200_000_000
-    max_url_chars: int = 8192
-    max_pixels: int = 25_000_000
-    max_jpeg_pixels: int = 100_000_000
-    max_side: int = 16_384
-    max_aspect: int = 200
-    fetch_timeout_s: float = 10.0
-    max_redirects: int = 3
-    max_concurrent_fetches: int = 32
-    allow_private_addresses: bool = False
-    num_decoders: int = 2
-    decode_timeout_s: float = 5.0
-    decoder_memory_bytes: int = 768 * MEBI
-    tile_cache_bytes: int = 256 * MEBI
+    max_images: Annotated[Positive, Option("Maximum images in one request.", HTTP)] = 16
+    max_image_bytes: Annotated[int, Limit("Maximum encoded bytes of one image, after base64.")] = (
+        DEFAULT_MAX_IMAGE_BYTES
+    )
+    max_request_bytes: Annotated[
+        int, Limit("Maximum encoded bytes of all images of a request.")
+    ] = 64 * MEBI
+    max_request_pixels: Annotated[int, Limit("Maximum pixels of all images of a request.")] = (
+        200_000_000
+    )
+    max_url_chars: Annotated[int, Limit("Maximum characters of an image URL.")] = 8192
+    max_pixels: Annotated[int, Limit("Maximum pixels of an image.")] = 25_000_000
+    max_jpeg_pixels: Annotated[
+        int, Limit("Maximum pixels of a baseline JPEG, which can be decoded at a reduced size.")
+    ] = 100_000_000
+    max_side: Annotated[int, Limit("Maximum pixels of an image's longer side.")] = 16_384
+    max_aspect: Annotated[int, Limit("Maximum ratio of an image's longer to shorter side.")] = 200
+    fetch_timeout_s: Annotated[float, Limit("Maximum seconds to download one image.")] = 10.0
+    max_redirects: Annotated[int, Limit("Maximum redirects per download.")] = 3
+    max_concurrent_fetches: Annotated[int, Limit("Maximum parallel downloads.")] = 32
+    allow_private_addresses: Annotated[
+        bool,
+        Option(
+            "Also fetch images from private and loopback addresses. Use only if all clients are "
+            "trusted.",
+            HTTP,
+            name="allow-private-image-urls",
+            has_negation=False,
+        ),
+    ] = False
+    num_decoders: Annotated[int, Limit("Number of image decoder processes; at least 2.")] = 2
+    decode_timeout_s: Annotated[
+        float, Limit("Maximum seconds to decode one image; after that, its decoder is restarted.")
+    ] = 5.0
+    decoder_memory_bytes: Annotated[
+        int, Limit("Maximum memory of a decoder process beyond its start.")
+    ] = 768 * MEBI
+    tile_cache_bytes: Annotated[
+        int, Limit("Size of the cache of decoded tiles; 0 disables it.")
+    ] = 256 * MEBI
 
     def __post_init__(self) -> None:
         if self.num_decoders < 2:

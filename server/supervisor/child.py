@@ -19,7 +19,7 @@ import msgspec
 from ..tasks import end_tasks
 
 
-class ManagedChild:
+class Child:
     """A process that reads its settings as one line of JSON on stdin.
 
     On stdin, not on the command line: settings hold API keys. In a session of its own,
@@ -36,7 +36,7 @@ class ManagedChild:
         *,
         pass_fds: Sequence[int] = (),
         environment: Mapping[str, str] | None = None,
-    ) -> ManagedChild:
+    ) -> Child:
         """Start Python with these arguments; it waits for its settings."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,

@@ -10,36 +10,20 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ...router.client.engine_client import EngineClient
 from ...router.errors import EngineDeadError
+from .settings import EngineTimeouts
 from .watchdog import watch
 
 
-@dataclass(frozen=True, slots=True)
-class HangLimits:
-    """How long an engine may be without a sign of life, in seconds.
-
-    heartbeat_s: without a heartbeat, once it is ready; loading_s: before that, as
-    loading may hold the whole process up. step_s: a step without a layer begun;
-    first_step_s: the same for a step whose kind was not computed before, which may be
-    compiling its kernels.
-    """
-
-    heartbeat_s: float = 10.0
-    loading_s: float = 300.0
-    step_s: float = 10.0
-    first_step_s: float = 600.0
-
-
-class EngineWatch:
+class EngineWatchdog:
     """Listens to one engine until it goes away or hangs. clock: seconds, monotonic."""
 
     def __init__(
         self,
         client: EngineClient,
-        limits: HangLimits,
+        limits: EngineTimeouts,
         *,
         interval_s: float = 0.25,
         clock: Callable[[], float] = time.monotonic,

@@ -10,9 +10,9 @@ import contextlib
 from collections.abc import Sequence
 
 from ...router.config import EngineConfig
-from .child import ManagedChild
+from .child import Child
 
-SPARE_OPTION = "--spare"
+STANDBY_OPTION = "--standby"
 
 
 class EngineStarter:
@@ -26,14 +26,14 @@ class EngineStarter:
     def __init__(self, command: Sequence[str], delay_s: float | None) -> None:
         self._command = list(command)
         self._delay_s = delay_s
-        self._spare: ManagedChild | None = None
+        self._spare: Child | None = None
         self._preparing: asyncio.Task[None] | None = None
 
-    async def start(self, config: EngineConfig) -> ManagedChild:
+    async def start(self, config: EngineConfig) -> Child:
         """A new engine process with its settings."""
         child, self._spare = self._spare, None
         if child is None or child.has_ended:
-            child = await ManagedChild.start(self._command)
+            child = await Child.start(self._command)
         await child.configure(config)
         return child
 
@@ -46,7 +46,7 @@ class EngineStarter:
 
     async def _prepare(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
-        self._spare = await ManagedChild.start([*self._command, SPARE_OPTION])
+        self._spare = await Child.start([*self._command, STANDBY_OPTION])
         self._delay_s = 0.0
 
     async def close(self) -> None:

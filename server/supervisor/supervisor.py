@@ -30,14 +30,14 @@ from ...router.config import EngineConfig
 from ...router.logs import say
 from ...router.messages import EngineReady
 from ..settings import ServerSettings
-from .child import ManagedChild
-from .engine_watchdog import EngineWatch, HangLimits
+from .child import Child
+from .engine_watchdog import EngineWatchdog
 from .restart_budget import RestartBudget
 from .restart_counter import RestartCounter, RestartReason
+from .settings import SupervisorSettings
 from .standby_engine import EngineStarter
-from .worker_liveness import Pulse, WorkerLimits
+from .worker_liveness import LivenessPipe
 
-ENGINE_COMMAND = ("-m", "vlmserve.router.engine.process")
 WORKER_COMMAND = ("-m", "vlmserve.server.worker")
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -52,30 +52,10 @@ LAST_WORDS_S = 1.0
 FIGURES_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 # A worker that lived longer had served.
 WORKER_START_S = 3.0
-# Until the first requests after a start are answered, mostly.
-SPARE_DELAY_S = 5.0
 
 
 class ChildFailedError(Exception):
     """A child cannot be had; the message is for the operator, None where it has been said."""
-
-
-@dataclass(frozen=True, slots=True)
-class Supervision:
-    """How children are kept.
-
-    drain_time_s: how long open requests have after SIGTERM. max_restarts: of one child
-    in restart_window_s, before the server gives up. spare_delay_s: see EngineStarter.
-    """
-
-    num_workers: int = 1
-    drain_time_s: float = 20.0
-    max_restarts: int = 5
-    restart_window_s: float = 300.0
-    hang_limits: HangLimits = field(default_factory=HangLimits)
-    worker_limits: WorkerLimits = field(default_factory=WorkerLimits)
-    spare_delay_s: float | None = SPARE_DELAY_S
-    engine_command: Sequence[str] = ENGINE_COMMAND
 
 
 @dataclass(slots=True)
@@ -84,7 +64,7 @@ class EngineSlot:
 
     config: EngineConfig
     restarts: RestartBudget
-    child: ManagedChild | None = None
+    child: Child | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     info: EngineReady | None = None
     is_resting: bool = False
@@ -105,7 +85,7 @@ class WorkerSlot:
     """The place of one HTTP worker."""
 
     restarts: RestartBudget
-    child: ManagedChild | None = None
+    child: Child | None = None
 
 
 class Supervisor:
@@ -121,9 +101,9 @@ class Supervisor:
         server: ServerSettings,
         listener: socket.socket,
         on_ready: Callable[[Sequence[EngineReady]], None],
-        supervision: Supervision | None = None,
+        settings: SupervisorSettings | None = None,
     ) -> None:
-        self._supervision = supervision or Supervision()
+        self._settings = settings or SupervisorSettings()
         self._server_settings = server
         self._listener = listener
         self._on_ready = on_ready
@@ -138,11 +118,10 @@ class Supervisor:
             )
             for number in range(engine.num_replicas)
         ]
-        self._workers = [
-            WorkerSlot(self._new_budget()) for _ in range(self._supervision.num_workers)
-        ]
+        self._workers = [WorkerSlot(self._new_budget()) for _ in range(self._settings.num_workers)]
         self._starter = EngineStarter(
-            self._supervision.engine_command, self._supervision.spare_delay_s
+            self._settings.engine_command,
+            self._settings.standby_delay_s if self._settings.has_standby else None,
         )
 
     async def run(self) -> int:
@@ -150,9 +129,9 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, self._on_signal)
-        settings = self._server_settings
+        server = self._server_settings
         # Else a terminal that closes ends the server, as it does any other program.
-        if settings.api_key_file is not None or settings.tls_certfile is not None:
+        if server.api_key_file is not None or server.tls_certfile is not None:
             loop.add_signal_handler(signal.SIGHUP, self._reload)
         with tempfile.TemporaryDirectory(prefix="vlmserve-") as folder:
             try:
@@ -161,7 +140,7 @@ class Supervisor:
                 await self._kill_all()
 
     def _new_budget(self) -> RestartBudget:
-        return RestartBudget(self._supervision.max_restarts, self._supervision.restart_window_s)
+        return RestartBudget(self._settings.max_restarts, self._settings.restart_window_s)
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -205,7 +184,7 @@ class Supervisor:
         if failures:
             await self._end_children(0.0)
             return EXIT_FAILED
-        drain_time_s = self._supervision.drain_time_s
+        drain_time_s = self._settings.drain_time_s
         _say(f"stopping; open requests have {drain_time_s:g} s, a second signal ends them now")
         await self._end_children(drain_time_s)
         return EXIT_FAILED if self._stop_now.is_set() else EXIT_OK
@@ -224,7 +203,7 @@ class Supervisor:
             await self._pause_engine(slot, child, has_served)
             self._restarts.count("engine", reason)
 
-    async def _pause_engine(self, slot: EngineSlot, child: ManagedChild, has_served: bool) -> None:
+    async def _pause_engine(self, slot: EngineSlot, child: Child, has_served: bool) -> None:
         """Wait until an engine is to be started again; long where it died too often.
 
         Raises ChildFailedError where all the others did so too, or there are none.
@@ -235,12 +214,12 @@ class Supervisor:
             slot.is_resting = True
             if all(one.is_resting for one in self._engines):
                 raise
-            window_s = self._supervision.restart_window_s
+            window_s = self._settings.restart_window_s
             _say(f"{failure} for {window_s:g} s; the other replicas go on")
             await asyncio.sleep(window_s)
             slot.is_resting = False
 
-    async def _watch_engine(self, slot: EngineSlot, child: ManagedChild) -> RestartReason:
+    async def _watch_engine(self, slot: EngineSlot, child: Child) -> RestartReason:
         """Return when the engine has ended, or has been ended because it hung."""
 
         def on_ready(info: EngineReady) -> None:
@@ -249,7 +228,7 @@ class Supervisor:
             self._starter.prepare()
 
         client = EngineClient(slot.config.socket_path, on_ready=on_ready)
-        watch = EngineWatch(client, self._supervision.hang_limits)
+        watch = EngineWatchdog(client, self._settings.engine_timeouts)
         try:
             reason = await _ended(child, f"the {slot.name}", watch.until_it_hangs())
             # Its last words may say that it had been ready.
@@ -263,7 +242,7 @@ class Supervisor:
     async def _keep_worker(self, slot: WorkerSlot) -> None:
         """Run an HTTP worker, and another when it ends. Raises ChildFailedError to give up."""
         while True:
-            with Pulse(self._supervision.worker_limits) as pulse:
+            with LivenessPipe(self._settings.worker_timeouts) as pulse:
                 child = slot.child = await self._start_worker(pulse)
                 began = asyncio.get_running_loop().time()
                 reason = await _ended(child, "an HTTP worker", pulse.until_it_stops())
@@ -273,13 +252,13 @@ class Supervisor:
             await self._pause_before_restart("an HTTP worker", child, slot.restarts, has_served)
             self._restarts.count("worker", reason)
 
-    async def _start_worker(self, pulse: Pulse) -> ManagedChild:
-        child = await ManagedChild.start(
+    async def _start_worker(self, pulse: LivenessPipe) -> Child:
+        child = await Child.start(
             WORKER_COMMAND,
             pass_fds=[self._listener.fileno(), pulse.worker_fd],
             environment={FIGURES_VARIABLE: str(self._figures)},
         )
-        settings = msgspec.structs.replace(self._settings_of_workers(), pulse_fd=pulse.worker_fd)
+        settings = msgspec.structs.replace(self._settings_of_workers(), liveness_fd=pulse.worker_fd)
         pulse.hand_over()
         await child.configure(settings)
         return child
@@ -290,11 +269,11 @@ class Supervisor:
             engine_socket=self._engines[0].config.socket_path,
             replica_sockets=[one.config.socket_path for one in self._engines[1:]],
             listen_fd=self._listener.fileno(),
-            drain_time_s=self._supervision.drain_time_s,
+            drain_time_s=self._settings.drain_time_s,
         )
 
     async def _pause_before_restart(
-        self, name: str, child: ManagedChild, restarts: RestartBudget, has_served: bool
+        self, name: str, child: Child, restarts: RestartBudget, has_served: bool
     ) -> None:
         pause_s = restarts.pause_s(has_served=has_served)
         if pause_s is None:
@@ -322,7 +301,7 @@ class Supervisor:
         await self._end([slot.child for slot in self._workers], drain_time_s)
         await self._end([slot.child for slot in self._engines], 0.0)
 
-    async def _end(self, children: Sequence[ManagedChild | None], time_s: float) -> None:
+    async def _end(self, children: Sequence[Child | None], time_s: float) -> None:
         """SIGTERM to all at once; what is left at the deadline or a second signal is killed."""
         running = [child for child in children if child is not None and not child.has_ended]
         for child in running:
@@ -347,15 +326,13 @@ class Supervisor:
                 await child.wait()
 
 
-def _why_not_started(name: str, child: ManagedChild) -> str | None:
+def _why_not_started(name: str, child: Child) -> str | None:
     if child.exit_code in EXIT_CODES_OF_CHILDREN_THAT_SAID_WHY:
         return None
     return f"the {name} ended ({child.how_it_ended}) before it was ready: giving up"
 
 
-async def _ended(
-    child: ManagedChild, name: str, hanging: Coroutine[Any, Any, str]
-) -> RestartReason:
+async def _ended(child: Child, name: str, hanging: Coroutine[Any, Any, str]) -> RestartReason:
     """Return when the child has ended, or has been ended because `hanging` said why it hangs."""
     reason = await child.wait_or_hang(hanging)
     if reason is None:
@@ -366,7 +343,7 @@ async def _ended(
     return "hung"
 
 
-async def _all_ended(children: Sequence[ManagedChild]) -> None:
+async def _all_ended(children: Sequence[Child]) -> None:
     for child in children:
         await child.wait()
 

@@ -15,9 +15,9 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 
+from .settings import WorkerTimeouts
 from .watchdog import watch
 
 INTERVAL_S = 0.5
@@ -35,18 +35,7 @@ async def beat(fd: int, interval_s: float = INTERVAL_S) -> None:
         await asyncio.sleep(interval_s)
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerLimits:
-    """How long a worker may be without a beat, in seconds.
-
-    stall_s: once there was one; starting_s: before that, as starting holds the process up.
-    """
-
-    stall_s: float = 10.0
-    starting_s: float = 300.0
-
-
-class Pulse:
+class LivenessPipe:
     """The supervisor's end of one worker's pipe, to be used as `with`.
 
     The worker gets `worker_fd`, which is given up by `hand_over` once it has it. clock: seconds,
@@ -55,7 +44,7 @@ class Pulse:
 
     def __init__(
         self,
-        limits: WorkerLimits,
+        limits: WorkerTimeouts,
         *,
         interval_s: float = INTERVAL_S / 2,
         clock: Callable[[], float] = time.monotonic,
@@ -69,7 +58,7 @@ class Pulse:
         self._has_beaten = False
         self._silent_s = 0.0
 
-    def __enter__(self) -> Pulse:
+    def __enter__(self) -> LivenessPipe:
         return self
 
     def __exit__(

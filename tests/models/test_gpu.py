@@ -67,6 +67,7 @@ from vlmserve.models.execution.graphs.recorder import CudaRecorder, Recorder
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.paged_cache import LayerCache, poison_blocks
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
+from vlmserve.models.runner_config import RunnerConfig
 from vlmserve.models.weights.device_map import on_one_device
 from vlmserve.models.weights.loader import LoadedModel, load, load_model
 from vlmserve.models.weights.random_weights import random_checkpoint
@@ -389,7 +390,9 @@ def made(place: Place, folder: str | Path, **options: Any) -> ModelRunner:
     """By `create_runner`: the peak step, the pools, the backend's trial, and graphs on a GPU."""
     dtype = str(place.dtype).removeprefix("torch.")
     sizes = {"max_num_seqs": 8, "max_model_len": 256, "block_size": 16}
-    return create_runner(str(folder), device=place.device, dtype=dtype, **(sizes | options))
+    return create_runner(
+        str(folder), RunnerConfig(device=place.device, dtype=dtype, **(sizes | options))
+    )
 
 
 @pytest.mark.parametrize("place", ANYWHERE)

@@ -1,6 +1,6 @@
 """An engine process that fails when it is told to, for tests.
 
-    python tests/support/faulty_engine.py [--spare] < config.json
+    python tests/support/faulty_engine.py [--standby] < config.json
 
 Its runner hashes instead of computing (`FakeRunner`), so that it starts in a fraction of a
 second. The file that FAULT_FILE in its environment names says what is to happen in the

@@ -2,7 +2,7 @@
 
     python tests/support/faulty_server.py '{"port": 8000, "model": ..., ...}'
 
-Arguments are one JSON object: `port`, and fields of Supervision, ServerSettings and
+Arguments are one JSON object: `port`, and fields of SupervisorSettings, ServerSettings and
 EngineConfig under `supervision`, `server` and `engine`.
 """
 
@@ -20,9 +20,12 @@ from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.router.config import EngineConfig
 from vlmserve.server.cli.listener import listen
 from vlmserve.server.settings import ServerSettings
-from vlmserve.server.supervisor.engine_watchdog import HangLimits
-from vlmserve.server.supervisor.supervisor import Supervision, Supervisor
-from vlmserve.server.supervisor.worker_liveness import WorkerLimits
+from vlmserve.server.supervisor.settings import (
+    EngineTimeouts,
+    SupervisorSettings,
+    WorkerTimeouts,
+)
+from vlmserve.server.supervisor.supervisor import Supervisor
 
 ENGINE = str(Path(__file__).parent / "faulty_engine.py")
 
@@ -38,18 +41,18 @@ def main(options: dict[str, Any]) -> int:
         **options.get("server", {}),
     )
     supervision = {"drain_time_s": 2.0} | options.get("supervision", {})
-    limits = HangLimits(**supervision.pop("hang_limits", {}))
-    worker_limits = WorkerLimits(**supervision.pop("worker_limits", {}))
+    limits = EngineTimeouts(**supervision.pop("engine_timeouts", {}))
+    worker_timeouts = WorkerTimeouts(**supervision.pop("worker_timeouts", {}))
     with listen("127.0.0.1", options["port"]) as listener:
         supervisor = Supervisor(
             engine,
             server,
             listener,
             lambda infos: print("vlmserve is ready", file=sys.stderr),
-            Supervision(
+            SupervisorSettings(
                 engine_command=(ENGINE,),
-                hang_limits=limits,
-                worker_limits=worker_limits,
+                engine_timeouts=limits,
+                worker_timeouts=worker_timeouts,
                 **supervision,
             ),
         )

@@ -346,7 +346,7 @@ def kind_of(pid: int) -> str:
         return "gone"
     if name == "vlmserve-engine":
         return "engine"  # one that was a spare too
-    if b"--spare" in words:
+    if b"--standby" in words:
         return SPARE
     return next((KINDS[word] for word in words if word in KINDS), "other")
 

@@ -1,31 +1,27 @@
-"""The rows that docs/settings.md must hold, taken from the command line and the settings' types.
+"""The tables of docs/settings.md, made from the settings' declarations.
 
-Run as a script it writes the tables of options there anew. Owns the rows' form.
+Run as a script it writes them into the page again.
 """
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-import msgspec
 import typer
 
+from vlmserve.models.option import Limit
 from vlmserve.router.config import EngineConfig
 from vlmserve.server.cli.environment import ADOPTED, IGNORED
 from vlmserve.server.cli.main import app
 from vlmserve.server.images.settings import ImageSettings
+from vlmserve.server.option_parser import defaults_of
 from vlmserve.server.settings import ServerSettings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = ROOT / "docs" / "settings.md"
-SETTINGS = {"ServerSettings": ServerSettings, "ImageSettings": ImageSettings,
-            "EngineConfig": EngineConfig}  # fmt: skip
-# Handed over between the processes; the drain's time is an option of the supervisor.
-INTERNAL = {"listen_fd", "pulse_fd", "drain_time_s", "replica", "replica_sockets"}
+LIMITS = "Limits without an option"
 
 
 def parameters() -> list[Any]:
@@ -49,13 +45,14 @@ def panels() -> dict[str, list[str]]:
     return found
 
 
-def limits() -> Iterator[tuple[str, str]]:
-    """Each setting that no option sets, as `Type.name`, with its default."""
-    set_by_options = _set_by_the_command_line()
-    for kind, settings in SETTINGS.items():
-        for name, default in _fields(settings):
-            if name not in set_by_options[kind] | INTERNAL:
-                yield f"`{kind}.{name}`", _shown(default)
+def limit_rows() -> Iterator[str]:
+    """The row of each documented setting that no option sets."""
+    for kind in (ServerSettings, ImageSettings, EngineConfig):
+        defaults = defaults_of(kind)
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            for note in getattr(hint, "__metadata__", ()):
+                if isinstance(note, Limit):
+                    yield f"| `{kind.__name__}.{name}` | {_shown(defaults[name])} | {note.help} |"
 
 
 def variables() -> set[str]:
@@ -75,42 +72,25 @@ def _row(parameter: Any) -> str:
 
 
 def _shown(default: Any) -> str:
-    if default is None or default == [] or default is msgspec.NODEFAULT:
+    if default is None or default == []:
         return ""
     if isinstance(default, bool):
         return "on" if default else "off"
-    value = getattr(default, "value", default)
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{default:,}" if isinstance(default, int) else str(default)
 
 
-def _fields(settings: Any) -> list[tuple[str, Any]]:
-    if dataclasses.is_dataclass(settings):
-        return [(field.name, field.default) for field in dataclasses.fields(settings)]
-    return [(field.name, field.default) for field in msgspec.structs.fields(settings)]
-
-
-def _set_by_the_command_line() -> dict[str, set[str]]:
-    """The fields that server/cli/main.py fills in, by type."""
-    found: dict[str, set[str]] = {kind: set() for kind in SETTINGS}
-    tree = ast.parse((ROOT / "server" / "cli.py").read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in found:
-            found[node.func.id] |= {one.arg for one in node.keywords if one.arg}
-    return found
-
-
-def with_options(page: str) -> str:
-    """The page with the tables of options as they are now; all else stays."""
+def with_tables(page: str) -> str:
+    """The page with the tables as they are now; all else stays."""
     parts = page.split("\n## ")
-    tables = {heading: _table(rows) for heading, rows in panels().items()}
-    kept = [part for part in parts if part.split("\n")[0] not in tables]
+    head = "| option | variables | default | meaning |\n|---|---|---|---|\n"
+    tables = {heading: head + "\n".join(rows) for heading, rows in panels().items()}
+    kept = [part for part in parts[1:] if part.split("\n")[0] not in {*tables, LIMITS}]
+    (limits,) = (part for part in parts if part.startswith(LIMITS))
+    limits = limits[: limits.index("| setting |")]
+    limits += "| setting | default | meaning |\n|---|---|---|\n" + "\n".join(limit_rows()) + "\n"
     options = [f"{heading}\n\n{table}\n" for heading, table in tables.items()]
-    return "\n## ".join([kept[0], *options, *kept[1:]])
-
-
-def _table(rows: list[str]) -> str:
-    return "\n".join(["| option | variables | default | meaning |", "|---|---|---|---|", *rows])
+    return "\n## ".join([parts[0], *options, *kept, limits])
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_options(PAGE.read_text()))
+    PAGE.write_text(with_tables(PAGE.read_text()))

@@ -183,7 +183,7 @@ def test_help_groups_and_explains_every_option():
     )
     assert done.returncode == 0
     for heading in ("Model", "Engine", "HTTP"):
-        assert f"─ {heading} ─" in done.stdout
+        assert f"\n{heading}:\n" in done.stdout
     for option in OPTIONS:
         assert option in done.stdout
 

@@ -24,7 +24,7 @@ from support.invariants import (
 
 from server_state import descendants, is_running
 
-QUICK = {"hang_limits": {"heartbeat_s": 1.5, "step_s": 1.5}, "spare_delay_s": None}
+QUICK = {"engine_timeouts": {"heartbeat_s": 1.5, "step_s": 1.5}, "has_standby": False}
 
 
 def standing_of(server) -> Standing:
@@ -96,7 +96,7 @@ def test_row_33_engine_killed_ends_streams_and_others_within_1_s_and_serves_agai
 
 
 def test_row_33_requests_between_two_engines_are_a_503(start_faulty_server, wait_for):
-    server = start_faulty_server(supervision={"spare_delay_s": None, "max_restarts": 20})
+    server = start_faulty_server(supervision={"has_standby": False, "max_restarts": 20})
     standing = standing_of(server)
     # Those that die while they load are tried again after pauses.
     server.suffer("dies loading")
@@ -168,7 +168,7 @@ def test_row_35_a_hung_worker_is_ended_and_replaced_and_its_requests_leave_the_e
     # Longer than a busy machine keeps a process from running.
     stall_s = 4.0
     server = start_faulty_server(
-        supervision={"num_workers": 2, "worker_limits": {"stall_s": stall_s}},
+        supervision={"num_workers": 2, "worker_timeouts": {"stall_s": stall_s}},
         engine={"max_num_seqs": 8},
     )
     standing = standing_of(server)
@@ -214,7 +214,7 @@ def restarts(standing):
 
 
 def test_row_35_a_killed_supervisor_leaves_nothing_running(start_faulty_server, wait_for):
-    server = start_faulty_server(supervision={"num_workers": 2, "spare_delay_s": 0.0})
+    server = start_faulty_server(supervision={"num_workers": 2, "standby_delay_s": 0.0})
     standing = standing_of(server)
     assert wait_for(lambda: standing.pids("spare"))
     until_whole(standing, wait_for, num_workers=2)
@@ -303,7 +303,7 @@ def assert_not_ready(answer):
 
 
 def test_an_engine_that_dies_again_and_again_ends_the_server_with_one_line(start_faulty_server):
-    server = start_faulty_server(supervision={"max_restarts": 2, "spare_delay_s": None})
+    server = start_faulty_server(supervision={"max_restarts": 2, "has_standby": False})
     server.suffer("dies loading")
     family = descendants(server.process.pid)
     os.kill(standing_of(server).engine_pid, signal.SIGKILL)
@@ -316,7 +316,7 @@ def test_an_engine_that_dies_again_and_again_ends_the_server_with_one_line(start
 
 
 def test_a_spare_takes_the_dead_engines_place(start_faulty_server, wait_for):
-    server = start_faulty_server(supervision={"spare_delay_s": 0.0})
+    server = start_faulty_server(supervision={"standby_delay_s": 0.0})
     standing = standing_of(server)
     assert wait_for(lambda: standing.pids("spare"))
     (spare,) = standing.pids("spare")

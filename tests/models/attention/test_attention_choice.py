@@ -17,6 +17,7 @@ from vlmserve.models.attention.trial import what_is_wrong
 from vlmserve.models.attention.triton_paged import TritonBackend
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.errors import ModelError
+from vlmserve.models.runner_config import RunnerConfig
 
 LOGGER = "vlmserve.models.attention.choice"
 CPU = Geometry(torch.device("cpu"), torch.bfloat16, 6, 2, 16, 5)
@@ -162,8 +163,10 @@ def test_a_kernel_that_fails_its_trial_is_passed_over(kind, said, everything_wor
 
 
 def test_a_runner_is_made_with_the_chosen_blocks_or_not_at_all() -> None:
-    runner = create_runner(checkpoint("tiny"), block_size=32, max_num_seqs=1)
+    runner = create_runner(checkpoint("tiny"), RunnerConfig(block_size=32, max_num_seqs=1))
     assert runner.info.pools.block_size == 32
-    assert create_runner(checkpoint("tiny"), max_num_seqs=1).info.pools.block_size == 16
+    assert (
+        create_runner(checkpoint("tiny"), RunnerConfig(max_num_seqs=1)).info.pools.block_size == 16
+    )
     with pytest.raises(ModelError, match="'varlen' cannot be used"):
-        create_runner(checkpoint("tiny"), attention_backend="varlen")
+        create_runner(checkpoint("tiny"), RunnerConfig(attention_backend="varlen"))

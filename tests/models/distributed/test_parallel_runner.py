@@ -40,10 +40,12 @@ from vlmserve.models.distributed import parallel_runner, wire
 from vlmserve.models.distributed import ranks as parallel_ranks
 from vlmserve.models.distributed.parallel_runner import ParallelRunner, create_parallel_runner
 from vlmserve.models.distributed.ranks import Ranks
+from vlmserve.models.distributed.wire import RankSettings
 from vlmserve.models.errors import ModelError, StepError, StepTooLargeError
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
 from vlmserve.models.memory.available import Room
+from vlmserve.models.runner_config import RunnerConfig
 from vlmserve.models.tensor_parallel.plan import Side, check_size, cut_linears, narrow, share_of
 from vlmserve.models.weights.loader import LoadedModel, load, load_model, open_checkpoint
 
@@ -234,8 +236,10 @@ def test_ranks_size_their_pools_together_by_the_one_with_the_least_room(monkeypa
 
     def size(group: ThreadGroup):
         room = Room((16, 512)[group.rank] << 20, "as a test says")
-        everything = options | limits | {"rooms": lambda device: room, "group": group}
-        return create_runner(checkpoint("tiny"), **everything).info
+        config = RunnerConfig(**(options | limits))
+        return create_runner(
+            checkpoint("tiny"), config, rooms=lambda device: room, group=group
+        ).info
 
     first, second = on_ranks(2, size)
     assert first == second
@@ -253,7 +257,9 @@ def test_a_step_that_is_too_large_for_a_rank_is_not_tried_again_shorter(monkeypa
     monkeypatch.setattr(launch, "load", load_one_at_a_time)
     monkeypatch.setattr(launch, "_peaks", peaks)
     with pytest.raises(StepTooLargeError):
-        on_ranks(1, lambda group: create_runner(checkpoint("tiny"), **OPTIONS, group=group))
+        on_ranks(
+            1, lambda group: create_runner(checkpoint("tiny"), RunnerConfig(**OPTIONS), group=group)
+        )
 
 
 @pytest.mark.parametrize("quantize", ["bitsandbytes", "bitsandbytes-nf4"])
@@ -328,9 +334,9 @@ def test_ranks_in_processes_of_their_own_give_the_tokens_of_one() -> None:
     """Over gloo, prompts with pictures and without, batched; then a rank is killed."""
     whole, shared = requests("text", "one", "adjacent"), requests("text", "one", "adjacent")
     model = checkpoint("tiny")
-    generate(create_runner(model, **OPTIONS), whole, num_tokens=6, chunk=7)
+    generate(create_runner(model, RunnerConfig(**OPTIONS)), whole, num_tokens=6, chunk=7)
     deaths: list[str] = []
-    runner = create_parallel_runner(model, 2, deaths.append, **OPTIONS)
+    runner = create_parallel_runner(model, 2, RunnerConfig(**OPTIONS), deaths.append)
     try:
         generate(runner, shared, num_tokens=6, chunk=7)
         assert [r.generated for r in shared] == [r.generated for r in whole]
@@ -347,11 +353,19 @@ def test_ranks_in_processes_of_their_own_give_the_tokens_of_one() -> None:
     assert not meeting_places()
 
 
+def rank_settings(folder: Path, **options) -> RankSettings:
+    """The first of two ranks of the small model."""
+    config = RunnerConfig(**OPTIONS | options)
+    place = str(folder / "meeting")
+    return RankSettings(
+        rank=0, size=2, meeting_place=place, model=checkpoint("tiny"), config=config
+    )
+
+
 def test_a_rank_that_ends_while_it_loads_is_named(tmp_path: Path) -> None:
     """Its options name a device that there is not, which it tells before it goes."""
     deaths: list[str] = []
-    options = OPTIONS | {"model": checkpoint("tiny"), "device": "tpu"}
-    ranks = Ranks(2, tmp_path / "meeting", options, deaths.append)
+    ranks = Ranks(rank_settings(tmp_path, device="tpu"), deaths.append)
     try:
         with pytest.raises(ModelError, match=r"^rank 1: device 'tpu' is unknown"):
             ranks.wait_ready()
@@ -369,14 +383,13 @@ def test_a_first_rank_that_fails_while_others_wait_for_it_says_so(monkeypatch) -
     monkeypatch.setattr(parallel_runner, "join_group", fail)
     monkeypatch.setattr(parallel_ranks, "LAST_WORD_S", 0.1)
     with pytest.raises(RuntimeError, match="the driver is too old"):
-        create_parallel_runner(checkpoint("tiny"), 2, **OPTIONS)
+        create_parallel_runner(checkpoint("tiny"), 2, RunnerConfig(**OPTIONS))
     assert not meeting_places()
 
 
 def test_ranks_end_when_the_first_one_goes_away(tmp_path: Path) -> None:
     """Also in the middle of waiting for the others: here the first rank never comes."""
-    options = OPTIONS | {"model": checkpoint("tiny")}
-    ranks = Ranks(2, tmp_path / "meeting", options, lambda line: None)
+    ranks = Ranks(rank_settings(tmp_path), lambda line: None)
     (pid,) = ranks.pids
     ranks.close()
     assert not Path(f"/proc/{pid}").exists()

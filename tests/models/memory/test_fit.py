@@ -21,6 +21,7 @@ from vlmserve.models.kv_cache.pool_sizes import PoolRequest
 from vlmserve.models.memory.available import Room
 from vlmserve.models.memory.fit import Plan, check_fits, needs_of, share_of
 from vlmserve.models.memory.peak_step import StepLimits
+from vlmserve.models.runner_config import RunnerConfig
 from vlmserve.models.weights import loader as loading
 from vlmserve.models.weights.device_map import given_map, on_one_device
 from vlmserve.models.weights.loader import open_checkpoint
@@ -54,7 +55,7 @@ def plan(quantize: str | None = None, max_model_len: int | None = None) -> Plan:
 
 def refusal(room: int, **settings: Any) -> str:
     with pytest.raises(ModelError) as raised:
-        create_runner(checkpoint("tiny"), **(SMALL | settings), rooms=rooms(room))
+        create_runner(checkpoint("tiny"), RunnerConfig(**(SMALL | settings)), rooms=rooms(room))
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -124,7 +125,7 @@ def test_what_just_fits_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_read_weights", read)
     need = needs_of(plan()).total
     with pytest.raises(Reading):
-        create_runner(checkpoint("tiny"), **SMALL, rooms=rooms(need))
+        create_runner(checkpoint("tiny"), RunnerConfig(**SMALL), rooms=rooms(need))
     assert "does not fit" in refusal(need - 1)
 
 
@@ -218,11 +219,10 @@ def test_llama_3_2_11b_is_refused_on_a_small_machine_with_its_true_sizes(
     with pytest.raises(ModelError) as raised:
         create_runner(
             str(large_folder),
-            device="cpu",
-            dtype="bfloat16",
-            num_threads=torch.get_num_threads(),
+            RunnerConfig(
+                device="cpu", dtype="bfloat16", num_threads=torch.get_num_threads(), **settings
+            ),
             rooms=rooms(int(17.6 * 2**30)),
-            **settings,
         )
     assert told in str(raised.value)
 

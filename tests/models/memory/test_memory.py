@@ -29,6 +29,7 @@ from vlmserve.models.memory import peak_step as peak
 from vlmserve.models.memory.available import Room, cpu_room, room_of
 from vlmserve.models.memory.estimate import by_kind, part_bytes, peak_bytes
 from vlmserve.models.memory.peak_step import StepLimits, measure_peak, peak_batch, probe_plan
+from vlmserve.models.runner_config import RunnerConfig
 from vlmserve.models.weights.device_map import on_one_device, parts_of
 from vlmserve.models.weights.loader import LoadedModel, load, load_model, open_checkpoint
 
@@ -330,7 +331,7 @@ def weight_bytes() -> int:
 
 @pytest.mark.parametrize("room", [24 * MIB, 48 * MIB, 96 * MIB, 512 * MIB])
 def test_pools_take_what_weights_and_the_peak_step_leave(room: int) -> None:
-    runner = create_runner(checkpoint("tiny"), **SMALL, rooms=rooms(room))
+    runner = create_runner(checkpoint("tiny"), RunnerConfig(**SMALL), rooms=rooms(room))
     pools = sum(one.keys.nbytes + one.values.nbytes for one in runner.pools.layers)
     limits = StepLimits(8, 64, 1, runner.info.max_model_len)
     peak_size = peak_bytes(runner.config, limits, torch.float32).most
@@ -343,7 +344,9 @@ def test_pools_take_what_weights_and_the_peak_step_leave(room: int) -> None:
 
 def test_max_memory_bounds_the_pools_too() -> None:
     sizes = [
-        create_runner(checkpoint("tiny"), **SMALL, **limit, rooms=rooms(room)).info.pools
+        create_runner(
+            checkpoint("tiny"), RunnerConfig(**SMALL, **limit), rooms=rooms(room)
+        ).info.pools
         for limit, room in (({"max_memory": {"cpu": 24 * MIB}}, 512 * MIB), ({}, 24 * MIB))
     ]
     assert sizes[0] == sizes[1]
@@ -364,14 +367,16 @@ def test_a_context_over_which_a_step_runs_out_of_memory_shrinks(
         return {CPU: MIB}
 
     monkeypatch.setattr(launch, "_peaks", peaks)
-    runner = create_runner(checkpoint("tiny"), **SMALL, rooms=rooms(512 * MIB))
+    runner = create_runner(checkpoint("tiny"), RunnerConfig(**SMALL), rooms=rooms(512 * MIB))
     assert lens == [16384, 8192, 4096]
     assert runner.info.max_model_len == 4096
 
 
 def test_the_context_shrinks_where_a_step_over_all_of_it_leaves_no_room() -> None:
     lens = [
-        create_runner(checkpoint("tiny"), **SMALL, rooms=rooms(room)).info.max_model_len
+        create_runner(
+            checkpoint("tiny"), RunnerConfig(**SMALL), rooms=rooms(room)
+        ).info.max_model_len
         for room in (16 * MIB, 64 * MIB, 512 * MIB)
     ]
     assert 2048 <= lens[0] < lens[1] <= lens[2] == 16384
@@ -381,9 +386,7 @@ def test_kv_cache_memory_wins_over_what_is_free() -> None:
     sizes = [
         create_runner(
             checkpoint("tiny"),
-            **SMALL,
-            max_model_len=512,
-            kv_cache_bytes=4 * MIB,
+            RunnerConfig(**SMALL, max_model_len=512, kv_cache_bytes=4 * MIB),
             rooms=rooms(room),
         ).info.pools
         for room in (64 * MIB, 8 * GIB)
@@ -395,7 +398,7 @@ def test_kv_cache_memory_wins_over_what_is_free() -> None:
 def test_the_log_says_where_memory_goes(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger=launch.__name__):
         runner = create_runner(
-            checkpoint("tiny"), **SMALL, max_model_len=512, rooms=rooms(64 * MIB)
+            checkpoint("tiny"), RunnerConfig(**SMALL, max_model_len=512), rooms=rooms(64 * MIB)
         )
     sizes = runner.info.pools
     tokens = f"{sizes.num_text_blocks * 16:,} tokens"
@@ -417,12 +420,14 @@ def test_a_model_that_the_cpu_cannot_hold_lies_on_disk_and_answers_alike(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     need = SMALL | {"max_model_len": 256, "max_num_seqs": 1}
-    whole = create_runner(checkpoint("tiny"), **need)
+    whole = create_runner(checkpoint("tiny"), RunnerConfig(**need))
     # weights are 1.3 MiB: a step and the caches fit with one layer and the vision model at most
     taken = peak_bytes(whole.config, StepLimits(1, 64, 1, 256), torch.float32).most + MIB
     with caplog.at_level(logging.INFO):
         split = create_runner(
-            checkpoint("tiny"), **need, device_map="auto", rooms=rooms(taken + MIB // 4)
+            checkpoint("tiny"),
+            RunnerConfig(**need, device_map="auto"),
+            rooms=rooms(taken + MIB // 4),
         )
     on_disk = [weight for weight in split._model.parameters() if weight.is_meta]
     assert on_disk
@@ -445,7 +450,7 @@ def test_a_runner_makes_its_device_the_current_one(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(launch, "choose_device", torch.device)
     monkeypatch.setattr(torch.cuda, "set_device", note)
     with pytest.raises(ModelError, match="far enough"):
-        create_runner(checkpoint("tiny"), **SMALL | {"device": "cuda:1"})
+        create_runner(checkpoint("tiny"), RunnerConfig(**SMALL | {"device": "cuda:1"}))
     assert made == [torch.device("cuda", 1)]
 
 

@@ -25,6 +25,7 @@ from vlmserve.bench.checkpoints import layout
 from vlmserve.models.batch import ImageToEncode, StepBatch
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.errors import StepError
+from vlmserve.models.runner_config import RunnerConfig
 from vlmserve.models.vision.image_cost import image_cost_tokens
 
 # three local layers and a global one
@@ -101,8 +102,8 @@ def test_an_offloaded_vision_model_computes_as_a_whole(tmp_path) -> None:
     places = tmp_path / "map.json"
     places.write_text(json.dumps({"": "cpu", "model.vision_model": "disk"}))
     model = create_runner(
-        str(checkpoint("tiny")), device="cpu", dtype="float32", device_map=str(places),
-        max_model_len=64, num_text_blocks=16, num_image_blocks=8,
+        str(checkpoint("tiny")), RunnerConfig(device="cpu", dtype="float32", device_map=str(places),
+        max_model_len=64, num_text_blocks=16, num_image_blocks=8),
     )  # fmt: skip
     assert model.info.num_image_layers == 1
     batch = schedule(PROMPTS["late"](), 19, Blocks(model.info.pools))

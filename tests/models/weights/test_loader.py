@@ -24,6 +24,7 @@ from vlmserve.models.errors import ModelError
 from vlmserve.models.execution.runner import set_threads
 from vlmserve.models.kv_cache.paged_cache import allocate_pools, tile_bytes, token_bytes
 from vlmserve.models.kv_cache.pool_sizes import PoolRequest, plan_pools
+from vlmserve.models.runner_config import RunnerConfig
 from vlmserve.models.weights import loader as loading
 from vlmserve.models.weights.loader import choose_device, choose_dtype, load_model
 
@@ -271,13 +272,15 @@ def test_bytes_of_a_token_and_a_tile_are_those_of_llama_3_2_11b() -> None:
 def test_create_runner_makes_a_runner_that_answers() -> None:
     runner = create_runner(
         checkpoint("tiny"),
-        device="cpu",
-        dtype="float32",
-        max_model_len=256,
-        max_num_seqs=4,
-        block_size=4,
-        kv_cache_bytes=8 << 20,
-        num_threads=torch.get_num_threads(),
+        RunnerConfig(
+            device="cpu",
+            dtype="float32",
+            max_model_len=256,
+            max_num_seqs=4,
+            block_size=4,
+            kv_cache_bytes=8 << 20,
+            num_threads=torch.get_num_threads(),
+        ),
     )
     assert runner.info.pools == PoolSizes(4 * 64, 4 * 4 * 2, 4)
     request = prompt("r", "hello")

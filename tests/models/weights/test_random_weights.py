@@ -12,6 +12,7 @@ from vlmserve.models.create_runner import create_runner
 from vlmserve.models.decoder.int8.linear import Int8Linear
 from vlmserve.models.decoder.int8.quantizer import Int8Weight, dequantize, quantize
 from vlmserve.models.errors import ModelError
+from vlmserve.models.runner_config import RunnerConfig
 from vlmserve.models.weights.device_map import given_map, on_one_device
 from vlmserve.models.weights.loader import load
 from vlmserve.models.weights.random_weights import GATE, random_checkpoint
@@ -60,7 +61,7 @@ def test_an_int8_model_rounds_the_weights_that_the_plain_one_has() -> None:
 @pytest.mark.parametrize("method", [None, "int8"])
 def test_a_runner_of_random_weights_computes_a_step(method: str | None) -> None:
     checkpoint = random_checkpoint(layout("tiny"), torch.float32)
-    runner = create_runner(checkpoint, device="cpu", quantize=method, max_num_seqs=1)
+    runner = create_runner(checkpoint, RunnerConfig(device="cpu", quantize=method, max_num_seqs=1))
     assert runner.info.dtype == "float32"
     sequence = ScheduledSequence(
         request_id="one",

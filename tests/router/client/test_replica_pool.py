@@ -19,7 +19,8 @@ from vlmserve.models.batch import ImageSpan
 from vlmserve.models.distributed.replica import Replica
 from vlmserve.models.errors import ModelError
 from vlmserve.models.memory.available import Held, Room, held_by_engines, part_of
-from vlmserve.router.client.engine_client import EngineClient, WellLimits
+from vlmserve.models.runner_config import RunnerConfig
+from vlmserve.router.client.engine_client import EngineClient, HealthThresholds
 from vlmserve.router.client.replica_chooser import (
     Affinities,
     Load,
@@ -193,7 +194,7 @@ async def outcome(pool, request=None):
 
 def pool_of(*clients):
     moves = []
-    return ReplicaPool(clients, WellLimits(), moves.append), moves
+    return ReplicaPool(clients, HealthThresholds(), moves.append), moves
 
 
 def test_a_prompt_weighs_until_its_first_output_and_an_answer_until_its_end():
@@ -314,11 +315,11 @@ def test_replicas_lie_one_behind_the_other_on_gpus_and_too_few_are_told(monkeypa
 def test_replicas_share_a_cpu_s_cores_unless_someone_said_how_many(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    options = {"device": "cpu", "num_threads": None}
-    assert Replica(0, 2).share_of(options)["num_threads"] == 4
-    assert Replica(0, 2, 2).share_of(options)["num_threads"] == 2
-    assert Replica(0, 2).share_of(options | {"num_threads": 3})["num_threads"] == 3
-    assert Replica(0, 2).share_of(options)["num_sharers"] == 2
+    config = RunnerConfig(device="cpu")
+    assert Replica(0, 2).share_of(config).num_threads == 4
+    assert Replica(0, 2, 2).share_of(config).num_threads == 2
+    assert Replica(0, 2).share_of(RunnerConfig(device="cpu", num_threads=3)).num_threads == 3
+    assert Replica(0, 2).share_of(config).num_sharers == 2
 
 
 @pytest.mark.parametrize(("free", "own", "others", "part"), [
@@ -341,7 +342,7 @@ def test_what_engines_hold_is_read_from_their_parent_s_children_of_one_name(tmp_
 
 
 def test_replicas_and_a_device_map_exclude_each_other():
-    with pytest.raises(ValueError, match="--replicas puts each engine on devices of its own"):
+    with pytest.raises(ValueError, match="--replicas gives each engine its own devices"):
         EngineConfig(model="m", socket_path="", num_replicas=2, device_map="auto")
 
 
@@ -427,7 +428,7 @@ def test_one_replica_that_dies_too_often_rests_and_the_server_ends_only_with_all
     start_faulty_server, wait_for
 ):
     server = start_faulty_server(
-        engine={"num_replicas": 2}, supervision={"max_restarts": 0, "spare_delay_s": None}
+        engine={"num_replicas": 2}, supervision={"max_restarts": 0, "has_standby": False}
     )
     standing = Standing(server, is_warm=True)
     assert wait_for(lambda: "vlmserve is ready" in server.log.read_text())
@@ -483,7 +484,7 @@ def test_what_waits_at_a_replica_that_dies_is_answered_by_another(start_faulty_s
 
 def test_a_request_that_kills_engines_costs_one(start_faulty_server, wait_for):
     """It was moved, as nothing had come of it, and killed the other one too."""
-    server = start_faulty_server(engine={"num_replicas": 2}, supervision={"spare_delay_s": None})
+    server = start_faulty_server(engine={"num_replicas": 2}, supervision={"has_standby": False})
     standing = Standing(server, is_warm=True)
     assert wait_for(lambda: standing.metrics()['vlmserve_replica_ready{replica="1"}'] == 1)
     server.suffer("poison 300")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -18,56 +19,43 @@ from vlmserve.server.cli.environment import (
     IGNORED,
     VariableError,
     adopt,
-    variable_of,
     without_effect,
 )
 from vlmserve.server.cli.listener import ListenError, listen
 from vlmserve.server.cli.startup_checks import check_access, trace_settings
+from vlmserve.server.option_parser import variable_of
 from vlmserve.server.settings import ServerSettings
 
-LINES = settings_page.PAGE.read_text().splitlines()
 SCRIPT = "tests/support/settings_page.py"
 SERVE = [sys.executable, "-m", "vlmserve.server", "serve"]
+PAGE = settings_page.PAGE.read_text()
 
 
-def rows_of(*headings):
-    """The tables' rows under these headings, all where none are named."""
-    heading, found = "", []
-    for line in LINES:
-        if line.startswith("## "):
-            heading = line.removeprefix("## ")
-        elif line.startswith("| `") and (not headings or heading in headings):
-            found.append(line)
-    return found
-
-
-def test_the_page_has_each_option_under_its_panel_as_the_program_has_it():
-    for panel, rows in settings_page.panels().items():
-        missing = [row for row in rows if row not in rows_of(panel)]
-        assert not missing, f"{panel}: run `.venv/bin/python {SCRIPT}` for {missing}"
-
-
-def test_the_page_has_every_limit_with_its_default():
-    written = [tuple(row.split(" | ")[:2]) for row in rows_of("Limits without an option")]
-    expected = [(f"| {name}", default) for name, default in settings_page.limits()]
-    assert sorted(written) == sorted(expected), "each once"
-    assert all(row.split(" | ")[2].strip(" |") for row in rows_of("Limits without an option"))
+def test_the_page_s_tables_are_the_declarations():
+    assert settings_page.with_tables(PAGE) == PAGE, f"run `.venv/bin/python {SCRIPT}`"
 
 
 def test_the_page_has_the_documented_variables_and_no_others():
-    written = [row.split("`")[1] for row in rows_of("The documented service's variables")]
-    assert sorted(written) == sorted(settings_page.variables())
-    for row in rows_of("The documented service's variables"):
+    (section,) = (one for one in PAGE.split("\n## ") if one.startswith("The documented service's"))
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(row.split("`")[1] for row in rows) == sorted(settings_page.variables())
+    for row in rows:
         assert ("no effect" in row) is (row.split("`")[1] in IGNORED)
 
 
-def test_nothing_stands_on_the_page_that_there_is_not():
-    panels = settings_page.panels()
-    known = {row for rows in panels.values() for row in rows}
-    told = [row for row in rows_of(*panels) if row not in known]
-    assert not told, f"run `.venv/bin/python {SCRIPT}`; there is no such option: {told}"
-    others = rows_of("Limits without an option", "The documented service's variables")
-    assert len(rows_of()) == len(known) + len(others)
+@pytest.mark.parametrize("command", [("serve",), ("bench", "serve")], ids=" ".join)
+def test_help_shows_whole_names_at_80_columns(command):
+    result = CliRunner().invoke(cli.app, [*command, "--help"], env={"COLUMNS": "80"})
+    assert result.exit_code == 0
+    assert max(map(len, result.output.splitlines())) <= 80
+    found = typer.main.get_command(cli.app)
+    for name in command:
+        found = found.commands[name]
+    for parameter in found.params:
+        for name in (*parameter.opts, *parameter.secondary_opts):
+            if name.startswith("--"):
+                assert re.search(rf"(?<!\S){re.escape(name)}(?![\w-])", result.output), name
+    assert "…" not in result.output
 
 
 def test_every_option_has_a_variable_of_its_own():

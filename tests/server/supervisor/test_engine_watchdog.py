@@ -14,9 +14,10 @@ from vlmserve.router.engine.step_watchdog import StepWatchdog
 from vlmserve.router.messages import EngineReady
 from vlmserve.server.cli.listener import listen
 from vlmserve.server.settings import ServerSettings
-from vlmserve.server.supervisor.engine_watchdog import EngineWatch, HangLimits
+from vlmserve.server.supervisor.engine_watchdog import EngineWatchdog
 from vlmserve.server.supervisor.restart_budget import RestartBudget
-from vlmserve.server.supervisor.supervisor import Supervision, Supervisor
+from vlmserve.server.supervisor.settings import EngineTimeouts, SupervisorSettings
+from vlmserve.server.supervisor.supervisor import Supervisor
 
 READY = EngineReady(
     pid=1, max_model_len=1, vocab_size=1, max_num_seqs=1, device="", dtype="",
@@ -24,13 +25,13 @@ READY = EngineReady(
 )  # fmt: skip
 
 
-def watched(**heartbeat) -> tuple[EngineClient, EngineWatch]:
+def watched(**heartbeat) -> tuple[EngineClient, EngineWatchdog]:
     client = EngineClient("unused")
     client.info, client.last_heartbeat = READY, 1.0
     for name, value in heartbeat.items():
         setattr(client, name, value)
-    limits = HangLimits(heartbeat_s=10, loading_s=300, step_s=10, first_step_s=600)
-    return client, EngineWatch(client, limits)
+    limits = EngineTimeouts(heartbeat_s=10, loading_s=300, step_s=10, first_step_s=600)
+    return client, EngineWatchdog(client, limits)
 
 
 def test_an_engine_without_a_heartbeat_hangs_after_10_s():
@@ -63,8 +64,8 @@ def test_silence_is_counted_by_the_clock_but_for_what_the_watch_itself_slept_thr
         num_looks += 1
         return num_looks * interval_s + (3600.0 if is_held_up and num_looks > 8 else 0.0)
 
-    limits = HangLimits(heartbeat_s=limit_s)
-    watch = EngineWatch(SilentClient(), limits, interval_s=interval_s, clock=clock)
+    limits = EngineTimeouts(heartbeat_s=limit_s)
+    watch = EngineWatchdog(SilentClient(), limits, interval_s=interval_s, clock=clock)
     reason = asyncio.run(watch.until_it_hangs())
     assert reason.startswith("gave no heartbeat for")
     # One before the first interval, one finds the heartbeat, and the last is past the limit.
@@ -199,10 +200,10 @@ def test_an_engine_that_dies_as_soon_as_it_is_ready_has_been_ready(capfd):
             ServerSettings(model="fake", engine_socket="", served_model_names=["fake"]),
             listener,
             lambda infos: None,
-            Supervision(
+            SupervisorSettings(
                 num_workers=0,
                 max_restarts=2,
-                spare_delay_s=None,
+                has_standby=False,
                 engine_command=("-c", SHORT_LIVED_ENGINE),
             ),
         )

@@ -8,14 +8,15 @@ import pytest
 from support.fake_clock import first_reason
 
 from vlmserve.server.supervisor.restart_counter import FILE_NAME, RestartCounter, RestartCounts
-from vlmserve.server.supervisor.worker_liveness import Pulse, WorkerLimits, beat
+from vlmserve.server.supervisor.settings import WorkerTimeouts
+from vlmserve.server.supervisor.worker_liveness import LivenessPipe, beat
 
-LIMITS = WorkerLimits(stall_s=10, starting_s=300)
+LIMITS = WorkerTimeouts(stall_s=10, starting_s=300)
 
 
 @pytest.fixture
 def pulse():
-    with Pulse(LIMITS) as made:
+    with LivenessPipe(LIMITS) as made:
         yield made
 
 
@@ -62,7 +63,7 @@ def test_a_watch_that_was_held_up_blames_nobody():
             return self.now
 
     async def run():
-        with Pulse(LIMITS, interval_s=0.001, clock=Clock()) as pulse:
+        with LivenessPipe(LIMITS, interval_s=0.001, clock=Clock()) as pulse:
             os.write(pulse.worker_fd, b".")
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(pulse.until_it_stops(), 0.1)
@@ -88,10 +89,10 @@ def test_beats_go_on_into_a_pipe_that_nobody_reads_and_are_all_read_at_once(puls
 
 def test_a_pulse_gives_its_descriptors_back():
     before = set(os.listdir("/proc/self/fd"))
-    with Pulse(LIMITS) as pulse:
+    with LivenessPipe(LIMITS) as pulse:
         pulse.hand_over()
         pulse.hand_over()
-    with Pulse(LIMITS):
+    with LivenessPipe(LIMITS):
         pass
     assert set(os.listdir("/proc/self/fd")) == before
 

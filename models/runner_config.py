@@ -1,0 +1,132 @@
+"""The settings of a model's runner: types, defaults, bounds and command-line options.
+
+The engine's settings extend these (router/config.py). Never imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from .batch import Positive
+from .option import Limit, Option
+
+MODEL, ENGINE = "Model", "Engine"
+
+
+class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything `create_runner` needs besides the checkpoint.
+
+    max_memory: bytes by "0", "1", ... and "cpu". num_sharers: how many engines share a CPU's
+    memory. None leaves the choice to the runner.
+    """
+
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Option("Compute type. auto: bfloat16 if the device supports it, else float32.", MODEL),
+    ] = "auto"
+    device: Annotated[
+        str, Option("auto, cpu, cuda or cuda:N. auto: CUDA if there is a GPU.", MODEL)
+    ] = "auto"
+    device_map: Annotated[
+        str | None,
+        Option(
+            "Place the model on several devices. auto: one GPU if the model fits. balanced: all "
+            "GPUs evenly. A JSON file maps modules to a GPU number, cpu or disk. Several GPUs are "
+            "unverified.",
+            MODEL,
+            metavar="auto|balanced|FILE",
+        ),
+    ] = None
+    max_memory: Annotated[
+        dict[str, Positive] | None,
+        Option(
+            "Maximum memory for the model per device, such as 0=20GiB,cpu=40GiB. Devices not named "
+            "are not used. The rest goes to disk.",
+            MODEL,
+            metavar="DEVICE=BYTES,...",
+        ),
+    ] = None
+    quantize: Annotated[
+        Literal["int8", "bitsandbytes", "bitsandbytes-nf4"] | None,
+        Option(
+            "Quantize the decoder's weights: 8 bits (int8, or bitsandbytes for LLM.int8) or 4 bits "
+            "(bitsandbytes-nf4).",
+            MODEL,
+        ),
+    ] = None
+    max_model_len: Annotated[
+        Positive | None,
+        Option(
+            "Maximum tokens of prompt and answer together. Default: the model's context, or less "
+            "if memory is short.",
+            ENGINE,
+        ),
+    ] = None
+    max_num_seqs: Annotated[
+        Positive, Option("Maximum number of requests that run at once.", ENGINE)
+    ] = 64
+    max_num_batched_tokens: Annotated[
+        Positive,
+        Option(
+            "Maximum tokens per step. While answers stream, an image counts as the tokens that it "
+            "costs to encode.",
+            ENGINE,
+        ),
+    ] = 2048
+    max_num_batched_images: Annotated[
+        Positive, Option("Maximum number of images encoded per step.", ENGINE)
+    ] = 4
+    attention_backend: Annotated[
+        Literal["auto", "sdpa", "flash_attn", "triton", "varlen"],
+        Option(
+            "Attention implementation. sdpa runs on any device; flash_attn, triton and varlen need "
+            "CUDA. auto: the fastest that works; the log shows the reason.",
+            ENGINE,
+        ),
+    ] = "auto"
+    block_size: Annotated[
+        Positive | None,
+        Option("Tokens per text block. Default: 16, or 256 for flash_attn and varlen.", ENGINE),
+    ] = None
+    cuda_graphs: Annotated[
+        bool,
+        Option(
+            "Record decode steps as CUDA graphs and replay them. Needs a GPU and triton attention "
+            "(unverified).",
+            ENGINE,
+        ),
+    ] = True
+    kv_cache_bytes: Annotated[
+        Positive | None,
+        Option(
+            "Memory for the text and image caches of each replica, such as 8GiB. Default: the "
+            "memory left by the weights and the largest step.",
+            ENGINE,
+            name="kv-cache-memory",
+            metavar="BYTES",
+        ),
+    ] = None
+    gpu_memory_utilization: Annotated[
+        Annotated[float, msgspec.Meta(ge=0.01, le=1.0)],
+        Option(
+            "Maximum fraction of a GPU's memory in use, including memory of other processes.",
+            ENGINE,
+        ),
+    ] = 0.9
+    num_text_blocks: Annotated[
+        Positive | None, Limit("Number of text blocks. Default: computed from the memory.")
+    ] = None
+    num_image_blocks: Annotated[
+        Positive | None, Option("Image tiles that the image cache can store.", ENGINE)
+    ] = None
+    num_threads: Annotated[
+        Positive | None,
+        Option(
+            "CPU threads for the model. Default: OMP_NUM_THREADS, or the cores not used by the "
+            "HTTP side.",
+            ENGINE,
+        ),
+    ] = None
+    num_sharers: Positive = 1

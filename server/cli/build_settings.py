@@ -1,0 +1,60 @@
+"""From the values of the command line to the settings of the supervisor and its children.
+
+Order: find the model (which may download it), build the settings, check files and names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...router.config import EngineConfig
+from ..option_parser import settings_from
+from ..settings import ServerSettings
+from ..supervisor.settings import SupervisorSettings
+from .model_source import resolve_model
+from .start_options import StartOptions
+from .startup_checks import absolute, check_access, check_files, trace_settings
+
+
+@dataclass(frozen=True, slots=True)
+class AllSettings:
+    """What one start of the server needs."""
+
+    start: StartOptions
+    engine: EngineConfig
+    server: ServerSettings
+    supervisor: SupervisorSettings
+
+
+def build_settings(values: Mapping[str, Any]) -> AllSettings:
+    """All settings; raises ModelFilesError or ValueError, one line for the operator."""
+    start = settings_from(StartOptions, values)
+    folder = resolve_model(start.model, start.revision, start.cache_dir)
+    model = str(folder.path)
+    engine = settings_from(
+        EngineConfig, values, model=model, socket_path="", parent_pid=os.getpid()
+    )
+    server = settings_from(
+        ServerSettings,
+        values,
+        model=model,
+        engine_socket="",
+        served_model_names=_names(values["served_model_name"]) or [folder.name],
+        hub_id=folder.name if "/" in folder.name else None,
+        api_key_file=absolute(values["api_key_file"]),
+        tls_certfile=absolute(values["tls_certfile"]),
+        tls_keyfile=absolute(values["tls_keyfile"]),
+        traces=trace_settings(start.otel, start.otlp_endpoint, start.otel_service_name, os.environ),
+    )
+    check_access(server)
+    check_files(server)
+    return AllSettings(start, engine, server, settings_from(SupervisorSettings, values))
+
+
+def _names(given: Sequence[str] | None) -> list[str]:
+    """The names in all values, each of which may contain several; without duplicates."""
+    names = [name.strip() for value in given or [] for name in value.split(",")]
+    return list(dict.fromkeys(name for name in names if name))
