@@ -39,7 +39,7 @@ from vlmserve.models.batch import (
 )
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.execution.runner import ModelRunner
-from vlmserve.models.runner_config import RunnerConfig
+from vlmserve.models.settings.runner_config import RunnerConfig
 
 BLOCK_SIZE = 16
 GREEDY = SamplingParams(temperature=0.0)

@@ -27,7 +27,7 @@ from processes import machine
 from vlmserve.models.batch import CrossSegment, SamplingParams, ScheduledSequence, StepBatch
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.execution.runner import ModelRunner
-from vlmserve.models.runner_config import RunnerConfig
+from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.server.structured_output.grammar_text import (
     json_object_grammar,
     json_schema_grammar,

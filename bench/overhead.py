@@ -28,7 +28,7 @@ from vlmserve.models import bundled
 from vlmserve.models.batch import ImageSpan, ImageTiles, SamplingParams
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.execution.runner import ModelRunner
-from vlmserve.models.runner_config import RunnerConfig
+from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.router import wire
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine.engine import Engine

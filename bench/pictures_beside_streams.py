@@ -25,7 +25,7 @@ from vlmserve.models import bundled
 from vlmserve.models.batch import ImageSpan, ImageTiles, SamplingParams
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.execution.runner import ModelRunner
-from vlmserve.models.runner_config import RunnerConfig
+from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.router.messages import AddRequest
 from vlmserve.router.scheduler.interface import SchedulerLimits
 from vlmserve.router.scheduler.request_queue import QueueLimits, RequestQueue

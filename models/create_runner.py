@@ -29,7 +29,7 @@ from .memory.available import Room, RoomOf, room_of
 from .memory.estimate import peak_bytes
 from .memory.fit import LEAST_TEXT_TOKENS, Plan, check_fits, needs_of, peak_on, share_of
 from .memory.peak_step import StepLimits, measure_peak
-from .runner_config import RunnerConfig
+from .settings.runner_config import RunnerConfig
 from .tensor_parallel.group import Group
 from .weights.device_map import (
     AUTO,

@@ -1,7 +1,7 @@
 """The engine's settings: types, defaults, bounds and command-line options.
 
 The supervisor sends them to the engine process. The runner's settings, which these extend, are in
-models/runner_config.py.
+models/settings/runner_config.py.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Annotated
 import msgspec
 
 from ..models.batch import NonNegative, Positive
-from ..models.option import Limit, Option
-from ..models.runner_config import ENGINE, MODEL, RunnerConfig
+from ..models.settings.option import Limit, Option
+from ..models.settings.runner_config import ENGINE, MODEL, RunnerConfig
 from .logs import LogFormat, LogLevel
 
 LOG = "Log and traces"

@@ -1,7 +1,8 @@
 """Builds a command line from the settings that declare its options, and settings from its values.
 
-Reads the fields annotated with `models/option.py`'s Option: `command_of` makes a command of them,
-`settings_from` fills the same classes with the parsed values. A new option needs only its field.
+Reads the fields annotated with the Option of `models/settings/option.py`: `command_of` makes a
+command of them, `settings_from` fills the same classes with the parsed values. A new option needs
+only its field.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import msgspec
 import typer
 from typer.core import TyperCommand
 
-from ..models.option import Option
+from ..models.settings.option import Option
 
 PREFIX = "VLMSERVE_"
 Parsers = Mapping[str, Callable[[str], Any]]

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import msgspec
 
 from ..models.batch import Positive
-from ..models.option import Limit, Option
-from ..models.runner_config import MODEL
+from ..models.settings.option import Limit, Option
+from ..models.settings.runner_config import MODEL
 from ..router.client.engine_client import HealthThresholds
 from ..router.config import LOG
 from ..router.logs import LogFormat, LogLevel

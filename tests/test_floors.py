@@ -31,8 +31,9 @@ SERVER_MAY_IMPORT = {
     "vlmserve.models.batch",
     "vlmserve.models.bundled",
     # The settings of the runner and how settings declare their options: plain types.
-    "vlmserve.models.option",
-    "vlmserve.models.runner_config",
+    "vlmserve.models.settings",
+    "vlmserve.models.settings.option",
+    "vlmserve.models.settings.runner_config",
     # Whether a config.json is of a model that is served: known before weights are downloaded.
     "vlmserve.models.checkpoint",
     "vlmserve.models.errors",
@@ -49,8 +50,9 @@ SERVER_MAY_IMPORT = {
 ROUTER_MAY_IMPORT = {
     "vlmserve.models",
     "vlmserve.models.batch",
-    "vlmserve.models.option",
-    "vlmserve.models.runner_config",
+    "vlmserve.models.settings",
+    "vlmserve.models.settings.option",
+    "vlmserve.models.settings.runner_config",
 }
 # The engine's process alone loads a model, and what must be set before torch is imported.
 ENGINE_PROCESS = ROOT / "router" / "engine" / "process.py"
@@ -66,7 +68,7 @@ TENSORS = {"torch", "transformers", "accelerate", "safetensors"}
 # `router` knows nothing of tensors, text, pictures or HTTP.
 NOT_IN_ROUTER = TENSORS | {"numpy", "tokenizers", "llguidance", "PIL", "sanic", "httpx2"}
 # Rooms (folders and modules) at a floor's root, and modules in a folder.
-MOST_ROOMS = {"server": 21, "router": 12, "models": 22}
+MOST_ROOMS = {"server": 22, "router": 12, "models": 23}
 LEAST_MODULES, MOST_MODULES = 2, 13
 # Folders with fewer modules, and why.
 SMALL_FOLDERS = {

@@ -27,7 +27,7 @@ from transformers import MllamaConfig
 
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.execution.runner import ModelRunner
-from vlmserve.models.runner_config import RunnerConfig
+from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.models.weights.random_weights import random_checkpoint
 
 from ..checkpoints import layout

@@ -25,7 +25,7 @@ from ..batch import (
 from ..create_runner import create_runner
 from ..errors import ModelError, StepError
 from ..execution.runner import ModelRunner
-from ..runner_config import RunnerConfig
+from ..settings.runner_config import RunnerConfig
 from ..tensor_parallel.group import DistributedGroup, MeetingPlace
 from ..threads import threads_of_one
 from ..weights.loader import check_gpus, choose_device

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from ..runner_config import RunnerConfig
+from ..settings.runner_config import RunnerConfig
 from ..threads import threads_of_one
 from ..weights.loader import check_gpus, choose_device
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import msgspec
 
 from ..batch import StepBatch
-from ..runner_config import RunnerConfig
+from ..settings.runner_config import RunnerConfig
 
 _LENGTH_BYTES = 4
 

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from ...models.malloc import use_one_heap
-from ...models.runner_config import RunnerConfig
+from ...models.settings.runner_config import RunnerConfig
 from ...models.threads import wait_briefly
 from ..config import EngineConfig
 from ..errors import EngineDeadError

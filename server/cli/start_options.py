@@ -7,8 +7,8 @@ from typing import Annotated
 
 import msgspec
 
-from ...models.option import Option
-from ...models.runner_config import ENGINE, MODEL
+from ...models.settings.option import Option
+from ...models.settings.runner_config import ENGINE, MODEL
 from ...router.config import LOG
 from ..images.settings import HTTP
 from ..settings import ACCESS

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ...models.batch import Positive
-from ...models.option import Limit, Option
+from ...models.settings.option import Limit, Option
 
 HTTP = "HTTP"
 MEBI = 1024 * 1024

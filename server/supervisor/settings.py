@@ -9,7 +9,7 @@ from typing import Annotated
 import msgspec
 
 from ...models.batch import NonNegative, Positive
-from ...models.option import Option
+from ...models.settings.option import Option
 from ..images.settings import HTTP
 
 FAULTS = "Faults and restarts"

@@ -67,7 +67,7 @@ from vlmserve.models.execution.graphs.recorder import CudaRecorder, Recorder
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.paged_cache import LayerCache, poison_blocks
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
-from vlmserve.models.runner_config import RunnerConfig
+from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.models.weights.device_map import on_one_device
 from vlmserve.models.weights.loader import LoadedModel, load, load_model
 from vlmserve.models.weights.random_weights import random_checkpoint

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 import typer
 
-from vlmserve.models.option import Limit
+from vlmserve.models.settings.option import Limit
 from vlmserve.router.config import EngineConfig
 from vlmserve.server.cli.environment import ADOPTED, IGNORED
 from vlmserve.server.cli.main import app

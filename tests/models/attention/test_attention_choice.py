@@ -17,7 +17,7 @@ from vlmserve.models.attention.trial import what_is_wrong
 from vlmserve.models.attention.triton_paged import TritonBackend
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.errors import ModelError
-from vlmserve.models.runner_config import RunnerConfig
+from vlmserve.models.settings.runner_config import RunnerConfig
 
 LOGGER = "vlmserve.models.attention.choice"
 CPU = Geometry(torch.device("cpu"), torch.bfloat16, 6, 2, 16, 5)

@@ -45,7 +45,7 @@ from vlmserve.models.errors import ModelError, StepError, StepTooLargeError
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
 from vlmserve.models.memory.available import Room
-from vlmserve.models.runner_config import RunnerConfig
+from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.models.tensor_parallel.plan import Side, check_size, cut_linears, narrow, share_of
 from vlmserve.models.weights.loader import LoadedModel, load, load_model, open_checkpoint
 

@@ -21,7 +21,7 @@ from vlmserve.models.kv_cache.pool_sizes import PoolRequest
 from vlmserve.models.memory.available import Room
 from vlmserve.models.memory.fit import Plan, check_fits, needs_of, share_of
 from vlmserve.models.memory.peak_step import StepLimits
-from vlmserve.models.runner_config import RunnerConfig
+from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.models.weights import loader as loading
 from vlmserve.models.weights.device_map import given_map, on_one_device
 from vlmserve.models.weights.loader import open_checkpoint

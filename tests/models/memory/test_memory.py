@@ -29,7 +29,7 @@ from vlmserve.models.memory import peak_step as peak
 from vlmserve.models.memory.available import Room, cpu_room, room_of
 from vlmserve.models.memory.estimate import by_kind, part_bytes, peak_bytes
 from vlmserve.models.memory.peak_step import StepLimits, measure_peak, peak_batch, probe_plan
-from vlmserve.models.runner_config import RunnerConfig
+from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.models.weights.device_map import on_one_device, parts_of
 from vlmserve.models.weights.loader import LoadedModel, load, load_model, open_checkpoint
 

@@ -25,7 +25,7 @@ from vlmserve.bench.checkpoints import layout
 from vlmserve.models.batch import ImageToEncode, StepBatch
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.errors import StepError
-from vlmserve.models.runner_config import RunnerConfig
+from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.models.vision.image_cost import image_cost_tokens
 
 # three local layers and a global one

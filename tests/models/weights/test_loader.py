@@ -24,7 +24,7 @@ from vlmserve.models.errors import ModelError
 from vlmserve.models.execution.runner import set_threads
 from vlmserve.models.kv_cache.paged_cache import allocate_pools, tile_bytes, token_bytes
 from vlmserve.models.kv_cache.pool_sizes import PoolRequest, plan_pools
-from vlmserve.models.runner_config import RunnerConfig
+from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.models.weights import loader as loading
 from vlmserve.models.weights.loader import choose_device, choose_dtype, load_model
 

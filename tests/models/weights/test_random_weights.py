@@ -12,7 +12,7 @@ from vlmserve.models.create_runner import create_runner
 from vlmserve.models.decoder.int8.linear import Int8Linear
 from vlmserve.models.decoder.int8.quantizer import Int8Weight, dequantize, quantize
 from vlmserve.models.errors import ModelError
-from vlmserve.models.runner_config import RunnerConfig
+from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.models.weights.device_map import given_map, on_one_device
 from vlmserve.models.weights.loader import load
 from vlmserve.models.weights.random_weights import GATE, random_checkpoint

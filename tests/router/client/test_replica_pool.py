@@ -19,7 +19,7 @@ from vlmserve.models.batch import ImageSpan
 from vlmserve.models.distributed.replica import Replica
 from vlmserve.models.errors import ModelError
 from vlmserve.models.memory.available import Held, Room, held_by_engines, part_of
-from vlmserve.models.runner_config import RunnerConfig
+from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.router.client.engine_client import EngineClient, HealthThresholds
 from vlmserve.router.client.replica_chooser import (
     Affinities,

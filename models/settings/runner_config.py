@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from .batch import Positive
+from ..batch import Positive
 from .option import Limit, Option
 
 MODEL, ENGINE = "Model", "Engine"
