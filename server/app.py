@@ -1,7 +1,7 @@
-"""Builds one worker's Sanic application: routes, guards, errors, and its parts' lives.
+"""Builds one worker's Sanic application: routes, header checks, errors, and its components.
 
-Owns Sanic's configuration and what starts and stops with the server. Knows
-nothing of processes or of where the listening socket comes from.
+Owns Sanic's configuration, and the order in which components start and stop with the server.
+Knows nothing of processes or of where the listening socket comes from.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ from .api.services import Services, json_response
 from .errors import ApiError, InternalError, error_body, type_of_status
 from .generation.engine_connection import EngineConnection
 from .generation.generator import Engine, Generator, Images
-from .guards import HeadGuard
 from .http.auth import OPEN_PATHS, Access, PreflightAnswer
 from .http.drain import Drain
 from .http.head import HeadLimits
-from .http.protocol import HardyRequest, receive_body
+from .http.protocol import LenientRequest, receive_body
 from .images.decoders import DecoderPool
 from .images.fetch import ImageFetcher
 from .images.loader import ImageLoader
@@ -47,7 +46,7 @@ from .structured_output.compile_checks import GrammarChecks
 from .tasks import end_tasks
 from .telemetry.event_loop_lag import watch_lag
 from .telemetry.metrics import Metrics
-from .telemetry.recorded_app import RecordingSanic
+from .telemetry.recorded_app import RecordedApp
 from .telemetry.request_log import RequestLog
 from .telemetry.request_record import record_of
 
@@ -67,7 +66,7 @@ ROUTES = (
 )
 
 DAY_S = 24 * 3600
-# What connections have to send what they hold, once every request has ended.
+# For connections to send their last bytes after every request has ended.
 CLOSING_TIME_S = 1.0
 
 
@@ -81,33 +80,33 @@ def build_app(
 ) -> Sanic[Any, Any]:
     """The application that serves `settings`.
 
-    fetcher, images, engine_client and now take the place of the real ones in
-    tests; who hands them in closes them.
-    Raises FileNotFoundError or ValueError if the checkpoint's files or the keys' do not serve.
+    fetcher, images, engine_client and now replace the real ones in tests; the caller closes
+    them. Raises FileNotFoundError or ValueError if a file of the checkpoint or of the keys is
+    unusable.
     """
     access = Access(settings)
-    app = RecordingSanic(
+    app = RecordedApp(
         f"vlmserve-{uuid.uuid4().hex[:8]}",
         env_prefix="",
         configure_logging=False,
-        request_class=HardyRequest,
+        request_class=LenientRequest,
     )
     app.config.update(_sanic_config(settings))
-    parts = Parts(settings, fetcher, images, engine_client)
-    services = app.ctx.services = parts.services(now)
+    components = Components(settings, fetcher, images, engine_client)
+    services = app.ctx.services = components.services(now)
     app.ctx.head_limits = HeadLimits(settings.max_head_bytes, settings.max_headers)
     app.ctx.access = access
     tracer = _tracer_of(settings)
     app.ctx.on_closed = RequestLog(settings.log_requests, services.metrics, tracer).add
-    app.before_server_start(parts.open)
-    app.after_server_start(parts.await_signal)
-    app.after_server_stop(parts.close)
+    app.before_server_start(components.open)
+    app.after_server_start(components.await_signal)
+    app.after_server_stop(components.close)
     if tracer is not None:
         app.after_server_stop(lambda app: tracer.close())
     for group in ROUTES:
         app.blueprint(group.blueprint())
     app.ctx.document = functools.cache(lambda: _document(settings))
-    _add_guards(app, settings, access)
+    _add_middleware(app, settings, access)
     app.exception(Exception)(answer_error)
     return app
 
@@ -120,8 +119,8 @@ def _tracer_of(settings: ServerSettings) -> Tracer | None:
     return Tracer(settings.traces)
 
 
-class Parts:
-    """What lives as long as the server: the engine's connection, fetcher and decoders."""
+class Components:
+    """What lives as long as the server: engine connections, fetcher and decoders."""
 
     def __init__(
         self,
@@ -145,7 +144,7 @@ class Parts:
         self._images = images or self._make_images(fetcher)
 
     def services(self, now: Clock | None) -> Services:
-        """The parts as the routes use them."""
+        """The components as the routes use them."""
         settings = self._settings
         folder = Path(settings.model)
         clock = {} if now is None else {"now": now}
@@ -163,7 +162,7 @@ class Parts:
         return Services(settings, self._engine, generator, metrics, processor, _context_of(folder))
 
     async def open(self, app: Sanic[Any, Any]) -> None:
-        """Start the decoders and begin to look for the engine; it may still be loading."""
+        """Start the decoders and start to connect to the engine, which may still be loading."""
         if self._decoders is not None:
             await self._decoders.open()
         self._lag = asyncio.create_task(watch_lag(self._metrics.event_loop_lag.observe))
@@ -171,7 +170,7 @@ class Parts:
             link.open()
 
     async def await_signal(self, app: Sanic[Any, Any]) -> None:
-        """Drain at SIGTERM, in place of Sanic's own handler, which refuses connections at once."""
+        """Drain at SIGTERM. Sanic's own handler would refuse connections at once."""
         generator = self._generator
         if generator is None or threading.current_thread() is not threading.main_thread():
             return
@@ -187,7 +186,7 @@ class Parts:
         assert self._drain is not None
         assert self._generator is not None
         self._generator.is_draining = True
-        self._drain.begin()
+        self._drain.start()
 
     async def close(self, app: Sanic[Any, Any]) -> None:
         """Close what `open` opened."""
@@ -199,7 +198,7 @@ class Parts:
             await self._own_fetcher.close()
 
     async def _disconnect(self) -> None:
-        """End every request that is with the engine or the decoders."""
+        """End every request that waits for the engine or the decoders."""
         if self._pool is not None:
             self._pool.stop()
         await asyncio.gather(*(link.stop() for link in self._links))
@@ -208,7 +207,7 @@ class Parts:
             await self._decoders.close()
 
     def _make_engine(self) -> Engine:
-        """One engine's client itself, or several behind a pool."""
+        """The client of one engine, or a pool of several."""
         settings = self._settings
         paths = [settings.engine_socket, *settings.replica_sockets]
         if len(paths) == 1:
@@ -224,14 +223,14 @@ class Parts:
             [link.client for link in self._links],
             settings.health_thresholds,
             self._metrics.count_move,
-            # Workers that start together do not all begin with the same replica.
+            # Workers that start together must not all choose the same replica first.
             first=os.getpid() % len(paths),
         )
         self._metrics.watch_replicas(self._pool.states)
         return self._pool
 
     def _lose(self, replica: int) -> None:
-        assert self._pool is not None, "who is lost had been connected"
+        assert self._pool is not None, "a replica is lost only after it was connected"
         self._pool.died(replica)
 
     def _make_images(self, fetcher: ImageFetcher | None) -> ImageLoader:
@@ -244,7 +243,7 @@ class Parts:
 
 
 def answer_error(request: Request, error: Exception) -> HTTPResponse:
-    """Any exception as the JSON body that the API documents."""
+    """The answer to any exception: the JSON error that the API documents."""
     if isinstance(error, PreflightAnswer):
         return HTTPResponse(status=204, headers=error.headers)
     headers: dict[str, str] = {}
@@ -263,7 +262,7 @@ def answer_error(request: Request, error: Exception) -> HTTPResponse:
 
 
 def _of_sanic(error: SanicException) -> ApiError:
-    """Sanic's own refusals (404, 405, 408, 413, ...) in the API's terms."""
+    """Sanic's own errors (404, 405, 408, 413, ...) as errors of the API."""
     status = error.status_code or 500
     converted = ApiError(str(error)[:300] if status < 500 else "the server could not answer")
     converted.status = status
@@ -271,18 +270,16 @@ def _of_sanic(error: SanicException) -> ApiError:
     return converted
 
 
-def _add_guards(app: Sanic[Any, Any], settings: ServerSettings, access: Access) -> None:
-    guard = HeadGuard(access)
-
-    # Before routing, so that the head is judged before a byte of the body is kept.
+def _add_middleware(app: Sanic[Any, Any], settings: ServerSettings, access: Access) -> None:
+    # Before routing, so that the head is judged before any byte of the body is kept.
     @app.signal("http.routing.before")
     async def admit(request: Request) -> None:
-        guard.check(request)
+        access.check(request)
         await receive_body(request, settings.request_timeout_s)
         await check_json_text(request.body)
 
     @app.on_response
-    async def mark(request: Request, response: HTTPResponse) -> None:
+    async def add_headers(request: Request, response: HTTPResponse) -> None:
         record = record_of(request)
         if record is not None:
             response.headers["X-Request-Id"] = record.request_id
@@ -300,18 +297,18 @@ def _sanic_config(settings: ServerSettings) -> dict[str, Any]:
         "NOISY_EXCEPTIONS": False,
         "REQUEST_MAX_SIZE": settings.max_body_bytes,
         "REQUEST_TIMEOUT": settings.request_timeout_s,
-        # A timer a gap, which would cut a long plain answer: requests have their own deadlines.
+        # Sanic's timer would cut a long unstreamed answer. Requests have their own deadlines.
         "RESPONSE_TIMEOUT": DAY_S,
     }
 
 
 def _document(settings: ServerSettings) -> bytes:
     """The API's document, as JSON."""
-    endpoints = [one for group in ROUTES for one in group.endpoints]
+    endpoints = [endpoint for group in ROUTES for endpoint in group.endpoints]
     return orjson.dumps(document(endpoints, settings, __version__, OPEN_PATHS))
 
 
 def _context_of(folder: Path) -> int:
-    """The context that the checkpoint's config names, until the engine tells its own."""
+    """The checkpoint's context length in tokens, until the engine reports its own."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     return int(config.get("text_config", config).get("max_position_embeddings", 0))

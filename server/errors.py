@@ -1,16 +1,16 @@
 """The errors that a client may see, and the one JSON body they all become.
 
     ApiError
-    |- BadRequestError         400  the request names something it must not
-    |- AuthenticationError     401  no key or a wrong one
-    |- ModelNotFoundError      404  a model that is not served here
-    |- UnsupportedMediaError   415  a compressed body
-    |- OverloadedError         429  the queue is full; Retry-After says when
+    |- BadRequestError         400  the client's own mistake
+    |- AuthenticationError     401  the API key is missing or wrong
+    |- ModelNotFoundError      404  the model is not served here
+    |- UnsupportedMediaError   415  the body is compressed
+    |- OverloadedError         429  a queue is full; retry after Retry-After seconds
     |- InternalError           500  a model step failed
-    |- NotReadyError           503  no engine, or it is loading
+    |- NotReadyError           503  no engine is connected, or it is loading
     `- DeadlineError           504  the request's time is over
 
-Owns status, type and wording. Knows nothing of Sanic or of where an error came from.
+Owns status, type and JSON form of each. Knows nothing of Sanic or of where an error is raised.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Literal, TypedDict
 
 
 class ErrorDetails(TypedDict):
-    """param: the path of the field that is meant. code: OpenAI's word for the case."""
+    """param: the path of the field at fault. code: OpenAI's name of the error."""
 
     message: str
     type: str
@@ -28,15 +28,15 @@ class ErrorDetails(TypedDict):
 
 
 class NestedError(TypedDict):
-    """The form that OpenAI's clients read; inside a stream a frame of its own."""
+    """The form that OpenAI's clients read. Inside a stream it is one frame."""
 
     error: ErrorDetails
 
 
 class ErrorBody(NestedError):
-    """Every answer that is an error: OpenAI's nested form and the older flat one in one body.
+    """The body of every error answer: OpenAI's nested form and the older flat form together.
 
-    The flat code is the HTTP status.
+    The flat `code` is the HTTP status.
     """
 
     object: Literal["error"]
@@ -47,7 +47,7 @@ class ErrorBody(NestedError):
 
 
 class ApiError(Exception):
-    """An answer other than 200: what the client reads, in OpenAI's terms."""
+    """An error that the client reads, in OpenAI's terms. retry_after_s: for Retry-After."""
 
     status = 500
     type = "server_error"
@@ -115,7 +115,7 @@ def type_of_status(status: int) -> str:
 
 
 def nested_body(error: ApiError) -> NestedError:
-    """`{"error": {...}}`: the form of OpenAI's SDK, also used inside a stream."""
+    """`{"error": {...}}`: the form that OpenAI's SDK reads, also inside a stream."""
     return {
         "error": {
             "message": error.message,
@@ -127,9 +127,9 @@ def nested_body(error: ApiError) -> NestedError:
 
 
 def error_body(error: ApiError) -> ErrorBody:
-    """Both documented forms at once: the nested one, and the older flat keys.
+    """Both documented forms in one body: the nested form and the older flat keys.
 
-    The nested `code` is OpenAI's word or null; the flat one is the HTTP status.
+    The nested `code` is OpenAI's name or null; the flat one is the HTTP status.
     """
     return {
         "error": nested_body(error)["error"],

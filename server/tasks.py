@@ -1,4 +1,4 @@
-"""Ending asyncio's tasks. Knows nothing of what they do."""
+"""Cancelling asyncio tasks. Knows nothing of what they do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel the tasks and wait until they are over, however they end."""
+    """Cancel the tasks and wait until each has ended, whatever its result."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,6 +1,7 @@
-"""One HTTP worker process: `python -m vlmserve.server.worker`, settings on stdin.
+"""One HTTP worker process: `python -m vlmserve.server.worker` reads its settings from stdin.
 
-Owns the process: its socket, its parent, its log. Knows nothing of requests.
+Owns the process: its socket, its signals, its log, and that it exits with its parent. Knows
+nothing of requests.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ OWN_DESCRIPTORS = 200
 def main() -> None:
     """Serve until SIGTERM or SIGINT.
 
-    Exits with 2 and one line on stderr if the settings or the checkpoint do not serve.
+    Exits with code 2 and one line on stderr if the settings or the checkpoint are unusable.
     """
     parent = os.getppid()
-    # Its default would end a worker that is still starting.
+    # The default action would end a worker that is still starting.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    # One text at a time: a pool of threads would only take cores from the engine.
+    # One text at a time: a thread pool would only take cores from the engine.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         settings = msgspec.json.decode(sys.stdin.buffer.read(), type=ServerSettings)
@@ -49,8 +50,8 @@ def main() -> None:
         listening = _listening_socket(settings)
     except (msgspec.DecodeError, OSError, ValueError, ParentGoneError) as error:
         sys.exit(_fail(error))
-    _reload_on_hangup(app, tls)
-    _show_life(app, settings.liveness_fd)
+    _reload_on_sighup(app, tls)
+    _report_liveness(app, settings.liveness_fd)
     context = None if tls is None else tls.context
     app.run(
         sock=listening,
@@ -63,9 +64,9 @@ def main() -> None:
 
 
 def _allow_descriptors(num_connections: int) -> None:
-    """Room for every connection beside the worker's own files: without it no client could connect.
+    """Raise the limit of open files to every connection plus the worker's own files.
 
-    Raises ValueError where the system's hard limit is lower.
+    Raises ValueError if the system's hard limit is lower.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = num_connections + OWN_DESCRIPTORS
@@ -85,8 +86,8 @@ def _tls_of(settings: ServerSettings) -> ServerTls | None:
     return ServerTls(settings.tls_certfile, settings.tls_keyfile)
 
 
-def _reload_on_hangup(app: Sanic[Any, Any], tls: ServerTls | None) -> None:
-    """At SIGHUP read keys and certificate again; until the loop runs they are young enough."""
+def _reload_on_sighup(app: Sanic[Any, Any], tls: ServerTls | None) -> None:
+    """Reload keys and certificate at SIGHUP, from when the event loop runs."""
 
     def reload() -> None:
         app.ctx.access.keys.reload()
@@ -98,20 +99,20 @@ def _reload_on_hangup(app: Sanic[Any, Any], tls: ServerTls | None) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
-def _show_life(app: Sanic[Any, Any], liveness_fd: int | None) -> None:
-    """Beat for the supervisor from when the loop runs until it ends."""
+def _report_liveness(app: Sanic[Any, Any], liveness_fd: int | None) -> None:
+    """Send heartbeats to the supervisor for as long as the event loop runs."""
     if liveness_fd is None:
         return
-    # A decoder that outlives the worker for a moment must not hold it.
+    # A decoder that outlives the worker for a moment must not keep the pipe open.
     os.set_inheritable(liveness_fd, False)
 
     @app.before_server_start
-    async def begin(app: Sanic[Any, Any]) -> None:
-        app.ctx.pulse = asyncio.create_task(beat(liveness_fd))
+    async def start(app: Sanic[Any, Any]) -> None:
+        app.ctx.heartbeat = asyncio.create_task(beat(liveness_fd))
 
     @app.after_server_stop
-    async def end(app: Sanic[Any, Any]) -> None:
-        app.ctx.pulse.cancel()
+    async def stop(app: Sanic[Any, Any]) -> None:
+        app.ctx.heartbeat.cancel()
 
 
 def _fail(error: Exception) -> int:
@@ -121,10 +122,10 @@ def _fail(error: Exception) -> int:
 
 def _listening_socket(settings: ServerSettings) -> socket.socket:
     if settings.listen_fd is None:
-        raise ValueError("listen_fd is not set: a worker serves a socket it inherits")
+        raise ValueError("listen_fd is not set: a worker serves a socket that it inherits")
     listening = socket.socket(fileno=settings.listen_fd)
     listening.setblocking(False)
-    # For this process alone: a decoder that reads strangers' files has no use for it.
+    # For this process only: a decoder reads untrusted files and must not get the socket.
     listening.set_inheritable(False)
     return listening
 

@@ -228,7 +228,7 @@ class Preparer:
             return []
         record = current_record()
         record.num_images += len(images)
-        record.images_began = record.images_began or time.monotonic()
+        record.images_started = record.images_started or time.monotonic()
         wanted = [ImageRequest(image.url, image.max_tiles, tenant) for image in images]
         deadline = asyncio.get_running_loop().time() + self._image_deadline_s
         try:

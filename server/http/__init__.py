@@ -1,0 +1,14 @@
+"""HTTP/1.1 between the socket and the routes: reading requests strictly, keys, TLS, shutdown.
+
+Read in this order:
+
+    connection_states  the states of a connection, as a table
+    head               the grammar and the limits of a request's head
+    chunked            the chunked transfer coding of a body
+    protocol           one connection: reads requests through the three above, closes softly
+    auth               what a head must carry: host, API key, CORS, no compressed body
+    tls                the certificate, and how it is reloaded
+    drain              what a worker does from SIGTERM to its exit
+
+Uses Sanic's parser behind its own checks. Knows nothing of routes, prompts or the engine.
+"""

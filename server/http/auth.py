@@ -1,8 +1,8 @@
-"""Who may ask: API keys, the hosts that this server answers for, and browsers' pages.
+"""What a request's head must carry before its body is read: host, API key, plain encoding.
 
-Owns the comparison of keys and their file, the allowlist of hosts, and CORS. All of it is
-judged from a request's head, before routing, so that a new route is closed until it is opened
-here. Knows nothing of heads' shapes, bodies or what a route does.
+Owns the API keys and their file, the allowed hosts, CORS, and the order of these checks. All
+run before routing, so a new route needs a key unless OPEN_PATHS names it. Knows nothing of how
+a head is parsed, of bodies, or of what a route does.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from urllib.parse import urlsplit
 
 from sanic import HTTPResponse, Request
 
-from ..errors import AuthenticationError, BadRequestError
+from ..errors import AuthenticationError, BadRequestError, UnsupportedMediaError
 from ..settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
 LIVE = "/v1/health/live"
 READY = "/v1/health/ready"
-# The only routes that need no key, and that answer under any host: probes name neither.
+# The only routes that need no key and answer for any host: health probes send neither.
 OPEN_PATHS = frozenset({LIVE, READY})
 
 PREFLIGHT_MAX_AGE_S = 600
@@ -34,11 +34,11 @@ _HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+(?:\s*,\s*[A-Za-z0-9!#$%
 
 
 class KeyFileError(ValueError):
-    """The key file does not serve; the message is one line for the operator, without a key."""
+    """The key file is unusable; the message is one line for the operator and contains no key."""
 
 
 class PreflightAnswer(Exception):
-    """Raised to answer a browser's preflight before routing, which knows no OPTIONS."""
+    """Raised to answer a browser's preflight before routing: no route takes OPTIONS."""
 
     def __init__(self, headers: dict[str, str]) -> None:
         super().__init__("a preflight request")
@@ -46,9 +46,9 @@ class PreflightAnswer(Exception):
 
 
 class ApiKeys:
-    """The keys that open the routes: given ones, and those of a file that `reload` reads again.
+    """The valid API keys: given ones, and those of a file, which `reload` reads again.
 
-    Only digests are kept. With a file, a key is needed even where it holds none.
+    Stores digests only. With a file, requests need a key even if the file is empty.
     """
 
     def __init__(self, keys: Sequence[str], file: Path | None = None) -> None:
@@ -64,21 +64,21 @@ class ApiKeys:
         return bool(self._given) or self._file is not None
 
     def reload(self) -> None:
-        """Read the file again; one that does not serve leaves the keys as they are."""
+        """Read the file again. If it is unusable, log why and keep the present keys."""
         if self._file is None:
             return
         try:
             self._of_file = _digests(read_key_file(self._file))
         except KeyFileError as error:
-            logger.error("the API keys stay as they were: %s", error)
+            logger.error("kept the present API keys: %s", error)
             return
-        logger.info("the API keys were read again: the file holds %d", len(self._of_file))
+        logger.info("reloaded the API key file: %d keys", len(self._of_file))
 
     def owner_of(self, request: Request) -> bytes | None:
-        """The digest of the request's key, None where it has none that is known.
+        """The digest of the request's key; None if the key is missing or unknown.
 
-        The digests of all keys are compared to their end: time tells neither which key was
-        nearly right nor how long the known ones are.
+        Compares the digests of all keys completely. So the response time shows neither which
+        key was nearly right nor how long the valid ones are.
         """
         scheme, _, key = request.headers.getone("authorization", "").partition(" ")
         digest = _digest(key.strip())
@@ -87,7 +87,7 @@ class ApiKeys:
 
 
 class Access:
-    """Checks each request before it is routed, and marks the answers that pages may read."""
+    """Checks each request before it is routed, and adds the CORS headers to its answer."""
 
     def __init__(self, settings: ServerSettings) -> None:
         """Raises KeyFileError."""
@@ -97,12 +97,20 @@ class Access:
         self._origins = frozenset(origin.lower() for origin in settings.cors_origins)
 
     def check(self, request: Request) -> None:
-        """Raises BadRequestError, AuthenticationError or PreflightAnswer."""
+        """Check host, key and encoding by the head alone, for every path.
+
+        Sets `request.ctx.key_owner` where a key is needed. The connection closes after an
+        error, because the body was not read.
+        Raises BadRequestError, PreflightAnswer, AuthenticationError or UnsupportedMediaError.
+        """
         if request.path not in OPEN_PATHS:
             self._check_host(request)
         self._answer_preflight(request)
-        if request.path in OPEN_PATHS or not self.keys.are_needed:
-            return
+        if request.path not in OPEN_PATHS and self.keys.are_needed:
+            self._check_key(request)
+        _check_encoding(request)
+
+    def _check_key(self, request: Request) -> None:
         owner = self.keys.owner_of(request)
         if owner is None:
             raise AuthenticationError(
@@ -111,7 +119,7 @@ class Access:
         request.ctx.key_owner = owner
 
     def mark(self, request: Request, response: HTTPResponse) -> None:
-        """Add what lets a page of an allowed origin read this answer, an error or stream too."""
+        """Add the headers that let a page of an allowed origin read this answer or error."""
         if not self._origins:
             return
         if "*" not in self._origins:
@@ -128,10 +136,10 @@ class Access:
         if not request.raw_url.startswith((b"/", b"*")):
             named.append(_host_of_url(request.raw_url))
         if not all(_matches(host, self._hosts) for host in named):
-            raise BadRequestError("this server does not answer for the host that was asked for")
+            raise BadRequestError("this server does not answer for the requested host")
 
     def _answer_preflight(self, request: Request) -> None:
-        """A preflight carries no key: it asks only whether the page may send one."""
+        """Answer a browser's question whether a page may send a request. It carries no key."""
         if request.method != "OPTIONS" or not self._origins:
             return
         method = request.headers.getone("access-control-request-method", "")
@@ -143,13 +151,13 @@ class Access:
             "Vary": "Access-Control-Request-Headers",
         }
         wanted = request.headers.getone("access-control-request-headers", "").strip()
-        # Named one by one: '*' would not cover Authorization.
+        # Each header is named: '*' would not cover Authorization.
         if _HEADER_NAMES.fullmatch(wanted):
             headers["Access-Control-Allow-Headers"] = wanted
         raise PreflightAnswer(headers)
 
     def _allowed_origin(self, request: Request) -> str | None:
-        """What the answer allows, None for a request of no page or of a foreign one."""
+        """The allowed origin; None for a request without an origin or from another one."""
         origin = str(request.headers.getone("origin", ""))
         if not origin:
             return None
@@ -159,9 +167,9 @@ class Access:
 
 
 def read_key_file(file: Path) -> list[str]:
-    """The keys of a file: one a line; blank lines and those that begin with # are passed over.
+    """The keys of a file, one per line. Blank lines and lines starting with # are skipped.
 
-    Raises KeyFileError, which names the line and never its text.
+    Raises KeyFileError, which names the line number and never its text.
     """
     try:
         lines = file.read_text("utf-8").splitlines()
@@ -174,10 +182,10 @@ def read_key_file(file: Path) -> list[str]:
         if not key or key.startswith("#"):
             continue
         if len(key.split()) > 1:
-            raise KeyFileError(f"line {number} of the API key file holds a blank inside its key")
+            raise KeyFileError(f"line {number} of the API key file has a blank inside its key")
         keys.append(key)
     if not keys:
-        raise KeyFileError("the API key file holds no key: write one a line")
+        raise KeyFileError("the API key file contains no key: write one per line")
     return keys
 
 
@@ -186,12 +194,12 @@ def _digests(keys: Iterable[str]) -> tuple[bytes, ...]:
 
 
 def _digest(key: str) -> bytes:
-    # As the header's bytes were, whatever they were: Sanic decodes them in the same way.
+    # The header's own bytes: Sanic decodes them with surrogateescape too.
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
 
 
 def _host_of(authority: str) -> str:
-    """The host of `host:port`, in lower case, an IPv6 address without its brackets."""
+    """The host of `host:port` in lower case; an IPv6 address without its brackets."""
     if authority.startswith("["):
         return authority[1:].partition("]")[0].lower()
     return authority.partition(":")[0].lower().rstrip(".")
@@ -205,13 +213,23 @@ def _host_of_url(url: bytes) -> str:
 
 
 def _matches(host: str, allowed: Iterable[str]) -> bool:
-    """Whether a host is one of those allowed; `*.example.com` allows every name below it."""
+    """Whether a host is allowed; `*.example.com` allows every name below example.com."""
     return any(
-        host.endswith(one[1:]) and len(host) >= len(one) if one.startswith("*.") else host == one
-        for one in allowed
+        host.endswith(name[1:]) and len(host) >= len(name)
+        if name.startswith("*.")
+        else host == name
+        for name in allowed
     )
 
 
 def _vary_by(response: HTTPResponse, name: str) -> None:
     present = response.headers.get("Vary")
     response.headers["Vary"] = f"{present}, {name}" if present else name
+
+
+def _check_encoding(request: Request) -> None:
+    encoding = request.headers.getone("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise UnsupportedMediaError(
+            "compressed request bodies are not supported: send the body uncompressed"
+        )

@@ -1,7 +1,7 @@
 """The chunked transfer coding, read as strictly as the head before it (RFC 9112, section 7).
 
-Owns the framing of chunks and the trailer after them. Knows nothing of sockets or of what
-the bytes mean.
+Owns the framing of chunks and the trailer after them. Knows nothing of sockets or of what the
+bytes mean.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import re
 from ..errors import BadRequestError
 from .head import HeadLimits, HeadTooLargeError, has_lone_line_end, read_fields
 
-# Up to 64 GiB. An extension is read over; nobody sends one.
+# A size of up to 64 GiB. Extensions are ignored; real clients send none.
 SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,9})(;[\t -~]*)?")
 MAX_SIZE_LINE = 256
-# Framing beside data: a body may be sent in small pieces, but not for the framing's sake.
+# A body may come in small chunks, as long as framing does not outweigh data beyond this.
 FREE_FRAMING_BYTES = 1024 * 1024
 
 
 class ChunkReader:
-    """Takes the coding off one body, piece by piece.
+    """Decodes one body, piece by piece.
 
-    num_bytes: of data so far. declared_bytes: the same with the whole of the chunk that
-    has begun, so that a body can be refused before it has come. is_complete: the last
-    chunk and the trailer were read; what follows in the buffer is not this body's.
+    num_bytes: bytes of data so far. declared_bytes: the same, plus the rest of the current
+    chunk, so that a body can be rejected before it arrives. is_complete: the last chunk and
+    the trailer were read; what follows in the buffer belongs to the next request.
     """
 
     def __init__(self, limits: HeadLimits) -> None:
@@ -37,10 +37,10 @@ class ChunkReader:
         self.is_complete = False
 
     def take(self, received: bytearray, max_bytes: int) -> bytes:
-        """The data in what was received, which is removed from it as far as it was read.
+        """Remove what can be decoded from `received` and return its data; empty if none yet.
 
-        Stops where the data is declared to be over max_bytes. Empty where more must come.
-        Raises BadRequestError for framing that another reader could read otherwise.
+        Stops once the declared size is over max_bytes. Raises BadRequestError for framing that
+        another reader could read differently.
         """
         pieces: list[bytes] = []
         position = 0
@@ -63,28 +63,28 @@ class ChunkReader:
         return b"".join(pieces)
 
     def _end_of_size(self, received: bytearray, position: int) -> int:
-        """Where the chunk's data begins; `position` itself while its size has not come."""
-        begin = position
+        """Where the chunk's data starts; `position` itself while its size is incomplete."""
+        start = position
         if self._needs_line_end:
             line_end = bytes(received[position : position + 2])
             if not b"\r\n".startswith(line_end):
                 raise _bad_chunk()
             if len(line_end) < 2:
                 return position
-            begin += 2
-        end = received.find(b"\r\n", begin, begin + MAX_SIZE_LINE)
+            start += 2
+        end = received.find(b"\r\n", start, start + MAX_SIZE_LINE)
         if end < 0:
-            line = bytes(received[begin : begin + MAX_SIZE_LINE])
+            line = bytes(received[start : start + MAX_SIZE_LINE])
             if len(line) == MAX_SIZE_LINE or has_lone_line_end(line):
                 raise _bad_chunk()
             return position
-        match = SIZE_LINE.fullmatch(received, begin, end)
+        match = SIZE_LINE.fullmatch(received, start, end)
         if match is None:
             raise _bad_chunk()
-        self._begin_chunk(int(match[1], 16), end + 2 - position)
+        self._start_chunk(int(match[1], 16), end + 2 - position)
         return end + 2
 
-    def _begin_chunk(self, size: int, framing_bytes: int) -> None:
+    def _start_chunk(self, size: int, framing_bytes: int) -> None:
         self._framing_bytes += framing_bytes
         if self._framing_bytes > FREE_FRAMING_BYTES + self.num_bytes:
             raise BadRequestError("the body's chunks are too small: send it in larger pieces")
@@ -94,12 +94,12 @@ class ChunkReader:
         self._is_in_trailer = size == 0
 
     def _end_of_trailer(self, received: bytearray, position: int) -> int:
-        """Where the trailer ends, whose fields are read strictly and used for nothing."""
+        """Where the trailer ends. Its fields are checked and ignored."""
         rest = bytes(received[position : position + self._limits.max_bytes])
         end = 0 if rest.startswith(b"\r\n") else rest.find(b"\r\n\r\n")
         if end < 0:
             if len(rest) == self._limits.max_bytes:
-                raise HeadTooLargeError("the trailer behind the body is too large")
+                raise HeadTooLargeError("the trailer after the body is too large")
             if has_lone_line_end(rest):
                 raise _bad_chunk()
             return position
@@ -111,4 +111,4 @@ class ChunkReader:
 
 
 def _bad_chunk() -> BadRequestError:
-    return BadRequestError("the body's chunked coding is broken")
+    return BadRequestError("the body's chunked transfer coding is invalid")

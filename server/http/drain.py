@@ -1,7 +1,7 @@
-"""What a worker does from SIGTERM to its end.
+"""What a worker does from SIGTERM to its exit.
 
-Owns the order: refuse what is new, let open requests end by themselves, end those that
-are left by an error, stop. Knows nothing of processes or of what a request is.
+Owns the order: reject new requests, wait for open ones, end the rest with an error, stop.
+Knows nothing of processes or of what a request is.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Awaitable, Callable
 
 logger = logging.getLogger(__name__)
 
-LOOK_INTERVAL_S = 0.05
-# For the last frames of requests that were ended.
+CHECK_INTERVAL_S = 0.05
+# For the last frames of requests that the drain ended.
 LAST_FRAMES_S = 1.0
 
 
 class Drain:
-    """Begun once, by SIGTERM.
+    """Runs once, from SIGTERM on.
 
-    num_open: how many requests are open. end_requests: gives all of them an error.
-    stop: ends the server.
+    num_open: returns the number of open requests. end_requests: ends all with an error.
+    stop: stops the server.
     """
 
     def __init__(
@@ -37,28 +37,28 @@ class Drain:
         self._stop = stop
         self._task: asyncio.Task[None] | None = None
 
-    def begin(self) -> None:
-        """Start to drain; again, does nothing."""
+    def start(self) -> None:
+        """Start to drain. Does nothing if it has started."""
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="drain")
 
     async def _run(self) -> None:
         if not await self._all_done(self._time_s):
-            logger.warning("%d requests outlast the drain: ended", self._num_open())
+            logger.warning("drain time is over: ending %d open requests", self._num_open())
             await self._end_requests()
             await self._all_done(LAST_FRAMES_S)
         self._stop()
 
     async def _all_done(self, time_s: float) -> bool:
-        """Whether no request was open at two looks in a row, before the time was over.
+        """Whether no request was open at two checks in a row, within the time.
 
-        Two, as a request between two of its parts is open without being counted.
+        Two checks, because a request between two of its stages is open and not counted.
         """
         deadline = asyncio.get_running_loop().time() + time_s
-        num_looks = 0
-        while num_looks < 2:
-            num_looks = 0 if self._num_open() else num_looks + 1
+        num_checks = 0
+        while num_checks < 2:
+            num_checks = 0 if self._num_open() else num_checks + 1
             if asyncio.get_running_loop().time() > deadline:
                 return False
-            await asyncio.sleep(LOOK_INTERVAL_S)
+            await asyncio.sleep(CHECK_INTERVAL_S)
         return True

@@ -1,9 +1,8 @@
-"""What a request's head must look like, to the byte: HTTP/1.1 read in one way only.
+"""What a request's head must look like, to the byte: HTTP/1.1 that has one reading only.
 
-Owns the grammar of the request line, of header fields and of what says where the body
-ends (RFC 9112), and the limits on their size. Where that grammar leaves a choice to its
-reader, another reader in front may have chosen otherwise: then the head is refused. Knows
-nothing of sockets, of Sanic or of routes.
+Owns the grammar of the request line, of header fields and of the body's framing (RFC 9112),
+and their size limits. A head that two readers could read differently is rejected: a proxy in
+front may have read it the other way. Knows nothing of sockets, of Sanic or of routes.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ VERSION = re.compile(rb"HTTP/1\.[01]")
 ORIGIN_FORM = re.compile(rb"/[!-\"$-~]*")
 ABSOLUTE_FORM = re.compile(rb"(?i:https?)://(?P<authority>[^/?#@]+)(?P<path>/[!-\"$-~]*)?")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
-# Name or bracketed address, and a port in plain digits. Empty where a URL has no authority.
+# A name or a bracketed address, and a port in digits. Empty if the URL has no authority.
 HOST = re.compile(rb"([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]{0,5})?")
 LENGTH = re.compile(rb"[0-9]{1,15}")
-# What ends a line for one reader and not for another.
+# What ends a line for some readers only.
 LONE_LINE_END = re.compile(rb"\r(?!\n)|(?<!\r)\n|\x00")
 FRAMING = (b"content-length", b"transfer-encoding")
 _CODING = b"transfer-encoding:"
@@ -50,8 +49,8 @@ class HeadLimits:
 
 @dataclass(frozen=True, slots=True)
 class RequestHead:
-    """What was read. target is in origin form, `*` for OPTIONS; is_chunked and
-    content_length say where the body ends, neither of them that there is none."""
+    """A parsed head. target: in origin form, or `*` for OPTIONS. is_chunked, content_length:
+    where the body ends; without either there is no body."""
 
     method: bytes
     target: bytes
@@ -61,31 +60,31 @@ class RequestHead:
 
 
 def end_of_head(received: bytes | bytearray, limits: HeadLimits, num_passed: int = 0) -> int | None:
-    """How many bytes of what was received are a whole head; None while its end is missing.
+    """The length of the head in bytes; None while its end has not arrived.
 
-    num_passed: how many of the bytes an earlier call has seen, which are not looked at again.
-    Raises ApiError as soon as the bytes that are there cannot become a good one, so that
-    nobody waits for the end of what is no HTTP.
+    num_passed: how many bytes an earlier call has checked; they are not checked again.
+    Raises ApiError as soon as the bytes cannot become a valid head: the rest of something that
+    is not HTTP may never come.
     """
     end = received.find(b"\r\n\r\n", max(0, num_passed - 3), limits.max_bytes)
     if end >= 0:
         return end + 4
     if len(received) >= limits.max_bytes:
         raise HeadTooLargeError(f"the request's head is over {limits.max_bytes:,} bytes")
-    # The last byte that was passed may have been half of a line's end.
-    begin = max(0, num_passed - 1)
-    if has_lone_line_end(received, begin):
+    # The last checked byte may have been half of a line end.
+    start = max(0, num_passed - 1)
+    if has_lone_line_end(received, start):
         raise BadRequestError("the request's head has a line that does not end with CR LF")
     line_end = received.find(b"\r\n")
-    if line_end >= begin:
+    if line_end >= start:
         _read_request_line(bytes(received[:line_end]), limits)
     return None
 
 
 def read_head(head: bytes, limits: HeadLimits) -> RequestHead:
-    """The meaning of a whole head, its empty line included.
+    """Parse a whole head, which includes its empty line.
 
-    Raises ApiError: 400 for what could be read in two ways, 414 or 431 for what is too large.
+    Raises ApiError: 400 for what has two readings, 414 or 431 for what is too large.
     """
     if has_lone_line_end(head):
         raise BadRequestError("the request's head has a line that does not end with CR LF")
@@ -98,21 +97,21 @@ def read_head(head: bytes, limits: HeadLimits) -> RequestHead:
     return RequestHead(method, target, version, _is_chunked(fields, version), length)
 
 
-def has_lone_line_end(received: bytes | bytearray, begin: int = 0) -> bool:
-    """Whether a line ends by CR or LF alone, or holds a NUL. A last CR may yet become CR LF."""
+def has_lone_line_end(received: bytes | bytearray, start: int = 0) -> bool:
+    """Whether a line ends with CR or LF alone, or contains a NUL. A final CR may become CR LF."""
     end = len(received) - received.endswith(b"\r")
-    return LONE_LINE_END.search(received, begin, end) is not None
+    return LONE_LINE_END.search(received, start, end) is not None
 
 
 def read_fields(lines: list[bytes], limits: HeadLimits) -> list[tuple[bytes, bytes]]:
-    """Names in lower case and values without the blanks around them. Raises ApiError."""
+    """Lower-case names, and values without surrounding blanks. Raises ApiError."""
     if len(lines) > limits.max_headers:
         raise HeadTooLargeError(f"the request has over {limits.max_headers} headers")
     return [_read_field(line) for line in lines]
 
 
 def canonical(head: bytes, read: RequestHead) -> bytes:
-    """The head as every parser reads it: target in origin form, `chunked` spelled plainly."""
+    """The head in the form that every parser reads alike: origin-form target, plain `chunked`."""
     request_line, *lines = head[:-4].split(b"\r\n")
     wanted = b" ".join((read.method, read.target, read.version))
     if request_line == wanted and not read.is_chunked:
@@ -127,7 +126,7 @@ def _read_request_line(line: bytes, limits: HeadLimits) -> tuple[bytes, bytes, b
     if len(target) > limits.max_url_bytes:
         raise UrlTooLongError(f"the request's URL is over {limits.max_url_bytes:,} bytes")
     if not METHOD.fullmatch(method):
-        raise BadRequestError("the request does not begin with an HTTP method")
+        raise BadRequestError("the request does not start with an HTTP method")
     if not VERSION.fullmatch(version):
         raise BadRequestError("the request line must end with HTTP/1.1 (or HTTP/1.0)")
     return method, target, version
@@ -137,8 +136,8 @@ def _read_field(line: bytes) -> tuple[bytes, bytes]:
     match = FIELD.fullmatch(line)
     if match is None:
         raise BadRequestError(
-            "a header is folded, has no name, a blank before its colon or a character that"
-            " it must not hold"
+            "a header is folded, has no name, has a blank before its colon or contains an"
+            " invalid character"
         )
     return match[1].lower(), match[2].strip(b" \t")
 
@@ -148,23 +147,23 @@ def _check_host(fields: list[tuple[bytes, bytes]], version: bytes) -> None:
     if len(hosts) > 1 or (not hosts and version != b"HTTP/1.0"):
         raise BadRequestError("the request must have one Host header")
     if hosts and not HOST.fullmatch(hosts[0]):
-        raise BadRequestError("the Host header must be a host name and at most a port")
+        raise BadRequestError("the Host header must be a host name and an optional port")
 
 
 def _origin_form(method: bytes, target: bytes, fields: list[tuple[bytes, bytes]]) -> bytes:
-    """The target without what the Host header says too; Host and URL may not disagree."""
+    """The target without scheme and host. The URL's host must equal the Host header."""
     if ORIGIN_FORM.fullmatch(target) or (method == b"OPTIONS" and target == b"*"):
         return target
     absolute = ABSOLUTE_FORM.fullmatch(target)
     if absolute is None:
         raise BadRequestError("the request's URL must be a path of visible ASCII characters")
     if dict(fields).get(b"host", b"").lower() != absolute["authority"].lower():
-        raise BadRequestError("the request's URL names another host than its Host header")
+        raise BadRequestError("the host of the request's URL differs from its Host header")
     return absolute["path"] or b"/"
 
 
 def _content_length(fields: list[tuple[bytes, bytes]]) -> int | None:
-    """The declared length. Raises BadRequestError where there is more than one statement."""
+    """The declared length. Raises BadRequestError if the framing is declared twice."""
     framing = [(name, value) for name, value in fields if name in FRAMING]
     if len(framing) > 1:
         raise BadRequestError(
@@ -182,5 +181,5 @@ def _is_chunked(fields: list[tuple[bytes, bytes]], version: bytes) -> bool:
     if not codings:
         return False
     if codings[0].lower() != b"chunked" or version == b"HTTP/1.0":
-        raise BadRequestError("Transfer-Encoding can be chunked alone, and not in HTTP/1.0")
+        raise BadRequestError("Transfer-Encoding must be chunked, and needs HTTP/1.1")
     return True

@@ -1,9 +1,10 @@
-"""Sanic's HTTP protocol behind a strict reader of what comes over the wire.
+"""Sanic's HTTP protocol behind a strict reader of the bytes on the wire.
 
-Owns when bytes are read, how long a client may take, and how a client that was refused is
-parted from: one answer, then the connection closes. Every head is judged by `http_head`
-before Sanic's parser sees it, and a chunked body is read by `http_chunks` in its place. Knows
-nothing of routes. The same for TCP and for TLS, which ends beneath it.
+Owns when bytes are read, how long a client may take, and how the server closes a connection
+whose request it rejected: one answer, then a lingering close. `head.py` judges every head
+before Sanic's parser sees it, and `chunked.py` reads chunked bodies instead of Sanic. Each
+connection moves through the table of `connection_states.py`. Knows nothing of routes. TCP and
+TLS connections are handled alike.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from sanic.server import HttpProtocol
 from ..errors import ApiError, NotReadyError, error_body
 from ..settings import ServerSettings
 from .chunked import ChunkReader
+from .connection_states import ConnectionEvent, ConnectionState, next_state
 from .head import HeadLimits, canonical, end_of_head, read_head
 
 logger = logging.getLogger(__name__)
 
 MIN_BYTES_PER_S = 65_536
-# How long a refused client is listened to, without effect, and how long if it is silent: a
-# connection that closes with bytes unread takes the answer along that the client has not read.
+# How long a lingering close reads on, and how long if the client sends nothing. A connection
+# that is closed while bytes are unread is reset, and the client may lose the answer.
 LINGER_S = 2.0
-FULL_HOUSE = (
+SILENCE_S = 0.25
+TOO_MANY_CONNECTIONS = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
     b"connection: close\r\ncontent-length: %d\r\n\r\n%b"
 )
-SILENCE_S = 0.25
 
 
 class SlowBodyError(ApiError):
@@ -45,41 +47,54 @@ class SlowBodyError(ApiError):
 
 
 class StrictHttp(Http):  # type: ignore[misc]
-    """One connection's requests, in turn."""
+    """The requests of one connection, one after the other."""
 
-    # The limit is `HeadLimits`; Sanic's own would cut before it.
+    # `HeadLimits` is the limit; Sanic's own would apply before it.
     HEADER_CEILING = HEADER_MAX_SIZE = 2**31
     __slots__ = ("chunks",)
 
     def init_for_request(self) -> None:
         super().init_for_request()
         self.chunks: ChunkReader | None = None
+        if self._connection.phase is ConnectionState.ANSWERING:
+            self._connection.advance(ConnectionEvent.ANSWERED)
+
+    @property
+    def _connection(self) -> StrictProtocol:
+        protocol = self.protocol
+        assert isinstance(protocol, StrictProtocol), "StrictProtocol creates this object"
+        return protocol
 
     async def http1_request_header(self) -> None:
-        """Receive and judge a head, and have Sanic read what passed."""
+        """Receive and judge a head, then let Sanic parse it."""
+        self._connection.advance(ConnectionEvent.HEAD_STARTED)
         limits = _limits_of(self.protocol.app)
         try:
             async with asyncio.timeout(self.protocol.request_timeout):
                 head = await self._receive_head(limits)
         except TimeoutError:
-            raise RequestTimeout("the request's head did not come in time") from None
-        # So that the answer to HEAD has no body even if the head is refused.
+            raise RequestTimeout("the request's head did not arrive in time") from None
+        # Set before the head is judged: the answer to a bad HEAD request must have no body.
         self.head_only = head.startswith(b"HEAD ")
         read = read_head(head, limits)
         self.recv_buffer[: len(head)] = canonical(head, read)
         self.chunks = ChunkReader(limits) if read.is_chunked else None
         await super().http1_request_header()
         if self.chunks:
-            # Sanic leaves the head's last line end for its own reader of chunks.
+            # Sanic leaves the last line end of the head for its own reader of chunks.
             del self.recv_buffer[:2]
-        # Answered like any request: nothing here speaks another protocol.
+        # No other protocol is spoken here: an upgrade is answered like any request.
         self.upgrade_websocket = False
+        has_body = bool(self.request_body)
+        self._connection.advance(
+            ConnectionEvent.HEAD_READ if has_body else ConnectionEvent.REQUEST_READ
+        )
 
     async def _receive_head(self, limits: HeadLimits) -> bytes:
         buffer = self.recv_buffer
         num_passed = 0
         while True:
-            # A client may end its last body with a line that no length counts (RFC 9112, 2.2).
+            # A client may send an extra line end after its last body (RFC 9112, 2.2).
             if buffer.startswith(b"\r\n"):
                 del buffer[:2]
             end = end_of_head(buffer, limits, num_passed)
@@ -90,13 +105,21 @@ class StrictHttp(Http):  # type: ignore[misc]
 
     async def read(self) -> bytes | None:
         """The next piece of the body; None at its end. Raises ApiError or PayloadTooLarge."""
-        if not self.chunks:
-            self._check_size(self.request_bytes or 0)
-            return await super().read()
+        data = await (self._read_chunked(self.chunks) if self.chunks else self._read_plain())
+        if not self.request_body and self._connection.phase is ConnectionState.READING_BODY:
+            self._connection.advance(ConnectionEvent.REQUEST_READ)
+        return data
+
+    async def _read_plain(self) -> bytes | None:
+        self._check_size(self.request_bytes or 0)
+        data: bytes | None = await super().read()
+        return data
+
+    async def _read_chunked(self, chunks: ChunkReader) -> bytes:
         await self._continue()
-        data = self.chunks.take(self.recv_buffer, int(self.request_max_size))
-        self._check_size(self.chunks.declared_bytes)
-        if self.chunks.is_complete:
+        data = chunks.take(self.recv_buffer, int(self.request_max_size))
+        self._check_size(chunks.declared_bytes)
+        if chunks.is_complete:
             self.request_body = None
         elif not data:
             await self._receive_more()
@@ -115,20 +138,19 @@ class StrictHttp(Http):  # type: ignore[misc]
             await self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     async def http1_response_header(self, data: bytes, end_stream: bool) -> None:
-        """Send an answer's head. One that comes before the body's end is the last one."""
+        """Send the head of an answer. An answer before the end of the body is the last one."""
         if self.request_body or self.request is None or self.request.method == "NONE":
             self.request_body = None
             self.expecting_continue = False
             self.keep_alive = False
-            assert isinstance(self.protocol, StrictProtocol), "which is what makes this class"
-            self.protocol.linger()
+            self._connection.advance(ConnectionEvent.REJECTED)
         if not end_stream and self.request is not None and self.request.version == "1.0":
-            await self._begin_until_close(data)
+            await self._stream_until_close(data)
         else:
             await super().http1_response_header(data, end_stream)
 
-    async def _begin_until_close(self, data: bytes) -> None:
-        """HTTP/1.0 knows no chunks: a stream ends where its connection does (RFC 9112, 6.1)."""
+    async def _stream_until_close(self, data: bytes) -> None:
+        """HTTP/1.0 has no chunks: a stream ends where its connection does (RFC 9112, 6.1)."""
         self.keep_alive = False
         response = self.response
         response.headers["connection"] = "close"
@@ -146,112 +168,116 @@ class StrictHttp(Http):  # type: ignore[misc]
 
 
 class StrictProtocol(HttpProtocol):  # type: ignore[misc]
-    """A connection that outlives its last answer for as long as a refused client sends.
+    """One connection, and its state in the table of `connection_states.py`.
 
-    It does not outlive a client that reads nothing: what is unsent would be kept for ever.
+    After a rejected request the connection stays open while the client still sends. It does
+    not stay open for a client that reads nothing, whose unsent answer would be kept for ever.
     """
 
     HTTP_CLASS = StrictHttp
-    __slots__ = ("_end", "_is_deaf", "_is_silent", "_lingers", "_reader_check")
+    __slots__ = ("_is_silent", "_linger_timer", "_reader_timer", "phase")
 
     def __init__(self, **parts: Any) -> None:
         super().__init__(**parts)
-        self._lingers = False
-        self._is_deaf = False
+        self.phase = ConnectionState.IDLE
         self._is_silent = False
-        self._end: asyncio.TimerHandle | None = None
-        self._reader_check: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None
+        self._reader_timer: asyncio.TimerHandle | None = None
+
+    def advance(self, event: ConnectionEvent) -> None:
+        """Move to the next state. Raises InvalidTransitionError."""
+        self.phase = next_state(self.phase, event)
 
     def connection_made(self, transport: Any) -> None:
-        """Bound what the kernel holds of an answer, beside the 64 KiB that wait here."""
+        """Limit what the kernel buffers of an answer; accept or reject the connection."""
         size = _settings_of(self.app).send_buffer_bytes
         if (raw := transport.get_extra_info("socket")) is not None:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
-        most = _settings_of(self.app).max_connections
-        if len(self.connections) < most or self._makes_room():
+        limit = _settings_of(self.app).max_connections
+        if len(self.connections) < limit or self._close_an_idle_one():
             super().connection_made(transport)
         else:
-            self._turn_away(transport)
+            self._reject(transport)
 
-    def _makes_room(self) -> bool:
-        """Whether another connection, on which nobody asks anything just now, could be closed."""
+    def _close_an_idle_one(self) -> bool:
+        """Whether another connection was idle and is closed now."""
         return any(connection.close_if_idle() for connection in list(self.connections))
 
-    def _turn_away(self, transport: Any) -> None:
-        """Answer without having read anything: each connection has a request on its way."""
-        # Sanic's own protocol would begin to read requests here.
+    def _reject(self, transport: Any) -> None:
+        """Answer 503 before anything is read: every connection is serving a request."""
+        # Sanic's own protocol would start to read requests here.
         super(HttpProtocol, self).connection_made(transport)
         self.recv_buffer = bytearray()
         error = NotReadyError("too many connections are open: try again", retry_after_s=1.0)
         content = orjson.dumps(error_body(error))
-        transport.write(FULL_HOUSE % (len(content), content))
-        self.linger()
+        transport.write(TOO_MANY_CONNECTIONS % (len(content), content))
+        self.advance(ConnectionEvent.REJECTED)
         self.close()
 
     def pause_writing(self) -> None:
-        """The client does not keep up: whoever writes waits, and a reader that stopped is cut."""
+        """The client does not keep up: writers wait, and a client that reads nothing is cut."""
         super().pause_writing()
         self._check_reader(None)
 
     def resume_writing(self) -> None:
-        if self._reader_check is not None:
-            self._reader_check.cancel()
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
         super().resume_writing()
 
     def _check_reader(self, num_unsent: int | None) -> None:
-        """Cut the connection unless it took something since the last time."""
+        """Abort the connection if the client has read nothing since the last check."""
         transport = self.transport
         if transport is None:
             return
         now = transport.get_write_buffer_size()
         if num_unsent is not None and now >= num_unsent:
-            logger.warning("a client that reads nothing is cut, with %d bytes unsent", now)
+            logger.warning("aborted a connection whose client reads nothing, %d bytes unsent", now)
             transport.abort()
             return
         timeout_s = _settings_of(self.app).reader_timeout_s
-        self._reader_check = self.loop.call_later(timeout_s, self._check_reader, now)
-
-    def linger(self) -> None:
-        """Close softly when the time comes: what still arrives is read and forgotten."""
-        self._lingers = True
+        self._reader_timer = self.loop.call_later(timeout_s, self._check_reader, now)
 
     def close(self, timeout: float | None = None) -> None:
+        """Close the connection; after a rejected request by a lingering close."""
         transport = self.transport
-        if not self._lingers or transport is None or transport.is_closing():
+        if transport is None or transport.is_closing():
             super().close(timeout)
             return
-        self._lingers, self._is_deaf = False, True
+        self.advance(ConnectionEvent.CLOSE)
+        if self.phase is not ConnectionState.DRAINING:
+            super().close(timeout)
+            return
         self.recv_buffer.clear()
         if transport.can_write_eof():
             transport.write_eof()
         transport.resume_reading()
-        self._listen_on(self.loop.time() + LINGER_S)
+        self._drain_until(self.loop.time() + LINGER_S)
 
-    def _listen_on(self, deadline: float) -> None:
-        """Close if it was silent since the last time, or if it is time."""
-        if self._end is not None and (self._is_silent or self.loop.time() >= deadline):
+    def _drain_until(self, deadline: float) -> None:
+        """Close if the client sent nothing since the last check, or at the deadline."""
+        if self._linger_timer is not None and (self._is_silent or self.loop.time() >= deadline):
             self.close()
             return
         self._is_silent = True
-        self._end = self.loop.call_later(SILENCE_S, self._listen_on, deadline)
+        self._linger_timer = self.loop.call_later(SILENCE_S, self._drain_until, deadline)
 
     def data_received(self, data: bytes) -> None:
         self._is_silent = False
-        if not self._is_deaf:
+        if self.phase is not ConnectionState.DRAINING:
             super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._end is not None:
-            self._end.cancel()
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+        self.advance(ConnectionEvent.LOST)
         super().connection_lost(exc)
 
 
-class HardyRequest(Request):
-    """A request that can also stand for one whose URL no parser takes.
+class LenientRequest(Request):
+    """A request that also accepts a URL that no parser takes.
 
-    Sanic makes an empty request (method NONE) to answer a head that it could not
-    read, with the same URL: without this the second failure would close the
-    connection without an answer.
+    To answer a head that it could not read, Sanic creates an empty request (method NONE) with
+    the same URL. That would fail a second time, and close the connection without an answer.
     """
 
     def __init__(
@@ -272,16 +298,16 @@ class HardyRequest(Request):
 
 
 async def receive_body(request: Request, timeout_s: float) -> None:
-    """Read the whole body, which must keep coming.
+    """Read the whole body, which must keep arriving.
 
-    timeout_s: how long it may take, and longer by what came already at
-    `MIN_BYTES_PER_S`, so that a large body is not a slow one.
+    timeout_s: the time limit for a small body. Bytes that have arrived extend it, at
+    `MIN_BYTES_PER_S`, so that a large body may take longer.
     Raises SlowBodyError, BadRequestError for broken framing, or PayloadTooLarge.
     """
     stream = request.stream
     if not isinstance(stream, Http) or not stream.request_body:
         return
-    # One buffer: a list of pieces would hold a header for each, however small they come.
+    # One buffer: a list would cost a Python object for each piece, however small.
     body = bytearray()
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
@@ -292,7 +318,7 @@ async def receive_body(request: Request, timeout_s: float) -> None:
                 deadline += len(piece) / MIN_BYTES_PER_S
                 timer.reschedule(deadline)
     except TimeoutError as error:
-        raise SlowBodyError(f"the body did not come within {timeout_s:g} s") from error
+        raise SlowBodyError(f"the body did not arrive within {timeout_s:g} s") from error
     request.body = bytes(body)
 
 

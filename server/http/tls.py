@@ -1,6 +1,6 @@
 """TLS of the listening socket, for a server without a proxy in front of it.
 
-Owns the certificate and its reading again. Knows nothing of requests.
+Owns the certificate and its reload. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ logger = logging.getLogger(__name__)
 
 
 class TlsError(ValueError):
-    """Certificate and key do not serve; the message is one line for the operator."""
+    """The certificate or key is unusable; the message is one line for the operator."""
 
 
 class ServerTls:
-    """A context that serves `certfile`, which `reload` reads again. Raises TlsError."""
+    """A TLS context of `certfile`, which `reload` reads again. Raises TlsError."""
 
     def __init__(self, certfile: str, keyfile: str | None) -> None:
-        """keyfile None: the key stands in certfile."""
+        """keyfile None: certfile contains the key."""
         self._files = certfile, keyfile
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._load(self.context)
 
     def reload(self) -> None:
-        """Serve the files' present content to new connections; what does not serve is left."""
+        """Read the files again for new connections. If unusable, log why and keep the present."""
         try:
-            # Tried elsewhere first: a half-read pair would end every handshake.
+            # Tried in a separate context first: a half-read pair would fail every handshake.
             self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
             self._load(self.context)
         except TlsError as error:
-            logger.error("the certificate stays as it was: %s", error)
+            logger.error("kept the present TLS certificate: %s", error)
             return
-        logger.info("the certificate was read again")
+        logger.info("reloaded the TLS certificate")
 
     def _load(self, context: ssl.SSLContext) -> None:
         try:
-            # A password is never asked for: nobody sits at the worker's terminal.
+            # Never ask for a password: a worker has no terminal.
             context.load_cert_chain(*self._files, password=_no_password)
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
@@ -46,4 +46,4 @@ class ServerTls:
 
 
 def _no_password() -> bytes:
-    raise ValueError("the key has a password: give one without")
+    raise ValueError("the key has a password: use a key without one")

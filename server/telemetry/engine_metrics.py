@@ -1,8 +1,8 @@
-"""What engines and the supervisor tell of themselves, as figures of Prometheus.
+"""The metrics that engines and the supervisor report, in Prometheus' terms.
 
-Owns their names and words. Every worker hears the same of them: of several workers'
-figures these are taken from one, not summed. Those of several engines are sums over all;
-`ReplicaFigures` tells of each.
+Owns their names and help texts. Every worker receives the same reports, so these metrics are
+taken from one worker, never summed over workers. With several engines they are sums over all;
+`ReplicaMetrics` has the metrics of each.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from ...router.messages import VISION_BOUNDS_S, EngineStats
 from ..supervisor.restart_counter import RestartCounts
 
 
-class EngineFigures(Collector):
-    """What the engine last told of itself; the unprefixed names are the documented ones."""
+class EngineMetrics(Collector):
+    """The engine's last report. The names without a prefix are those of the documented API."""
 
     def __init__(self, num_request_max: int) -> None:
         self.stats = EngineStats()
         self._num_request_max = num_request_max
 
     def collect(self) -> Iterator[Metric]:
-        """Each figure once, as it stands."""
+        """Each metric once, with its present value."""
         for name, (help_text, value) in self._gauges().items():
             yield GaugeMetricFamily(name, help_text, value)
         for name, (help_text, value) in _counters(self.stats).items():
@@ -43,34 +43,34 @@ class EngineFigures(Collector):
         stats = self.stats
         usage = stats.text_blocks_used / stats.text_blocks_total if stats.text_blocks_total else 0.0
         return {
-            "gpu_cache_usage_perc": ("Text blocks in use; 1 is all of them.", usage),
-            "kv_cache_usage_perc": ("The same, under its newer name.", usage),
+            "gpu_cache_usage_perc": ("Share of text blocks in use, from 0 to 1.", usage),
+            "kv_cache_usage_perc": ("Share of text blocks in use; newer name.", usage),
             "num_requests_running": ("Requests in the running batch.", stats.num_running),
-            "num_requests_waiting": ("Requests waiting for the batch.", stats.num_waiting),
-            "num_request_max": ("Most requests that run at once.", self._num_request_max),
+            "num_requests_waiting": ("Requests in the queue.", stats.num_waiting),
+            "num_request_max": ("Maximum number of running requests.", self._num_request_max),
             "vlmserve_text_blocks_used": ("Text blocks in use.", stats.text_blocks_used),
-            "vlmserve_text_blocks_total": ("Text blocks there are.", stats.text_blocks_total),
+            "vlmserve_text_blocks_total": ("Text blocks in total.", stats.text_blocks_total),
             "vlmserve_image_blocks_used": ("Image blocks (tiles) in use.", stats.image_blocks_used),
-            "vlmserve_image_blocks_total": ("Image blocks there are.", stats.image_blocks_total),
+            "vlmserve_image_blocks_total": ("Image blocks in total.", stats.image_blocks_total),
             "vlmserve_text_blocks_cached": (
-                "Text blocks kept in case they are needed again.",
+                "Text blocks cached for reuse.",
                 stats.text_blocks_cached,
             ),
             "vlmserve_image_blocks_cached": (
-                "Image blocks kept in case they are needed again.",
+                "Image blocks cached for reuse.",
                 stats.image_blocks_cached,
             ),
         }
 
 
-class ReplicaFigures(Collector):
-    """What each of several replicas last told, by its number."""
+class ReplicaMetrics(Collector):
+    """The last report of each replica, labelled with its number."""
 
     def __init__(self, states: Callable[[], Sequence[ReplicaState]]) -> None:
         self._states = states
 
     def collect(self) -> Iterator[Metric]:
-        """Each figure once for each replica, as it stands."""
+        """Each metric once per replica, with its present value."""
         states = self._states()
         for name, (help_text, value_of) in _REPLICA_GAUGES.items():
             family = GaugeMetricFamily(f"vlmserve_replica_{name}", help_text, labels=["replica"])
@@ -80,26 +80,35 @@ class ReplicaFigures(Collector):
 
 
 _REPLICA_GAUGES: dict[str, tuple[str, Callable[[ReplicaState], float]]] = {
-    "ready": ("1 while this replica takes requests.", lambda one: float(one.is_ready)),
-    "requests_running": ("Requests in its running batch.", lambda one: one.stats.num_running),
-    "requests_waiting": ("Requests in its queue.", lambda one: one.stats.num_waiting),
-    "text_blocks_used": ("Its text blocks in use.", lambda one: one.stats.text_blocks_used),
-    "image_blocks_used": ("Its image blocks in use.", lambda one: one.stats.image_blocks_used),
-    "steps": ("Steps of the model since it started.", lambda one: one.stats.num_steps),
+    "ready": ("1 while the replica accepts requests.", lambda state: float(state.is_ready)),
+    "requests_running": (
+        "Requests in the replica's running batch.",
+        lambda state: state.stats.num_running,
+    ),
+    "requests_waiting": ("Requests in the replica's queue.", lambda state: state.stats.num_waiting),
+    "text_blocks_used": (
+        "Text blocks in use on the replica.",
+        lambda state: state.stats.text_blocks_used,
+    ),
+    "image_blocks_used": (
+        "Image blocks in use on the replica.",
+        lambda state: state.stats.image_blocks_used,
+    ),
+    "steps": ("Model steps since the replica started.", lambda state: state.stats.num_steps),
 }
 
 
-class RestartFigures(Collector):
-    """How often the supervisor started a process again. folder: where it writes that."""
+class RestartMetrics(Collector):
+    """How often the supervisor restarted processes. folder: where it writes the counts."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def collect(self) -> Iterator[Metric]:
-        """One counter, each of whose labels has two values."""
+        """One counter, by process (engine, worker) and reason (ended, hung)."""
         family = CounterMetricFamily(
             "vlmserve_restarts",
-            "Processes that were started again: as they had ended, or were ended as they hung.",
+            "Restarted processes. reason=ended: the process exited; hung: it stopped responding.",
             labels=["process", "reason"],
         )
         counts = RestartCounts.read(self._folder)
@@ -110,26 +119,38 @@ class RestartFigures(Collector):
 
 
 def engine_families() -> frozenset[str]:
-    """The names of the families that every worker tells alike, for whoever adds up workers."""
-    return frozenset(family.name for family in EngineFigures(1).collect())
+    """The names of the metrics that all workers report alike: do not sum these over workers."""
+    return frozenset(family.name for family in EngineMetrics(1).collect())
 
 
 def _counters(stats: EngineStats) -> dict[str, tuple[str, float]]:
     queried, hit = stats.prefix_tokens_queried, stats.prefix_tokens_hit
     return {
-        "num_preemptions": ("Requests set back for room.", stats.num_preemptions),
-        "prefix_cache_queries": ("Tokens of requests that started.", queried),
-        "prefix_cache_hits": ("Tokens found computed when their request started.", hit),
-        "vlmserve_steps": ("Steps of the model.", stats.num_steps),
-        "vlmserve_preemptions": ("Requests set back for room.", stats.num_preemptions),
+        "num_preemptions": ("Requests preempted to free blocks.", stats.num_preemptions),
+        "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", queried),
+        "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", hit),
+        "vlmserve_steps": ("Model steps.", stats.num_steps),
+        "vlmserve_preemptions": ("Requests preempted to free blocks.", stats.num_preemptions),
         "vlmserve_images_encoded": ("Images encoded.", stats.num_images_encoded),
-        "vlmserve_vision_seconds": ("Time in the vision encoder.", stats.vision_seconds),
-        "vlmserve_image_cache_hits": ("Images found encoded or due.", stats.image_cache_hits),
-        "vlmserve_image_cache_misses": ("Images not found.", stats.image_cache_misses),
-        "vlmserve_image_cache_evictions": ("Images given up.", stats.image_cache_evictions),
-        "vlmserve_prefix_cache_queried_tokens": ("Tokens of requests that started.", queried),
+        "vlmserve_vision_seconds": ("Seconds spent in the vision encoder.", stats.vision_seconds),
+        "vlmserve_image_cache_hits": (
+            "Images found in the image cache, or already being encoded.",
+            stats.image_cache_hits,
+        ),
+        "vlmserve_image_cache_misses": (
+            "Images not found in the image cache.",
+            stats.image_cache_misses,
+        ),
+        "vlmserve_image_cache_evictions": (
+            "Images evicted from the image cache.",
+            stats.image_cache_evictions,
+        ),
+        "vlmserve_prefix_cache_queried_tokens": (
+            "Prompt tokens looked up in the prefix cache.",
+            queried,
+        ),
         "vlmserve_prefix_cache_hit_tokens": (
-            "Tokens found computed when their request started.",
+            "Prompt tokens found in the prefix cache.",
             hit,
         ),
     }
@@ -141,7 +162,7 @@ def _vision_latency(stats: EngineStats) -> HistogramMetricFamily:
     totals = itertools.accumulate(counts)
     return HistogramMetricFamily(
         "vision_encoder_latency_seconds",
-        "Time of a step in the vision encoder, of steps that encode images.",
+        "Seconds in the vision encoder per step that encodes images.",
         buckets=list(zip(labels, map(float, totals), strict=True)),
         sum_value=stats.vision_seconds,
     )

@@ -1,6 +1,6 @@
-"""How late the event loop runs what is due: what every client of a worker feels at once.
+"""How late the event loop runs its callbacks, which delays every client of a worker.
 
-Owns the measuring. Knows nothing of what holds the loop up, or of who is told.
+Owns the measurement. Knows nothing of what blocks the loop or of how the lag is reported.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ INTERVAL_S = 0.25
 
 
 async def watch_lag(observe: Callable[[float], None], interval_s: float = INTERVAL_S) -> None:
-    """Tell `observe` each interval by how many seconds the loop was late; never returns."""
+    """Call `observe` with the lag in seconds, once per interval; never returns."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + interval_s

@@ -1,9 +1,9 @@
-"""The figures at /metrics: the documented service's names, and the field's usual ones beside them.
+"""The metrics at /metrics: those of the documented API, and the usual ones of other servers.
 
 Owns one worker's registry. No label takes its value from a client. Workers under the supervisor
-keep their figures in mapped files of one folder (PROMETHEUS_MULTIPROC_DIR), and each shows the
-sums over all: those of a worker that died stay, as it counted to the last. There are counters
-and histograms only, but for what `engine_metrics.py` tells, which every worker tells alike.
+store their metrics in memory-mapped files of one folder (PROMETHEUS_MULTIPROC_DIR). Each worker
+reports the sums over all workers, including workers that have died. All are counters and
+histograms, except the engine's (`engine_metrics.py`), which all workers report alike.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from ...router.client.replica_pool import MOVE_REASONS, MoveReason, ReplicaState
 from ...router.messages import AddRequest, EngineStats
-from .engine_metrics import EngineFigures, ReplicaFigures, RestartFigures
-from .request_record import Record, current_record
+from .engine_metrics import EngineMetrics, ReplicaMetrics, RestartMetrics
+from .request_record import RequestRecord, current_record
 
-# When a figure was first made is no figure: it doubles the page, and cannot be summed.
+# The creation time of each metric would double the page, and it cannot be summed.
 disable_created_metrics()
-# Where it is set, as prometheus_client is imported, figures are kept in files there.
-FIGURES_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+# prometheus_client stores metrics in this folder if it is set at import.
+METRICS_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -44,129 +44,141 @@ FINISHED_REASONS: tuple[FinishedReason, ...] = ("stop", "length", "tool_calls", 
 
 
 class Metrics:
-    """All figures of one HTTP worker, and the engine's counts as it last told them."""
+    """All metrics of one HTTP worker, and those that the engine last reported."""
 
     def __init__(self, num_request_max: int) -> None:
         self.registry = CollectorRegistry()
-        self._engine = EngineFigures(num_request_max)
-        self._replicas: ReplicaFigures | None = None
+        self._engine = EngineMetrics(num_request_max)
+        self._replicas: ReplicaMetrics | None = None
         self.registry.register(self._engine)
-        self._add_documented_figures()
-        self._add_usual_figures()
-        self._add_http_figures()
+        self._add_documented_metrics()
+        self._add_usual_metrics()
+        self._add_http_metrics()
 
     def start(self, requests: Sequence[AddRequest]) -> RequestTimer:
-        """Begin to time one request that goes to the engine, with its prompts."""
+        """Start to time one request to the engine. requests: one per prompt."""
         return RequestTimer(self, requests)
 
     def fail_early(self) -> None:
-        """A request failed before it went to the engine: its time was over, or there is no room."""
+        """Count a request that failed before the engine: over its deadline or no room."""
         self.request_failure.inc()
         self.request_finish.labels("error").inc()
 
     def watch_replicas(self, states: Callable[[], Sequence[ReplicaState]]) -> None:
-        """Tell of each of several replicas too."""
-        self._replicas = ReplicaFigures(states)
+        """Report each replica by itself too."""
+        self._replicas = ReplicaMetrics(states)
         self.registry.register(self._replicas)
         self.replica_moves = self._counter(
             "vlmserve_replica_moves",
-            "Requests that another replica took: full, the first one's queue was; dead, it was "
-            "before it began with them.",
+            "Requests retried on another replica. reason=full: the first replica's queue was full; "
+            "dead: it died before starting them.",
             ["reason"],
         )
         for reason in MOVE_REASONS:
             self.replica_moves.labels(reason)
 
     def count_move(self, reason: MoveReason) -> None:
-        """A request goes to another replica than the one first chosen."""
+        """Count a request that is retried on another replica."""
         self.replica_moves.labels(reason).inc()
 
-    def count_http(self, record: Record) -> None:
-        """Count a request of whatever kind that has ended."""
+    def count_http(self, record: RequestRecord) -> None:
+        """Count an HTTP request that has ended, of any route."""
         self.http_requests.labels(record.method, record.route, str(record.status)).inc()
-        if record.images_began is not None and record.images_ended is not None:
-            self.image_load_time.observe(record.images_ended - record.images_began)
+        if record.images_started is not None and record.images_ended is not None:
+            self.image_load_time.observe(record.images_ended - record.images_started)
 
     def render(self, stats: EngineStats) -> bytes:
-        """All figures in Prometheus' text format; of all workers, where there are several."""
+        """All metrics in Prometheus' text format, summed over all workers."""
         self._engine.stats = stats
-        folder = os.environ.get(FIGURES_VARIABLE)
+        folder = os.environ.get(METRICS_FOLDER_VARIABLE)
         if folder is None:
             return generate_latest(self.registry)
         summed = CollectorRegistry()
         MultiProcessCollector(summed)
-        summed.register(RestartFigures(Path(folder)))
+        summed.register(RestartMetrics(Path(folder)))
         summed.register(self._engine)
         if self._replicas is not None:
             summed.register(self._replicas)
         return generate_latest(summed)
 
-    def _add_documented_figures(self) -> None:
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens taken.")
+    def _add_documented_metrics(self) -> None:
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
+            "Seconds from a request's arrival to its first token.",
             _LATENCY_S,
         )
         self.time_per_output_token = self._histogram(
-            "time_per_output_token_seconds", "Between two tokens of an answer.", _TOKEN_S
+            "time_per_output_token_seconds",
+            "Seconds between two tokens of an answer, observed once per output.",
+            _TOKEN_S,
         )
         self.e2e_request_latency = self._histogram(
-            "e2e_request_latency_seconds", "From a request's arrival to its last token.", _LATENCY_S
+            "e2e_request_latency_seconds",
+            "Seconds from a request's arrival to its last token.",
+            _LATENCY_S,
         )
         self.request_prompt_tokens = self._histogram(
-            "request_prompt_tokens", "Prompt tokens a request.", _TOKENS
+            "request_prompt_tokens", "Prompt tokens per request.", _TOKENS
         )
         self.request_generation_tokens = self._histogram(
-            "request_generation_tokens", "Generated tokens a request.", _TOKENS
+            "request_generation_tokens", "Generated tokens per request.", _TOKENS
         )
         self.request_finish = self._counter(
-            "request_finish", "Requests that ended, by reason.", ["finished_reason"]
+            "request_finish", "Requests that ended, by finish reason.", ["finished_reason"]
         )
         for reason in FINISHED_REASONS:
             self.request_finish.labels(reason)
-        self.request_success = self._counter("request_success", "Requests answered to their end.")
+        self.request_success = self._counter("request_success", "Requests answered completely.")
         self.request_failure = self._counter(
             "request_failure",
-            "Requests that failed in the engine, or whose time was over before it.",
+            "Requests that failed in the engine, or passed their deadline before it.",
         )
 
-    def _add_usual_figures(self) -> None:
+    def _add_usual_metrics(self) -> None:
         self.inter_token_latency = self._histogram(
             "inter_token_latency_seconds",
-            "Between two tokens of an answer, counted once a token.",
+            "Seconds between two tokens of an answer, observed once per token.",
             _TOKEN_S,
         )
         self.request_queue_time = self._histogram(
-            "request_queue_time_seconds", "In the engine's queue before the first run.", _LATENCY_S
+            "request_queue_time_seconds",
+            "Seconds in the engine's queue before the first step.",
+            _LATENCY_S,
         )
         self.request_prefill_time = self._histogram(
-            "request_prefill_time_seconds", "From the first run to the first token.", _LATENCY_S
+            "request_prefill_time_seconds",
+            "Seconds from the first step to the first token.",
+            _LATENCY_S,
         )
         self.request_decode_time = self._histogram(
-            "request_decode_time_seconds", "From the first token to the last.", _LATENCY_S
+            "request_decode_time_seconds",
+            "Seconds from the first token to the last token.",
+            _LATENCY_S,
         )
         self.request_inference_time = self._histogram(
-            "request_inference_time_seconds", "From the first run to the last token.", _LATENCY_S
+            "request_inference_time_seconds",
+            "Seconds from the first step to the last token.",
+            _LATENCY_S,
         )
-        self.request_params_n = self._histogram("request_params_n", "Answers asked for.", _FEW)
+        self.request_params_n = self._histogram("request_params_n", "Answers per request.", _FEW)
         self.request_params_max_tokens = self._histogram(
-            "request_params_max_tokens", "Tokens that an answer may have.", _TOKENS
+            "request_params_max_tokens", "Maximum tokens of an answer, per request.", _TOKENS
         )
-        self.request_images = self._histogram("request_images", "Images a request.", _FEW)
+        self.request_images = self._histogram("request_images", "Images per request.", _FEW)
         self.image_load_time = self._histogram(
-            "image_load_time_seconds", "Fetching and decoding a request's images.", _LATENCY_S
+            "image_load_time_seconds", "Seconds to fetch and decode a request's images.", _LATENCY_S
         )
 
-    def _add_http_figures(self) -> None:
+    def _add_http_metrics(self) -> None:
         self.http_requests = self._counter(
             "vlmserve_http_requests",
-            "HTTP requests that ended; 499 is a client that went away.",
+            "HTTP requests that ended. status=499: the client closed the connection.",
             ["method", "route", "status"],
         )
         self.event_loop_lag = self._histogram(
-            "vlmserve_event_loop_lag_seconds", "How late the event loop runs what is due.", _LAG_S
+            "vlmserve_event_loop_lag_seconds", "Lag of the event loop in seconds.", _LAG_S
         )
 
     def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
@@ -177,9 +189,9 @@ class Metrics:
 
 
 class RequestTimer:
-    """One request's times in the engine; exactly one of its ends is counted.
+    """Times one request in the engine; counts exactly one end of it.
 
-    What it measures stands in the HTTP request's record too.
+    Writes what it measures into the HTTP request's record too.
     """
 
     def __init__(self, metrics: Metrics, requests: Sequence[AddRequest]) -> None:
@@ -197,16 +209,16 @@ class RequestTimer:
         metrics.prompt_tokens.inc(num_prompt_tokens)
         metrics.request_prompt_tokens.observe(num_prompt_tokens)
         metrics.request_params_n.observe(len(requests[0].answer_ids))
-        metrics.request_params_max_tokens.observe(max(one.max_tokens for one in requests))
+        metrics.request_params_max_tokens.observe(max(request.max_tokens for request in requests))
         metrics.request_images.observe(sum(len(request.images) for request in requests))
 
     def tokens(self, request_id: str, count: int, queue_s: float = 0.0) -> None:
-        """Some tokens of one answer came. queue_s: as the first output tells it."""
+        """Count tokens that arrived for one answer. queue_s: from the first output."""
         if not count:
             return
         now = time.monotonic()
         if self._first is None:
-            self._begin(now, queue_s)
+            self._observe_first_token(now, queue_s)
         last = self._last.get(request_id)
         if last is not None:
             gap_s = (now - last) / count
@@ -219,11 +231,11 @@ class RequestTimer:
         self._metrics.generation_tokens.inc(count)
 
     def end_answer(self, reason: Literal["stop", "length", "tool_calls"]) -> None:
-        """One of the request's answers is whole."""
+        """One of the request's answers is complete."""
         self._record.finish_reasons.append(reason)
 
     def finish(self, reason: Literal["stop", "length", "tool_calls"]) -> None:
-        """The request was answered. reason: its last answer's."""
+        """The request was answered. reason: the finish reason of its last answer."""
         self._metrics.request_success.inc()
         self._observe_decode()
         self._close(reason)
@@ -235,17 +247,17 @@ class RequestTimer:
         self._close("error")
 
     def leave(self) -> None:
-        """Nobody waits any more; without effect after another end."""
+        """The client left. Does nothing after another end."""
         if not self._is_over:
             self._record.finish_reasons.append("abort")
         self._close("abort")
 
-    def _begin(self, now: float, queue_s: float) -> None:
+    def _observe_first_token(self, now: float, queue_s: float) -> None:
         self._first, self._queue_s = now, queue_s
         record = self._record
         if record.first_token is None:
             record.first_token, record.queue_s = now, queue_s
-        self._metrics.time_to_first_token.observe(now - record.began)
+        self._metrics.time_to_first_token.observe(now - record.started)
         self._metrics.request_queue_time.observe(queue_s)
         self._metrics.request_prefill_time.observe(max(0.0, now - self._admitted - queue_s))
 
@@ -261,5 +273,5 @@ class RequestTimer:
             return
         self._is_over = True
         self._metrics.request_finish.labels(reason).inc()
-        self._metrics.e2e_request_latency.observe(time.monotonic() - self._record.began)
+        self._metrics.e2e_request_latency.observe(time.monotonic() - self._record.started)
         self._metrics.request_generation_tokens.observe(self._num_tokens)

@@ -1,8 +1,8 @@
-"""Sanic with a record for each request, closed exactly once however the request ends.
+"""A Sanic application with a record of each request, closed exactly once for every outcome.
 
-Owns where a record begins and what status it ends with: Sanic answers some failures outside
-of its handling of requests, and a client that went away is answered not at all. Knows nothing
-of what is done with a closed record.
+Owns when a record starts and which status it ends with. Sanic answers some failures outside
+its request handling, and a client that has left gets no answer at all. Knows nothing of what
+happens with a closed record.
 """
 
 from __future__ import annotations
@@ -16,30 +16,36 @@ from typing import Any
 from sanic import Request, Sanic
 from sanic.exceptions import SanicException
 
-from .request_record import CLIENT_CLOSED_REQUEST, UNMATCHED, Record, record_of, remember
+from .request_record import (
+    CLIENT_CLOSED_REQUEST,
+    UNMATCHED,
+    RequestRecord,
+    record_of,
+    set_current_record,
+)
 
 logger = logging.getLogger(__name__)
 
-OnClosed = Callable[[Record], None]
+OnClosed = Callable[[RequestRecord], None]
 
 
-class RecordingSanic(Sanic[Any, Any]):
+class RecordedApp(Sanic[Any, Any]):
     """Calls `ctx.on_closed` with the record of each request that has ended."""
 
     async def handle_request(self, request: Request) -> None:
-        """Serve a request whose head was read."""
-        record = _begin(request)
+        """Serve a request whose head is valid."""
+        record = _start_record(request)
         record.is_handled = True
         try:
             await super().handle_request(request)
         except asyncio.CancelledError:
             record.is_handled = False
-            if _is_left(request):
+            if _has_left(request):
                 self._close(request, record, CLIENT_CLOSED_REQUEST)
             elif _status_of(request):
-                # Cut in its middle, by a server that stops: nothing more can be said.
+                # The server stops in the middle of the answer: no error can be sent.
                 self._close(request, record, _status_of(request))
-            raise  # what has no answer yet is given one by handle_exception
+            raise  # handle_exception answers a request that has no answer yet
         except BaseException:
             record.is_handled = False
             raise
@@ -48,17 +54,17 @@ class RecordingSanic(Sanic[Any, Any]):
     async def handle_exception(
         self, request: Request, exception: BaseException, run_middleware: bool = True
     ) -> None:
-        """Answer a failure: of a handler, or of a head that reached none."""
-        record = record_of(request) or _begin(request)
+        """Answer a failure of a handler, or of a head that reached no handler."""
+        record = record_of(request) or _start_record(request)
         try:
             await super().handle_exception(request, exception, run_middleware)
         finally:
             if not record.is_handled:
-                left = _is_left(request)
+                left = _has_left(request)
                 status = CLIENT_CLOSED_REQUEST if left else _status_of(request)
                 self._close(request, record, status)
 
-    def _close(self, request: Request, record: Record, status: int) -> None:
+    def _close(self, request: Request, record: RequestRecord, status: int) -> None:
         if record.ended is not None:
             return
         record.ended = time.monotonic()
@@ -67,12 +73,12 @@ class RecordingSanic(Sanic[Any, Any]):
         try:
             self.ctx.on_closed(record)
         except Exception:
-            # The client has its answer: what is told of it must not cost the connection.
-            logger.exception("a request's end could not be told")
-        remember(None)
+            # The client has its answer: a failed report must not close the connection.
+            logger.exception("cannot log a request that has ended")
+        set_current_record(None)
 
     def _route_of(self, request: Request) -> str:
-        """The pattern of the request's route, also where the request never came to it."""
+        """The pattern of the request's route, even if the request failed before it."""
         if request.route is not None:
             return f"/{request.route.path.lstrip('/')}"
         try:
@@ -82,14 +88,14 @@ class RecordingSanic(Sanic[Any, Any]):
         return f"/{route.path.lstrip('/')}"
 
 
-def _begin(request: Request) -> Record:
-    record = Record.of(request)
+def _start_record(request: Request) -> RequestRecord:
+    record = RequestRecord.of(request)
     request.ctx.record = record
-    remember(record)
+    set_current_record(record)
     return record
 
 
-def _is_left(request: Request) -> bool:
+def _has_left(request: Request) -> bool:
     """Whether the client has closed the connection."""
     info = request.conn_info
     if info is not None and info.lost:
@@ -98,6 +104,6 @@ def _is_left(request: Request) -> bool:
 
 
 def _status_of(request: Request) -> int:
-    """The status that was sent, 0 where none was."""
+    """The status that was sent; 0 if none was."""
     response = None if request.stream is None else request.stream.response
     return 0 if response is None else int(response.status)

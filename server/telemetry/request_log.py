@@ -1,6 +1,7 @@
-"""Who is told of each request that has ended: the log in one line, the metrics, a trace.
+"""Reports each request that has ended: one log line, the metrics, a trace.
 
-Owns the line's fields. Knows nothing of when a request ends, or of how a line is written.
+Owns the fields of the log line. Knows nothing of when a request ends or of how logs are
+written.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from .metrics import Metrics
-from .request_record import Record
+from .request_record import RequestRecord
 
 if TYPE_CHECKING:
     from .tracing import Tracer
@@ -18,15 +19,15 @@ logger = logging.getLogger("vlmserve.access")
 
 
 class RequestLog:
-    """Tells of each closed record: to the metrics, and to log and tracer where they are wanted."""
+    """Reports each closed record to the metrics, and to the log and the tracer if enabled."""
 
     def __init__(self, is_logged: bool, metrics: Metrics, tracer: Tracer | None = None) -> None:
         self._is_logged = is_logged
         self._metrics = metrics
         self._tracer = tracer
 
-    def add(self, record: Record) -> None:
-        """Count the request, trace it, and write its line."""
+    def add(self, record: RequestRecord) -> None:
+        """Count the request, trace it, and log it in one line."""
         self._metrics.count_http(record)
         if self._tracer is not None:
             self._tracer.add(record)
@@ -34,10 +35,10 @@ class RequestLog:
             logger.info("request", extra={"fields": fields_of(record)})
 
 
-def fields_of(record: Record) -> dict[str, Any]:
-    """What an operator may know of a request: no word of it, nor who sent it.
+def fields_of(record: RequestRecord) -> dict[str, Any]:
+    """The fields of a request's log line, without its content or its sender.
 
-    Times in seconds; None for what a request never came to.
+    Times in seconds; None for a stage that the request did not reach.
     """
     fields: dict[str, Any] = {
         "method": record.method,

@@ -1,8 +1,8 @@
-"""What is remembered of one HTTP request until it ends: who asked for what, and how long it took.
+"""The record of one HTTP request until it ends: its route, its times and its counts.
 
-Owns the record, its id, and its way through the tasks that work for the request. Holds nothing
-that a client wrote but that id, and it only where it is harmless. Knows nothing of how a record is
-told: as a line of the log, in metrics or as a trace.
+Owns the record, its id, and how the tasks that work for the request find it. Contains nothing
+that a client wrote, except a request id that is harmless. Knows nothing of how a record is
+reported: as a log line, in metrics or as a trace.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 @dataclass(slots=True)
-class Record:
-    """One request's figures. All times are of `time.monotonic()`, None where they never came.
+class RequestRecord:
+    """One request. Times are of `time.monotonic()`; None for a stage that was not reached.
 
-    route: the route's own pattern, never the path that was asked for. traceparent, tracestate: as
-    the client sent them, for the trace alone. queue_s: as the engine measured it. A request of
-    several prompts sums tokens and images, and keeps the first queue and first token.
+    route: the pattern of the route, never the requested path. traceparent, tracestate: as the
+    client sent them, used for the trace only. queue_s: measured by the engine. A request of
+    several prompts sums tokens and images, and keeps the first queue time and first token.
     """
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -40,10 +40,10 @@ class Record:
     status: int = 0
     traceparent: str | None = None
     tracestate: str | None = None
-    began: float = field(default_factory=time.monotonic)
-    began_ns: int = field(default_factory=time.time_ns)
+    started: float = field(default_factory=time.monotonic)
+    started_ns: int = field(default_factory=time.time_ns)
     ended: float | None = None
-    images_began: float | None = None
+    images_started: float | None = None
     images_ended: float | None = None
     admitted: float | None = None
     queue_s: float | None = None
@@ -56,7 +56,7 @@ class Record:
     is_handled: bool = False
 
     @classmethod
-    def of(cls, request: Request) -> Record:
+    def of(cls, request: Request) -> RequestRecord:
         """The record of a request whose head has just been read."""
         method = request.method if request.method in _METHODS else OTHER_METHOD
         return cls(
@@ -68,40 +68,40 @@ class Record:
 
     @property
     def total_s(self) -> float:
-        return (time.monotonic() if self.ended is None else self.ended) - self.began
+        return (time.monotonic() if self.ended is None else self.ended) - self.started
 
     @property
     def ttft_s(self) -> float | None:
-        """From the request's arrival to its first token."""
-        return None if self.first_token is None else self.first_token - self.began
+        """Seconds from the request's arrival to its first token."""
+        return None if self.first_token is None else self.first_token - self.started
 
     @property
     def is_generation(self) -> bool:
         return self.admitted is not None
 
 
-_record_of_task: ContextVar[Record | None] = ContextVar("record_of_task", default=None)
+_record_of_task: ContextVar[RequestRecord | None] = ContextVar("record_of_task", default=None)
 
 
-def current_record() -> Record:
-    """The record of the request that this task works for; one of its own where there is none."""
+def current_record() -> RequestRecord:
+    """The record of the request that this task works for; a new record if there is none."""
     record = _record_of_task.get()
-    return Record() if record is None else record
+    return RequestRecord() if record is None else record
 
 
-def remember(record: Record | None) -> None:
-    """Make `record` this task's, and that of the tasks that it starts."""
+def set_current_record(record: RequestRecord | None) -> None:
+    """Make `record` the record of this task and of the tasks that it starts."""
     _record_of_task.set(record)
     request_id_of_task.set(None if record is None else record.request_id)
 
 
-def record_of(request: Request) -> Record | None:
-    """The request's record, None before it has one."""
-    record: Record | None = getattr(request.ctx, "record", None)
+def record_of(request: Request) -> RequestRecord | None:
+    """The request's record; None if it has none yet."""
+    record: RequestRecord | None = getattr(request.ctx, "record", None)
     return record
 
 
 def _request_id(request: Request) -> str:
-    """The client's X-Request-Id if it is harmless, else a new one."""
+    """The client's X-Request-Id if it is harmless, else a new id."""
     given = str(request.headers.getone("x-request-id", ""))
     return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex

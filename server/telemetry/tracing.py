@@ -1,8 +1,8 @@
-"""OpenTelemetry traces: a span a request, and its images, queue, prefill and decode below it.
+"""OpenTelemetry traces: one span per request, with spans for images, queue, prefill and decode.
 
-Owns the spans' names and attributes, and their way to a collector. They are made when a request
-has ended, from its record, so that nothing waits for them while it runs. Needs the extra
-`otel`: import this module only where traces are wanted. Knows nothing of how times are taken.
+Owns the names and attributes of spans, and their export to a collector. Spans are created from
+a record when its request has ended, so that a running request never waits for them. Needs the
+extra `otel`: import this module only if traces are enabled. Knows nothing of how times are taken.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from ... import __version__
 from ..settings import TraceSettings
-from .request_record import Record
+from .request_record import RequestRecord
 
 DEFAULT_NAME = "vlmserve"
 TRACES_PATH = "/v1/traces"
-# A collector that does not answer must not hold up the end of a worker.
+# A collector that does not answer must not delay the exit of a worker.
 CLOSE_TIMEOUT_S = 2.0
-# Asked every few seconds by machines: they would fill a collector and tell nothing.
+# Probes call these every few seconds: their traces would only fill the collector.
 UNTRACED = frozenset({"/v1/health/live", "/v1/health/ready", "/health", "/metrics", "/v1/metrics"})
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A part of a request's way; times are of `time.monotonic()`."""
+    """One stage of a request; times are of `time.monotonic()`."""
 
     name: str
-    began: float
+    started: float
     ended: float
 
 
 class Tracer:
-    """Sends a trace of each closed record.
+    """Exports a trace of each closed record.
 
-    exporter: takes the place of OTLP over HTTP in tests.
+    exporter: replaces OTLP over HTTP in tests.
     """
 
     def __init__(self, settings: TraceSettings, exporter: SpanExporter | None = None) -> None:
-        # Its own way out: the SDK's would wait for the collector when the process ends.
+        # The SDK's own exit handler would wait for the collector: `close` has a time limit.
         self._provider = TracerProvider(resource=_resource(settings), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter or _exporter(settings)))
         self._tracer = self._provider.get_tracer(DEFAULT_NAME, __version__)
 
-    def add(self, record: Record) -> None:
-        """Trace a request that has ended; its parent is the one that traceparent names."""
+    def add(self, record: RequestRecord) -> None:
+        """Trace a request that has ended, as a child of the span in its traceparent."""
         if record.route in UNTRACED:
             return
         span = self._tracer.start_span(
@@ -64,24 +64,24 @@ class Tracer:
             context=_parent_of(record),
             kind=SpanKind.SERVER,
             attributes=_attributes(record),
-            start_time=record.began_ns,
+            start_time=record.started_ns,
         )
         if record.status >= 500:
             span.set_status(Status(StatusCode.ERROR))
         below = set_span_in_context(span)
         for stage in stages_of(record):
-            began_ns, ended_ns = _ns(record, stage.began), _ns(record, stage.ended)
-            self._tracer.start_span(stage.name, below, start_time=began_ns).end(ended_ns)
-        span.end(_ns(record, record.began + record.total_s))
+            started_ns, ended_ns = _ns(record, stage.started), _ns(record, stage.ended)
+            self._tracer.start_span(stage.name, below, start_time=started_ns).end(ended_ns)
+        span.end(_ns(record, record.started + record.total_s))
 
     async def close(self) -> None:
-        """Send what waits, for CLOSE_TIMEOUT_S at most."""
+        """Export the remaining spans, for at most CLOSE_TIMEOUT_S."""
         loop = asyncio.get_running_loop()
         is_done = asyncio.Event()
 
         def shut_down() -> None:
             self._provider.shutdown()
-            with contextlib.suppress(RuntimeError):  # the loop may be closed by then
+            with contextlib.suppress(RuntimeError):  # the loop may be closed already
                 loop.call_soon_threadsafe(is_done.set)
 
         threading.Thread(target=shut_down, name="traces", daemon=True).start()
@@ -89,10 +89,10 @@ class Tracer:
             await asyncio.wait_for(is_done.wait(), CLOSE_TIMEOUT_S)
 
 
-def stages_of(record: Record) -> Iterator[Stage]:
-    """The stages that a request came to, in their order."""
-    if record.images_began is not None and record.images_ended is not None:
-        yield Stage("images", record.images_began, record.images_ended)
+def stages_of(record: RequestRecord) -> Iterator[Stage]:
+    """The stages that a request reached, in order."""
+    if record.images_started is not None and record.images_ended is not None:
+        yield Stage("images", record.images_started, record.images_ended)
     if record.admitted is None or record.first_token is None or record.last_token is None:
         return
     ran = min(record.admitted + (record.queue_s or 0.0), record.first_token)
@@ -101,7 +101,7 @@ def stages_of(record: Record) -> Iterator[Stage]:
     yield Stage("decode", record.first_token, record.last_token)
 
 
-def _attributes(record: Record) -> dict[str, Any]:
+def _attributes(record: RequestRecord) -> dict[str, Any]:
     attributes: dict[str, Any] = {
         "http.request.method": record.method,
         "http.route": record.route,
@@ -118,19 +118,19 @@ def _attributes(record: Record) -> dict[str, Any]:
     }
 
 
-def _parent_of(record: Record) -> Context:
-    """The client's span, where its header is sound; else none."""
+def _parent_of(record: RequestRecord) -> Context:
+    """The client's span; none if its header is missing or invalid."""
     headers = {"traceparent": record.traceparent, "tracestate": record.tracestate}
     carrier = {name: value for name, value in headers.items() if value is not None}
     return TraceContextTextMapPropagator().extract(carrier, Context())
 
 
-def _ns(record: Record, moment: float) -> int:
-    return record.began_ns + int((moment - record.began) * 1e9)
+def _ns(record: RequestRecord, moment: float) -> int:
+    return record.started_ns + int((moment - record.started) * 1e9)
 
 
 def _resource(settings: TraceSettings) -> Resource:
-    """What OpenTelemetry's own variables say, under the name that was set."""
+    """The resource of OpenTelemetry's own variables, with the configured service name."""
     found = Resource.create({SERVICE_VERSION: __version__})
     name = settings.service_name
     if name is None and str(found.attributes[SERVICE_NAME]).startswith("unknown_service"):

@@ -322,7 +322,7 @@ def test_a_key_file_that_does_not_serve_never_opens_the_server(key_file, content
     assert keys.are_needed
     asked = type("Asked", (), {"headers": OneHeader("Bearer first")})
     assert keys.owner_of(asked) is not None, "the keys stay as they were"
-    assert "the API keys stay as they were" in caplog.text
+    assert "kept the present API keys" in caplog.text
     assert "words" not in caplog.text
     with pytest.raises(KeyFileError):
         ApiKeys([], key_file)

@@ -198,7 +198,7 @@ def test_a_request_between_two_of_its_parts_is_waited_for():
     async def run():
         stopped = asyncio.Event()
         drain = Drain(60.0, lambda: next(looks), end_requests, stopped.set)
-        drain.begin()
+        drain.start()
         await asyncio.wait_for(stopped.wait(), 30)
 
     asyncio.run(run())

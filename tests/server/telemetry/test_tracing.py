@@ -22,7 +22,7 @@ from support.invariants import GENERATION_ROUTES, PICTURE, body_for
 from vlmserve.server.cli import startup_checks as start_checks
 from vlmserve.server.cli.startup_checks import trace_settings
 from vlmserve.server.settings import TraceSettings
-from vlmserve.server.telemetry.request_record import Record
+from vlmserve.server.telemetry.request_record import RequestRecord
 from vlmserve.server.telemetry.tracing import Tracer
 
 TOKENIZER = meta_like_tokenizer()
@@ -67,9 +67,9 @@ def spans_of(got):
 
 
 def a_record(**fields):
-    record = Record(method="POST", route="/v1/chat/completions", status=200)
-    began = record.began
-    record.images_began, record.images_ended = began + 0.1, began + 0.3
+    record = RequestRecord(method="POST", route="/v1/chat/completions", status=200)
+    began = record.started
+    record.images_started, record.images_ended = began + 0.1, began + 0.3
     record.admitted, record.queue_s = began + 0.4, 0.5
     record.first_token, record.last_token, record.ended = began + 1.0, began + 2.0, began + 2.1
     record.prompt_tokens, record.completion_tokens = 7, 9
