@@ -22,10 +22,11 @@ from sanic.headers import format_http1_response
 from sanic.http import Http, Stage
 from sanic.server import HttpProtocol
 
+from ...router.state_table import next_state
 from ..errors import ApiError, NotReadyError, error_body
 from ..settings import ServerSettings
 from .chunked import ChunkReader
-from .connection_states import ConnectionEvent, ConnectionState, next_state
+from .connection_states import TRANSITIONS, ConnectionEvent, ConnectionState
 from .head import HeadLimits, canonical, end_of_head, read_head
 
 logger = logging.getLogger(__name__)
@@ -185,8 +186,12 @@ class StrictProtocol(HttpProtocol):  # type: ignore[misc]
         self._reader_timer: asyncio.TimerHandle | None = None
 
     def advance(self, event: ConnectionEvent) -> None:
-        """Move to the next state. Raises InvalidTransitionError."""
-        self.phase = next_state(self.phase, event)
+        """Move to the next state. Raises IllegalTransitionError.
+
+        A handler may still be at work for a client that has left: then nothing changes.
+        """
+        if self.phase is not ConnectionState.CLOSED:
+            self.phase = next_state(TRANSITIONS, self.phase, event)
 
     def connection_made(self, transport: Any) -> None:
         """Limit what the kernel buffers of an answer; accept or reject the connection."""
@@ -231,7 +236,9 @@ class StrictProtocol(HttpProtocol):  # type: ignore[misc]
             return
         now = transport.get_write_buffer_size()
         if num_unsent is not None and now >= num_unsent:
-            logger.warning("aborted a connection whose client reads nothing, %d bytes unsent", now)
+            logger.warning(
+                "closed a connection with %d bytes unsent: its client reads nothing", now
+            )
             transport.abort()
             return
         timeout_s = _settings_of(self.app).reader_timeout_s

@@ -1,1 +1,19 @@
-"""Images: where they come from, how they are decoded and cut into tiles."""
+"""Images of requests: parsed, fetched, decoded in child processes and cut into tiles.
+
+Read in this order:
+
+    settings        the limits, and the errors
+    loader          from the URLs of one request to their tiles
+    sources         parses a URL: data, http or https
+    header          format and size, from an image's first bytes
+    fetch           downloads over http(s)
+    addresses       which addresses a download may connect to
+    tile_cache      the tiles of recently decoded images
+    decoders        the pool of decoder processes
+    decoder_frames  the messages between the pool and its processes
+    decoder_child   the decoder process: limits on memory and time
+    decoding        what that process does with one image
+    tiling          resize, pad and split, as Mllama's processor does
+
+A decoder process may crash or be killed at any time: it costs one image, never the worker.
+"""

@@ -1,9 +1,9 @@
-"""The decoder's own process: reads encoded images from stdin, writes tiles to stdout.
+"""The decoder process: reads encoded images from stdin, writes tiles to stdout.
 
-Owns what a process must do to be safe to kill: it dies with its parent, at the end
-of its stdin, or by its own alarm; it caps its memory and its time and can write no file.
-Knows nothing of requests or URLs. Started as `python -m vlmserve.server.images.decoder_child`
-with a DecoderConfig as JSON in its only argument.
+Owns what makes the process safe to kill. It exits with its parent, at the end of its stdin or by
+its own alarm; its memory and its time are limited, and it can write no file. Knows nothing of
+requests or URLs. Started as `python -m vlmserve.server.images.decoder_child` with a DecoderConfig
+as JSON in its only argument.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .decoding import decode, prepare_pillow
 from .settings import ImageError, ImageSettings
 from .tiling import TilingConfig
 
-# The parent kills at decode_timeout_s; this is for a parent that no longer can.
+# The parent kills the child first. This limit is for a parent that cannot.
 ALARM_FACTOR = 3
-BROKEN = "image cannot be decoded: the file is broken, cut off or not what its header says"
-TOO_MUCH_MEMORY = "image takes too much memory to decode: scale it down or save it anew"
+BROKEN = "image cannot be decoded: the file is damaged, cut off or does not match its header"
+TOO_MUCH_MEMORY = "image takes too much memory to decode: scale it down or save it again"
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """What a child is told when it starts. parent_pid: whose death ends it."""
+    """The configuration of a child. parent_pid: the child exits with this process."""
 
     settings: ImageSettings
     tiling: TilingConfig
@@ -45,14 +45,14 @@ def main() -> None:
     end_only_with(config.parent_pid)
     prepare_pillow(config.settings)
     limit_memory(config.settings.decoder_memory_bytes)
-    # Whatever a library prints must not land among the frames.
+    # Output of a library must not get between the frames.
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     serve(config, sys.stdin.buffer, replies)
 
 
 def serve(config: DecoderConfig, requests: BinaryIO, replies: BinaryIO) -> None:
-    """Answer each request frame with one reply frame, after one that says 'ready'."""
+    """Send an empty reply when ready, then answer each request frame with one reply frame."""
     send(replies, DecodeReply())
     while len(head := requests.read(REQUEST_HEAD.size)) == REQUEST_HEAD.size:
         max_tiles, length = REQUEST_HEAD.unpack(head)
@@ -69,7 +69,7 @@ def serve(config: DecoderConfig, requests: BinaryIO, replies: BinaryIO) -> None:
 
 
 def answer(data: bytes, config: DecoderConfig, max_tiles: int | None) -> DecodeReply:
-    """Tiles, or a reason fit for the client: Pillow's own words may quote the file."""
+    """Tiles, or an error text for the client. Pillow's own texts may quote the file."""
     try:
         return DecodeReply(tiles=decode(data, config.settings, config.tiling, max_tiles))
     except ImageError as error:
@@ -87,18 +87,18 @@ def send(replies: BinaryIO, reply: DecodeReply) -> None:
 
 
 def end_only_with(parent_pid: int) -> None:
-    """Die with the parent, exit if it is gone, and leave it to the parent to end this before."""
+    """Exit with the parent, or now if it is gone. Only the parent ends this process earlier."""
     try:
         die_with_parent(parent_pid)
     except ParentGoneError:
         sys.exit(0)
-    # Both may reach a whole group of processes.
+    # Both signals may be sent to the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def limit_memory(extra_bytes: int) -> None:
-    """Cap the address space at what is taken now plus extra_bytes; no core, no file written."""
+    """Limit the address space to its present size plus extra_bytes; allow no core and no file."""
     with open("/proc/self/statm", encoding="ascii") as statm:
         pages = int(statm.read().split()[0])
     limit = pages * resource.getpagesize() + extra_bytes

@@ -1,9 +1,9 @@
 """The frames between the decoder pool and its children, over a child's stdin and stdout.
 
-    to a child    u32 max_tiles (0: no limit of its own)   u64 length   the encoded file
+    to a child    u32 max_tiles (0: the checkpoint's limit)   u64 length   the encoded file
     from a child  u32 length   msgpack of DecodeReply
 
-Owns their layout and their bounds. Knows nothing of images or processes.
+Owns their layout and their size limits. Knows nothing of images or processes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ MAX_REPLY_BYTES = 256 * 1024 * 1024
 
 
 class DecodeReply(msgspec.Struct, frozen=True):
-    """Tiles, or the client-safe reason why there are none.
+    """Tiles, or an error text that is safe for the client.
 
-    Both None: the child has started and waits.
+    Both None: the child has started and is ready.
     """
 
     tiles: ImageTiles | None = None
@@ -30,18 +30,18 @@ class DecodeReply(msgspec.Struct, frozen=True):
 
 
 def encode_reply(reply: DecodeReply) -> bytes:
-    """One whole reply frame."""
+    """One reply frame."""
     body = msgspec.msgpack.encode(reply)
     return REPLY_HEAD.pack(len(body)) + body
 
 
 def decode_reply(body: bytes) -> DecodeReply:
-    """The reply in a frame's body; raises msgspec.DecodeError if it is none."""
+    """The reply in a frame's body. Raises msgspec.DecodeError if it is invalid."""
     return msgspec.msgpack.decode(body, type=DecodeReply)
 
 
 def reply_length(head: bytes) -> int:
-    """How long the body is that follows this head; raises ValueError beyond the bound."""
+    """The length of the body after this head. Raises ValueError if it is over the limit."""
     (length,) = REPLY_HEAD.unpack(head)
     if length > MAX_REPLY_BYTES:
         raise ValueError(f"a decoder's reply of {length} bytes is over {MAX_REPLY_BYTES}")

@@ -1,8 +1,8 @@
 """A pool of killable processes that turn encoded images into tiles.
 
-Owns the children: starting, feeding, killing at a deadline, replacing at once.
-A picture that crashes or hangs its decoder fails alone. Knows nothing of pixels
-(decoding.py does, inside the children), of URLs or of HTTP.
+Owns the children: it starts them, sends them images, kills them at a deadline and replaces them
+at once. An image that crashes or hangs its decoder fails alone. Knows nothing of pixels
+(`decoding.py` does, inside the children), of URLs or of HTTP.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ MODULE = "vlmserve.server.images.decoder_child"
 START_TIMEOUT_S = 60.0
 RESTART_PAUSE_S = 1.0
 STREAM_LIMIT = 4 * 1024 * 1024
-CRASHED = "image cannot be decoded: the decoder stopped while reading it"
+CRASHED = "image cannot be decoded: it crashed the decoder"
 
 
 class DecoderLost(Exception):
-    """A child ended, or sent what is no frame."""
+    """A child ended, or sent an invalid frame."""
 
 
 class DecoderChild:
-    """One decoder process and its pipes. Used by one image at a time."""
+    """One decoder process and its pipes, for one image at a time."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
 
     @classmethod
     async def start(cls, config: DecoderConfig) -> DecoderChild:
-        """A child that has loaded its libraries and waits; raises DecoderLost if it ends first."""
+        """A child that is ready for images. Raises DecoderLost if it ends before."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-W", "ignore", "-m", MODULE),
             msgspec.json.encode(config).decode(),
@@ -71,7 +71,7 @@ class DecoderChild:
         return self._process.returncode is None
 
     async def decode(self, data: bytes, max_tiles: int | None) -> DecodeReply:
-        """What the child answers to one image; raises DecoderLost if it ends instead."""
+        """The child's reply to one image. Raises DecoderLost if the child ends instead."""
         stdin = self._process.stdin
         assert stdin is not None
         try:
@@ -83,7 +83,7 @@ class DecoderChild:
         return await self._read_reply()
 
     async def kill(self) -> None:
-        """End the process and reap it; does nothing to one that has ended."""
+        """Kill and reap the process. Does nothing if it has ended."""
         await end_child(self._process)
 
     async def _read_reply(self) -> DecodeReply:
@@ -95,28 +95,28 @@ class DecoderChild:
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise DecoderLost("a decoder ended") from error
         except (ValueError, msgspec.MsgspecError) as error:
-            raise DecoderLost("a decoder sent no valid frame") from error
+            raise DecoderLost("a decoder sent an invalid frame") from error
 
 
 class DecoderPool:
-    """At least two decoder children, each decoding one image at a time.
+    """At least two decoder children, each of which decodes one image at a time.
 
-    Open it before use and close it afterwards, in the same event loop; or use it
-    as an async context manager.
+    Open it before use and close it afterwards, in the same event loop, or use it as an async
+    context manager.
     """
 
     def __init__(self, settings: ImageSettings, tiling: TilingConfig) -> None:
         self._settings = settings
         self._config = DecoderConfig(settings, tiling, os.getpid())
         self._children: set[DecoderChild] = set()
-        # None, put back by whoever takes it, tells all who wait that the pool is closed.
+        # None means that the pool is closed. Each waiting task that takes it returns it.
         self._idle: asyncio.LifoQueue[DecoderChild | None] = asyncio.LifoQueue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._jobs: set[asyncio.Task[DecodeReply]] = set()
         self._is_closed = False
 
     async def open(self) -> None:
-        """Start all children and wait until they are ready; raises DecoderLost if one cannot."""
+        """Start all children and wait until they are ready. Raises DecoderLost if one fails."""
         starts = [self._add_child() for _ in range(self._settings.num_decoders)]
         results = await asyncio.gather(*starts, return_exceptions=True)
         for result in results:
@@ -125,7 +125,7 @@ class DecoderPool:
                 raise result
 
     async def close(self) -> None:
-        """End all children; images still being decoded fail."""
+        """Kill all children; images that are being decoded fail."""
         self._is_closed = True
         self._idle.put_nowait(None)
         await end_tasks(*self._tasks, *self._jobs)
@@ -141,15 +141,15 @@ class DecoderPool:
 
     @property
     def pids(self) -> list[int]:
-        """The process ids of the children that run."""
+        """The process ids of the running children."""
         return sorted(child.pid for child in self._children if child.is_alive)
 
     async def decode(self, data: bytes, max_tiles: int | None = None) -> ImageTiles:
-        """The tiles of one encoded image, when a child is free.
+        """The tiles of one encoded image, as soon as a child is free.
 
-        Raises ImageError if the image is refused, broken, crashes its decoder or
-        takes longer than decode_timeout_s. Cancelling leaves the child to finish
-        what it reads (within that time): its pipe never falls out of step.
+        Raises ImageError if the image is rejected, damaged, crashes its decoder or takes longer
+        than decode_timeout_s. If the caller is cancelled, the child finishes its image (within
+        that time), so that requests and replies in its pipes stay paired.
         """
         check_header(read_header(data), self._settings)
         child = await self._take_idle()
@@ -162,7 +162,7 @@ class DecoderPool:
         return reply.tiles
 
     async def _wait_for(self, job: asyncio.Task[DecodeReply]) -> DecodeReply:
-        """The job's reply; the job goes on if only the one who waits is cancelled."""
+        """The job's reply. If the caller is cancelled, the job continues."""
         try:
             return await asyncio.shield(job)
         except asyncio.CancelledError:
@@ -171,7 +171,7 @@ class DecoderPool:
             raise
 
     async def _take_idle(self) -> DecoderChild:
-        """A child that is ready; one that died while idle is replaced, not handed out."""
+        """A child that is ready. A child that died while idle is replaced."""
         while (child := await self._idle.get()) is not None:
             if child.is_alive:
                 return child
@@ -180,7 +180,7 @@ class DecoderPool:
         raise PoolClosed
 
     async def _run(self, child: DecoderChild, data: bytes, max_tiles: int | None) -> DecodeReply:
-        """One image through one child, which is idle again or replaced afterwards."""
+        """Decode one image in one child, which becomes idle again or is replaced."""
         timeout_s = self._settings.decode_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
@@ -201,7 +201,7 @@ class DecoderPool:
         """Kill a child and start another in its place, in the background."""
         if self._is_closed:
             return
-        logger.warning("image decoder %d is replaced", child.pid)
+        logger.warning("replacing image decoder %d", child.pid)
         task = asyncio.create_task(self._kill_and_add(child))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -213,7 +213,7 @@ class DecoderPool:
             try:
                 return await self._add_child()
             except (DecoderLost, OSError) as error:
-                logger.error("an image decoder cannot be started: %s", error)
+                logger.error("cannot start an image decoder: %s", error)
                 await asyncio.sleep(RESTART_PAUSE_S)
 
     async def _add_child(self) -> None:

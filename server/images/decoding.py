@@ -1,8 +1,8 @@
-"""From an encoded image to its tiles: what one decoder child does with one image.
+"""From an encoded image to its tiles: what a decoder child does with one image.
 
-Owns the way Pillow is used: only our four formats, limits before pixels, the first
-frame, EXIF rotation, everything to 8-bit RGB over white. Runs in a child process
-that may be killed at any moment. Knows nothing of pipes, networks or requests.
+Owns the use of Pillow: four formats only, limits before pixels, the first frame, EXIF rotation,
+and conversion to 8-bit RGB over white. Runs in a child process that may be killed at any moment.
+Knows nothing of pipes, networks or requests.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .header import ImageHeader, check_header, read_header
 from .settings import ImageSettings
 from .tiling import TilingConfig, cut
 
-# A JPEG of more pixels is decoded at a half, a quarter or an eighth of its sides, which keeps
-# a rotated one under 200 MB; it has far more detail than four tiles can hold even so.
+# A JPEG of more pixels is decoded at a half, a quarter or an eighth of its sides. So even a
+# rotated JPEG takes under 200 MB, and it still has far more detail than four tiles can show.
 DRAFT_PIXELS = 16_000_000
 BAND_ROWS = 256
 ORIENTATION_TAG = 0x0112
-# What undoes each EXIF orientation (1 is upright).
+# The turn that undoes each EXIF orientation (1 is upright).
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -45,9 +45,9 @@ PLUGINS = (GifImagePlugin, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebP
 
 
 def prepare_pillow(settings: ImageSettings) -> None:
-    """Set Pillow's own safety nets of this process to ours and load no further format."""
+    """Set this process's Pillow limits to ours, and load no other format."""
     assert all(plugin.__name__ for plugin in PLUGINS)
-    Image._initialized = 2  # or init() would import some forty formats
+    Image._initialized = 2  # otherwise init() imports some forty formats
     Image.MAX_IMAGE_PIXELS = max(settings.max_pixels, settings.max_jpeg_pixels)
     ImageFile.LOAD_TRUNCATED_IMAGES = False
 
@@ -57,13 +57,13 @@ def decode(
 ) -> ImageTiles:
     """The tiles of one encoded image.
 
-    Raises ImageError for a header over a limit, and whatever Pillow raises for
-    broken data, which is the caller's to translate.
+    Raises ImageError for a header over a limit. For damaged data it raises any of Pillow's
+    exceptions, which the caller translates.
     """
     header = read_header(data)
     check_header(header, settings)
     with Image.open(io.BytesIO(data), formats=[header.format]) as image:
-        # Pillow's own reading of the size is what decides how much is allocated.
+        # Pillow allocates by the size that it read itself.
         check_header(
             ImageHeader(header.format, image.width, image.height, header.is_progressive), settings
         )
@@ -72,17 +72,17 @@ def decode(
 
 
 def content_hash(data: bytes, tiling: TilingConfig, max_tiles: int | None) -> bytes:
-    """SHA-256 over the encoded bytes and whatever else changes the tiles.
+    """SHA-256 of the encoded bytes and of all settings that change the tiles.
 
-    The settings' own digest stands first at a fixed length, so that no bytes of
-    a file can pass for settings.
+    The digest of the settings comes first and has a fixed length, so that no bytes of a file
+    can pass for settings.
     """
     settings = hashlib.sha256(tiling.fingerprint(max_tiles)).digest()
     return hashlib.sha256(settings + data).digest()
 
 
 def upright_rgb(image: ImageFile.ImageFile, draft_pixels: int) -> Image.Image:
-    """The first frame as RGB, turned as its EXIF says, transparent parts over white."""
+    """The first frame as RGB, rotated by its EXIF, transparent parts over white."""
     if image.format in ("JPEG", "MPO"):
         image.draft(None, _draft_size(image.size, draft_pixels))
     image.load()
@@ -90,9 +90,9 @@ def upright_rgb(image: ImageFile.ImageFile, draft_pixels: int) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode that our formats give as 8-bit RGB, as transformers' convert_to_rgb does.
+    """Convert any mode of our formats to 8-bit RGB, as transformers' convert_to_rgb does.
 
-    16-bit grey keeps its high byte, where a plain convert would clip it to white.
+    16-bit grey keeps its high byte; a plain convert would clip it to white.
     """
     if image.mode.startswith("I"):
         return _grey_to_8_bit(image).convert("RGB")
@@ -102,7 +102,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _draft_size(size: tuple[int, int], draft_pixels: int) -> tuple[int, int]:
-    """The size to ask of draft(): the largest of 1, 1/2, 1/4 and 1/8 within draft_pixels."""
+    """The size for draft(): the largest of 1, 1/2, 1/4 and 1/8 within draft_pixels."""
     width, height = size
     scale = 1
     while scale < 8 and (width // scale) * (height // scale) > draft_pixels:
@@ -111,7 +111,7 @@ def _draft_size(size: tuple[int, int], draft_pixels: int) -> tuple[int, int]:
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
-    """Apply EXIF orientation; an EXIF block that cannot be read turns nothing."""
+    """Apply the EXIF orientation; an unreadable EXIF block is ignored."""
     try:
         orientation = image.getexif().get(ORIENTATION_TAG)
         turn = TURNS.get(orientation) if isinstance(orientation, int) else None
@@ -123,14 +123,14 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 
 
 def _grey_to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey (I;16, or I from 32 bits that hold 16) to L."""
+    """16-bit grey (I;16, or 32-bit I with 16-bit values) to L."""
     values = np.asarray(image)
     high = np.clip(values, 0, 65_535) >> 8
     return Image.fromarray(high.astype(np.uint8))
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """Composite onto white in bands of rows: whole copies of a large image take too much."""
+    """Composite onto white in bands of rows: copies of a whole large image take too much memory."""
     result = Image.new("RGB", image.size)
     for top in range(0, image.height, BAND_ROWS):
         box = (0, top, image.width, min(top + BAND_ROWS, image.height))

@@ -1,11 +1,10 @@
-"""Fetches images from http(s) URLs, and from nowhere that a stranger should not reach.
+"""Fetches images from http(s) URLs, and never from an address that clients must not reach.
 
-Owns one network backend through which every connection goes: it judges each address
-of a name's answer and connects to the judged address itself, so that a second lookup
-cannot differ. TLS still verifies the name. Redirects are followed by hand, each hop
-judged like the first. A request carries no cookie, credential or proxy: the
-connection pool beneath knows none, and reads no environment. Knows nothing of image
-formats.
+Owns the network backend that opens every connection. It checks each address of a name and
+connects to the checked address itself, so that a second lookup cannot give another one. TLS
+still verifies the name. Redirects are followed here, and each hop is checked like the first.
+Requests carry no cookie, credential or proxy: the connection pool has none and reads no
+environment. Knows nothing of image formats.
 """
 
 from __future__ import annotations
@@ -27,15 +26,16 @@ from .sources import RemoteImage, parse_remote_url, too_large
 USER_AGENT = b"vlmserve (image fetch for a vision-language model)"
 REDIRECTS = {301, 302, 303, 307, 308}
 MAX_ADDRESSES = 4
-# For one address of several, so that one that swallows packets leaves time for the next.
+# Per address, so that an address that does not answer leaves time for the next.
 CONNECT_TIMEOUT_S = 3.0
 PLAIN = {b"", b"identity"}
 NOT_PUBLIC = (
     "image URL's host is not a public address: private, loopback, link-local and other special "
-    "addresses are refused"
+    "addresses are not allowed"
 )
-ODD_SPELLING = "image URL's host is a number that is no plain IP address: write it in full"
+ODD_SPELLING = "image URL's host is a number but not a plain IP address: write the address in full"
 UNRESOLVED = "image URL's host name cannot be resolved"
+BROKEN_ANSWER = "image URL's server closed the connection early or sent invalid HTTP"
 UNREACHABLE = "image URL's server cannot be reached"
 
 
@@ -43,16 +43,16 @@ class Resolver(Protocol):
     """Looks up names."""
 
     async def resolve(self, host: str, port: int) -> Sequence[str]:
-        """The IP addresses of a host; raises OSError if there are none."""
+        """The IP addresses of a host. Raises OSError if there are none."""
 
 
 class Connector(Protocol):
-    """Opens connections to addresses that were judged."""
+    """Opens connections to checked addresses."""
 
     async def connect(
         self, address: str, port: int, timeout_s: float | None
     ) -> httpcore2.AsyncNetworkStream:
-        """A stream to the address; raises httpcore2.ConnectError or ConnectTimeout."""
+        """A stream to the address. Raises httpcore2.ConnectError or ConnectTimeout."""
 
 
 class SystemResolver:
@@ -77,7 +77,7 @@ class TcpConnector:
 
 
 class GuardedBackend(httpcore2.AsyncNetworkBackend):
-    """The one way out: every host, whether of a URL or a redirect, passes here."""
+    """Opens every outgoing connection, for the hosts of URLs and of redirects."""
 
     def __init__(self, resolver: Resolver, connector: Connector, allow_private: bool) -> None:
         self._resolver = resolver
@@ -92,11 +92,11 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
-        """A stream to the first address of the host that answers, once all were judged.
+        """A stream to the first address of the host that answers; all are checked before.
 
-        Raises ImageError if any address is refused, ConnectError if none answers.
+        Raises ImageError if any address is not allowed, ConnectError if none answers.
         """
-        addresses = await self._judged_addresses(host, port)
+        addresses = await self._checked_addresses(host, port)
         failure: Exception = httpcore2.ConnectError(UNREACHABLE)
         timeout_s = CONNECT_TIMEOUT_S if timeout is None else timeout
         for address in addresses[:MAX_ADDRESSES]:
@@ -114,8 +114,8 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
     ) -> httpcore2.AsyncNetworkStream:
         raise httpcore2.ConnectError("images are never fetched over Unix sockets")
 
-    async def _judged_addresses(self, host: str, port: int) -> list[Address]:
-        """All addresses of the host; one that is refused refuses the host."""
+    async def _checked_addresses(self, host: str, port: int) -> list[Address]:
+        """All addresses of the host. If one is not allowed, the host is not."""
         try:
             literal = parse_literal(host)
         except ValueError:
@@ -138,9 +138,8 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
 class ImageFetcher:
     """Downloads encoded images within the limits of ImageSettings.
 
-    resolver and connector take the place of DNS and TCP in tests; ssl_context
-    that of the system's certificates. https may not be left again by a redirect.
-    Close it when done.
+    resolver and connector replace DNS and TCP in tests; ssl_context replaces the system's
+    certificates. A redirect may not lead from https to http. Close it when done.
     """
 
     def __init__(
@@ -158,7 +157,7 @@ class ImageFetcher:
             settings.allow_private_addresses,
         )
         self._slots = asyncio.Semaphore(settings.max_concurrent_fetches)
-        # No connection is kept: one that is reused would be judged by an older answer.
+        # Connections are not reused: their address was checked for an older answer of the name.
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=ssl_context or httpcore2.default_ssl_context(),
             max_connections=settings.max_concurrent_fetches,
@@ -173,8 +172,8 @@ class ImageFetcher:
     async def fetch(self, source: RemoteImage, spend: Callable[[int], None] | None = None) -> bytes:
         """The body behind a URL, after at most max_redirects.
 
-        spend is told of every chunk's length as it arrives, and may raise ImageError.
-        Raises ImageError for whatever goes wrong, within fetch_timeout_s of its start.
+        spend: called with the length of each chunk as it arrives; it may raise ImageError.
+        Raises ImageError for every failure, within fetch_timeout_s of its start.
         """
         timeout_s = self._settings.fetch_timeout_s
         async with self._slots:
@@ -186,7 +185,7 @@ class ImageFetcher:
             except (httpcore2.NetworkError, OSError):
                 raise ImageError(UNREACHABLE) from None
             except (httpcore2.ProtocolError, httpcore2.UnsupportedProtocol, ValueError):
-                raise ImageError("image URL's server broke off or sent no valid HTTP") from None
+                raise ImageError(BROKEN_ANSWER) from None
 
     async def _follow(self, source: RemoteImage, spend: Callable[[int], None]) -> bytes:
         for _ in range(self._settings.max_redirects + 1):
@@ -205,13 +204,13 @@ class ImageFetcher:
             if response.status != 200:
                 raise ImageError(f"image URL's server answered with status {response.status}")
             if headers.get(b"content-encoding", b"identity").strip().lower() not in PLAIN:
-                raise ImageError("image URL's server sent a compressed body, which is not taken")
+                raise ImageError("image URL's server sent a compressed body: not supported")
             return await self._read(response, headers.get(b"content-length", b""), spend)
 
     async def _read(
         self, response: httpcore2.Response, length: bytes, spend: Callable[[int], None]
     ) -> bytes:
-        """The body, refused as soon as it is declared or found to be too large."""
+        """The body; rejected as soon as its declared or actual size is over the limit."""
         limit = self._settings.max_image_bytes
         if length.isdigit() and int(length) > limit:
             raise ImageError(too_large(int(length), limit))
@@ -226,27 +225,27 @@ class ImageFetcher:
         return bytes(body)
 
     def _next_hop(self, source: RemoteImage, location: bytes) -> RemoteImage:
-        """Where a redirect leads, read as strictly as the client's own URL."""
+        """The target of a redirect, checked as strictly as the client's own URL."""
         if not location:
-            raise ImageError("image URL redirects to nowhere")
+            raise ImageError("image URL redirects without naming a location")
         try:
             url = urljoin(source.url, location.decode("ascii"))
             target = parse_remote_url(url, self._settings.max_url_chars)
         except ImageError as error:
-            raise ImageError(f"image URL redirects to a place that is refused: {error}") from None
+            raise ImageError(f"image URL redirects to a URL that is not allowed: {error}") from None
         except ValueError:
             raise ImageError("image URL redirects to a URL that cannot be read") from None
         if source.scheme == "https" and target.scheme != "https":
-            raise ImageError("image URL redirects from https to http, which is refused")
+            raise ImageError("image URL redirects from https to http, which is not allowed")
         return target
 
 
 def _free(_: int) -> None:
-    """The budget of a fetch that has none."""
+    """The budget of a fetch without a limit of its own."""
 
 
 def _target(source: RemoteImage) -> httpcore2.URL:
-    """The parts as they were parsed: no text is read a second time."""
+    """The URL in the parts that were parsed and checked: it is not parsed again."""
     return httpcore2.URL(
         scheme=source.scheme.encode("ascii"),
         host=source.host.encode("ascii"),

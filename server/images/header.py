@@ -1,8 +1,8 @@
-"""What an image file's first bytes say: its format and size, and whether we take it.
+"""Reads an image file's format and size from its first bytes, and checks them.
 
-Owns the formats that are taken and the limits on pixels, sides and proportions.
-Reads headers in plain Python, in time bounded by the number of their segments, so
-that a worker may call it on anything. Knows nothing of Pillow, pixels or tiles.
+Owns the supported formats and the limits on pixels, sides and proportions. Reads headers in plain
+Python, in time bounded by the number of their segments, so a worker may call it on any bytes.
+Knows nothing of Pillow, pixels or tiles.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OTHER_FORMATS = {
     b"\x00\x00\x00\x0cJXL ": "JPEG XL",
     b"\x00\x00\x00\x0cjP  ": "JPEG 2000",
 }
-# Start-of-frame markers: C0 to CF but for DHT (C4), JPG (C8) and DAC (CC).
+# Start-of-frame markers: C0 to CF except DHT (C4), JPG (C8) and DAC (CC).
 FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 PROGRESSIVE_MARKERS = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 BARE_MARKERS = frozenset(range(0xD0, 0xD8)) | {0x01, 0xD8}
@@ -37,7 +37,7 @@ BARE_MARKERS = frozenset(range(0xD0, 0xD8)) | {0x01, 0xD8}
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What the header of an image says. `format` is Pillow's name of it."""
+    """The header of an image. format: Pillow's name of it. width, height: in pixels."""
 
     format: str
     width: int
@@ -46,9 +46,9 @@ class ImageHeader:
 
 
 def read_header(data: bytes) -> ImageHeader:
-    """The header of an encoded image, by its bytes alone.
+    """The header of an encoded image, from its bytes alone.
 
-    Raises ImageError for a format that is not taken or a header that is broken.
+    Raises ImageError for an unsupported format or a damaged header.
     """
     if data.startswith(b"\xff\xd8\xff"):
         return _read_jpeg(data)
@@ -85,17 +85,17 @@ def check_header(header: ImageHeader, settings: ImageSettings) -> None:
 
 
 def pixel_limit(header: ImageHeader, settings: ImageSettings) -> int:
-    """How many pixels an image of this format may have.
+    """The maximum number of pixels of an image of this format.
 
-    A progressive JPEG keeps all its coefficients in memory whatever the size it
-    is decoded at, so it does not get the larger limit of JPEG.
+    A progressive JPEG needs memory for all its coefficients, even when it is decoded at a
+    smaller size. So it does not get the larger limit of JPEG.
     """
     is_scalable = header.format == "JPEG" and not header.is_progressive
     return settings.max_jpeg_pixels if is_scalable else settings.max_pixels
 
 
 def _name_refused(data: bytes) -> str:
-    """Why bytes that are none of our formats are refused."""
+    """The error text for bytes of none of our formats."""
     if not data:
         return f"image is empty: {ACCEPTED}"
     if data[4:8] == b"ftyp":
@@ -107,11 +107,11 @@ def _name_refused(data: bytes) -> str:
     for magic, name in OTHER_FORMATS.items():
         if start.startswith(magic) or start.lstrip().startswith(magic):
             return f"image is {name}, which is not supported: {ACCEPTED}"
-    return f"image is of no known format: {ACCEPTED}"
+    return f"image has an unknown format: {ACCEPTED}"
 
 
 def _truncated(name: str) -> ImageError:
-    return ImageError(f"image is a {name} whose header is broken or cut off: send the whole file")
+    return ImageError(f"image is a {name} with a damaged or cut off header: send the whole file")
 
 
 def _read_png(data: bytes) -> ImageHeader:
@@ -167,7 +167,7 @@ def _read_jpeg(data: bytes) -> ImageHeader:
 
 
 def _end_of_padding(data: bytes, position: int) -> int:
-    """Where the last 0xFF of a run of them stands, in time linear in C."""
+    """The position of the last 0xFF of a run, found in C in linear time."""
     run = len(data[position : position + 65_536]) - len(
         data[position : position + 65_536].lstrip(b"\xff")
     )

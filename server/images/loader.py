@@ -1,8 +1,8 @@
 """From the image URLs of one request to their tiles, within the request's budget.
 
-Owns the order of things: count, bytes and pixels are checked before anything is
-fetched, then all images are fetched and decoded at once, and the first that fails ends the
-others. Knows nothing of HTTP routes, prompts or models.
+Owns the order: check count, bytes and pixels before anything is fetched, then fetch and decode
+all images at once; the first failure cancels the others. Knows nothing of HTTP routes, prompts
+or models.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .settings import MEBI, ImageError, ImageRequest, ImageSettings
 from .sources import BASE64_SLICE_CHARS, InlineImage, RemoteImage, parse_source
 from .tile_cache import TileCache
 
-# A data URL of this length is decoded in about a millisecond.
+# Decoding a data URL of this length takes about a millisecond.
 MAX_INLINE_CHARS = BASE64_SLICE_CHARS
 
 
 class RequestBudget:
-    """How many encoded bytes and pixels the images of one request may have together."""
+    """The encoded bytes and pixels that all images of one request may have together."""
 
     def __init__(self, settings: ImageSettings) -> None:
         self._settings = settings
@@ -32,7 +32,7 @@ class RequestBudget:
         self._pixels_left = settings.max_request_pixels
 
     def spend_bytes(self, num_bytes: int) -> None:
-        """Count bytes that have come; raises ImageError once they are too many."""
+        """Count bytes that arrived. Raises ImageError once they are over the limit."""
         self._bytes_left -= num_bytes
         if self._bytes_left < 0:
             raise ImageError(
@@ -41,9 +41,9 @@ class RequestBudget:
             )
 
     def spend_pixels(self, data: bytes) -> None:
-        """Count the pixels that an image's header declares, and judge the header itself.
+        """Check an image's header and count the pixels that it declares.
 
-        Raises ImageError if this image, or all together, may not be decoded.
+        Raises ImageError if this image or all together are over a limit.
         """
         header = read_header(data)
         check_header(header, self._settings)
@@ -56,7 +56,7 @@ class RequestBudget:
 
 
 class ImageLoader:
-    """Loads the images of requests; shared by all requests of a worker."""
+    """Loads the images of requests; one per worker."""
 
     def __init__(
         self, settings: ImageSettings, fetcher: ImageFetcher, decoders: DecoderPool
@@ -71,9 +71,9 @@ class ImageLoader:
     ) -> list[ImageTiles]:
         """The tiles of each image, in order.
 
-        deadline: the event loop's time by which all must be there. Raises
-        ImageError with the index of the first image that fails (None if the
-        request as a whole does), TimeoutError past the deadline.
+        deadline: the event loop's time by which all must be loaded. Raises ImageError with the
+        index of the first image that fails (None if the request as a whole fails),
+        TimeoutError past the deadline.
         """
         budget = RequestBudget(self._settings)
         async with asyncio.timeout_at(deadline):
@@ -83,7 +83,7 @@ class ImageLoader:
     async def _check(
         self, images: Sequence[ImageRequest], budget: RequestBudget
     ) -> list[InlineImage | RemoteImage]:
-        """What each URL stands for, as far as the budget goes; nothing has been fetched yet."""
+        """The source of each URL, checked against the budget before anything is fetched."""
         limit = self._settings.max_images
         if len(images) > limit:
             raise ImageError(f"request has {len(images)} images; the limit is {limit}", limit)
@@ -98,7 +98,7 @@ class ImageLoader:
         return sources
 
     async def _parse(self, url: str) -> InlineImage | RemoteImage:
-        """Megabytes of base64 are read in a thread, so that the event loop goes on."""
+        """Parse a URL; megabytes of base64 in a thread, so that the event loop is not blocked."""
         if len(url) <= MAX_INLINE_CHARS:
             return parse_source(url, self._settings)
         return await asyncio.to_thread(parse_source, url, self._settings)
@@ -109,7 +109,7 @@ class ImageLoader:
         sources: Sequence[InlineImage | RemoteImage],
         budget: RequestBudget,
     ) -> list[ImageTiles]:
-        """All images at once; the first failure cancels the rest and is the one raised."""
+        """Load all images at once. The first failure cancels the rest and is raised."""
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
@@ -136,7 +136,7 @@ class ImageLoader:
             return await self._decode(data, image)
 
     async def _decode(self, data: bytes, image: ImageRequest) -> ImageTiles:
-        """The tiles of checked bytes, which are not decoded again while their tiles are kept."""
+        """The tiles of checked bytes, from the cache or from a decoder."""
         key = await self._cache.key_of(data, image.max_tiles, image.tenant)
         tiles = self._cache.get(key)
         if tiles is None:
@@ -147,7 +147,7 @@ class ImageLoader:
 
 @contextmanager
 def _blaming(index: int) -> Iterator[None]:
-    """Give an ImageError from within the index of the image that it is about."""
+    """Set the index of the image on an ImageError that is raised inside."""
     try:
         yield
     except ImageError as error:

@@ -1,7 +1,7 @@
-"""The limits of everything that has to do with a request's images.
+"""The limits on a request's images.
 
-Owns the names and defaults of the limits, what a request asks for, and the errors
-of loading. Knows nothing of HTTP routes, pixels or processes.
+Owns the names and defaults of the limits, the image request, and the errors of loading. Knows
+nothing of HTTP routes, pixels or processes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ DEFAULT_MAX_IMAGE_BYTES = 20 * MEBI
 
 
 class ImageError(Exception):
-    """An image that a client sent cannot be used: status 400, safe to show to that client.
+    """An image of a client is unusable: status 400, safe to show to that client.
 
-    message: names the problem and the remedy, never the URL or the data.
-    index: place of the image among the request's images, from 0; None until the
-    loader knows it.
+    message: names the problem and the remedy, never the URL or the data. index: position among
+    the request's images, from 0; None until the loader sets it.
     """
 
     def __init__(self, message: str, index: int | None = None) -> None:
@@ -32,7 +31,7 @@ class ImageError(Exception):
 
 
 class PoolClosed(Exception):
-    """The decoders were closed, by a server that stops, while an image waited for them."""
+    """The server is stopping: the decoders were closed while an image waited for them."""
 
     def __init__(self) -> None:
         super().__init__("the decoder pool is closed")
@@ -40,11 +39,11 @@ class PoolClosed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """One image of a request, as the client named it.
+    """One image of a request, as the client sent it.
 
-    url: a data: URL with base64, or an http(s) URL. max_tiles: at most so many
-    tiles (1 for `detail: low`); None takes what the checkpoint allows. tenant: only
-    among images of the same tenant are decoded tiles shared.
+    url: a data: URL with base64, or an http(s) URL. max_tiles: maximum number of tiles (1 for
+    `detail: low`); None means the checkpoint's limit. tenant: decoded tiles are shared only
+    between images of the same tenant.
     """
 
     url: str
@@ -105,6 +104,6 @@ class ImageSettings:
     def __post_init__(self) -> None:
         if self.num_decoders < 2:
             raise ValueError(
-                f"num_decoders is {self.num_decoders}; take at least 2, so that one image "
-                "which hangs its decoder does not stop the others"
+                f"num_decoders is {self.num_decoders}: set it to at least 2, so that one image "
+                "that hangs its decoder does not stop the others"
             )

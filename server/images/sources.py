@@ -1,8 +1,7 @@
-"""What an image's URL says: the bytes themselves, or a place to fetch them from.
+"""Parses an image's URL: its bytes (data:), or the place to fetch it from (http, https).
 
-Owns the syntax that is taken: base64 data: URLs and http(s) URLs. One parser reads
-each URL once, and what it found is what is connected to, so no second reading can
-disagree. Knows nothing of networks, addresses or image formats.
+Owns the accepted syntax. One parser reads each URL once, and the fetcher connects to what it
+found, so no second parser can disagree. Knows nothing of networks, addresses or image formats.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ import httpx2
 
 from .settings import ImageError, ImageSettings
 
-# 0x85 and the line separators end a line for some readers of a log or a header.
+# Some readers of a log or a header end a line at 0x85 and at the line separators.
 FORBIDDEN_IN_URL = re.compile(r"[\x00-\x20\x7f-\xa0\u2028\u2029\\]")
 HOST = re.compile(
     r"(?=.{1,253}\Z)([a-z0-9_][a-z0-9_-]{0,62}(\.[a-z0-9_-]{1,63})*\.?|[0-9a-f.]*:[0-9a-f:.]*)"
 )
-# No user, and a port in plain digits: the parser below would forgive "@h" and ":+80".
+# No user, and a port in digits: the parser would accept "@h" and ":+80".
 AUTHORITY = re.compile(r"([^@:\[\]]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{0,5})?")
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}(?=:)")
 MAX_DATA_URL_LABEL = 256
@@ -29,13 +28,13 @@ BASE64_SLICE_CHARS = 262_144
 # One character of a path is at most four bytes of UTF-8, each percent-encoded.
 MAX_ESCAPE_CHARS = 12
 DEFAULT_PORTS = {"http": 80, "https": 443}
-# Low ports other than these belong to mail, shells and the like, never to pictures.
+# Other low ports belong to services such as mail and ssh, never to images.
 FIRST_FREE_PORT = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class InlineImage:
-    """An image that came with its URL; `data` is the encoded file."""
+    """An image inside its URL. data: the encoded file."""
 
     data: bytes
 
@@ -65,10 +64,10 @@ class RemoteImage:
 
 
 def parse_source(url: str, settings: ImageSettings) -> InlineImage | RemoteImage:
-    """Where the image of this URL is.
+    """Parse an image's URL.
 
-    Raises ImageError, which never repeats the URL, for anything but a base64
-    data: URL within max_image_bytes or a plain http(s) URL.
+    Raises ImageError, which never quotes the URL, unless it is a base64 data: URL within
+    max_image_bytes or a plain http(s) URL.
     """
     if url[:5].lower() == "data:":
         return parse_data_url(url, settings.max_image_bytes)
@@ -76,7 +75,7 @@ def parse_source(url: str, settings: ImageSettings) -> InlineImage | RemoteImage
 
 
 def parse_data_url(url: str, max_bytes: int) -> InlineImage:
-    """The bytes of `data:<any label>;base64,<base64>`: the label is forgiven, base64 is not."""
+    """The bytes of `data:<label>;base64,<base64>`. The label is ignored, base64 is strict."""
     comma = url.find(",", 0, MAX_DATA_URL_LABEL)
     if comma < 0 or not url[:comma].lower().endswith(";base64"):
         raise ImageError("data URL must look like data:image/png;base64,<the file in base64>")
@@ -85,7 +84,7 @@ def parse_data_url(url: str, max_bytes: int) -> InlineImage:
         raise ImageError(too_large(num_chars // 4 * 3, max_bytes))
     try:
         data = _decode_base64(url, comma + 1)
-    except ValueError:  # binascii.Error is one; so is what it says of characters beyond ASCII
+    except ValueError:  # binascii.Error is one, and non-ASCII characters raise it too
         raise ImageError(
             "data URL is not valid base64: use the standard alphabet with padding, and no spaces "
             "or line breaks"
@@ -93,29 +92,29 @@ def parse_data_url(url: str, max_bytes: int) -> InlineImage:
     if len(data) > max_bytes:
         raise ImageError(too_large(len(data), max_bytes))
     if not data:
-        raise ImageError("data URL holds no data: append the file in base64")
+        raise ImageError("data URL is empty: append the file in base64")
     return InlineImage(data)
 
 
-def _decode_base64(text: str, begin: int) -> bytes:
-    """The bytes of text[begin:], a slice at a time: a call for all would stop every thread.
+def _decode_base64(text: str, start: int) -> bytes:
+    """The bytes of text[start:], decoded in slices: one call would block every thread.
 
-    Raises ValueError unless it is plain base64 with its padding at the end only.
+    Raises ValueError unless it is plain base64 with padding at its end only.
     """
-    if (len(text) - begin) % 4 or text.find("=", begin, len(text) - 2) >= 0:
+    if (len(text) - start) % 4 or text.find("=", start, len(text) - 2) >= 0:
         raise ValueError("no padding at the end, or some before it")
-    places = range(begin, len(text), BASE64_SLICE_CHARS)
+    places = range(start, len(text), BASE64_SLICE_CHARS)
     slices = (text[place : place + BASE64_SLICE_CHARS] for place in places)
     return b"".join(binascii.a2b_base64(part, strict_mode=True) for part in slices)
 
 
 def parse_remote_url(url: str, max_chars: int) -> RemoteImage:
-    """The place that a plain http(s) URL names: no user, no odd characters, a sane port."""
+    """Parse a plain http(s) URL: no user, no odd characters, an allowed port."""
     if len(url) > max_chars:
         raise ImageError(f"image URL has {len(url):,} characters; the limit is {max_chars:,}")
     if FORBIDDEN_IN_URL.search(url):
         raise ImageError(
-            "image URL holds a space, backslash or control character: percent-encode it"
+            "image URL contains a space, backslash or control character: percent-encode it"
         )
     scheme = SCHEME.match(url)
     if scheme is None:
@@ -123,22 +122,22 @@ def parse_remote_url(url: str, max_chars: int) -> RemoteImage:
     if scheme.group().lower() not in DEFAULT_PORTS:
         raise ImageError(
             f"image URL has the scheme {scheme.group().lower()!r}: only http, https and data "
-            "are taken"
+            "are allowed"
         )
     if not url[scheme.end() :].startswith("://"):
         raise ImageError("image URL has no host: it must start with https:// or http://")
     check_authority(re.split("[/?#]", url[scheme.end() + 3 :], maxsplit=1)[0])
     found = _from_parsed(_parse(url))
-    # Other full stops and digits become plain ones: what they spell is read like what was plain.
+    # Non-ASCII dots and digits were mapped to ASCII ones: parse and check the result again.
     return found if url.isascii() else parse_remote_url(found.url, max_chars * MAX_ESCAPE_CHARS)
 
 
 def check_authority(authority: str) -> None:
-    """Raise ImageError unless this is one host with at most one port."""
+    """Raise ImageError unless this is one host with an optional port."""
     if "@" in authority:
-        raise ImageError("image URL holds a user name or password: remove it")
+        raise ImageError("image URL contains a user name or password: remove it")
     if not AUTHORITY.fullmatch(authority):
-        raise ImageError("image URL cannot be read: check its host and port")
+        raise ImageError("image URL cannot be parsed: check its host and port")
 
 
 def too_large(num_bytes: int, max_bytes: int) -> str:
@@ -150,7 +149,7 @@ def _parse(url: str) -> httpx2.URL:
     try:
         return httpx2.URL(url)
     except (httpx2.InvalidURL, ValueError):
-        raise ImageError("image URL cannot be read: check its host and port") from None
+        raise ImageError("image URL cannot be parsed: check its host and port") from None
 
 
 def _from_parsed(parsed: httpx2.URL) -> RemoteImage:
@@ -160,6 +159,6 @@ def _from_parsed(parsed: httpx2.URL) -> RemoteImage:
     port = parsed.port if parsed.port is not None else DEFAULT_PORTS[parsed.scheme]
     if port not in DEFAULT_PORTS.values() and not FIRST_FREE_PORT <= port <= 65_535:
         raise ImageError(
-            f"image URL has port {port}: only 80, 443 and {FIRST_FREE_PORT} to 65535 are taken"
+            f"image URL has port {port}: only 80, 443 and {FIRST_FREE_PORT} to 65535 are allowed"
         )
     return RemoteImage(parsed.scheme, host, port, parsed.raw_path.decode("ascii"))

@@ -1,6 +1,6 @@
-"""The tiles of pictures that were decoded lately, so that the same bytes are not decoded again.
+"""A cache of decoded tiles, so that the same bytes are not decoded again.
 
-Owns the tiles it keeps, bounded in bytes. Knows nothing of decoders, URLs or requests.
+Owns the cached tiles, bounded in bytes. Knows nothing of decoders, URLs or requests.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 from ...models.batch import ImageTiles
 
-# Hashing takes about a millisecond a MiB: beyond this the event loop would feel it.
+# Hashing takes about a millisecond per MiB: larger images would block the event loop.
 MAX_INLINE_BYTES = 512 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class TileKey:
-    """The whole of what decides the tiles, and whose they are.
+    """Everything that decides the tiles, and the tenant.
 
-    digest: SHA-256 of the encoded bytes. The tenant keeps one client from learning, by
-    the time it takes, that another sent the same picture.
+    digest: SHA-256 of the encoded bytes. tenant: so that the response time never shows one
+    client that another sent the same image.
     """
 
     tenant: str
@@ -30,10 +30,10 @@ class TileKey:
 
 
 class TileCache:
-    """Least recently used first out; of one checkpoint's processor, so that is not in the key."""
+    """Evicts the least recently used tiles. Serves one checkpoint, so its settings are no key."""
 
     def __init__(self, max_bytes: int) -> None:
-        """max_bytes 0 keeps nothing."""
+        """max_bytes 0 disables the cache."""
         self._max_bytes = max_bytes
         self._tiles: OrderedDict[TileKey, ImageTiles] = OrderedDict()
         self.num_bytes = 0
@@ -42,20 +42,20 @@ class TileCache:
         return len(self._tiles)
 
     async def key_of(self, data: bytes, max_tiles: int | None, tenant: str) -> TileKey:
-        """The key of one encoded image; a large one is hashed in a thread."""
+        """The key of one encoded image. A large image is hashed in a thread."""
         if not self._max_bytes or len(data) <= MAX_INLINE_BYTES:
             return TileKey(tenant, _digest(data) if self._max_bytes else b"", max_tiles)
         return TileKey(tenant, await asyncio.to_thread(_digest, data), max_tiles)
 
     def get(self, key: TileKey) -> ImageTiles | None:
-        """The tiles, now the most recently used; None if they are not here."""
+        """The tiles, which become the most recently used; None if they are not cached."""
         tiles = self._tiles.get(key)
         if tiles is not None:
             self._tiles.move_to_end(key)
         return tiles
 
     def put(self, key: TileKey, tiles: ImageTiles) -> None:
-        """Keep `tiles`, at the cost of those that were used longest ago."""
+        """Cache `tiles`, and evict the least recently used ones to make room."""
         if len(tiles.data) > self._max_bytes or key in self._tiles:
             return
         self._tiles[key] = tiles

@@ -1,8 +1,8 @@
-"""How an RGB picture becomes the tiles that Mllama sees: resize, pad, split.
+"""Turns an RGB image into the tiles that Mllama sees: resize, pad, split.
 
-Equal, bit for bit, to transformers' MllamaImageProcessorPil before rescaling and
-normalising (which the engine does); padding tiles are dropped. Owns the choice of
-the tile grid and the tile grid's id. Knows nothing of files, formats or processes.
+Equal, bit for bit, to transformers' MllamaImageProcessorPil before rescaling and normalising
+(which the engine does); padding tiles are dropped. Owns the choice of the tile grid and its id.
+Knows nothing of files, formats or processes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BILINEAR = int(Image.Resampling.BILINEAR)
 
 @dataclass(frozen=True, slots=True)
 class TileGrid:
-    """How many tiles a picture is cut into, in rows and columns."""
+    """The number of tiles of an image, in rows and columns."""
 
     rows: int
     columns: int
@@ -45,10 +45,10 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class TilingConfig:
-    """The part of a checkpoint's image processor that decides the tiles.
+    """The settings of a checkpoint's image processor that decide the tiles.
 
-    resample: Pillow's number of the filter (2 is bilinear). The defaults are
-    those of transformers' MllamaImageProcessor where a checkpoint says nothing.
+    resample: Pillow's number of the filter (2 is bilinear). The defaults are those of
+    transformers' MllamaImageProcessor for settings that a checkpoint does not contain.
     """
 
     tile_size: int = 224
@@ -69,8 +69,8 @@ class TilingConfig:
 
         Reads preprocessor_config.json, or the `image_processor` part of
         processor_config.json, where transformers 5 writes it. Raises
-        FileNotFoundError if there is neither, ValueError if the settings are not
-        ones that Mllama's processor takes.
+        FileNotFoundError if both are missing, ValueError if Mllama's processor does not
+        accept the settings.
         """
         root = Path(folder)
         combined = root / "processor_config.json"
@@ -83,7 +83,7 @@ class TilingConfig:
             return cls.from_dict(json.loads(plain.read_text("utf-8")))
         raise FileNotFoundError(
             f"{root} has no preprocessor_config.json and no image_processor in "
-            "processor_config.json: the checkpoint does not say how its images are cut"
+            "processor_config.json: the tile size of the checkpoint is unknown"
         )
 
     @classmethod
@@ -102,11 +102,11 @@ class TilingConfig:
         )
 
     def fingerprint(self, max_tiles: int | None) -> bytes:
-        """Bytes that differ whenever the same picture would give other tiles."""
+        """Bytes that differ whenever the same image would give other tiles."""
         return json.dumps([asdict(self), self.tile_limit(max_tiles)], sort_keys=True).encode()
 
     def tile_limit(self, max_tiles: int | None) -> int:
-        """How many tiles an image may have: the checkpoint's limit or a smaller one, from 1."""
+        """The maximum number of tiles of an image: the checkpoint's limit or less, at least 1."""
         if max_tiles is None:
             return self.max_image_tiles
         return max(1, min(max_tiles, self.max_image_tiles))
@@ -120,8 +120,8 @@ def cut(
 ) -> ImageTiles:
     """The real tiles of an RGB image, uint8 [num_tiles, 3, tile_size, tile_size].
 
-    max_tiles chooses among fewer grids; the aspect_ratio_id stays the one of the
-    checkpoint's own table. Raises ValueError for a mode other than RGB.
+    max_tiles limits the choice of grids; aspect_ratio_id is always that of the checkpoint's
+    own table. Raises ValueError for a mode other than RGB.
     Source: transformers 5.23, models/mllama/image_processing_pil_mllama.py.
     """
     if image.mode != "RGB":
@@ -146,18 +146,18 @@ def cut(
 
 @cache
 def supported_grids(max_tiles: int) -> tuple[TileGrid, ...]:
-    """Every grid of at most `max_tiles` tiles, in the order that gives them their ids."""
+    """All grids of at most `max_tiles` tiles, in the order of their ids."""
     sides = range(1, max_tiles + 1)
     return tuple(TileGrid(a, b) for a in sides for b in sides if a * b <= max_tiles)
 
 
 def aspect_ratio_id(grid: TileGrid, max_image_tiles: int) -> int:
-    """The id by which the vision encoder knows a grid: its place in the table, from 1."""
+    """The vision encoder's id of a grid: its position in the table, from 1."""
     return supported_grids(max_image_tiles).index(grid) + 1
 
 
 def choose_grid(height: int, width: int, max_tiles: int, tile_size: int) -> TileGrid:
-    """The grid that shrinks a picture least, else enlarges it least, else has fewest tiles."""
+    """The grid that enlarges the image least, else shrinks it least; of equals the smallest."""
     grids = supported_grids(max_tiles)
     scales = [
         min(grid.rows * tile_size / height, grid.columns * tile_size / width) for grid in grids
@@ -169,7 +169,7 @@ def choose_grid(height: int, width: int, max_tiles: int, tile_size: int) -> Tile
 
 
 def fit_to_grid(height: int, width: int, grid: TileGrid, tile_size: int) -> Size:
-    """The size of the picture inside its grid: proportions kept, not below one tile if possible."""
+    """The size of the image inside its grid: same proportions, at least one tile if possible."""
     target_width = min(max(width, tile_size), grid.columns * tile_size)
     target_height = min(max(height, tile_size), grid.rows * tile_size)
     scale_height = target_height / height

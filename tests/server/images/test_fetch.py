@@ -391,7 +391,7 @@ def test_endless_body_is_cut_at_the_limit(handler: Handler) -> None:
 
 def test_endless_head_is_cut() -> None:
     outcome = fetch("http://pictures.example/a", Site({"/a": endless_head}), settings=SMALL)
-    assert "no valid HTTP" in outcome.message
+    assert "invalid HTTP" in outcome.message
 
 
 def test_body_longer_than_declared_gives_what_was_declared() -> None:

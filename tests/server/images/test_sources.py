@@ -83,7 +83,7 @@ def outcome_in_one_piece(payload: str) -> bytes | None:
         ("aGVs%2BbG8", "base64"),
         ("aGéé", "base64"),
         ("\ud800aaa", "base64"),
-        ("", "no data"),
+        ("", "is empty"),
     ],
 )
 def test_data_url_that_is_not_strict_base64_is_refused(payload: str, problem: str) -> None:

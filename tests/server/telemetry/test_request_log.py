@@ -285,7 +285,7 @@ def test_a_telling_that_fails_costs_no_connection(checkpoint, lines, monkeypatch
         return [(await client.get("/v1/models")).status_code for _ in range(2)]
 
     assert served(checkpoint, use) == [200, 200]
-    assert {line["message"] for line in lines.all} == {"a request's end could not be told"}
+    assert {line["message"] for line in lines.all} == {"cannot log a request that has ended"}
     assert "SECRET" not in lines.text
 
 
