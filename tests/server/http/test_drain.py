@@ -20,7 +20,8 @@ from vlmserve.server.http.drain import Drain
 from vlmserve.server.settings import ServerSettings
 
 BUNDLED = Path(bundled.__file__).parent / "checkpoint"
-DEADLINE_S = 60.0
+# Far beyond any run: other work may take the cores.
+DEADLINE_S = 300.0
 DRAIN_S = 2.0
 NEW_REQUESTS = ["/v1/chat/completions"]
 
