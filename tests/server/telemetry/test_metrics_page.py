@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vlmserve.router.client.replica_pool import ReplicaState
 from vlmserve.router.messages import EngineStats
-from vlmserve.server.telemetry.engine_metrics import RestartFigures
+from vlmserve.server.telemetry.engine_metrics import RestartMetrics
 from vlmserve.server.telemetry.metrics import Metrics
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
@@ -29,7 +29,7 @@ def rows_of_program(folder):
     metrics.watch_replicas(lambda: [ReplicaState(is_ready=True, stats=EngineStats())])
     metrics.http_requests.labels("GET", "/", "200")  # has no series before its first count
     found = {}
-    for family in [*metrics.registry.collect(), *RestartFigures(folder).collect()]:
+    for family in [*metrics.registry.collect(), *RestartMetrics(folder).collect()]:
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labels = {label for sample in family.samples for label in sample.labels} - BUCKETS
         found[name] = (family.type, frozenset(labels))
