@@ -20,7 +20,7 @@ TYPING := build/typing/vlmserve
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test serve check docs test test-slow fuzz fuzz-api soak bench bench-gpu bench-gpu-wheels clean
+.PHONY: help setup setup-test serve check docs picture test test-slow fuzz fuzz-api soak bench bench-gpu bench-gpu-wheels clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -62,6 +62,9 @@ check: setup-test $(VENV)/.docs $(TYPING) ## lint, types, import rules, links of
 	MYPYPATH=build/typing $(BIN)/mypy -p vlmserve
 	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_docs.py
 	$(MKDOCS) build --strict -q
+
+picture: setup-test ## draw docs/architecture.svg from the imports
+	PYTHONPATH=tests $(BIN)/python -m support.architecture_picture
 
 docs: $(VENV)/.docs ## serve the documentation on port 8001 (DOCS_PORT= changes it)
 	$(MKDOCS) serve --dev-addr 127.0.0.1:$(or $(DOCS_PORT),8001)

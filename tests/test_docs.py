@@ -1,13 +1,15 @@
 """What the documentation and the comments refer to exists: links, files of the source, tests.
 
 mkdocs checks the links inside docs/ (`make check`); this file checks the pages outside of it, and
-every path of a Python file that a page, comment, string or docstring names.
+every path of a Python file that a page, comment, string or docstring names. The picture of the
+architecture is the one that the imports give.
 """
 
 import re
 from pathlib import Path
 
 import pytest
+from support import architecture_picture
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(ROOT.glob("*.md"))
@@ -63,3 +65,8 @@ def test_every_module_that_a_text_names_exists():
             if not is_module and not modules[-1].is_dir():
                 missing.append(f"{path.relative_to(ROOT)} names {name}")
     assert not missing, "\n".join(missing)
+
+
+def test_the_picture_of_the_architecture_is_drawn_from_the_imports_as_they_are():
+    drawn = architecture_picture.PAGE.read_text("utf-8")
+    assert drawn == architecture_picture.draw(), "the imports have changed: run `make picture`"
