@@ -6,6 +6,7 @@ Owns no endpoint. Knows nothing of any API's shapes.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from ..generation.completion import Completion
 from ..generation.generator import Engine, Generator
 from ..prompts.processor import Processor
 from ..schemas.decoding import decode_body
+from ..schemas.json_text import INLINE_BYTES
 from ..settings import ServerSettings
 from ..telemetry.metrics import Metrics
 
@@ -85,10 +87,11 @@ async def completion_response(
 
 async def read_body(request: Request, schema: type[T]) -> T:
     """The request's body as a `schema`. Raises BadRequestError."""
-    if services_of(request).settings.unknown_fields == "error":
-        return decode_body(request.body, schema)
-    # Each unknown field costs another pass over the body.
-    return await asyncio.to_thread(decode_body, request.body, schema, ignore_unknown=True)
+    ignore_unknown = services_of(request).settings.unknown_fields == "ignore"
+    decode = functools.partial(decode_body, request.body, schema, ignore_unknown=ignore_unknown)
+    if len(request.body) <= INLINE_BYTES:
+        return decode()
+    return await asyncio.to_thread(decode)
 
 
 def tenant_of(request: Request, cache_salt: str | None = None) -> str:

@@ -16,7 +16,7 @@ VOCAB_SIZE = 768
 
 # A rule of the document -> the messages that it stands for.
 TOLD = {
-    "Texts hold no U+0000.": r"holds the character U\+0000",
+    "Texts hold no U+0000.": r"(holds|contains) the character U\+0000",
     "A tool message answers the id of a call in an earlier assistant message.": (
         r"which is the id of no call in an earlier assistant message"
     ),
