@@ -22,12 +22,14 @@ def lenient(schema: type[T]) -> type[T]:
     """A subclass of the schema that ignores unknown fields, at every depth."""
     fields: list[tuple[str, Any, Any]] = []
     for field in msgspec.structs.fields(schema):
-        default = msgspec.field(
-            default=field.default, default_factory=field.default_factory, name=field.encode_name
-        )
-        fields.append((field.name, _lenient_type(field.type), default))
+        options: dict[str, Any] = {
+            "default": field.default,
+            "default_factory": field.default_factory,
+            "name": field.encode_name,
+        }
+        fields.append((field.name, _lenient_type(field.type), msgspec.field(**options)))
     config = schema.__struct_config__
-    return msgspec.defstruct(
+    twin: Any = msgspec.defstruct(
         schema.__name__,
         fields,
         bases=(schema,),
@@ -36,6 +38,7 @@ def lenient(schema: type[T]) -> type[T]:
         tag=config.tag,
         tag_field=config.tag_field,
     )
+    return twin
 
 
 def _lenient_type(declared: Any) -> Any:

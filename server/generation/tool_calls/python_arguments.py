@@ -1,158 +1,107 @@
 """Turns the keyword arguments of a Python call into a JSON object, without evaluating them.
 
-Owns literals: strings, numbers, True, False, None, lists, tuples and dictionaries.
-Every character is looked at once. Knows nothing of calls or of tools.
+Owns the literals: strings, numbers, True, False, None, lists, tuples and dictionaries. Python's
+own parser reads the text, and only its tree is used. Knows nothing of calls or tools.
 """
 
 from __future__ import annotations
 
+import ast
 import json
+import math
 import re
-import sys
+import warnings
+from typing import Any
 
 MAX_DEPTH = 32
+# As long as a tool's schema may be. The bound limits the parser's time and memory.
+MAX_CHARS = 65_536
 
-_TOKEN = re.compile(
-    r"""\s*(?:
-        (?P<number>-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)(?![\w.])
-        |(?P<word>[^\W\d]\w*)
-        |(?P<mark>[][(){},:=])
-        |(?P<quote>["'])
-        |(?P<end>\Z)
-    )""",
-    re.VERBOSE,
-)
-_WORDS = {"True": "true", "False": "false", "None": "null"} | {
-    word: word for word in ("true", "false", "null")
-}
-_INSIDE = {'"': re.compile(r'[^"\\]+'), "'": re.compile(r"[^'\\]+")}
-_ESCAPE = re.compile(
-    r"\\(?:x(?P<x>[0-9a-fA-F]{2})|u(?P<u>[0-9a-fA-F]{4})|U(?P<U>[0-9a-fA-F]{8})|(?P<one>.))",
-    re.DOTALL,
-)
-_ESCAPED = {
-    "n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v",
-    "\\": "\\", "'": "'", '"': '"', "\n": "",
-}  # fmt: skip
-_CLOSING = {"[": "]", "(": ")", "{": "}"}
+_JSON_WORDS = {"true": True, "false": False, "null": None}
+_STRINGS = re.compile(r"""\"(?:\\.|[^"\\])*+\"|'(?:\\.|[^'\\])*+'""", re.DOTALL)
+_LINE_ENDS = re.compile(r"\\.|[\r\n]", re.DOTALL)
+_ESCAPED = {"\n": r"\n", "\r": r"\r"}
 
 
 class NotLiteralError(ValueError):
-    """The text is not made of keyword arguments whose values are literals."""
+    """The text is not a list of keyword arguments whose values are literals."""
 
 
 def json_of_arguments(text: str) -> str:
-    """The JSON object that `key=literal, ...` stands for, as text.
+    """The JSON object, as text, for the arguments `key=literal, ...`.
 
-    Raises NotLiteralError where the text is anything else.
+    Raises NotLiteralError if the text is anything else.
     """
-    reader = _Reader(text)
-    pairs: dict[str, str] = {}
-    while reader.kind != "end":
-        name = reader.take("word")
-        reader.take("=")
-        if name in pairs:
-            raise NotLiteralError(f"the argument {name[:64]!r} comes twice")
-        pairs[name] = reader.value(0)
-        if reader.kind != "end":
-            reader.take(",")
-    return "{" + ", ".join(f"{json.dumps(key)}: {value}" for key, value in pairs.items()) + "}"
+    values: dict[str, Any] = {}
+    for keyword in _keywords(text):
+        if keyword.arg is None or keyword.arg in values:
+            raise NotLiteralError("an argument has no name, or comes twice")
+        values[keyword.arg] = _value(keyword.value, 0)
+    return json.dumps(values, ensure_ascii=False)
 
 
-class _Reader:
-    """Reads token by token; `kind` is the next one's: a mark itself, or its group's name."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._place = 0
-        self._token = ""
-        self.kind = ""
-        self._advance()
-
-    def take(self, kind: str) -> str:
-        """The next token, which must be of this kind."""
-        if self.kind != kind:
-            raise NotLiteralError(f"expected {kind}, found {self.kind}")
-        token = self._token
-        self._advance()
-        return token
-
-    def value(self, depth: int) -> str:
-        """The JSON of the literal that begins here."""
-        if depth > MAX_DEPTH:
-            raise NotLiteralError(f"nested deeper than {MAX_DEPTH}")
-        if self.kind == "quote":
-            return self._string()
-        if self.kind == "word":
-            word = self.take("word")
-            if word not in _WORDS:
-                raise NotLiteralError(f"{word[:64]!r} is no literal")
-            return _WORDS[word]
-        if self.kind in _CLOSING:
-            return self._collection(self.kind, depth)
-        return self.take("number")
-
-    def _advance(self) -> None:
-        match = _TOKEN.match(self._text, self._place)
-        if match is None or match.lastgroup is None:
-            raise NotLiteralError("not a literal")
-        self._token = match[match.lastgroup]
-        self._place = match.end()
-        self.kind = self._token if match.lastgroup == "mark" else match.lastgroup
-
-    def _collection(self, opening: str, depth: int) -> str:
-        self.take(opening)
-        closing = _CLOSING[opening]
-        items: list[str] = []
-        while self.kind != closing:
-            items.append(self._pair(depth) if opening == "{" else self.value(depth + 1))
-            if self.kind != closing:
-                self.take(",")
-        self.take(closing)
-        inside = ", ".join(items)
-        return f"{{{inside}}}" if opening == "{" else f"[{inside}]"
-
-    def _pair(self, depth: int) -> str:
-        if self.kind != "quote":
-            raise NotLiteralError("a key is a string")
-        key = self._string()
-        self.take(":")
-        return f"{key}: {self.value(depth + 1)}"
-
-    def _string(self) -> str:
-        """One or more strings side by side, as Python joins them."""
-        parts: list[str] = []
-        while self.kind == "quote":
-            self._read_string(self._token, parts)
-            self._advance()
-        try:
-            # Escaped pairs become one character.
-            joined = "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16")
-        except UnicodeDecodeError as error:
-            raise NotLiteralError("half of a surrogate pair") from error
-        return json.dumps(joined, ensure_ascii=False)
-
-    def _read_string(self, quote: str, parts: list[str]) -> None:
-        while True:
-            inside = _INSIDE[quote].match(self._text, self._place)
-            if inside is not None:
-                parts.append(inside[0])
-                self._place = inside.end()
-            if self._text.startswith(quote, self._place):
-                self._place += 1
-                return
-            escape = _ESCAPE.match(self._text, self._place)
-            if escape is None:
-                raise NotLiteralError("a string has no end")
-            parts.append(_unescaped(escape))
-            self._place = escape.end()
+def _keywords(text: str) -> list[ast.keyword]:
+    if len(text) > MAX_CHARS:
+        raise NotLiteralError(f"longer than {MAX_CHARS:,} characters")
+    try:
+        with warnings.catch_warnings():
+            # Python warns of escapes that it does not know, such as \q.
+            warnings.simplefilter("ignore")
+            call = ast.parse(f"f({_STRINGS.sub(_on_one_line, text)})", mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        # The parser raises MemoryError for nesting that is too deep for it.
+        raise NotLiteralError("not Python") from error
+    # A bracket in the text may close the call early: then another node is at the top.
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+        raise NotLiteralError("not keyword arguments")
+    return call.keywords
 
 
-def _unescaped(escape: re.Match[str]) -> str:
-    digits = escape["x"] or escape["u"] or escape["U"]
-    if digits is not None:
-        code = int(digits, 16)
-        if code > sys.maxunicode:
-            raise NotLiteralError(f"{digits} is no character")
-        return chr(code)
-    return _ESCAPED.get(escape["one"], escape[0])
+def _on_one_line(string: re.Match[str]) -> str:
+    """The string with its line ends escaped: models write them as they are."""
+    return _LINE_ENDS.sub(lambda part: _ESCAPED.get(part[0], part[0]), string[0])
+
+
+def _value(node: ast.expr, depth: int) -> Any:
+    """The value of a literal, as JSON has it."""
+    if depth > MAX_DEPTH:
+        raise NotLiteralError(f"nested deeper than {MAX_DEPTH}")
+    match node:
+        case ast.Constant(value=str(text)):
+            return _joined_surrogates(text)
+        case ast.Constant(value=bool() | None as word):
+            return word
+        case ast.Constant(value=int() | float() as number) if math.isfinite(number):
+            return number
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant() as operand):
+            return _negative(_value(operand, depth + 1))
+        case ast.Name(id=word) if word in _JSON_WORDS:
+            return _JSON_WORDS[word]
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return [_value(item, depth + 1) for item in items]
+        case ast.Dict(keys=keys, values=values):
+            return {
+                _key(key): _value(value, depth + 1) for key, value in zip(keys, values, strict=True)
+            }
+    raise NotLiteralError(f"{type(node).__name__} is not a literal")
+
+
+def _key(node: ast.expr | None) -> str:
+    match node:
+        case ast.Constant(value=str(text)):
+            return _joined_surrogates(text)
+    raise NotLiteralError("a key is not a string")
+
+
+def _negative(number: Any) -> int | float:
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise NotLiteralError("only a number can be negative")
+    return -number
+
+
+def _joined_surrogates(text: str) -> str:
+    r"""The text with pairs such as \ud83d\udc3b as one character."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError as error:
+        raise NotLiteralError("half of a surrogate pair") from error

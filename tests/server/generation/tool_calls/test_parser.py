@@ -12,6 +12,7 @@ from support.tool_call_answers import TAG, hostile, in_pieces, joined, parsed
 from vlmserve.server.generation.tool_calls.parser import ToolCallParser
 from vlmserve.server.generation.tool_calls.pieces import CallPiece, TextPiece
 from vlmserve.server.generation.tool_calls.python_arguments import (
+    MAX_CHARS,
     NotLiteralError,
     json_of_arguments,
 )
@@ -214,9 +215,12 @@ def test_row_25_a_megabyte_of_hostile_output_stays_text_or_calls():
 @pytest.mark.parametrize(
     "text",
     ["a", "a=", "a=b", "=1", "a=1 b=2", "a=1,,", "a='", 'a="\n\\', "a=[", "a=[1", "a={1: 2}",
-     "a={'x'}", "a=01", "a=1_000", "a=0x1", "a=1.", "a=f'x'", "a=b'x'", "a=(1", "a=[)", "a=*b",
+     "a={'x'}", "a=01", "a=1e999", "a=1j", "a=f'x'", "a=b'x'", "a=(1", "a=[)", "a=*b",
      "a=1if 1 else 2", "a='\\ud800'", "a=" + "[" * 40 + "]" * 40, "a=lambda: 1", "a='\\Uffffffff'",
-     "a=...", "a=-'x'"],
+     "a=...", "a=-'x'", "a=-True", "a=1, a=2", "**{}", "a=1) + g(b=2", "a=1)(b=2", "a=1).g(b=2",
+     "a=" + "-" * 9_000 + "1", "a=" + "not " * 9_000 + "1", "a=" + "lambda:" * 9_000 + "1",
+     "a=" + "1+" * 9_000 + "1", "a=" + "b." * 9_000 + "c", "a=" + "9" * 9_000,
+     "a=[" + "1," * MAX_CHARS + "]"],
 )  # fmt: skip
 def test_what_is_no_literal_is_refused(text):
     with pytest.raises(NotLiteralError):
@@ -234,6 +238,8 @@ def test_what_is_no_literal_is_refused(text):
         ("a=true, b=False, c=null", {"a": True, "b": False, "c": None}),
         ("a={'b': [], 'c': (), 'd': {}}", {"a": {"b": [], "c": [], "d": {}}}),
         ("a=" + "9" * 30, {"a": int("9" * 30)}),
+        ("a=1_000, b=0x1, c=1., d=-2.5", {"a": 1000, "b": 1, "c": 1.0, "d": -2.5}),
+        ("a='x\ny',\nb=\"c\\\\\n\"", {"a": "x\ny", "b": "c\\\n"}),
         ("größe=1", {"größe": 1}),
     ],
 )
