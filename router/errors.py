@@ -3,17 +3,16 @@
     RouterError
     ├── EngineError            a request's end, as the worker sees it
     │   ├── EngineDeadError        the engine is gone, stopping or not ready yet
-    │   ├── QueueFullError         refused for now: try again after `retry_after_s`
-    │   ├── InvalidRequestError    can never be served: the message says what to change
+    │   ├── QueueFullError         rejected for now: retry after `retry_after_s`
+    │   ├── InvalidRequestError    can never be served: the message names the remedy
     │   └── EngineInternalError    the step that computed the request failed
-    ├── WireError              a peer that does not speak the protocol
+    ├── WireError              a peer violated the protocol
     │   ├── FrameTooLargeError
     │   └── MalformedFrameError
     ├── OutOfBlocksError       more blocks requested than a pool has free
     └── IllegalTransitionError a bug: an event that a state does not allow
 
-Owns the names and how a `RequestFailed` on the wire maps to them. Knows nothing
-of HTTP status codes.
+Owns the names, and how a `RequestFailed` message maps to them. Knows nothing of HTTP status codes.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from .messages import FailureKind, RequestFailed
 
 
 class RouterError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base of all exceptions that this package defines."""
 
 
 class EngineError(RouterError):
-    """A request could not be served; the message is fit for the client."""
+    """A request failed; the message may be shown to the client."""
 
     kind: FailureKind = "internal"
     retry_after_s: float | None = None
@@ -35,7 +34,7 @@ class EngineError(RouterError):
 class EngineDeadError(EngineError):
     """The engine is gone, is stopping, or has not loaded its model yet.
 
-    has_started: the request was being computed, so that it may be what the engine died of.
+    has_started: the request was being computed, so it may be why the engine died.
     """
 
     kind: FailureKind = "engine_dead"
@@ -53,7 +52,7 @@ class QueueFullError(EngineError):
 
 
 class InvalidRequestError(EngineError):
-    """The request can never be served as it is; the message names the remedy."""
+    """The request can never be served; the message names the remedy."""
 
     kind: FailureKind = "invalid"
 
@@ -65,11 +64,11 @@ class EngineInternalError(EngineError):
 
 
 class WireError(RouterError):
-    """A peer sent something that is not a frame of the protocol."""
+    """A peer sent bytes that are not a frame of the protocol."""
 
 
 class FrameTooLargeError(WireError):
-    """A frame announces more bytes than the limit."""
+    """A frame has more bytes than the limit."""
 
 
 class MalformedFrameError(WireError):
@@ -85,7 +84,7 @@ class IllegalTransitionError(RouterError):
 
 
 def error_of(failed: RequestFailed) -> EngineError:
-    """The exception that a `RequestFailed` message stands for."""
+    """The exception for a `RequestFailed` message."""
     if failed.kind == "queue_full":
         return QueueFullError(failed.message, failed.retry_after_s or 1.0)
     if failed.kind == "invalid":
@@ -96,7 +95,7 @@ def error_of(failed: RequestFailed) -> EngineError:
 
 
 def failure_of(request_id: str, error: EngineError) -> RequestFailed:
-    """The `RequestFailed` message that tells a worker of `error`."""
+    """The `RequestFailed` message for `error`."""
     return RequestFailed(
         request_id=request_id,
         kind=error.kind,

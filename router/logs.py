@@ -1,8 +1,8 @@
-"""How every process of the server writes its log: one line an event, as text or as JSON.
+"""How every process of the server writes its log: one line per event, as text or as JSON.
 
-Owns the lines' form, and what none of them may hold: control characters are escaped, and of an
-exception that nobody expected only its type and place are told, as its words may quote a
-request. Knows nothing of requests but the id that a line belongs to.
+Owns the form of the lines and what no line may contain: control characters are escaped, and an
+unexpected exception is logged with its type and place only, because its message may quote a
+request. Knows nothing of requests except the id of a line's request.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ LogFormat = Literal["text", "json"]
 request_id_of_task: ContextVar[str | None] = ContextVar("request_id_of_task", default=None)
 
 MAX_FRAMES = 12
-# Libraries whose lines quote URLs, addresses and what a client sent.
+# Libraries whose messages quote URLs, addresses and content from clients.
 TALKATIVE = frozenset({"sanic", "asyncio", "httpcore2", "httpx2", "PIL"})
-# What would start a new line, colour a terminal, turn a text's direction or fit no encoding.
+# Characters that start a line, control a terminal, change text direction or cannot be encoded.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def set_up_logging(level: LogLevel, form: LogFormat, process: str) -> None:
     """Write this process's log to stderr from now on. process: its name in every line."""
     handler = logging.StreamHandler(sys.__stderr__)
-    handler.setFormatter(EventFormatter(form, process, tells_all=level == "debug"))
+    handler.setFormatter(EventFormatter(form, process, shows_all=level == "debug"))
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)
@@ -49,15 +49,15 @@ def set_up_logging(level: LogLevel, form: LogFormat, process: str) -> None:
     if form == "json":
         sys.stderr = StrayLines()
     if level != "debug":
-        # Sanic tells of each start and stop and of every cancelled request.
+        # Sanic logs every start, every stop and every cancelled request.
         logging.getLogger("sanic").setLevel(logging.WARNING)
 
 
 def say(line: str, level: int = logging.INFO) -> None:
-    """One line for the operator: as it is, or as an event where the log is JSON."""
+    """Write one line for the operator: as it is, or as an event if the log is JSON."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler.formatter, EventFormatter) and handler.formatter.form == "json":
-            # Whatever the level: these lines are few, and wanted.
+            # Whatever the level: the operator always wants these few lines.
             record = logging.LogRecord("vlmserve", level, "", 0, escaped(line), None, None)
             handler.handle(record)
             return
@@ -65,10 +65,10 @@ def say(line: str, level: int = logging.INFO) -> None:
 
 
 class StrayLines(io.TextIOBase):
-    """A stderr whose lines become events: for what is written beside the log."""
+    """A stderr whose lines become log events, for code that writes to stderr directly."""
 
     def __init__(self) -> None:
-        self._begun = ""
+        self._partial_line = ""
 
     def writable(self) -> bool:
         return True
@@ -77,7 +77,7 @@ class StrayLines(io.TextIOBase):
         return 2
 
     def write(self, text: str) -> int:
-        *lines, self._begun = (self._begun + text).split("\n")
+        *lines, self._partial_line = (self._partial_line + text).split("\n")
         for line in lines:
             if line.strip():
                 logging.getLogger("vlmserve.stderr").info("%s", line.rstrip())
@@ -95,7 +95,7 @@ def _log_uncaught_of_thread(args: threading.ExceptHookArgs) -> None:
 
 
 def escaped(text: str) -> str:
-    """The text in one line that no terminal takes for a command."""
+    """The text in one line, without characters that control a terminal."""
     return _UNPRINTABLE.sub(lambda match: _escape(match[0]), text)
 
 
@@ -110,14 +110,14 @@ def place_of(error: BaseException) -> list[str]:
 class EventFormatter(logging.Formatter):
     """Formats a record, with the fields of its `fields` attribute, as one line.
 
-    tells_all: the words of unexpected exceptions and of talkative libraries too.
+    shows_all: also log messages of unexpected exceptions and of TALKATIVE libraries.
     """
 
-    def __init__(self, form: LogFormat, process: str, *, tells_all: bool = False) -> None:
+    def __init__(self, form: LogFormat, process: str, *, shows_all: bool = False) -> None:
         super().__init__()
         self.form = form
         self._process = process
-        self._tells_all = tells_all
+        self._shows_all = shows_all
 
     def format(self, record: logging.LogRecord) -> str:
         event = self._event(record)
@@ -141,18 +141,18 @@ class EventFormatter(logging.Formatter):
         return event
 
     def _message(self, record: logging.LogRecord) -> str:
-        if record.name.split(".")[0] in TALKATIVE and not self._tells_all:
+        if record.name.split(".")[0] in TALKATIVE and not self._shows_all:
             return f"{record.levelname.lower()} in {record.module}:{record.lineno}"
         return record.getMessage()
 
     def _exception(self, error: BaseException) -> dict[str, Any]:
-        told: dict[str, Any] = {"type": type(error).__name__, "at": place_of(error)}
-        if self._tells_all:
-            told["message"] = str(error)[:2000]
+        fields: dict[str, Any] = {"type": type(error).__name__, "at": place_of(error)}
+        if self._shows_all:
+            fields["message"] = str(error)[:2000]
         cause = error.__cause__ or error.__context__
         if cause is not None:
-            told["cause"] = type(cause).__name__
-        return told
+            fields["cause"] = type(cause).__name__
+        return fields
 
 
 def _as_json(event: Mapping[str, Any]) -> str:
@@ -166,8 +166,8 @@ def _as_text(event: Mapping[str, Any]) -> str:
     for name, value in rest.items():
         if value is None:
             continue
-        told = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-        line += f" {name}={told}"
+        shown = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        line += f" {name}={shown}"
     return escaped(line)
 
 

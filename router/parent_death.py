@@ -1,6 +1,6 @@
-"""Ties a child process's life to its parent's, and names it. Linux only.
+"""Makes a child process end with its parent, and names it. Linux only.
 
-Owns two calls to the kernel. Knows nothing of what the processes do.
+Owns two system calls. Knows nothing of what the processes do.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ PR_SET_NAME = 15
 
 
 class ParentGoneError(RuntimeError):
-    """The process that started this one ended before it could be watched."""
+    """The parent process ended before the kernel could watch it."""
 
 
 def die_with_parent(parent_pid: int | None = None) -> None:
-    """Have the kernel kill this process when its parent ends, however that ends.
+    """Have the kernel kill this process when its parent ends, for whatever reason.
 
-    parent_pid: who is expected to be the parent; None takes whoever is now.
-    Raises ParentGoneError if that one ended before the kernel knew, OSError if the
-    kernel refuses (prctl(2), PR_SET_PDEATHSIG).
+    parent_pid: the expected parent; None: the current parent. Raises ParentGoneError if the parent
+    has ended already, OSError if the kernel rejects it (prctl(2), PR_SET_PDEATHSIG).
     """
     expected = os.getppid() if parent_pid is None else parent_pid
     libc = ctypes.CDLL(None, use_errno=True)
@@ -33,5 +32,5 @@ def die_with_parent(parent_pid: int | None = None) -> None:
 
 
 def name_process(name: str) -> None:
-    """Have ps and top show this process as `name`, of which the kernel keeps 15 bytes."""
+    """Let ps and top show this process as `name`; the kernel keeps 15 bytes of it."""
     ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode(), 0, 0, 0)

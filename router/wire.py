@@ -3,8 +3,8 @@
     0        4                    4 + length
     | length | one msgpack message |      length: big-endian uint32, in bytes
 
-Owns the framing, its size cap and the codecs. Knows nothing of what the messages
-mean. msgpack by msgspec: typed, bounded and without pickle.
+Owns the framing, its size limit and the codecs. Knows nothing of what the messages mean. msgpack
+by msgspec is typed and bounded, and cannot run code as pickle can.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .errors import FrameTooLargeError, MalformedFrameError
 from .messages import FromEngine, ToEngine
 
 HEADER_BYTES = 4
-# A frame carries a request's decoded tiles: 70 images of four 560-pixel tiles.
+# Enough for a request's decoded tiles: 70 images of four 560-pixel tiles.
 DEFAULT_MAX_FRAME_BYTES = 268_435_456
-# asyncio pauses the socket at twice this much unread data; the default of
-# 64 KiB would stop and restart it hundreds of times for one image.
+# asyncio pauses the socket at twice this much unread data. The default of 64 KiB would pause it
+# hundreds of times for one image.
 READ_BUFFER_BYTES = 4 * 1024 * 1024
 
 Message = TypeVar("Message")
@@ -32,9 +32,9 @@ from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decod
 
 
 def encode_frame(message: msgspec.Struct, max_bytes: int = DEFAULT_MAX_FRAME_BYTES) -> bytes:
-    """One frame holding `message`, ready to be written.
+    """One frame with `message`, ready to be written.
 
-    Raises FrameTooLargeError if it would have more than `max_bytes` after its header.
+    Raises FrameTooLargeError if its message has more than `max_bytes`.
     """
     frame = bytearray(HEADER_BYTES)
     _encoder.encode_into(message, frame, HEADER_BYTES)
@@ -49,10 +49,10 @@ async def read_message(
     decoder: msgspec.msgpack.Decoder[Message],
     max_bytes: int = DEFAULT_MAX_FRAME_BYTES,
 ) -> Message | None:
-    """The next message, or None when the peer closed between two frames.
+    """The next message, or None if the peer closed the connection between two frames.
 
-    Raises FrameTooLargeError before reading a body over `max_bytes`, and
-    MalformedFrameError for a body that is no such message or is cut short.
+    Raises FrameTooLargeError before reading a body over `max_bytes`, and MalformedFrameError for a
+    body that is cut short or is not an expected message.
     """
     header = await _read_exactly(reader, HEADER_BYTES, may_end=True)
     if header is None:
@@ -63,8 +63,8 @@ async def read_message(
     try:
         return decoder.decode(body or b"")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        # The reason alone: a frame's content may be a prompt and must not be logged.
-        raise MalformedFrameError(f"a frame of {length} bytes is no message: {error}") from None
+        # Only the reason: a frame's content may be a prompt and must not be logged.
+        raise MalformedFrameError(f"a frame of {length} bytes is not a message: {error}") from None
 
 
 async def _read_exactly(

@@ -1,0 +1,8 @@
+"""The HTTP worker's side of the engines. Imported by `server/`; never imports torch.
+
+In the order in which to read the files:
+
+    engine_client       one connection to one engine: requests out, tokens in
+    replica_pool        several engines with the interface of one; retries on another engine
+    replica_chooser     which engine gets a request: by load, and by what it has cached
+"""

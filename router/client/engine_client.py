@@ -1,7 +1,7 @@
-"""The HTTP worker's side of the engine: requests out, tokens in.
+"""A worker's connection to one engine: requests out, tokens in.
 
-Owns one connection to an engine process and the open requests on it. Knows
-nothing of HTTP, text or tensors, and never imports torch.
+Owns the connection and the open requests on it. Knows nothing of HTTP, text or tensors, and never
+imports torch.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from ..messages import (
 logger = logging.getLogger("vlmserve.client")
 
 CONNECT_RETRY_S = 0.05
-# For how long a step's word holds that nobody has room, where no later step says otherwise.
-REFUSAL_S = 0.25
-# uvloop raises RuntimeError for a write to a connection that is lost, asyncio passes over it.
+# How long a step's rejection of new requests is valid, without a later step.
+REJECTION_S = 0.25
+# For a write to a lost connection uvloop raises RuntimeError; asyncio ignores it.
 _LOST = (ConnectionError, RuntimeError)
 
 
 class Health(Protocol):
-    """What an engine's heartbeats tell of it; see `EngineClient`."""
+    """An engine's state, from its heartbeats; see `EngineClient`."""
 
     @property
     def is_ready(self) -> bool: ...
@@ -62,24 +62,24 @@ class Health(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HealthThresholds:
-    """Until when an engine counts as well: the age of its heartbeat, a step without progress."""
+    """An engine is healthy up to these limits: heartbeat age, step without progress."""
 
     heartbeat_s: float = 2.0
     stall_s: float = 3.0
 
     def allow(self, engine: Health) -> bool:
-        """True if the engine has its model, its heart beats and its steps get on."""
+        """True if the engine is ready, its heartbeat is recent and its step makes progress."""
         is_late = engine.heartbeat_age_s > self.heartbeat_s
         is_stuck = engine.stall_s > self.stall_s and not engine.may_compile
         return engine.is_ready and not (is_late or is_stuck)
 
 
 class _Stream:
-    """What one open request has been sent and its caller has not taken yet.
+    """The outputs of one `generate` call that its caller has not read yet.
 
-    open_ids: the choices that have no final message yet. has_started: one of them is being
-    computed, as far as was told. Outputs of a choice that
-    pile up are joined, so a slow caller costs its token ids and no more.
+    open_ids: the choices without a final message. has_started: the engine has reported that at
+    least one choice started. Unread outputs of a choice are joined, so a slow caller costs only
+    the memory of its token ids.
     """
 
     def __init__(self, choice_ids: list[str]) -> None:
@@ -92,7 +92,7 @@ class _Stream:
     def deliver(self, output: SequenceOutput) -> None:
         waiting = self._outputs.setdefault(output.request_id, output)
         if waiting is not output:
-            # What comes with the first output alone stays as it is.
+            # Fields that only the first output has stay as they are.
             waiting.token_ids += output.token_ids
             waiting.logprobs += output.logprobs
             waiting.finish_reason = output.finish_reason
@@ -109,12 +109,12 @@ class _Stream:
         self._arrived.set()
 
     def leave(self, request_id: str) -> None:
-        """Nobody waits for this choice any more."""
+        """Discard this choice."""
         self._outputs.pop(request_id, None)
         self.open_ids.pop(request_id, None)
 
     async def next(self) -> SequenceOutput:
-        """The output that has waited longest; an error comes behind all outputs."""
+        """The oldest unread output; raises an error only after all outputs."""
         while not self._outputs:
             if self._error is not None:
                 raise self._error
@@ -126,9 +126,9 @@ class _Stream:
 class EngineClient:
     """One worker's connection to one engine.
 
-    `connect()` once, `generate()` many times at once, `close()` at the end.
-    `on_ready` is called with what the engine says of itself once its model is loaded,
-    `on_dead` once when the engine's end of the connection goes away.
+    Call `connect()` once, `generate()` many times concurrently, `close()` at the end.
+    on_ready: called with the engine's ready message when its model is loaded.
+    on_dead: called once when the engine closes the connection or dies.
     """
 
     def __init__(
@@ -177,23 +177,23 @@ class EngineClient:
         return time.monotonic() - self.last_heartbeat
 
     def refusal(self, priority: int) -> QueueFullError | None:
-        """What the engine would answer a newcomer of this priority, if it is known that it would.
+        """The error that the engine would return for a new request of this priority, if known.
 
-        Spares the work of preparing what is then refused. None tells nothing: the engine decides.
+        A caller need not prepare a request that would be rejected. None: unknown, the engine
+        decides.
         """
         rejection = self._rejection
         if rejection is None or priority < 0 or not self._streams:
             return None
-        if time.monotonic() - self._refused_at > REFUSAL_S:
+        if time.monotonic() - self._refused_at > REJECTION_S:
             return None
         return QueueFullError(rejection.message, rejection.retry_after_s)
 
     async def connect(self, timeout_s: float = 60.0) -> None:
         """Connect, waiting for the engine's socket to appear.
 
-        Raises EngineDeadError if nothing listens there after `timeout_s`. The
-        model may still be loading then: see `wait_ready`. May be called again
-        after the engine died.
+        Raises EngineDeadError if nothing listens there after `timeout_s`. The model may still be
+        loading afterwards: see `wait_ready`. May be called again after the engine died.
         """
         assert self._writer is None, "this client is already connected"
         deadline = time.monotonic() + timeout_s
@@ -213,31 +213,31 @@ class EngineClient:
         self._reader_task = asyncio.create_task(self._read(reader), name="engine-client")
 
     async def wait_ready(self, timeout_s: float | None = None) -> EngineReady:
-        """What the engine said of itself once its model was loaded.
+        """The engine's ready message, which comes when its model is loaded.
 
-        Raises EngineDeadError if the engine goes away first, TimeoutError after `timeout_s`.
+        Raises EngineDeadError if the engine dies first, TimeoutError after `timeout_s`.
         """
         async with asyncio.timeout(timeout_s):
             while self.info is None:
                 if self._writer is None:
-                    raise EngineDeadError("the engine went away before its model was loaded")
+                    raise EngineDeadError("the engine died before its model was loaded")
                 self._state_changed.clear()
                 await self._state_changed.wait()
         return self.info
 
     async def read_to_end(self) -> None:
-        """Return when all that the engine said before its end has been taken in."""
+        """Return when all messages that the engine sent before its end are processed."""
         if self._reader_task is not None:
             await asyncio.wait([self._reader_task])
 
     async def generate(self, *requests: AddRequest) -> AsyncGenerator[SequenceOutput, None]:
-        """Yield the new tokens of all the requests' choices as they come.
+        """Yield the new tokens of all choices of the requests as they come.
 
-        Each output names its choice by `request_id`; the last one of a choice says why
-        it ended. The requests stand and fall together: the first error ends them all.
+        Each output names its choice by `request_id`; the last output of a choice has its finish
+        reason. The first error ends all the requests.
         Raises QueueFullError, InvalidRequestError, EngineInternalError or EngineDeadError.
-        Cancelling the caller or closing the iterator aborts the requests in the engine:
-        wrap it in `contextlib.aclosing` where the loop may be left early.
+        Cancelling the caller or closing the iterator aborts the requests in the engine: use
+        `contextlib.aclosing` if the loop may end early.
         """
         choice_ids = [choice_id for request in requests for choice_id in request.answer_ids]
         stream = self._open_stream(choice_ids)
@@ -254,9 +254,9 @@ class EngineClient:
             self._abort(list(stream.open_ids))
 
     def leave(self, request_id: str) -> None:
-        """Abort one choice of an open request, whose caller goes on with the others.
+        """Abort one choice of an open request; the caller continues with the others.
 
-        Nothing more comes of it, not even an end: with the last one, close the iterator.
+        This choice yields nothing more, not even an end. After the last choice, close the iterator.
         """
         stream = self._streams.pop(request_id, None)
         if stream is not None and request_id in stream.open_ids:
@@ -264,7 +264,7 @@ class EngineClient:
             stream.leave(request_id)
 
     async def close(self) -> None:
-        """Leave the engine, which aborts what is still open here. Does not call `on_dead`."""
+        """Close the connection; the engine aborts open requests. Does not call `on_dead`."""
         task, self._reader_task = self._reader_task, None
         self._disconnect("this worker is stopping")
         if task is not None:
@@ -285,12 +285,12 @@ class EngineClient:
     async def _send_requests(self, requests: Sequence[AddRequest], stream: _Stream) -> None:
         assert self._writer is not None, "the stream was opened on a live connection"
         try:
-            # All or none: what cannot be sent must not leave others running.
+            # All or none: if one cannot be sent, no other may run.
             frames = [wire.encode_frame(request, self._max_frame_bytes) for request in requests]
         except FrameTooLargeError as error:
             stream.open_ids.clear()  # nothing to abort
             raise InvalidRequestError(f"the request is too large: {error}") from error
-        # A connection lost here is told to the stream by the reader.
+        # If the connection is lost here, the reader fails the stream.
         with contextlib.suppress(*_LOST):
             self._writer.writelines(frames)
             await self._writer.drain()
@@ -312,8 +312,8 @@ class EngineClient:
         except (WireError, OSError) as error:
             logger.error("lost the engine: %s", error)
         except Exception:
-            # A fault of ours. Nobody would read on: whoever waits must hear of it.
-            logger.exception("an engine's message could not be taken in")
+            # A bug of ours. Reading ends here, so every open request must fail.
+            logger.exception("processing an engine's message failed")
         self._reader_task = None
         self._disconnect("the engine process ended")
         if self._on_dead is not None:
@@ -323,7 +323,7 @@ class EngineClient:
         if isinstance(message, StepOutputs):
             self._rejection, self._refused_at = message.rejection, time.monotonic()
             for output in message.outputs:
-                # An output may cross an abort on its way: nobody waits for it then.
+                # An output may cross an abort on its way: it is ignored then.
                 if stream := self._streams.get(output.request_id):
                     stream.deliver(output)
         elif isinstance(message, RequestsStarted):
@@ -339,7 +339,7 @@ class EngineClient:
             self.stall_s, self.may_compile = message.stall_s, message.may_compile
         else:
             self.info = message
-            # A sign of life as well: else an engine that stops before its first beat is never late.
+            # Counts as a heartbeat: otherwise an engine that stops before its first is never late.
             self.last_heartbeat = time.monotonic()
             self._state_changed.set()
             if self._on_ready is not None:

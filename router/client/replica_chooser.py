@@ -1,7 +1,7 @@
-"""Which of several engines takes a request: the least loaded, or the one that has seen it before.
+"""Which of several engines gets a request: the least loaded, or the one that has it cached.
 
-Owns the loads, the affinities and their bound. Knows nothing of sockets, tensors or HTTP:
-engines are numbers here, and who asks says which of them may be chosen.
+Owns the loads, the affinities and their limit. Knows nothing of sockets, tensors or HTTP: engines
+are numbers here, and the caller passes the numbers to choose from.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from dataclasses import dataclass
 
 from ..messages import AddRequest
 
-# A prompt that is yet to be computed weighs as much as one answer for each so many tokens.
+# This many uncomputed prompt tokens count as much as one answer.
 TOKENS_OF_ONE_ANSWER = 512
-# A replica that has seen a request before is preferred until it is ahead of the least loaded by
-# this share of the requests that it runs at once.
+# A replica with the request's prefix cached is preferred while its load exceeds the lowest load by
+# at most max_num_seqs / MARGIN_SHARE.
 MARGIN_SHARE = 8
-# Of pictures and beginnings of prompts, some 150 bytes each.
+# Keys of images and of prompt prefixes, about 150 bytes each.
 MAX_AFFINITIES = 16_384
-# A prompt is known again by its first 64, 128, 256 ... tokens; a shorter one costs little.
+# The keys of a prompt cover its first 64, 128, 256 ... tokens; a shorter one is cheap to compute.
 LEAST_PREFIX, LONGEST_PREFIX = 64, 131_072
 
 
 def margin_of(max_num_seqs: int) -> float:
-    """How far ahead of the least loaded a replica may be that has seen a request before."""
+    """How much more load than the least loaded a replica with a known key may have."""
     return max(1.0, max_num_seqs / MARGIN_SHARE)
 
 
 def affinity_keys(request: AddRequest) -> list[bytes]:
-    """What a request is known by, the most telling key first; empty for a short prompt.
+    """The keys of a request, the most specific first; empty for a short prompt.
 
-    Its first image, or else the beginnings of its prompt, of 64 tokens and doublings of that.
-    The tenant is in every key: caches are a tenant's own.
+    The key of its first image, or else those of its prompt's first 64, 128, 256 ... tokens. Every
+    key includes the tenant, because tenants do not share caches.
     """
     owner = hashlib.sha256(request.tenant.encode()).digest()
     if request.images:
@@ -51,36 +51,36 @@ def affinity_keys(request: AddRequest) -> list[bytes]:
 
 
 def weight_of(request: AddRequest) -> float:
-    """What a request weighs before its first token: its answers, and its prompt's tokens."""
+    """A request's load before its first token: its answers, and its prompt's tokens."""
     return len(request.answer_ids) + len(request.prompt_token_ids) / TOKENS_OF_ONE_ANSWER
 
 
 @dataclass(slots=True)
 class Load:
-    """How much one replica has to do, in answers, by what is known here.
+    """How much one replica has to do, in answers, as far as this worker knows.
 
-    own: what this worker has sent and is not over. told: what the engine said last of all workers'
-    requests; own_then: `own` at that time, in answers.
+    own: the load of this worker's open requests; own_answers: their answers. reported: answers of
+    all workers in the engine's last heartbeat; own_at_report: own_answers at that time.
     """
 
     own: float = 0.0
     own_answers: int = 0
-    told: int = 0
-    own_then: int = 0
+    reported: int = 0
+    own_at_report: int = 0
 
-    def tell(self, num_requests: int) -> None:
-        """The engine says how many requests of all workers it runs and keeps waiting."""
-        self.told, self.own_then = num_requests, self.own_answers
+    def report(self, num_answers: int) -> None:
+        """Record how many answers of all workers run or wait in the engine."""
+        self.reported, self.own_at_report = num_answers, self.own_answers
 
     @property
     def now(self) -> float:
-        """What was told, less what has ended since, and what was sent since; own at least."""
-        of_others = max(0, self.told - self.own_then)
+        """This worker's load now, plus that of the other workers at the last report."""
+        of_others = max(0, self.reported - self.own_at_report)
         return self.own + of_others
 
 
 class Affinities:
-    """Which replica a key went to last: the `limit` keys used last, for all tenants together."""
+    """The replica to which each key went last, for the `limit` most recently used keys."""
 
     def __init__(self, limit: int = MAX_AFFINITIES) -> None:
         self._limit = limit
@@ -91,7 +91,7 @@ class Affinities:
         return len(self._places)
 
     def find(self, keys: Sequence[bytes]) -> int | None:
-        """The replica that the first known of `keys` went to, if it has not died since."""
+        """The replica of the first known key, unless it has died since."""
         for key in keys:
             place = self._places.get(key)
             if place is None:
@@ -103,9 +103,9 @@ class Affinities:
         return None
 
     def record(self, keys: Sequence[bytes], replica: int) -> None:
-        """Remember that a request known by `keys` went there; forget what was not used longest."""
+        """Record that a request with these keys went to `replica`; evict the oldest keys."""
         place = (replica, self._lives.get(replica, 0))
-        # The most telling key last, so that it is forgotten last.
+        # The most specific key last, so that it is evicted last.
         for key in reversed(keys):
             self._places[key] = place
             self._places.move_to_end(key)
@@ -113,29 +113,29 @@ class Affinities:
             self._places.popitem(last=False)
 
     def forget(self, replica: int) -> None:
-        """What this replica had cached died with it."""
+        """Forget all keys of this replica: its caches are lost."""
         self._lives[replica] = self._lives.get(replica, 0) + 1
 
 
 class ReplicaChooser:
-    """Chooses among `count` replicas. first: whose turn it is where all are equal."""
+    """Chooses among `count` replicas. first: the replica to choose while all are equal."""
 
     def __init__(self, count: int, *, first: int = 0, affinities: Affinities | None = None) -> None:
         self.loads = [Load() for _ in range(count)]
         self.affinities = affinities or Affinities()
-        # Of equals the one that was chosen longest ago, so that none is passed over for ever.
+        # Among equal loads, the replica that was chosen longest ago.
         self._last_turns = [(number - first) % count - count for number in range(count)]
         self._num_turns = 0
 
     def choose(self, keys: Sequence[bytes], able: Collection[int], margin: float) -> int | None:
-        """The replica for a request known by `keys`, of those that are `able`; None without any.
+        """The replica for a request with these keys; None if `able` is empty.
 
-        The one that the request is known to goes first, unless it is ahead of the least loaded by
-        more than `margin`.
+        A replica that knows a key is preferred, unless its load exceeds the lowest by more than
+        `margin`.
         """
         if not able:
             return None
-        chosen = min(able, key=lambda one: (self.loads[one].now, self._last_turns[one]))
+        chosen = min(able, key=lambda replica: (self.loads[replica].now, self._last_turns[replica]))
         known = self.affinities.find(keys)
         if known in able and known is not None:
             lead = self.loads[known].now - self.loads[chosen].now
@@ -146,6 +146,6 @@ class ReplicaChooser:
         return chosen
 
     def died(self, replica: int) -> None:
-        """Its caches are empty and its requests are over; who sent them takes those off."""
+        """Reset a replica that died. Callers subtract their own requests from its load."""
         self.affinities.forget(replica)
-        self.loads[replica].tell(0)
+        self.loads[replica].report(0)

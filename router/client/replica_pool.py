@@ -1,7 +1,7 @@
-"""Several engines behind the face of one: `generate` sends each request to one of them.
+"""Several engines with the interface of one: `generate` sends each request to one of them.
 
-Owns which clients may be chosen, and what becomes of a request that one engine refused or died
-with. Knows nothing of HTTP or tensors; `replica_chooser.py` chooses.
+Owns which clients may be chosen, and the retry of a request after a full queue or a dead engine.
+Knows nothing of HTTP or tensors; `replica_chooser.py` chooses.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from ..scheduler.admission import check_image_blocks
 from .engine_client import EngineClient, HealthThresholds
 from .replica_chooser import ReplicaChooser, affinity_keys, margin_of, weight_of
 
-# Why a request went to another replica than the first one chosen: its queue was full, or it died
-# before it began to compute it.
+# Why a request was retried on another replica: the first replica's queue was full, or it died
+# before it started the request.
 MoveReason = Literal["full", "dead"]
 MOVE_REASONS: tuple[MoveReason, ...] = ("full", "dead")
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaState:
-    """One replica at this moment; of one that is not there all counts are 0."""
+    """One replica at this moment. All counts are 0 if it is not connected."""
 
     is_ready: bool
     stats: EngineStats
 
 
 class ReplicaPool:
-    """The engines of one worker, used like one `EngineClient`; who made the clients connects them.
+    """The engines of one worker, used like one `EngineClient`. The caller connects the clients.
 
-    on_moved: told of every request that goes to another replica. first: see `ReplicaChooser`.
+    on_moved: called for every request that is retried on another replica. first: see
+    `ReplicaChooser`.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class ReplicaPool:
         self._on_moved = on_moved
         self._chooser = ReplicaChooser(len(clients), first=first)
         self._infos: list[EngineReady | None] = [None] * len(clients)
-        self._heard: list[float | None] = [None] * len(clients)
+        self._heartbeats_read: list[float | None] = [None] * len(clients)
         self._homes: dict[str, EngineClient] = {}
         self._least: EngineReady | None = None
         self._is_stopping = False
@@ -69,23 +70,23 @@ class ReplicaPool:
 
     @property
     def is_ready(self) -> bool:
-        """At least one replica has its model."""
+        """At least one replica has loaded its model."""
         return any(client.is_ready for client in self._clients)
 
     @property
     def info(self) -> EngineReady | None:
-        """What every replica can do, those that were ready once: the least of each figure.
+        """The smallest value of each field over the replicas that have ever been ready.
 
-        Sums of what they have room for would promise one request what none can hold.
+        One request runs on one replica, so sums would promise more than any replica can do.
         """
         infos = [client.info for client in self._clients]
         is_new = any(
-            one is not None and one is not known
-            for one, known in zip(infos, self._infos, strict=True)
+            info is not None and info is not known
+            for info, known in zip(infos, self._infos, strict=True)
         )
         if is_new:
             self._infos = [new or known for new, known in zip(infos, self._infos, strict=True)]
-            self._least = least_of([one for one in self._infos if one is not None])
+            self._least = least_of([info for info in self._infos if info is not None])
         return self._least
 
     @property
@@ -95,7 +96,7 @@ class ReplicaPool:
 
     @property
     def heartbeat_age_s(self) -> float:
-        """That of the replica that is best off, as are the other figures of health."""
+        """Of the healthiest replica, as are `stall_s` and `may_compile`."""
         return self._best.heartbeat_age_s
 
     @property
@@ -113,9 +114,9 @@ class ReplicaPool:
     async def generate(self, *requests: AddRequest) -> AsyncGenerator[SequenceOutput, None]:
         """As `EngineClient.generate`, by one replica.
 
-        A replica whose queue is full passes the request on to the others: QueueFullError comes
-        where all refused. When a replica dies while the request still waits there, another gets
-        it, once. One that was being computed may be what the replica died of: it ends.
+        If its queue is full, the others are tried; QueueFullError is raised if all queues are
+        full. If it dies before it started the request, the request is retried once on another. A
+        request that had started may be why the replica died: it fails.
         """
         self._check_images(requests)
         keys = affinity_keys(requests[0])
@@ -143,12 +144,12 @@ class ReplicaPool:
             if self._able(tried):
                 self._on_moved(reason)
         if refusals:
-            # The first to have room again.
+            # The queue that has space again first.
             raise min(refusals, key=lambda error: error.retry_after_s)
         raise EngineDeadError("no replica is ready")
 
     def refusal(self, priority: int) -> QueueFullError | None:
-        """As `EngineClient.refusal`: where every replica that could be asked has no room."""
+        """As `EngineClient.refusal`: an error only if every usable replica would reject."""
         refusals = [self._clients[number].refusal(priority) for number in self._able(set())]
         known = [error for error in refusals if error is not None]
         if not known or len(known) < len(refusals):
@@ -162,24 +163,24 @@ class ReplicaPool:
             client.leave(request_id)
 
     def died(self, replica: int) -> None:
-        """This replica's connection is lost: what it had cached is forgotten."""
-        self._heard[replica] = None
+        """This replica's connection is lost: forget what it had cached."""
+        self._heartbeats_read[replica] = None
         self._chooser.died(replica)
 
     def stop(self) -> None:
-        """Send nothing any more: what one engine does not end, no other is asked for."""
+        """Send no more requests: none is retried on another replica."""
         self._is_stopping = True
 
     # Choosing
 
     def _choose(self, keys: Sequence[bytes], tried: set[int]) -> int | None:
-        self._listen()
+        self._read_heartbeats()
         info = self.info
         margin = 0.0 if info is None else margin_of(info.max_num_seqs)
         return self._chooser.choose(keys, self._able(tried), margin)
 
     def _able(self, tried: set[int]) -> list[int]:
-        """Those that are well and untried, or that have their model at least."""
+        """The healthy replicas that were not tried; without any, the ready ones."""
         if self._is_stopping:
             return []
         ready = [
@@ -187,30 +188,31 @@ class ReplicaPool:
             for number, client in enumerate(self._clients)
             if client.is_ready and number not in tried
         ]
-        return [one for one in ready if self._limits.allow(self._clients[one])] or ready
+        healthy = [number for number in ready if self._limits.allow(self._clients[number])]
+        return healthy or ready
 
-    def _listen(self) -> None:
-        """Take in what heartbeats have told since the last time."""
+    def _read_heartbeats(self) -> None:
+        """Update loads from heartbeats since the last call."""
         for number, client in enumerate(self._clients):
-            if client.last_heartbeat != self._heard[number]:
-                self._heard[number] = client.last_heartbeat
+            if client.last_heartbeat != self._heartbeats_read[number]:
+                self._heartbeats_read[number] = client.last_heartbeat
                 stats = client.stats
-                self._chooser.loads[number].tell(stats.num_running + stats.num_waiting)
+                self._chooser.loads[number].report(stats.num_running + stats.num_waiting)
 
     @property
     def _best(self) -> EngineClient:
-        """The replica whose health speaks for all: one that is well, or one that is ready."""
+        """The replica whose health counts for all: a healthy one, or else a ready one."""
         return max(self._clients, key=lambda client: (self._limits.allow(client), client.is_ready))
 
-    # Asking
+    # Sending
 
     async def _ask(
         self, replica: int, requests: Sequence[AddRequest]
     ) -> AsyncGenerator[SequenceOutput, None]:
-        """One replica's outputs; its load is counted while it is asked."""
+        """One replica's outputs. The requests count as its load until they end."""
         client, load = self._clients[replica], self._chooser.loads[replica]
-        ids = [one for request in requests for one in request.answer_ids]
-        # A prompt weighs until its first output; then an answer weighs as any other.
+        ids = [answer_id for request in requests for answer_id in request.answer_ids]
+        # A prompt counts until its first output; then only its answers count.
         prompts = sum(map(weight_of, requests)) - len(ids)
         load.own += len(ids) + prompts
         load.own_answers += len(ids)
@@ -224,29 +226,29 @@ class ReplicaPool:
         finally:
             load.own -= len(ids) + prompts
             load.own_answers -= len(ids)
-            for one in ids:
-                self._homes.pop(one, None)
+            for answer_id in ids:
+                self._homes.pop(answer_id, None)
 
     def _check_images(self, requests: Sequence[AddRequest]) -> None:
-        """Refuse what one replica has no room for, so that answers do not depend on the choice."""
+        """Reject what the smallest replica cannot take, so that the choice does not matter."""
         if (info := self.info) is not None:
             for request in requests:
                 check_image_blocks(request, info.num_image_tiles)
 
 
 def least_of(infos: Sequence[EngineReady]) -> EngineReady:
-    """What all of these can do."""
+    """The smallest value of each limit."""
     return msgspec.structs.replace(
         infos[0],
-        max_model_len=min(one.max_model_len for one in infos),
-        max_num_seqs=min(one.max_num_seqs for one in infos),
-        num_text_tokens=min(one.num_text_tokens for one in infos),
-        num_image_tiles=min(one.num_image_tiles for one in infos),
+        max_model_len=min(info.max_model_len for info in infos),
+        max_num_seqs=min(info.max_num_seqs for info in infos),
+        num_text_tokens=min(info.num_text_tokens for info in infos),
+        num_image_tiles=min(info.num_image_tiles for info in infos),
     )
 
 
 def sum_of(all_stats: Sequence[EngineStats]) -> EngineStats:
-    """The counts of several engines added up, those of each bucket too."""
+    """The counts of several engines added up, for each bucket of vision_step_counts too."""
     total = EngineStats()
     for stats in all_stats:
         for name in EngineStats.__struct_fields__:

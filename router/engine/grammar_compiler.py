@@ -1,7 +1,7 @@
-"""Grammars that are compiled while the requests that brought them wait.
+"""Compiles grammars while their requests wait.
 
-Owns the thread that compiles, and which requests wait for it. Knows nothing of queues, of
-steps or of what a grammar means.
+Owns the thread that compiles, and which answers wait for it. Knows nothing of queues, of steps or
+of what a grammar means.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class _Job:
 
 
 class GrammarCompiler:
-    """Compiles one grammar at a time, first come first served, beside the loop.
+    """Compiles one grammar at a time, first in, first out, in its own thread.
 
-    on_done: called on the loop with those answers of a request that are still there and a matcher
-    at the grammar's start, of which each needs a copy, or with why there is none.
+    on_done: called on the loop with the answers of a request that still wait, and either a matcher
+    at the grammar's start, which each answer must copy, or an error.
     """
 
     def __init__(self, compile_grammar: CompileGrammar, on_done: OnDone) -> None:
@@ -51,7 +51,7 @@ class GrammarCompiler:
         self._jobs |= dict.fromkeys(sequences, job)
 
     def leave(self, sequence: Sequence) -> None:
-        """This answer needs no matcher any more; when all have left none is made for them."""
+        """Remove an answer that ended. Cancels the compilation if it was the last one."""
         job = self._jobs.pop(sequence, None)
         if job is not None:
             job.sequences.remove(sequence)
@@ -59,19 +59,19 @@ class GrammarCompiler:
                 job.task.cancel()
 
     def close(self) -> None:
-        """Compile nothing any more; what is being compiled comes to nothing."""
+        """Cancel all compilations."""
         for job in self._jobs.values():
             job.task.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, request: AddRequest, sequences: list[Sequence]) -> None:
         result = await self._result(request)
-        # Nothing is awaited from here on: nobody can leave in between.
-        left = [one for one in sequences if self._jobs.pop(one, None) is not None]
-        self._on_done(left, result)
+        # Nothing is awaited from here on, so no answer can end in between.
+        waiting = [sequence for sequence in sequences if self._jobs.pop(sequence, None) is not None]
+        self._on_done(waiting, result)
 
     async def _result(self, request: AddRequest) -> TokenMatcher | EngineError:
-        assert request.grammar is not None, "only a grammar is compiled"
+        assert request.grammar is not None, "the request has no grammar"
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(
@@ -84,5 +84,5 @@ class GrammarCompiler:
         except ValueError as problem:
             return InvalidRequestError(f"the grammar cannot be compiled: {problem}")
         except Exception:
-            logger.exception("a grammar could not be compiled")
+            logger.exception("compiling a grammar failed")
             return EngineInternalError("the engine could not compile the grammar")

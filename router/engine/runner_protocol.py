@@ -1,8 +1,7 @@
-"""What the engine expects of whatever computes its steps.
+"""What the engine expects of the code that computes its steps.
 
-Owns the interface alone: `models/execution/runner.py` and, over several ranks,
-`models/distributed/parallel_runner.py` have it, and so have the tests' runners, which hash
-instead of computing.
+Owns the interface alone. `models/execution/runner.py` implements it, and for several ranks
+`models/distributed/parallel_runner.py`. Tests implement it by hashing instead of computing.
 """
 
 from __future__ import annotations
@@ -21,36 +20,36 @@ from ...models.batch import (
 
 
 class Runner(Protocol):
-    """Computes one step at a time; `models/batch.py` has what goes in and comes out."""
+    """Computes one step at a time; `models/batch.py` has its input and output."""
 
     @property
     def info(self) -> ModelInfo:
-        """What was loaded."""
+        """The loaded model."""
         ...
 
     @property
     def num_layers_started(self) -> int:
-        """Grows while a step computes. Read from another thread."""
+        """How many layers all steps have started. Read from another thread."""
         ...
 
     def execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
         """Compute one step. Called from one thread, one call at a time.
 
-        What it raises ends the requests of the step; DeviceLostError the engine.
+        An exception ends the requests of the step; DeviceLostError ends the engine.
         """
         ...
 
     def prepare(self, rows: list[ScheduledSequence]) -> None:
-        """Lay out the rows that the next step is likely to hold, all but their tokens.
+        """Lay out the rows that the next step will probably have, without their tokens.
 
         Called from the loop's thread, between a step's `on_launch` and the next step.
         """
         ...
 
     def compile_grammar(self, grammar: str, eos_token_ids: list[int], tenant: str) -> TokenMatcher:
-        """A matcher at a grammar's start. Called from a thread of its own.
+        """A matcher at a grammar's start. Called from its own thread.
 
-        What is kept of it serves `tenant` alone.
-        Raises ValueError, fit for a client, if the grammar cannot be compiled.
+        The compiled grammar is cached for `tenant` alone.
+        Raises ValueError, with a message for the client, if the grammar cannot be compiled.
         """
         ...

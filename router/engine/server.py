@@ -1,9 +1,8 @@
-"""The engine's socket: workers connect, ask and are answered.
+"""The engine's socket: workers connect, send requests and receive outputs.
 
-Owns the Unix socket, the connections and the heartbeats. Knows nothing of what
-runs: requests go to the `Engine` once there is one, and its messages come back
-through `send`. A worker that breaks the protocol, or does not read, loses its
-connection and its requests; nobody else notices.
+Owns the Unix socket, the connections and the heartbeats. Knows nothing of what runs: it passes
+requests to the `Engine`, which answers through `send`. A worker that violates the protocol, or
+does not read, loses its connection and its requests; other workers are not affected.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ FLUSH_TIMEOUT_S = 1.0
 
 
 class SocketPathError(OSError):
-    """The engine cannot listen at the path it was given."""
+    """The engine cannot listen at this path."""
 
 
 class EngineServer:
-    """Listens from `start` on; serves requests from `attach` on; ends with `close`."""
+    """Listens after `start`, serves requests after `attach`, ends with `close`."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
@@ -48,32 +47,32 @@ class EngineServer:
         return len(self._workers)
 
     async def start(self) -> None:
-        """Listen. Raises SocketPathError, saying what to do, if the path cannot be used."""
+        """Listen. Raises SocketPathError, with the remedy, if the path cannot be used."""
         listening = _listen(self._config.socket_path)
         self._server = await asyncio.start_unix_server(
             self._serve_worker, sock=listening, limit=wire.READ_BUFFER_BYTES
         )
         self._heartbeat_task = asyncio.create_task(self._beat(), name="heartbeat")
-        self._heartbeat_task.add_done_callback(_tell_of_failure)
+        self._heartbeat_task.add_done_callback(_log_failure)
 
     def attach(self, engine: Engine) -> None:
-        """Serve requests by `engine` from now on, and tell every worker that it is ready."""
+        """Serve requests by `engine` from now on, and send every worker its ready message."""
         self._engine = engine
         for worker_id in list(self._workers):
             self.send(worker_id, engine.ready_message())
 
     def send(self, worker_id: int, message: FromEngine) -> None:
-        """Send without waiting. A worker that has gone is passed over, a stuck one dropped."""
+        """Send without waiting. Ignores a worker that has disconnected; drops one that is stuck."""
         writer = self._workers.get(worker_id)
         if writer is None:
             return
         writer.write(wire.encode_frame(message))
         if writer.transport.get_write_buffer_size() > self._config.max_outgoing_bytes:
-            logger.error("worker %d does not read its answers: dropped", worker_id)
+            logger.error("dropped worker %d: it does not read its outputs", worker_id)
             self._hang_up(worker_id)
 
     async def close(self) -> None:
-        """Flush what was sent, hang up and remove the socket."""
+        """Flush what was sent, close all connections and remove the socket."""
         if self._heartbeat_task is not None:
             self._heartbeat_task.cancel()
         if self._server is not None:
@@ -84,8 +83,8 @@ class EngineServer:
         closing = [asyncio.ensure_future(writer.wait_closed()) for writer in writers]
         if closing:
             await asyncio.wait(closing, timeout=FLUSH_TIMEOUT_S)
-        for one in closing:
-            one.cancel()
+        for flush in closing:
+            flush.cancel()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._config.socket_path)
 
@@ -99,11 +98,11 @@ class EngineServer:
         try:
             await self._receive_from(worker_id, reader)
         except (WireError, DuplicateRequestError) as error:
-            logger.error("worker %d broke the protocol and is dropped: %s", worker_id, error)
+            logger.error("dropped worker %d: it violated the protocol: %s", worker_id, error)
         except OSError as error:
-            logger.warning("worker %d is lost: %s", worker_id, error)
+            logger.warning("lost worker %d: %s", worker_id, error)
         except asyncio.CancelledError:
-            pass  # the loop ends; asyncio would report the cancelled handler as a fault
+            pass  # the loop ends; asyncio would log the cancelled handler as an error
         finally:
             self._hang_up(worker_id)
             if self._engine is not None:
@@ -113,7 +112,7 @@ class EngineServer:
         limit = self._config.max_frame_bytes
         while message := await wire.read_message(reader, wire.to_engine_decoder, limit):
             self._handle(worker_id, message)
-            # A worker with many frames at hand must not hold up the others.
+            # A worker with many frames must not delay the others.
             await asyncio.sleep(0)
 
     def _handle(self, worker_id: int, message: ToEngine) -> None:
@@ -128,7 +127,7 @@ class EngineServer:
             self._engine.abort(worker_id, message.request_ids)
 
     def _hang_up(self, worker_id: int) -> None:
-        """Close at once, whatever is unsent. Its reader then ends, which drops its requests."""
+        """Close at once, without flushing. Its reader then ends, which aborts its requests."""
         if writer := self._workers.pop(worker_id, None):
             writer.transport.abort()
 
@@ -140,10 +139,10 @@ class EngineServer:
             await asyncio.sleep(self._config.heartbeat_interval_s)
 
 
-def _tell_of_failure(beating: asyncio.Task[None]) -> None:
-    """Say why there are no heartbeats any more, for which the supervisor will end this process."""
-    if not beating.cancelled() and (error := beating.exception()) is not None:
-        logger.error("heartbeats ended by a fault", exc_info=error)
+def _log_failure(heartbeats: asyncio.Task[None]) -> None:
+    """Log why heartbeats stopped. The supervisor will end this process for it."""
+    if not heartbeats.cancelled() and (error := heartbeats.exception()) is not None:
+        logger.error("heartbeats failed", exc_info=error)
 
 
 def _heartbeat_of(engine: Engine | None) -> Heartbeat:
@@ -168,8 +167,8 @@ def _listen(path: str) -> socket.socket:
     except OSError as error:
         listening.close()
         raise SocketPathError(
-            f"cannot listen on the socket {path!r}: {error.strerror or error}; give a path of at "
-            "most 107 bytes in a folder that exists and is yours"
+            f"cannot listen on the socket {path!r}: {error.strerror or error}; use a path of at "
+            "most 107 bytes in an existing folder that you may write"
         ) from error
     listening.listen()
     listening.setblocking(False)
@@ -177,10 +176,10 @@ def _listen(path: str) -> socket.socket:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a socket that a killed engine left behind; one that answers is not ours to take."""
+    """Remove the socket of a killed engine. Raises SocketPathError if an engine listens on it."""
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise SocketPathError(f"{path!r} exists and is no socket: remove it")
+            raise SocketPathError(f"{path!r} exists and is not a socket: remove it")
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -189,12 +188,12 @@ def _remove_stale(path: str) -> None:
         except OSError:
             os.unlink(path)
             return
-    raise SocketPathError(f"another engine listens on {path!r}: stop it or give another path")
+    raise SocketPathError(f"another engine listens on {path!r}: stop it or use another path")
 
 
 @contextlib.contextmanager
 def _umask(mask: int) -> Iterator[None]:
-    """Files are made with `mask` inside; the mode is right from the first moment."""
+    """Create files with `mask` inside, so that their mode is right from the start."""
     before = os.umask(mask)
     try:
         yield

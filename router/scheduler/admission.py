@@ -1,7 +1,7 @@
 """Which requests can ever be served, decided before they wait.
 
-Owns the checks of a request against the model and the pools. Knows nothing of
-what else runs: fullness is the queue's business.
+Owns the checks of a request against the model and the pools. Knows nothing of other requests: the
+queue has its own limits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NUM_CHANNELS = 3
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """What one request may need at most."""
+    """The limits of one request."""
 
     max_model_len: int
     num_embeddings: int
@@ -30,7 +30,7 @@ class AdmissionLimits:
 
     @classmethod
     def of(cls, info: ModelInfo) -> AdmissionLimits:
-        """The limits of a loaded model. A context larger than the pool is cut to the pool."""
+        """The limits of a loaded model. The context is at most the size of the text pool."""
         pools = info.pools
         return cls(
             max_model_len=min(info.max_model_len, pools.num_text_blocks * pools.block_size),
@@ -42,9 +42,9 @@ class AdmissionLimits:
 
 
 def check_request(request: AddRequest, limits: AdmissionLimits) -> None:
-    """Return if `request` can be served by an otherwise idle engine.
+    """Raises InvalidRequestError if an idle engine could not serve `request`.
 
-    Raises InvalidRequestError, naming the value, the limit and the remedy.
+    The message names the value, the limit and the remedy.
     """
     _check_tokens(request.prompt_token_ids, limits)
     if len(request.images) != len(request.spans):
@@ -63,7 +63,7 @@ def _check_tokens(token_ids: list[int], limits: AdmissionLimits) -> None:
         raise InvalidRequestError("the prompt has no tokens: send at least one")
     if len(token_ids) + 1 > limits.max_model_len:
         raise InvalidRequestError(
-            f"the prompt has {len(token_ids):,} tokens and needs room for at least one more; "
+            f"the prompt has {len(token_ids):,} tokens and needs at least one more; "
             f"max_model_len is {limits.max_model_len:,}: shorten it or start the server with a "
             "larger --max-model-len or more cache"
         )
@@ -93,27 +93,27 @@ def _check_spans(spans: list[ImageSpan], num_prompt_tokens: int) -> None:
     for span in spans:
         if span.start >= num_prompt_tokens or (span.end is not None and span.end <= span.start):
             raise InvalidRequestError(
-                f"an image's span [{span.start}, {span.end}) holds no token of the prompt's "
-                f"{num_prompt_tokens}"
+                f"an image's span [{span.start}, {span.end}) covers none of the prompt's "
+                f"{num_prompt_tokens} tokens"
             )
         if span.start <= last_start:
             raise InvalidRequestError(
-                f"an image's span starts at {span.start}, not after the one before it at "
+                f"an image's span starts at {span.start}, not after the previous span at "
                 f"{last_start}: give each image its own token, in prompt order"
             )
         last_start = span.start
 
 
 def check_image_blocks(request: AddRequest, num_image_blocks: int) -> None:
-    """Return if a pool of that many blocks has room for the images of `request`.
+    """Raises InvalidRequestError if the images of `request` do not fit into a pool of this size.
 
-    Raises InvalidRequestError, naming both numbers and the remedy.
+    The message names both numbers and the remedy.
     """
     keys = {ImageKey.of(image, request.tenant) for image in request.images}
     num_tiles = sum(key.num_tiles for key in keys)
     if num_tiles > num_image_blocks:
         raise InvalidRequestError(
-            f"the request's images have {num_tiles:,} tiles; the cache holds "
+            f"the request's images have {num_tiles:,} tiles; the cache has "
             f"{num_image_blocks:,}: send fewer or smaller images or start the server with "
             "more image blocks"
         )

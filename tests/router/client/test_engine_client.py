@@ -135,7 +135,7 @@ async def connected(engine: ScriptedEngine, **options) -> EngineClient:
 
 
 def test_a_refusal_that_no_step_renews_is_forgotten(tmp_path, monkeypatch):
-    monkeypatch.setattr("vlmserve.router.client.engine_client.REFUSAL_S", 1e9)
+    monkeypatch.setattr("vlmserve.router.client.engine_client.REJECTION_S", 1e9)
 
     async def scenario() -> None:
         async with scripted_engine(tmp_path) as engine:
@@ -146,7 +146,7 @@ def test_a_refusal_that_no_step_renews_is_forgotten(tmp_path, monkeypatch):
             engine.say(StepOutputs(outputs=[], rejection=refusal))
             await until(lambda: client.refusal(0) is not None)
             assert client.refusal(0).retry_after_s == 2.0
-            monkeypatch.setattr("vlmserve.router.client.engine_client.REFUSAL_S", 0.0)
+            monkeypatch.setattr("vlmserve.router.client.engine_client.REJECTION_S", 0.0)
             await asyncio.sleep(0.001)
             assert client.refusal(0) is None
             task.cancel()
@@ -228,7 +228,7 @@ def test_a_fault_while_a_message_is_taken_in_leaves_nobody_waiting(tmp_path, cap
             await client.close()
 
     asyncio.run(scenario())
-    assert "could not be taken in" in caplog.text
+    assert "processing an engine's message failed" in caplog.text
 
 
 def test_a_client_connects_again_after_its_engine_died(tmp_path):

@@ -57,7 +57,7 @@ def test_equals_take_turns():
 def test_the_least_loaded_is_chosen_and_only_of_those_that_are_able():
     chooser = ReplicaChooser(3)
     for number, load in enumerate([3, 1, 2]):
-        chooser.loads[number].tell(load)
+        chooser.loads[number].report(load)
     assert chooser.choose([], range(3), 1) == 1
     assert chooser.choose([], [0, 2], 1) == 2
     assert chooser.choose([], [], 1) is None
@@ -69,22 +69,22 @@ def test_a_request_goes_where_it_went_before_unless_that_is_more_loaded_than_the
 ):
     chooser = ReplicaChooser(2)
     assert chooser.choose([b"k"], [0, 1], 2) == 0
-    chooser.loads[0].tell(lead)
+    chooser.loads[0].report(lead)
     assert chooser.choose([b"k"], [0, 1], 2) == (0 if again else 1)
     # Where it went last is where it goes next.
-    chooser.loads[0].tell(0)
+    chooser.loads[0].report(0)
     assert chooser.choose([b"k"], [0, 1], 2) == (0 if again else 1)
 
 
 def test_what_died_has_forgotten_everything_and_takes_part_again():
     chooser = ReplicaChooser(2)
     chooser.choose([b"k"], [0], 1)
-    chooser.loads[0].tell(5)
+    chooser.loads[0].report(5)
     chooser.died(0)
     assert chooser.affinities.find([b"k"]) is None
     assert chooser.loads[0].now == 0
     assert chooser.choose([b"k"], [1], 1) == 1
-    chooser.loads[1].tell(1)
+    chooser.loads[1].report(1)
     assert chooser.choose([b"other"], [0, 1], 1) == 0
 
 
@@ -114,7 +114,7 @@ def test_affinities_are_bounded_and_the_last_ones_are_kept(keys, limit):
 
 def test_a_load_is_what_was_told_and_what_has_changed_since():
     load = Load(own=2, own_answers=2)
-    load.tell(7)
+    load.report(7)
     assert load.now == 7
     load.own, load.own_answers = 4, 4
     assert load.now == 9

@@ -310,7 +310,7 @@ def test_a_step_tells_workers_that_have_something_open_that_a_newcomer_would_be_
 ):
     """And the next that it would not; a better priority must ask the engine itself."""
     # whatever holds this test up
-    monkeypatch.setattr("vlmserve.router.client.engine_client.REFUSAL_S", 1e9)
+    monkeypatch.setattr("vlmserve.router.client.engine_client.REJECTION_S", 1e9)
 
     async def scenario() -> None:
         runner = FakeRunner(step_seconds=0.01)
@@ -374,7 +374,7 @@ def test_a_peer_that_breaks_the_protocol_is_dropped_alone(tmp_path, caplog, data
 
     asyncio.run(scenario())
     (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert "broke the protocol" in line.getMessage()
+    assert "violated the protocol" in line.getMessage()
     assert line.exc_info is None
 
 
@@ -488,7 +488,7 @@ def test_a_stale_socket_is_replaced_but_a_live_one_and_a_file_are_not(tmp_path):
         async with engine_of(tmp_path) as rig:
             assert len(await tokens_of(await rig.connect(), request_of())) == 4
         (tmp_path / "engine.sock").write_text("a file")
-        with pytest.raises(SocketPathError, match="is no socket"):
+        with pytest.raises(SocketPathError, match="is not a socket"):
             await EngineServer(rig.config).start()
         too_long = EngineConfig(model="fake", socket_path=str(tmp_path / ("x" * 120)))
         with pytest.raises(SocketPathError, match="107 bytes"):
