@@ -4,7 +4,7 @@
 
 Owns the lookup and its error. A state without an entry is final; an event that a state does not
 list is illegal there. Each owner keeps its own table: sequences in `scheduler/sequence_states.py`,
-supervised children and HTTP connections in `server/`. `docs/states.md` shows them all.
+supervised children and HTTP connections in `server/`. `docs/explanation/states.md` shows them all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The states of a sequence, and the events that move it between them.
 
-Owns the table. `Sequence.move` applies it; the scheduler names the events. `docs/states.md`
-shows the table, and a test compares the two.
+Owns the table. `Sequence.move` applies it; the scheduler names the events.
+`docs/explanation/states.md` shows the table, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from enum import Enum
 
 
 class Status(Enum):
-    """Where a sequence is. The values are what `docs/states.md` explains."""
+    """Where a sequence is. The values are what `docs/explanation/states.md` explains."""
 
     FOLLOWING = "another answer to a prompt that its leader computes for both"
     WAITING = "in the request queue, without blocks"
@@ -19,7 +19,7 @@ class Status(Enum):
 
 
 class SequenceEvent(Enum):
-    """What moves a sequence. The values are what `docs/states.md` explains."""
+    """What moves a sequence. The values are what `docs/explanation/states.md` explains."""
 
     FORK = "its leader computed the prompt, and there is room: it shares the leader's blocks"
     DETACH = "its leader ended early, or there is no room to fork: it computes the prompt itself"

@@ -1,4 +1,4 @@
-"""How `docs/states.md` shows a table of states: a diagram, the states, the events.
+"""How `docs/explanation/states.md` shows a table of states: a diagram, the states, the events.
 
 Owns the form alone. A test of each table asserts that the page contains `page_section(...)`.
 """
