@@ -546,4 +546,4 @@ def test_heartbeats_that_end_by_a_fault_say_so_in_the_log(tmp_path, caplog, monk
                 await until(lambda: "no such figure" in caplog.text)
 
     asyncio.run(scenario())
-    assert [one.getMessage() for one in caplog.records] == ["heartbeats ended by a fault"]
+    assert [one.getMessage() for one in caplog.records] == ["heartbeats failed"]
