@@ -1,13 +1,12 @@
 """The engine's process: `python -m vlmserve.router.engine.process [--standby] < config.json`.
 
-Owns the process's life: its settings from stdin, its death with its parent, its
-signals and its exit code. Knows nothing of scheduling or tensors. A spare (`--standby`)
-imports all that an engine needs while it waits for its settings, which may never come:
-importing is most of what a small model's start takes.
+Owns the process's life: its settings from stdin, its end with its parent, its signals and its exit
+code. Knows nothing of scheduling or tensors. A standby process (`--standby`) imports all that an
+engine needs while it waits for settings, which may never come. Importing is most of the start time
+of a small model.
 
-Exit codes: 0 after SIGTERM, 1 if the engine itself fails, 2 for settings or a
-socket path that cannot be used, 3 if the model cannot be loaded. Each non-zero
-exit but 1 says why in one line on stderr.
+Exit codes: 0 after SIGTERM, 1 if the engine fails, 2 if the settings or the socket path cannot be
+used, 3 if the model cannot be loaded. Before 2 and 3 it writes the reason to stderr in one line.
 """
 
 from __future__ import annotations
@@ -63,17 +62,18 @@ def load_model_runner(config: EngineConfig) -> Runner:
 
 
 def import_model_runner() -> None:
-    """What `load_model_runner` would import first."""
+    """Import what `load_model_runner` needs, before the settings are known."""
+    from ...models.execution.runner import ModelRunner  # noqa: F401
 
 
 async def serve(config: EngineConfig, load_runner: LoadRunner = load_model_runner) -> int:
-    """Listen, load, and compute steps until SIGTERM; the process's exit code."""
+    """Listen, load, and compute steps until SIGTERM; returns the exit code."""
     stopping = _stop_on_sigterm()
     server = EngineServer(config)
     try:
         await server.start()
     except SocketPathError as error:
-        return _complain(str(error), EXIT_BAD_SETTINGS)
+        return _report(str(error), EXIT_BAD_SETTINGS)
     try:
         return await _load_and_run(config, load_runner, server, stopping)
     finally:
@@ -83,7 +83,7 @@ async def serve(config: EngineConfig, load_runner: LoadRunner = load_model_runne
 async def _load_and_run(
     config: EngineConfig, load_runner: LoadRunner, server: EngineServer, stopping: asyncio.Event
 ) -> int:
-    # Loaded in the thread that will compute: some of torch's state is a thread's own.
+    # Load in the thread that computes later: some of torch's state belongs to a thread.
     executor = ThreadPoolExecutor(1, thread_name_prefix="model")
     loading = asyncio.get_running_loop().run_in_executor(executor, load_runner, config)
     stop = asyncio.create_task(stopping.wait())
@@ -91,7 +91,7 @@ async def _load_and_run(
     if not loading.done():
         return EXIT_STOPPED
     if (error := loading.exception()) is not None:
-        return _complain_of_model(config, error)
+        return _report_model_error(config, error)
     engine = Engine(loading.result(), config, server.send, executor)
     server.attach(engine)
     logger.info("the engine is ready")
@@ -115,9 +115,9 @@ def main(
 ) -> NoReturn:
     """Run one engine process to its end. Does not return.
 
-    prepare: what a spare does before it waits for its settings.
+    prepare: what a standby process does before it waits for settings.
     """
-    use_one_heap()  # before any thread, of which importing torch starts some
+    use_one_heap()  # before any thread starts; importing torch starts some
     wait_briefly()
     try:
         if STANDBY_OPTION in sys.argv[1:]:
@@ -129,7 +129,7 @@ def main(
         die_with_parent(config.parent_pid)
         name_process(ENGINE_NAME)
     except (msgspec.DecodeError, UnicodeDecodeError, ParentGoneError) as error:
-        _exit(_complain(f"engine settings: {error}", EXIT_BAD_SETTINGS))
+        _exit(_report(f"engine settings: {error}", EXIT_BAD_SETTINGS))
     _exit(asyncio.run(serve(config, load_runner)))
 
 
@@ -137,32 +137,32 @@ def read_config() -> EngineConfig:
     """The settings: one line of JSON on stdin. Raises msgspec.DecodeError."""
     line = sys.stdin.buffer.readline()
     if not line and STANDBY_OPTION in sys.argv[1:]:
-        _exit(EXIT_STOPPED)  # it was never needed
+        _exit(EXIT_STOPPED)  # the supervisor did not need it
     return msgspec.json.decode(line, type=EngineConfig)
 
 
 def _stop_on_sigterm() -> asyncio.Event:
-    """Set by SIGTERM. SIGINT is left to the parent: Ctrl-C reaches the whole group."""
+    """An event set by SIGTERM. SIGINT is ignored: the parent handles Ctrl-C for the group."""
     stopping = asyncio.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     return stopping
 
 
-def _complain_of_model(config: EngineConfig, error: BaseException) -> int:
-    if not isinstance(error, (ValueError, OSError)):  # those say it all in their message
+def _report_model_error(config: EngineConfig, error: BaseException) -> int:
+    if not isinstance(error, (ValueError, OSError)):  # their message is enough
         logger.error("loading the model failed", exc_info=error)
     first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
-    return _complain(f"cannot load the model {config.model!r}: {first_line}", EXIT_MODEL_ERROR)
+    return _report(f"cannot load the model {config.model!r}: {first_line}", EXIT_MODEL_ERROR)
 
 
-def _complain(message: str, exit_code: int) -> int:
+def _report(message: str, exit_code: int) -> int:
     say(f"error: {message}", logging.ERROR)
     return exit_code
 
 
 def _exit(exit_code: int) -> NoReturn:
-    """End now: a step that never ends must not hold up the exit, as its thread would."""
+    """Exit now: the thread of a step that never ends would otherwise block the exit."""
     sys.stderr.flush()
     os._exit(exit_code)
 
