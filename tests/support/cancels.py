@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,37 +21,19 @@ import httpx2
 from support.engine_side import engine_at
 from support.fake_runner import OrdinaryRunner, fake_image, fake_info
 from support.http_side import running_server
+from support.http_to_engine import until_ready
 from support.invariants import CHAT, body_for, raw_post
+from support.polling import until
+from support.step_gate import StepGate
 
-from vlmserve.models.batch import ImageTiles, PoolSizes, StepBatch
+from vlmserve.models.batch import ImageTiles, PoolSizes
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.server.images.settings import ImageRequest
 from vlmserve.server.settings import ServerSettings
 
 STAGES = ("queued", "fetching", "decoding", "prefill", "stream", "plain")
-ROUND_S = 30.0
+ROUND_S = 120.0
 FREED_S = 0.1
-
-
-class Turnstile:
-    """Lets steps through while it is open, and says when one stands before it."""
-
-    def __init__(self) -> None:
-        self._open = threading.Event()
-        self._open.set()
-        self.num_held = 0
-
-    def __call__(self, batch: StepBatch) -> None:
-        if not self._open.is_set():
-            self.num_held = len(batch.sequences)
-            self._open.wait(ROUND_S)
-
-    def shut(self) -> None:
-        self.num_held = 0
-        self._open.clear()
-
-    def open(self) -> None:
-        self._open.set()
 
 
 class WaitingImages:
@@ -90,9 +71,10 @@ class Cancels:
     def __init__(self, folder: Path, size: int = 32) -> None:
         self.report = Report()
         self._size = size
-        self._turnstile = Turnstile()
+        self._gate = StepGate()
+        self._gate.open()
         pools = PoolSizes(num_text_blocks=4096, num_image_blocks=512, block_size=16)
-        self._runner = OrdinaryRunner(fake_info(pools, 4096), before_step=self._turnstile)
+        self._runner = OrdinaryRunner(fake_info(pools, 4096), before_step=self._gate)
         self._images = WaitingImages()
         self._path = folder / "engine.sock"
         self._stack = AsyncExitStack()
@@ -110,12 +92,11 @@ class Cancels:
         )
         self._url = await enter(running_server(settings, images=self._images))
         async with httpx2.AsyncClient(base_url=self._url) as client:
-            while (await client.get("/v1/health/ready")).status_code != 200:  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
+            await until_ready(client)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        self._turnstile.open()
+        self._gate.open()
         await self._stack.aclose()
 
     async def run(self, count: int) -> Report:
@@ -135,26 +116,26 @@ class Cancels:
         """A crowd comes, reaches the stage and leaves; everything is free in time."""
         async with asyncio.timeout(ROUND_S):
             if stage in ("queued", "prefill"):
-                self._turnstile.shut()
+                self._gate.shut()
             holder = await self._hold() if stage == "queued" else None
             crowd = await asyncio.gather(*(self._send(stage) for _ in range(self._size)))
-            await self._until(lambda: self._is_reached(stage))
+            await until(lambda: self._is_reached(stage))
             if stage == "stream":
                 await asyncio.gather(*(_two_frames(reader) for reader, _ in crowd))
             left = time.monotonic()
             for _, writer in crowd:
                 writer.transport.abort()
             if stage == "queued":
-                await self._until(lambda: self.engine.stats().num_waiting == 0)
+                await until(lambda: self.engine.stats().num_waiting == 0)
                 self.report.freed_s.append(time.monotonic() - left)
             if stage == "prefill":
                 # The step that computes them is the last: what is freed is free right after it.
-                await self._until(lambda: self._num_aborted() == self._size)
+                await until(lambda: self._num_aborted() == self._size)
                 left = time.monotonic()
             if holder is not None:
                 holder.transport.abort()
-            self._turnstile.open()
-            await self._until(self._is_free)
+            self._gate.open()
+            await until(self._is_free)
             if stage != "queued":
                 self.report.freed_s.append(time.monotonic() - left)
         self.engine.scheduler.check()
@@ -163,7 +144,7 @@ class Cancels:
     async def _hold(self) -> asyncio.StreamWriter:
         """One request in a step that waits, behind which all others are queued."""
         _, writer = await self._send("plain")
-        await self._until(lambda: self._turnstile.num_held == 1)
+        await until(lambda: self._gate.num_sequences == 1)
         return writer
 
     async def _send(self, stage: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -201,10 +182,6 @@ class Cancels:
         stats = self.engine.stats()
         held = (stats.num_running, stats.num_waiting, stats.text_blocks_used)
         return not any(held) and not stats.image_blocks_used and not self.engine.snapshot().open
-
-    async def _until(self, is_true: Callable[[], bool]) -> None:
-        while not is_true():  # noqa: ASYNC110 - watches state that has no event
-            await asyncio.sleep(0.001)
 
 
 async def _two_frames(reader: asyncio.StreamReader) -> None:

@@ -28,7 +28,7 @@ from vlmserve.server.http.protocol import StrictProtocol
 from vlmserve.server.images.settings import ImageRequest
 from vlmserve.server.settings import ServerSettings
 
-CLIENT_DEADLINE_S = 25.0
+CLIENT_DEADLINE_S = 120.0
 MODEL = "meta/llama-3.2-11b-vision-instruct"
 
 # The ids that Meta's tokenizer gives to the words and marks of the known prompts.

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from pathlib import Path
 
 import httpx2
 from support.fake_runner import fake_image
 from support.http_side import running_server
 from support.invariants import body_for
+from support.polling import FAR_S, LOOK_EVERY_S, until
 
 from vlmserve.models import bundled
 from vlmserve.server.settings import ServerSettings
 
 BUNDLED = Path(bundled.__file__).parent / "checkpoint"
-DEADLINE_S = 30.0
+DEADLINE_S = FAR_S
 
 
 def body(text="What shape is it?", *, images=0, **fields):
@@ -52,21 +52,22 @@ async def server_at(path):
 
 
 async def until_ready(client, status=200):
-    while (await client.get("/v1/health/ready")).status_code != status:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
+    """Wait until the server says that it is ready, or not with another status."""
+    async with asyncio.timeout(FAR_S):
+        while True:
+            with contextlib.suppress(httpx2.TransportError):  # it does not listen yet
+                if (await client.get("/v1/health/ready")).status_code == status:
+                    return
+            await asyncio.sleep(LOOK_EVERY_S)
 
 
 async def until_running(engine):
-    async with asyncio.timeout(DEADLINE_S):
-        while not engine.scheduler.num_running:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+    await until(lambda: engine.scheduler.num_running)
 
 
 async def until_free(engine):
     """Wait until nothing runs, then check that every block came back."""
-    async with asyncio.timeout(DEADLINE_S):
-        while engine.scheduler.has_work:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+    await until(lambda: not engine.scheduler.has_work)
     engine.scheduler.check()
     stats = engine.stats()
     assert (stats.text_blocks_used, stats.image_blocks_used) == (0, 0)
@@ -78,16 +79,3 @@ MODEL = "m"
 def body_of(route, text="Hi", **more):
     body = body_for(route, text, **more)
     return body | {"model" if "model" in body else "model_id": MODEL}
-
-
-class Gate:
-    """Holds every step up until it is opened."""
-
-    def __init__(self):
-        self._event = threading.Event()
-
-    def __call__(self, batch):
-        self._event.wait(60)
-
-    def open(self):
-        self._event.set()

@@ -13,13 +13,15 @@ FAR_S = 120.0
 LOOK_EVERY_S = 0.01
 
 
-def wait_until(is_true: Callable[[], object], timeout_s: float = FAR_S) -> bool:
+def wait_until(
+    is_true: Callable[[], object], timeout_s: float = FAR_S, every_s: float = LOOK_EVERY_S
+) -> bool:
     """Whether the condition comes true; for `assert wait_until(...), "what was expected"`."""
     deadline = time.monotonic() + timeout_s
     while not is_true():
         if time.monotonic() > deadline:
             return False
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(every_s)
     return True
 
 

@@ -26,7 +26,7 @@ from support.http_side import (
 
 from vlmserve.server.settings import ServerSettings
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 
 
 Parts = Callable[[], AbstractAsyncContextManager[dict[str, Any]]]

@@ -22,7 +22,7 @@ from vlmserve.server.settings import ServerSettings
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "tool-calls.md"
 TOKENIZER = meta_like_tokenizer()
 CALL = '{"name": "get_weather", "parameters": {"city": "Zürich"}}'
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 
 
 def calls_once_a_question(request):

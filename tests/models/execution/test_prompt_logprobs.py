@@ -44,7 +44,7 @@ from vlmserve.server.settings import ServerSettings
 TOLERANCE = 2e-5
 IMAGE = fake_image("p", 2)
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "What is this?"}]}
-DEADLINE_S = 25.0
+DEADLINE_S = 120.0
 
 
 def true_request(name: str, num_top: int | None) -> AddRequest:

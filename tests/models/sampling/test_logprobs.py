@@ -35,7 +35,7 @@ TOKENIZER = meta_like_tokenizer()
 READER = TokenReader(TOKENIZER)
 EOT = 128009
 ANSWER = "This image shows a böardwalk 🐻"
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 
 
 def ids_of(text: str) -> list[int]:

@@ -7,13 +7,13 @@ import contextlib
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
 import msgspec
 import pytest
 from support.fake_runner import expected_token_ids
+from support.polling import until, wait_until
 
 from vlmserve.models.batch import PromptLogprobs, TokenLogprobs
 from vlmserve.router import wire
@@ -33,7 +33,7 @@ from vlmserve.router.messages import (
     ToEngine,
 )
 
-DEADLINE_S = 60
+DEADLINE_S = 120.0
 
 READY = EngineReady(
     pid=1,
@@ -46,9 +46,9 @@ READY = EngineReady(
     num_image_tiles=4,
 )
 
-FAKE_ENGINE = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+FAKE_ENGINE = f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
 FAKE_ENGINE += """
-import time
+import threading
 from vlmserve.router.engine.process import main
 from support.fake_runner import FakeRunner
 
@@ -66,12 +66,6 @@ def request_of(request_id="a", max_tokens=4, **fields) -> AddRequest:
     )
 
 
-async def until(is_true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not is_true():  # noqa: ASYNC110 - watches state that has no event
-            await asyncio.sleep(0.005)
-
-
 async def tokens_of(client: EngineClient, request: AddRequest) -> list[int]:
     return [token_id async for output in client.generate(request) for token_id in output.token_ids]
 
@@ -83,6 +77,7 @@ class ScriptedEngine:
         self.path = path
         self.received: list[ToEngine] = []
         self.writers: list[asyncio.StreamWriter] = []
+        self.num_marks = 0
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writers.append(writer)
@@ -92,6 +87,12 @@ class ScriptedEngine:
 
     def say(self, message: msgspec.Struct) -> None:
         self.writers[-1].write(wire.encode_frame(message))
+
+    async def until_read(self, client: EngineClient) -> None:
+        """Wait until the client has taken all that was said: it reads in order."""
+        self.num_marks += 1
+        self.say(Heartbeat(stats=EngineStats(num_steps=self.num_marks)))
+        await until(lambda: client.stats.num_steps == self.num_marks)
 
     def output(self, *token_ids: int, request_id="a", finish_reason=None) -> None:
         output = SequenceOutput(
@@ -268,7 +269,7 @@ def test_connecting_waits_for_the_socket_to_appear_and_gives_up_at_its_timeout(t
         with pytest.raises(EngineDeadError, match="no engine answers"):
             await client.connect(timeout_s=0.05)
         connecting = asyncio.create_task(client.connect(DEADLINE_S))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0)
         async with scripted_engine(tmp_path) as engine:
             await connecting
             await until(lambda: bool(engine.writers))
@@ -294,8 +295,7 @@ def test_a_slow_reader_gets_all_tokens_in_order_and_joined(tmp_path):
             engine.output(2)
             engine.output(3)
             engine.output(4, finish_reason="stop")
-            engine.say(READY)
-            await asyncio.sleep(0.05)
+            await engine.until_read(client)
             rest = [output async for output in outputs]
             assert [output.token_ids for output in rest] == [[2, 3, 4]]
             assert rest[-1].finish_reason == "stop"
@@ -355,8 +355,7 @@ def test_tokens_that_came_before_the_engine_died_are_not_lost(tmp_path):
             engine.output(1)
             await first
             engine.output(2)
-            await engine.writers[-1].drain()
-            await asyncio.sleep(0.05)
+            await engine.until_read(client)
             engine.hang_up()
             await until(lambda: not client.is_connected)
             assert (await anext(outputs)).token_ids == [2]
@@ -582,7 +581,7 @@ def test_while_the_model_loads_workers_connect_and_requests_are_refused(tmp_path
 
 
 def test_sigterm_ends_a_process_that_is_still_loading(tmp_path):
-    setup = EngineProcess(tmp_path, load="time.sleep(3600)")
+    setup = EngineProcess(tmp_path, load="threading.Event().wait()")
     process = setup.start()
 
     async def scenario() -> None:
@@ -637,7 +636,7 @@ def test_the_engine_dies_with_its_parent(tmp_path):
 
     asyncio.run(scenario())
     parent.communicate(timeout=DEADLINE_S)
-    wait_until_dead(engine_pid)
+    assert wait_until(lambda: not is_alive(engine_pid)), "the engine outlives its parent"
 
 
 PARENT = """
@@ -646,13 +645,6 @@ engine = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
 print(engine.pid, flush=True)
 engine.wait()
 """
-
-
-def wait_until_dead(pid: int) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while is_alive(pid):
-        assert time.monotonic() < deadline, "the engine outlives its parent"
-        time.sleep(0.01)
 
 
 def is_alive(pid: int) -> bool:

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from support.engine_side import engine_at
 from support.fake_runner import FakeRunner
-from support.http_to_engine import Gate, body_of, server_at, until_free, until_ready
+from support.http_to_engine import body_of, server_at, until_free, until_ready
 from support.invariants import (
     CHAT,
     COMPLETIONS,
@@ -21,6 +21,7 @@ from support.invariants import (
     TEXT_ROUTES,
 )
 from support.polling import until
+from support.step_gate import StepGate
 
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine.engine import Engine
@@ -42,7 +43,7 @@ def test_row_31_a_full_queue_is_a_429_with_retry_after_at_once_while_a_step_runs
     """On every route, streamed or not; what waited and ran is answered all the same."""
 
     async def scenario():
-        gate = Gate()
+        gate = StepGate()
         runner, path = FakeRunner(before_step=gate), tmp_path / "engine.sock"
         options = {"max_num_seqs": 1} | LIMITS[limit]
         async with engine_at(path, runner, **options) as engine, server_at(path) as client:

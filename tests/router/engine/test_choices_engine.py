@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 from support.engine_side import engine_at
 from support.fake_runner import FakeRunner, expected_token_ids, fake_image, fake_info
+from support.polling import until
 
 from vlmserve.models.batch import ImageSpan, PoolSizes, SamplingParams
 from vlmserve.router.client.engine_client import EngineClient
@@ -17,7 +18,7 @@ from vlmserve.router.errors import EngineInternalError
 from vlmserve.router.messages import AddRequest
 from vlmserve.router.scheduler.sequence import Sequence
 
-DEADLINE_S = 20
+DEADLINE_S = 120.0
 REQUEST = AddRequest(
     request_id="a",
     prompt_token_ids=list(range(10)),
@@ -49,8 +50,7 @@ async def engine_and_client(tmp_path, before_step=None, **options):
         try:
             yield engine, client
             assert client.num_open_requests == 0
-            while engine.scheduler.has_work:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
+            await until(lambda: not engine.scheduler.has_work)
             engine.scheduler.check()
             stats = engine.stats()
             assert (stats.text_blocks_used, stats.image_blocks_used) == (0, 0)

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import os
 import stat
-import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import pytest
 from support.fake_runner import FakeRunner, expected_token_ids, fake_image, fake_info
+from support.polling import until
+from support.step_gate import StepGate
 
 from vlmserve.models.batch import ImageSpan, OnLaunch, PoolSizes, StepBatch, StepResult
 from vlmserve.router import wire
@@ -25,9 +26,9 @@ from vlmserve.router.errors import (
     InvalidRequestError,
     QueueFullError,
 )
-from vlmserve.router.messages import AbortRequests, AddRequest, SequenceOutput
+from vlmserve.router.messages import AbortRequests, AddRequest, RequestFailed, SequenceOutput
 
-DEADLINE_S = 20
+DEADLINE_S = 120
 
 
 @dataclass
@@ -56,12 +57,6 @@ class Rig:
         assert not self.engine.snapshot().open
 
 
-async def until(is_true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not is_true():  # noqa: ASYNC110 - watches state that has no event
-            await asyncio.sleep(0.001)
-
-
 @contextlib.asynccontextmanager
 async def engine_of(tmp_path, runner: FakeRunner | None = None, **options) -> AsyncIterator[Rig]:
     path = str(tmp_path / "engine.sock")
@@ -85,6 +80,14 @@ async def engine_of(tmp_path, runner: FakeRunner | None = None, **options) -> As
         await server.close()
 
 
+async def until_refused(reader: asyncio.StreamReader, request_id: str) -> None:
+    """Read what the engine sends up to the refusal of this request."""
+    while True:
+        message = await wire.read_message(reader, wire.from_engine_decoder)
+        if isinstance(message, RequestFailed) and message.request_id == request_id:
+            return
+
+
 def request_of(request_id="a", prompt=(1, 2, 3), max_tokens=4, **fields) -> AddRequest:
     return AddRequest(
         request_id=request_id, prompt_token_ids=list(prompt), max_tokens=max_tokens, **fields
@@ -103,25 +106,6 @@ async def tokens_of(client: EngineClient, request: AddRequest) -> list[int]:
     assert output is not None
     assert output.finish_reason in ("stop", "length")
     return token_ids
-
-
-class Gate:
-    """Holds a runner's steps from a given one on until it is opened."""
-
-    def __init__(self, first_held_step: int = 0) -> None:
-        self._first_held_step = first_held_step
-        self._open = threading.Event()
-        self.num_steps = 0
-        self.is_holding = False
-
-    def __call__(self, batch: StepBatch) -> None:
-        self.num_steps += 1
-        if self.num_steps > self._first_held_step:
-            self.is_holding = True
-            assert self._open.wait(DEADLINE_S), "the gate stayed shut"
-
-    def open(self) -> None:
-        self._open.set()
 
 
 def test_sixty_four_requests_over_two_workers_answer_as_if_alone(tmp_path):
@@ -175,7 +159,7 @@ def test_a_third_of_the_requests_cancelled_midway_leave_nothing_behind(tmp_path)
 
 
 def test_a_closed_iterator_frees_its_request_right_after_the_running_step(tmp_path):
-    gate = Gate(first_held_step=1)
+    gate = StepGate(1)
 
     async def scenario() -> None:
         runner = FakeRunner(before_step=gate)
@@ -186,7 +170,8 @@ def test_a_closed_iterator_frees_its_request_right_after_the_running_step(tmp_pa
             await until(lambda: gate.is_holding)
             assert rig.engine.stats().image_blocks_used == 2
             await outputs.aclose()
-            await asyncio.sleep(0.05)  # the abort arrives while the step runs
+            # The abort arrives while the step runs.
+            await until(lambda: all(one.is_aborted for one in rig.engine._open.values()))
             gate.open()
             await rig.settled()
             assert gate.num_steps == 2
@@ -195,7 +180,7 @@ def test_a_closed_iterator_frees_its_request_right_after_the_running_step(tmp_pa
 
 
 def test_a_waiting_request_is_aborted_without_a_step(tmp_path):
-    gate = Gate()
+    gate = StepGate()
 
     async def scenario() -> None:
         async with engine_of(tmp_path, FakeRunner(before_step=gate), max_num_seqs=1) as rig:
@@ -213,7 +198,7 @@ def test_a_waiting_request_is_aborted_without_a_step(tmp_path):
 
 
 def test_an_exception_in_a_step_ends_its_requests_and_no_others(tmp_path):
-    gate = Gate()
+    gate = StepGate()
 
     def fail_first(batch: StepBatch) -> None:
         gate(batch)
@@ -259,7 +244,7 @@ def test_a_runner_that_forgets_a_sequence_fails_the_step_and_not_the_engine(tmp_
 
 
 def test_a_worker_that_vanishes_takes_its_requests_along_and_no_others(tmp_path):
-    gate = Gate(first_held_step=2)
+    gate = StepGate(2)
 
     async def scenario() -> None:
         runner = FakeRunner(before_step=gate)
@@ -285,7 +270,7 @@ def test_a_worker_that_vanishes_takes_its_requests_along_and_no_others(tmp_path)
 
 
 def test_a_full_queue_refuses_at_once_and_serves_again_later(tmp_path):
-    gate = Gate()
+    gate = StepGate()
 
     async def scenario() -> None:
         runner = FakeRunner(before_step=gate)
@@ -356,7 +341,7 @@ def test_what_can_never_run_is_refused_with_a_remedy(tmp_path):
     ],
 )
 def test_a_peer_that_breaks_the_protocol_is_dropped_alone(tmp_path, caplog, data):
-    gate = Gate()
+    gate = StepGate()
 
     async def scenario() -> None:
         async with engine_of(tmp_path, FakeRunner(before_step=gate)) as rig:
@@ -395,7 +380,7 @@ def test_a_worker_that_does_not_read_is_dropped_and_blocks_nobody(tmp_path):
 
 
 def test_aborting_unknown_finished_and_foreign_requests_changes_nothing(tmp_path):
-    gate = Gate(first_held_step=4)
+    gate = StepGate(4)
 
     async def scenario() -> None:
         async with engine_of(tmp_path, FakeRunner(before_step=gate)) as rig:
@@ -403,10 +388,12 @@ def test_aborting_unknown_finished_and_foreign_requests_changes_nothing(tmp_path
             await tokens_of(client, request_of("done"))
             mine = asyncio.create_task(tokens_of(client, request_of("mine")))
             await until(lambda: gate.is_holding)
-            _, writer = await asyncio.open_unix_connection(rig.config.socket_path)
+            reader, writer = await asyncio.open_unix_connection(rig.config.socket_path)
             writer.write(wire.encode_frame(AbortRequests(["done", "mine", "unknown"])))
+            # A worker's connection is read in order: what it asks then comes after its aborts.
+            writer.write(wire.encode_frame(request_of("last", prompt=())))
             await writer.drain()
-            await asyncio.sleep(0.05)
+            await until_refused(reader, "last")
             gate.open()
             assert await mine == expected_token_ids(request_of("mine"))
             writer.close()
@@ -415,7 +402,7 @@ def test_aborting_unknown_finished_and_foreign_requests_changes_nothing(tmp_path
 
 
 def test_heartbeats_tell_the_counts_and_the_age_of_the_running_step(tmp_path):
-    gate = Gate()
+    gate = StepGate()
 
     async def scenario() -> None:
         runner = FakeRunner(before_step=gate)
@@ -505,7 +492,7 @@ def leave_stale_socket(path: str) -> None:
 
 
 def test_closing_the_engine_ends_every_open_request_once(tmp_path):
-    gate = Gate()
+    gate = StepGate()
 
     async def scenario() -> None:
         config = EngineConfig(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.fake_runner import FakeRunner, expected_token_ids
+from support.polling import until
 from support.sampled import sample
 
 from vlmserve.models.batch import SamplingParams, StepBatch, TokenMatcher
@@ -22,7 +23,7 @@ from vlmserve.router.errors import EngineDeadError
 from vlmserve.router.messages import AddRequest, FromEngine, RequestFailed, StepOutputs
 from vlmserve.server.structured_output.grammar_text import choice_grammar, regex_grammar
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 EOS = [753]
 
 
@@ -226,8 +227,7 @@ def test_a_request_keeps_its_place_while_its_grammar_is_compiled():
         bench.engine.add(1, request_of("slow", "slow"))
         bench.engine.add(1, request_of("later"))
         bench.runner.may_compile.set()
-        while bench.engine.scheduler.queue.peek().request_id != "slow":  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
+        await until(lambda: bench.engine.scheduler.queue.peek().request_id == "slow")
         may_step.set()
         await bench.until("running", "slow", "later")
 

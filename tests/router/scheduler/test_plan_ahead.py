@@ -30,7 +30,7 @@ from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine.engine import Engine
 from vlmserve.router.messages import AddRequest, FromEngine, RequestFailed, StepOutputs
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 
 def request_of(request_id: str, max_tokens: int = 6, **fields) -> AddRequest:

@@ -159,6 +159,6 @@ def test_waiting_ends_when_a_request_comes_and_not_before():
         await asyncio.sleep(0)
         assert not waiting.done()
         queue.put(sequence_of("b"))
-        await asyncio.wait_for(waiting, 5)
+        await asyncio.wait_for(waiting, 120)
 
     asyncio.run(scenario())

@@ -21,7 +21,7 @@ ADDRESS = "http://127.0.0.1:8000"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # Not what one would call: files of the page at /docs.
 PARTS_OF_PAGES = {"/docs/page.js", "/docs/page.css"}
-DEADLINE_S = 60
+DEADLINE_S = 120.0
 # The end of an id, or a hash.
 RANDOM = re.compile(r"[0-9a-f]{24,64}$")
 # Of one model's figures, computed in another order of sums.

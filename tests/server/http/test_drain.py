@@ -14,15 +14,19 @@ import msgspec
 import pytest
 from support.engine_side import engine_at
 from support.fake_runner import OrdinaryRunner
+from support.http_to_engine import until_ready
+from support.polling import until
+from support.step_gate import StepGate
 
 from vlmserve.models import bundled
 from vlmserve.server.http.drain import Drain
 from vlmserve.server.settings import ServerSettings
 
 BUNDLED = Path(bundled.__file__).parent / "checkpoint"
-# Far beyond any run: other work may take the cores.
-DEADLINE_S = 300.0
-DRAIN_S = 2.0
+DEADLINE_S = 120.0
+# An open request outlasts the first, and the second lasts until it ends.
+SHORT_DRAIN_S, LONG_DRAIN_S = 0.5, 100.0
+NUM_FREE_STEPS = 20
 NEW_REQUESTS = ["/v1/chat/completions"]
 
 
@@ -31,13 +35,20 @@ def body(**fields):
     return {"model": "m", "messages": [turn], "ignore_eos": True, "max_tokens": 1000} | fields
 
 
-def slow_engine(path):
-    """An engine of 50 steps a second: 1,000 tokens take ten times the drain."""
-    return engine_at(path, OrdinaryRunner(step_seconds=0.02))
+@contextlib.asynccontextmanager
+async def held_engine(path):
+    """An engine that computes some tokens and no more until the gate is opened; and the gate."""
+    gate = StepGate(NUM_FREE_STEPS)
+    try:
+        async with engine_at(path, OrdinaryRunner(before_step=gate)):
+            yield gate
+            gate.open()
+    finally:
+        gate.open()
 
 
 @contextlib.asynccontextmanager
-async def worker(engine_socket):
+async def worker(engine_socket, drain_time_s):
     """A worker process; gives the process and its base URL."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         settings = ServerSettings(
@@ -45,7 +56,7 @@ async def worker(engine_socket):
             engine_socket=engine_socket,
             served_model_names=["m"],
             listen_fd=listening.fileno(),
-            drain_time_s=DRAIN_S,
+            drain_time_s=drain_time_s,
         )
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "vlmserve.server.worker"),
@@ -63,33 +74,28 @@ async def worker(engine_socket):
             await process.wait()
 
 
-async def until_ready(client):
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            with contextlib.suppress(httpx2.TransportError):
-                if (await client.get("/v1/health/ready")).status_code == 200:
-                    return
-            await asyncio.sleep(0.05)
+def during_drain(tmp_path, use, *, drain_time_s=SHORT_DRAIN_S, during=None):
+    """What `use(client)` gives if the worker is told to stop while it waits; and the exit code.
 
-
-def during_drain(tmp_path, use):
-    """What `use(client)` gives if the worker is told to stop while it waits; and the exit code."""
+    during: awaited with the client and the engine's gate once the worker drains.
+    """
 
     async def run():
         path = str(tmp_path / "engine.sock")
         async with (
             asyncio.timeout(DEADLINE_S),
-            slow_engine(path) as engine,
-            worker(path) as (process, url),
+            held_engine(path) as gate,
+            worker(path, drain_time_s) as (process, url),
             httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
         ):
             await until_ready(client)
             using = asyncio.create_task(use(client))
-            while not engine.stats().num_running:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+            await until(lambda: gate.is_holding)
             process.send_signal(signal.SIGTERM)
-            result = await using
-            return result, await process.wait()
+            if during is not None:
+                await until_ready(client, 503)
+                await during(client, gate)
+            return await using, await process.wait()
 
     return asyncio.run(run())
 
@@ -123,30 +129,37 @@ def test_a_plain_answer_that_outlasts_the_drain_is_a_503(tmp_path):
 
 
 def test_a_short_answer_is_finished_in_the_drain(tmp_path):
+    async def go_on(client, gate):
+        gate.open()
+
     answer, code = during_drain(
-        tmp_path, lambda client: client.post("/v1/chat/completions", json=body(max_tokens=20))
+        tmp_path,
+        lambda client: client.post("/v1/chat/completions", json=body(max_tokens=40)),
+        drain_time_s=LONG_DRAIN_S,
+        during=go_on,
     )
     assert (answer.status_code, code) == (200, 0)
-    assert answer.json()["usage"]["completion_tokens"] == 20
+    assert answer.json()["usage"]["completion_tokens"] == 40
 
 
 def test_new_requests_are_a_503_in_the_drain_on_new_connections_too(tmp_path):
     """They were refused by the kernel, which tells a client nothing of when to come back."""
+    answers = []
 
-    async def use(client):
-        open_request = asyncio.create_task(client.post("/v1/chat/completions", json=body()))
-        answers = []
-        while not open_request.done() and not answers:
-            async with httpx2.AsyncClient(base_url=client.base_url) as other:
-                if (await other.get("/v1/health/ready")).status_code == 503:
-                    answers = [await other.post(path, json=body()) for path in NEW_REQUESTS]
-                    answers.append(await other.get("/v1/health/live"))
-            await asyncio.sleep(0.02)
-        assert not open_request.done()
-        await open_request
-        return answers
+    async def ask(client, gate):
+        async with httpx2.AsyncClient(base_url=client.base_url, timeout=DEADLINE_S) as other:
+            answers.extend([await other.post(path, json=body()) for path in NEW_REQUESTS])
+            answers.append(await other.get("/v1/health/live"))
+        gate.open()
 
-    (*refused, live), _ = during_drain(tmp_path, use)
+    open_request, _ = during_drain(
+        tmp_path,
+        lambda client: client.post("/v1/chat/completions", json=body(max_tokens=40)),
+        drain_time_s=LONG_DRAIN_S,
+        during=ask,
+    )
+    assert open_request.status_code == 200
+    *refused, live = answers
     assert live.status_code == 200
     for answer in refused:
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
@@ -158,8 +171,8 @@ def test_a_decoder_does_not_hold_the_listening_socket(tmp_path):
         path = str(tmp_path / "engine.sock")
         async with (
             asyncio.timeout(DEADLINE_S),
-            slow_engine(path),
-            worker(path) as (process, url),
+            held_engine(path),
+            worker(path, SHORT_DRAIN_S) as (process, url),
             httpx2.AsyncClient(base_url=url) as client,
         ):
             await until_ready(client)
@@ -200,7 +213,7 @@ def test_a_request_between_two_of_its_parts_is_waited_for():
         stopped = asyncio.Event()
         drain = Drain(60.0, lambda: next(looks), end_requests, stopped.set)
         drain.start()
-        await asyncio.wait_for(stopped.wait(), 30)
+        await asyncio.wait_for(stopped.wait(), DEADLINE_S)
 
     asyncio.run(run())
     assert list(looks) == []

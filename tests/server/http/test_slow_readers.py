@@ -19,7 +19,7 @@ from vlmserve.server.settings import ServerSettings
 
 MODEL = "vlmserve-tiny-vision"
 READER_TIMEOUT_S = 0.4
-ROUNDS_S = 60.0
+ROUNDS_S = 120.0
 
 
 async def until(is_true):

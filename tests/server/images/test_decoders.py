@@ -24,6 +24,7 @@ from support.pictures import (
     noise,
     picture,
 )
+from support.polling import FAR_S, until, wait_until
 
 from vlmserve.models.batch import ImageTiles
 from vlmserve.server.images.decoder_child import DecoderConfig
@@ -39,17 +40,10 @@ def with_pool(
     use: Callable[[DecoderPool], Awaitable[None]], settings: ImageSettings = SETTINGS
 ) -> None:
     async def run() -> None:
-        async with asyncio.timeout(60), DecoderPool(settings, TILING) as pool:
+        async with asyncio.timeout(FAR_S), DecoderPool(settings, TILING) as pool:
             await use(pool)
 
     asyncio.run(run())
-
-
-async def wait_until(is_true: Callable[[], bool]) -> None:
-    """A safety deadline, not a measurement."""
-    async with asyncio.timeout(30):
-        while not is_true():  # noqa: ASYNC110  # processes have no event to wait for
-            await asyncio.sleep(0.01)
 
 
 def is_running(pid: int) -> bool:
@@ -182,7 +176,7 @@ def test_killed_child_is_replaced_and_only_its_picture_fails() -> None:
         os.kill(before[0], signal.SIGKILL)
         results = await asyncio.gather(*jobs, return_exceptions=True)
         assert {type(result) for result in results} == {ImageError, ImageTiles}
-        await wait_until(lambda: len(pool.pids) == 2 and before[0] not in pool.pids)
+        await until(lambda: len(pool.pids) == 2 and before[0] not in pool.pids)
         await asyncio.gather(*(pool.decode(data) for _ in range(4)))
         assert not is_running(before[0])
 
@@ -202,7 +196,7 @@ def test_hung_child_is_killed_at_its_deadline_while_others_go_on() -> None:
         failures = [result for result in results if isinstance(result, ImageError)]
         assert ["2 s" in failure.message for failure in failures] == [True]
         assert sum(isinstance(result, ImageTiles) for result in results) == 5
-        await wait_until(lambda: len(pool.pids) == 2 and hung not in pool.pids)
+        await until(lambda: len(pool.pids) == 2 and hung not in pool.pids)
         assert not is_running(hung)
 
     with_pool(use, settings)
@@ -213,7 +207,7 @@ def test_child_that_died_while_idle_costs_no_picture() -> None:
         victims = pool.pids
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
-        await wait_until(lambda: not pool.pids)
+        await until(lambda: not pool.pids)
         assert (await pool.decode(encoded(picture()))).num_tiles > 0
         assert not set(victims) & set(pool.pids)
 
@@ -252,7 +246,7 @@ def test_cancelled_decode_of_a_hung_child_frees_it_at_the_deadline() -> None:
         for job in jobs:
             job.cancel()
         assert (await pool.decode(encoded(picture()))).num_tiles > 0
-        await wait_until(lambda: len(pool.pids) == 2 and not set(before) & set(pool.pids))
+        await until(lambda: len(pool.pids) == 2 and not set(before) & set(pool.pids))
 
     with_pool(use, settings)
 
@@ -266,7 +260,7 @@ def test_closing_ends_all_children_and_all_that_wait() -> None:
             os.kill(pid, signal.SIGSTOP)
         jobs = [asyncio.create_task(pool.decode(encoded(picture()))) for _ in range(5)]
         await asyncio.sleep(0.05)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(FAR_S):
             await pool.close()
             results = await asyncio.gather(*jobs, return_exceptions=True)
         assert {type(result) for result in results} == {PoolClosed}
@@ -327,7 +321,7 @@ from vlmserve.server.images.tiling import TilingConfig
 async def main():
     async with DecoderPool(ImageSettings(), TilingConfig()) as pool:
         print(*pool.pids, flush=True)
-        await asyncio.sleep(600)
+        await asyncio.Event().wait()
 asyncio.run(main())
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
@@ -337,7 +331,7 @@ asyncio.run(main())
         assert all(is_running(pid) for pid in pids)
         parent.kill()
         parent.wait()
-        asyncio.run(wait_until(lambda: not any(is_running(pid) for pid in pids)))
+        assert wait_until(lambda: not any(is_running(pid) for pid in pids))
 
 
 def test_child_knows_four_formats_and_no_torch() -> None:

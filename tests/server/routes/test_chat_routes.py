@@ -22,6 +22,7 @@ from support.http_side import (
     running_server,
     tokens_one_by_one,
 )
+from support.polling import until
 from support.shapes import shape_of
 
 from vlmserve.models.bundled.pictures import data_url
@@ -339,13 +340,10 @@ def test_silence_is_filled_with_comments(checkpoint):
 def test_a_client_that_leaves_aborts_its_request(checkpoint, stream):
     async def use(client, engine):
         call = asyncio.create_task(client.post(CHAT, json=BODY | {"stream": stream}))
-        while not engine.requests:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.1)
+        await until(lambda: engine.open)
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
-        while not engine.aborted:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        await until(lambda: engine.aborted)
         return engine
 
     script = fails(*says("What", None)(None), CLIENT_DEADLINE_S * 2)
@@ -409,7 +407,7 @@ def test_images_that_take_too_long_are_a_400(checkpoint):
     class Slow:
         async def load(self, images, deadline=None):
             async with asyncio.timeout_at(deadline):
-                await asyncio.sleep(CLIENT_DEADLINE_S * 2)
+                await asyncio.Event().wait()
 
     response = post(checkpoint, with_image(), images=Slow(), image_deadline_s=0.05)
     assert "0.05 s" in error_of(response, 400)["message"]

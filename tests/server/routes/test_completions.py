@@ -15,6 +15,7 @@ from support.http_side import (
     meta_like_tokenizer,
     tokens_one_by_one,
 )
+from support.polling import until
 
 from vlmserve.models.batch import PromptLogprobs, TokenLogprobs
 from vlmserve.router.errors import EngineDeadError, QueueFullError
@@ -481,12 +482,10 @@ def test_a_client_that_leaves_aborts_all_its_prompts(checkpoint, stream):
     async def use(client, engine):
         body = BODY | {"prompt": ["a", "b", "c"], "n": 2, "stream": stream}
         call = asyncio.create_task(client.post(PATH, json=body))
-        while not engine.requests:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        await until(lambda: engine.requests)
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
-        while len(engine.aborted) < 6:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        await until(lambda: len(engine.aborted) == 6)
         return engine
 
     engine = serve(checkpoint, use, script)

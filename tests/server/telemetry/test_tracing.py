@@ -18,10 +18,12 @@ from support.http_side import (
     tokens_one_by_one,
 )
 from support.invariants import GENERATION_ROUTES, PICTURE, body_for
+from support.polling import FAR_S
 
 from vlmserve.server.cli import startup_checks as start_checks
 from vlmserve.server.cli.startup_checks import trace_settings
 from vlmserve.server.settings import TraceSettings
+from vlmserve.server.telemetry import tracing
 from vlmserve.server.telemetry.request_record import RequestRecord
 from vlmserve.server.telemetry.tracing import Tracer
 
@@ -31,8 +33,9 @@ PARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
 
 
 @pytest.fixture
-def collector():
+def collector(monkeypatch):
     """An OTLP/HTTP collector of the test's own: its URL and the bodies it got, with paths."""
+    monkeypatch.setattr(tracing, "CLOSE_TIMEOUT_S", FAR_S)
     got = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -192,14 +195,20 @@ def test_opentelemetrys_own_variables_name_the_collector(checkpoint, collector, 
     assert len(spans_of(got)) == 5
 
 
-def test_a_collector_that_is_not_there_delays_nothing_for_long(checkpoint, unused_port):
+def test_a_collector_that_is_not_there_delays_nothing_for_long(monkeypatch, unused_port):
+    """Its sender is waited for: it printed an error after the last test."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+
     async def run():
         tracer = Tracer(TraceSettings(endpoint=f"http://127.0.0.1:{unused_port}"))
         tracer.add(a_record())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(FAR_S):
             await tracer.close()
 
     asyncio.run(run())
+    for thread in threading.enumerate():
+        if thread.name == "traces":
+            thread.join(FAR_S)
 
 
 @pytest.mark.parametrize(
