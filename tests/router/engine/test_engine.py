@@ -171,7 +171,7 @@ def test_a_closed_iterator_frees_its_request_right_after_the_running_step(tmp_pa
             assert rig.engine.stats().image_blocks_used == 2
             await outputs.aclose()
             # The abort arrives while the step runs.
-            await until(lambda: all(one.is_aborted for one in rig.engine._open.values()))
+            await until(lambda: rig.engine.snapshot().num_aborting == 1)
             gate.open()
             await rig.settled()
             assert gate.num_steps == 2

@@ -77,7 +77,7 @@ def test_row_30_a_client_that_does_not_read_is_cut_and_its_blocks_are_freed(
         await until(lambda: engine.stats().num_running == 0)
         assert asyncio.get_running_loop().time() - began < ROUNDS_S
         assert engine.stats().text_blocks_used == 0
-        assert len(engine._open) == 0
+        assert not engine.snapshot().open
         client.close()
 
     serve(tmp_path, scenario)
