@@ -7,6 +7,15 @@ ARGS ?=
 # How many random requests a route of the API gets in fuzz-api, and from which seed.
 EXAMPLES ?= 300
 SEED ?= 1
+# Processes that run the tests, and how they share them; WORKERS=0 runs them in one, as for `--pdb`.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+EXTRA := soak or torture or fuzz or gpu
+# The rules of scheduling, blocks, schemas, parsing and templates: no process, no socket, no model.
+FAST := tests/router/blocks tests/router/scheduler tests/router/test_wire.py tests/server/schemas \
+  tests/server/generation tests/server/prompts tests/server/http/test_head.py \
+  tests/server/images/test_header.py tests/server/images/test_sources.py \
+  tests/server/supervisor tests/test_rows.py
 # Where torch comes from: the ordinary index unless you name another, for example
 # TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu for a CPU-only build.
 TORCH_INDEX_URL ?=
@@ -69,11 +78,14 @@ picture: setup-test ## draw docs/architecture.svg from the imports
 docs: $(VENV)/.docs ## serve the documentation on port 8001 (DOCS_PORT= changes it)
 	$(MKDOCS) serve --dev-addr 127.0.0.1:$(or $(DOCS_PORT),8001)
 
-test: setup-test ## the tests of every run (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not soak and not torture and not fuzz and not gpu" $(ARGS)
+test-fast: setup-test ## the rules alone, while you write (90 seconds on 2 cores)
+	$(PYTEST) -q -m "not slow and not ($(EXTRA))" $(wildcard $(FAST)) $(ARGS)
+
+test: setup-test ## the tests of every run (under 8 minutes on 2 cores)
+	$(PYTEST) -q -m "not slow and not ($(EXTRA))" --durations=15 $(ARGS)
 
 test-slow: setup-test ## the long tests: training, real clients, the version range, the install steps
-	$(BIN)/python -m pytest -m "slow and not soak and not torture and not fuzz and not gpu" $(ARGS)
+	$(PYTEST) -v -m "slow and not ($(EXTRA))" --durations=15 $(ARGS)
 
 fuzz: setup-test ## minutes of hostile bytes at each parser (SECONDS=, ARGS="--target NAME" change them)
 	$(BIN)/python tests/fuzz.py --seconds $(or $(SECONDS),300) $(ARGS)
