@@ -24,6 +24,7 @@ OTHERS = {
     "test_broken.py",
     "evil.py",
     "cli.py",
+    "_state.py",
 }
 
 

@@ -9,9 +9,10 @@ source gives the same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 
-from support.import_graph import FLOORS, ROOT, arrows, within
+from support.import_graph import FLOORS, ROOT, arrows
 
 PAGE = ROOT / "docs" / "architecture.svg"
 TITLES = {
@@ -43,10 +44,11 @@ def draw() -> str:
     top = float(MARGIN)
     parts: list[str] = []
     for floor in sorted(FLOORS, key=lambda name: -FLOORS[name]):
-        graph = {room: set(below) for room, below in within(floor).items()}
-        for below in list(graph.values()):
-            for room in below:
-                graph.setdefault(room, set())
+        imported = arrows(floor)
+        graph = {
+            room: {below for below in reached if below.startswith(f"{floor}/")}
+            for room, reached in imported.items()
+        }
         rows = ordered(rows_of(graph), graph)
         height = TITLE + len(rows) * ROW_HEIGHT
         parts.append(
@@ -56,7 +58,11 @@ def draw() -> str:
         )
         boxes = placed(rows, top + TITLE + 12)
         parts += lines(boxes, reduced(graph))
-        parts += [box_of(room, boxes[room], floor) for row in rows for room in row]
+        parts += [
+            box_of(room, boxes[room], floors_below(imported[room], floor))
+            for row in rows
+            for room in row
+        ]
         top += height + MARGIN
     return (
         HEAD.format(width=WIDTH, height=round(top + 24)) + "".join(parts) + legend(top) + "</svg>\n"
@@ -100,9 +106,12 @@ def _mean_place(room: str, graph: Graph, places: dict[str, float]) -> float:
 
 def reduced(graph: Graph) -> Graph:
     """The arrows without those for which a longer way stands."""
+    reached: Graph = {}
 
     def reach(room: str) -> set[str]:
-        return {room}.union(*(reach(below) for below in graph[room]))
+        if room not in reached:
+            reached[room] = {room}.union(*(reach(below) for below in graph[room]))
+        return reached[room]
 
     return {
         room: {one for one in below if not any(one in reach(other) for other in below - {one})}
@@ -144,13 +153,16 @@ def lines(boxes: dict[str, Box], graph: Graph) -> list[str]:
     return found
 
 
-def box_of(room: str, box: Box, floor: str) -> str:
+def floors_below(imported: Iterable[str], floor: str) -> list[str]:
+    return sorted({room.split("/")[0] for room in imported} - {floor})
+
+
+def box_of(room: str, box: Box, floors: list[str]) -> str:
     left, top, width = box
-    reached = {below.split("/")[0] for below in arrows(floor)[room]} - {floor}
     dots = "".join(
         f'<circle cx="{left + width - 8 - 11 * at:.0f}" cy="{top + BOX_HEIGHT:.0f}" r="4" '
         f'fill="{DOTS[name]}"/>'
-        for at, name in enumerate(sorted(reached))
+        for at, name in enumerate(floors)
     )
     return (
         f'<rect class="box" x="{left:.0f}" y="{top:.0f}" width="{width:.0f}" '
