@@ -39,7 +39,17 @@ from .images.loader import ImageLoader
 from .images.tiling import TilingConfig
 from .prompts.chat_template import Clock
 from .prompts.processor import Processor
-from .routes import chat, completions, docs, health, llama_stack, service, tokenization
+from .routes import (
+    chat,
+    completions,
+    docs,
+    health,
+    llama_stack,
+    messages,
+    service,
+    tokenization,
+)
+from .schemas.anthropic.answers import message_error_body
 from .schemas.json_text import check_json_text
 from .settings import ServerSettings
 from .structured_output.compile_checks import GrammarChecks
@@ -58,12 +68,16 @@ logger = logging.getLogger(__name__)
 ROUTES = (
     chat.ROUTES,
     completions.ROUTES,
+    messages.ROUTES,
     llama_stack.ROUTES,
     tokenization.ROUTES,
     health.ROUTES,
     service.ROUTES,
     docs.ROUTES,
 )
+
+# Where errors have Anthropic's types.
+MESSAGES_PATH = "/v1/messages"
 
 DAY_S = 24 * 3600
 # For connections to send their last bytes after every request has ended.
@@ -258,7 +272,8 @@ def answer_error(request: Request, error: Exception) -> HTTPResponse:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return json_response(error_body(error), error.status, headers)
+    body = message_error_body if request.path.startswith(MESSAGES_PATH) else error_body
+    return json_response(body(error), error.status, headers)
 
 
 def _of_sanic(error: SanicException) -> ApiError:

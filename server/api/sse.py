@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Protocol
 
 import orjson
@@ -36,16 +36,24 @@ class Answers(Protocol):
 
 
 async def send_stream(
-    request: Request, prepared: PreparedGeneration, answers: Answers, *, with_done: bool
+    request: Request,
+    prepared: PreparedGeneration,
+    answers: Answers,
+    *,
+    with_done: bool = False,
+    is_named: bool = False,
+    failure: Callable[[ApiError], Mapping[str, object]] = nested_body,
 ) -> None:
     """Answer with a stream of `data:` frames.
 
     with_done: end it by `data: [DONE]`, which OpenAI's clients wait for and
-    Llama Stack's raise on.
+    Llama Stack's raise on. is_named: each frame has an `event:` line with its content's type.
+    failure: the content of the frame that reports an error.
     Raises ApiError while nothing has been sent: the engine's refusal has a status.
     """
     services = services_of(request)
     settings = services.settings
+    framed = named_frame if is_named else frame
     async with (
         contextlib.aclosing(services.generator.stream(prepared)) as events,
         _first_of(events, settings.first_output_wait_s) as first,
@@ -53,7 +61,9 @@ async def send_stream(
         response = await request.respond(headers=_HEADERS, content_type="text/event-stream")
         assert response is not None, "sanic gives a response to fill"
         async with _pings(response, settings.stream_ping_interval_s):
-            await _send_events(response, answers, first, events)
+            async for chunks in _chunks(answers, first, events, failure):
+                if chunks:
+                    await response.send(b"".join(map(framed, chunks)))
         if with_done:
             await response.send(DONE)
         await response.eof()
@@ -64,28 +74,28 @@ def frame(content: Mapping[str, object]) -> bytes:
     return b"data: " + orjson.dumps(content) + b"\n\n"
 
 
-async def _send_events(
-    response: HTTPResponse,
+def named_frame(content: Mapping[str, object]) -> bytes:
+    """One server-sent event, named by its content's type."""
+    return b"event: " + str(content["type"]).encode() + b"\n" + frame(content)
+
+
+async def _chunks(
     answers: Answers,
     first: asyncio.Task[Event],
     events: AsyncIterator[Event],
-) -> None:
-    """Send every event's chunks; an error becomes the last frame."""
+    failure: Callable[[ApiError], Mapping[str, object]],
+) -> AsyncIterator[Sequence[Mapping[str, object]]]:
+    """The chunks of every event, as they come; an error becomes the last one."""
     try:
-        await _send_chunks(response, answers.first())
-        await _send_chunks(response, answers.chunks(await first))
+        yield answers.first()
+        yield answers.chunks(await first)
         async for event in events:
-            await _send_chunks(response, answers.chunks(event))
+            yield answers.chunks(event)
     except ApiError as error:
-        await response.send(frame(nested_body(error)))
+        yield [failure(error)]
     except Exception:
         logger.exception("a stream failed")
-        await response.send(frame(nested_body(InternalError("internal error"))))
-
-
-async def _send_chunks(response: HTTPResponse, chunks: Sequence[Mapping[str, object]]) -> None:
-    if chunks:
-        await response.send(b"".join(map(frame, chunks)))
+        yield [failure(InternalError("internal error"))]
 
 
 @contextlib.asynccontextmanager

@@ -81,6 +81,9 @@ class ApiKeys:
         key was nearly right nor how long the valid ones are.
         """
         scheme, _, key = request.headers.getone("authorization", "").partition(" ")
+        if not scheme:
+            # Anthropic's clients.
+            scheme, key = "bearer", request.headers.getone("x-api-key", "")
         digest = _digest(key.strip())
         matches = [hmac.compare_digest(digest, known) for known in (*self._given, *self._of_file)]
         return digest if any(matches) and scheme.lower() == "bearer" else None
@@ -114,7 +117,8 @@ class Access:
         owner = self.keys.owner_of(request)
         if owner is None:
             raise AuthenticationError(
-                "a valid API key is required: send it as 'Authorization: Bearer KEY'"
+                "a valid API key is required: send it as 'Authorization: Bearer KEY' or as"
+                " 'X-Api-Key: KEY'"
             )
         request.ctx.key_owner = owner
 

@@ -6,6 +6,7 @@ server's document carries its own model's name in them.
 
 from __future__ import annotations
 
+from ..schemas.anthropic.answers import MessageAnswer
 from ..schemas.llama_stack.answers import StackCompletion, StackModelList, stack_model_card
 from ..schemas.model_answers import ModelList, model_card
 from ..schemas.openai.chat_answers import ChatCompletion
@@ -134,6 +135,59 @@ STREAMED_STACK_REQUEST = {
 STACK_COMPLETION: StackCompletion = {
     "completion_message": {"role": "assistant", "content": ANSWER, "stop_reason": "end_of_turn"},
     "logprobs": None,
+}
+
+MESSAGES_REQUEST = {
+    "model": MODEL,
+    "max_tokens": 256,
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "source": {"type": "url", "url": PICTURE}},
+                {"type": "text", "text": QUESTION},
+            ],
+        }
+    ],
+}
+
+MESSAGES_TOOLS_REQUEST = {
+    "model": MODEL,
+    "max_tokens": 256,
+    "messages": [{"role": "user", "content": "What is the weather in Paris?"}],
+    "tools": [
+        {
+            "name": "get_weather",
+            "description": "The weather of a city.",
+            "input_schema": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}},
+                "required": ["city"],
+            },
+        }
+    ],
+    "tool_choice": {"type": "any"},
+}
+
+COUNT_TOKENS_REQUEST = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": QUESTION}],
+}
+
+MESSAGE: MessageAnswer = {
+    "id": "msg_8c5f5115fa464ab593963d5764498350",
+    "type": "message",
+    "role": "assistant",
+    "model": MODEL,
+    "content": [{"type": "text", "text": ANSWER, "citations": None}],
+    "stop_reason": "end_turn",
+    "stop_sequence": None,
+    "usage": {
+        "input_tokens": 17,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": 0,
+        "output_tokens": 121,
+    },
 }
 
 MODEL_LIST: ModelList = {

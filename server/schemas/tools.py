@@ -93,7 +93,12 @@ ToolChoice = Literal["none", "auto", "required"] | NamedChoice | AllowedChoice
 def tools_of(definitions: Sequence[FunctionTool] | None) -> tuple[Tool, ...]:
     """The tools that a request describes. Raises BadRequestError."""
     tools = tuple(
-        tool_of(one.function.name, one.function.description, one.function.parameters, i)
+        tool_of(
+            one.function.name,
+            one.function.description,
+            one.function.parameters,
+            f"tools[{i}].function.parameters",
+        )
         for i, one in enumerate(definitions or ())
     )
     check_names(tools)
@@ -101,10 +106,9 @@ def tools_of(definitions: Sequence[FunctionTool] | None) -> tuple[Tool, ...]:
 
 
 def tool_of(
-    name: str, description: str | None, parameters: dict[str, Any] | None, index: int
+    name: str, description: str | None, parameters: dict[str, Any] | None, field: str
 ) -> Tool:
-    """One tool, its parameters checked to be a bounded schema of an object."""
-    field = f"tools[{index}].function.parameters"
+    """One tool, its parameters, which stand in `field`, checked to be a schema of an object."""
     if parameters is not None:
         check_schema(parameters, field)
     return Tool(name, description, parameters)

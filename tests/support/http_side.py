@@ -327,8 +327,11 @@ def error_of(response: httpx2.Response, status: int) -> dict[str, Any]:
     assert list(body) == ["error", "object", "message", "type", "param", "code"]
     assert list(body["error"]) == ["message", "type", "param", "code"]
     assert (body["object"], body["code"]) == ("error", status)
-    for key in ("message", "type", "param"):
+    for key in ("message", "param"):
         assert body[key] == body["error"][key]
+    # Anthropic's form names the body itself an error.
+    is_anthropic = response.request.url.path.startswith("/v1/messages")
+    assert body["type"] == ("error" if is_anthropic else body["error"]["type"])
     error: dict[str, Any] = body["error"]
     return error
 

@@ -30,6 +30,8 @@ BASES = {
     "TokenizeRequest": {"prompt": "What"},
     "DetokenizeRequest": {"tokens": [3923]},
     "StackChatRequest": {"model_id": MODEL, "messages": [TURN]},
+    "MessagesRequest": {"model": MODEL, "max_tokens": 8, "messages": [TURN]},
+    "CountTokensRequest": {"model": MODEL, "messages": [TURN]},
 }
 URL = "https://host/a.png"
 # Structs whose rules between fields ask for more than their required ones.
@@ -48,8 +50,11 @@ REFUSED_NULLS = {
     "CompletionRequest": r"(?!)",
     "TokenizeRequest": r"prompt|messages\[0\]\.content",
     "DetokenizeRequest": r"(?!)",
+    "MessagesRequest": r"(?!)",
+    "CountTokensRequest": r"(?!)",
     "StackChatRequest": r"model_id|messages\[0\]\.(content|context)(\[0\])?\.(text|image\.uri)",
 }
+ANTHROPIC = ("MessagesRequest", "CountTokensRequest")
 KINDS = ("missing", "null", "type", "range", "unknown")
 POSTS = [one for group in ROUTES for one in group.endpoints if one.method == "POST"]
 # The first path of each body takes every case, the others a sample of them.
@@ -86,12 +91,20 @@ def completed(schema, case):
         body["stream"] = True
     if schema == "ChatCompletionRequest" and "tool_choice" in body:
         body["tools"] = [TOOL]
+    if schema in ANTHROPIC and body.get("tool_choice"):
+        body["tools"] = [{"name": "a", "input_schema": {}}]
     return with_turns_that_fit(schema, body)
 
 
 def with_turns_that_fit(schema, body):
     """A result behind its call; of Llama Stack's, calls in an answer, and an image without text."""
     turn = (body.get("messages") or [{}])[0] or {}
+    if schema in ANTHROPIC:
+        block = turn["content"][0] if isinstance(turn.get("content"), list) else {}
+        if block.get("type") == "tool_result":
+            call = {"type": "tool_use", "id": "a", "name": "a", "input": {}}
+            body["messages"].insert(0, {"role": "assistant", "content": [call]})
+        return body
     if schema != "StackChatRequest":
         if turn.get("role") == "tool":
             body["messages"].insert(0, {"role": "assistant", "tool_calls": [CALL]})

@@ -1,0 +1,97 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages API."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from dataclasses import replace
+
+from sanic import HTTPResponse, Request
+
+from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
+from ..api.services import (
+    check_model,
+    completion_response,
+    json_response,
+    services_of,
+    tenant_of,
+)
+from ..api.sse import send_stream
+from ..errors import BadRequestError
+from ..prompts.processor import PromptTooLongError
+from ..schemas.anthropic.answers import (
+    MessageAnswer,
+    MessageAnswers,
+    MessageEvent,
+    TokenCount,
+    error_event,
+)
+from ..schemas.anthropic.requests import (
+    CountTokensRequest,
+    MessagesRequest,
+    conversation_of,
+    messages_generation,
+    offered_tools,
+)
+from ..schemas.openai.tokenization import MAX_TOKENS
+from . import samples
+
+ROUTES = Routes("messages", "Messages")
+
+
+@ROUTES.post(
+    "/v1/messages",
+    body=MessagesRequest,
+    examples={"picture": samples.MESSAGES_REQUEST, "tools": samples.MESSAGES_TOOLS_REQUEST},
+    replies=[
+        Reply(type=MessageAnswer, description="The whole answer.", example=samples.MESSAGE),
+        Reply(
+            type=MessageEvent,
+            media_type=EVENTS,
+            description="With stream: true, an event in each frame, named by its type."
+            " An error in between is an event of type error.",
+        ),
+    ],
+    refusals=GENERATION_REFUSALS,
+)
+async def messages(request: Request, body: MessagesRequest) -> HTTPResponse | None:
+    """One answer to a conversation, in Anthropic's form."""
+    check_model(request, body.model)
+    generator = services_of(request).generator
+    generation = replace(messages_generation(body), tenant=tenant_of(request))
+    prepared = await generator.prepare(generation)
+    answers = MessageAnswers(body.model, prepared.num_prompt_tokens)
+    if body.stream:
+        await send_stream(request, prepared, answers, is_named=True, failure=error_event)
+        return None
+    return await completion_response(answers.plain, await generator.answer(prepared))
+
+
+@ROUTES.post(
+    "/v1/messages/count_tokens",
+    body=CountTokensRequest,
+    examples={"picture": samples.COUNT_TOKENS_REQUEST},
+    replies=[
+        Reply(type=TokenCount, description="The number of tokens.", example={"input_tokens": 17})
+    ],
+    refusals=[404],
+)
+async def count_tokens(request: Request, body: CountTokensRequest) -> HTTPResponse:
+    """The tokens of a conversation, as /v1/messages would send it to the model."""
+    check_model(request, body.model)
+    prepare = functools.partial(
+        services_of(request).processor.prepare,
+        conversation_of(body),
+        MAX_TOKENS,
+        offered_tools(body),
+    )
+    try:
+        prompt = await asyncio.to_thread(prepare)
+    except PromptTooLongError as error:
+        raise BadRequestError(
+            f"the conversation has {error.num_tokens:,} tokens; at most {MAX_TOKENS:,} are counted:"
+            " cut it",
+            param="messages",
+        ) from error
+    count: TokenCount = {"input_tokens": len(prompt.token_ids)}
+    return json_response(count)
