@@ -1,9 +1,9 @@
 """Builds random Mllama checkpoints of known layouts: for tests, and for measuring speed.
 
-Owns the layouts. Such a model answers nonsense, deterministically: its gates stand at 0.7, so that
+Owns the layouts. Such a model answers nonsense, deterministically: its gates are 0.7, so that
 vision and every cross-attention layer count, and its seed fixes every weight. The tokenizer, the
-chat template and the processor's files are the bundled model's, so that MllamaProcessor and the
-server load the folder alike.
+chat template and the processor's files come from the bundled model, so that MllamaProcessor and
+the server load the folder.
 
     python bench/checkpoints.py m100 --out DIR
 """
@@ -21,33 +21,30 @@ from transformers import GenerationConfig, MllamaConfig, MllamaForConditionalGen
 VOCAB_SIZE = 768
 GATE = 0.7
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
+_LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0} | {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-_TINY_VISION: dict[str, Any] = {
-    "hidden_size": 32,
-    "attention_heads": 2,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_global_layers": 1,
-    "image_size": 28,
-    "intermediate_layers_indices": [1, 2],
-}
-_TINY_TEXT: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "num_hidden_layers": 6,
-    "cross_attention_layers": [1, 3, 4],
-    "max_position_embeddings": 16384,
-    "initializer_range": 0.1,
-}
+
+
+def _sides(hidden: int, heads: int, inner: int, layers: int, **more: Any) -> dict[str, Any]:
+    """A text decoder's or a vision encoder's sizes."""
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    name = "num_attention_heads" if "cross_attention_layers" in more else "attention_heads"
+    return {**sizes, name: heads, **more}
+
+
+_TINY_VISION = _sides(
+    *(32, 2, 48, 3), num_global_layers=1, image_size=28, intermediate_layers_indices=[1, 2]
+)
+_TINY_TEXT = _sides(
+    *(64, 4, 96, 6),
+    cross_attention_layers=[1, 3, 4],
+    num_key_value_heads=2,
+    max_position_embeddings=16384,
+    initializer_range=0.1,
+)
 
 # name -> what differs from the tiny layout, text first
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -57,43 +54,36 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cross-in-a-row": ({"cross_attention_layers": [1, 2, 3]}, {}),
     "one-kv-head": ({"num_key_value_heads": 1, "rope_parameters": _PLAIN_ROPE}, {}),
     "all-kv-heads": ({"num_key_value_heads": 4}, {"intermediate_layers_indices": [0, 1, 2]}),
-    # its vision takes many times what a short prompt's text does
+    # its vision takes many times as long as a short prompt's text
     "vision-heavy": (
-        {"hidden_size": 256, "intermediate_size": 512, "cross_attention_layers": [1, 3]},
-        {
-            "hidden_size": 512,
-            "attention_heads": 8,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 12,
-            "num_global_layers": 4,
-            "image_size": 112,
-            "intermediate_layers_indices": [3, 7],
-        },
+        _sides(256, 4, 512, 6, cross_attention_layers=[1, 3]),
+        _sides(
+            *(512, 8, 2048, 12),
+            num_global_layers=4,
+            image_size=112,
+            intermediate_layers_indices=[3, 7],
+        ),
     ),
     "m100": (
-        {
-            "hidden_size": 768,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 4,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 14,
-            "cross_attention_layers": [3, 7, 11],
-            "initializer_range": 0.05,
-        },
-        {
-            "hidden_size": 256,
-            "attention_heads": 4,
-            "intermediate_size": 1024,
-            "num_hidden_layers": 6,
-            "image_size": 112,
-            "intermediate_layers_indices": [1, 3],
-        },
+        _sides(
+            *(768, 12, 2048, 14),
+            cross_attention_layers=[3, 7, 11],
+            num_key_value_heads=4,
+            initializer_range=0.05,
+        ),
+        _sides(256, 4, 1024, 6, image_size=112, intermediate_layers_indices=[1, 3]),
     ),
 }
 
 
+# Llama-3.2-11B-Vision's sizes, as its config.json has them
+PUBLISHED = "11b"
+
+
 def layout(name: str) -> MllamaConfig:
-    """The configuration of a named layout, vocabulary 768 and image token 768."""
+    """The configuration of a named layout, vocabulary 768 and image token 768, or of "11b"."""
+    if name == PUBLISHED:
+        return _published()
     if name not in LAYOUTS:
         raise ValueError(f"layout {name!r} is unknown: use one of {', '.join(LAYOUTS)}")
     text, vision = LAYOUTS[name]
@@ -104,6 +94,14 @@ def layout(name: str) -> MllamaConfig:
     vision["initializer_range"] = text["initializer_range"]
     ids = {"bos_token_id": 752, "eos_token_id": [753, 760, 761], "pad_token_id": 756}
     return MllamaConfig(vision_config=vision, text_config=text | ids, image_token_index=VOCAB_SIZE)
+
+
+def _published() -> MllamaConfig:
+    cross = {"cross_attention_layers": list(range(3, 40, 5)), "num_key_value_heads": 8}
+    text = _sides(4096, 32, 14_336, 40, **cross) | {"rope_parameters": _LLAMA3_ROPE}
+    text |= {"vocab_size": 128_256, "max_position_embeddings": 131_072, "pad_token_id": 128_004}
+    vision = {"image_size": 560, "max_num_tiles": 4, "patch_size": 14, "vision_output_dim": 7680}
+    return MllamaConfig(vision_config=vision, text_config=text, image_token_index=128_256)
 
 
 def random_model(config: MllamaConfig, seed: int = 0) -> MllamaForConditionalGeneration:

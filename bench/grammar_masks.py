@@ -4,17 +4,17 @@
 
 A random checkpoint of m100's layers with a vocabulary of 128,256 entries and a tokenizer of as many
 random tokens. The same decode step runs with a grammar on every row and with none, in turn; medians
-of wall time. Filling the masks alone is timed too: it overlaps with the forward where a core is
-free. The last line printed is one JSON document.
+of wall time. Filling the masks is also timed alone: it overlaps with the forward if a core is free.
+The last line is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from checkpoints import build, layout
-from processes import machine
-from vlmserve.models.batch import CrossSegment, SamplingParams, ScheduledSequence, StepBatch
-from vlmserve.models.create_runner import create_runner
+from engine_requests import GREEDY, open_runner
+from processes import arguments, print_document
+from vlmserve.models.batch import CrossSegment, ScheduledSequence, StepBatch
 from vlmserve.models.execution.runner import ModelRunner
-from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.server.structured_output.grammar_text import (
     json_object_grammar,
     json_schema_grammar,
@@ -47,21 +46,12 @@ SCHEMA = {
     },
     "required": ["name", "kind", "sizes", "inner"],
 }
-# what has been written of each when it is measured: inside a string, where most tokens are allowed
+# a grammar, and the text before the measured step: inside a string, most tokens are allowed
 FORMS = {
     "JSON schema": (json_schema_grammar(SCHEMA), '{"name":"some'),
     "free JSON": (json_object_grammar(), '{"a":[1,{"b":"some'),
     "regex": (regex_grammar(r"([a-z]+ ){2,40}[0-9]{3}"), "some words "),
 }
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--sequences", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
-    return parser.parse_args()
 
 
 def write_tokenizer(folder: Path, vocab_size: int, seed: int = 0) -> None:
@@ -88,11 +78,12 @@ def make_runner(folder: Path, args: argparse.Namespace) -> ModelRunner:
     config.image_token_index = args.vocab_size
     build(config, folder, dtype=getattr(torch, args.dtype), with_processor=False)
     write_tokenizer(folder, args.vocab_size)
-    return create_runner(
+    return open_runner(
         str(folder),
-        RunnerConfig(
-            device="cpu", dtype=args.dtype, max_model_len=256, max_num_seqs=args.sequences
-        ),
+        device="cpu",
+        dtype=args.dtype,
+        max_model_len=256,
+        max_num_seqs=args.sequences,
     )
 
 
@@ -116,7 +107,7 @@ def decode_step(
                 start=CONTEXT,
                 block_ids=list(range(index * blocks, (index + 1) * blocks)),
                 segments=[CrossSegment(1, [])],
-                sampling=SamplingParams(temperature=0.0),
+                sampling=GREEDY,
                 matcher=None if matcher is None else matcher.copy(),
             )
             for index in range(num_seqs)
@@ -128,20 +119,18 @@ def measure(
     runner: ModelRunner, steps: dict[str, StepBatch], rounds: int
 ) -> dict[str, list[float]]:
     """Seconds of each step, `rounds` times in turn; "NAME mask" is the filling alone."""
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds + 1):
         for name, batch in steps.items():
             start = time.perf_counter()
             runner.execute(batch)
-            taken = {name: time.perf_counter() - start}
-            matchers = [one.matcher for one in batch.sequences if one.matcher is not None]
-            if matchers:
+            seconds[name].append(time.perf_counter() - start)
+            if matchers := [one.matcher for one in batch.sequences if one.matcher is not None]:
                 start = time.perf_counter()
                 runner.grammars.fill(matchers)
-                taken[f"{name} mask"] = time.perf_counter() - start
-            if number:  # the first round warms up
-                for key, value in taken.items():
-                    seconds.setdefault(key, []).append(value)
+                seconds[f"{name} mask"].append(time.perf_counter() - start)
+        if number == 0:  # the first round warms up
+            seconds.clear()
     return seconds
 
 
@@ -162,23 +151,22 @@ def report(seconds: dict[str, list[float]]) -> dict[str, object]:
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = arguments(
+        __doc__,
+        sequences=32,
+        rounds=9,
+        dtype=["bfloat16", "float32"],
+        vocab_size=VOCAB_SIZE,
+    )
     with tempfile.TemporaryDirectory() as name:
         runner = make_runner(Path(name), args)
         tokenizer = Tokenizer.from_file(str(Path(name) / "tokenizer.json"))
-        forms = [None, *FORMS]
         steps = {
-            form or "none": decode_step(runner, tokenizer, args.sequences, form) for form in forms
+            form or "none": decode_step(runner, tokenizer, args.sequences, form)
+            for form in (None, *FORMS)
         }
         seconds = measure(runner, steps, args.rounds)
-    document = {
-        "machine": machine(),
-        "dtype": args.dtype,
-        "vocab_size": args.vocab_size,
-        "sequences": args.sequences,
-        "rounds": args.rounds,
-    }
-    print(json.dumps(document | report(seconds)))
+    print_document(args, **report(seconds))
 
 
 if __name__ == "__main__":

@@ -3,17 +3,15 @@
     python bench/checkpoints.py m100 --out m100
     OMP_NUM_THREADS=1 python bench/overhead.py --checkpoint m100 --dtype bfloat16
 
-The true engine in this process, `--sequences` requests decoding at once, half with an image. Each
-part's own time is taken by wrapping its functions, without what they call of other parts; what is
-left of a step is the loop's and the hand-over to its thread. The last line printed is one JSON
-document.
+Runs the real engine in this process: `--sequences` requests decode at once, half with an image.
+Wrappers around each part's functions measure its own time, without calls of other parts. The rest
+of a step is the loop and the hand-over to its thread. The last line is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -23,44 +21,30 @@ from typing import Any
 
 import numpy as np
 
-from processes import machine
-from vlmserve.models import bundled
-from vlmserve.models.batch import ImageSpan, ImageTiles, SamplingParams
-from vlmserve.models.create_runner import create_runner
+from engine_requests import open_runner, random_request
+from processes import BUNDLED, arguments, print_document
+from vlmserve.models.batch import SamplingParams
 from vlmserve.models.execution.runner import ModelRunner
-from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.router import wire
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine.engine import Engine
 from vlmserve.router.messages import AddRequest, FromEngine, StepOutputs
 
-MODEL, SCHEDULE, METADATA = "model's forward", "schedule", "metadata"
-SAMPLING, MESSAGES, LOOP = "sampling", "messages", "loop and thread"
+MODEL, LOOP = "model's forward", "loop and thread"
 NUM_PROMPT_TOKENS = 32
 NUM_WARM_STEPS = 10
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--checkpoint", default="", help="folder; default: the bundled model")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--sequences", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=100, help="decode steps that are measured")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--plan-ahead", action="store_true", help="as the setting of that name")
-    return parser.parse_args()
-
-
 @dataclass
 class Clock:
-    """Seconds of each part, its own alone: a part that calls another is stopped meanwhile."""
+    """Seconds of each part alone: the clock of a part stops while it calls another part."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _parts: list[str] = field(default_factory=list)
     _since: float = 0.0
 
     def wrap(self, owner: Any, name: str, part: str) -> None:
-        """Count the calls of a method as `part`, on this object."""
+        """Count the calls of this object's method as `part`."""
         method: Callable[..., Any] = getattr(owner, name)
 
         @wraps(method)
@@ -82,87 +66,53 @@ class Clock:
         self._since = now
 
 
-def make_runner(args: argparse.Namespace) -> ModelRunner:
-    return create_runner(
-        args.checkpoint or str(bundled.CHECKPOINT),
-        RunnerConfig(
-            device="cpu",
-            dtype=args.dtype,
-            max_model_len=NUM_PROMPT_TOKENS + args.steps + 64,
-            max_num_seqs=args.sequences,
-        ),
-    )
-
-
-def request(runner: ModelRunner, number: int, args: argparse.Namespace) -> AddRequest:
-    """A prompt of random tokens, every second one with an image of one tile."""
-    info, rng = runner.info, np.random.default_rng(number)
-    images = []
-    if number % 2:
-        shape = (1, 3, info.tile_size, info.tile_size)
-        data = rng.integers(0, 256, shape, dtype=np.uint8).tobytes()
-        digest = number.to_bytes(8, "big")
-        images = [
-            ImageTiles(
-                data=data,
-                num_tiles=1,
-                tile_size=info.tile_size,
-                aspect_ratio_id=1,
-                content_hash=digest,
-            )
-        ]
-    token_ids = rng.integers(1, info.vocab_size // 2, NUM_PROMPT_TOKENS).tolist()
-    if images:
-        token_ids[0] = info.vocab_size
-    return AddRequest(
-        request_id=f"r{number}",
-        prompt_token_ids=token_ids,
-        images=images,
-        spans=[ImageSpan(0)] * len(images),
-        sampling=SamplingParams(temperature=args.temperature, seed=number),
-        max_tokens=args.steps + 60,
-    )
+def requests_of(runner: ModelRunner, args: argparse.Namespace) -> list[AddRequest]:
+    """Prompts of random tokens, every second prompt with an image of one tile."""
+    requests = []
+    for number in range(args.sequences):
+        rng = np.random.default_rng(number)
+        sampling = SamplingParams(temperature=args.temperature, seed=number)
+        sizes = NUM_PROMPT_TOKENS, args.steps + 60, number % 2
+        requests.append(random_request(rng, runner, f"r{number}", *sizes, sampling))
+    return requests
 
 
 class Measurement:
-    """One engine whose parts are timed while all requests decode."""
+    """Times an engine's parts while all requests decode."""
 
     def __init__(self, runner: ModelRunner, args: argparse.Namespace) -> None:
         self._args = args
+        num_seqs, plan_ahead = args.sequences, args.plan_ahead
         config = EngineConfig(
-            model="bench",
-            socket_path="",
-            max_num_seqs=args.sequences,
-            plan_ahead=args.plan_ahead,
+            model="bench", socket_path="", max_num_seqs=num_seqs, plan_ahead=plan_ahead
         )
         self._clock = Clock()
         self._engine = Engine(runner, config, self.send)
         self._num_steps = 0
         self._is_over = asyncio.Event()
-        self._began = self.seconds = 0.0
+        self._started = self.seconds = 0.0
+        self.shares: dict[str, float] = {}
         for owner, names, part in [
             (runner, ("_forward", "_logits"), MODEL),
-            (runner, ("_pack", "_step", "_row_mask"), METADATA),
-            (runner, ("_sample",), SAMPLING),
-            (self._engine.scheduler, ("schedule", "update"), SCHEDULE),
-            (self._engine, ("_deliver",), MESSAGES),
+            (runner, ("_pack", "_step", "_row_mask"), "metadata"),
+            (runner, ("_sample",), "sampling"),
+            (self._engine.scheduler, ("schedule", "update"), "schedule"),
+            (self._engine, ("_deliver",), "messages"),
         ]:
             for name in names:
                 self._clock.wrap(owner, name, part)
 
     def send(self, worker_id: int, message: FromEngine) -> None:
-        """Where the engine hands its messages to: encoded, as for a socket."""
+        """Take the engine's messages: encode them, as for a socket, and count full steps."""
         wire.encode_frame(message)
-        if isinstance(message, StepOutputs) and len(message.outputs) == self._args.sequences:
-            self._count_step()
-
-    def _count_step(self) -> None:
+        if not isinstance(message, StepOutputs) or len(message.outputs) != self._args.sequences:
+            return
         self._num_steps += 1
         if self._num_steps == NUM_WARM_STEPS:
             self._clock.seconds.clear()
-            self._began = time.perf_counter()
+            self._started = time.perf_counter()
         elif self._num_steps == NUM_WARM_STEPS + self._args.steps:
-            self.seconds = time.perf_counter() - self._began
+            self.seconds = time.perf_counter() - self._started
             self.shares = dict(self._clock.seconds)
             self._is_over.set()
 
@@ -171,9 +121,8 @@ class Measurement:
         for one in requests:
             self._engine.add(1, one)
         running = asyncio.create_task(self._engine.run())
-        await asyncio.wait(
-            {running, asyncio.create_task(self._is_over.wait())}, return_when="FIRST_COMPLETED"
-        )
+        over = asyncio.create_task(self._is_over.wait())
+        await asyncio.wait({running, over}, return_when="FIRST_COMPLETED")
         if running.done():
             running.result()
         running.cancel()
@@ -197,22 +146,25 @@ def report(measurement: Measurement, num_steps: int) -> dict[str, object]:
 
 
 def main() -> None:
-    args = parse_arguments()
-    runner = make_runner(args)
+    args = arguments(
+        __doc__,
+        checkpoint=BUNDLED,
+        dtype="auto",
+        sequences=32,
+        steps=(100, "decode steps that are measured"),
+        temperature=0.0,
+        plan_ahead=(False, "as the setting of that name"),
+    )
+    runner = open_runner(
+        args.checkpoint,
+        device="cpu",
+        dtype=args.dtype,
+        max_model_len=NUM_PROMPT_TOKENS + args.steps + 64,
+        max_num_seqs=args.sequences,
+    )
     measurement = Measurement(runner, args)
-    requests = [request(runner, number, args) for number in range(args.sequences)]
-    asyncio.run(measurement.run(requests))
-    figures = report(measurement, args.steps)
-    document = {
-        "machine": machine(),
-        "checkpoint": args.checkpoint or "bundled",
-        "dtype": runner.info.dtype,
-        "sequences": args.sequences,
-        "steps": args.steps,
-        "temperature": args.temperature,
-        "plan_ahead": args.plan_ahead,
-    }
-    print(json.dumps(document | figures))
+    asyncio.run(measurement.run(requests_of(runner, args)))
+    print_document(args, dtype=runner.info.dtype, **report(measurement, args.steps))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@
     python bench/quantization.py --pictures 20
 
 One self-attention layer of Llama-3.2-11B's shape (hidden 4096, MLP 14336, 32 heads, 8 KV heads)
-with random weights, a small head on top of it. Milliseconds are CPU time. The last line printed is
-one JSON document.
+with random weights, a small head on top of it. Milliseconds are CPU time. The last line is one JSON
+document.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ import torch
 from transformers import MllamaForConditionalGeneration
 
 from checkpoints import build, layout
+from processes import arguments
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.bundled.exam.exam import exam
 from vlmserve.models.bundled.exam.grading import Grader
@@ -120,9 +120,7 @@ def measure(layer: Path, method: str | None, dtype: str, pictures: int) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=10, help="for each number of shapes")
-    options = parser.parse_args()
+    options = arguments(__doc__, pictures=(10, "for each number of shapes"))
     torch.set_num_threads(1)
     config = layout("tiny")
     text: Any = config.text_config

@@ -1,12 +1,12 @@
-"""What a server under test holds and spends, read from /proc and /metrics."""
+"""Reads what a server under test uses: its processes, descriptors, CPU time and metrics."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import urllib.error
 import urllib.request
-from pathlib import Path
+
+import psutil
 
 GAUGES = (
     "num_requests_running",
@@ -15,44 +15,40 @@ GAUGES = (
     "vlmserve_image_blocks_used",
 )
 ENGINE_NAME = "vlmserve-engine"
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+HTTP_WORKER = "vlmserve.server.worker"
 
 
 def descendants(pid: int) -> list[int]:
-    """All living descendants of a process; zombies are not."""
-    found, waiting = [], [pid]
-    while waiting:
-        parent = waiting.pop()
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                direct = [int(child) for child in task.read_text().split()]
-                found += [child for child in direct if is_running(child)]
-                waiting += direct
-    return found
+    """All living descendants of a process, without zombies."""
+    with contextlib.suppress(psutil.Error):
+        found = [child.pid for child in psutil.Process(pid).children(recursive=True)]
+        return [child for child in found if is_running(child)]
+    return []
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process still runs; a zombie that is yet to be reaped does not."""
-    fields = _stat_fields(pid)
-    return bool(fields) and fields[0] not in "ZX"
+    """Whether a process still runs; a zombie does not."""
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return False
 
 
 def engine_pid(supervisor: int) -> int | None:
-    """The engine that runs now, or None between two."""
+    """The pid of the running engine, or None between two engines."""
     for pid in descendants(supervisor):
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/comm").read_text().strip() == ENGINE_NAME:
+        with contextlib.suppress(psutil.Error):
+            if psutil.Process(pid).name() == ENGINE_NAME:
                 return pid
     return None
 
 
 def num_descriptors(supervisor: int) -> int:
-    """Open descriptors of the server's HTTP workers, by command line."""
+    """Open descriptors of the server's HTTP workers."""
     total = 0
     for pid in descendants(supervisor):
-        with contextlib.suppress(OSError):
-            if b"vlmserve.server.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                total += len(os.listdir(f"/proc/{pid}/fd"))
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            total += process.num_fds() if any(HTTP_WORKER in p for p in process.cmdline()) else 0
     return total
 
 
@@ -65,30 +61,28 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def gauges(url: str) -> dict[str, float]:
-    """The figures that must be 0 where nothing runs."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
+def metrics(url: str) -> dict[str, float]:
+    """The server's metrics; a name with labels includes them."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
         lines = response.read().decode().splitlines()
-    figures = dict(line.rsplit(" ", 1) for line in lines if line and line[0] != "#")
-    return {name: float(figures[name]) for name in GAUGES}
+    pairs = (line.rsplit(" ", 1) for line in lines if line and line[0] != "#")
+    return {name: float(value) for name, value in pairs}
+
+
+def gauges(url: str) -> dict[str, float]:
+    """The gauges that must be 0 when no request runs."""
+    figures = metrics(url)
+    return {name: figures[name] for name in GAUGES}
 
 
 def process_cpu_seconds(pid: int) -> float:
-    """What a process has computed, and those of its children that ended; 0 if it has gone."""
-    return sum(int(ticks) for ticks in _stat_fields(pid)[11:15]) / TICKS_PER_S
-
-
-def _stat_fields(pid: int) -> list[str]:
-    """What the kernel tells of a process behind its name; empty if it has gone."""
-    try:
-        # The name, in brackets, may hold spaces.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
+    """CPU seconds of a process and its ended children; 0 after the process has ended."""
+    with contextlib.suppress(psutil.Error):
+        return sum(psutil.Process(pid).cpu_times()[:4])
+    return 0.0
 
 
 def machine_cpu_seconds() -> float:
-    """What all processes of the machine have computed, in all cores together."""
-    ticks = [int(one) for one in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-    user, nice, system, _idle, _waiting, *interrupts = ticks
-    return (user + nice + system + sum(interrupts[:3])) / TICKS_PER_S
+    """CPU seconds of all processes of the machine, all cores together."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)

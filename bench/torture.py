@@ -1,11 +1,11 @@
-"""Hurts a real server and counts what its clients lose. Each part's last line is one JSON document.
+"""Tortures a real server and counts what its clients lose. Each part prints a JSON document last.
 
-    python bench/torture.py kills --count 200        # engines killed under load
-    python bench/torture.py cancels --count 100000   # clients that leave, at any moment
-    python bench/torture.py overload                 # 0.9 and 2 times what the server can serve
+    python bench/torture.py kills --count 200        # kill engines under load
+    python bench/torture.py cancels --count 100000   # clients disconnect at any moment
+    python bench/torture.py overload                 # 0.9 and 2 times the server's capacity
 
-The server is the bundled model's, started for the run. A part fails (exit code 1) where a promise
-of docs/reliability.md is broken.
+The server runs the bundled model. A part fails (exit code 1) if it breaks a promise of
+docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -15,36 +15,35 @@ import asyncio
 import json
 import sys
 
-from processes import machine
+from processes import add_options, machine
 from torture_cancels import run_cancels
 from torture_kills import run_kills
 from torture_overload import run_overload
+
+SLACK = 1.0, "multiplies the promised seconds"
+RUNS = {"kills": run_kills, "cancels": run_cancels, "overload": run_overload}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parts = parser.add_subparsers(dest="part", required=True)
-    kills = parts.add_parser("kills")
-    kills.add_argument("--count", type=int, default=200)
-    kills.add_argument("--clients", type=int, default=16)
-    kills.add_argument("--engine", choices=("bundled", "hashing"), default="bundled")
-    kills.add_argument("--seed", type=int, default=0)
-    cancels = parts.add_parser("cancels")
-    cancels.add_argument("--count", type=int, default=2000)
-    cancels.add_argument("--clients", type=int, default=16)
-    cancels.add_argument("--seed", type=int, default=0)
-    overload = parts.add_parser("overload")
-    overload.add_argument("--seconds", type=float, default=60.0, help="of each of the loads")
-    overload.add_argument("--max-queue-wait", type=float, default=0.5)
-    overload.add_argument("--max-num-seqs", type=int, default=8)
-    overload.add_argument("--max-tokens", type=int, default=64)
-    overload.add_argument("--seed", type=int, default=0)
-    for one in (kills, overload):
-        one.add_argument("--slack", type=float, default=1.0, help="times the promised seconds")
+    engines = ["bundled", "hashing"]
+    add_options(
+        parts.add_parser("kills"), count=200, clients=16, engine=engines, seed=0, slack=SLACK
+    )
+    add_options(parts.add_parser("cancels"), count=2000, clients=16, seed=0)
+    add_options(
+        parts.add_parser("overload"),
+        seconds=(60.0, "of each of the loads"),
+        max_queue_wait=0.5,
+        max_num_seqs=8,
+        max_tokens=64,
+        seed=0,
+        slack=SLACK,
+    )
     args = vars(parser.parse_args())
     part = args.pop("part")
-    runs = {"kills": run_kills, "cancels": run_cancels, "overload": run_overload}
-    figures, broken = asyncio.run(runs[part](**args))
+    figures, broken = asyncio.run(RUNS[part](**args))
     for promise in broken:
         print(f"broken: {promise}", file=sys.stderr)
     print(json.dumps({"part": part, **figures, "broken": broken, "machine": machine()}))

@@ -1,4 +1,4 @@
-"""Clients that leave a real server at any moment: nothing of their requests may stay."""
+"""Clients disconnect from a real server at any moment: nothing of their requests may remain."""
 
 from __future__ import annotations
 
@@ -15,37 +15,34 @@ from collections.abc import AsyncIterator
 from itertools import islice
 from typing import Any
 
-from processes import free_port, running, vlmserve_command
+from processes import serving
 from server_state import engine_pid, gauges, num_descriptors
 from vlmserve.server.bench.load import request_bodies, unique_pictures
 from vlmserve.server.bench.settings import Load
 
 MODEL = "torture"
-# What a client waits for before it leaves.
+# What a client waits for before it disconnects.
 STAGES = ("queued", "fetching", "decoding", "prefill", "stream", "plain")
 LONGEST_DELAY_S = 0.05
 NUM_PICTURES = 16
-# The signature and the first chunk, behind which others may stand.
+# The signature and the first chunk; other chunks may follow.
 PNG_HEAD_BYTES = 33
 REST_S = 5.0
 
 
 async def run_cancels(count: int, clients: int, seed: int) -> tuple[dict[str, Any], list[str]]:
-    """Leave `count` requests; figures and broken promises."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    options = ["--served-model-name", MODEL, "--max-num-seqs", "4", "--no-spare-engine"]
-    options += ["--allow-private-image-urls", "--max-queue-requests", "64"]
-    command = vlmserve_command(None, port, "float32", *options)
-    with running(command, f"{url}/v1/health/ready") as server:
+    """Leave `count` requests; returns figures and broken promises."""
+    options = ["--max-num-seqs", "4", "--no-spare-engine", "--allow-private-image-urls"]
+    options += ["--max-queue-requests", "64"]
+    with serving(None, "float32", *options, name=MODEL) as (server, url):
         async with _never_ending_pictures() as picture_url:
-            canceller = Canceller(port, picture_url, seed)
-            await canceller.run(clients * 4, clients)  # everything started that starts at first use
+            canceller = Canceller(int(url.rpartition(":")[2]), picture_url, seed)
+            await canceller.run(clients * 4, clients)  # start everything that starts at first use
             base = await _at_rest(url, server.pid)
-            engine, began = engine_pid(server.pid), time.monotonic()
+            engine, started = engine_pid(server.pid), time.monotonic()
             canceller.left.clear()
             await canceller.run(count, clients)
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - started
             after = await _at_rest(url, server.pid, base["descriptors"])
             is_same = engine_pid(server.pid) == engine
     figures = {
@@ -76,11 +73,11 @@ class Canceller:
         self.left: Counter[str] = Counter()
 
     async def run(self, count: int, num_clients: int) -> None:
-        stages = [STAGES[i % len(STAGES)] for i in range(count)]
-        waiting = iter(stages)
+        """Send and leave `count` requests, a stage after the other."""
+        stages = iter([STAGES[i % len(STAGES)] for i in range(count)])
 
         async def client() -> None:
-            for stage in waiting:
+            for stage in stages:
                 await self._leave(stage)
                 self.left[stage] += 1
 
@@ -94,15 +91,15 @@ class Canceller:
                 await reader.readuntil(b"data: ")
                 await reader.readuntil(b"data: ")
             else:
-                # A picture that never comes is waited for at any moment.
+                # The server waits for the picture that never comes at any moment.
                 await asyncio.sleep(self._rng.uniform(0.0, LONGEST_DELAY_S))
         except asyncio.IncompleteReadError:
-            pass  # refused: the queue is full
+            pass  # rejected: the queue is full
         finally:
             writer.transport.abort()
 
     def _body(self, stage: str) -> bytes:
-        """A body that no other request had, so that nothing of it is cached."""
+        """A new body, so that nothing of it is cached."""
         body = json.loads(self._bodies[stage])
         content = body["messages"][0]["content"]
         content[-1]["text"] = f"{self._rng.randrange(2**64):x} {content[-1]['text']}"
@@ -116,15 +113,8 @@ class Canceller:
 
 
 def _body_of(stage: str, seed: int) -> bytes:
-    load = Load(
-        1,
-        max_tokens=200,
-        num_images=0,
-        prompt_words=300 if stage == "prefill" else 5,
-        stream=stage == "stream",
-        ignore_eos=True,
-        seed=seed,
-    )
+    num_words, stream = 300 if stage == "prefill" else 5, stage == "stream"
+    load = Load(1, 200, 0, prompt_words=num_words, stream=stream, ignore_eos=True, seed=seed)
     return request_bodies(load, MODEL)[0]
 
 
@@ -133,7 +123,7 @@ def _picture_part(url: str) -> dict[str, object]:
 
 
 def _with_comment(png: bytes, text: str) -> bytes:
-    """The same picture in other bytes, which costs less than drawing another one."""
+    """The same picture in other bytes; cheaper than a new picture."""
     chunk = b"tEXtComment\0" + text.encode()
     checked = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return png[:PNG_HEAD_BYTES] + checked + png[PNG_HEAD_BYTES:]
@@ -149,7 +139,7 @@ def _post(body: bytes) -> bytes:
 
 @contextlib.asynccontextmanager
 async def _never_ending_pictures() -> AsyncIterator[str]:
-    """The URL of a picture on loopback whose bytes do not come."""
+    """The URL of a picture on loopback whose bytes never come."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -166,9 +156,9 @@ async def _never_ending_pictures() -> AsyncIterator[str]:
 async def _at_rest(
     url: str, supervisor: int, most_descriptors: float | None = None
 ) -> dict[str, float]:
-    """Blocks, requests and descriptors once they are at rest, or as they are after REST_S.
+    """Blocks, requests and descriptors once they are at rest, or after REST_S.
 
-    most_descriptors: how many there may be at rest; None: as many as do not change any more.
+    most_descriptors: the most at rest; None: at rest when their number no longer changes.
     """
     deadline, before = time.monotonic() + REST_S, most_descriptors
     while True:

@@ -1,8 +1,9 @@
-"""Kills engines under load: no client may be left hanging, and the server must come back."""
+"""Kills engines under load: no client may hang, and the server must come back."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -10,13 +11,14 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from processes import free_port, running, vlmserve_command
+from processes import free_port, running, serving
 from server_state import engine_pid, gauges, is_ready
 from vlmserve.server.bench.client import Client, Sample
 from vlmserve.server.bench.load import request_bodies
@@ -24,18 +26,18 @@ from vlmserve.server.bench.settings import Load
 
 MODEL = "vlmserve-tiny-vision"
 HASHING_SERVER = Path(__file__).parents[1] / "tests" / "support" / "faulty_server.py"
-# Whoever waits longer hangs: a restart takes a tenth of that.
+# A client that waits longer hangs: a restart takes a tenth of that.
 HANG_S = 60.0
-# From an engine's death to the end of what was open.
+# From an engine's death to the end of its open requests.
 TOLD_S = 1.0
 ALLOWED = {"answered", "HTTP 503", "error event", "timeout"}
-# What Retry-After says.
+# The value of Retry-After.
 PAUSE_AFTER_ERROR_S = 1.0
 
 
 @dataclass(slots=True)
 class Record:
-    """What a run saw. told_s: from a kill to the end of each request that was open."""
+    """The results of a run. told_s: from a kill to the end of each open request."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     told_s: list[float] = field(default_factory=list)
@@ -60,10 +62,10 @@ class Crowd:
 
     async def _ask(self, number: int) -> None:
         while not self._is_over:
-            began = self.open[number] = time.monotonic()
+            started = self.open[number] = time.monotonic()
             sample = await self._client.chat(self._rng.choice(self._bodies))
             del self.open[number]
-            self.ended.append((began, time.monotonic(), sample))
+            self.ended.append((started, time.monotonic(), sample))
             if sample.error is not None:
                 await asyncio.sleep(PAUSE_AFTER_ERROR_S)
 
@@ -75,34 +77,38 @@ class Crowd:
 async def run_kills(
     count: int, clients: int, engine: str, seed: int, slack: float
 ) -> tuple[dict[str, Any], list[str]]:
-    """Kill `count` engines, each while requests are open; figures and broken promises.
+    """Kill `count` engines while requests are open; returns figures and broken promises.
 
-    engine: "bundled", or "hashing" for the tests' engine, which loads nothing: all other
-    processes are the real ones.
+    engine: "bundled", or "hashing" for the tests' engine, which loads nothing. All other processes
+    are the real ones.
     """
-    port, record = free_port(), Record()
-    url = f"http://127.0.0.1:{port}"
-    command = _command(engine, port, max_restarts=count + 1)
-    with running(command, f"{url}/v1/health/ready") as server:
+    record, rng = Record(), random.Random(seed)
+    with _server(engine, max_restarts=count + 1) as (server, url):
         async with Client(f"{url}/v1", timeout_s=HANG_S) as client:
             crowd = Crowd(client, clients, seed)
-            rng = random.Random(seed)
             for number in range(count):
                 await asyncio.sleep(rng.uniform(0.2, 1.0))
                 await _kill_one(server.pid, url, crowd, record)
                 if number % 20 == 19:
                     print(f"{number + 1} engines killed", flush=True)
             await crowd.stop()
-        record.outcomes.update(_outcome(sample) for _, _, sample in crowd.ended)
+        record.outcomes.update(sample.error or "answered" for _, _, sample in crowd.ended)
         left = {name: value for name, value in gauges(url).items() if value}
     return {"engine": engine} | _figures(record, count), _broken(record, left, slack)
 
 
-def _command(engine: str, port: int, max_restarts: int) -> list[str]:
+@contextlib.contextmanager
+def _server(engine: str, max_restarts: int) -> Iterator[Any]:
     if engine == "bundled":
-        return vlmserve_command(None, port, "float32", "--max-restarts", str(max_restarts))
+        with serving(None, "float32", "--max-restarts", str(max_restarts), name=MODEL) as found:
+            yield found
+        return
+    port = free_port()
     options = {"port": port, "supervision": {"max_restarts": max_restarts, "has_standby": False}}
-    return [sys.executable, str(HASHING_SERVER), json.dumps(options)]
+    command = [sys.executable, str(HASHING_SERVER), json.dumps(options)]
+    url = f"http://127.0.0.1:{port}"
+    with running(command, f"{url}/v1/health/ready") as server:
+        yield server, url
 
 
 async def _kill_one(supervisor: int, url: str, crowd: Crowd, record: Record) -> None:
@@ -119,13 +125,9 @@ async def _kill_one(supervisor: int, url: str, crowd: Crowd, record: Record) -> 
         if now not in (pid, None) and await asyncio.to_thread(is_ready, url):
             break
     record.ready_s.append(time.monotonic() - killed)
-    for began, ended, _ in crowd.ended[num_before:]:
-        if began < killed:
+    for started, ended, _ in crowd.ended[num_before:]:
+        if started < killed:
             record.told_s.append(ended - killed)
-
-
-def _outcome(sample: Sample) -> str:
-    return sample.error or "answered"
 
 
 def _figures(record: Record, count: int) -> dict[str, Any]:
@@ -141,22 +143,19 @@ def _figures(record: Record, count: int) -> dict[str, Any]:
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    return {
-        "p50": round(float(np.percentile(values, 50)), 3),
-        "p99": round(float(np.percentile(values, 99)), 3),
-        "max": round(max(values), 3),
-    }
+    found = np.percentile(values, [50, 99, 100])
+    return {n: round(float(v), 3) for n, v in zip(("p50", "p99", "max"), found, strict=True)}
 
 
 def _broken(record: Record, left: dict[str, float], slack: float) -> list[str]:
     broken = []
     if record.outcomes["timeout"]:
-        broken.append(f"{record.outcomes['timeout']} clients were left hanging")
+        broken.append(f"{record.outcomes['timeout']} clients hang")
     others = {name for name in record.outcomes if name not in ALLOWED}
     if others:
         broken.append(f"requests ended by {', '.join(sorted(others))}")
     if max(record.told_s) > TOLD_S * slack:
-        broken.append(f"a request was told of the death after {max(record.told_s):.2f} s, not 1 s")
+        broken.append(f"a request ended {max(record.told_s):.2f} s after the death, not 1 s")
     if left:
         broken.append(f"kept after the end: {left}")
     return broken

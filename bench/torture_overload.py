@@ -1,9 +1,8 @@
-"""Offers a server twice what it can serve: those who are accepted must hardly notice.
+"""Offers a server twice its capacity: accepted requests must hardly be slower.
 
-Answers are of different lengths, as answers are: of one length they would begin and end together,
-all that run in the same steps, and no load but that would be served as fast.
-The loads follow each other in short turns, each after a measurement of the capacity, so that a
-machine that is slower for a while is so for all of them.
+Answers have different lengths, as in real loads: answers of one length would start and end in the
+same steps. The loads take short turns, each after a measurement of the capacity, so that a slow
+phase of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from processes import free_port, running, vlmserve_command
+from processes import serving
 from server_state import descendants, machine_cpu_seconds, process_cpu_seconds
 from vlmserve.server.bench.client import Client, Sample
 from vlmserve.server.bench.load import request_bodies
@@ -27,17 +26,16 @@ from vlmserve.server.bench.settings import Level, Load
 MODEL = "torture"
 REFUSED = "HTTP 429"
 BELOW, ABOVE = 0.9, 2.0
-# One turn of a load, and what of it passes before its requests count as served: places and
-# queue fill first.
+# One turn of a load, and its start, which does not count: places and queue fill first.
 TURN_S, FILLING_S = 5.0, 1.0
-# By which the first guess at the capacity is made.
+# Requests of the first guess at the capacity.
 MIN_REQUESTS = 64
 P99_RATIO, REFUSAL_P99_S, GOODPUT = 1.5, 0.05, 0.95
 
 
 @dataclass(slots=True)
 class Served:
-    """What became of one load in all its turns. seconds: in which num_served were answered."""
+    """The results of one load in all its turns. seconds: in which num_served were answered."""
 
     samples: list[Sample] = field(default_factory=list)
     num_served: int = 0
@@ -48,7 +46,7 @@ class Served:
         return self.num_served / self.seconds
 
     def add(self, run: Run) -> None:
-        """Take in a turn: it counts from where places are full to where nobody comes any more."""
+        """Add a turn: it counts from when places are full to its last arrival."""
         first, last = (pick(max(one.due, one.sent) for one in run.samples) for pick in (min, max))
         first += min(FILLING_S, (last - first) / 4)
         ends = [one.end for one in run.samples if one.error is None]
@@ -58,7 +56,7 @@ class Served:
 
 
 class Offering:
-    """Loads for one server, drawn from a seed. max_tokens: of an answer, in the mean."""
+    """Loads for one server, drawn from a seed. max_tokens: the mean of an answer."""
 
     def __init__(self, client: Client, max_num_seqs: int, max_tokens: int, seed: int) -> None:
         self._client = client
@@ -67,7 +65,7 @@ class Offering:
         self._rng = random.Random(seed)
 
     async def saturate(self, count: int) -> Run:
-        """As many wait as run, so that no place is ever empty."""
+        """Let as many requests wait as run, so that no place is ever empty."""
         return await self._offer(Level(concurrency=2 * self._max_num_seqs), count)
 
     async def at_rate(self, rate: float, seconds: float) -> Run:
@@ -93,16 +91,12 @@ async def run_overload(
     seed: int,
     slack: float,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Measure the capacity and offer 0.9 and 2 times as much; figures and broken promises."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    options = ["--served-model-name", MODEL, "--max-num-seqs", str(max_num_seqs)]
-    options += ["--max-queue-wait", str(max_queue_wait), "--no-spare-engine"]
-    command = vlmserve_command(None, port, "float32", *options)
-    with running(command, f"{url}/v1/health/ready") as server:
+    """Measure the capacity and offer 0.9 and 2 times as much; see `run_kills`."""
+    options = ["--max-num-seqs", str(max_num_seqs), "--max-queue-wait", str(max_queue_wait)]
+    with serving(None, "float32", *options, "--no-spare-engine", name=MODEL) as (server, url):
         async with Client(f"{url}/v1") as client:
             offering = Offering(client, max_num_seqs, max_tokens, seed)
-            await offering.saturate(4 * max_num_seqs)  # what starts at first use has started
+            await offering.saturate(4 * max_num_seqs)  # start everything that starts at first use
             cpu = CpuShares(server.pid)
             saturated, below, above = await _in_turns(offering, seconds)
             shares = cpu.since_start()
@@ -139,22 +133,17 @@ class CpuShares:
 
     def __init__(self, server: int) -> None:
         self._server = server
-        self._began = self._now()
+        self._start = self._now()
 
     def since_start(self) -> dict[str, float]:
-        spent = [now - began for now, began in zip(self._now(), self._began, strict=True)]
-        whole, everything, server, load = spent
+        seconds, everything, server, load = self._now() - self._start
         shares = {"server": server, "load": load, "others": everything - server - load}
-        return {name: round(seconds / whole, 2) for name, seconds in shares.items()}
+        return {name: round(float(spent / seconds), 2) for name, spent in shares.items()}
 
-    def _now(self) -> tuple[float, float, float, float]:
-        server = [self._server, *descendants(self._server)]
-        return (
-            time.monotonic(),
-            machine_cpu_seconds(),
-            sum(map(process_cpu_seconds, server)),
-            process_cpu_seconds(os.getpid()),
-        )
+    def _now(self) -> np.ndarray:
+        server = sum(map(process_cpu_seconds, [self._server, *descendants(self._server)]))
+        load = process_cpu_seconds(os.getpid())
+        return np.array([time.monotonic(), machine_cpu_seconds(), server, load])
 
 
 def _summary(served: Served, capacity: float) -> dict[str, Any]:
@@ -187,9 +176,9 @@ def _broken(above: dict[str, Any], ratio: float, slack: float) -> list[str]:
     if ratio > P99_RATIO * slack:
         broken.append(f"the accepted requests' p99 is {ratio:.2f} times that at 0.9, not 1.5")
     if above["refused_p99_s"] is None:
-        broken.append("nothing was refused")
+        broken.append("nothing was rejected")
     elif above["refused_p99_s"] > REFUSAL_P99_S * slack:
-        broken.append(f"refusals' p99 is {above['refused_p99_s'] * 1000:.0f} ms, not 50")
+        broken.append(f"rejections' p99 is {above['refused_p99_s'] * 1000:.0f} ms, not 50")
     if above["goodput_of_capacity"] < GOODPUT / slack:
         broken.append(f"goodput is {above['goodput_of_capacity']:.0%} of the capacity, not 95 %")
     if above["other_errors"]:

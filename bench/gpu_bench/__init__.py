@@ -1,5 +1,5 @@
-"""The parts of `bench/gpu.py`.
+"""The parts of `bench/gpu.py`. Read plan, run, child, measure, products, document.
 
-`run.py` and what it imports need nothing but the standard library: they watch processes of their
-own, so that a kernel that kills or hangs one costs its row alone.
+`run.py` and its imports need only the standard library. They watch child processes, so a kernel
+that kills or hangs its process costs only its own row.
 """

@@ -1,7 +1,7 @@
 """Which rows are measured, in which order, and how large.
 
-Owns the two sizes of a run and the rows' order: what matters most comes first, as the budget drops
-what comes last. Knows nothing of how a row is measured.
+Owns the two sizes of a run and the rows' order: the most important rows come first, because the
+budget drops the last ones. Knows nothing of how a row is measured.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ PRODUCTS, PROFILE = "products", "profile"
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What is run. model: "11b", or a layout of checkpoints.py.
+    """The size of a run. model: a layout of checkpoints.py.
 
-    context: tokens of a prompt before its decode; steps: decode steps that are timed, behind
-    warm_steps; repeats: of a prefill and of an image. copy_bytes: of the copy that measures
-    bandwidth. max_model_len: what the runner is made for; graphs are recorded for that length.
-    sweeps: int8 products in other tilings too.
+    context: tokens of a prompt before its decode; steps: timed decode steps, after warm_steps;
+    repeats: of a prefill and of an image. copy_bytes: of the copy that measures bandwidth.
+    max_model_len: the runner's; graphs are recorded for that length. sweeps: int8 products in
+    other tilings too.
     """
 
     model: str
@@ -39,7 +39,7 @@ class Size:
     sweeps: bool = False
 
     def length(self, batch: int) -> int:
-        """Tokens of a sequence at most, whose elders decode while it and others wait to start."""
+        """The most tokens of a sequence: it also decodes while later sequences wait to start."""
         return self.context + self.warm_steps + self.steps + 2 * batch + 8
 
 
@@ -65,16 +65,16 @@ class Row:
 
 
 def rows_of(quantize: str, batches: Sequence[int]) -> list[Row]:
-    """The rows of one kind of weights, the most wanted first, a mode's rows together.
+    """The rows of one kind of weights, the most important first, a mode's rows together.
 
-    Graphs first: they are what is served. Vision and prefill are run without them.
+    Graphs first: the server uses them. Vision and prefill run without them.
     """
     rows = _decodes(quantize, GRAPHS, batches)
     eager = _decodes(quantize, EAGER, batches)
     first = [Row(PRODUCTS, quantize, EAGER), Row(PREFILL, quantize, EAGER)]
     if quantize == PLAIN:  # the vision encoder is not quantized
         first.append(Row(ENCODE, quantize, EAGER, has_image=True))
-    # last: the profiler's hooks stay in the process and slow what comes after them
+    # last: the profiler's hooks stay in the process and slow later rows
     profiles = [Row(PROFILE, quantize, EAGER, batch) for batch in _outer(batches)]
     return [*rows, *eager[:2], *first, *eager[2:], *profiles]
 

@@ -1,8 +1,7 @@
-"""Sends one request and notes when the pieces of its answer arrive.
+"""Sends one request and records when the pieces of its answer arrive.
 
 Owns HTTP and one request's clock. Knows nothing of when requests are due or how figures are
-summed up. Built on httpcore2, which costs a client the least time of its own; it reads no proxy
-from the environment.
+summarized. Uses httpcore2, the HTTP client with the least overhead; it ignores proxy variables.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ DONE = b"[DONE]"
 class Sample:
     """One request as its client saw it; times in seconds of one clock.
 
-    due: when it should have been sent, which every latency counts from; sent: when it was.
-    chunk_times: when each piece of text arrived. prompt_tokens, completion_tokens: as the server
-    counts them; completion_tokens counts pieces where has_usage is false. error: its kind.
+    due: when it should have been sent; latencies count from it. sent: when it was sent.
+    chunk_times: when each piece of text arrived. prompt_tokens, completion_tokens: the server's
+    counts; without usage (has_usage), completion_tokens counts pieces. error: the kind of failure.
     """
 
     due: float
@@ -43,7 +42,7 @@ class Sample:
     detail: str = ""
 
     def fail(self, kind: str, detail: str) -> None:
-        """Keep the first failure."""
+        """Record a failure; the first failure wins."""
         if self.error is None:
             self.error, self.detail = kind, detail
 
@@ -64,7 +63,7 @@ class _Usage(msgspec.Struct):
 
 
 class _Answer(msgspec.Struct):
-    """A plain answer, or one chunk of a streamed one: what a figure needs of it."""
+    """The fields that figures need, of a plain answer or of a streamed chunk."""
 
     choices: list[_Choice] = []
     usage: _Usage | None = None
@@ -83,12 +82,14 @@ _decode_answer = msgspec.json.Decoder(_Answer).decode
 
 
 class Client:
-    """Requests to one base URL (…/v1), over as many connections as are open at once."""
+    """Sends requests to one base URL (…/v1), each open request on its own connection."""
 
     def __init__(self, url: str, api_key: str | None = None, timeout_s: float = 600.0) -> None:
         self._url = _checked_url(url)
         self._timeout_s = timeout_s
-        self._headers = [("Accept", "*/*"), ("User-Agent", "vlmserve-bench")]
+        # httpcore2 would name an IPv6 host without its brackets
+        host = urlsplit(self._url).netloc
+        self._headers = [("Host", host), ("Accept", "*/*"), ("User-Agent", "vlmserve-bench")]
         if api_key:
             self._headers.append(("Authorization", f"Bearer {api_key}"))
         self._pool = httpcore2.AsyncConnectionPool(max_connections=None)
@@ -100,13 +101,13 @@ class Client:
         await self._pool.aclose()
 
     async def model_names(self) -> list[str]:
-        """What /models lists. Raises BenchError if the server does not answer."""
+        """Return the names that /models lists. Raises BenchError if the server does not answer."""
         url = f"{self._url}/models"
         try:
             async with asyncio.timeout(self._timeout_s):
                 response = await self._pool.request("GET", url, headers=self._headers)
         except (OSError, httpcore2.NetworkError, httpcore2.ProtocolError, TimeoutError) as error:
-            raise BenchError(f"no answer from {url} ({_said(error)}): is it running?") from error
+            raise BenchError(f"no answer from {url} ({_text_of(error)}): is it running?") from error
         if response.status != 200:
             raise BenchError(f"{url} answers {response.status}: {_excerpt(response.content)}")
         try:
@@ -115,7 +116,7 @@ class Client:
             raise BenchError(f"{url} does not list models as OpenAI's API does") from error
 
     async def chat(self, body: bytes, due: float | None = None) -> Sample:
-        """Send a chat completion and read its answer to the end; never raises for a failure.
+        """Send a chat completion and read its whole answer. Never raises for a failed request.
 
         due: when it should have been sent, by time.perf_counter; default: now.
         """
@@ -125,11 +126,11 @@ class Client:
             async with asyncio.timeout(self._timeout_s):
                 await self._exchange(body, sample)
         except TimeoutError:
-            sample.fail("timeout", f"no end within {self._timeout_s:g} s")
+            sample.fail("timeout", f"no complete answer within {self._timeout_s:g} s")
         except (OSError, httpcore2.NetworkError, httpcore2.ProtocolError) as error:
-            sample.fail("connection", _said(error))
+            sample.fail("connection", _text_of(error))
         except msgspec.DecodeError as error:
-            sample.fail("not JSON", _said(error))
+            sample.fail("not JSON", _text_of(error))
         sample.end = time.perf_counter()
         return sample
 
@@ -143,25 +144,25 @@ class Client:
             elif _is_event_stream(response):
                 await _read_stream(response, sample)
             else:
-                _take(sample, await response.aread(), None)
+                take(sample, await response.aread(), None)
         if sample.error is None and sample.completion_tokens == 0:
             sample.fail("empty answer", "the server sent no text")
 
 
 async def _read_stream(response: httpcore2.Response, sample: Sample) -> None:
-    """Take the events as they arrive; one that never ends properly is a failure."""
+    """Take the events as they arrive; a stream without a proper end is a failure."""
     buffer, is_whole = bytearray(), False
     async for part in response.aiter_stream():
         now = time.perf_counter()
         buffer += part
         for data in _events(buffer):
-            is_whole = data == DONE or _take(sample, data, now) or is_whole
+            is_whole = data == DONE or take(sample, data, now) or is_whole
     if not is_whole:
         sample.fail("cut stream", "it ended without a finish_reason")
 
 
 def _events(buffer: bytearray) -> Iterator[bytes]:
-    """The data of each whole line, which is then taken out of the buffer."""
+    """Yield the data of each complete line and remove the line from the buffer."""
     while (end := buffer.find(b"\n")) >= 0:
         line = bytes(buffer[:end]).strip()
         del buffer[: end + 1]
@@ -169,10 +170,10 @@ def _events(buffer: bytearray) -> Iterator[bytes]:
             yield line[len(DATA) :].strip()
 
 
-def _take(sample: Sample, data: bytes, now: float | None) -> bool:
-    """Note an answer's text, usage and error; now: when a streamed piece came.
+def take(sample: Sample, data: bytes, now: float | None) -> bool:
+    """Add an answer's text, usage and error to its sample. now: when a streamed piece arrived.
 
-    Returns whether the answer ends with it.
+    Returns whether the answer is complete.
     """
     answer = _decode_answer(data)
     if answer.error:
@@ -195,12 +196,15 @@ def _is_event_stream(response: httpcore2.Response) -> bool:
 
 
 def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # an IPv6 address without its closing bracket
+        raise BenchError(f"{url!r} is not a base URL: {error}") from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BenchError(f"{url!r} is no base URL: give one such as http://127.0.0.1:8000/v1")
+        raise BenchError(f"{url!r} is not a base URL: use, for example, http://127.0.0.1:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise BenchError(
-            "the base URL must hold no user, password or query: keys go by --api-key-env"
+            "the base URL must have no user, password or query: pass a key with --api-key-env"
         )
     return url.rstrip("/")
 
@@ -209,5 +213,5 @@ def _excerpt(content: bytes) -> str:
     return " ".join(content.decode(errors="replace").split())[:200]
 
 
-def _said(error: BaseException) -> str:
+def _text_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")

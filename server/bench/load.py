@@ -1,6 +1,6 @@
-"""What a load sends: its pictures, its prompts and its request bodies.
+"""Builds what a load sends: pictures, prompts and request bodies.
 
-Everything is drawn from a seed before the clock starts, so that drawing and encoding cost no
+A seed determines everything. All is drawn and encoded before the clock starts, so it costs no
 measured time. Knows nothing of HTTP, clocks or arrival times.
 """
 
@@ -16,7 +16,7 @@ from ...models.bundled.pictures import data_url, draw, random_scene
 from .settings import Load, Size
 
 QUESTION = "What is in this image?"
-# Short, frequent words: most tokenizers take one token for each.
+# Short, frequent words: one token each for most tokenizers.
 FREQUENT = """
 the of and to in is that it was for on are with as his they at be this from have or by one had not
 but what all were when we there can an your which their said if do will each about how up out them
@@ -29,14 +29,16 @@ _NOISE_PIXELS = 8
 
 
 def request_bodies(load: Load, model: str) -> list[bytes]:
-    """The load's bodies as JSON; the same bytes for the same arguments."""
+    """Return the load's bodies as JSON; equal arguments give equal bytes."""
     pictures = _pictures(load)
     words = np.random.default_rng([load.seed, 1])
-    return [_body(load, model, pictures, _prompt(load, words)) for _ in range(load.num_requests)]
+    return [
+        request_body(load, model, pictures, _prompt(load, words)) for _ in range(load.num_requests)
+    ]
 
 
 def unique_pictures(sizes: Sequence[Size], seed: int | Sequence[int]) -> Iterator[str]:
-    """Endless data URLs of PNGs, no two alike: a scene each, and noise in its corner."""
+    """Yield data URLs of PNGs without end; noise in a corner makes each unique."""
     rng = np.random.default_rng(seed)
     for size in itertools.cycle(sizes):
         image = draw(random_scene(rng, size=size))
@@ -57,7 +59,8 @@ def _prompt(load: Load, rng: np.random.Generator) -> str:
     return " ".join([*rng.choice(WORDS, load.prompt_words), QUESTION])
 
 
-def _body(load: Load, model: str, pictures: Iterator[str], prompt: str) -> bytes:
+def request_body(load: Load, model: str, pictures: Iterator[str], prompt: str) -> bytes:
+    """One request about the next of the pictures, as JSON."""
     content: list[dict[str, object]] = [
         {"type": "image_url", "image_url": {"url": url}}
         for url in itertools.islice(pictures, load.num_images)

@@ -24,11 +24,11 @@ from support.taped import TapeRecorder, tape_operations, taped_backend
 from vlmserve.bench.bounds import decode_work
 from vlmserve.bench.checkpoints import layout
 from vlmserve.bench.gpu_bench import child, document, products, tests_on_gpu
-from vlmserve.bench.gpu_bench.child import Child, published_config
+from vlmserve.bench.gpu_bench.child import Child
 from vlmserve.bench.gpu_bench.document import DROPPED, FAILED, NOT_AVAILABLE, OK, aims
 from vlmserve.bench.gpu_bench.paths import lay_out, missing
 from vlmserve.bench.gpu_bench.plan import FULL, INT8, PLAIN, TINY, Row, expected_s, rows_of
-from vlmserve.bench.gpu_bench.run import _failed_with, _Limits, _Watch
+from vlmserve.bench.gpu_bench.run import Limits, Watch, failed_with
 from vlmserve.models.batch import PoolSizes
 from vlmserve.models.decoder.decoder import FusedDecoder
 from vlmserve.models.decoder.int8.product import fused_product
@@ -248,20 +248,20 @@ def test_a_row_that_hangs_is_ended_and_named(tmp_path: Path) -> None:
     events = tmp_path / "events.jsonl"
     events.write_text('{"event": "begin", "row": "decode/none/eager/text/1"}\n')
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
-        limits = _Limits(start_s=600, row_s=0.2, deadline=time.monotonic() + 600)
-        watch = _Watch(process, events, limits)
+        limits = Limits(start_s=600, row_s=0.2, deadline=time.monotonic() + 600)
+        watch = Watch(process, events, limits)
         assert [event["event"] for event in watch.events()] == ["begin"]
     assert watch.current == "decode/none/eager/text/1"
     assert watch.why == "ended: it took longer than a row or a start may take"
 
 
-def watched(tmp_path: Path, *events: dict[str, Any]) -> _Watch:
+def watched(tmp_path: Path, *events: dict[str, Any]) -> Watch:
     """The watch over a process that told these events and died."""
     file = tmp_path / "told.jsonl"
     file.write_text("".join(json.dumps(event) + "\n" for event in events))
     with subprocess.Popen([sys.executable, "-c", "import os; os._exit(9)"]) as process:
-        limits = _Limits(600, 600, time.monotonic() + 600)
-        watch = _Watch(process, file, limits)
+        limits = Limits(600, 600, time.monotonic() + 600)
+        watch = Watch(process, file, limits)
         assert list(watch.events()) == list(events)
     return watch
 
@@ -272,10 +272,10 @@ def test_a_process_takes_with_it_what_would_fail_again(tmp_path: Path) -> None:
     building = {"event": "building", "row": graphs[0].id}
     begin = {"event": "begin", "row": eager[1].id}
     ended = {"event": "row", "row": graphs[0].id}
-    assert _failed_with(watched(tmp_path), rows) == rows
-    assert _failed_with(watched(tmp_path, building), rows) == graphs
-    assert _failed_with(watched(tmp_path, begin), rows) == [eager[1]]
-    assert _failed_with(watched(tmp_path, building, ended), rows[1:]) == []
+    assert failed_with(watched(tmp_path), rows) == rows
+    assert failed_with(watched(tmp_path, building), rows) == graphs
+    assert failed_with(watched(tmp_path, begin), rows) == [eager[1]]
+    assert failed_with(watched(tmp_path, building, ended), rows[1:]) == []
 
 
 def test_what_matters_most_is_measured_first() -> None:
@@ -329,7 +329,7 @@ def test_aims_are_of_the_better_mode_and_null_where_nothing_was_measured() -> No
 
 
 def test_the_published_shape_has_the_published_number_of_parameters() -> None:
-    model = empty_model(published_config(), torch.bfloat16)
+    model = empty_model(layout("11b"), torch.bfloat16)
     assert sum(one.numel() for one in model.parameters()) == 10_670_220_835
     assert model.model.vision_model.num_patches == 1601
 
@@ -348,8 +348,8 @@ def test_int8_weights_halve_what_a_step_reads_of_the_layers_alone() -> None:
 def test_the_list_of_files_is_of_all_that_have_tests_for_a_gpu() -> None:
     marks = ("mark.gpu", "import SUBJECTS", "    SUBJECTS,\n")
     found = [
-        f"tests/{file.name}"
-        for file in sorted((ROOT / "tests").glob("test_*.py"))
+        str(file.relative_to(ROOT))
+        for file in sorted((ROOT / "tests").rglob("test_*.py"))
         if file.name != Path(__file__).name and any(m in file.read_text("utf-8") for m in marks)
     ]
     assert sorted(found) == sorted(tests_on_gpu.FILES)
@@ -377,7 +377,7 @@ def test_tests_run_in_shares_and_each_end_is_counted(tmp_path: Path) -> None:
     assert found["skips"] == ["Skipped: there is no device"]
 
 
-def test_tests_that_cannot_run_count_as_failed_with_the_reason(tmp_path: Path) -> None:
+def test_tests_that_cannot_run_count_asfailed_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "path").mkdir()
     (tmp_path / "test_broken.py").write_text("import a_package_that_is_not_there\n")
     environment = lay_out(tmp_path / "path", None)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -41,13 +42,14 @@ def plain(body, status="200 OK"):
 class Stub:
     """A server that gives `answer(body)` to every chat request, and keeps what it got."""
 
-    def __init__(self, answer):
-        self.answer = answer
+    def __init__(self, answer, host="127.0.0.1"):
+        self.answer, self.host = answer, host
         self.heads, self.bodies, self._tasks = [], [], []
 
     async def __aenter__(self):
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
+        self._server = await asyncio.start_server(self._serve, self.host, 0)
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        self.url = f"http://{host}:{self._server.sockets[0].getsockname()[1]}/v1"
         return self
 
     async def __aexit__(self, *exc_info):
@@ -140,6 +142,24 @@ def test_a_whole_stream_is_a_success_however_its_bytes_are_cut():
     assert (sample.prompt_tokens, sample.completion_tokens) == (7, 3)
     assert len(sample.chunk_times) == 3
     assert sample.due == sample.sent <= sample.chunk_times[0] <= sample.end
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+def test_an_ipv6_url_is_sent_with_a_bracketed_host():
+    """The Host field named the address without its brackets, which servers reject."""
+
+    async def run():
+        async with Stub(lambda body: STREAM + PIECE + ENDING + DONE, "::1") as stub:
+            async with Client(stub.url, timeout_s=30.0) as client:
+                names, sample = await client.model_names(), await client.chat(b"{}")
+            return stub, names, sample
+
+    stub, names, sample = asyncio.run(run())
+    assert names == ["only"]
+    assert sample.error is None
+    host = stub.url.removeprefix("http://").removesuffix("/v1")
+    assert all(head.count(f"Host: {host}\r\n") == 1 for head in stub.heads)
+    assert host.startswith("[::1]:")
 
 
 def test_without_usage_pieces_are_counted_and_it_shows():
@@ -254,7 +274,9 @@ def test_an_option_out_of_range_is_refused_before_anything_is_sent(options):
     assert options[-2].lstrip("-") in done.stderr or options[-1] in done.stderr
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000/v1", "ftp://a/v1", "http://user:pw@a/v1"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000/v1", "ftp://a/v1", "http://user:pw@a/v1", "http://[::1"]
+)
 def test_a_url_that_is_no_base_url_is_refused(url):
     done = bench("--url", url)
     assert done.returncode == 1
