@@ -29,7 +29,7 @@ from .api.services import Services, json_response
 from .errors import ApiError, InternalError, error_body, type_of_status
 from .generation.engine_connection import EngineConnection
 from .generation.generator import Engine, Generator, Images
-from .http.auth import OPEN_PATHS, Access, PreflightAnswer
+from .http.auth import KEYLESS_PATHS, Access, PreflightAnswer
 from .http.drain import Drain
 from .http.head import HeadLimits
 from .http.protocol import LenientRequest, receive_body
@@ -320,7 +320,7 @@ def _sanic_config(settings: ServerSettings) -> dict[str, Any]:
 def _document(settings: ServerSettings) -> bytes:
     """The API's document, as JSON."""
     endpoints = [endpoint for group in ROUTES for endpoint in group.endpoints]
-    return orjson.dumps(document(endpoints, settings, __version__, OPEN_PATHS))
+    return orjson.dumps(document(endpoints, settings, __version__, KEYLESS_PATHS))
 
 
 def _context_of(folder: Path) -> int:

@@ -26,6 +26,18 @@ LIVE = "/v1/health/live"
 READY = "/v1/health/ready"
 # The only routes that need no key and answer for any host: health probes send neither.
 OPEN_PATHS = frozenset({LIVE, READY})
+# These need no key: a browser cannot send one before the page asks for it.
+DOCS_PATHS = frozenset(
+    {
+        "/docs",
+        "/docs/favicon-32x32.png",
+        "/docs/initializer.js",
+        "/docs/swagger-ui-bundle.js",
+        "/docs/swagger-ui.css",
+        "/openapi.json",
+    }
+)
+KEYLESS_PATHS = OPEN_PATHS | DOCS_PATHS
 
 PREFLIGHT_MAX_AGE_S = 600
 ALLOWED_METHODS = "GET, HEAD, POST"
@@ -109,7 +121,7 @@ class Access:
         if request.path not in OPEN_PATHS:
             self._check_host(request)
         self._answer_preflight(request)
-        if request.path not in OPEN_PATHS and self.keys.are_needed:
+        if request.path not in KEYLESS_PATHS and self.keys.are_needed:
             self._check_key(request)
         _check_encoding(request)
 

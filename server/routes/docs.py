@@ -1,10 +1,12 @@
-"""The API's own document, and a page that shows it without any other host.
+"""The API's document, and Swagger UI to browse it and to try requests.
 
-Owns how the two are sent. Knows nothing of what the document says (`..openapi`).
+Owns how the page and its files are sent; no file comes from another host. Knows nothing of the
+document's content (`..api.openapi`).
 """
 
 from __future__ import annotations
 
+import functools
 from importlib.resources import files
 from typing import Any, Protocol
 
@@ -17,12 +19,13 @@ ROUTES = Routes("docs", "Documentation")
 HTML = "text/html; charset=utf-8"
 SCRIPT = "text/javascript; charset=utf-8"
 STYLE = "text/css; charset=utf-8"
+PNG = "image/png"
 
-_PAGES = files(__package__).joinpath("../api/pages")
-# Nothing but this server's own files, and no code in the page itself.
+# Only scripts and requests of this server. Swagger UI sets styles inline and has images in its CSS.
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
-    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self';"
+    " style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self';"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
@@ -34,30 +37,63 @@ class _Context(Protocol):
 
 @ROUTES.get("/openapi.json", replies=[Reply(type=dict[str, Any], description="OpenAPI 3.1.")])
 async def openapi(request: Request) -> HTTPResponse:
-    """This document: what the server takes and answers."""
+    """This document: every request that the server accepts, and every answer."""
     context: _Context = request.app.ctx
     return HTTPResponse(context.document(), content_type="application/json")
 
 
 @ROUTES.get("/docs", replies=[Reply(type=str, media_type=HTML, description="A page.")])
 async def page(request: Request) -> HTTPResponse:
-    """The document as a page to browse; it asks no other host for anything."""
-    return _file("docs.html", HTML)
+    """The document as a page, with a form for each request (Swagger UI)."""
+    return _file(_own("docs.html"), HTML)
 
 
-@ROUTES.get("/docs/page.js", replies=[Reply(type=str, media_type=SCRIPT, description="Its code.")])
+@ROUTES.get(
+    "/docs/initializer.js",
+    replies=[Reply(type=str, media_type=SCRIPT, description="The page's settings.")],
+)
+async def initializer(request: Request) -> HTTPResponse:
+    """The settings of Swagger UI."""
+    return _file(_own("initializer.js"), SCRIPT)
+
+
+@ROUTES.get(
+    "/docs/swagger-ui-bundle.js",
+    replies=[Reply(type=str, media_type=SCRIPT, description="The page's code.")],
+)
 async def script(request: Request) -> HTTPResponse:
-    """What draws the page."""
-    return _file("page.js", SCRIPT)
+    """The code of Swagger UI."""
+    return _file(_swagger_ui("swagger-ui-bundle.js"), SCRIPT)
 
 
-@ROUTES.get("/docs/page.css", replies=[Reply(type=str, media_type=STYLE, description="Its look.")])
+@ROUTES.get(
+    "/docs/swagger-ui.css",
+    replies=[Reply(type=str, media_type=STYLE, description="The page's styles.")],
+)
 async def style(request: Request) -> HTTPResponse:
-    """How the page looks."""
-    return _file("page.css", STYLE)
+    """The styles of Swagger UI."""
+    return _file(_swagger_ui("swagger-ui.css"), STYLE)
 
 
-def _file(name: str, content_type: str) -> HTTPResponse:
-    return HTTPResponse(
-        _PAGES.joinpath(name).read_bytes(), headers=_HEADERS, content_type=content_type
-    )
+@ROUTES.get(
+    "/docs/favicon-32x32.png",
+    replies=[Reply(type=str, media_type=PNG, description="The page's icon.")],
+)
+async def icon(request: Request) -> HTTPResponse:
+    """The icon of Swagger UI."""
+    return _file(_swagger_ui("favicon-32x32.png"), PNG)
+
+
+def _file(content: bytes, content_type: str) -> HTTPResponse:
+    return HTTPResponse(content, headers=_HEADERS, content_type=content_type)
+
+
+@functools.cache
+def _own(name: str) -> bytes:
+    return files(__package__).joinpath("../api/pages", name).read_bytes()
+
+
+@functools.cache
+def _swagger_ui(name: str) -> bytes:
+    """A file of Swagger UI's distribution, from the package swagger-ui-py."""
+    return files("swagger_ui").joinpath("static", name).read_bytes()

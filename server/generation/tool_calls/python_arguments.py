@@ -71,7 +71,9 @@ def _value(node: ast.expr, depth: int) -> Any:
             return _joined_surrogates(text)
         case ast.Constant(value=bool() | None as word):
             return word
-        case ast.Constant(value=int() | float() as number) if math.isfinite(number):
+        case ast.Constant(value=int() as number):
+            return number
+        case ast.Constant(value=float() as number) if math.isfinite(number):
             return number
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant() as operand):
             return _negative(_value(operand, depth + 1))

@@ -37,7 +37,7 @@ CALLS = [
     ("<<function=f>{}</function>", "<", [("f", "{}")]),
     (f'{TAG}f.call(query="a b")', "", [("f", '{"query": "a b"}')]),
     (f"{TAG}f(a=1, b=-2.5e3, c=[None, True, (1,)], d={{'x': 'y'}})", "", [
-        ("f", '{"a": 1, "b": -2.5e3, "c": [null, true, [1]], "d": {"x": "y"}}'),
+        ("f", '{"a": 1, "b": -2500.0, "c": [null, true, [1]], "d": {"x": "y"}}'),
     ]),
     (f"Wait.{TAG}f(); f.call()", "Wait.", [("f", "{}")] * 2),
     (TAG + '{"name": "f", "parameters": {}}', "", [("f", "{}")]),
@@ -238,6 +238,7 @@ def test_what_is_no_literal_is_refused(text):
         ("a=true, b=False, c=null", {"a": True, "b": False, "c": None}),
         ("a={'b': [], 'c': (), 'd': {}}", {"a": {"b": [], "c": [], "d": {}}}),
         ("a=" + "9" * 30, {"a": int("9" * 30)}),
+        ("a=" + "9" * 400, {"a": int("9" * 400)}),
         ("a=1_000, b=0x1, c=1., d=-2.5", {"a": 1000, "b": 1, "c": 1.0, "d": -2.5}),
         ("a='x\ny',\nb=\"c\\\\\n\"", {"a": "x\ny", "b": "c\\\n"}),
         ("größe=1", {"größe": 1}),
