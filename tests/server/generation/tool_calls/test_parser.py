@@ -197,7 +197,7 @@ def steps_of(work):
 
 def test_row_25_tool_parsing_of_hostile_output_is_linear_and_evaluates_nothing():
     """Twice the text takes twice the steps; a quadratic parser would take four times."""
-    for (part, short), (_, long) in zip(hostile(4_000), hostile(8_000), strict=True):
+    for (part, short), (_, long) in zip(hostile(5_000), hostile(10_000), strict=True):
         few = steps_of(lambda text=short: parsed(in_pieces(text)))
         many = steps_of(lambda text=long: parsed(in_pieces(text)))
         assert few >= 4_000, part
