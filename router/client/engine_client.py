@@ -176,7 +176,7 @@ class EngineClient:
             return float("inf")
         return time.monotonic() - self.last_heartbeat
 
-    def refusal(self, priority: int) -> QueueFullError | None:
+    def rejection(self, priority: int) -> QueueFullError | None:
         """The error that the engine would return for a new request of this priority, if known.
 
         A caller need not prepare a request that would be rejected. None: unknown, the engine

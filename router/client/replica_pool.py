@@ -51,7 +51,7 @@ class ReplicaPool:
         self._clients = list(clients)
         self._limits = limits
         self._on_moved = on_moved
-        self._chooser = ReplicaChooser(len(clients), first=first)
+        self.chooser = ReplicaChooser(len(clients), first=first)
         self._infos: list[EngineReady | None] = [None] * len(clients)
         self._heartbeats_read: list[float | None] = [None] * len(clients)
         self._homes: dict[str, EngineClient] = {}
@@ -59,12 +59,8 @@ class ReplicaPool:
         self._is_stopping = False
 
     @property
-    def chooser(self) -> ReplicaChooser:
-        return self._chooser
-
-    @property
     def num_open_requests(self) -> int:
-        return sum(client.num_open_requests for client in self._clients)
+        return len(self._homes)
 
     # As one engine
 
@@ -121,7 +117,7 @@ class ReplicaPool:
         self._check_images(requests)
         keys = affinity_keys(requests[0])
         tried: set[int] = set()
-        refusals: list[QueueFullError] = []
+        rejections: list[QueueFullError] = []
         has_lost_one = False
         while (replica := self._choose(keys, tried)) is not None:
             has_output = False
@@ -134,7 +130,7 @@ class ReplicaPool:
             except QueueFullError as error:
                 if has_output:
                     raise
-                refusals.append(error)
+                rejections.append(error)
                 reason: MoveReason = "full"
             except EngineDeadError as error:
                 if has_output or error.has_started or has_lost_one:
@@ -143,16 +139,16 @@ class ReplicaPool:
             tried.add(replica)
             if self._able(tried):
                 self._on_moved(reason)
-        if refusals:
+        if rejections:
             # The queue that has space again first.
-            raise min(refusals, key=lambda error: error.retry_after_s)
+            raise min(rejections, key=lambda error: error.retry_after_s)
         raise EngineDeadError("no replica is ready")
 
-    def refusal(self, priority: int) -> QueueFullError | None:
-        """As `EngineClient.refusal`: an error only if every usable replica would reject."""
-        refusals = [self._clients[number].refusal(priority) for number in self._able(set())]
-        known = [error for error in refusals if error is not None]
-        if not known or len(known) < len(refusals):
+    def rejection(self, priority: int) -> QueueFullError | None:
+        """As `EngineClient.rejection`: an error only if every usable replica would reject."""
+        rejections = [self._clients[number].rejection(priority) for number in self._able(set())]
+        known = [error for error in rejections if error is not None]
+        if not known or len(known) < len(rejections):
             return None
         return min(known, key=lambda error: error.retry_after_s)
 
@@ -165,7 +161,7 @@ class ReplicaPool:
     def died(self, replica: int) -> None:
         """This replica's connection is lost: forget what it had cached."""
         self._heartbeats_read[replica] = None
-        self._chooser.died(replica)
+        self.chooser.died(replica)
 
     def stop(self) -> None:
         """Send no more requests: none is retried on another replica."""
@@ -177,7 +173,7 @@ class ReplicaPool:
         self._read_heartbeats()
         info = self.info
         margin = 0.0 if info is None else margin_of(info.max_num_seqs)
-        return self._chooser.choose(keys, self._able(tried), margin)
+        return self.chooser.choose(keys, self._able(tried), margin)
 
     def _able(self, tried: set[int]) -> list[int]:
         """The healthy replicas that were not tried; without any, the ready ones."""
@@ -197,7 +193,7 @@ class ReplicaPool:
             if client.last_heartbeat != self._heartbeats_read[number]:
                 self._heartbeats_read[number] = client.last_heartbeat
                 stats = client.stats
-                self._chooser.loads[number].report(stats.num_running + stats.num_waiting)
+                self.chooser.loads[number].report(stats.num_running + stats.num_waiting)
 
     @property
     def _best(self) -> EngineClient:
@@ -210,7 +206,7 @@ class ReplicaPool:
         self, replica: int, requests: Sequence[AddRequest]
     ) -> AsyncGenerator[SequenceOutput, None]:
         """One replica's outputs. The requests count as its load until they end."""
-        client, load = self._clients[replica], self._chooser.loads[replica]
+        client, load = self._clients[replica], self.chooser.loads[replica]
         ids = [answer_id for request in requests for answer_id in request.answer_ids]
         # A prompt counts until its first output; then only its answers count.
         prompts = sum(map(weight_of, requests)) - len(ids)

@@ -200,7 +200,7 @@ class ScriptedEngine:
                 for request_id in request.answer_ids:
                     self.leave(request_id)
 
-    def refusal(self, priority: int) -> QueueFullError | None:
+    def rejection(self, priority: int) -> QueueFullError | None:
         """What a test says."""
         return self.refused
 

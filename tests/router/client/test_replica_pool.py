@@ -198,14 +198,15 @@ def pool_of(*clients):
 
 
 def test_a_prompt_weighs_until_its_first_output_and_an_answer_until_its_end():
-    pool, _ = pool_of(ScriptedClient(TOKEN, END))
+    client = ScriptedClient(TOKEN, END)
+    pool, _ = pool_of(client)
     load = pool.chooser.loads[0]
     # Computing it weighs as much as two answers.
     request = request_of(tokens=range(1024))
 
     async def scenario():
         weights = []
-        pool._clients[0].on_asked = lambda: weights.append(load.own)
+        client.on_asked = lambda: weights.append(load.own)
         async with contextlib.aclosing(pool.generate(request)) as stream:
             async for _ in stream:
                 weights.append(load.own)
@@ -243,21 +244,21 @@ def test_a_request_moves_once_if_its_replica_dies_before_it_begins_and_past_full
     if error is QueueFullError:
         assert end.retry_after_s == 3.0
     assert all(load.now == 0 for load in pool.chooser.loads)
-    assert not pool._homes
+    assert pool.num_open_requests == 0
 
 
 def test_a_pool_is_known_to_be_full_where_all_that_could_be_asked_are():
     late, soon = ScriptedClient(END), ScriptedClient(END)
     pool, _ = pool_of(late, soon)
-    assert pool.refusal(0) is None
-    late.refusal = lambda priority: FULL
-    assert pool.refusal(0) is None
-    soon.refusal = lambda priority: QueueFullError("full", 3.0)
-    assert pool.refusal(0).retry_after_s == 3.0
+    assert pool.rejection(0) is None
+    late.rejection = lambda priority: FULL
+    assert pool.rejection(0) is None
+    soon.rejection = lambda priority: QueueFullError("full", 3.0)
+    assert pool.rejection(0).retry_after_s == 3.0
     soon.is_there = False
-    assert pool.refusal(0) is FULL
+    assert pool.rejection(0) is FULL
     late.is_there = False
-    assert pool.refusal(0) is None, "that no replica is ready is another error"
+    assert pool.rejection(0) is None, "that no replica is ready is another error"
 
 
 def test_a_worker_that_stops_sends_nothing_to_another_replica():

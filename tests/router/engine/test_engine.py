@@ -280,9 +280,9 @@ def test_a_full_queue_refuses_at_once_and_serves_again_later(tmp_path):
             await until(lambda: gate.is_holding)
             tasks.append(asyncio.create_task(tokens_of(client, request_of("waiting"))))
             await until(lambda: rig.engine.stats().num_waiting == 1)
-            with pytest.raises(QueueFullError) as refusal:
+            with pytest.raises(QueueFullError) as rejection:
                 await tokens_of(client, request_of("refused"))
-            assert refusal.value.retry_after_s > 0
+            assert rejection.value.retry_after_s > 0
             gate.open()
             await asyncio.gather(*tasks)
             assert len(await tokens_of(client, request_of("refused"))) == 4
@@ -304,18 +304,18 @@ def test_a_step_tells_workers_that_have_something_open_that_a_newcomer_would_be_
             running = asyncio.create_task(tokens_of(client, request_of("r", max_tokens=5_000)))
             await until(lambda: rig.engine.stats().num_running == 1)
             waiting = asyncio.create_task(tokens_of(client, request_of("w", max_tokens=5_000)))
-            await until(lambda: client.refusal(0) is not None)
-            refusal = client.refusal(1)
-            assert isinstance(refusal, QueueFullError)
-            assert "--max-queue-requests" in str(refusal)
-            assert refusal.retry_after_s >= 1
-            assert client.refusal(-1) is None
-            assert idle.refusal(0) is None
+            await until(lambda: client.rejection(0) is not None)
+            rejection = client.rejection(1)
+            assert isinstance(rejection, QueueFullError)
+            assert "--max-queue-requests" in str(rejection)
+            assert rejection.retry_after_s >= 1
+            assert client.rejection(-1) is None
+            assert idle.rejection(0) is None
             waiting.cancel()
-            await until(lambda: client.refusal(0) is None)
+            await until(lambda: client.rejection(0) is None)
             running.cancel()
             await asyncio.gather(running, waiting, return_exceptions=True)
-            assert client.refusal(0) is None
+            assert client.rejection(0) is None
 
     asyncio.run(scenario())
 

@@ -46,9 +46,9 @@ def test_a_full_queue_refuses_with_the_limit_and_when_to_come_back(queue, what):
     first = sequence_of("a", num_images=1)
     queue.put(first)
     queue.put(sequence_of("b", num_images=1))
-    with pytest.raises(QueueFullError, match=what) as refusal:
+    with pytest.raises(QueueFullError, match=what) as rejection:
         queue.put(sequence_of("c", num_images=1))
-    assert refusal.value.retry_after_s == 3.0, "six tokens wait"
+    assert rejection.value.retry_after_s == 3.0, "six tokens wait"
     assert len(queue) == 2
     queue.remove(first)
     queue.put(sequence_of("c", num_images=1))
