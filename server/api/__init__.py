@@ -1,0 +1,12 @@
+"""What all routes share.
+
+Read in this order:
+
+    endpoint  how a route declares its request and its answers
+    services  the parts of a worker that routes use, and JSON answers
+    sse       streams of server-sent events
+    openapi   the API's document, from the declarations
+    pages     the page at /docs
+
+Declares no route.
+"""

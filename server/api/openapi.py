@@ -204,12 +204,12 @@ def _operation(one: Endpoint, schemas: Schemas, model: str, needs_key: bool) -> 
 
 
 def _prose_rules(body: type[msgspec.Struct]) -> str:
-    """The rules of a body that JSON schema has no words for."""
-    told: Sequence[str] = getattr(body, "prose_rules", ())
-    if not told:
-        return "A body that fits the schema is taken."
-    lines = "\n".join(f"- {rule}" for rule in told)
-    return f"A body that fits the schema is taken where these rules hold too:\n\n{lines}"
+    """The rules of a body that JSON schema cannot express."""
+    rules: Sequence[str] = getattr(body, "prose_rules", ())
+    if not rules:
+        return "A body is accepted if it matches the schema."
+    lines = "\n".join(f"- {rule}" for rule in rules)
+    return f"A body is accepted if it matches the schema and these rules:\n\n{lines}"
 
 
 def _body_content(one: Endpoint, schemas: Schemas, model: str) -> dict[str, Any]:

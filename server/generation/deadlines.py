@@ -1,6 +1,6 @@
-"""When a request's time is over, and the error that says so.
+"""The time limit of a request, and its error.
 
-Owns the one bound that every wait of a request stands under. Knows nothing of what is waited for.
+Owns the limit that applies to every wait of a request. Knows nothing of the things waited for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..errors import DeadlineError
 
 @contextlib.asynccontextmanager
 async def until(deadline: float) -> AsyncGenerator[None, None]:
-    """Raise DeadlineError where the block takes longer than to this time of the loop's."""
+    """Raise DeadlineError if the block runs beyond this time of the event loop's clock."""
     try:
         async with asyncio.timeout_at(None if deadline == math.inf else deadline) as scope:
             yield
@@ -26,7 +26,7 @@ async def until(deadline: float) -> AsyncGenerator[None, None]:
 
 
 def deadline_error() -> DeadlineError:
-    """What a client reads whose request took too long."""
+    """The error for a request that took too long."""
     return DeadlineError(
         "the request took longer than its timeout: ask for fewer tokens, raise timeout_s or"
         " start the server with a larger --max-request-time"

@@ -1,4 +1,4 @@
-"""A worker's connection to one engine, which is made again whenever the engine went away.
+"""A worker's connection to one engine, which reconnects after each restart of the engine.
 
 Owns the client and the task that keeps it connected. Knows nothing of requests.
 """
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class EngineConnection:
-    """Connects from `open` to `stop`. name: the engine's, for the log. on_dead: told of its end."""
+    """Stays connected from `open` to `stop`. name: for logs. on_dead: called if it dies."""
 
     def __init__(self, path: str, name: str, on_dead: Callable[[], None] = lambda: None) -> None:
         self.client = EngineClient(path, on_dead=self._lose)
@@ -27,16 +27,16 @@ class EngineConnection:
         self._connecting: asyncio.Task[None] | None = None
 
     def open(self) -> None:
-        """Begin to look for the engine, which may still be loading."""
+        """Start to connect to the engine, which may still be loading."""
         self._connecting = asyncio.create_task(self._stay_connected())
 
     async def stop(self) -> None:
-        """Do not connect again."""
+        """Stop reconnecting."""
         if self._connecting is not None:
             await end_tasks(self._connecting)
 
     async def close(self) -> None:
-        """End every request that is with the engine."""
+        """Cancel all requests in the engine."""
         await self.client.close()
 
     def _lose(self) -> None:
@@ -52,4 +52,4 @@ class EngineConnection:
                 logger.warning("%s: %s", self._name, error)
                 continue
             await self._is_dead.wait()
-            logger.error("%s is gone: its requests ended with an error", self._name)
+            logger.error("lost the connection to %s: its requests failed", self._name)

@@ -1,7 +1,7 @@
 """Renders a conversation by the checkpoint's chat template, run in jinja2's sandbox.
 
-User text never passes through the template: a sentinel stands for it, so that
-no text, tool or call can act as a special token. Knows nothing of token ids.
+User text never passes through the template: a placeholder replaces it, so no text, tool or
+call can act as a special token. Knows nothing of token ids.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A conversation as every API hands it on: roles, texts and image places.
+"""A conversation: roles, texts, images, tools and calls.
 
-Owns the one form that the schemas end in and the prompt begins with. Knows
-nothing of any wire format, nor of tokens.
+Owns the one form that all schemas produce and prompts are made from. Knows nothing of wire
+formats or tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Renders a conversation in Meta's own format: for what a chat template cannot take.
+"""Renders a conversation in Meta's own format, where a chat template cannot.
 
-Owns headers, and how tools and calls are written in each of the three formats
-that Llama 3 was taught. Knows nothing of token ids or of templates.
+Owns the headers, and the three formats of tools and calls that Llama 3 was trained on. Knows
+nothing of token ids or templates.
 """
 
 from __future__ import annotations

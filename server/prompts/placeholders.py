@@ -1,7 +1,7 @@
-"""Stands an unguessable word for each user text, and finds them again.
+"""Replaces each user text with an unguessable word, and finds the words again.
 
-Owns what keeps users' text apart from a template's own, inside JSON as well.
-Knows nothing of messages or of templates.
+Keeps the text of users apart from the text of a template, also inside JSON. Knows nothing of
+messages or templates.
 """
 
 from __future__ import annotations

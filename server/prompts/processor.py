@@ -1,8 +1,8 @@
 """Turns a conversation into token ids and image spans.
 
-Owns the tokenizer of an HTTP worker and the rule that special tokens come only
-from the template. Reads the checkpoint's files itself: transformers would bring
-torch. Knows nothing of pixels, of HTTP or of the engine.
+Owns the tokenizer of an HTTP worker, and the rule that only the template makes special tokens.
+Reads the checkpoint's files itself, because transformers would import torch. Knows nothing of
+pixels, HTTP or the engine.
 """
 
 from __future__ import annotations

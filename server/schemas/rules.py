@@ -49,8 +49,8 @@ def any_of(*rules: dict[str, Any]) -> dict[str, Any]:
     return {"anyOf": list(rules)}
 
 
-# What JSON schema has no words for: a body names its own as `prose_rules`, and the code that
-# checks one is where its error is raised.
+# Constraints that JSON schema cannot express; a body lists them in `prose_rules`. The code that
+# checks a rule raises its error.
 NO_NUL = "Texts hold no U+0000."
 RESULTS = "A tool message answers the id of a call in an earlier assistant message."
 PICTURES = (

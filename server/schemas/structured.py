@@ -1,4 +1,4 @@
-"""The spellings in which clients say what form an answer must have.
+"""The fields by which clients request a form of the answer.
 
 Owns OpenAI's response_format, the guided_* fields, their twins under nvext, and Llama Stack's
 response_format. Knows nothing of how a grammar is written (`grammar_text.py`) or obeyed.

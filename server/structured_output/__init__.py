@@ -1,0 +1,11 @@
+"""Grammars that an answer must match.
+
+Read in this order:
+
+    grammar_text       JSON schemas, regexes, choices and EBNF as the text of one grammar
+    tool_call_grammar  the grammar of answers that must be tool calls
+    compile_checks     whether a client's grammar compiles, in time
+    compile_child      the process that compiles it, which can be killed
+
+Knows nothing of the fields of any API. The engine applies the grammars.
+"""

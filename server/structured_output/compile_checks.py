@@ -1,7 +1,7 @@
-"""Whether a client's grammar compiles, found out where it can be killed.
+"""Checks in child processes whether a client's grammar compiles.
 
-Owns the children that compile, their deadline, and a bounded memory of what they said. Knows
-nothing of what a grammar means.
+Owns the children, their deadline, and a bounded cache of their verdicts. Knows nothing of the
+meaning of a grammar.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LOST = (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError)
 
 
 class GrammarChecks:
-    """Two children at most, started when the first grammars come."""
+    """At most two children, started when the first grammars come."""
 
     def __init__(self, folder: str | Path, timeout_s: float = 2.0) -> None:
         """folder: the checkpoint's, for its tokenizer."""
@@ -43,7 +43,7 @@ class GrammarChecks:
     async def check(self, grammar: str, field: str, tenant: str) -> str:
         """The grammar as the engine takes it. Raises BadRequestError, naming `field`.
 
-        What is remembered serves `tenant` alone: the time it takes tells nobody of others.
+        The cache is separate for each `tenant`, so response times reveal nothing of other tenants.
         """
         key = (tenant, hashlib.sha256(grammar.encode()).digest())
         verdict = self._verdicts.get(key)
@@ -57,13 +57,13 @@ class GrammarChecks:
         return verdict.grammar
 
     async def close(self) -> None:
-        """End the children that wait for work."""
+        """Stop the idle children."""
         idle, self._idle = self._idle, []
         for process in idle:
             await end_child(process)
 
     async def _judge(self, grammar: str, field: str) -> Verdict:
-        """What a child says. One that ends instead says nothing: the machine may have been busy."""
+        """The verdict of a child. Timeouts are not cached, because the machine may be busy."""
         async with self._free:
             process = await self._take_idle() or await self._start()
             try:
@@ -87,7 +87,7 @@ class GrammarChecks:
             return verdict
 
     async def _take_idle(self) -> Process | None:
-        """A child that waits for work and still lives: one that ended meanwhile says nothing."""
+        """An idle child that is still alive, or None."""
         while self._idle:
             process = self._idle.pop()
             if process.returncode is None:
@@ -96,7 +96,7 @@ class GrammarChecks:
         return None
 
     async def _start(self) -> Process:
-        """A child that has read the tokenizer."""
+        """Start a child and wait until it has read the tokenizer."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-W", "ignore", "-m", MODULE, str(os.getpid()), self._folder),
             stdin=PIPE, stdout=PIPE, limit=_ANSWER_LIMIT, env=child_environment(),

@@ -1,4 +1,4 @@
-"""A process that compiles strangers' grammars to say whether they can be: killed at a deadline.
+"""A process that checks whether a client's grammar compiles; its parent kills it at a deadline.
 
     stdin, stdout    length (4 bytes, big-endian) and that many bytes: an answer for each question,
                      and one before the first, when the tokenizer is read
