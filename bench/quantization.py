@@ -35,7 +35,7 @@ from vlmserve.models.weights.quantization import (
     quantization_config,
     settle,
 )
-from vlmserve.models.weights.tensor_loader import WHOLE, Recipe, assemble
+from vlmserve.models.weights.tensor_loader import WHOLE, Recipe, load_tensors, open_tensors
 
 LAYER_11B = {
     "hidden_size": 4096,
@@ -64,7 +64,9 @@ def load(folder: Path, dtype: torch.dtype, method: str | None) -> MllamaForCondi
 def _weight_only(folder: Path, dtype: torch.dtype) -> MllamaForConditionalGeneration:
     checkpoint = open_checkpoint(folder, dtype)
     recipe = Recipe(torch.device("cpu"), dtype, WHOLE, lambda name: is_quantized(f"{name}.weight"))
-    return assemble(folder, checkpoint.skeleton.config, checkpoint.tensors, recipe, lambda _: None)
+    opened = open_tensors(folder, checkpoint.tensors)
+    config = checkpoint.meta_model.config
+    return load_tensors(opened, config, recipe, lambda _: None, str(folder))
 
 
 def layer_bytes(model: MllamaForConditionalGeneration) -> int:

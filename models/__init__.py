@@ -1,1 +1,19 @@
-"""How tokens are computed: Mllama wrapper, attention, caches, sampling."""
+"""Computes tokens: the Mllama wrapper, attention, caches and sampling, with torch.
+
+In the order in which to read them:
+
+    batch, errors           what router/ sends for one step and gets back; the exceptions
+    create_runner           from the engine's options to a loaded runner
+    execution/              one step: images and tokens in, sampled tokens out; recorded steps
+    kv_cache/               the paged pools, their sizes, the layout of a step's inputs
+    attention/, kernels/    attention over the pools; what all Triton kernels share
+    decoder/, vision/       the text model's and the vision model's layers
+    sampling/, grammar      from logits to a token; which tokens a grammar allows
+    weights/, checkpoint    a checkpoint's files, the loader, quantization, device maps
+    memory/                 estimates, measures and divides each device's memory
+    tensor_parallel/        how a model is cut over ranks, and their collectives
+    distributed/            the ranks' processes; what one of several engines uses
+    bundled/                the tiny model that comes with the server
+
+byte_text, device_copies, eos_tokens, malloc and threads are small helpers.
+"""

@@ -1,7 +1,6 @@
-"""The plain types that cross between the router and the models.
+"""The plain types that the router sends to the models for one step, and gets back.
 
-Owns what one model step is told and what it answers. Knows no tensor: this
-module never imports torch, so the scheduler and the wire can use it.
+This module never imports torch, so the scheduler and the wire can use it.
 """
 
 from __future__ import annotations
@@ -16,30 +15,29 @@ NonNegative = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
 Bias = Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]
-# Called once a step, from when on Python of other threads costs the step the least: on a CPU when
-# it begins, on a GPU when all is launched and its tokens are waited for.
+# Called once a step, at the moment from which other Python threads delay it least: on a CPU when
+# the step starts, on a GPU when everything is launched and only the tokens are awaited.
 OnLaunch = Callable[[], None]
 
 
 def ignore() -> None:
-    """An `OnLaunch` that nobody waits for."""
+    """An `OnLaunch` that does nothing."""
 
 
 class DeviceLostError(RuntimeError):
-    """A step failed and so will all others: only a new process can use the device again."""
+    """A step failed, and all later steps will: only a new process can use the device again."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token of a request is chosen; the defaults change nothing.
 
-    temperature 0 is greedy; top_p 1.0, top_k -1 and min_p 0.0 are off. `seed` is
-    always set: a request without one is given a random one when it arrives, so
-    that a preempted request repeats itself. repetition_penalty counts the prompt
-    and what was generated, presence and frequency what was generated. logit_bias:
-    (token id, bias) pairs, each id once. The ids that end the answer are banned
-    for the first min_tokens tokens. num_logprobs: how many of the likeliest tokens
-    are told beside the chosen one's log-probability; None tells of none.
-    `models/sampling/sampler.py` has the order of these.
+    temperature 0 is greedy; top_p 1.0, top_k -1 and min_p 0.0 are off. `seed` is always set: a
+    request without a seed gets a random one when it arrives, so that it repeats itself after a
+    preemption. repetition_penalty counts prompt and generated tokens, presence_penalty and
+    frequency_penalty only generated ones. logit_bias: (token id, bias) pairs, each id once. The ids
+    that end the answer are banned for the first min_tokens tokens. num_logprobs: how many of the
+    likeliest tokens to report with the chosen token's log-probability; None reports nothing.
+    `models/sampling/sampler.py` shows in which order these apply.
     """
 
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] = 1.0
@@ -60,7 +58,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def has_penalties(self) -> bool:
-        """True if the choice depends on which tokens the text already holds."""
+        """True if the choice depends on earlier tokens."""
         return (
             self.repetition_penalty != 1.0
             or self.presence_penalty != 0.0
@@ -69,12 +67,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImageTiles(msgspec.Struct, frozen=True, kw_only=True):
-    """One image as the decoder cut it: only its real tiles, 8-bit RGB.
+    """One image cut into tiles by the image decoder: only its real tiles, 8-bit RGB.
 
     data: uint8 [num_tiles, 3, tile_size, tile_size], C order, as bytes.
     aspect_ratio_id: transformers' id of the tile grid, from 1.
-    content_hash: SHA-256 over the encoded bytes and whatever changes the tiles
-    (size, mode, processor settings).
+    content_hash: SHA-256 over the encoded bytes and everything that changes the tiles (size, mode,
+    processor settings).
     """
 
     data: bytes
@@ -87,8 +85,8 @@ class ImageTiles(msgspec.Struct, frozen=True, kw_only=True):
 class ImageSpan(msgspec.Struct, frozen=True):
     """The token positions that may see one image: [start, end).
 
-    end is None for the images that the prompt's last token sees: generated
-    tokens go on seeing them. Adjacent images share their end (Meta's mask).
+    end is None for the images that the prompt's last token sees: generated tokens see them too.
+    Adjacent images share their end (Meta's mask).
     """
 
     start: NonNegative
@@ -102,8 +100,8 @@ class ImageSpan(msgspec.Struct, frozen=True):
 class CrossSegment:
     """Consecutive tokens of one sequence in one step that see the same images.
 
-    block_ids: image blocks (one a tile) of all images they see, in prompt
-    order; empty for tokens that may see no image.
+    block_ids: image blocks, one for each tile, of all images that they see, in prompt order; empty
+    for tokens that see no image.
     """
 
     num_tokens: int
@@ -112,11 +110,10 @@ class CrossSegment:
 
 @dataclass(slots=True, frozen=True)
 class SamplingContext:
-    """What the choice of a request's next token needs to know of its text so far.
+    """The earlier tokens of a request that the choice of its next token depends on.
 
-    prompt_token_ids, in any order and each at least once, are told where
-    repetition_penalty is on; generated_token_ids where any penalty is;
-    banned_token_ids are those that may not come yet.
+    prompt_token_ids: in any order, each at least once; set if repetition_penalty is on.
+    generated_token_ids: set if any penalty is on. banned_token_ids: tokens that may not come yet.
     """
 
     prompt_token_ids: Sequence[int] = ()
@@ -125,7 +122,7 @@ class SamplingContext:
 
 
 class TokenMatcher(Protocol):
-    """Where one sequence stands in its grammar; see `models/grammar.py`."""
+    """One sequence's position in its grammar; see `models/grammar.py`."""
 
     @property
     def has_failed(self) -> bool: ...
@@ -136,8 +133,8 @@ class TokenMatcher(Protocol):
 class TokenLogprobs(msgspec.Struct, frozen=True):
     """The natural log-probabilities at one generated token, before any sampling parameter.
 
-    logprob: of the chosen token. top_token_ids, top_logprobs: the likeliest
-    tokens, best first, as many as were asked for. None is below -9999.
+    logprob: of the chosen token. top_token_ids, top_logprobs: the requested number of likeliest
+    tokens, best first. No value is below -9999.
     """
 
     logprob: float
@@ -146,9 +143,9 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True):
-    """The same at one token of the prompt, given all that stands before it.
+    """The log-probabilities at one token of the prompt, given all tokens before it.
 
-    rank: of this token among all, the likeliest is 1; equals share the better rank.
+    rank: of this token, 1 for the likeliest; equal tokens share the better rank.
     """
 
     token_id: int
@@ -160,10 +157,10 @@ class PromptLogprobs(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True, frozen=True)
 class PromptTargets:
-    """Which tokens of the prompt a chunk is to tell the log-probabilities of.
+    """The prompt tokens whose log-probabilities a chunk reports.
 
-    token_ids are what follows the chunk's tokens first, first + 1, ... (counted in
-    the chunk). num_top: how many of the likeliest tokens are told beside each.
+    token_ids follow the chunk's tokens first, first + 1, ... (counted in the chunk). num_top: how
+    many of the likeliest tokens to report with each.
     """
 
     first: int
@@ -175,14 +172,12 @@ class PromptTargets:
 class ScheduledSequence:
     """What one sequence runs in one step.
 
-    token_ids are the tokens at positions start .. start + len - 1; block_ids
-    cover positions 0 .. start + len - 1 of the text pool. The segments' token
-    counts add up to len(token_ids). `sampling` is None for a prefill chunk that
-    does not reach the end of the sequence: nothing is sampled for it.
-    `sample_index` counts the tokens generated before this one (0 for the first);
-    it picks the place in the request's own random stream. `context` is None where
-    the choice depends on the logits alone, `prompt` where no log-probabilities of
-    the prompt are due, `matcher` where no grammar says which tokens may come.
+    token_ids are the tokens at positions start .. start + len - 1; block_ids cover positions
+    0 .. start + len - 1 of the text pool. The segments' token counts add up to len(token_ids).
+    `sampling` is None for a prefill chunk that does not reach the end of the sequence: nothing is
+    sampled. `sample_index` counts the tokens generated before this one; it is the position in the
+    request's random stream. `context` is None if the choice depends on the logits alone, `prompt`
+    if no log-probabilities of the prompt are due, `matcher` if there is no grammar.
     """
 
     request_id: str
@@ -199,11 +194,11 @@ class ScheduledSequence:
 
 @dataclass(slots=True)
 class ImageToEncode:
-    """An image that is encoded in this step, or a part of it.
+    """An image that this step encodes, wholly or in part.
 
-    Its layers begin .. end - 1 run; where end is None all to the last, and its cross-attention
-    keys and values go to its blocks. Who begins in the middle goes on where the last step that
-    encoded a part has ended: one image at a time is kept between steps.
+    Layers begin .. end - 1 run. If end is None, all layers to the last run, and the image's
+    cross-attention keys and values go to its blocks. An image with begin > 0 continues where the
+    last step stopped: only one image at a time is kept between steps.
     """
 
     image: ImageTiles
@@ -219,7 +214,7 @@ class ImageToEncode:
 
 @dataclass(slots=True, frozen=True)
 class BlockCopy:
-    """A text block whose keys and values another is to begin with."""
+    """Copy the keys and values of text block `source` to block `target`."""
 
     source: int
     target: int
@@ -229,9 +224,8 @@ class BlockCopy:
 class StepBatch:
     """Everything one model step computes.
 
-    copies come first of all: every source is read before any block is written. Then the
-    freed blocks are poisoned, which are named in a debug mode only: nobody may read
-    what they held.
+    copies run first: every source is read before any block is written. Then the freed blocks, which
+    are listed in debug mode only, are overwritten, so that a read of them shows.
     """
 
     sequences: list[ScheduledSequence] = field(default_factory=list)
@@ -246,7 +240,7 @@ class StepBatch:
 
     @property
     def finished_images(self) -> list[ImageToEncode]:
-        """Those of the images whose keys and values this step writes."""
+        """The images whose keys and values this step writes."""
         return [image for image in self.images if image.end is None]
 
 
@@ -254,9 +248,9 @@ class StepBatch:
 class StepResult:
     """What one model step sampled: request_id -> token_id.
 
-    Holds an entry for each sequence of the batch whose `sampling` was set, and in
-    `logprobs` for those that asked for them. prompt_logprobs: for each sequence with
-    `prompt` one entry a target, None at `<|image|>`, which has no logit.
+    Has an entry for each sequence with `sampling`, and in `logprobs` for each that requested them.
+    prompt_logprobs: for each sequence with `prompt`, one entry a target; None at `<|image|>`, which
+    has no logit.
     """
 
     token_ids: dict[str, int]
@@ -267,10 +261,10 @@ class StepResult:
 
 @dataclass(slots=True, frozen=True)
 class PoolSizes:
-    """How many blocks each pool has, and how much one block holds.
+    """How many blocks each pool has, and the size of a block.
 
-    A text block holds `block_size` tokens of every self-attention layer; an
-    image block holds one tile of every cross-attention layer.
+    A text block has `block_size` tokens of every self-attention layer; an image block has one tile
+    of every cross-attention layer.
     """
 
     num_text_blocks: int
@@ -280,10 +274,10 @@ class PoolSizes:
 
 @dataclass(slots=True, frozen=True)
 class ModelInfo:
-    """What the router must know of a loaded model.
+    """What the router needs to know about a loaded model.
 
-    image_cost_tokens: how many prompt tokens take as long to compute as one image to encode; 0
-    where that is not known. num_image_layers: the parts that an image can be encoded in.
+    image_cost_tokens: how many prompt tokens take as long to compute as one image to encode; 0 if
+    unknown. num_image_layers: in how many parts an image can be encoded.
     """
 
     vocab_size: int

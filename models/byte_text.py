@@ -1,4 +1,4 @@
-"""Amounts of memory as an operator reads them. Knows nothing of what an amount is for."""
+"""Writes amounts of memory for messages."""
 
 from __future__ import annotations
 

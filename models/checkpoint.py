@@ -1,7 +1,4 @@
-"""What a checkpoint's folder holds, and whether it may be loaded.
-
-Owns the checks on files before anything is loaded. Knows nothing of tensors.
-"""
+"""Checks a checkpoint's folder before anything is loaded. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,11 +13,13 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ModelError unless the folder holds a Mllama checkpoint in safetensors."""
+    """Raise ModelError unless the folder has a Mllama checkpoint in safetensors."""
     check_config(read_json(folder / "config.json"), str(folder))
     if (folder / "adapter_config.json").exists():
-        # transformers would fetch the base model it names, and read adapter weights of any kind
-        raise ModelError(f"{folder}: adapters are not served; merge it into the weights first")
+        # transformers would download its base model, and read adapter weights of any format
+        raise ModelError(
+            f"{folder}: adapters are not supported; merge the adapter into the weights first"
+        )
     if (folder / "model.safetensors.index.json").is_file():
         _check_shards(folder)
     elif not (folder / "model.safetensors").is_file():
@@ -28,11 +27,14 @@ def check_folder(folder: Path) -> None:
 
 
 def check_config(config: dict[str, Any], source: str) -> None:
-    """Raise ModelError unless a config.json is of a Mllama in full precision; source: whose."""
+    """Raise ModelError unless a config.json describes an unquantized Mllama.
+
+    source: the folder or hub id, for messages.
+    """
     architectures = config.get("architectures") or []
     if config.get("model_type") != "mllama" or architectures not in ([], [ARCHITECTURE]):
         names = architectures if isinstance(architectures, list) else [architectures]
-        found = ", ".join(map(str, names)) or config.get("model_type") or "model of no known kind"
+        found = ", ".join(map(str, names)) or config.get("model_type") or "model of an unknown type"
         raise ModelError(f"{source}: the checkpoint is a {found}; only {ARCHITECTURE} is served")
     if config.get("quantization_config"):
         raise ModelError(f"{source}: the checkpoint is quantized; use the unquantized one")
@@ -54,14 +56,14 @@ def _refuse_without_safetensors(folder: Path) -> None:
     pickles = [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))]
     if pickles:
         raise ModelError(
-            f"{folder}: {pickles[0]} is a pickle file, which can run code and is never loaded; "
+            f"{folder}: {pickles[0]} is a pickle file, which can run code, so it is not loaded; "
             "convert the weights to model.safetensors"
         )
     raise ModelError(f"{folder}: model.safetensors is missing")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object of a checkpoint's file. Raises ModelError if it is not there or not one."""
+    """The JSON object in a checkpoint's file. Raises ModelError if it is missing or invalid."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

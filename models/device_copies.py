@@ -1,8 +1,8 @@
-"""Copies between the host and a device: up without waiting, down in one copy a step.
+"""Copies between the host and a device: uploads without waiting, one download a step.
 
-Owns both directions. Knows nothing of what is copied. A step waits for its device once, where it
-fetches its tokens; whatever else reads a value back, or copies from memory that is not pinned,
-would wait too (tests/models/execution/test_synchronizations.py counts them).
+A step waits for its device once, when it fetches its tokens. Any other read of a device's value,
+and any copy from memory that is not pinned, would wait too
+(tests/models/execution/test_synchronizations.py counts the waits).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _NUMPY_TYPES = {torch.int64: np.int64, torch.float32: np.float32}
 
 
 def upload(values: ArrayLike, device: torch.device, dtype: DTypeLike | None = None) -> Tensor:
-    """The values on a device, in numpy's type of them or `dtype`; on a CPU it may share memory.
+    """The values on a device, in their numpy dtype or `dtype`; on a CPU it may share memory.
 
-    On a GPU they are there for whatever runs on the current stream after it.
+    On a GPU, work queued later on the current stream sees them.
     """
     return _to_device(torch.from_numpy(np.ascontiguousarray(values, dtype=dtype)), device)
 
 
 def fetch(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
-    """The values of tensors of one device, by one copy, for which it waits."""
+    """The values of tensors on one device, by one copy; waits for it."""
     flat = torch.cat([_bytes_of(tensor) for tensor in tensors])
     packed, arrays, start = _to_host(flat), [], 0
     for tensor in tensors:
@@ -47,7 +47,7 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 def _to_device(host: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return host.to(device)
-    # torch keeps pinned memory for reuse, and gives it to nobody before the copy is done
+    # torch reuses the pinned memory only after the copy is done
     return host.pin_memory().to(device, non_blocking=True)
 
 

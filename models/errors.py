@@ -1,20 +1,19 @@
-"""What goes wrong on this floor.
+"""The exceptions of models/.
 
-    ModelError (ValueError)        the model cannot be loaded or sized as asked; one line
+    ModelError (ValueError)        the model cannot be loaded or sized with these options; one line
       StepTooLargeError            a step within the limits runs out of memory
     GrammarError (ValueError)      a grammar that cannot be compiled
     StepError (RuntimeError)       one step failed; the engine ends the requests of that step
       NonFiniteLogitsError         the model's logits were NaN or infinite
 
-A device that can compute nothing more is DeviceLostError (`batch.py`): the engine must know it.
-Knows nothing of HTTP or of the engine's answers.
+DeviceLostError is in `batch.py`, since the engine handles it.
 """
 
 from __future__ import annotations
 
 
 class ModelError(ValueError):
-    """The model cannot be loaded or sized as asked; the message is one line with the remedy."""
+    """The model cannot be loaded or sized with these options; one line with the remedy."""
 
 
 class StepTooLargeError(ModelError):
@@ -26,7 +25,7 @@ class GrammarError(ValueError):
 
 
 class StepError(RuntimeError):
-    """One step could not be computed; nothing is wrong with later steps."""
+    """One step could not be computed; later steps can."""
 
 
 class NonFiniteLogitsError(StepError):

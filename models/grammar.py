@@ -1,11 +1,10 @@
-"""What may come next by a grammar: matchers, and the masks of a step's rows.
+"""Which tokens a grammar allows next: compiled grammars, matchers, and the masks of a step's rows.
 
-Owns llguidance: the tokenizer as it sees it, compiled grammars, and one matcher a sequence. Knows
-nothing of APIs, and nothing of tensors: a mask is bits in numpy.
+Owns llguidance. Imports no torch: a mask is bits in numpy.
 
 A grammar is compiled once and copied for each sequence. Compiling and filling masks run without
-Python's global lock. Nothing raises for what a grammar does: a matcher that runs into one of its
-limits has failed, and says so.
+Python's global lock. A matcher that reaches one of its limits does not raise; it reports
+`has_failed`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from tokenizers import Tokenizer
 from .eos_tokens import configured_end_ids, end_token_ids
 from .errors import GrammarError
 
-# What is compiled was seen to take up to 62 times its text: 48 MiB together.
+# A compiled grammar takes up to 62 times its text: 48 MiB for all of them.
 MAX_COMPILED = 64
 MAX_COMPILED_BYTES = 786_432
 SILENT = 0
@@ -33,30 +32,30 @@ _LIMITS = LLParserLimits(max_lexer_states=20_000)
 
 
 class Matcher:
-    """One sequence's place in its grammar."""
+    """One sequence's position in its grammar."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self.inner = matcher
 
     @property
     def has_failed(self) -> bool:
-        """True once a limit was hit, or a token came that the grammar forbids."""
+        """True after the matcher reached a limit or got a token that the grammar forbids."""
         return bool(self.inner.is_error())
 
     def accept(self, token_id: int) -> None:
-        """Go on behind this token, which the mask allowed."""
+        """Advance past this token, which the mask allowed."""
         self.inner.consume_token(token_id)
 
     def copy(self) -> Matcher:
-        """Another sequence's matcher, at the same place."""
+        """A matcher at the same position, for another sequence."""
         return Matcher(self.inner.deep_copy())
 
 
 class Grammars:
     """Compiles grammars for one checkpoint's tokenizer and fills masks for its vocabulary.
 
-    vocab_size: of the logits. The tokenizer is read at once, as that holds Python's lock (for a
-    second at 128,256 entries); a folder without one takes no grammar.
+    vocab_size: of the logits. The tokenizer is read here, since that holds Python's lock (for a
+    second at 128,256 entries). A folder without a tokenizer supports no grammars.
     """
 
     def __init__(self, folder: str | Path, vocab_size: int) -> None:
@@ -71,12 +70,11 @@ class Grammars:
         self._read(Path(folder))
 
     def compile(self, grammar: str, eos_token_ids: Sequence[int] = (), tenant: str = "") -> Matcher:
-        """A matcher at the grammar's start, compiled once for each tenant and kept for a while.
+        """A matcher at the grammar's start. Compiled grammars are cached for each tenant.
 
-        grammar: llguidance's JSON. eos_token_ids: what may end a text that is complete; without
-        any, the checkpoint's ends of a turn. The tenant keeps one client from learning, by the
-        time it takes, that another sent the same grammar.
-        Raises GrammarError, one line, if it is no grammar.
+        grammar: llguidance's JSON. eos_token_ids: tokens that may end a complete text; by default
+        the checkpoint's. Caching by tenant prevents a client from learning, by timing, that another
+        client sent the same grammar. Raises GrammarError, one line, if it cannot be compiled.
         """
         key = (tenant, grammar, tuple(sorted(set(eos_token_ids))) or self._end_token_ids)
         known = self._compiled.get(key)
@@ -91,7 +89,7 @@ class Grammars:
         return known.copy()
 
     def compile_anew(self, grammar: str, eos_token_ids: tuple[int, ...] = ()) -> Matcher:
-        """The same, kept nowhere. Raises GrammarError."""
+        """The same without the cache. Raises GrammarError."""
         tokenizer = self._tokenizer(eos_token_ids or self._end_token_ids)
         matcher = LLMatcher(tokenizer, grammar, log_level=SILENT, limits=_LIMITS)
         if matcher.is_error():
@@ -105,7 +103,7 @@ class Grammars:
         source = file.read_text("utf-8")
         tokenizer = Tokenizer.from_str(source)
         self._source = _with_unspeakable_specials(source)
-        # The tokenizer may name ids behind the logits, as `<|image|>` is.
+        # The tokenizer may have ids beyond the logits, such as `<|image|>`.
         last_id = max(tokenizer.get_vocab().values())
         self._mask_size = max(self._vocab_size, last_id + 1)
         self._end_token_ids = tuple(end_token_ids(tokenizer, configured_end_ids(folder)))
@@ -113,25 +111,24 @@ class Grammars:
             self._tokenizer(self._end_token_ids)
 
     def _tokenizer(self, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
-        """The tokenizer as llguidance sees it, with these ends. Raises GrammarError."""
+        """llguidance's tokenizer with these end tokens. Raises GrammarError."""
         if eos_token_ids not in self._tokenizers:
             size, ends = self._mask_size, list(eos_token_ids)
             try:
                 known = LLTokenizer(self._source, n_vocab=size, eos_token=ends)
-            except Exception as error:  # the library raises nothing more special
-                raise GrammarError(f"the tokenizer takes no grammar: {error}") from error
+            except Exception as error:  # the library raises no narrower type
+                raise GrammarError(f"the tokenizer does not support grammars: {error}") from error
             self._tokenizers[eos_token_ids] = known
         return self._tokenizers[eos_token_ids]
 
     def fill(self, matchers: Sequence[Matcher]) -> NDArray[np.uint8]:
         """Which tokens may come next, a bit each, uint8 [num_matchers, ceil(vocab_size / 8)].
 
-        Token i is bit i % 8 of byte i // 8, counted from the lowest. A matcher that has failed
-        allows all: its request is ended with the step. None allows nothing: a text that is complete
-        may end.
+        Token i is bit i % 8 of byte i // 8, lowest bit first. A failed matcher allows all tokens:
+        its request ends with this step. Every row allows some token: a complete text may end.
         """
         masks = np.full((len(matchers), -(-self._mask_size // 32)), -1, dtype=np.int32)
-        at = [(one.inner, row) for row, one in enumerate(matchers) if not one.has_failed]
+        at = [(m.inner, row) for row, m in enumerate(matchers) if not m.has_failed]
         if self._executor is None:
             self._executor = LLExecutor()
         if at:
@@ -145,10 +142,10 @@ class Grammars:
 
 
 def _with_unspeakable_specials(source: str) -> str:
-    """A tokenizer's JSON whose special tokens have names that no grammar spells.
+    """A tokenizer's JSON whose special tokens have names that no grammar contains.
 
-    llguidance tokenizes what a grammar forces as a text: one that spells `<|eot_id|>` would else
-    be answered by that token, which is no text.
+    llguidance tokenizes the text that a grammar forces. Text that contains `<|eot_id|>` would
+    otherwise become that special token.
     """
     content = msgspec.json.decode(source)
     nonce = secrets.token_hex(16)

@@ -1,15 +1,14 @@
-"""Decides when large freed buffers go back to the system: at once while loading, hardly ever later.
+"""Decides when large freed buffers return to the system: at once while loading, rarely later.
 
-Owns three settings of glibc's allocator; nothing happens under another C library. Knows nothing of
-models.
+Owns three settings of glibc's allocator; under another C library these functions do nothing.
 
-Loading: glibc raises the size from which it maps a buffer by itself as such buffers are freed, up
-to 32 MiB; later ones then come from its heap, where a long-lived quantized weight behind each freed
-full-precision one keeps the hole resident: m100 took three times its quantized size to load.
+Loading: each freed mapped buffer raises the size from which glibc maps buffers, up to 32 MiB. Later
+buffers come from the heap, where a long-lived quantized weight after each freed full-precision one
+keeps the hole resident: a 100 M model took three times its quantized size to load.
 
-Computing: what a step frees is what the next one asks for. glibc gives the heap's free end back
-beyond 64 MiB, and whole heaps of threads other than the main one; every page then faults again in
-the next step, a third of the time of a decode of 64 sequences of m100.
+Computing: a step allocates what the last step freed. glibc returns the heap's free end beyond
+64 MiB, and whole heaps of other threads; every page then faults again in the next step. That cost a
+third of the time of a decode of 64 sequences.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from contextlib import contextmanager
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _SMALL = 128 << 10
-# where glibc's own adjustment ends, and the most that some releases take
+# where glibc's adjustment ends; some releases accept no more
 _LARGEST = 32 << 20
-# a step's buffers are smaller, but for a few of models so large that faults do not count
+# larger than a step's buffers, except in models so large that faults do not matter
 _KEPT = 256 << 20
 _FREE_END = 1 << 30
 
 
 @contextmanager
 def large_buffers_mapped() -> Iterator[None]:
-    """Within it, a freed buffer of 128 KiB or more leaves the process at once; glibc only."""
+    """Return freed buffers of 128 KiB or more to the system at once, within the context."""
     mallopt = _mallopt()
     mallopt(_M_MMAP_THRESHOLD, _SMALL)
     try:
@@ -40,7 +39,7 @@ def large_buffers_mapped() -> Iterator[None]:
 
 
 def use_one_heap() -> None:
-    """Let all threads allocate from the main heap: only that one keeps what is freed.
+    """Let all threads allocate from the main heap, which alone keeps freed memory.
 
     Call it before threads start.
     """
@@ -48,7 +47,7 @@ def use_one_heap() -> None:
 
 
 def keep_freed_buffers() -> None:
-    """From now on keep freed buffers up to 256 MiB, and up to 1 GiB in all, for the next step."""
+    """Keep freed buffers of up to 256 MiB, 1 GiB in all, for the next step."""
     mallopt = _mallopt()
     if not mallopt(_M_MMAP_THRESHOLD, _KEPT):
         mallopt(_M_MMAP_THRESHOLD, _LARGEST)
@@ -56,7 +55,7 @@ def keep_freed_buffers() -> None:
 
 
 def _mallopt() -> Callable[[int, int], int]:
-    """glibc's function of that name; one that does nothing under another C library."""
+    """glibc's mallopt; a function that does nothing under another C library."""
     try:
         return ctypes.CDLL(None).mallopt
     except AttributeError:

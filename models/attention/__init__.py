@@ -1,6 +1,13 @@
-"""The attention backends by name, each imported when it is first asked for.
+"""Attention over the paged pools, by several backends; each is imported when first used.
 
-Owns the list of names. Knows nothing of how a backend computes; `choice.py` knows which to take.
+This file registers the backends by name. In the order in which to read the others:
+
+    base                                  the interface, and the rows of a step
+    sdpa                                  the reference backend: torch's SDPA on gathered keys
+    triton_paged, triton_kernels          this project's kernels
+    flash, tiles                          what both FlashAttention backends share
+    flash_attn_package, torch_varlen      the two of them
+    choice, trial                         which backend a run uses, and its trial before use
 """
 
 from __future__ import annotations
@@ -19,7 +26,7 @@ __all__ = [
     "get_backend",
 ]
 
-# name -> module and class; a backend's own dependencies load only with its module
+# name -> module and class; a backend's dependencies are imported only with its module
 _BACKENDS: dict[str, tuple[str, str]] = {
     "sdpa": (".sdpa", "SdpaBackend"),
     "flash_attn": (".flash_attn_package", "FlashAttnBackend"),
@@ -29,7 +36,7 @@ _BACKENDS: dict[str, tuple[str, str]] = {
 
 
 def backend_names() -> list[str]:
-    """The names that `get_backend` takes, in order of the registry."""
+    """The registered names, in order."""
     return list(_BACKENDS)
 
 

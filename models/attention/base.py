@@ -1,9 +1,6 @@
-"""What every attention backend does: write keys and values to slots, attend rows to paged keys.
+"""The interface of attention backends: write keys and values to slots, attend rows to paged keys.
 
-Owns the interface and the description of a step's rows. Knows nothing of models, of requests or
-of which layer calls it.
-
-Layout of one layer's keys (values alike), the one that flash_attn reads:
+Also describes a step's rows. The layout of one layer's keys and values, as flash_attn reads it:
 
     [num_blocks, block_size, num_kv_heads, head_dim]
     slot = block_id * block_size + offset
@@ -23,7 +20,7 @@ from torch import Tensor
 
 @dataclass(slots=True, frozen=True)
 class Geometry:
-    """Where a backend would run and on what: the facts that a kernel may refuse.
+    """The device, dtype and sizes that decide whether a backend can run.
 
     num_patches: tokens of an image block; head counts are of the text model.
     """
@@ -42,11 +39,10 @@ class PagedRows:
 
     query_start_loc: int64 [num_rows + 1], the packed queries of row i are
     query_start_loc[i] : query_start_loc[i + 1]. key_lens: int64 [num_rows], 0 for a row that sees
-    nothing. block_table: int64 [num_rows, max blocks], padded with 0; row i's key j lies in block
-    block_table[i, j // block_size]. is_causal: the row's queries are the last tokens of its keys
-    and see no later one; otherwise each query sees all keys of its row, which are whole blocks:
-    key_lens are multiples of block_size.
-    On the host, so that a backend plans without waiting for the device.
+    nothing. block_table: int64 [num_rows, max blocks], padded with 0; row i's key j is in block
+    block_table[i, j // block_size]. is_causal: the row's queries are its last keys and see no later
+    key; otherwise each query sees all keys of its row, which are whole blocks. All arrays are on
+    the host, so that a backend plans without waiting for the device.
     """
 
     query_start_loc: NDArray[np.int64]
@@ -65,23 +61,23 @@ class PagedRows:
 
 
 class AttentionBackend(ABC):
-    """Attention over paged keys and values. Holds no state between steps.
+    """Attention over paged keys and values. Keeps no state between steps.
 
-    A step calls `prepare` once a pool and then, layer by layer, `write` and `attend`.
+    A step calls `prepare` once for each pool and then, layer by layer, `write` and `attend`.
     """
 
     name: ClassVar[str]
-    # a text block's tokens must be a multiple of it
+    # --block-size must be a multiple of it
     block_multiple: ClassVar[int] = 1
 
     @classmethod
     def why_not(cls, geometry: Geometry) -> str | None:
-        """Why it cannot run there, in a few words; None where it can."""
+        """Why it cannot run with this geometry, in a few words; None if it can."""
         return None
 
     @abstractmethod
     def prepare(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> Any:
-        """A plan for these rows, which every layer of the step shares; opaque to the caller."""
+        """A plan for these rows, shared by all layers of the step; opaque to the caller."""
 
     @abstractmethod
     def attend(
@@ -90,7 +86,7 @@ class AttentionBackend(ABC):
         """The attention output of the plan's rows, [num_queries, num_heads, head_dim].
 
         query: [num_queries, num_heads, head_dim]; caches: one layer's, in the module's layout.
-        A row without keys gives zeros. No slot beyond a row's own keys is read, whatever it holds.
+        A row without keys gives zeros. No slot outside a row's keys is read.
         """
 
     def write(

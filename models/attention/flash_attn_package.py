@@ -1,7 +1,6 @@
 """The backend `flash_attn`: the kernels of the package flash-attn, FlashAttention 2.
 
-Owns the mapping of a call to the package's arguments. Knows nothing of plans.
-Signatures: flash_attn 2.8, flash_attn_interface.py.
+Maps a call to the package's arguments, as in flash_attn 2.8, flash_attn_interface.py.
 """
 
 from __future__ import annotations
@@ -35,17 +34,16 @@ def import_kernels() -> FlashAttnKernels:
 
 
 class FlashAttnBackend(FlashBackend):
-    """Pure decodes by the kv-cache form, which splits long keys; all else by the varlen form."""
+    """Uses the kv-cache form, which splits long keys, for decodes, else the varlen form."""
 
     name: ClassVar[str] = "flash_attn"
 
     def __init__(self, kernels: FlashAttnKernels | None = None) -> None:
-        """`kernels`: others than the installed package's."""
+        """kernels: default: those of the installed package."""
         self._kernels = kernels or import_kernels()
 
     @classmethod
     def why_not_importable(cls) -> str | None:
-        """See `FlashBackend.why_not_importable`."""
         try:
             kernels = import_kernels()
         except ModuleNotFoundError:
@@ -59,7 +57,6 @@ class FlashAttnBackend(FlashBackend):
     def attend_paged(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, call: PagedCall, scale: float
     ) -> Tensor:
-        """See `FlashBackend.attend_paged`."""
         if call.max_queries == 1:
             return self._decode(query, key_cache, value_cache, call, scale)
         output: Tensor = self._kernels.varlen(
@@ -93,8 +90,7 @@ class FlashAttnBackend(FlashBackend):
     def attend_ragged(
         self, query: Tensor, keys: Tensor, values: Tensor, call: RaggedCall, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See `FlashBackend.attend_ragged`."""
-        # without dropout, return_attn_probs brings the log-sum-exp and no probabilities
+        # without dropout, return_attn_probs adds only the log-sum-exp
         output, lse, _ = self._kernels.varlen(
             query,
             keys,

@@ -1,10 +1,8 @@
 """The reference backend: gathers paged keys and calls torch's SDPA. Runs on any device.
 
-Owns how a step's rows are grouped into few dense calls. Knows nothing of models or requests.
-
-Rows with equally many queries and similarly many keys make one bucket; a bucket is one gather of
-keys padded to its longest row and one attention call. Padding repeats the row's own first key and
-is masked, so that no foreign slot is ever read: even a NaN there would change nothing.
+Groups a step's rows into few dense calls. Rows with equally many queries and similarly many keys
+share a bucket: one gather of keys, padded to the longest row, and one attention call. Padding
+repeats the row's first key and is masked, so no slot of another row is read, not even a NaN.
 """
 
 from __future__ import annotations
@@ -22,11 +20,11 @@ from torch import Tensor
 from ..device_copies import upload
 from .base import AttentionBackend, PagedRows
 
-# a bucket gathers at most so many keys at once: 128 MiB of keys of Llama-3.2-11B in bf16
+# most keys that a bucket gathers: 128 MiB of keys of Llama-3.2-11B in bf16
 MAX_BUCKET_KEYS = 65_536
-# a chunk of a prompt behind a longer past is cut here, which bounds its mask
+# a longer chunk behind a past is cut, to limit its mask
 MAX_MASKED_QUERIES = 512
-# below this key count all rows share a bucket: a call costs more than the padding
+# shorter rows share a bucket: a call costs more than their padding
 MIN_BUCKET_LEN = 128
 
 
@@ -34,9 +32,9 @@ MIN_BUCKET_LEN = 128
 class Bucket:
     """Rows of one dense call: num_rows x query_len queries over num_rows x key_len keys.
 
-    queries: int64 [num_rows * query_len] places in the packed queries; None where they are all of
-    them in order. slots: int64 [num_rows * key_len]. mask: added to the scores, [num_rows, 1,
-    query_len or 1, key_len]; None where all is seen or `is_causal` says it.
+    queries: int64 [num_rows * query_len], positions in the packed queries; None for all queries in
+    order. slots: int64 [num_rows * key_len]. mask: added to the scores, [num_rows, 1, query_len or
+    1, key_len]; None if every key is seen or `is_causal` is set.
     """
 
     num_rows: int
@@ -87,7 +85,7 @@ class SdpaBackend(AttentionBackend):
             return _attend_bucket(query, key_cache, value_cache, plan[0], scale)
         output = torch.zeros_like(query, memory_format=torch.contiguous_format)
         for bucket in plan:
-            assert bucket.queries is not None, "a bucket of all queries is the plan's only one"
+            assert bucket.queries is not None, "a bucket of all queries is the only bucket"
             queries = query.index_select(0, bucket.queries)
             part = _attend_bucket(queries, key_cache, value_cache, bucket, scale)
             output.index_copy_(0, bucket.queries, part)
@@ -120,7 +118,7 @@ def _cut(row: _Row) -> list[_Row]:
 
 
 def _length_class(key_len: int) -> int:
-    """Rows of one class differ at most by a factor of two in length, short ones apart."""
+    """A class of lengths that differ by at most a factor of two; short rows share one."""
     return max(key_len - 1, MIN_BUCKET_LEN - 1).bit_length()
 
 
@@ -137,7 +135,7 @@ def _bucket(rows: PagedRows, group: list[_Row], device: torch.device, dtype: tor
     starts = np.array([row.start for row in group])
     queries = (starts[:, None] + np.arange(query_len)).reshape(-1)
     is_everything = len(queries) == rows.num_queries and bool((np.diff(queries) == 1).all())
-    # SDPA's own causal flag means the top left corner: right where no row has a past
+    # SDPA's causal flag is aligned to the top left: correct only without a past
     is_causal = rows.is_causal and query_len > 1 and bool((key_lens == query_len).all())
     mask = None if is_causal else _mask(rows, query_len, key_lens)
     slots = _slots(rows, [row.index for row in group], key_lens)
@@ -162,7 +160,7 @@ def _slots(rows: PagedRows, indices: list[int], key_lens: NDArray[np.int64]) -> 
 
 
 def _mask(rows: PagedRows, query_len: int, key_lens: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-    """Which keys may be seen, [num_rows, 1, query_len or 1, longest]; None if all by all."""
+    """Which keys may be seen, [num_rows, 1, query_len or 1, longest]; None if all are."""
     longest = int(key_lens.max())
     last_seen = key_lens[:, None, None] - 1
     if rows.is_causal and query_len > 1:
@@ -204,7 +202,7 @@ def _attend_bucket(
 def _attend_by_member(
     grouped: Tensor, keys: Tensor, values: Tensor, bucket: Bucket, scale: float
 ) -> Tensor:
-    """A call for each member of the KV groups: neither keys nor mask are copied a head."""
+    """One call for each member of the KV groups, so that keys and mask are not copied."""
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     members = [
         F.scaled_dot_product_attention(
@@ -233,7 +231,7 @@ def _attend_folded(
 
 
 def _prefers_wide_products(query: Tensor, bucket: Bucket) -> bool:
-    """Whether plain products win over SDPA: half precision on a CPU, one query over many keys."""
+    """Whether plain products are faster than SDPA: half precision on a CPU, one query a row."""
     is_half = query.dtype in (torch.bfloat16, torch.float16)
     num_keys = bucket.num_rows * bucket.key_len
     return is_half and query.device.type == "cpu" and bucket.query_len == 1 and num_keys >= 1024
@@ -244,9 +242,9 @@ def _attend_wide(
 ) -> Tensor:
     """Attention of one query a row by two products over all KV heads at once.
 
-    Each query head is laid out over the width of all KV heads, zeros but for its own, so that the
-    gathered keys are used as they lie: [heads, width] x [width, key_len]. Several times the
-    arithmetic of SDPA's narrow products, and a third of their time on a CPU in bf16.
+    Each query head is spread over the width of all KV heads, zero outside its own, so that the
+    gathered keys need no copy: [heads, width] x [width, key_len]. Several times the arithmetic of
+    SDPA's narrow products, but a third of their time on a CPU in bf16.
     """
     num_rows, _, num_kv_heads, group, head_dim = grouped.shape
     width = num_kv_heads * head_dim

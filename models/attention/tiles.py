@@ -1,19 +1,16 @@
-"""Attention of packed queries to whole image blocks where they lie: no key is copied, none padded.
+"""Attention of packed queries to whole image blocks in place, without copies or padding.
 
-Owns the layout of the calls and how their partial results become one. Knows nothing of the kernel
-that computes a call.
-
-An image block holds num_patches tokens (1,601 of the 11B), which no kernel takes as the size of a
-paged block. But a layer's pool is also one long row of keys, and a tile is a stretch of it. So a
-call has a tile as its "sequence", whose queries are all those of the step that see it:
+An image block has num_patches tokens (1,601 for the 11B), which no kernel accepts as a block size.
+But a layer's pool is also one long row of keys, and a tile is a part of it. So a call's "sequence"
+is a tile, and its queries are all queries of the step that see the tile:
 
     pool      | gap      | tile 3 | tile 4 | gap    | tile 9 |      keys, in place
     queries   |          | a b    | a      |        | b c    |      sorted by tile
 
-A gap is a sequence without queries. A picture that several requests ask about is read once. What
-a query found in each of its tiles is merged by the log-sum-exp of its scores there, as the halves
-of a split are in FlashDecoding. The query heads of a KV group are laid out as query rows of their
-KV head: nothing is causal here, so that is exact, and a key is read once a group.
+A gap is a sequence without queries. An image that several requests use is read once. A query's
+results from its tiles are merged by the log-sum-exp of the scores, as splits are in FlashDecoding.
+The query heads of a KV group become query rows of their KV head, so a key is read once a group;
+this is exact because nothing here is causal.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ from .base import PagedRows
 
 Ints = NDArray[np.int64]
 
-# a call has at most so many pairs of a query and a tile: 64 MiB of outputs of the 11B in bf16
+# most pairs of a query and a tile in a call: 64 MiB of outputs of the 11B in bf16
 MAX_PAIRS = 8_192
 
 
@@ -39,8 +36,8 @@ MAX_PAIRS = 8_192
 class RaggedCall:
     """One call over sequences of consecutive queries and consecutive keys.
 
-    query_starts, key_starts: int32 [num_sequences + 1], counted in query rows and in slots of the
-    pool. max_queries, max_keys: the longest sequence's.
+    query_starts, key_starts: int32 [num_sequences + 1], in query rows and in slots of the pool.
+    max_queries, max_keys: of the longest sequence.
     """
 
     query_starts: Tensor
@@ -49,7 +46,7 @@ class RaggedCall:
     max_keys: int
 
     def times(self, group: int) -> RaggedCall:
-        """The call with `group` query rows in the place of each."""
+        """The call with each query row repeated `group` times."""
         return replace(
             self, query_starts=self.query_starts * group, max_queries=self.max_queries * group
         )
@@ -59,9 +56,9 @@ class RaggedCall:
 class TilePart:
     """Some of a step's queries and all the tiles that they see.
 
-    seeing: int64 [n], places of the part's queries in the packed ones. pairs: int64 [num_pairs],
-    the packed query of each pair, sorted by tile. merge: int64 [n, most tiles], the pairs of each
-    query, padded with 0; is_padding: bool of the same shape, None where nothing is padded.
+    seeing: int64 [n], positions of the part's queries in the packed queries. pairs: int64
+    [num_pairs], the packed query of each pair, sorted by tile. merge: int64 [n, most tiles], the
+    pairs of each query, padded with 0. is_padding: bool of that shape; None without padding.
     """
 
     seeing: Tensor
@@ -77,7 +74,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, RaggedCall, float], tuple[Tensor, Ten
 
 
 def plan_tiles(rows: PagedRows, device: torch.device) -> list[TilePart]:
-    """The calls of rows that are not causal; none where no query sees a key."""
+    """The calls of rows that are not causal; empty if no query sees a key."""
     assert not rows.is_causal, "tiles have no order"
     assert (rows.key_lens % rows.block_size == 0).all(), "rows see whole image blocks"
     row_of_query = np.repeat(np.arange(len(rows.key_lens)), rows.query_lens)
@@ -141,7 +138,7 @@ def attend_tiles(
     scale: float,
     kernel: Kernel,
 ) -> Tensor:
-    """The attention output, [num_queries, num_heads, head_dim]; zeros where a query sees no tile.
+    """The attention output, [num_queries, num_heads, head_dim]; zeros for queries without a tile.
 
     query: the same shape; caches: one layer's image pool, [blocks, num_patches, heads, head_dim].
     """
@@ -181,7 +178,7 @@ def _attend_part(
 
 
 def _merge(partial: Tensor, lse: Tensor, part: TilePart) -> Tensor:
-    """One output a query from one a pair, [n, group, num_kv_heads, head_dim]."""
+    """Merge the pairs' outputs: one for each query, [n, group, num_kv_heads, head_dim]."""
     if part.merge.shape[1] == 1:
         return partial[part.merge[:, 0]]
     weights = lse[part.merge]

@@ -1,11 +1,11 @@
 """The backend `varlen`: torch's own `torch.nn.attention.varlen.varlen_attn`.
 
-Owns the mapping of a call to that function's arguments. Knows nothing of plans.
-Signature: torch 2.13. torch 2.11 has neither `block_table` nor `seqused_k`.
+Maps a call to that function's arguments, as in torch 2.13; torch 2.11 has neither `block_table` nor
+`seqused_k`.
 
-Behind the function is FlashAttention 2, unless the process activated a later one
-(`torch.nn.attention.activate_flash_attention_impl`). FlashAttention 2 wants the cumulative capacity
-of the rows' blocks beside the block table, the later ones refuse it.
+The function calls FlashAttention 2, unless the process activated a later version
+(`torch.nn.attention.activate_flash_attention_impl`). FlashAttention 2 needs the cumulative capacity
+of the rows' blocks beside the block table; later versions reject it.
 """
 
 from __future__ import annotations
@@ -25,20 +25,19 @@ CAUSAL, FULL = (-1, 0), (-1, -1)
 
 
 class VarlenBackend(FlashBackend):
-    """Attention by `varlen_attn`; nothing to install beside a CUDA build of torch."""
+    """Attention by `varlen_attn`; needs only a CUDA build of torch."""
 
     name: ClassVar[str] = "varlen"
 
     def __init__(
         self, varlen_attn: Callable[..., Any] | None = None, impl: str | None = None
     ) -> None:
-        """`varlen_attn`, `impl`: others than torch's function and its active implementation."""
+        """varlen_attn, impl: default: torch's function and its active implementation."""
         self._varlen_attn = varlen_attn or _import_function()
         self._needs_key_starts = (impl or _active_impl()) == "FA2"
 
     @classmethod
     def why_not_importable(cls) -> str | None:
-        """See `FlashBackend.why_not_importable`."""
         try:
             parameters = inspect.signature(_import_function()).parameters
         except ImportError:
@@ -50,7 +49,6 @@ class VarlenBackend(FlashBackend):
     def attend_paged(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, call: PagedCall, scale: float
     ) -> Tensor:
-        """See `FlashBackend.attend_paged`."""
         output: Tensor = self._varlen_attn(
             query,
             key_cache,
@@ -70,7 +68,6 @@ class VarlenBackend(FlashBackend):
     def attend_ragged(
         self, query: Tensor, keys: Tensor, values: Tensor, call: RaggedCall, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See `FlashBackend.attend_ragged`."""
         from torch.nn.attention.varlen import AuxRequest
 
         output, lse = self._varlen_attn(
@@ -85,7 +82,7 @@ class VarlenBackend(FlashBackend):
             scale=scale,
             window_size=FULL,
         )
-        # its page says tokens first, its kernels and its shape function heads first
+        # the documentation has tokens first; the kernels return heads first
         assert lse.shape == (query.shape[1], len(query)), "log-sum-exp is [heads, queries]"
         return output, lse
 
@@ -97,7 +94,7 @@ def _import_function() -> Callable[..., Any]:
 
 
 def _active_impl() -> str:
-    """The active implementation's name; torch's own is FlashAttention 2."""
+    """The name of the active implementation; the default is FlashAttention 2."""
     import torch.nn.attention as attention
 
     current = getattr(attention, "current_flash_attention_impl", lambda: None)

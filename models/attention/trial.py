@@ -1,9 +1,7 @@
-"""Tries a backend on this machine before the first request: a step's rows, against the reference.
+"""Tries an attention backend on this machine before the first request, against the reference.
 
-Owns the rows of the trial and the tolerance. Knows no backend by name but the reference.
-
-A kernel depends on the driver, the GPU and two packages' builds, none of which a test of this
-project's can promise. The trial costs some milliseconds and runs each of a backend's calls once.
+The trial takes some milliseconds and runs each of a backend's calls once. `kernels/self_test.py`
+explains why a trial is needed.
 """
 
 from __future__ import annotations
@@ -12,29 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import self_test
 from .base import AttentionBackend, Geometry, PagedRows
 from .sdpa import SdpaBackend
 
-# both compute in half precision on values of order 1
-TOLERANCE = 3e-2
 NUM_BLOCKS = 6
 
 
 def what_is_wrong(backend: AttentionBackend, geometry: Geometry, block_size: int) -> str | None:
-    """What a trial of the backend showed to be wrong, in a few words; None if it is right."""
-    for rows in _trial_rows(geometry, block_size):
-        try:
-            error = _largest_error(backend, geometry, rows)
-        except Exception as failure:  # a kernel's package raises what it likes
-            line = " ".join(str(failure).split())[:200]
-            return f"a trial of it failed: {type(failure).__name__}: {line}"
-        if not error <= TOLERANCE:  # NaN is wrong too
-            return f"a trial of it was off by {error:.3g}"
-    return None
+    """What was wrong in a trial of the backend, in a few words; None if it is right."""
+    rows = _trial_rows(geometry, block_size)
+    return self_test.what_is_wrong(lambda: [_outputs(backend, geometry, each) for each in rows])
 
 
 def _trial_rows(geometry: Geometry, block_size: int) -> list[PagedRows]:
-    """Decodes; decodes beside chunks; tokens that see no tile, one, two, and a shared one."""
+    """Decodes; decodes and chunks; tokens that see no tile, one, two, and a shared tile."""
     table = np.array([[4, 1], [2, 0], [5, 3]])
     tiles = np.array([[0, 0], [4, 0], [2, 4], [1, 2]])
     size, num_patches = block_size, geometry.num_patches
@@ -51,14 +41,17 @@ def _trial_rows(geometry: Geometry, block_size: int) -> list[PagedRows]:
     ]
 
 
-@torch.inference_mode()
-def _largest_error(backend: AttentionBackend, geometry: Geometry, rows: PagedRows) -> float:
+def _outputs(
+    backend: AttentionBackend, geometry: Geometry, rows: PagedRows
+) -> tuple[Tensor, Tensor]:
+    """The backend's output and the reference's."""
     query, keys, values = _tensors(geometry, rows)
-    outputs = []
-    for one in (backend, SdpaBackend()):
-        plan = one.prepare(rows, geometry.device, geometry.dtype)
-        outputs.append(one.attend(query, keys, values, plan, geometry.head_dim**-0.5).float())
-    return (outputs[0] - outputs[1]).abs().max().item()
+
+    def attend(by: AttentionBackend) -> Tensor:
+        plan = by.prepare(rows, geometry.device, geometry.dtype)
+        return by.attend(query, keys, values, plan, geometry.head_dim**-0.5)
+
+    return attend(backend), attend(SdpaBackend())
 
 
 def _tensors(geometry: Geometry, rows: PagedRows) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,7 @@
 """Triton kernels of paged attention: attend tiles of query rows to paged keys, merge splits, write.
 
-Owns the programs and what each computes. Knows nothing of plans or of a step; `triton_paged.py`
-launches them. Imported only where triton is; with TRITON_INTERPRET=1 set before that import they
-run on a CPU, slowly, for tests.
+`triton_paged.py` launches them. Imported only if triton is installed. With TRITON_INTERPRET=1 set
+before the import they run on a CPU, slowly, for tests.
 
 A program of `attend_kernel` computes one tile of queries, one KV head and one split of the keys:
 

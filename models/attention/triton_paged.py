@@ -1,13 +1,11 @@
-"""The backend `triton`: kernels of this project's own, which read keys of any block size in place.
+"""The backend `triton`: this project's kernels, which read keys of any block size in place.
 
-Owns the launches of a step: which tiles of queries, how many splits of the keys. Knows nothing of
-what a kernel computes (`triton_kernels.py`). Needs nothing beyond a CUDA build of torch, which
-brings triton.
+Plans and launches a step's kernels (`triton_kernels.py`). Needs only a CUDA build of torch, which
+includes triton.
 
 Rows with one query are launched together and split over their keys, so that a few long rows fill
-the GPU; longer rows are cut into tiles of queries, which fill it by themselves. Text and images
-differ only in the size of a block and in the mask: an image block of 1,601 tokens is read where it
-lies, as any other.
+the GPU. Longer rows are cut into tiles of queries. Text and images differ only in block size and
+mask.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from .base import AttentionBackend, Geometry, PagedRows
 Ints = NDArray[np.int64]
 
 MAX_HEAD_DIM = 256
-# queries of a tile of a longer row; times the heads of a KV group they make a product's rows
+# queries of a tile; times the heads of a KV group, they are the rows of a product
 TILE_QUERIES = 16
 KEYS_AT_ONCE = 64
 # rows times splits that fill a GPU of about 130 processors twice, at 8 KV heads
@@ -40,7 +38,7 @@ LOG2_E = math.log2(math.e)
 class Launch:
     """Tiles that one grid computes: int32 [num_tiles] rows, and first queries within their rows.
 
-    block_q: most queries of a tile; num_splits: pieces that the keys are cut into.
+    block_q: most queries of a tile; num_splits: parts that the keys are cut into.
     """
 
     tile_rows: Tensor
@@ -71,7 +69,7 @@ class TritonBackend(AttentionBackend):
     name: ClassVar[str] = "triton"
 
     def __init__(self, num_splits: int | None = None) -> None:
-        """num_splits: pieces of the keys of rows with one query; None chooses by the rows."""
+        """num_splits: parts of the keys of one-query rows; None chooses by the rows."""
         from . import triton_kernels
 
         self._kernels = triton_kernels
@@ -79,11 +77,10 @@ class TritonBackend(AttentionBackend):
 
     @classmethod
     def why_not(cls, geometry: Geometry) -> str | None:
-        """See `AttentionBackend.why_not`."""
         if geometry.device.type != "cuda":
             return f"it needs a CUDA device, and this is {geometry.device}"
         if geometry.head_dim > MAX_HEAD_DIM:
-            return f"heads of {geometry.head_dim} are longer than {MAX_HEAD_DIM}"
+            return f"head_dim {geometry.head_dim} is over {MAX_HEAD_DIM}"
         return why_no_kernels(geometry.device)
 
     def prepare(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> TritonPlan:
@@ -111,11 +108,11 @@ class TritonBackend(AttentionBackend):
     def fixed_plan(
         self, key_lens: Tensor, block_table: Tensor, block_size: int, longest: int
     ) -> TritonPlan:
-        """A plan of one query a row over tensors that may change while it stays: for a graph.
+        """A plan for graphs: one query a row, over tensors whose values may change later.
 
         key_lens: int32 [num_rows]; block_table: int32 [num_rows, width], both on the device.
-        longest: keys of the longest row, which fixes how many pieces keys are cut into; a longer
-        one is computed all the same.
+        longest: keys of the longest row, which decides the number of splits; longer rows are still
+        correct.
         """
         num_rows, device = len(key_lens), key_lens.device
         starts = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
@@ -136,7 +133,7 @@ class TritonBackend(AttentionBackend):
         """The attention output of all launches; see `AttentionBackend.attend`."""
         query = _heads_together(query)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        # triton launches on the current device, and a model's layers may lie on several
+        # triton launches on the current device; layers may be on several
         with torch.cuda.device_of(query):
             for launch in plan.launches:
                 self._attend(query, key_cache, value_cache, output, plan, launch, scale)
@@ -185,7 +182,7 @@ class TritonBackend(AttentionBackend):
             M=max(MIN_DOT, power_of_2(launch.block_q * group)),
             BLOCK_N=KEYS_AT_ONCE,
             NUM_SPLITS=num_splits,
-            # a row's only query is its last token and sees every key
+            # a row's only query is its last token, so it sees every key
             IS_CAUSAL=plan.is_causal and launch.block_q > 1,
             OPERAND=operand_of(query),
             num_warps=4,
@@ -208,7 +205,7 @@ class TritonBackend(AttentionBackend):
     def write(
         self, keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
     ) -> None:
-        """See `AttentionBackend.write`; a token whose slot is negative is stored nowhere."""
+        """See `AttentionBackend.write`; a token with a negative slot is skipped."""
         width = keys.shape[-2] * keys.shape[-1]
         keys, values = _heads_together(keys), _heads_together(values)
         with torch.cuda.device_of(keys):
@@ -226,10 +223,10 @@ class TritonBackend(AttentionBackend):
 
 
 def choose_splits(num_rows: int, longest: int) -> int:
-    """Pieces that the keys of rows with one query are cut into: enough programs to fill a GPU.
+    """How many parts to cut the keys of one-query rows into, to fill a GPU with programs.
 
-    longest: keys of the longest row. A power of two, so that few kernels are compiled; a piece has
-    at least what is loaded at once, twice.
+    longest: keys of the longest row. The result is a power of two, so that few kernels are
+    compiled; a part has at least 2 * KEYS_AT_ONCE keys.
     """
     most = max(1, min(MAX_SPLITS // num_rows, longest // (2 * KEYS_AT_ONCE)))
     return 1 << (most.bit_length() - 1)
@@ -246,7 +243,7 @@ def _upload(array: Ints, device: torch.device) -> Tensor:
 
 
 def _heads_together(states: Tensor) -> Tensor:
-    """The tensor, [tokens, heads, head_dim], with each token's heads in one stretch of memory."""
+    """The tensor, [tokens, heads, head_dim], with contiguous heads in each token."""
     head_dim = states.shape[-1]
     is_together = states.stride(-1) == 1 and states.stride(-2) == head_dim
     return states if is_together else states.contiguous()

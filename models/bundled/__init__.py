@@ -1,6 +1,7 @@
 """The bundled model: a tiny Mllama for trying and testing the server.
 
-Knows where its checkpoint lies; imports neither torch nor transformers.
+Read pictures.py (the scenes that it knows), then dataset/, training/ and exam/. This file only
+names the checkpoint's folder, and imports neither torch nor transformers.
 """
 
 from __future__ import annotations

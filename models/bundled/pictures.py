@@ -1,7 +1,7 @@
 """Synthetic pictures: up to four plain shapes on a plain background.
 
-Owns what a scene is, how one is drawn at random and how it becomes pixels. Knows nothing of
-questions (see questions.py), models or tensors. Everything is deterministic given the generator:
+Owns random scenes and their pixels; dataset/questions.py has the questions about them. Everything
+is deterministic given the generator:
 
     rng = numpy.random.default_rng(7)
     scene = random_scene(rng, num_shapes=2, size=(300, 200))
@@ -24,7 +24,7 @@ RGB = tuple[int, int, int]
 KINDS = ("circle", "square", "star", "triangle")
 MAX_SHAPES = 4
 
-# several anchors a colour, so that the named web colours and softer ones are both known
+# several anchors for each colour: the named web colours and softer ones
 ANCHORS: dict[str, tuple[RGB, ...]] = {
     "black": ((0, 0, 0), (20, 20, 20)),
     "blue": ((0, 0, 255), (30, 80, 220), (20, 40, 190)),
@@ -85,11 +85,10 @@ def random_scene(
     size: tuple[int, int] = (224, 224),
     is_distinct: bool = False,
 ) -> Scene:
-    """A random scene of `num_shapes` shapes (0 to 4; None: any of them, ones and twos more often).
+    """A random scene of `num_shapes` shapes, 0 to 4; None chooses, most often 1 or 2.
 
-    size: width and height in pixels. is_distinct: no two shapes share their kind or their colour,
-    which makes every question about them well-posed.
-    Raises ValueError for a number of shapes that the model does not know.
+    size: width and height in pixels. is_distinct: no two shapes share a kind or a colour, so every
+    question about them has one answer. Raises ValueError for another number of shapes.
     """
     if num_shapes is None:
         num_shapes = int(rng.choice(5, p=(0.06, 0.32, 0.34, 0.16, 0.12)))
@@ -149,7 +148,7 @@ def encode(image: Image.Image, image_format: str = "PNG", quality: int = 90) -> 
 
 
 def data_url(image: Image.Image, image_format: str = "PNG") -> str:
-    """The picture as a data URL, as a chat request carries it."""
+    """The picture as a data URL for a chat request."""
     body = base64.b64encode(encode(image, image_format)).decode("ascii")
     return f"data:image/{image_format.lower()};base64,{body}"
 
@@ -159,7 +158,7 @@ def _random_looks(
 ) -> list[tuple[str, str]]:
     """Kind and colour of each shape; the background's colour is never a shape's."""
     colours = [colour for colour in COLOURS if colour != background]
-    # some pictures share a kind or a colour on purpose, so that counting by kind is practised
+    # some pictures repeat a kind or a colour on purpose, to practise counting by kind
     share_kinds = not is_distinct and rng.random() < 0.35
     share_colours = not is_distinct and rng.random() < 0.25
     kinds = rng.choice(KINDS, num_shapes, replace=share_kinds)
@@ -189,7 +188,7 @@ def _random_places(
                 placed.append((x, y, radius))
         if len(placed) == num_shapes:
             return [(x / width, y / height, radius) for x, y, radius in placed]
-        shrink *= 0.97  # start afresh, a little smaller: the number of shapes is never given up
+        shrink *= 0.97  # start again, a little smaller, with the same number of shapes
 
 
 def _random_rgb(rng: np.random.Generator, colour: str) -> RGB:

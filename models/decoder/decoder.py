@@ -1,16 +1,14 @@
-"""The decoder on one device in fewer and larger operations, with the mathematics of transformers'.
+"""The decoder on one device, in fewer and larger operations than transformers' layers.
 
-Owns the exchange of decoder layers and the pass through them. Knows nothing of requests, of how
-attention, products (products.py) and what lies between them (operations.py) are computed, or of
-models whose parts lie apart: those keep transformers' modules, as do layers of bitsandbytes.
+Replaces the decoder layers and runs a step through them. Models on several devices, and layers of
+bitsandbytes, keep transformers' modules.
 
     self    norm -> one product for q, k, v -> one rotation for q and k -> slots, attention
-            -> product plus what came in -> norm -> one product for gate and up -> product plus ...
-    cross   keys and values in one product, of new images only; gates' tanh computed once
+            -> product plus the input -> norm -> one product for gate and up -> product plus ...
+    cross   one product for keys and values, of new images only; gates' tanh computed once
 
-A step of few tokens is thereby half as many calls from Python. Products of the same states share
-their read of them and their threads' rendezvous. Rounding differs from transformers' where an
-operation keeps float32 inside: sums, rotations and norms are rounded once.
+A step of few tokens makes half as many calls from Python. Rounding differs from transformers' where
+an operation keeps float32 inside: sums, rotations and norms are rounded once.
 """
 
 from __future__ import annotations
@@ -27,11 +25,11 @@ from transformers.models.mllama.modeling_mllama import (
 
 from ..kv_cache.paged_cache import KVPools, LayerCache, PagedStep
 from .linear_products import can_join, product_of
-from .operations import Heads, Operations, Rotation, Stream, choose_operations
+from .operations import Heads, LayerOperations, Rotation, Stream, choose_operations
 
 
 class RmsNorm(nn.Module):
-    """transformers' RMSNorm: its weight and eps, for the operations to compute with."""
+    """The weight and eps of transformers' RMSNorm."""
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
@@ -39,16 +37,16 @@ class RmsNorm(nn.Module):
         self.eps = float(norm.variance_epsilon)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Of states that are no stream, over their last dimension; rounded once."""
+        """The norm of any states over their last dimension; rounded once."""
         return F.rms_norm(states, self.weight.shape, self.weight, self.eps)
 
-    def of(self, stream: Stream, operations: Operations) -> Tensor:
+    def of(self, stream: Stream, operations: LayerOperations) -> Tensor:
         """The norm of the stream, [num_tokens, hidden]."""
         return operations.norm(stream, self.weight, self.eps)
 
 
 class Mlp(nn.Module):
-    """The gated MLP up to its last product, which the layer takes together with its sum."""
+    """The gated MLP without its last product, which the layer combines with its sum."""
 
     def __init__(self, mlp: Any) -> None:
         super().__init__()
@@ -56,7 +54,7 @@ class Mlp(nn.Module):
         self._act = mlp.act_fn
         self.down = product_of([mlp.down_proj])
 
-    def forward(self, states: Tensor, operations: Operations) -> Tensor:
+    def forward(self, states: Tensor, operations: LayerOperations) -> Tensor:
         """[num_tokens, hidden] to [num_tokens, intermediate]."""
         return operations.gated(self._gate_up(states), self._act)
 
@@ -78,12 +76,12 @@ class FusedSelfLayer(nn.Module):
     def forward(
         self,
         stream: Stream,
-        operations: Operations,
+        operations: LayerOperations,
         rotation: Rotation,
         cache: LayerCache,
         step: PagedStep,
     ) -> None:
-        """Add to the stream; the step's keys and values go to their slots."""
+        """Add the layer to the stream, and write the step's keys and values to their slots."""
         joined = self._qkv(self._norm.of(stream, operations))
         query = operations.rotate_and_write(
             joined, self._heads, rotation, cache, step.text_slots, step.backend
@@ -114,8 +112,8 @@ class FusedCrossLayer(nn.Module):
         self._mlp_gate = _opening(layer.cross_attn_mlp_gate)
 
     def write(self, vision: Tensor, cache: LayerCache, step: PagedStep) -> None:
-        """Keys and values of new images, [num_vision_tokens, hidden], to their slots."""
-        assert step.image_slots is not None, "vision states came without slots"
+        """Write keys and values of new images, [num_vision_tokens, hidden], to their slots."""
+        assert step.image_slots is not None, "vision states need slots"
         projected = self._key_value(vision).view(len(vision), 2, self._num_kv_heads, -1)
         keys, values = self._key_norm(projected[:, 0]), projected[:, 1]
         step.backend.write(keys, values, cache.keys, cache.values, step.image_slots)
@@ -123,14 +121,14 @@ class FusedCrossLayer(nn.Module):
     def forward(
         self,
         stream: Stream,
-        operations: Operations,
+        operations: LayerOperations,
         row_mask: Tensor | None,
         cache: LayerCache,
         step: PagedStep,
     ) -> None:
-        """Add to the stream. row_mask: [num_tokens, 1], 0 where no image is seen.
+        """Add the layer to the stream.
 
-        The attention's output is 0 there already.
+        row_mask: [num_tokens, 1], 0 for a token that sees no image, where attention is 0 already.
         """
         states = self._query(self._norm.of(stream, operations))
         query = self._query_norm(states.view(len(states), -1, self._head_dim))
@@ -142,15 +140,17 @@ class FusedCrossLayer(nn.Module):
 
 
 def _opening(gate: Tensor) -> nn.Parameter:
-    """How far a gate is open, which transformers computes at every step."""
+    """A gate's tanh, which transformers computes at every step."""
     return nn.Parameter(gate.detach().tanh(), requires_grad=False)
 
 
 class FusedDecoder:
-    """The pass of one step through a text model whose layers were exchanged."""
+    """Runs one step through a text model whose layers `fuse_layers` replaced."""
 
-    def __init__(self, text_model: MllamaTextModel, operations: Operations | None = None) -> None:
-        """operations: what computes between the products; None takes the device's fastest."""
+    def __init__(
+        self, text_model: MllamaTextModel, operations: LayerOperations | None = None
+    ) -> None:
+        """operations: between the products; None uses the fastest of the device."""
         self._text_model = text_model
         weight = text_model.norm.weight
         self._operations = operations or choose_operations(weight.device, weight.dtype)
@@ -168,8 +168,8 @@ class FusedDecoder:
     ) -> Tensor:
         """The normalised hidden states of all tokens, [num_tokens, hidden].
 
-        token_ids, positions: int64 [num_tokens]; vision: [num_vision_tokens, hidden] of the images
-        that are new; row_mask: [num_tokens, 1], None where every token sees an image.
+        token_ids, positions: int64 [num_tokens]; vision: [num_vision_tokens, hidden] of new images;
+        row_mask: [num_tokens, 1], None if every token sees an image.
         """
         model: Any = self._text_model
         stream = Stream(model.embed_tokens(token_ids))
@@ -181,15 +181,15 @@ class FusedDecoder:
                 continue
             if vision is not None:
                 layer.write(vision, cache, step)
-            if step.cross_plan is not None:  # else no token sees an image: nothing would change
+            if step.cross_plan is not None:  # otherwise no token sees an image
                 layer(stream, self._operations, row_mask, cache, step)
         return self._norm.of(stream, self._operations)
 
 
 def fuse_layers(text_model: MllamaTextModel) -> bool:
-    """Exchange all decoder layers, in place, where they can be: whole and on one device.
+    """Replace all decoder layers, in place; False if they are offloaded or on several devices.
 
-    One at a time, so that no second copy of the whole model is ever in memory.
+    One layer at a time, so that no second copy of the model is in memory.
     """
     devices = {parameter.device for parameter in text_model.parameters()}
     is_together = len(devices) == 1 and devices.pop().type in ("cpu", "cuda")
@@ -203,12 +203,30 @@ def fuse_layers(text_model: MllamaTextModel) -> bool:
 
 
 def is_fused(text_model: nn.Module) -> TypeGuard[MllamaTextModel]:
-    """Whether `fuse_layers` exchanged its layers."""
+    """Whether `fuse_layers` replaced its layers."""
     layers: Any = text_model.layers
     return isinstance(layers[0], (FusedSelfLayer, FusedCrossLayer))
 
 
 def _is_fusable(name: str, module: nn.Module) -> bool:
-    # accelerate's hooks bring a layer's weights from where they lie
+    # accelerate's hooks load a layer's offloaded weights
     is_bare = not hasattr(module, "_hf_hook")
     return is_bare and (not name.endswith("_proj") or can_join(module))
+
+
+class LayerCount:
+    """How many decoder and vision layers a model has started since it was loaded.
+
+    Read from another thread: the count grows while a step computes, and stops if it hangs. One a
+    model, however many runners use it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.num_started = 0
+        for module in model.modules():
+            if isinstance(module, nn.ModuleList):
+                for layer in module:
+                    layer.register_forward_pre_hook(self._count)
+
+    def _count(self, module: nn.Module, inputs: Any) -> None:
+        self.num_started += 1

@@ -1,8 +1,7 @@
-"""Triton kernels of what lies between a decoder's products.
+"""The Triton kernels of the operations between a decoder's products; launched by kernel_launch.py.
 
-Owns the programs. Knows nothing of layers; `kernel_launch.py` launches them. Imported only where
-triton is. All compute in float32 and round each result once; a program is one token, or a stretch
-of one.
+Imported only if triton is installed. All kernels compute in float32 and round each result once. A
+program computes one token or a part of it.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def add_norm_kernel(
 ):
     """hidden + update (times gate and the row's mask), and the RMS norm of that: [tokens, WIDTH].
 
-    The norm is of the sum as it is rounded, as it would be of a stored one.
+    The norm is of the rounded sum.
     """
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PADDED_WIDTH)
@@ -101,7 +100,7 @@ def rotate_and_write_kernel(
 
 @triton.jit
 def silu_gated_kernel(joined, output, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """silu(gate) * up of a stretch of one token's [2 * WIDTH], gate first."""
+    """silu(gate) * up of a part of one token's [2 * WIDTH], gate first."""
     token = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = place < WIDTH

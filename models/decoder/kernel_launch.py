@@ -1,7 +1,4 @@
-"""Launches the kernels between a decoder's products.
-
-Owns their grids and outputs. Knows nothing of layers or of what a kernel computes.
-"""
+"""Launches the kernels of fused_kernels.py: their grids and outputs."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """The sum [num_tokens, width], and its RMS norm. gate: one element; row_mask: [num_tokens, 1].
 
-    hidden and update: of the same shape; made contiguous where they are not.
+    hidden, update: of the same shape.
     """
     hidden, update = hidden.contiguous(), update.contiguous()
     num_tokens, width = hidden.shape
@@ -57,7 +54,7 @@ def rotate_and_write(
     slots: Tensor,
     num_heads: int,
 ) -> Tensor:
-    """Queries rotated, [num_tokens, num_heads, head_dim]; keys and values are in their slots.
+    """The rotated queries, [num_tokens, num_heads, head_dim]; writes keys and values to slots.
 
     joined: [num_tokens, all heads side by side], queries, keys, values; caches: one layer's.
     """

@@ -1,10 +1,8 @@
-"""Products of linear layers, one or several of the same states side by side, of any kind of weight.
+"""Products of linear layers that read the same states, joined into one.
 
-Owns which kinds can be joined and how each multiplies. Knows nothing of Mllama.
-
-    nn.Linear       weights joined; packed where a CPU has bfloat16 products
-    Int8Linear      codes and scales joined: an output channel keeps its own scale
-    SummedLinear    a rank's inner product, added up over the ranks, then the addend, once
+nn.Linear       weights joined; packed if the CPU has bfloat16 products
+Int8Linear      codes and scales joined: each output channel keeps its scale
+SummedLinear    a rank's product, summed over the ranks; then the addend, once
 """
 
 from __future__ import annotations
@@ -23,19 +21,19 @@ from .int8.quantizer import Int8Weight
 from .packed_linear import PackedWeight, can_pack
 
 
-class Product(nn.Module):
-    """What the linear layers of the same states give, side by side."""
+class LinearProduct(nn.Module):
+    """The outputs of linear layers on the same states, side by side."""
 
     @abstractmethod
     def forward(self, states: Tensor) -> Tensor:
         """[num_tokens, in_features] to [num_tokens, out_features]."""
 
     def plus(self, states: Tensor, addend: Tensor) -> Tensor:
-        """The product and `addend`, of its shape, in one operation where there is one."""
+        """The product plus `addend`, of its shape, in one operation if possible."""
         return self(states) + addend
 
 
-class PlainProduct(Product):
+class PlainProduct(LinearProduct):
     """Of weights in the compute type."""
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
@@ -48,21 +46,20 @@ class PlainProduct(Product):
         self.register_parameter("_weight", kept)
 
     def forward(self, states: Tensor) -> Tensor:
-        """See `Product.forward`."""
         if self._packed is not None:
             return self._packed.product(states)
         assert self._weight is not None
         return F.linear(states, self._weight)
 
     def plus(self, states: Tensor, addend: Tensor) -> Tensor:
-        """See `Product.plus`; rounded once."""
+        """See `LinearProduct.plus`; rounded once."""
         if self._packed is not None:
             return self._packed.product_plus(states, addend)
         assert self._weight is not None
         return torch.addmm(addend, states, self._weight.T)
 
 
-class Int8Product(Product):
+class Int8Product(LinearProduct):
     """Of int8 weights."""
 
     def __init__(self, linears: Sequence[Int8Linear]) -> None:
@@ -75,13 +72,12 @@ class Int8Product(Product):
         self._linear = Int8Linear(Int8Weight(codes, scales))
 
     def forward(self, states: Tensor) -> Tensor:
-        """See `Product.forward`."""
         product: Tensor = self._linear(states)
         return product
 
 
-class SummedProduct(Product):
-    """Of a layer that is cut along its inputs: all ranks have the sum."""
+class SummedProduct(LinearProduct):
+    """Of a layer that is cut along its inputs; all ranks get the sum."""
 
     def __init__(self, linear: SummedLinear) -> None:
         super().__init__()
@@ -89,18 +85,17 @@ class SummedProduct(Product):
         self._group = linear.group
 
     def forward(self, states: Tensor) -> Tensor:
-        """See `Product.forward`."""
         return self._group.add_up(self._inner(states))
 
 
-def product_of(linears: Sequence[nn.Module]) -> Product:
-    """The product of layers for which `can_join` holds, all of one kind.
+def product_of(linears: Sequence[nn.Module]) -> LinearProduct:
+    """The product of layers of one kind, for which `can_join` is true.
 
-    Where there are several it has a copy of their weights: drop the layers to free them.
+    Several layers' weights are copied: drop the layers to free them.
     """
     first = linears[0]
     if isinstance(first, SummedLinear):
-        assert len(linears) == 1, "what is added up over the ranks stands alone"
+        assert len(linears) == 1, "a sum over ranks cannot be joined"
         return SummedProduct(first)
     if isinstance(first, Int8Linear):
         return Int8Product(cast(Sequence[Int8Linear], linears))
@@ -108,9 +103,9 @@ def product_of(linears: Sequence[nn.Module]) -> Product:
 
 
 def can_join(linear: nn.Module) -> bool:
-    """Whether a layer without bias is of a kind that can be one of a product's."""
+    """Whether a layer can be joined: of a known kind, without bias."""
     if isinstance(linear, SummedLinear):
         return not linear.has_bias and can_join(linear.inner)
-    # exactly these: a layer of bitsandbytes is a subclass with a weight of its own kind
+    # exact types: layers of bitsandbytes are subclasses with other weights
     layer: Any = linear
     return type(linear) in (nn.Linear, Int8Linear) and layer.bias is None

@@ -1,20 +1,20 @@
-"""transformers' Mllama, mended in the two places where it departs from Meta's implementation.
+"""Fixes transformers' Mllama in the two places where it differs from Meta's implementation.
 
-The tests' oracle, and what the bundled model is trained under. Knows nothing of the server.
+The fixed model is the tests' oracle, and the bundled model is trained with it.
 
-transformers 5.17 to 5.23 errs twice:
+The differences in transformers 5.17 to 5.23:
 
 1. Cross attention. Meta's implementation multiplies BOTH outputs of a cross-attention layer,
-   the attention's and the MLP's, by a row mask which is 0 for each token that may see no image
-   (a token before the first image; every token of a text-only request). transformers masks only
-   the MLP (issue 39379): a token before the image then attends to the whole image, padding tiles
-   included, and a text-only row changes when it shares a batch with an image row.
+   the attention's and the MLP's, by a row mask that is 0 for each token that sees no image (before
+   the first image, or in a text-only request). transformers masks only the MLP (issue 39379): a
+   token before the image then attends to the whole image, padding tiles included, and a text-only
+   row changes when it shares a batch with an image row.
 2. Vision taps. `intermediate_layers_indices` names the INPUT of block i in Meta's implementation
-   (and in transformers 4.45 to 4.54); later releases collect the OUTPUT of block i, so that each
-   tap of a published checkpoint comes one block too late.
+   (and in transformers 4.45 to 4.54). Later releases collect the OUTPUT of block i, so each tap of
+   a published checkpoint is one block late.
 
-Both mends are hooks: they keep autograd, `generate()` and `state_dict()` as they are, hold no state
-between calls, and are safe to apply twice.
+Both fixes are hooks. They do not change autograd, `generate()` or `state_dict()`, keep no state
+between calls, and may be applied twice.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _ROW_MASK = "cross_attention_row_mask"
 
 
 def mend(model: ModelT) -> ModelT:
-    """The same model, computing what Meta's implementation computes; mended in place."""
+    """The model, fixed in place to compute what Meta's implementation computes."""
     return mend_cross_attention(mend_vision(model))
 
 
 def mend_vision(model: ModelT) -> ModelT:
-    """Let each vision tap be the input of its block; `model` may be a vision model alone."""
+    """Make each vision tap the input of its block. model: may be only a vision model."""
     for module in list(model.modules()):
         if isinstance(module, MllamaVisionModel) and _mark(module):
             module.transformer.register_forward_hook(_number_taps_by_input, with_kwargs=True)
@@ -47,7 +47,7 @@ def mend_vision(model: ModelT) -> ModelT:
 
 
 def mend_cross_attention(model: ModelT) -> ModelT:
-    """Let a token that may see no image pass every cross-attention layer unchanged."""
+    """Make tokens that see no image pass every cross-attention layer unchanged."""
     for module in list(model.modules()):
         if isinstance(module, MllamaCrossAttentionDecoderLayer) and _mark(module):
             module.register_forward_pre_hook(_hand_row_mask_on, with_kwargs=True)
@@ -56,7 +56,7 @@ def mend_cross_attention(model: ModelT) -> ModelT:
 
 
 def _mark(module: nn.Module) -> bool:
-    """Whether the module was unmended until now."""
+    """Mark the module; whether it was not marked before."""
     is_new = not getattr(module, _MARK, False)
     setattr(module, _MARK, True)
     return is_new
@@ -65,13 +65,13 @@ def _mark(module: nn.Module) -> bool:
 def _number_taps_by_input(
     encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
-    """Shift the encoder's states, block outputs as they come, to block inputs.
+    """Replace block outputs by block inputs in the encoder's states.
 
     States: a tuple of [batch, tokens, hidden], one a block.
     """
     states = output.hidden_states
     block_input = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    # a release that numbers the states by input again must not be shifted a second time
+    # do not shift again in a release that collects inputs
     if states[0] is not block_input:
         output.hidden_states = (block_input, *states[:-1])
     return output
@@ -80,7 +80,7 @@ def _number_taps_by_input(
 def _hand_row_mask_on(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pass the row mask to the attention, which the layer itself keeps from it."""
+    """Pass the row mask to the attention; the layer itself does not."""
     return args, kwargs | {_ROW_MASK: kwargs.get("full_text_row_masked_out_mask")}
 
 

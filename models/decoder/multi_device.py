@@ -1,8 +1,7 @@
-"""One step of a model whose layers compute on several devices.
+"""One step of a model whose layers are on several devices.
 
-Owns how each layer finds the slots and plans that lie on its own device. accelerate's hooks move
-the hidden states. Knows nothing of which layer lies where: a layer's pool tells. A model on one
-device never comes here.
+Each layer finds the slots and plans of its own device by its pool; accelerate's hooks move the
+hidden states.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def split_attention(
     paged_step: SplitStep,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`paged_attention` by the plans of the device that the layer's pool lies on."""
+    """`paged_attention` with the plans of the device of the layer's pool."""
     step = paged_step.on[key.device]
     return paged_attention(module, query, key, *args, paged_step=step, **kwargs)
 

@@ -1,18 +1,16 @@
-"""What a decoder computes between its products: norms, rotation, gated MLP, sums.
+"""The operations between a decoder's linear products: norms, rotation, gated MLP, sums.
 
-Owns the interface, torch's operations, and the choice by the device. Knows nothing of layers.
-
-    CPU     torch's own operations; a sum goes with the product before it
-    CUDA    a Triton kernel each for: the sum and the norm after it; the rotation of queries and
+    CPU     torch's operations; each sum is part of the product before it
+    CUDA    one Triton kernel each for: a sum and the norm after it; the rotation of queries and
             keys and the write of keys and values; the gated MLP's middle (fused_kernels.py)
 
-A layer's sum waits in the `Stream` until the next norm needs it, so that both can be one kernel.
+On CUDA a layer's sum stays pending in the `Stream` until the next norm, so that one kernel does
+both.
 """
 
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,18 +23,18 @@ from ..attention import AttentionBackend
 from ..attention.sdpa import SdpaBackend
 from ..kernels.self_test import are_usable
 from ..kv_cache.paged_cache import LayerCache
-from .linear_products import Product
+from .linear_products import LinearProduct
 
 Activation = Callable[[Tensor], Tensor]
-# transformers has a class of its own for it
+# transformers has its own class
 SILU_CLASSES = (nn.SiLU, type(ACT2FN["silu"]))
 
 
 @dataclass(slots=True)
 class Stream:
-    """The hidden states between layers, [num_tokens, hidden], and what is still to be added.
+    """The hidden states between layers, [num_tokens, hidden], and a pending update.
 
-    update: of the same shape, times gate (one element) and row_mask ([num_tokens, 1]), where given.
+    update: of the same shape, to be added times gate (one element) and row_mask ([num_tokens, 1]).
     """
 
     hidden: Tensor
@@ -47,7 +45,7 @@ class Stream:
 
 @dataclass(slots=True, frozen=True)
 class Heads:
-    """How many heads of queries, and of keys and values, lie side by side in a joined product."""
+    """How many query heads, and key and value heads, a joined product has."""
 
     num_heads: int
     num_kv_heads: int
@@ -56,19 +54,16 @@ class Heads:
 
 @dataclass(frozen=True)
 class Rotation:
-    """cos and sin of a step's positions, [num_tokens, head_dim], both halves alike.
-
-    As transformers hands them on.
-    """
+    """cos and sin of a step's positions, [num_tokens, head_dim], with equal halves."""
 
     cos: Tensor
     sin: Tensor
 
     @functools.cached_property
     def _signed_sin(self) -> Tensor:
-        """sin, its first half negated: rotate_half(x) * sin is x rolled by half a head times it.
+        """sin with its first half negated, so that rotate_half(x) * sin is x rolled times this.
 
-        Made where a rotation is torch's, once a step: the kernels take sin as it is.
+        Computed once a step, for torch's rotation only.
         """
         half = self.sin.shape[-1] // 2
         return torch.cat((-self.sin[:, :half], self.sin[:, half:]), dim=-1)
@@ -80,70 +75,30 @@ class Rotation:
         return torch.addcmul(heads * self.cos[:, None], rolled, self._signed_sin[:, None])
 
 
-class Operations(ABC):
-    """The interface; holds no state between calls."""
+class LayerOperations:
+    """By torch's operations, on any device. Rounds sums, rotations and norms once.
 
-    @abstractmethod
-    def add(self, stream: Stream, product: Product, states: Tensor) -> None:
+    Keeps no state between calls. Subclasses replace the operations that they do faster.
+    """
+
+    def add(self, stream: Stream, product: LinearProduct, states: Tensor) -> None:
         """Add a product of `states` to the stream."""
-
-    @abstractmethod
-    def add_gated(
-        self,
-        stream: Stream,
-        product: Product,
-        states: Tensor,
-        gate: Tensor,
-        row_mask: Tensor | None = None,
-    ) -> None:
-        """Add a product times a gate, and times a row's mask where there is one."""
-
-    @abstractmethod
-    def norm(self, stream: Stream, weight: Tensor, eps: float) -> Tensor:
-        """The stream's RMS norm, [num_tokens, hidden]; what waited has been added then."""
-
-    @abstractmethod
-    def rotate_and_write(
-        self,
-        joined: Tensor,
-        heads: Heads,
-        rotation: Rotation,
-        cache: LayerCache,
-        slots: Tensor,
-        backend: AttentionBackend,
-    ) -> Tensor:
-        """Rotate queries and keys, store keys and values in their slots, give the queries.
-
-        joined: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], queries, keys, values; the
-        result: [num_tokens, num_heads, head_dim].
-        """
-
-    @abstractmethod
-    def gated(self, joined: Tensor, activation: Activation) -> Tensor:
-        """activation(gate) * up of [num_tokens, 2 * width], gate first: [num_tokens, width]."""
-
-
-class TorchOperations(Operations):
-    """By torch's operations, on any device; rounds sums, rotations and norms once."""
-
-    def add(self, stream: Stream, product: Product, states: Tensor) -> None:
-        """See `Operations.add`."""
         stream.hidden = product.plus(states, stream.hidden)
 
     def add_gated(
         self,
         stream: Stream,
-        product: Product,
+        product: LinearProduct,
         states: Tensor,
         gate: Tensor,
         row_mask: Tensor | None = None,
     ) -> None:
-        """See `Operations.add_gated`."""
+        """Add a product times a gate, and times a row's mask if there is one."""
         factor = gate if row_mask is None else gate * row_mask
         stream.hidden = torch.addcmul(stream.hidden, product(states), factor)
 
     def norm(self, stream: Stream, weight: Tensor, eps: float) -> Tensor:
-        """See `Operations.norm`."""
+        """The stream's RMS norm, [num_tokens, hidden], after adding the pending update."""
         return F.rms_norm(stream.hidden, weight.shape, weight, eps)
 
     def rotate_and_write(
@@ -155,7 +110,11 @@ class TorchOperations(Operations):
         slots: Tensor,
         backend: AttentionBackend,
     ) -> Tensor:
-        """See `Operations.rotate_and_write`."""
+        """Rotate queries and keys, store keys and values in their slots, return the queries.
+
+        joined: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], queries, keys, values; the
+        result: [num_tokens, num_heads, head_dim].
+        """
         separate = joined.view(len(joined), -1, heads.head_dim)
         num_rotated = heads.num_heads + heads.num_kv_heads
         rotated = rotation(separate[:, :num_rotated])
@@ -164,46 +123,43 @@ class TorchOperations(Operations):
         return rotated[:, : heads.num_heads]
 
     def gated(self, joined: Tensor, activation: Activation) -> Tensor:
-        """See `Operations.gated`."""
+        """activation(gate) * up of [num_tokens, 2 * width], gate first: [num_tokens, width]."""
         gate, up = joined.chunk(2, dim=-1)
         return activation(gate).mul_(up)
 
 
-class TritonOperations(TorchOperations):
-    """By this project's kernels; computes in float32 and rounds each result once."""
+class TritonOperations(LayerOperations):
+    """By this project's kernels, which compute in float32 and round each result once."""
 
     def __init__(self) -> None:
-        from . import kernel_launch as fused_launch
+        from . import kernel_launch
 
-        self._launch = fused_launch
+        self._launch = kernel_launch
 
-    def add(self, stream: Stream, product: Product, states: Tensor) -> None:
-        """See `Operations.add`."""
-        self._wait(stream, product(states))
+    def add(self, stream: Stream, product: LinearProduct, states: Tensor) -> None:
+        self._set_pending(stream, product(states))
 
     def add_gated(
         self,
         stream: Stream,
-        product: Product,
+        product: LinearProduct,
         states: Tensor,
         gate: Tensor,
         row_mask: Tensor | None = None,
     ) -> None:
-        """See `Operations.add_gated`."""
-        self._wait(stream, product(states), gate, row_mask)
+        self._set_pending(stream, product(states), gate, row_mask)
 
-    def _wait(
+    def _set_pending(
         self,
         stream: Stream,
         update: Tensor,
         gate: Tensor | None = None,
         row_mask: Tensor | None = None,
     ) -> None:
-        assert stream.update is None, "a norm stands between two sums"
+        assert stream.update is None, "a norm comes between two sums"
         stream.update, stream.gate, stream.row_mask = update, gate, row_mask
 
     def norm(self, stream: Stream, weight: Tensor, eps: float) -> Tensor:
-        """See `Operations.norm`."""
         if stream.update is None:
             return super().norm(stream, weight, eps)
         stream.hidden, normed = self._launch.add_norm(
@@ -221,38 +177,38 @@ class TritonOperations(TorchOperations):
         slots: Tensor,
         backend: AttentionBackend,
     ) -> Tensor:
-        """See `Operations.rotate_and_write`; the layout of a layer's cache is every backend's."""
+        """As the base class; all backends use the same layout of a layer's cache."""
         return self._launch.rotate_and_write(
             joined, rotation.cos, rotation.sin, cache.keys, cache.values, slots, heads.num_heads
         )
 
     def gated(self, joined: Tensor, activation: Activation) -> Tensor:
-        """See `Operations.gated`; an activation other than SiLU is left to torch."""
+        """As the base class; only SiLU has a kernel."""
         if not isinstance(activation, SILU_CLASSES):
             return super().gated(joined, activation)
         return self._launch.silu_gated(joined)
 
 
-def choose_operations(device: torch.device, dtype: torch.dtype) -> Operations:
-    """The fastest that the device has; kernels are tried once before they are taken."""
-    return TritonOperations() if _has_kernels(device, dtype) else TorchOperations()
+def choose_operations(device: torch.device, dtype: torch.dtype) -> LayerOperations:
+    """The fastest operations of the device; kernels are tried once before they are used."""
+    return TritonOperations() if _has_kernels(device, dtype) else LayerOperations()
 
 
 @functools.cache
 def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    what = "norms, rotation and the gated MLP"
-    return are_usable(what, device, lambda: trial_pairs(TritonOperations(), device, dtype))
+    names = "norms, rotation and the gated MLP"
+    return are_usable(names, device, lambda: trial_pairs(TritonOperations(), device, dtype))
 
 
 def trial_pairs(
-    operations: Operations, device: torch.device, dtype: torch.dtype
+    operations: LayerOperations, device: torch.device, dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor]]:
-    """What operations and torch's give for the same few rows: every kernel computes once."""
-    given, expected = (_trial(one, device, dtype) for one in (operations, TorchOperations()))
-    return list(zip(given, expected, strict=True))
+    """Results of these operations and of torch's for the same few rows; runs every kernel once."""
+    actual, expected = (_trial(o, device, dtype) for o in (operations, LayerOperations()))
+    return list(zip(actual, expected, strict=True))
 
 
-def _trial(operations: Operations, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _trial(operations: LayerOperations, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     heads, generator = Heads(2, 1, 64), torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -274,13 +230,12 @@ def _trial(operations: Operations, device: torch.device, dtype: torch.dtype) -> 
     return [normed, gated_normed, stream.hidden, query, cache.keys, cache.values, gated]
 
 
-class _Given(Product):
-    """A product that is known already."""
+class _Given(LinearProduct):
+    """A product with a given result."""
 
     def __init__(self, result: Tensor) -> None:
         super().__init__()
         self._result = result
 
     def forward(self, states: Tensor) -> Tensor:
-        """See `Product.forward`."""
         return self._result

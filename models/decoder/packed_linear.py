@@ -1,11 +1,9 @@
-"""Linear layers whose weights lie as a CPU's bfloat16 instructions read them.
+"""Linear layers with weights stored in the order of a CPU's bfloat16 instructions.
 
-Owns the exchange of a model's linear layers. Knows nothing of Mllama.
-
-torch's own linear layer in bfloat16 reorders its weight at every call, which for the few rows of a
+torch's linear layer in bfloat16 reorders its weight at every call, which for the few rows of a
 decode step costs more than the product. Here the weight is reordered once, by the operators that
-torch's compiler uses for frozen weights (torch/_inductor/mkldnn_lowerings.py). They are private, so
-that a torch without them keeps its own layers.
+torch's compiler uses for frozen weights (torch/_inductor/mkldnn_lowerings.py). They are private:
+without them the model keeps torch's layers.
 """
 
 from __future__ import annotations
@@ -21,12 +19,12 @@ logger = logging.getLogger(__name__)
 
 
 class PackedWeight:
-    """A reordered weight and perhaps a bias: products with the rows of a matrix. Inference only."""
+    """A reordered weight, optionally with a bias. Inference only."""
 
     __slots__ = ("_bias", "_weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """weight: [out_features, in_features], of which a copy is taken."""
+        """weight: [out_features, in_features]; it is copied."""
         self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self._bias = None if bias is None else bias.detach()
 
@@ -38,7 +36,7 @@ class PackedWeight:
         return result
 
     def product_plus(self, states: Tensor, addend: Tensor) -> Tensor:
-        """The product and an addend of its shape, rounded once."""
+        """The product plus an addend of its shape, rounded once."""
         result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
             states, addend, self._weight, self._bias, "add"
         )
@@ -46,10 +44,10 @@ class PackedWeight:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with a reordered weight; gives what `nn.Linear` gives."""
+    """As `nn.Linear`, with a reordered weight."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        """Takes a copy of the layer's weight: drop the layer to free it."""
+        """Copies the layer's weight: drop the layer to free it."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._packed = PackedWeight(linear.weight, linear.bias)
@@ -63,9 +61,9 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Exchange every bfloat16 linear layer on a CPU, in place; how many were exchanged.
+    """Replace every bfloat16 linear layer on a CPU, in place. Returns how many were replaced.
 
-    One at a time, so that no second copy of the whole model is ever in memory.
+    One layer at a time, so that no second copy of the model is in memory.
     """
     count = 0
     for parent in list(model.modules()):
@@ -77,19 +75,19 @@ def pack_linears(model: nn.Module) -> int:
 
 
 def _is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
-    # exactly nn.Linear: a quantized layer is a subclass with a weight of its own kind
+    # the exact type: quantized layers are subclasses with other weights
     return type(module) is nn.Linear and can_pack(module.weight)
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether products with that weight are faster packed, and this torch and CPU have them."""
+    """Whether to pack that weight: bfloat16 on a CPU that has the operators."""
     is_half = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     return is_half and _has_operators()
 
 
 @functools.cache
 def _has_operators() -> bool:
-    """Whether this torch has the operators and this CPU bfloat16 products, tried on small ones."""
+    """Whether this torch and this CPU have the operators, by trying them."""
     if not torch.backends.mkldnn.is_available():
         return False
     try:
@@ -98,6 +96,6 @@ def _has_operators() -> bool:
             states = torch.ones(1, 8, dtype=torch.bfloat16)
             packed.product_plus(packed.product(states), states)
     except (AttributeError, RuntimeError, TypeError) as error:
-        logger.info("linear layers keep torch's own layout: %s", str(error).split("\n", 1)[0])
+        logger.info("linear layers keep torch's weight layout: %s", str(error).split("\n", 1)[0])
         return False
     return True

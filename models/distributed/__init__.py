@@ -1,12 +1,10 @@
-"""Tensor parallelism: one model over several processes, each with a share of every layer.
+"""Several processes on one machine: the ranks of one model, and the replicas of several engines.
 
-    plan.py    which linear layers are cut, and along which side
-    layers.py  layers that add up or join what the ranks computed
-    group.py   the ranks' collectives, over torch.distributed
-    ranks.py   the other ranks' processes, and what they are told
-    runner.py  a runner whose steps run on all ranks
+In the order in which to read them:
 
-Nothing outside of this package knows of ranks: a model that was cut computes as a smaller one whose
-row products are added up. After Shoeybi et al., Megatron-LM (2019), section 3: attention heads and
-MLP channels are shared out, two additions a layer.
+    parallel_runner     a runner whose steps run on all ranks
+    ranks               starts, watches and stops the other ranks' processes
+    rank_process        the main function of such a process
+    wire                the frames between them
+    replica             the devices, threads and memory of one of several engines
 """

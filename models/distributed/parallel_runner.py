@@ -1,7 +1,7 @@
-"""A runner whose steps run on all ranks, and how each rank makes its own.
+"""A runner whose steps run on all ranks; for the engine it is one runner.
 
-Owns the order in which ranks start, meet and agree. Knows nothing of scheduling; to the engine it
-is one runner. Every rank samples, as the logits are joined on each; the first one's word counts.
+Owns the order in which ranks start and join. Every rank samples, since each has the joined logits;
+the first rank's tokens are used.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class ParallelRunner:
-    """The first rank's runner, with the others beside it; used as a `ModelRunner` is."""
+    """The first rank's runner together with the other ranks; used like a `ModelRunner`."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class ParallelRunner:
         group: DistributedGroup | None = None,
         meeting_place: MeetingPlace | None = None,
     ) -> None:
-        """group: the first rank's, which is left at `close`, and then the place where it met."""
+        """group, meeting_place: of the first rank; `close` closes both."""
         self._local = local
         self._ranks = ranks
         self._on_death = on_death
@@ -55,23 +55,23 @@ class ParallelRunner:
 
     @property
     def info(self) -> ModelInfo:
-        """What was loaded; the pools are those of every rank."""
+        """What was loaded; all ranks have the same pools."""
         return self._local.info
 
     @property
     def num_layers_started(self) -> int:
-        """How many layers the first rank has begun; the others wait for it at every layer."""
+        """How many layers the first rank has started; ranks wait for each other at every layer."""
         return self._local.num_layers_started
 
     @property
     def rank_pids(self) -> list[int]:
-        """The other ranks' processes."""
+        """The processes of the other ranks."""
         return self._ranks.pids
 
     def compile_grammar(
         self, grammar: str, eos_token_ids: Sequence[int], tenant: str = ""
     ) -> TokenMatcher:
-        """See `ModelRunner.compile_grammar`; the first rank alone applies grammars."""
+        """See `ModelRunner.compile_grammar`; only the first rank applies grammars."""
         return self._local.compile_grammar(grammar, eos_token_ids, tenant)
 
     def prepare(self, rows: Sequence[ScheduledSequence]) -> None:
@@ -81,8 +81,8 @@ class ParallelRunner:
     def execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
         """Compute one step on all ranks; see `ModelRunner.execute`.
 
-        A step that fails on this rank alone leaves the others in another place of it: the process
-        ends then, and whoever supervises it starts anew.
+        If a step fails on this rank only, the ranks are out of step: the process ends, and its
+        supervisor restarts it.
         """
         self._ranks.compute(batch)
         try:
@@ -92,10 +92,10 @@ class ParallelRunner:
         except Exception as error:
             logger.exception("a step failed on the first rank")
             self._on_death("the ranks are out of step")
-            raise StepError("a step failed on one rank of several") from error
+            raise StepError("a step failed on one rank only") from error
 
     def close(self) -> None:
-        """End the other ranks."""
+        """Stop the other ranks."""
         self._ranks.close()
         if self._group is not None:
             self._group.close()
@@ -111,10 +111,9 @@ def create_parallel_runner(
 ) -> ParallelRunner:
     """The runner of a checkpoint over `size` ranks on this machine; see `create_runner`.
 
-    On CUDA the ranks take the devices from the chosen one on; on a CPU they share its cores. Raises
-    ModelError, one line with the remedy.
+    On CUDA the ranks use the chosen device and those after it; on a CPU they share its cores.
+    Raises ModelError, one line with the remedy.
     """
-    # ranks share the machine's cores unless someone said how many threads a process takes
     num_threads = config.num_threads or threads_of_one(size)
     config = msgspec.structs.replace(config, num_threads=num_threads)
     first = choose_device(config.device)
@@ -133,9 +132,9 @@ def create_parallel_runner(
         place.close()
         raise
     except BaseException:
-        # perhaps a collective that another rank left: that one knows why
+        # a collective may fail because another rank did: report that rank's error
         try:
-            ranks.raise_last_words()
+            ranks.raise_reported_error()
         finally:
             ranks.close()
             place.close()
@@ -151,7 +150,7 @@ def create_rank(settings: RankSettings, group: DistributedGroup | None = None) -
 
 
 def join_group(settings: RankSettings) -> DistributedGroup:
-    """This process as one of the ranks, on a device of its own where there are several."""
+    """Join this process to the ranks; on CUDA each rank has its own device."""
     base = choose_device(settings.config.device)
     device = base
     if base.type == "cuda":

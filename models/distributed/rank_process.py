@@ -1,6 +1,6 @@
 """The process of one rank: `python -m vlmserve.models.distributed.rank_process FD`.
 
-Owns its life: settings first, then one step after another, the end with its socket. FD is the
+Reads its settings, then computes one step after another; it exits when its socket closes. FD is the
 inherited end of a socket pair; see `wire.py`.
 """
 
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> NoReturn:
-    """Compute what the first rank computes until it goes away. Does not return."""
+    """Compute the first rank's steps until it closes the socket. Does not return."""
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s"
     )
-    # Ctrl-C reaches the whole group: the first rank decides
+    # Ctrl-C reaches all processes; the first rank decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
@@ -39,7 +39,7 @@ def main() -> NoReturn:
     try:
         runner = create_rank(wire.settings_decoder.decode(body))
     except Exception as error:
-        # one line for the operator; the first rank says which rank it was
+        # one line for the operator; the first rank adds this rank's number
         line = " ".join(str(error).split())[:500] or type(error).__name__
         connection.sendall(wire.frame_of(RankReady(line)))
         logger.debug("a rank could not load", exc_info=error)
@@ -50,16 +50,18 @@ def main() -> NoReturn:
         try:
             runner.execute(batch)
         except StepError:
-            pass  # raised before anything is computed, and on the first rank alike
+            pass  # raised before anything is computed, on all ranks
         except Exception:
-            logger.exception("a step failed on this rank alone: it cannot go on with the others")
+            logger.exception(
+                "a step failed on this rank only: the ranks are out of step, so it exits"
+            )
             _exit(1)
 
 
 def _frames_of(connection: socket.socket) -> queue.SimpleQueue[bytes]:
-    """The bodies as they come; the process ends when the first rank goes away.
+    """The frames' bodies; the process exits when the first rank closes the socket.
 
-    A thread of its own, so that it does so in the middle of a collective too.
+    Read by a thread, so that the process exits even in the middle of a collective.
     """
     frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 

@@ -1,10 +1,8 @@
-"""The processes of the ranks beside the first one, as the first one sees them.
+"""Starts, watches and stops the processes of the ranks other than the first.
 
-Owns their start, what they are told and their end. Knows nothing of models or collectives.
-
-A rank lives by its socket: when the first rank goes away, however it ends, the other end closes and
-the rank ends at once, also in the middle of a collective. A rank that dies leaves the others in a
-collective that cannot end, so `on_death` has to end the process.
+A rank exits when its socket closes, so it ends with the first rank, even in the middle of a
+collective. If a rank dies, the others wait in a collective forever, so `on_death` must end the
+process.
 """
 
 from __future__ import annotations
@@ -29,26 +27,26 @@ from .wire import RankSettings
 logger = logging.getLogger(__name__)
 
 END_TIMEOUT_S = 5.0
-# a rank that cannot load says why and goes; the first one then has so long to hear it
-LAST_WORD_S = 10.0
+# how long the first rank waits for the error of a rank that cannot load
+REPORT_TIMEOUT_S = 10.0
 
 
 def end_process(line: str) -> None:
-    """End this process now: a step that waits for a dead rank never ends."""
-    logger.error("%s: this engine ends", line)
+    """End this process now: a step that waits for a dead rank would never end."""
+    logger.error("%s: the engine exits", line)
     logging.shutdown()
     os._exit(1)
 
 
 class Ranks:
-    """The other ranks' processes, from their start to `close`."""
+    """The processes of the other ranks, from their start to `close`."""
 
     def __init__(
         self,
         first: RankSettings,
         on_death: Callable[[str], None] = end_process,
     ) -> None:
-        """Starts them, with the settings of the first rank; they load their shares meanwhile."""
+        """Start the processes, which load their shares. first: the first rank's settings."""
         self._on_death = on_death
         self._is_closing = threading.Event()
         self._is_ready = False
@@ -81,36 +79,36 @@ class Ranks:
         return [process.pid for process in self._processes]
 
     def wait_ready(self) -> None:
-        """Wait until every rank has loaded. Raises ModelError, one line, for one that cannot."""
+        """Wait until every rank has loaded. Raises ModelError, one line, if a rank cannot."""
         for connection in self._connections:
-            self._hear(connection)
+            self._receive_ready(connection)
         self._is_ready = True
 
-    def raise_last_words(self) -> None:
-        """Raise ModelError for a rank that says soon why it cannot load, or has ended.
+    def raise_reported_error(self) -> None:
+        """Raise ModelError if a rank soon reports why it cannot load, or has ended.
 
-        One that loads on, or waits for the others, says nothing.
+        A rank that still loads, or waits for the others, reports nothing.
         """
-        speaking, _, _ = select.select(self._connections, [], [], LAST_WORD_S)
-        for connection in speaking:
-            self._hear(connection)
+        readable, _, _ = select.select(self._connections, [], [], REPORT_TIMEOUT_S)
+        for connection in readable:
+            self._receive_ready(connection)
 
-    def _hear(self, connection: socket.socket) -> None:
+    def _receive_ready(self, connection: socket.socket) -> None:
         rank = self._connections.index(connection) + 1
         body = wire.receive(connection)
         if body is None:
-            raise ModelError(f"rank {rank} ended while it loaded the model")
+            raise ModelError(f"rank {rank} exited while it loaded the model")
         if (error := wire.ready_decoder.decode(body).error) is not None:
             raise ModelError(f"rank {rank}: {error}")
 
     def compute(self, batch: StepBatch) -> None:
-        """Let every rank compute a step, at the same time as the caller."""
+        """Send a step to every rank; they compute it at the same time as the caller."""
         frame = wire.frame_of(batch)
         for connection in self._connections:
             connection.sendall(frame)
 
     def close(self) -> None:
-        """End them all; those that do not go by themselves are killed."""
+        """Stop all ranks, and kill those that do not exit in END_TIMEOUT_S."""
         self._is_closing.set()
         for connection in self._connections:
             connection.close()
@@ -124,9 +122,9 @@ class Ranks:
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         status = process.wait()
         if not self._is_ready:
-            self._is_closing.wait(LAST_WORD_S)
+            self._is_closing.wait(REPORT_TIMEOUT_S)
         if not self._is_closing.is_set():
-            self._on_death(f"rank {rank} ended ({_how(status)})")
+            self._on_death(f"rank {rank} died ({_how(status)})")
 
 
 def _how(status: int) -> str:

@@ -1,7 +1,4 @@
-"""What one of several engines on this machine takes of it: GPUs of its own, or a share of the CPU.
-
-Owns the arithmetic. Knows nothing of how models are loaded or of who starts engines.
-"""
+"""The devices, threads and memory of one of several engines on a machine."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from ..weights.loader import check_gpus, choose_device
 
 @dataclass(slots=True, frozen=True)
 class Replica:
-    """The engine of that number of `count`, each over `size` devices."""
+    """Engine `number` of `count`, each on `size` devices."""
 
     number: int
     count: int
@@ -26,7 +23,7 @@ class Replica:
     def share_of(self, config: RunnerConfig) -> RunnerConfig:
         """The settings with this replica's devices, threads and share of the memory.
 
-        Raises ModelError, one line, where there are too few GPUs.
+        Raises ModelError, one line, if there are too few GPUs.
         """
         device = self.device_of(choose_device(config.device))
         return msgspec.structs.replace(
@@ -37,7 +34,7 @@ class Replica:
         )
 
     def device_of(self, base: torch.device) -> torch.device:
-        """The first of this replica's devices; they lie one behind the other from `base` on."""
+        """The first of this replica's consecutive devices; the first replica's is `base`."""
         if base.type != "cuda":
             return base
         each = f" with --tensor-parallel-size {self.size}" if self.size > 1 else ""

@@ -1,7 +1,6 @@
-"""Frames between the first rank and another: steps out, one word back.
+"""Frames between the first rank and another: steps to it, one RankReady back.
 
-Owns the framing. Knows nothing of processes. msgpack of plain types over a socket pair of this
-process and its child, so nothing that comes in is a stranger's.
+msgpack of plain types over a socket pair of a process and its child, so all input is trusted.
 
     4 bytes  length, big endian      then msgpack: RankSettings, a StepBatch, or RankReady
 """
@@ -30,7 +29,7 @@ class RankSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankReady(msgspec.Struct, frozen=True):
-    """A rank has loaded its share, or says in one line why not."""
+    """A rank has loaded its share; else `error` is one line with the reason."""
 
     error: str | None = None
 
@@ -42,19 +41,19 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def frame_of(message: RankSettings | StepBatch | RankReady) -> bytes:
-    """The message with its length before it; a step goes without its grammars.
+    """The message after its length; a step is sent without its grammars.
 
-    What grammars allow only the first rank needs to know, as it alone samples for the scheduler.
+    Only the first rank needs the grammars, since the scheduler uses only its tokens.
     """
-    if isinstance(message, StepBatch) and any(one.matcher for one in message.sequences):
-        sequences = [replace(one, matcher=None) for one in message.sequences]
+    if isinstance(message, StepBatch) and any(s.matcher for s in message.sequences):
+        sequences = [replace(s, matcher=None) for s in message.sequences]
         message = replace(message, sequences=sequences)
     body = _encoder.encode(message)
     return len(body).to_bytes(_LENGTH_BYTES, "big") + body
 
 
 def receive(connection: socket.socket) -> bytes | None:
-    """The next frame's body; None when the other side has gone."""
+    """The next frame's body; None if the other side has closed the socket."""
     length = _receive_exactly(connection, _LENGTH_BYTES)
     return None if length is None else _receive_exactly(connection, int.from_bytes(length, "big"))
 

@@ -1,7 +1,7 @@
-"""Whether a device can compute anything more after a step has failed on it.
+"""Checks after a failed step whether the device still works.
 
-An illegal access or a failed assertion in a kernel ends a process's use of a CUDA device: every
-later call fails too, and only a new process gets on. Owns that question, asked after a failure.
+After an illegal access or a failed assertion in a kernel, every later call of this process to the
+CUDA device fails; only a new process can use it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..batch import DeviceLostError
 
 
 def is_lost(device: torch.device) -> bool:
-    """True if even waiting for what was asked of this device fails."""
+    """True if synchronizing with the device fails."""
     if device.type != "cuda":
         return False
     try:
@@ -25,6 +25,6 @@ def is_lost(device: torch.device) -> bool:
 
 
 def raise_if_lost(devices: Iterable[torch.device], error: Exception) -> None:
-    """Raise DeviceLostError, from the error of a step that failed on them, if one is lost."""
+    """Raise DeviceLostError if a device is lost. error: of the step that failed on them."""
     if lost := [str(device) for device in devices if is_lost(device)]:
-        raise DeviceLostError(f"{', '.join(lost)} can compute nothing more") from error
+        raise DeviceLostError(f"{', '.join(lost)} cannot compute any more") from error

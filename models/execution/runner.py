@@ -1,7 +1,6 @@
-"""Computes one step: images in, tokens in, sampled tokens out.
+"""Computes one step: images and tokens in, sampled tokens out.
 
-Owns the order of a step and the pools' memory. Knows nothing of queues, of when a block is free,
-or of what a token means.
+Owns the order of a step and the pools' memory. The router decides what a step runs.
 """
 
 from __future__ import annotations
@@ -59,11 +58,11 @@ from .graphs.recorder import Recorder
 
 
 def set_threads(num_threads: int | None) -> None:
-    """How many threads torch computes with; None leaves one core to HTTP and image decoding.
+    """Set torch's number of threads; None leaves one core to HTTP and image decoding.
 
-    Of two cores it takes both: they need the second for a few milliseconds a step only, and the
-    model computes a third faster with it (docs/benchmarks.md). OMP_NUM_THREADS, where it is set, is
-    the user's word and stands.
+    With two cores torch takes both: HTTP needs the second for only a few milliseconds a step, and
+    the model computes a third faster with it (docs/benchmarks.md). If the user sets
+    OMP_NUM_THREADS, None changes nothing.
     """
     if num_threads is None and "OMP_NUM_THREADS" in os.environ:
         return
@@ -77,7 +76,7 @@ class ModelRunner:
     def __init__(
         self, loaded: LoadedModel, plan: PoolPlan, backend: AttentionBackend | None = None
     ) -> None:
-        """Allocates the pools of `plan`; without a `backend` attention is the reference's."""
+        """Allocate the pools of `plan`. backend: of attention; None uses the reference backend."""
         self._loaded = loaded
         self._model = loaded.model
         self._text_model = loaded.model.model.language_model
@@ -116,8 +115,8 @@ class ModelRunner:
 
     @property
     def num_layers_started(self) -> int:
-        """How many layers were begun so far, of all steps; may be read while a step runs."""
-        return self._loaded.layers.num_begun
+        """How many layers all steps have started so far; may be read while a step runs."""
+        return self._loaded.layers.num_started
 
     @property
     def config(self) -> MllamaConfig:
@@ -131,18 +130,18 @@ class ModelRunner:
 
     @property
     def num_replays(self) -> int:
-        """How many steps the present graphs have replayed."""
+        """How many steps the current graphs have replayed."""
         return 0 if self._graphs is None else self._graphs.num_replays
 
     def forget_graphs(self) -> None:
-        """Compute every step eagerly from now on: to compare."""
+        """Compute every step eagerly from now on, to compare."""
         self._graphs = None
 
     @torch.inference_mode()
     def record_graphs(self, max_num_seqs: int, recorder: Recorder) -> DecodeGraphs:
-        """Let decode steps of up to so many sequences be replayed from now on; the graphs.
+        """Record decode steps of up to `max_num_seqs` sequences and replay them from now on.
 
-        Only for a model and a backend of which `graphs.choice.why_not` says nothing.
+        Call it only if `graphs.eligibility.why_not` returns None.
         """
         assert self._fused is not None
         assert isinstance(self._backend, TritonBackend)
@@ -159,10 +158,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
-        """Encode the batch's images, run its tokens, sample what is due.
+        """Encode the batch's images, run its tokens, sample the due tokens.
 
-        on_launch: see `OnLaunch`. Raises StepError if the step cannot be computed; blocks of the
-        batch then hold anything. Raises DeviceLostError if no other can be either.
+        on_launch: see `OnLaunch`. Raises StepError if the step cannot be computed; the contents of
+        its blocks are then undefined. Raises DeviceLostError if no later step can be computed.
         """
         try:
             return self._execute(batch, on_launch)
@@ -177,10 +176,10 @@ class ModelRunner:
         vision_states, vision_seconds = self._encode(batch)
         if not batch.sequences:
             raise StepError(
-                "a step has no sequence: images are encoded with the tokens that see them"
+                "a step has no sequences: images are encoded together with tokens that see them"
             )
         inputs = self._pack(batch, prepared)
-        # Filled by another thread while the model computes; both run without Python's lock.
+        # Another thread fills the masks while the model computes; both release Python's lock.
         masks = self._start_masks(inputs)
         hidden = self._forward(batch, inputs, vision_states)
         result = self._sample(hidden, inputs, masks, on_launch)
@@ -189,7 +188,7 @@ class ModelRunner:
         return result
 
     def prepare(self, rows: Sequence[ScheduledSequence]) -> None:
-        """Lay out rows of a token each that may be the next step's; their tokens come later.
+        """Lay out one-token rows that the next step may have; their tokens are not known yet.
 
         Called from another thread, between a step's `on_launch` and the next step.
         """
@@ -201,15 +200,15 @@ class ModelRunner:
     def compute_logits(self, batch: StepBatch) -> Tensor:
         """The logits after every token of the batch, float32 [num_tokens, vocab_size].
 
-        Runs the step as `execute` does, keys and values included, without sampling: for tests and
-        for measuring, where each position matters.
+        Runs the step like `execute`, with its cache writes but without sampling. For tests and
+        measurements that need every position.
         """
         vision_states, _ = self._encode(batch)
         inputs = self._pack(batch)
         return self._logits(self._forward(batch, inputs, vision_states))
 
     def _encode(self, batch: StepBatch) -> tuple[Tensor | None, float]:
-        """The projected states of the images that are finished, and the seconds that took."""
+        """The projected states of the finished images, and the seconds that it took."""
         if not batch.images:
             return None, 0.0
         start = time.perf_counter()
@@ -218,8 +217,8 @@ class ModelRunner:
         return states, time.perf_counter() - start
 
     def _pack(self, batch: StepBatch, prepared: PreparedRows | None = None) -> StepInputs:
-        """The packed inputs, with every id and block inside its table: a CUDA gather outside of one
-        would end the whole process."""
+        """The packed inputs. Checks all ids and blocks: a CUDA gather out of range would kill the
+        process."""
         for sequence in batch.sequences:
             _check_ids(sequence.token_ids, self._num_embeddings, "token id", sequence)
             _check_ids(sequence.block_ids, self._sizes.num_text_blocks, "text block", sequence)
@@ -257,15 +256,15 @@ class ModelRunner:
     def _paged(
         self, batch: StepBatch, inputs: StepInputs
     ) -> tuple[PagedStep | SplitStep, PagedCache]:
-        """The step and the cache that writes it; a step a device where layers lie on several."""
+        """The step and its cache; one step for each device if layers are on several."""
         if len(self._layer_devices) == 1:
             step = self._step(batch, inputs, self._layer_devices[0])
             return step, PagedCache(self.pools, step)
-        split = SplitStep({one: self._step(batch, inputs, one) for one in self._layer_devices})
+        split = SplitStep({d: self._step(batch, inputs, d) for d in self._layer_devices})
         return split, SplitCache(self.pools, split)
 
     def _step(self, batch: StepBatch, inputs: StepInputs, device: torch.device) -> PagedStep:
-        """What every layer of a device shares; each plan is made once."""
+        """The step that all layers of a device share."""
         prepare, dtype = self._backend.prepare, self._loaded.dtype
         cross, slots = inputs.cross_rows, None
         if finished := batch.finished_images:
@@ -279,7 +278,7 @@ class ModelRunner:
         )
 
     def _row_mask(self, inputs: StepInputs) -> Tensor | None:
-        """1 for a token that sees an image, else 0, [num_tokens, 1]; None if all see one."""
+        """1 for a token that sees an image, else 0, [num_tokens, 1]; None if all tokens do."""
         if inputs.sees_image.all():
             return None
         return self._upload(inputs.sees_image).to(self._loaded.dtype)[:, None]
@@ -291,11 +290,11 @@ class ModelRunner:
     def compile_grammar(
         self, grammar: str, eos_token_ids: Sequence[int], tenant: str = ""
     ) -> TokenMatcher:
-        """A matcher at the start of a grammar. Raises GrammarError. Called from any one thread."""
+        """A matcher at the start of a grammar. Raises GrammarError. One caller at a time."""
         return self.grammars.compile(grammar, eos_token_ids, tenant)
 
     def _start_masks(self, inputs: StepInputs) -> Future[Masks] | None:
-        """The masks of the rows that have a grammar; None where none has."""
+        """The masks of the rows with a grammar; None if there are none."""
         pairs = [(i, s.matcher) for i, s in enumerate(inputs.sampled_sequences) if s.matcher]
         if not pairs:
             return None
@@ -322,26 +321,26 @@ class ModelRunner:
         allowed = None if masks is None else masks.result()
         sampled = sample(logits, params, indices, contexts, allowed)
         if logits.is_cuda:
-            on_launch()  # what is left waits for the device
-        token_ids, told = _collect(sampled, raw)
+            on_launch()  # the rest waits for the device
+        token_ids, logprobs = _collect(sampled, raw)
         return StepResult(
             token_ids=dict(zip((s.request_id for s in sequences), token_ids, strict=True)),
-            logprobs={sequences[row].request_id: one for row, one in told.items()},
+            logprobs={sequences[row].request_id: found for row, found in logprobs.items()},
         )
 
     def _prompt_logprobs(
         self, hidden: Tensor, batch: StepBatch
     ) -> dict[str, list[PromptLogprobs | None]]:
-        """request_id -> an entry a target, for the sequences that have some."""
-        told = {}
+        """request_id -> one entry a target, for the sequences with targets."""
+        found = {}
         begin = 0
         for sequence in batch.sequences:
             if targets := sequence.prompt:
                 first = begin + targets.first
                 rows = hidden[first : first + len(targets.token_ids)]
-                told[sequence.request_id] = prompt_logprobs(rows, targets, self._logits)
+                found[sequence.request_id] = prompt_logprobs(rows, targets, self._logits)
             begin += len(sequence.token_ids)
-        return told
+        return found
 
     def _upload(
         self, array: NDArray[np.int64] | NDArray[np.bool_], device: torch.device | None = None
@@ -350,15 +349,15 @@ class ModelRunner:
 
 
 def _collect(sampled: Sampled, raw: RawLogprobs) -> tuple[list[int], dict[int, TokenLogprobs]]:
-    """Each row's token, and what rows that asked are told: by one copy, but for rare rows."""
+    """Each row's token, and the requested log-probabilities, almost always by one copy."""
     while True:
-        token_ids, *told = fetch([sampled.token_ids, *raw.tensors(sampled.token_ids)])
+        token_ids, *arrays = fetch([sampled.token_ids, *raw.tensors(sampled.token_ids)])
         if sampled.is_decided(token_ids):
-            return token_ids.tolist(), raw.of(told)
+            return token_ids.tolist(), raw.of(arrays)
 
 
 def _check_ids(ids: list[int], limit: int, what: str, sequence: ScheduledSequence) -> None:
     """Raise StepError unless all ids are in [0, limit)."""
     if ids and (min(ids) < 0 or max(ids) >= limit):
         wrong = next(i for i in ids if not 0 <= i < limit)
-        raise StepError(f"request {sequence.request_id}: {what} {wrong} is not below {limit}")
+        raise StepError(f"request {sequence.request_id}: {what} {wrong} is not in 0 to {limit - 1}")

@@ -1,10 +1,7 @@
-"""Tries kernels of this project on the machine that will serve, before they are taken.
+"""Tries kernels on the machine that will run them, before they are used.
 
-Owns the trial, its tolerance and the line in the log. Knows nothing of what a kernel computes;
-attention has a trial of its own (attention/trial.py), whose answer decides more.
-
-A kernel depends on the driver, the GPU, triton's build and a C compiler for its launchers, none of
-which a test of this project's can promise.
+A kernel depends on the driver, the GPU, triton's build and a C compiler for its launchers, which no
+test of this project can guarantee.
 """
 
 from __future__ import annotations
@@ -19,37 +16,37 @@ from .triton_support import why_no_kernels
 
 logger = logging.getLogger(__name__)
 
-# of 1 and of what is right: both sides may compute in half precision
+# absolute and relative: both sides may compute in half precision
 TOLERANCE = 3e-2
 
-# pairs of what a kernel gave and what it should have given
+# runs a kernel; pairs of actual and expected results
 Trial = Callable[[], list[tuple[Tensor, Tensor]]]
 
 
 def are_usable(what: str, device: torch.device, trial: Trial) -> bool:
-    """Whether Triton kernels can be had on a device and a trial of them is right.
+    """Whether Triton kernels run on a device and their trial is right.
 
-    what: the kernels, in words for the log, which tells why a GPU does without them.
+    what: the kernels, for the log line that gives the reason if a GPU cannot use them.
     """
     if device.type != "cuda":
         return False
     if (reason := why_no_kernels(device) or what_is_wrong(trial)) is None:
         return True
-    logger.warning("%s are left to torch's operations: %s", what, reason)
+    logger.warning("%s use torch's operations: %s", what, reason)
     return False
 
 
 @torch.inference_mode()
 def what_is_wrong(trial: Trial) -> str | None:
-    """What a trial showed to be wrong, in a few words; None if it is right."""
+    """What was wrong in a trial, in a few words; None if it is right."""
     try:
-        error = max(_largest_error(*pair) for pair in trial())
-    except Exception as failure:  # triton, its compilers and CUDA raise what they like
+        errors = [_largest_error(*pair) for pair in trial()]
+    except Exception as failure:  # triton, its compilers and CUDA raise any type
         line = " ".join(str(failure).split())[:200]
-        return f"a trial of them failed: {type(failure).__name__}: {line}"
-    if not error <= TOLERANCE:  # NaN is wrong too
-        return f"a trial of them was off by {error:.3g}"
-    return None
+        return f"the trial failed: {type(failure).__name__}: {line}"
+    # NaN is wrong too
+    wrong = next((error for error in errors if not error <= TOLERANCE), None)
+    return None if wrong is None else f"the trial was off by {wrong:.3g}"
 
 
 def _largest_error(actual: Tensor, expected: Tensor) -> float:

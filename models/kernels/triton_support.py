@@ -1,7 +1,6 @@
-"""What every launch of a Triton kernel of this project needs to know.
+"""Where Triton kernels run, their least sizes and their operands' dtype.
 
-Owns where they run, the least sizes and the operands' type. Knows no kernel. Imports triton only
-when asked for it.
+Imports triton only inside functions.
 """
 
 from __future__ import annotations
@@ -13,28 +12,30 @@ from torch import Tensor
 
 # tl.dot takes no fewer rows, columns or depth
 MIN_DOT = 16
-MIN_CAPABILITY = (8, 0)
 
 
 def why_no_kernels(device: torch.device) -> str | None:
-    """Why a CUDA device runs no kernels of this project, in a few words; None if it may."""
+    """Why a CUDA device cannot run this project's kernels, in a few words; None if it can."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    return None
+    return why_too_old(device)
+
+
+def why_too_old(device: torch.device) -> str | None:
+    """Why a CUDA device is too old for half-precision kernels; None if it is not."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
 def power_of_2(number: int) -> int:
-    """The least power of two that is not below `number`."""
+    """The least power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 
 def operand_of(states: Tensor) -> object:
-    """The type in which a kernel feeds its products: the tensor's, but float32 on a CPU.
+    """The dtype of a kernel's products: the tensor's, but float32 on a CPU.
 
-    Triton's interpreter multiplies bfloat16 as the integers that it is stored in.
+    Triton's interpreter would multiply the stored integers of bfloat16 values.
     """
     import triton.language as tl
 

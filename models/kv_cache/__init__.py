@@ -1,0 +1,8 @@
+"""The paged cache of keys and values, and the layout of a step's inputs.
+
+In the order in which to read them:
+
+    pool_sizes      how many blocks each pool gets
+    paged_cache     the pools, and the cache and attention function for transformers
+    step_inputs     a step's sequences as packed arrays: tokens, positions, slots, rows
+"""

@@ -1,14 +1,14 @@
-"""The two pools of keys and values, and the face they show to transformers' Mllama.
+"""The two pools of keys and values, and their interface to transformers' Mllama.
 
-Owns the pools' memory, what a step hands to every layer, and the attention function registered
-with transformers. Knows nothing of which block belongs to whom, nor how attention is computed.
+Owns the pools' memory, the data that a step gives every layer, and the attention function
+registered with transformers. The router decides which block belongs to which request.
 
     text pool    each self-attention layer   [num_text_blocks, block_size, num_kv_heads, head_dim]
     image pool   each cross-attention layer  [num_image_blocks, num_patches, num_kv_heads, head_dim]
 
-One image block is one real tile. All tokens of a step lie in one row, [1, num_tokens]; the step
-travels through the unmodified module as a keyword argument and in the cache object, so that nothing
-global is kept between steps.
+One image block is one real tile. All tokens of a step are in one row, [1, num_tokens]. The step
+passes through the unmodified module as a keyword argument and in the cache object, without global
+state.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ from ..device_copies import upload
 
 ATTENTION_NAME = "vlmserve_paged"
 
-
 POISON = 1000.0
 
 
 @dataclass(slots=True, frozen=True)
 class LayerCache:
-    """One layer's keys and values; see the module's layouts."""
+    """One layer's keys and values, in the layouts above."""
 
     keys: Tensor
     values: Tensor
@@ -45,7 +44,7 @@ class LayerCache:
 
 @dataclass(slots=True, frozen=True)
 class KVPools:
-    """Both pools' memory, by the model's layer index."""
+    """The memory of both pools, by the model's layer index."""
 
     layers: list[LayerCache]
     cross_layers: frozenset[int]
@@ -54,11 +53,11 @@ class KVPools:
 
 @dataclass(slots=True, frozen=True)
 class PagedStep:
-    """What one step hands to every layer.
+    """The data that one step gives every layer.
 
-    text_slots: int64 [num_tokens], where this step's tokens go in the text pool. image_slots: int64
-    [num_new_vision_tokens], where the newly encoded images go; None if there are none. text_plan,
-    cross_plan: the backend's plans; cross_plan is None where no token of the step sees an image.
+    text_slots: int64 [num_tokens], the slots of this step's tokens in the text pool. image_slots:
+    int64 [num_new_vision_tokens], the slots of newly encoded images; None without any. text_plan,
+    cross_plan: the backend's plans; cross_plan is None if no token of the step sees an image.
     """
 
     backend: AttentionBackend
@@ -80,9 +79,9 @@ def allocate_pools(
     devices: Sequence[torch.device],
     num_ranks: int = 1,
 ) -> KVPools:
-    """Both pools, zeroed; on a CPU, memory is taken as blocks are first used.
+    """Both pools, zeroed; on a CPU, blocks take memory when they are first used.
 
-    devices: where each layer computes. num_ranks: how many share the KV heads.
+    devices: of each layer. num_ranks: how many ranks share the KV heads.
     """
     head_dim = config.hidden_size // config.num_attention_heads
     cross_layers = frozenset(config.cross_attention_layers or ())
@@ -98,10 +97,10 @@ def allocate_pools(
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A zeroed tensor which on a CPU takes memory only as it is written.
+    """A zeroed tensor that on a CPU takes memory only when it is written.
 
-    torch.zeros writes its zeros: a pool of 4 GiB would be resident before the first request. The
-    system's zero pages come from calloc, through numpy.
+    torch.zeros writes its zeros, so a pool of 4 GiB would be resident before the first request.
+    numpy uses calloc, which returns the system's zero pages.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -115,10 +114,10 @@ def copy_blocks(pools: KVPools, copies: Sequence[BlockCopy]) -> None:
     """Copy text blocks in every self-attention layer; all sources are read first."""
     if not copies:
         return
-    layers = [one for index, one in enumerate(pools.layers) if index not in pools.cross_layers]
+    layers = [la for index, la in enumerate(pools.layers) if index not in pools.cross_layers]
     for device in {layer.keys.device for layer in layers}:
-        sources = upload([one.source for one in copies], device, np.int64)
-        targets = upload([one.target for one in copies], device, np.int64)
+        sources = upload([copy.source for copy in copies], device, np.int64)
+        targets = upload([copy.target for copy in copies], device, np.int64)
         for layer in layers:
             if layer.keys.device == device:
                 layer.keys[targets] = layer.keys[sources]
@@ -126,9 +125,9 @@ def copy_blocks(pools: KVPools, copies: Sequence[BlockCopy]) -> None:
 
 
 def poison_blocks(pools: KVPools, text_blocks: Sequence[int], image_blocks: Sequence[int]) -> None:
-    """Overwrite blocks, so that whoever reads what they held computes nonsense.
+    """Overwrite freed blocks, so that any later read of them gives visibly wrong results.
 
-    With a large number and not with NaN: what a mask leaves out is still multiplied by 0.
+    With a large number, not NaN: masked values are still multiplied by 0.
     """
     for index, layer in enumerate(pools.layers):
         block_ids = image_blocks if index in pools.cross_layers else text_blocks
@@ -139,13 +138,13 @@ def poison_blocks(pools: KVPools, text_blocks: Sequence[int], image_blocks: Sequ
 
 
 def token_bytes(config: MllamaTextConfig, dtype: torch.dtype) -> int:
-    """Bytes that one token takes in the text pool, over all self-attention layers."""
+    """Bytes of one token in the text pool, over all self-attention layers."""
     num_self = config.num_hidden_layers - len(config.cross_attention_layers or ())
     return num_self * _entry_bytes(config, dtype)
 
 
 def tile_bytes(config: MllamaTextConfig, num_patches: int, dtype: torch.dtype) -> int:
-    """Bytes that one tile takes in the image pool, over all cross-attention layers."""
+    """Bytes of one tile in the image pool, over all cross-attention layers."""
     return len(config.cross_attention_layers or ()) * num_patches * _entry_bytes(config, dtype)
 
 
@@ -155,11 +154,11 @@ def _entry_bytes(config: MllamaTextConfig, dtype: torch.dtype) -> int:
 
 
 class PagedLayer:
-    """One layer of the cache as transformers sees it during one step.
+    """One layer of the cache, as transformers uses it during one step.
 
-    `is_initialized`, `keys` and `get_seq_length` answer the question whether a cross-attention
-    layer has anything cached: the module skips the layer where not. So a step in which no token
-    sees an image skips its cross-attention layers, which is exact: they would change nothing.
+    `is_initialized`, `keys` and `get_seq_length` show whether a cross-attention layer has anything
+    cached; if not, transformers skips the layer. So a step in which no token sees an image skips
+    its cross-attention layers, which would change nothing.
     """
 
     __slots__ = ("_cache", "_is_active", "_slots", "_step")
@@ -188,8 +187,8 @@ class PagedLayer:
         return int(self._is_active)
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Scatter [1, num_kv_heads, num_tokens, head_dim] to slots; the layer's whole pool back."""
-        assert self._slots is not None, "keys came for a layer that has no slots in this step"
+        """Write [1, num_kv_heads, num_tokens, head_dim] to slots; returns the whole pool."""
+        assert self._slots is not None, "a layer without slots got keys"
         self._step.backend.write(
             keys[0].transpose(0, 1),
             values[0].transpose(0, 1),
@@ -201,10 +200,10 @@ class PagedLayer:
 
 
 class PagedCache:
-    """What transformers' Mllama takes as its `past_key_values`, for one step.
+    """The `past_key_values` of transformers' Mllama for one step.
 
     Not a subclass of transformers' Cache: the text model uses only `layers`, `update` and
-    `get_seq_length`, and the registered mask function asks for no sizes.
+    `get_seq_length`, and the registered mask function needs no sizes.
     """
 
     is_compileable = False
@@ -221,18 +220,18 @@ class PagedCache:
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """See `PagedLayer.update`; further arguments are those of older releases."""
+        """See `PagedLayer.update`; older releases pass more arguments."""
         return self.layers[layer_idx].update(keys, values)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Not 0 where the layer has something cached; positions are always handed in."""
+        """Not 0 if the layer has something cached; positions are always passed explicitly."""
         return self.layers[layer_idx].get_seq_length()
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return 0
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
-        """Asked for on the way to the mask function, which then makes no mask."""
+        """transformers calls it before the mask function, which returns no mask."""
         return 1, 0
 
 
@@ -250,9 +249,8 @@ def paged_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function over the pools: [1, num_tokens, num_heads, head_dim].
 
-    query: [1, num_heads, num_tokens, head_dim]; key, value: the layer's whole pool, as
-    `PagedLayer.update` or its `keys` gave it. A token that sees no image gets zeros from a cross
-    layer, which is Meta's row mask on the attention's output.
+    query: [1, num_heads, num_tokens, head_dim]; key, value: the layer's whole pool, from
+    `PagedLayer`. A token that sees no image gets zeros from a cross layer, as by Meta's row mask.
     """
     packed = query[0].transpose(0, 1)
     is_cross = isinstance(module, MllamaTextCrossAttention)
@@ -263,7 +261,7 @@ def paged_attention(
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:
-    """The plan says what is seen; transformers builds no mask."""
+    """No mask: the plan defines what each token sees."""
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -1,11 +1,8 @@
-"""Decides how many blocks each pool gets.
+"""Decides how many blocks each pool gets: the split of memory between text and images.
 
-Owns the split of memory between text and images. Knows nothing of tensors, of where the memory is
-or of scheduling.
-
-The split: images want room for two full images a running sequence, text wants `max_num_seqs`
-sequences of `max_model_len`. Where both fit the budget, both get it and the rest stays free;
-where not, images take at most half of the budget and text takes what they leave.
+Images want two full images for each running sequence; text wants `max_num_seqs` sequences of
+`max_model_len`. If both fit the budget, both get that and the rest stays free. Otherwise images get
+at most half of the budget, and text gets the rest.
 """
 
 from __future__ import annotations
@@ -21,10 +18,10 @@ IMAGES_PER_SEQUENCE = 2
 
 @dataclass(slots=True, frozen=True)
 class PoolRequest:
-    """What is asked of the pools; None leaves a value to be chosen.
+    """The wanted pools; None leaves a value open.
 
-    context_len: the model's own limit; max_model_len: the user's. Bytes are of one text token over
-    the self-attention layers, and of one tile over the cross-attention layers.
+    context_len: the model's limit; max_model_len: the user's. token_bytes: of one text token over
+    the self-attention layers; tile_bytes: of one tile over the cross-attention layers.
     """
 
     context_len: int
@@ -40,14 +37,14 @@ class PoolRequest:
 
 @dataclass(slots=True, frozen=True)
 class PoolPlan:
-    """The pools' sizes and the longest sequence that they and the model allow."""
+    """The pools' sizes, and the longest sequence that they and the model allow."""
 
     sizes: PoolSizes
     max_model_len: int
 
 
 def plan_pools(request: PoolRequest, budget_bytes: int) -> PoolPlan:
-    """The pools that fit a budget. Raises ModelError, naming the numbers, where none fit."""
+    """The pools that fit a budget. Raises ModelError, with the numbers, if none fit."""
     length = wanted_len(request)
     num_image_blocks = request.num_image_blocks or _image_blocks(request, budget_bytes)
     if num_image_blocks < request.max_num_tiles:
@@ -60,7 +57,7 @@ def plan_pools(request: PoolRequest, budget_bytes: int) -> PoolPlan:
     capacity = num_text_blocks * request.block_size
     if capacity < 1 or (request.max_model_len is not None and capacity < length):
         raise ModelError(
-            f"max_model_len is {length:,} and the text pool has room for {max(capacity, 0):,} "
+            f"max_model_len is {length:,} but the text pool has only {max(capacity, 0):,} "
             "tokens: lower --max-model-len or raise --kv-cache-memory"
         )
     sizes = PoolSizes(num_text_blocks, num_image_blocks, request.block_size)
@@ -68,7 +65,7 @@ def plan_pools(request: PoolRequest, budget_bytes: int) -> PoolPlan:
 
 
 def wanted_len(request: PoolRequest) -> int:
-    """The longest sequence asked for. Raises ModelError if the model cannot take it."""
+    """The requested length of a sequence. Raises ModelError if it exceeds the model's."""
     if request.max_model_len is not None and request.max_model_len > request.context_len:
         raise ModelError(
             f"max_model_len is {request.max_model_len:,} and the model's context is "
@@ -88,9 +85,9 @@ def _text_blocks(request: PoolRequest, length: int, left_bytes: int) -> int:
 
 
 def plan_over_devices(requests: Sequence[PoolRequest], budgets: Sequence[int]) -> PoolPlan:
-    """The pools that fit each device's budget: a block lies on all of them, so the least decides.
+    """The pools that fit every device's budget: a block is on all devices, so the least decides.
 
-    requests: one a device, with the bytes that a token and a tile take there.
+    requests: one for each device, with the bytes of a token and a tile on it.
     """
     plans = [
         plan_pools(request, budget_bytes)

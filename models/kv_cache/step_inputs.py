@@ -1,7 +1,6 @@
-"""Lays a step's sequences out as one packed row of tokens.
+"""Packs a step's sequences into one row of tokens, in numpy.
 
-Owns the arithmetic from block ids to slots, positions and rows. Knows numpy, not torch, and
-nothing of attention or of who scheduled the step.
+Owns the arithmetic from block ids to slots, positions and rows.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ Ints = NDArray[np.int64]
 class StepInputs:
     """One step, packed: all tokens of all sequences in one row, in the batch's order.
 
-    token_ids, positions, text_slots: int64 [num_tokens]. text_rows: a row a sequence, causal.
-    cross_rows: a row a segment, over its images' tiles; None where no token sees an image.
-    sees_image: bool [num_tokens]. sampled: int64, the packed places of the sequences' last tokens
-    that a token is sampled for, in the order of `sampled_sequences`.
+    token_ids, positions, text_slots: int64 [num_tokens]. text_rows: one causal row a sequence.
+    cross_rows: one row a segment, over its images' tiles; None if no token sees an image.
+    sees_image: bool [num_tokens]. sampled: int64, the packed positions of the last tokens of
+    `sampled_sequences`.
     """
 
     token_ids: Ints
@@ -67,7 +66,7 @@ def pack(batch: StepBatch, block_size: int, num_patches: int) -> StepInputs:
 
 @dataclass(slots=True, frozen=True)
 class PreparedRows:
-    """Rows of one token each that were packed before their tokens were known."""
+    """One-token rows that were packed before their tokens were known."""
 
     rows: Sequence[ScheduledSequence]
     inputs: StepInputs
@@ -76,27 +75,27 @@ class PreparedRows:
     def of(
         cls, rows: Sequence[ScheduledSequence], block_size: int, num_patches: int
     ) -> PreparedRows:
-        """Packs rows whose token_ids hold anything, one each."""
+        """Pack rows with one token each, of any value."""
         return cls(rows, pack(StepBatch(list(rows)), block_size, num_patches))
 
     def are_all_of(self, batch: StepBatch) -> bool:
-        """True if a batch consists of these rows, in this order."""
+        """True if a batch has exactly these rows, in this order."""
         return len(self.rows) == len(batch.sequences) and all(map(is_, self.rows, batch.sequences))
 
     def with_tokens(self) -> StepInputs:
-        """The packed inputs with the tokens that the rows now hold."""
+        """The packed inputs with the rows' current tokens."""
         token_ids = np.array([row.token_ids[0] for row in self.rows], dtype=np.int64)
         return replace(self.inputs, token_ids=token_ids)
 
 
 def image_slots(images: list[ImageToEncode], num_patches: int) -> Ints:
-    """Where the images' vision tokens go in the image pool, tile after tile."""
+    """The slots of the images' vision tokens in the image pool, tile after tile."""
     block_ids = np.array([b for image in images for b in image.block_ids], dtype=np.int64)
     return (block_ids[:, None] * num_patches + np.arange(num_patches)).reshape(-1)
 
 
 def _segments(sequence: ScheduledSequence) -> list[CrossSegment]:
-    """The sequence's segments; one that sees nothing where it lists none."""
+    """The sequence's segments; by default one that sees no image."""
     segments = sequence.segments or [CrossSegment(len(sequence.token_ids), [])]
     covered = sum(segment.num_tokens for segment in segments)
     assert covered == len(sequence.token_ids), "segments must cover the sequence's tokens"
@@ -109,7 +108,7 @@ def _positions(sequence: ScheduledSequence) -> Ints:
 
 
 def _text_slots(sequence: ScheduledSequence, block_size: int) -> Ints:
-    """The slot of each new token; its blocks must reach that far."""
+    """The slot of each new token; the sequence's blocks must cover them."""
     positions = _positions(sequence)
     blocks = np.array(sequence.block_ids, dtype=np.int64)
     return blocks[positions // block_size] * block_size + positions % block_size

@@ -1,6 +1,6 @@
-"""How much memory a device has for this process, and who sets the limit.
+"""How much memory of a device this process may use, and where that limit comes from.
 
-Owns the readings: /proc/meminfo, control groups of both versions, CUDA. Knows nothing of models.
+Reads /proc/meminfo, control groups of both versions, and CUDA.
 """
 
 from __future__ import annotations
@@ -14,64 +14,66 @@ import torch
 
 from ..byte_text import shown_bytes
 
-# of a CPU's memory the rest is for HTTP workers, image decoders and other programs
+# the rest of a CPU's memory is for HTTP workers, image decoders and other programs
 CPU_SHARE = 0.8
-# what control groups write for "no limit" is a number near 2**63
+# control groups write "no limit" as a number near 2**63
 _NO_LIMIT = 1 << 60
 
 
 @dataclass(slots=True, frozen=True)
-class Room:
-    """Bytes that this process may still take of a device; source: what says so, in words."""
+class AvailableMemory:
+    """Bytes that this process may still take of a device; source: the reading, for messages."""
 
     num_bytes: int
     source: str
 
 
-# a device -> its room now; tests hand in their own
-RoomOf = Callable[[torch.device], Room]
+# a device -> its available memory now; tests pass their own
+AvailableMemoryOf = Callable[[torch.device], AvailableMemory]
 
 
-def room_of(device: torch.device, gpu_memory_utilization: float, num_sharers: int = 1) -> Room:
-    """What may be taken of a device now.
+def available_memory(
+    device: torch.device, gpu_memory_utilization: float, num_sharers: int = 1
+) -> AvailableMemory:
+    """The memory that may be taken of a device now.
 
-    A GPU: that share of its memory, less what is in use on it by anybody. A CPU: CPU_SHARE of what
-    the machine has available, or of what the control group leaves, whichever is less; where
-    `num_sharers` engines share it, of this one's part.
+    A GPU: that share of its memory, minus what all processes use. A CPU: CPU_SHARE of the memory
+    that the machine and the control groups leave. num_sharers: engines that share the CPU; the
+    result is one engine's part.
     """
     if device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-        num_bytes = int(total_bytes * gpu_memory_utilization) - (total_bytes - free_bytes)
-        share = f"{gpu_memory_utilization:.0%} of {shown_bytes(total_bytes)}"
-        return Room(
-            max(0, num_bytes), f"{share} less {shown_bytes(total_bytes - free_bytes)} in use"
-        )
-    room = cpu_room()
+        used_bytes = total_bytes - free_bytes
+        num_bytes = max(0, int(total_bytes * gpu_memory_utilization) - used_bytes)
+        limit = f"{gpu_memory_utilization:.0%} of {shown_bytes(total_bytes)}"
+        return AvailableMemory(num_bytes, f"{limit} less {shown_bytes(used_bytes)} in use")
+    memory = available_cpu_memory()
     if num_sharers > 1:
-        room = part_of(room, num_sharers, held_by_engines())
-    return Room(int(room.num_bytes * CPU_SHARE), f"{CPU_SHARE:.0%} of {room.source}")
+        memory = equal_part(memory, num_sharers, memory_of_engines())
+    return AvailableMemory(int(memory.num_bytes * CPU_SHARE), f"{CPU_SHARE:.0%} of {memory.source}")
 
 
 @dataclass(slots=True, frozen=True)
-class Held:
-    """Bytes of memory that this engine holds, and those that it shares with hold."""
+class EngineMemory:
+    """Bytes of memory in use by this engine (own) and by the engines that it shares with."""
 
     own: int
     others: int
 
 
-def part_of(room: Room, num_sharers: int, held: Held) -> Room:
-    """An equal part of what is available and of what the engines hold already, less its own.
+def equal_part(memory: AvailableMemory, num_sharers: int, used: EngineMemory) -> AvailableMemory:
+    """An equal part of the available memory plus what all engines use, minus this one's use.
 
-    So a part is the same for those that start together and for one that starts again later,
-    whatever the others have written of their pools by then.
+    So an engine that restarts gets the same part as engines that start together, however much of
+    their pools the others have written.
     """
-    part = (room.num_bytes + held.own + held.others) // num_sharers - held.own
-    return Room(max(0, min(room.num_bytes, part)), f"one of {num_sharers} parts of {room.source}")
+    part = (memory.num_bytes + used.own + used.others) // num_sharers - used.own
+    source = f"one of {num_sharers} parts of {memory.source}"
+    return AvailableMemory(max(0, min(memory.num_bytes, part)), source)
 
 
-def held_by_engines(root: Path = Path("/"), pid: int | None = None) -> Held:
-    """What this process holds, and its parent's other children of its name. root: of /proc."""
+def memory_of_engines(root: Path = Path("/"), pid: int | None = None) -> EngineMemory:
+    """The memory of this process, and of its siblings with the same name. root: of /proc."""
     own_pid = os.getpid() if pid is None else pid
     own = _status(root, own_pid)
     others = 0
@@ -79,12 +81,12 @@ def held_by_engines(root: Path = Path("/"), pid: int | None = None) -> Held:
         status = _status(root, int(folder.name))
         is_sibling = all(status.get(field) == own.get(field) for field in ("PPid", "Name"))
         if is_sibling and int(folder.name) != own_pid:
-            others += _held_bytes(status)
-    return Held(_held_bytes(own), others)
+            others += _anonymous_bytes(status)
+    return EngineMemory(_anonymous_bytes(own), others)
 
 
 def _status(root: Path, pid: int) -> dict[str, str]:
-    """The fields of a process's status, empty for one that has gone."""
+    """The fields of a process's status; empty for a process that has ended."""
     try:
         lines = (root / f"proc/{pid}/status").read_text("utf-8", "replace").splitlines()
     except OSError:
@@ -92,31 +94,31 @@ def _status(root: Path, pid: int) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-def _held_bytes(status: Mapping[str, str]) -> int:
-    """Memory that is not a file's pages, which go when memory is asked for."""
+def _anonymous_bytes(status: Mapping[str, str]) -> int:
+    """Memory other than file pages, which the system drops when memory is needed."""
     return int(status.get("RssAnon", "0 kB").split()[0]) * 1024
 
 
-def cpu_room(root: Path = Path("/")) -> Room:
-    """The memory that can be had without swapping. root: where /proc and /sys are found."""
-    rooms = [_machine_room(root), *_group_rooms(root)]
-    return min(rooms, key=lambda room: room.num_bytes)
+def available_cpu_memory(root: Path = Path("/")) -> AvailableMemory:
+    """The memory that can be used without swapping. root: the parent of /proc and /sys."""
+    readings = [_machine_memory(root), *_cgroup_memory(root)]
+    return min(readings, key=lambda memory: memory.num_bytes)
 
 
-def _machine_room(root: Path) -> Room:
+def _machine_memory(root: Path) -> AvailableMemory:
     try:
         for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 num_bytes = int(line.split()[1]) * 1024
-                return Room(num_bytes, f"{shown_bytes(num_bytes)} available")
+                return AvailableMemory(num_bytes, f"{shown_bytes(num_bytes)} available")
     except (OSError, ValueError, IndexError):
         pass
     num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return Room(num_bytes, f"{shown_bytes(num_bytes)} free")
+    return AvailableMemory(num_bytes, f"{shown_bytes(num_bytes)} free")
 
 
-def _group_rooms(root: Path) -> Iterator[Room]:
-    """What each control group around this process leaves, of either version; none without one."""
+def _cgroup_memory(root: Path) -> Iterator[AvailableMemory]:
+    """The memory that each control group around this process leaves, of either version."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -130,13 +132,13 @@ def _group_rooms(root: Path) -> Iterator[Room]:
         else:
             continue
         for folder in _with_parents(base, path):
-            if (room := _left(folder, names)) is not None:
-                yield room
+            if (memory := _left_by_group(folder, names)) is not None:
+                yield memory
 
 
 @dataclass(slots=True, frozen=True)
 class _Files:
-    """One version's files in a group's folder; the prefix of its counters over all children."""
+    """The file names of one cgroup version; prefix: of its counters that include children."""
 
     limit: str
     usage: str
@@ -148,7 +150,7 @@ _VERSION_2 = _Files("memory.max", "memory.current", "")
 
 
 def _with_parents(base: Path, path: str) -> Iterator[Path]:
-    """The group's folder and those above it; in a container `base` itself is the group's."""
+    """The group's folder and its parents; in a container the group's folder is `base` itself."""
     folder = base / path.strip("/")
     while folder != base:
         yield folder
@@ -156,19 +158,21 @@ def _with_parents(base: Path, path: str) -> Iterator[Path]:
     yield base
 
 
-def _left(folder: Path, files: _Files) -> Room | None:
-    """The group's limit less what is in use and cannot be dropped; None where nothing limits."""
+def _left_by_group(folder: Path, files: _Files) -> AvailableMemory | None:
+    """The group's limit minus the memory that cannot be dropped; None without a limit."""
     limit = _number(folder / files.limit)
     if limit is None or limit >= _NO_LIMIT:
         return None
     used = _number(folder / files.usage) or 0
     cached = _cached_bytes(folder / "memory.stat", files.prefix)
     left = max(0, limit - max(0, used - cached))
-    return Room(left, f"the {shown_bytes(left)} that a limit of {shown_bytes(limit)} leaves")
+    return AvailableMemory(
+        left, f"the {shown_bytes(left)} that a limit of {shown_bytes(limit)} leaves"
+    )
 
 
 def _cached_bytes(file: Path, prefix: str) -> int:
-    """Bytes of files' contents, which go when memory is asked for."""
+    """Bytes of cached file contents, which the system drops when memory is needed."""
     names = (f"{prefix}inactive_file", f"{prefix}active_file")
     try:
         pairs = [line.split() for line in file.read_text(encoding="ascii").splitlines()]
@@ -178,7 +182,7 @@ def _cached_bytes(file: Path, prefix: str) -> int:
 
 
 def _number(file: Path) -> int | None:
-    """None for a file that is not there or says "max"."""
+    """The number in a file; None if the file is missing or contains "max"."""
     try:
         return int(file.read_text(encoding="ascii"))
     except (OSError, ValueError):

@@ -1,7 +1,6 @@
-"""Whether a model fits its devices, told with the arithmetic before a weight is read.
+"""Checks whether a model fits its devices, before a weight is read.
 
-Owns the comparison and what is advised where it fails. Knows nothing of how weights are read or of
-how what is left is shared out between the pools.
+Owns the comparison and the advice in the error; `sizing.py` divides what is left.
 """
 
 from __future__ import annotations
@@ -19,20 +18,19 @@ from ..weights.device_map import HEAD, TEXT, VISION, Placement, parts_of
 from ..weights.loader import Checkpoint
 from ..weights.quantization import METHODS
 from ..weights.tensor_loader import WHOLE, RankShare
-from .available import RoomOf
+from .available import AvailableMemoryOf
 from .estimate import PeakBytes, by_kind, part_bytes, peak_bytes
 from .peak_step import StepLimits
 
-# without --max-model-len the context shrinks to its pool: less than this serves nobody
+# without --max-model-len the context shrinks to fit its pool; a shorter one is of no use
 LEAST_TEXT_TOKENS = 2048
-_LAYER = f"{TEXT}.layers."
 
 
 @dataclass(slots=True, frozen=True)
 class Plan:
-    """What is to be served and how: all that needs follow from.
+    """The model and the options that decide its memory.
 
-    share: this rank's part of the cut layers; pools are in a rank's bytes already.
+    share: this rank's share of the cut layers; pools are in a rank's bytes already.
     """
 
     checkpoint: Checkpoint
@@ -45,10 +43,10 @@ class Plan:
 
 @dataclass(slots=True, frozen=True)
 class Needs:
-    """What a plan takes at least, by the model's parts.
+    """The least memory that a plan needs, by the model's parts.
 
     weights: bytes of each part. caches: bytes of keys and values of each decoder layer, for
-    `text_tokens` tokens and `tiles` tiles, or what --kv-cache-memory asks for.
+    `text_tokens` tokens and `tiles` tiles, or from --kv-cache-memory.
     """
 
     weights: Mapping[str, int]
@@ -59,33 +57,30 @@ class Needs:
 
     @property
     def total(self) -> int:
-        """All of it on one device."""
+        """The sum, on one device."""
         return sum(self.weights.values()) + sum(self.caches.values()) + self.peak.most
 
 
 def needs_of(plan: Plan) -> Needs:
-    """What the plan takes at least, from the headers of its weights."""
+    """The least memory that a plan needs, from the headers of its weights."""
     checkpoint, pools = plan.checkpoint, plan.pools
-    parts = parts_of(checkpoint.skeleton)
+    parts = parts_of(checkpoint.meta_model)
     tokens = min(pools.max_model_len or LEAST_TEXT_TOKENS, pools.context_len)
     if pools.num_text_blocks is not None:
         tokens = pools.num_text_blocks * pools.block_size
     tiles = pools.num_image_blocks or pools.max_num_tiles
+    limits = replace(plan.limits, max_model_len=tokens)
     return Needs(
         weights=part_bytes(parts, checkpoint.tensors, checkpoint.dtype, plan.quantize, plan.share),
         caches=_caches(plan, tokens, tiles),
-        peak=peak_bytes(
-            checkpoint.skeleton.config,
-            replace(plan.limits, max_model_len=tokens),
-            checkpoint.dtype,
-        ),
+        peak=peak_bytes(checkpoint.meta_model.config, limits, checkpoint.dtype),
         text_tokens=tokens,
         tiles=tiles,
     )
 
 
 def _caches(plan: Plan, tokens: int, tiles: int) -> dict[str, int]:
-    config: Any = plan.checkpoint.skeleton.config.text_config
+    config: Any = plan.checkpoint.meta_model.config.text_config
     cross = set(config.cross_attention_layers or ())
     num_self = config.num_hidden_layers - len(cross)
     if plan.kv_cache_bytes is not None:
@@ -99,49 +94,51 @@ def _caches(plan: Plan, tokens: int, tiles: int) -> dict[str, int]:
     }
 
 
-def check_fits(plan: Plan, placement: Placement, room_of: RoomOf) -> None:
-    """Raise ModelError, one line with the arithmetic and the remedy, unless every device has room.
-
-    Nothing has been read of the weights but their headers.
-    """
+def check_fits(plan: Plan, placement: Placement, available: AvailableMemoryOf) -> None:
+    """Raise ModelError if a device lacks memory: one line with the sum and the remedy."""
     needs = needs_of(plan)
     for device in placement.holders():
-        share, room = share_of(placement, needs, device), room_of(device)
-        if share.total > room.num_bytes:
+        device_needs, memory = needs_on(placement, needs, device), available(device)
+        if device_needs.total > memory.num_bytes:
             raise ModelError(
-                f"{plan.checkpoint.folder}: does not fit {device}: {_arithmetic(share, needs)} = "
-                f"{shown_bytes(share.total)}, and there are {shown_bytes(room.num_bytes)} "
-                f"({room.source}): {_advice(plan, placement, device, room.num_bytes)}"
+                f"{plan.checkpoint.folder}: does not fit {device}: "
+                f"{_arithmetic(device_needs, needs)} = {shown_bytes(device_needs.total)}, and "
+                f"{shown_bytes(memory.num_bytes)} are available ({memory.source}): "
+                f"{_advice(plan, placement, device, memory.num_bytes)}"
             )
 
 
 @dataclass(slots=True, frozen=True)
-class Share:
-    """What one device holds: its parts' weights, room for the largest visitor, caches, a step."""
+class DeviceNeeds:
+    """Bytes that one device needs.
+
+    weights: of the parts that stay on it. largest_offloaded: of the largest part that comes only to
+    compute. cache: keys and values. peak: a step's activations.
+    """
 
     weights: Mapping[str, int]
-    visitor: int
+    largest_offloaded: int
     cache: int
     peak: int
 
     @property
     def resident_bytes(self) -> int:
-        """What weights take all the time."""
+        """Bytes of the weights that stay on the device."""
         return sum(self.weights.values())
 
     @property
     def total(self) -> int:
-        return self.resident_bytes + self.visitor + self.cache + self.peak
+        return self.resident_bytes + self.largest_offloaded + self.cache + self.peak
 
 
-def share_of(placement: Placement, needs: Needs, device: torch.device) -> Share:
-    """What a device holds of a placed model."""
+def needs_on(placement: Placement, needs: Needs, device: torch.device) -> DeviceNeeds:
+    """The memory that a placed model needs on one device."""
     computing = {part for part in needs.weights if placement.device_of(part) == device}
     resident = {part: size for part, size in needs.weights.items() if placement.holds(device, part)}
-    visitors = [needs.weights[part] for part in computing - resident.keys()]
-    return Share(
+    offloaded = [needs.weights[part] for part in computing - resident.keys()]
+    return DeviceNeeds(
         weights=resident,
-        visitor=max(visitors, default=0),
+        largest_offloaded=max(offloaded, default=0),
         cache=sum(size for part, size in needs.caches.items() if part in computing),
         peak=peak_on(placement, needs.peak, device),
     )
@@ -157,46 +154,51 @@ def peak_on(placement: Placement, peak: PeakBytes, device: torch.device) -> int:
     return max(phases)
 
 
-def _arithmetic(share: Share, needs: Needs) -> str:
-    """The sum in words, one term a kind of memory."""
-    kinds = [f"{kind} {shown_bytes(size)}" for kind, size in by_kind(share.weights).items() if size]
-    weights = f"weights {shown_bytes(share.resident_bytes)} ({', '.join(kinds)})"
-    visitor = f" + {shown_bytes(share.visitor)} for offloaded ones" if share.visitor else ""
-    cache = (
-        f" + KV cache of at least {shown_bytes(share.cache)} ({needs.text_tokens:,} text tokens, "
-        f"{needs.tiles:,} image tiles)"
+def _arithmetic(device: DeviceNeeds, needs: Needs) -> str:
+    """The sum in words, one term for each kind of memory."""
+    kinds = by_kind(device.weights).items()
+    sizes = ", ".join(f"{kind} {shown_bytes(size)}" for kind, size in kinds if size)
+    offloaded = f" + offloaded weights {shown_bytes(device.largest_offloaded)}"
+    return (
+        f"weights {shown_bytes(device.resident_bytes)} ({sizes})"
+        f"{offloaded if device.largest_offloaded else ''}"
+        f" + KV cache of at least {shown_bytes(device.cache)} ({needs.text_tokens:,} text tokens, "
+        f"{needs.tiles:,} image tiles) + activations of a step {shown_bytes(device.peak)}"
     )
-    return f"{weights}{visitor}{cache} + activations of a step {shown_bytes(share.peak)}"
 
 
-def _advice(plan: Plan, placement: Placement, device: torch.device, room: int) -> str:
-    """What would make it fit, the least change first."""
+def _advice(plan: Plan, placement: Placement, device: torch.device, num_bytes: int) -> str:
+    """The changes that would make the model fit, the smallest first."""
 
     def fits(changed: Plan) -> bool:
-        return share_of(placement, needs_of(changed), device).total <= room
+        return needs_on(placement, needs_of(changed), device).total <= num_bytes
 
     remedies = []
-    share = share_of(placement, needs_of(plan), device)
-    if plan.kv_cache_bytes is not None and share.total - share.cache < room:
+    needs = needs_on(placement, needs_of(plan), device)
+    if plan.kv_cache_bytes is not None and needs.total - needs.cache < num_bytes:
         remedies.append("a smaller --kv-cache-memory")
     remedies += [words for words, changed in _smaller_steps(plan) if fits(changed)][:1]
     if placement.single is not None:
         quantized = list(_quantized(plan))
-        remedies += [f"{words}{_in_all(one)}" for words, one in quantized if fits(one)] or [
+        remedies += [
+            f"{words} ({shown_bytes(needs_of(changed).total)} in all)"
+            for words, changed in quantized
+            if fits(changed)
+        ] or [
             f"{words} with {smaller}"
-            for words, one in quantized
-            for smaller, changed in _smaller_steps(one)
+            for words, quantized_plan in quantized
+            for smaller, changed in _smaller_steps(quantized_plan)
             if fits(changed)
         ][:1]
     if placement.single is None:
-        remedies.append("a --device-map or --max-memory that leaves more room there")
+        remedies.append("a --device-map or --max-memory that leaves more memory there")
     elif plan.quantize is None:
-        remedies.append("--device-map auto, which keeps elsewhere what has no room")
+        remedies.append("--device-map auto, which offloads the weights that do not fit")
     return "use " + ", or ".join(remedies or ["a larger machine"])
 
 
 def _smaller_steps(plan: Plan) -> Iterator[tuple[str, Plan]]:
-    """The plan with less of what was asked for, and the options that say so."""
+    """Plans with smaller limits, each with the option that sets it."""
     tokens = plan.pools.max_model_len or 0
     while (tokens := tokens // 2) >= LEAST_TEXT_TOKENS // 2:
         smaller = replace(plan, pools=replace(plan.pools, max_model_len=tokens))
@@ -210,7 +212,3 @@ def _quantized(plan: Plan) -> Iterator[tuple[str, Plan]]:
     for method in METHODS:
         if method != plan.quantize:
             yield f"--quantize {method}", replace(plan, quantize=method)
-
-
-def _in_all(plan: Plan) -> str:
-    return f" ({shown_bytes(needs_of(plan).total)} in all)"

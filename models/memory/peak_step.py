@@ -1,7 +1,6 @@
-"""The step that takes the most memory: as a batch to run, and what it takes on a GPU.
+"""The step that takes the most memory: builds it as a batch, and measures it on a GPU.
 
-Owns the batch's composition. Knows nothing of pools' sizes or of how memory is shared out; what a
-step takes by arithmetic, without running it, is in estimate.py.
+`estimate.py` computes the same step's memory without running it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attention.choice import Choice
+from ..attention.choice import ChosenBackend
 from ..batch import (
     CrossSegment,
     ImageTiles,
@@ -29,7 +28,7 @@ from ..execution.runner import ModelRunner
 from ..kv_cache.pool_sizes import PoolPlan
 from ..weights.loader import LoadedModel
 
-# all that sampling can be asked for at once
+# every sampling option that costs memory
 _COSTLY = SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, num_logprobs=20)
 
 
@@ -51,9 +50,9 @@ def probe_plan(max_num_tiles: int, block_size: int, max_model_len: int) -> PoolP
 def peak_batch(info: ModelInfo, limits: StepLimits) -> StepBatch:
     """The costliest step within the limits, on the pools of `probe_plan`.
 
-    One prompt's last chunk takes the tokens that single ones of the other sequences leave; all are
-    as long as they may be, all are sampled, and the chunk's log-probabilities are told. Its blocks
-    are the same one over and over: what is computed means nothing, and takes what it would take.
+    One token of each other sequence; the rest is one prompt's last chunk, with its
+    log-probabilities. All sequences have the full length and are sampled. They share one block: the
+    results mean nothing, but the step takes as much memory as a real one.
     """
     num_rows = max(1, min(limits.max_num_seqs, limits.max_num_batched_tokens))
     chunk = min(limits.max_num_batched_tokens - num_rows + 1, limits.max_model_len)
@@ -96,15 +95,14 @@ def _sequence(
 
 
 def measure_peak(
-    loaded: LoadedModel, attention: Choice, limits: StepLimits, with_graphs: bool = False
+    loaded: LoadedModel, attention: ChosenBackend, limits: StepLimits, with_graphs: bool = False
 ) -> dict[torch.device, int]:
-    """Bytes that the costliest step takes of each CUDA device, by running it.
+    """Bytes that the costliest step takes on each CUDA device, by running it.
 
-    What torch reserves is counted, as that is what others cannot have. with_graphs: decode steps
-    will be recorded, whose memory nobody else has either; it is added. Raises StepTooLargeError
-    where the step runs out of memory beside the weights.
+    Counts what torch reserves, since nothing else can use that. with_graphs: add the memory of the
+    recorded decode steps. Raises StepTooLargeError if the step runs out of memory.
     """
-    devices = [one for one in loaded.placement.devices() if one.type == "cuda"]
+    devices = [device for device in loaded.placement.devices() if device.type == "cuda"]
     max_num_tiles = int(loaded.model.model.vision_model.max_num_tiles)
     plan = probe_plan(max_num_tiles, attention.block_size, limits.max_model_len)
     runner = ModelRunner(loaded, plan, attention.backend)
@@ -121,9 +119,9 @@ def measure_peak(
             f"images and {limits.max_num_seqs} sequences does not fit beside the weights: lower "
             "--max-num-batched-images, --max-num-batched-tokens or --max-num-seqs, or --quantize"
         ) from None
-    peaks = {one: torch.cuda.max_memory_reserved(one) - before[one] for one in devices}
+    peaks = {device: torch.cuda.max_memory_reserved(device) - before[device] for device in devices}
     if with_graphs:
-        (only,) = devices  # a model over several is never recorded
+        (only,) = devices  # a model on several devices is never recorded
         peaks[only] += _graph_bytes(runner, limits.max_num_seqs, only)
     del runner
     torch.cuda.empty_cache()
@@ -131,9 +129,9 @@ def measure_peak(
 
 
 def _graph_bytes(runner: ModelRunner, max_num_seqs: int, device: torch.device) -> int:
-    """What the recorded decode steps take, the driver's part included, by recording them.
+    """The memory of the recorded decode steps, the driver's included, by recording them.
 
-    0 where that fails: it will again, and decode steps then run eager.
+    0 if recording fails: it will fail again, and decode steps then run eager.
     """
     torch.cuda.empty_cache()
     before, _ = torch.cuda.mem_get_info(device)

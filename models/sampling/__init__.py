@@ -1,0 +1,5 @@
+"""Chooses each row's next token from its logits, and computes log-probabilities.
+
+Read sampler.py first: it applies masks, penalties.py, then temperature and filters. logprobs.py
+uses the unchanged logits.
+"""

@@ -1,8 +1,7 @@
-"""Tells how likely chosen tokens and their rivals were, by the model's own logits.
+"""Computes log-probabilities of chosen and likeliest tokens, for answers and for prompts.
 
-Owns log-probabilities for the rows that ask for them, and for prompts. They are of the raw logits,
-before penalties, biases, bans and temperature: what the model thinks, the same whatever the
-sampling parameters, and as vLLM defines them. Knows nothing of how a token is chosen.
+They are of the raw logits, before penalties, biases, bans and temperature, so they do not depend on
+the sampling parameters; vLLM defines them in the same way.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ PROMPT_ROWS = 256
 
 
 class RawLogprobs:
-    """The log-probabilities of a step's rows that asked; taken before the logits are changed."""
+    """The log-probabilities of the rows that request them, from the unchanged logits."""
 
     def __init__(self, logits: Tensor, params: Sequence[SamplingParams]) -> None:
-        """logits: float32 [num_rows, vocab_size]; params: one a row. Copies what it needs."""
+        """logits: float32 [num_rows, vocab_size]; params: one a row. Copies rows."""
         counts = ((row, param.num_logprobs) for row, param in enumerate(params))
         self._counts = {row: count for row, count in counts if count is not None}
         if self._counts:
@@ -36,9 +35,9 @@ class RawLogprobs:
             self._logprobs = logits[self._at].log_softmax(dim=-1).clamp_(min=LOWEST_LOGPROB)
 
     def tensors(self, token_ids: Tensor) -> list[Tensor]:
-        """What `of` needs on the host, given each row's chosen token, int64 [num_rows].
+        """The tensors that `of` needs on the host.
 
-        Ids that are none are passed over.
+        token_ids: each row's chosen token, int64 [num_rows]; negative ids are ignored.
         """
         if not self._counts:
             return []
@@ -47,11 +46,11 @@ class RawLogprobs:
         top = self._logprobs.topk(most, dim=-1)
         return [chosen.squeeze(1), top.indices, top.values]
 
-    def of(self, told: Sequence[NDArray[Any]]) -> dict[int, TokenLogprobs]:
-        """row -> what was asked for, given a copy of `tensors`."""
+    def of(self, arrays: Sequence[NDArray[Any]]) -> dict[int, TokenLogprobs]:
+        """row -> the requested log-probabilities. arrays: `tensors`, copied to the host."""
         if not self._counts:
             return {}
-        chosen, indices, values = (array.tolist() for array in told)
+        chosen, indices, values = (array.tolist() for array in arrays)
         rows = zip(self._counts.items(), chosen, indices, values, strict=True)
         return {
             row: TokenLogprobs(logprob, ids[:count], top[:count])
@@ -62,10 +61,10 @@ class RawLogprobs:
 def prompt_logprobs(
     hidden: Tensor, targets: PromptTargets, logits_of: Callable[[Tensor], Tensor]
 ) -> list[PromptLogprobs | None]:
-    """One entry a target; None where the target has no logit, as `<|image|>`.
+    """One entry for each target; None for a target without a logit, such as `<|image|>`.
 
-    hidden: [num_targets, hidden_size], of the tokens before the targets; logits_of:
-    hidden rows -> float32 [num_rows, vocab_size], asked for PROMPT_ROWS rows at a time.
+    hidden: [num_targets, hidden_size], of the tokens before the targets. logits_of: hidden rows ->
+    float32 [num_rows, vocab_size]; called for PROMPT_ROWS rows at a time.
     """
     entries: list[PromptLogprobs | None] = []
     for begin in range(0, len(targets.token_ids), PROMPT_ROWS):
@@ -78,13 +77,13 @@ def prompt_logprobs(
 def _of_rows(logits: Tensor, token_ids: list[int], num_top: int) -> Iterator[PromptLogprobs | None]:
     vocab_size = logits.shape[-1]
     logprobs = logits.log_softmax(dim=-1).clamp_(min=LOWEST_LOGPROB)
-    known = [min(one, vocab_size - 1) for one in token_ids]
+    known = [min(token_id, vocab_size - 1) for token_id in token_ids]
     at = upload(known, logits.device, np.int64)
     chosen = logprobs.gather(-1, at[:, None])
     ranks = (logprobs > chosen).sum(dim=-1) + 1
     top = logprobs.topk(min(num_top, vocab_size), dim=-1)
-    told = fetch([chosen.squeeze(1), ranks, top.indices, top.values])
-    rows = zip(token_ids, *(array.tolist() for array in told), strict=True)
+    arrays = fetch([chosen.squeeze(1), ranks, top.indices, top.values])
+    rows = zip(token_ids, *(array.tolist() for array in arrays), strict=True)
     for token_id, logprob, rank, ids, values in rows:
         has_logit = token_id < vocab_size
         yield PromptLogprobs(token_id, logprob, rank, ids, values) if has_logit else None

@@ -1,7 +1,7 @@
 """Changes a step's logits before a token is chosen: penalties, biases and bans.
 
-Owns their arithmetic. Touches only the logits of tokens that a row's text, biases or bans name,
-so its cost is that of those tokens and not of the vocabulary. Knows nothing of drawing.
+Changes only the logits of tokens in a row's text, biases or bans, so the cost does not grow with
+the vocabulary.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 from ..batch import SamplingContext, SamplingParams
 from ..device_copies import upload
 
-# A ban is the lowest number and not -inf: a row whose client bans every token still has a best
-# one, and does not fail the step for its neighbours.
+# A ban is the lowest number, not -inf: a row whose client bans every token still has a best token,
+# and does not fail the step for the other rows.
 LOWEST = torch.finfo(torch.float32).min
 HIGHEST = torch.finfo(torch.float32).max
 
 
 @dataclass(slots=True, frozen=True)
 class _Entry:
-    """One row's tokens of which the same kind of thing is known: one amount, or one a token."""
+    """Some tokens of one row, with one amount for all of them or one for each."""
 
     row: int
     token_ids: Sequence[int]
@@ -34,14 +34,12 @@ class _Entry:
 def adjust(
     logits: Tensor, params: Sequence[SamplingParams], contexts: Sequence[SamplingContext | None]
 ) -> list[int]:
-    """Apply penalties, then biases, then bans to the logits, in place; the rows that have any.
+    """Apply penalties, then biases, then bans to the logits, in place. Returns the changed rows.
 
     logits: float32 [num_rows, vocab_size], contiguous, finite or -inf; params, contexts: one a row.
-    Ids outside of the vocabulary (`<|image|>` of a prompt has no logit) are passed over. What was
-    finite stays finite.
-
-    A bias comes after the penalties, so that it is added as it was asked for and not scaled; bans
-    come last, so that nothing undoes one.
+    Ids outside the vocabulary (a prompt's `<|image|>` has no logit) are ignored. Finite values stay
+    finite. Biases come after the penalties, so that they are not scaled; bans come last, so that
+    nothing undoes them.
     """
     rows = [
         row
@@ -106,24 +104,24 @@ def _change(
 ) -> None:
     """Replace the entries' logits by change(logits, amounts), both float64.
 
-    A token that one row names twice is changed once: both writes are of the same value.
+    A token that a row names twice is changed once: both writes have the same value.
     """
     if found := _places(logits, entries):
         places, amounts = found
         flat = logits.view(-1)
         changed = change(flat[places].double(), amounts)
-        # As float32 a number may be out of range: a tiny penalty divides.
+        # Division by a tiny penalty may exceed the range of float32.
         flat[places] = _finite(changed, flat[places])
 
 
 def _finite(changed: Tensor, before: Tensor) -> Tensor:
-    """The changed values in float32's range; what was -inf stays so."""
+    """The changed values, clamped to float32's range; -inf stays -inf."""
     clamped = changed.clamp(LOWEST, HIGHEST).float()
     return torch.where(before == -torch.inf, before, clamped)
 
 
 def _places(logits: Tensor, entries: Sequence[_Entry]) -> tuple[Tensor, Tensor] | None:
-    """Where the entries' tokens stand in the flat logits (int64), and their amounts (float64)."""
+    """The positions of the entries' tokens in the flat logits, and their amounts (float64)."""
     vocab_size = logits.shape[-1]
     places, amounts = [], []
     for entry in entries:

@@ -1,24 +1,22 @@
 """Chooses each row's next token from its logits, all rows of a step at once.
 
-Owns temperature, top-k, top-p, min-p and the requests' random streams. Knows nothing of models,
-text or sequences.
-
-The order, which is that of transformers, whose documents most parameters were tried out with:
+Owns temperature, top-k, top-p, min-p and the requests' random streams. The order is that of
+transformers:
 
     repetition, presence, frequency penalty -> logit_bias -> min_tokens   penalties.py; greedy too
-    temperature -> top_k -> top_p -> min_p                                only where one draws
+    temperature -> top_k -> top_p -> min_p                                only for sampled rows
 
-A filter sees what the one before it left: top_p is a share of what top_k kept. min_p compares with
-the best token, which both keep, and so never sees them.
+Each filter sees what the one before it kept: top_p is a share of top_k's tokens. min_p compares
+with the best token, which both keep.
 
-A row pays for what it asks for alone: a step of greedy rows without further wishes is one argmax.
+A row costs only what it uses: a step of greedy rows without other options is one argmax.
 
-Nothing here waits for the device: what is not known without asking it, rows that are not finite and
-cuts that a window does not show, is told by negative token ids, which come with the tokens' copy.
+Nothing here waits for the device. Rows that are not finite, and cuts outside a window, are reported
+by negative token ids, which arrive with the tokens' copy.
 
-A request's stream is counter-based: the uniform number for its n-th token is a hash of (seed, n).
-So what is drawn for a request depends on its own logits, seed and place, and on nothing else that
-runs, was preempted or ran before.
+A request's random stream is counter-based: the uniform number for its n-th token is a hash of
+(seed, n). So a draw depends only on the request's logits, seed and position, not on other requests
+or preemptions.
 """
 
 from __future__ import annotations
@@ -39,29 +37,29 @@ from .penalties import adjust
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-# 52 bits, not 53: with 1 - 2**-53 the product with a total just over 1 would round to the total
+# 52 bits, not 53: (1 - 2**-53) times a total just over 1 would round to the total
 _BITS = 52
-# in the place of a token: a row whose logits are damaged, one that must be sorted whole
+# instead of a token id: the row's logits are not finite; the whole row must be sorted
 NOT_FINITE, UNDECIDED = -1, -2
-# tokens of a row that top-k and top-p look at before they sort the whole vocabulary
+# best tokens of a row that top-k and top-p sort before they sort the whole vocabulary
 WINDOW = 1024
 
 
 @dataclass(slots=True, frozen=True)
 class Masks:
-    """Which tokens some rows may have, a bit each: uint8 [len(rows), ceil(vocab_size / 8)].
+    """The allowed tokens of some rows as bits: uint8 [len(rows), ceil(vocab_size / 8)].
 
-    As `grammar.Grammars.fill` gives them, the lowest bit of a byte first.
+    From `grammar.Grammars.fill`, lowest bit of a byte first.
     """
 
     rows: Sequence[int]
     allowed: NDArray[np.uint8]
 
     def apply(self, logits: Tensor) -> None:
-        """Lower what is not allowed to -inf, in place."""
+        """Set the logits of forbidden tokens to -inf, in place."""
         device = logits.device
         allowed = upload(self.allowed, device)
-        # Eight tokens a look-up: on a CPU a fourth of what filling by a bool mask takes.
+        # Eight tokens a look-up: on a CPU, a fourth of the time of a bool mask.
         lowered = _penalties_of_bytes(device)[allowed.int()]
         logits.index_add_(
             0, _places(self.rows, device), lowered.view(len(self.rows), -1)[:, : logits.shape[-1]]
@@ -70,20 +68,20 @@ class Masks:
 
 @functools.cache
 def _penalties_of_bytes(device: torch.device) -> Tensor:
-    """For each byte of a mask, 0 where a bit is set and -inf where it is not; float32 [256, 8]."""
+    """For each byte of a mask: 0 for a set bit, else -inf; float32 [256, 8]."""
     is_set = (np.arange(256)[:, None] >> np.arange(8)) & 1
     return upload(np.where(is_set, 0.0, -np.inf), device, np.float32)
 
 
 def _places(rows: Sequence[int], device: torch.device) -> Tensor:
-    """Rows as an index."""
+    """Rows as an index tensor."""
     return upload(rows, device, np.int64)
 
 
 def uniform(seed: int, sample_index: int) -> float:
-    """The number in [0, 1) for a request's sample_index-th token (from 0).
+    """The random number in [0, 1) for a request's sample_index-th token (from 0).
 
-    splitmix64 (Steele et al., 2014): the seed is mixed first, so that the streams of neighbouring
+    splitmix64 (Steele et al., 2014). The seed is mixed first, so that the streams of neighbouring
     seeds are not shifts of each other.
     """
     state = (_mix(seed & _MASK) + (sample_index + 1) * _GOLDEN) & _MASK
@@ -91,7 +89,7 @@ def uniform(seed: int, sample_index: int) -> float:
 
 
 def _mix(value: int) -> int:
-    """splitmix64's finalizer: 64 bits in, 64 well mixed bits out."""
+    """The finalizer of splitmix64, on 64 bits."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
@@ -100,8 +98,8 @@ def _mix(value: int) -> int:
 class Sampled:
     """A step's tokens while the device computes them.
 
-    token_ids: int64 [num_rows] on the device. Hand a copy of them to `is_decided`, which may draw
-    some of them anew: then copy again.
+    token_ids: int64 [num_rows] on the device. Pass a copy to `is_decided`; if it returns False, it
+    has drawn some tokens again, so copy again.
     """
 
     def __init__(
@@ -117,10 +115,9 @@ class Sampled:
         self._params, self._indices = params, sample_indices
 
     def is_decided(self, token_ids: NDArray[np.int64]) -> bool:
-        """Whether these, a copy of `token_ids`, are the step's tokens.
+        """Whether a copy of `token_ids` has the step's final tokens; else draws the others again.
 
-        Raises NonFiniteLogitsError, naming the rows, where logits hold NaN or +inf or ban all
-        tokens.
+        Raises NonFiniteLogitsError, with the rows, if logits have NaN or +inf or ban all tokens.
         """
         if len(damaged := np.flatnonzero(token_ids == NOT_FINITE)):
             raise NonFiniteLogitsError(
@@ -134,7 +131,7 @@ class Sampled:
         return not late
 
     def draw(self, rows: Sequence[int], is_whole: bool = False) -> None:
-        """Draw the tokens of rows that are sampled; is_whole: from whole rows in order."""
+        """Draw the tokens of sampled rows. is_whole: sort whole rows."""
         at = _places(rows, self.token_ids.device)
         params = [self._params[row] for row in rows]
         uniforms = [uniform(self._params[row].seed, self._indices[row]) for row in rows]
@@ -148,17 +145,17 @@ def sample(
     contexts: Sequence[SamplingContext | None] | None = None,
     masks: Masks | None = None,
 ) -> Sampled:
-    """A token for each row, which the device computes while the caller goes on.
+    """A token for each row; the device computes them while the caller continues.
 
-    logits: float32 [num_rows, vocab_size], contiguous; params, sample_indices and contexts (where
-    any row has one): one a row. masks: what grammars allow in some of the rows; they go before all
-    else, and nothing brings back what they ban. -inf bans a token. Rows with masks, penalties,
-    biases or bans are changed in place.
+    logits: float32 [num_rows, vocab_size], contiguous; -inf bans a token. params, sample_indices
+    and contexts (if any row has a context): one a row. masks: the tokens that grammars allow in
+    some rows; they apply first and cannot be undone. Rows with masks, penalties, biases or bans
+    are changed in place.
     """
     if masks is not None:
         masks.apply(logits)
     best, token_ids = logits.max(dim=-1)
-    # max() hands NaN and +inf on, so a row's best logit tells of the whole row
+    # max() propagates NaN and +inf, so the best logit shows whether the row is finite
     is_finite = best.isfinite()
     if changed := adjust(logits, params, contexts or [None] * len(params)):
         at = _places(changed, logits.device)
@@ -178,13 +175,13 @@ def _draw(
     uniforms: list[float],
     is_whole: bool,
 ) -> Tensor:
-    """A draw for each row from its filtered distribution; all rows sampled, none greedy.
+    """A draw for each row from its filtered distribution; no row is greedy.
 
-    UNDECIDED where a row must be put in order whole, which `is_whole` does with all of them.
+    UNDECIDED for a row that must be sorted whole; `is_whole` sorts all rows whole.
     """
     device = logits.device
     temperature = upload([p.temperature for p in params], device, np.float64)
-    # from the best logit down, so that a tiny temperature ends in 0 and 1, not in inf - inf
+    # relative to the best logit, so that a tiny temperature gives 0 and 1, not inf - inf
     scaled = (logits.double() - best.double()[:, None]) / temperature[:, None]
     weights = scaled.exp_()
     is_undecided = None
@@ -199,7 +196,7 @@ def _draw(
         weights[likely] = _drop_unlikely(weights[likely], [params[i] for i in relative])
     cumulative = weights.cumsum(dim=-1)
     target = upload(uniforms, device, np.float64) * cumulative[:, -1]
-    # the first token whose cumulative weight passes the target: its own weight is never 0
+    # the first token whose cumulative weight passes the target; its weight is never 0
     drawn = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
     if is_undecided is not None:
         drawn[at] = drawn[at].masked_fill(is_undecided, UNDECIDED)
@@ -208,28 +205,28 @@ def _draw(
 
 @dataclass(slots=True, frozen=True)
 class _Cut:
-    """weights: [num_rows, vocab_size], 0 where cut off; is_undecided: bool [num_rows], the cut may
-    lie elsewhere; None where no row's may."""
+    """weights: [num_rows, vocab_size], 0 for removed tokens. is_undecided: bool [num_rows], whether
+    the cut may be wrong; None if no row's is."""
 
     weights: Tensor
     is_undecided: Tensor | None
 
 
 def _filter(weights: Tensor, params: Sequence[SamplingParams], is_whole: bool) -> _Cut:
-    """The weights with what top-k and then top-p leave out set to 0; both keep the best token.
+    """The weights after top-k and then top-p, 0 for removed tokens; both keep the best token.
 
     weights: float64 [num_rows, vocab_size], not normalised. top_p keeps the fewest best tokens
-    whose share of what top_k left reaches top_p. Among equals the lower id comes first.
+    whose share of top_k's tokens reaches top_p. Among equal tokens the lower id comes first.
 
-    Only the best WINDOW tokens of a row are put in order, unless `is_whole`: sorting a vocabulary
-    of 128,256 costs over ten milliseconds a row. A row whose cut lies beyond is undecided; whole,
-    it comes to the same result.
+    Only the best WINDOW tokens of a row are sorted, unless `is_whole`: sorting a vocabulary of
+    128,256 takes over ten milliseconds a row. A row whose cut may be outside the window is
+    undecided; sorting it whole gives the exact result.
     """
     if is_whole or weights.shape[-1] <= WINDOW:
         return _Cut(_cut(weights, *_ordered(weights, None), params)[0], None)
     values, order = weights.topk(WINDOW, dim=-1)
     kept, least = _cut(weights, *_ordered(weights, order.sort(dim=-1).values), params)
-    # what equals the window's last may continue outside of it, with lower ids
+    # tokens equal to the window's last may continue outside it, with lower ids
     return _Cut(kept, ~(least > values[:, -1]))
 
 
@@ -247,9 +244,8 @@ def _cut(
 ) -> tuple[Tensor, Tensor]:
     """Top-k and top-p on each row's best tokens, `ordered` with the ids `order`.
 
-    The weights, 0 where cut off, and the least one kept of each row, [num_rows].
-
-    Every sum is taken in the same order whether `ordered` is a whole row or its beginning.
+    Returns the weights, 0 for removed tokens, and the least kept weight of each row, [num_rows].
+    Sums have the same order whether `ordered` is a whole row or its beginning.
     """
     device, count = weights.device, ordered.shape[-1]
     vocab_size = weights.shape[-1]
@@ -263,12 +259,12 @@ def _cut(
     is_over[:, 0] = False
     kept = ordered.masked_fill(is_over, 0.0)
     least = kept.masked_fill(kept == 0.0, float("inf")).amin(dim=-1)
-    # what a top_k past the end of `ordered` leaves is not known, so its share is not either
+    # if top_k exceeds the length of `ordered`, the sum of its tokens is unknown
     least = least.masked_fill((top_k > count) & (top_k < vocab_size), 0.0)
     return torch.zeros_like(weights).scatter_(-1, order, kept), least
 
 
 def _drop_unlikely(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """The weights with those below min_p of the best token's set to 0; the best one's is 1."""
+    """The weights, 0 for those below min_p times the best token's, which is 1."""
     min_p = upload([p.min_p for p in params], weights.device, np.float64)
     return weights.masked_fill(weights < min_p[:, None], 0.0)

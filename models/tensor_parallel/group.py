@@ -1,9 +1,7 @@
 """The ranks' collectives, over torch.distributed.
 
-Owns how ranks find each other and the three things they do together. Knows nothing of models.
-
-Ranks are processes of one machine: they meet by a file in memory, talk over the loopback interface
-(gloo) or over the GPUs' own links (NCCL), and listen on no other address.
+Ranks are processes on one machine. They find each other by a file in memory, communicate over the
+loopback interface (gloo) or the GPUs' links (NCCL), and listen on no other address.
 """
 
 from __future__ import annotations
@@ -17,15 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# the first collective waits for every rank to have loaded its weights
+# the first collective waits until every rank has loaded its weights
 TIMEOUT = timedelta(hours=1)
 
 
 class MeetingPlace:
-    """A file in memory by which ranks find each other; it goes with the process that made it.
+    """A file in memory by which ranks find each other; it exists as long as its process.
 
-    It has to stay as long as the group: a thread of NCCL's asks it again and again, and would wait
-    for a file that is gone, up to TIMEOUT, which `DistributedGroup.close` then waits for.
+    Close it after the group: a thread of NCCL polls the file, and waits up to TIMEOUT if it is
+    missing, which delays `DistributedGroup.close`.
     """
 
     def __init__(self) -> None:
@@ -33,11 +31,11 @@ class MeetingPlace:
 
     @property
     def path(self) -> Path:
-        """Where this user's other processes find it."""
+        """The path for this user's other processes."""
         return Path(f"/proc/{os.getpid()}/fd/{self._fd}")
 
     def close(self) -> None:
-        """Let it go; call it after the group."""
+        """Delete the file; call it after closing the group."""
         os.close(self._fd)
 
 
@@ -54,10 +52,10 @@ class Group(Protocol):
 
 
 class DistributedGroup:
-    """Ranks in processes of their own; one group a process."""
+    """Ranks in separate processes; one group for each process."""
 
     def __init__(self, rank: int, size: int, device: torch.device, meeting_place: Path) -> None:
-        """Waits until all ranks are there. meeting_place: a file that no other group uses."""
+        """Wait until all ranks have joined. meeting_place: a file that no other group uses."""
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         os.environ["NCCL_SOCKET_IFNAME"] = "lo"
         is_cuda = device.type == "cuda"
@@ -69,24 +67,16 @@ class DistributedGroup:
             timeout=TIMEOUT,
             device_id=device if is_cuda else None,
         )
-        self._rank, self._size, self.device = rank, size, device
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def size(self) -> int:
-        return self._size
+        self.rank, self.size, self.device = rank, size, device
 
     def add_up(self, states: Tensor) -> Tensor:
-        """The sum over the ranks, in place; the same bits on each."""
+        """The sum over the ranks, in place; bitwise equal on all ranks."""
         dist.all_reduce(states)
         return states
 
     def join(self, states: Tensor) -> Tensor:
-        """[..., n] of each rank as [..., size * n], in the ranks' order."""
-        parts = [torch.empty_like(states) for _ in range(self._size)]
+        """Join [..., n] of each rank to [..., size * n], in the ranks' order."""
+        parts = [torch.empty_like(states) for _ in range(self.size)]
         dist.all_gather(parts, states.contiguous())
         return torch.cat(parts, dim=-1)
 
@@ -97,5 +87,5 @@ class DistributedGroup:
         return [int(number) for number in least.tolist()]
 
     def close(self) -> None:
-        """Leave the group; this process may make another then."""
+        """Leave the group; this process may join another group afterwards."""
         dist.destroy_process_group()

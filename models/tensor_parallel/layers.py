@@ -1,8 +1,4 @@
-"""Layers that make one result of what the ranks computed.
-
-Owns the two wrappers and where they go. Knows nothing of what a rank's own product is: a plain,
-packed or quantized layer is wrapped alike.
-"""
+"""Layers that combine what the ranks computed; they wrap plain, packed and quantized layers."""
 
 from __future__ import annotations
 
@@ -16,10 +12,10 @@ from .plan import HEAD, Side
 
 
 class SummedLinear(nn.Module):
-    """A layer cut along its inputs: the ranks' products are added up, then the bias, once."""
+    """A layer cut along its inputs: sums the ranks' products, then adds the bias once."""
 
     def __init__(self, inner: Any, group: Group) -> None:
-        """Takes the bias away from `inner`, which may be any layer with a `bias`."""
+        """Take the bias from `inner`, which may be any layer with a `bias`."""
         super().__init__()
         self.inner = inner
         self.group = group
@@ -37,7 +33,7 @@ class SummedLinear(nn.Module):
 
 
 class JoinedLinear(nn.Module):
-    """A layer cut along its outputs whose whole output is wanted: the head."""
+    """A layer cut along its outputs, which are joined: the head."""
 
     def __init__(self, inner: nn.Module, group: Group) -> None:
         super().__init__()
@@ -50,7 +46,7 @@ class JoinedLinear(nn.Module):
 
 
 def connect(model: nn.Module, linears: Mapping[str, Side], group: Group) -> None:
-    """Put the wrappers around a rank's layers, in place, when its weights are there."""
+    """Wrap a rank's layers, in place, after its weights are loaded."""
     for name, side in linears.items():
         if side is Side.IN or name == HEAD:
             parent, child = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]

@@ -1,15 +1,12 @@
-"""Says how a Mllama is cut for tensor parallelism, and cuts a module that has no weights yet.
+"""How a Mllama is cut for tensor parallelism; cuts a module before its weights are loaded.
 
-Owns which linear layers are cut, along which side, and what must divide. Knows nothing of
-processes, of weights' files or of how ranks talk.
+transformers has no plan for this architecture, so this is the project's own:
 
-transformers has no plan for this architecture, so this one is the project's own:
-
-    text      q, k, v, gate, up     OUT   a rank has its heads, its KV heads, its channels
-              o, down               IN    products are added up over the ranks
+    text      q, k, v, gate, up     OUT   a rank has some heads, KV heads and channels
+              o, down               IN    products are summed over the ranks
     vision    q, k, v, fc1          OUT
-              o, fc2                IN    fc2's bias is added once, behind the sum
-    head      lm_head               OUT   logits are joined, where the vocabulary divides
+              o, fc2                IN    fc2's bias is added once, after the sum
+    head      lm_head               OUT   logits are joined, if the vocabulary divides
     all else  whole on every rank: embeddings, norms, gates, the projector
 
 A vision encoder whose heads do not divide stays whole.
@@ -39,7 +36,7 @@ TEXT_ATTENTION = (MllamaTextSelfAttention, MllamaTextCrossAttention)
 
 
 class Side(IntEnum):
-    """The side of a weight [out, in] that is shared out; the value is the tensor's dimension."""
+    """The side along which a weight [out, in] is cut; the value is the tensor's dimension."""
 
     OUT = 0
     IN = 1
@@ -62,7 +59,7 @@ _VISION = (MllamaVisionAttention, MllamaVisionMLP)
 
 
 def check_size(config: MllamaConfig, size: int) -> None:
-    """Raise ModelError, naming sizes that would do, unless the text model divides by `size`."""
+    """Raise ModelError, with the possible sizes, unless the text model divides by `size`."""
     text = cast(MllamaTextConfig, config.text_config)
     counts = {
         "attention heads": text.num_attention_heads,
@@ -73,8 +70,8 @@ def check_size(config: MllamaConfig, size: int) -> None:
         if count % size:
             fitting = [n for n in range(1, count + 1) if not any(c % n for c in counts.values())]
             raise ModelError(
-                f"the model's {count} {what} cannot be shared out to {size} ranks: "
-                f"--tensor-parallel-size takes {', '.join(map(str, fitting))}"
+                f"the model's {count} {what} do not divide by {size} ranks: "
+                f"--tensor-parallel-size can be {', '.join(map(str, fitting))}"
             )
 
 
@@ -95,9 +92,9 @@ def cut_linears(model: MllamaForConditionalGeneration, size: int) -> dict[str, S
 
 
 def narrow(model: MllamaForConditionalGeneration, linears: Mapping[str, Side], size: int) -> None:
-    """Make a rank's module of a whole one, in place; it must lie on the meta device.
+    """Turn a whole module on the meta device into a rank's module, in place.
 
-    Names stay, so that a rank's share of a weight goes where the whole would have gone.
+    Names do not change, so a rank's share of a weight has the whole weight's name.
     """
     for name, side in linears.items():
         parent, child = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
@@ -111,7 +108,7 @@ def narrow(model: MllamaForConditionalGeneration, linears: Mapping[str, Side], s
 
 def _narrowed(linear: nn.Module, side: Side, size: int) -> nn.Linear:
     assert isinstance(linear, nn.Linear), "only linear layers are cut"
-    assert linear.weight.device.type == "meta", "a module with weights would lose them"
+    assert linear.weight.device.type == "meta", "the module must not have weights yet"
     num_in, num_out = linear.in_features, linear.out_features
     return nn.Linear(
         num_in // size if side is Side.IN else num_in,
@@ -122,8 +119,8 @@ def _narrowed(linear: nn.Module, side: Side, size: int) -> nn.Linear:
     )
 
 
-def share_of(length: int, rank: int, size: int) -> slice:
-    """The stretch of a side of `length` that is the rank's."""
-    assert length % size == 0, "only what divides is cut"
+def rank_slice(length: int, rank: int, size: int) -> slice:
+    """The rank's part of a side of `length`."""
+    assert length % size == 0, "the side must divide by the ranks"
     part = length // size
     return slice(rank * part, (rank + 1) * part)

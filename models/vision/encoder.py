@@ -1,8 +1,7 @@
-"""Encodes images: tiles in, the states that cross attention reads out.
+"""Encodes images: tiles in, the states for cross-attention out.
 
-Owns normalisation, padding to the vision model's fixed number of tiles, the bound on how many
-images one pass takes, and the one image that is encoded in parts. Knows nothing of pools, requests
-or how an image became tiles.
+Owns normalisation, padding to the vision model's fixed number of tiles, the limit of images in one
+pass, and the image that is encoded in parts.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from transformers import MllamaForConditionalGeneration
 from ..batch import ImageTiles, ImageToEncode
 from ..checkpoint import read_json
 from ..errors import ModelError, StepError
-from .layered_encoder import BegunImage, LayeredVision, can_be_cut
+from .layered_encoder import LayeredVision, PartialImage, can_be_cut
 
-# transformers' defaults, where a checkpoint's file leaves them out
+# transformers' defaults, for values that a checkpoint's file omits
 _DEFAULT_MEAN = _DEFAULT_STD = (0.5, 0.5, 0.5)
-# every image is padded to the same number of tiles, so a pass of four is already a large one
+# every image is padded to the same number of tiles, so four images are a large pass
 MAX_IMAGES_PER_PASS = 4
 
 
@@ -39,7 +38,7 @@ class ImageNormalization:
     def table(self) -> Tensor:
         """The pixel value of each channel and 8-bit value, float32 [3, 256].
 
-        Rounded as transformers' processor does it: once after the product, once after the rest.
+        Rounded like transformers' processor: once after the product, once at the end.
         """
         scaled = (np.arange(256, dtype=np.float64) * self.scale).astype(np.float32)
         mean, std = (np.array(v, dtype=np.float32)[:, None] for v in (self.mean, self.std))
@@ -47,7 +46,7 @@ class ImageNormalization:
 
 
 def read_normalization(folder: Path) -> ImageNormalization:
-    """The normalisation that a checkpoint's folder asks for. Raises ModelError.
+    """The normalisation in a checkpoint's folder. Raises ModelError.
 
     From preprocessor_config.json, or the `image_processor` of a newer processor_config.json.
     """
@@ -59,11 +58,11 @@ def read_normalization(folder: Path) -> ImageNormalization:
     try:
         return _normalization(settings)
     except (TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"{folder}: the image normalisation is unusable: {error}") from None
+        raise ModelError(f"{folder}: the image normalisation is invalid: {error}") from None
 
 
 def _normalization(settings: dict[str, Any]) -> ImageNormalization:
-    """Raises ValueError or TypeError for settings that are no numbers, one a channel."""
+    """Raises ValueError or TypeError for settings that are not one number for each channel."""
     rescales, normalizes = settings.get("do_rescale", True), settings.get("do_normalize", True)
     found = ImageNormalization(
         scale=float(settings.get("rescale_factor", 1 / 255)) if rescales else 1.0,
@@ -71,7 +70,7 @@ def _normalization(settings: dict[str, Any]) -> ImageNormalization:
         std=_channels(settings.get("image_std", _DEFAULT_STD)) if normalizes else (1.0,) * 3,
     )
     if 0.0 in found.std:
-        raise ValueError("image_std has a 0")
+        raise ValueError("image_std contains 0")
     return found
 
 
@@ -91,15 +90,12 @@ class VisionEncoder:
         normalization: ImageNormalization,
         device: torch.device,
     ) -> None:
-        """`model` must have its taps mended (see `reference.mend_vision`).
-
-        device: where the vision model computes, which is not where offloaded weights lie.
-        """
+        """model: after `mllama_fixes.mend_vision`. device: on which the vision model computes."""
         self._vision = model.model.vision_model
         self._projector = model.model.multi_modal_projector
         self._table = normalization.table().to(device)
         self._layered = LayeredVision(self._vision)
-        self._begun: BegunImage | None = None
+        self._partial: PartialImage | None = None
 
     @property
     def max_num_tiles(self) -> int:
@@ -111,14 +107,14 @@ class VisionEncoder:
 
     @property
     def num_layers(self) -> int:
-        """In how many parts an image can be encoded; 1 where the model computes as a whole only."""
+        """In how many parts an image can be encoded; 1 if the model cannot be split."""
         return self._layered.num_layers if can_be_cut(self._vision) else 1
 
     def encode(self, images: Sequence[ImageToEncode]) -> Tensor | None:
-        """The projected states of the finished images' real tiles; None where none is finished.
+        """The projected states of the finished images' real tiles; None if no image is finished.
 
         [num_tiles * num_patches, hidden], in the order of the images. Raises StepError if an image
-        does not fit the model, or goes on where no part of it has ended.
+        does not fit the model, or continues at a layer where no step stopped.
         """
         for entry in images:
             self._check(entry.image)
@@ -126,7 +122,7 @@ class VisionEncoder:
         return torch.cat(states) if len(states) > 1 else next(iter(states), None)
 
     def synchronize(self) -> None:
-        """Wait until what was encoded is there."""
+        """Wait until the encoding is done."""
         if self._table.device.type == "cuda":
             torch.cuda.synchronize(self._table.device)
 
@@ -134,7 +130,7 @@ class VisionEncoder:
         expected_bytes = image.num_tiles * 3 * self.tile_size**2
         if image.tile_size != self.tile_size or len(image.data) != expected_bytes:
             raise StepError(
-                f"an image of {len(image.data)} bytes says {image.num_tiles} tiles of "
+                f"an image of {len(image.data)} bytes claims {image.num_tiles} tiles of "
                 f"{image.tile_size} pixels; the model's tiles have {self.tile_size}"
             )
         if image.num_tiles > self.max_num_tiles:
@@ -173,17 +169,17 @@ class VisionEncoder:
         return states
 
     def _encode_part(self, entry: ImageToEncode, is_real: Tensor) -> Tensor | None:
-        """None where layers are left for another step."""
-        begun, self._begun = self._begun, None
+        """None if layers are left for another step."""
+        partial, self._partial = self._partial, None
         if entry.begin == 0:
             pixels, ids = self.pixel_values([entry.image]), self._aspect_ratio_ids([entry.image])
-            begun = self._layered.begin(pixels, is_real, ids)
-        if begun is None or begun.num_layers != entry.begin:
-            raise StepError(f"an image goes on at layer {entry.begin}, where no step has left it")
-        self._layered.advance(begun, self.num_layers if entry.end is None else entry.end)
+            partial = self._layered.begin(pixels, is_real, ids)
+        if partial is None or partial.num_layers != entry.begin:
+            raise StepError(f"an image continues at layer {entry.begin}, but no step stopped there")
+        self._layered.advance(partial, self.num_layers if entry.end is None else entry.end)
         if entry.end is None:
-            return self._layered.finish(begun)
-        self._begun = begun
+            return self._layered.finish(partial)
+        self._partial = partial
         return None
 
     def _aspect_ratio_ids(self, images: Sequence[ImageTiles]) -> Tensor:
@@ -206,7 +202,7 @@ class VisionEncoder:
 
 
 def _passes(images: Sequence[ImageToEncode]) -> Iterator[Sequence[ImageToEncode]]:
-    """The images in order, cut into passes: neighbours that are whole share one."""
+    """The images in order, cut into passes; neighbouring whole images share a pass."""
     begin = 0
     while begin < len(images):
         end = begin + 1

@@ -1,7 +1,6 @@
-"""How many prompt tokens compute for as long as one image is encoded, by arithmetic.
+"""Estimates how many prompt tokens take as long to compute as one image takes to encode.
 
-Owns the sums of products. Knows nothing of steps or devices: what both are made of, large matrix
-products, takes a device about the same time for the same number of multiplications.
+Counts multiplications: both are large matrix products, so time grows with their number alike.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from .layered_encoder import padded_patches
 
 
 def image_cost_tokens(config: MllamaConfig) -> int:
-    """At least 1. Every image costs the same, as all are padded to the same number of tiles."""
+    """The cost, at least 1. It is the same for all images, which are padded to the same size."""
     return max(1, round(_image_products(config) / _token_products(config)))
 
 
@@ -30,7 +29,7 @@ def _image_products(config: MllamaConfig) -> int:
     num_layers = vision.num_hidden_layers + vision.num_global_layers
     embedding = kept * vision.num_channels * vision.patch_size**2 * width
     projector = kept * vision.vision_output_dim * text.hidden_size
-    keys = len(text.cross_attention_layers) * kept * text.hidden_size * 2 * _kv_width(text)
+    keys = len(text.cross_attention_layers) * kept * text.hidden_size * 2 * kv_width(text)
     return int(num_layers * layer + embedding + projector + keys)
 
 
@@ -40,8 +39,9 @@ def _token_products(config: MllamaConfig) -> int:
     hidden, num_cross = text.hidden_size, len(text.cross_attention_layers)
     every = 2 * hidden**2 + 3 * hidden * text.intermediate_size
     num_self = text.num_hidden_layers - num_cross
-    return int(text.num_hidden_layers * every + num_self * 2 * hidden * _kv_width(text))
+    return int(text.num_hidden_layers * every + num_self * 2 * hidden * kv_width(text))
 
 
-def _kv_width(text: Any) -> int:
+def kv_width(text: Any) -> int:
+    """Values of one token's keys in one layer."""
     return int(text.num_key_value_heads * (text.hidden_size // text.num_attention_heads))

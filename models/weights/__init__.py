@@ -1,0 +1,13 @@
+"""Reads a checkpoint's weights and puts each one where it computes.
+
+In the order in which to read them:
+
+    safetensors_headers      names, shapes and sizes of the stored tensors; no torch
+    meta_model               the model without weights, compared with those headers
+    device_map               which device each part of the model is on
+    quantization             the methods of --quantize
+    loader                   opens and loads a checkpoint; `load` is the way in
+    tensor_loader            loads int8 weights and ranks' shares, tensor by tensor
+    progress                 the progress bar
+    random_weights           weights of any size without a file, for measurements
+"""

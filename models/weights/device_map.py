@@ -1,20 +1,19 @@
-"""Decides which device each part of the model lies on and which it computes on.
+"""Decides where each part of the model is stored and where it computes.
 
-Owns device maps: their words, their files, what may not be split, and the automatic ones. Knows
-nothing of how weights are read or of how a step is computed; how much memory a device has is told.
+Owns device maps: their syntax and files, the parts that may not be split, and the automatic maps.
 
-A map names parts, the pieces that are never split:
+A map names parts, which are never split:
 
-    model.vision_model                    whole: its states cross no device between its layers
+    model.vision_model                    whole: its states stay on one device
     model.multi_modal_projector
     model.language_model.embed_tokens
-    model.language_model.layers.0 ...     a decoder layer each; its keys and values lie where it
-    model.language_model.norm             computes
+    model.language_model.layers.0 ...     one decoder layer each, with its keys and values
+    model.language_model.norm
     model.language_model.rotary_emb
     lm_head
 
-"cpu" beside GPUs, and "disk" anywhere, only keep weights: accelerate's hooks bring them to the main
-device, the first GPU or else the CPU, for as long as the part computes.
+"cpu" beside GPUs, and "disk" anywhere, only store weights. accelerate's hooks copy them to the main
+device, the first GPU or else the CPU, while the part computes.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ CPU, DISK = "cpu", "disk"
 
 @dataclass(slots=True, frozen=True)
 class Placement:
-    """Where every part lies: `places` of all parts, and the one device where all lie on it.
+    """Where every part is stored. single: the device, if all parts are on one.
 
-    `single` is None for a model in several places; then `places` holds at least two, or disk.
+    `single` is None for a model in several places; then `places` has at least two values, or disk.
     """
 
     places: Mapping[str, Place]
@@ -58,27 +57,27 @@ class Placement:
 
     @property
     def main(self) -> torch.device:
-        """Where parts compute that lie where nothing computes."""
+        """The device that computes the offloaded parts."""
         if self.single is not None:
             return self.single
         gpus = sorted(place for place in set(self.places.values()) if isinstance(place, int))
         return torch.device("cuda", gpus[0]) if gpus else torch.device("cpu")
 
     def device_of(self, part: str) -> torch.device:
-        """Where a part computes."""
+        """The device that computes a part."""
         place = self.places[part]
         if self.single is not None or place in (CPU, DISK):
             return self.main
         return device_at(place)
 
     def holds(self, device: torch.device, part: str) -> bool:
-        """Whether a part's weights lie on a device all the time."""
+        """Whether a part's weights stay on a device."""
         if self.single is not None:
             return device == self.single
         return self.places[part] != DISK and device_at(self.places[part]) == device
 
     def layer_devices(self) -> list[torch.device]:
-        """Where each decoder layer computes, and so where its keys and values lie."""
+        """The device of each decoder layer, and so of its keys and values."""
         prefix = f"{TEXT}.layers."
         return [self.device_of(part) for part in self.places if part.startswith(prefix)]
 
@@ -88,70 +87,70 @@ class Placement:
         return list(found)
 
     def holders(self) -> list[torch.device]:
-        """The devices that compute, and the CPU where it only keeps weights."""
-        keeping = [torch.device("cpu")] if CPU in self.places.values() else []
-        return list(dict.fromkeys([*self.devices(), *keeping]))
+        """The devices that compute, and the CPU if it stores offloaded weights."""
+        storing = [torch.device("cpu")] if CPU in self.places.values() else []
+        return list(dict.fromkeys([*self.devices(), *storing]))
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether some weights lie where they do not compute."""
+        """Whether some weights are stored where they do not compute."""
         return any(self.is_offloaded_part(part) for part in self.places)
 
     def is_offloaded_part(self, part: str) -> bool:
-        """Whether a part's weights come only to compute."""
+        """Whether a part's weights are copied to its device only to compute."""
         place = self.places[part]
         return place == DISK or (place == CPU and self.main.type != "cpu")
 
 
 def device_at(place: Place) -> torch.device:
-    """The device of a place that is not disk."""
+    """The device of a place other than disk."""
     return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
-def parts_of(skeleton: nn.Module) -> list[str]:
+def parts_of(meta_model: nn.Module) -> list[str]:
     """The model's parts, in the order in which they compute; see the module's list."""
-    children = skeleton.get_submodule(f"{TEXT}.layers").named_children()
+    children = meta_model.get_submodule(f"{TEXT}.layers").named_children()
     layers = [f"{TEXT}.layers.{name}" for name, _ in children]
     return [VISION, PROJECTOR, EMBEDDING, f"{TEXT}.rotary_emb", *layers, f"{TEXT}.norm", HEAD]
 
 
-def on_one_device(skeleton: nn.Module, device: torch.device) -> Placement:
+def on_one_device(meta_model: nn.Module, device: torch.device) -> Placement:
     """Everything on one device."""
     place: Place = device.index or 0 if device.type == "cuda" else device.type
-    return Placement(dict.fromkeys(parts_of(skeleton), place), single=device)
+    return Placement(dict.fromkeys(parts_of(meta_model), place), single=device)
 
 
-def read_device_map(file: Path, skeleton: nn.Module, num_gpus: int) -> Placement:
+def read_device_map(file: Path, meta_model: nn.Module, num_gpus: int) -> Placement:
     """The placement of a JSON file: names of modules -> a GPU's number, "cpu" or "disk".
 
-    A name stands for all parts below it; the longest that fits counts, and "" for the rest. Raises
-    ModelError, one line, for names and places that do not exist and for a part that it splits.
+    A name covers all parts below it; the longest matching name wins, and "" matches all. Raises
+    ModelError, one line, for unknown names and places, and for a name inside a part.
     """
     if not file.is_file():
         raise ModelError(
-            f"--device-map {str(file)!r} is neither auto nor balanced, nor a file: write a JSON "
+            f"--device-map {str(file)!r} is neither auto, balanced nor a file: write a JSON "
             'file such as {"": 0, "model.language_model.layers.39": "cpu"}'
         )
-    return given_map(read_json(file), skeleton, num_gpus, str(file))
+    return given_map(read_json(file), meta_model, num_gpus, str(file))
 
 
 def given_map(
-    entries: Mapping[str, Any], skeleton: nn.Module, num_gpus: int, source: str
+    entries: Mapping[str, Any], meta_model: nn.Module, num_gpus: int, source: str
 ) -> Placement:
-    """The placement that entries ask for; see `read_device_map`."""
-    parts = parts_of(skeleton)
-    known = {name for name, _ in skeleton.named_modules()}
+    """The placement of these entries; see `read_device_map`."""
+    parts = parts_of(meta_model)
+    known = {name for name, _ in meta_model.named_modules()}
     for name in entries:
         if name not in known:
             raise ModelError(f"{source}: the model has no module {name!r}")
         if whole := next((part for part in parts if name.startswith(f"{part}.")), None):
-            raise ModelError(f"{source}: {name} splits {whole}, which stays whole: name that one")
+            raise ModelError(f"{source}: {name} splits {whole}, which must stay whole: name it")
     places = {name: _place(value, num_gpus, source) for name, value in entries.items()}
     return settled({part: _longest(part, places, source) for part in parts})
 
 
 def settled(places: Mapping[str, Place]) -> Placement:
-    """The placement of all parts; on one device where they all lie on one that computes."""
+    """The placement of these parts; `single` if all are on one computing device."""
     found = set(places.values())
     if len(found) > 1 or DISK in found:
         return Placement(places)
@@ -162,7 +161,7 @@ def settled(places: Mapping[str, Place]) -> Placement:
 def _longest(part: str, places: Mapping[str, Place], source: str) -> Place:
     above = [name for name in places if name in ("", part) or part.startswith(f"{name}.")]
     if not above:
-        raise ModelError(f'{source}: nothing says where {part} lies: add it, or "" for the rest')
+        raise ModelError(f'{source}: {part} has no place: add it, or "" for all other parts')
     return places[max(above, key=len)]
 
 
@@ -174,42 +173,41 @@ def _place(value: Any, num_gpus: int, source: str) -> Place:
         number = value.removeprefix("cuda:")
         number = int(number) if number.isdecimal() else None
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise ModelError(f"{source}: {value!r} is no place: use a GPU's number, cpu or disk")
+        raise ModelError(f"{source}: {value!r} is not a place: use a GPU number, cpu or disk")
     if number >= num_gpus:
-        raise ModelError(f"{source}: GPU {number} is not there ({num_gpus} CUDA devices)")
+        raise ModelError(f"{source}: GPU {number} does not exist ({num_gpus} CUDA devices)")
     return number
 
 
 def automatic(
     kind: str,
     sizes: Mapping[str, int],
-    room: Mapping[Place, int],
+    available: Mapping[Place, int],
     cache_bytes: Mapping[str, int],
 ) -> Placement:
-    """The placement that fills devices in the order of `room`: GPUs, then the CPU, then disk.
+    """The placement that fills devices in the order of `available`: GPUs, the CPU, then disk.
 
-    kind: "auto" takes one GPU where the model fits it, else spreads evenly, as "balanced" always
-    does. sizes: weights' bytes of each part. room: bytes of each place for weights and caches.
-    cache_bytes: what a part's keys and values take at least where it computes.
-    Raises ModelError where the main device cannot take what must compute there.
+    kind: "auto" uses one GPU if the model fits it, else spreads evenly; "balanced" always spreads.
+    sizes: bytes of each part's weights. available: bytes of each place for weights and caches.
+    cache_bytes: the least bytes of a part's keys and values.
     """
-    gpus = [place for place in room if isinstance(place, int)]
+    gpus = [place for place in available if isinstance(place, int)]
     computing: list[Place] = list(gpus) or [CPU]
     needs = {part: size + cache_bytes.get(part, 0) for part, size in sizes.items()}
     if kind == AUTO:
         for place in computing:
-            if sum(needs.values()) <= room.get(place, 0):
+            if sum(needs.values()) <= available.get(place, 0):
                 return settled(dict.fromkeys(sizes, place))
-    share = sum(needs.values()) // len(computing) + max(needs.values())
-    even = {place: min(room.get(place, 0), share) for place in computing}
-    for limits in (even, {place: room.get(place, 0) for place in computing}):
+    most = sum(needs.values()) // len(computing) + max(needs.values())
+    even = {place: min(available.get(place, 0), most) for place in computing}
+    for limits in (even, {place: available.get(place, 0) for place in computing}):
         if (places := _in_order(needs, limits)) is not None:
             return settled(places)
-    return settled(_offloaded(sizes, cache_bytes, room, computing))
+    return settled(_offloaded(sizes, cache_bytes, available, computing))
 
 
 def _in_order(needs: Mapping[str, int], limits: Mapping[Place, int]) -> dict[str, Place] | None:
-    """Each part on the first place that is not full, never going back; None if some find none."""
+    """Each part on the first place with space, in order; None if a part does not fit."""
     places: dict[str, Place] = {}
     order = iter(limits)
     place: Place | None = next(order, None)
@@ -228,20 +226,19 @@ def _in_order(needs: Mapping[str, int], limits: Mapping[Place, int]) -> dict[str
 def _offloaded(
     sizes: Mapping[str, int],
     cache_bytes: Mapping[str, int],
-    room: Mapping[Place, int],
+    available: Mapping[Place, int],
     computing: Sequence[Place],
 ) -> dict[str, Place]:
-    """What fits where it computes, the rest on the CPU and on disk.
+    """Parts stay where they compute while they fit; the rest go to the CPU and to disk.
 
-    The main device keeps room for the largest part that visits it and, as visitors' caches lie
-    there, for the caches of all.
+    The main device reserves space for the largest offloaded part and for all caches.
     """
-    visitors = max(sizes.values()) + sum(cache_bytes.values())
-    limits = {place: room.get(place, 0) for place in computing}
-    limits[computing[0]] -= visitors
+    reserved = max(sizes.values()) + sum(cache_bytes.values())
+    limits = {place: available.get(place, 0) for place in computing}
+    limits[computing[0]] -= reserved
     if CPU not in computing:
-        limits[CPU] = room.get(CPU, 0)
+        limits[CPU] = available.get(CPU, 0)
     limits[DISK] = sum(sizes.values())
     places = _in_order(sizes, limits)
-    assert places is not None, "the disk takes what nothing else does"
+    assert places is not None, "the disk takes all that is left"
     return places

@@ -1,8 +1,7 @@
 """Loads a Mllama checkpoint from a local folder onto its devices.
 
-Owns the choice of device and dtype and what is done to the module once. Knows nothing of hubs,
-pools or requests, nor of why a part lies where it does. Weights come from safetensors only, each
-straight to its device; code from a checkpoint is never run.
+Owns the choice of device and dtype, and the changes to the loaded module. Reads safetensors only,
+each weight straight to its device, and never runs code from a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,12 +13,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import PrefixedDataset
+from torch import nn
 from transformers import BitsAndBytesConfig, MllamaForConditionalGeneration, MllamaTextConfig
 
 from ..attention import Geometry
 from ..checkpoint import check_folder
-from ..decoder.decoder import fuse_layers
-from ..decoder.layer_count import LayerCount
+from ..decoder.decoder import LayerCount, fuse_layers
 from ..decoder.mllama_fixes import mend_vision
 from ..decoder.multi_device import SPLIT_ATTENTION_NAME
 from ..decoder.packed_linear import pack_linears
@@ -32,37 +33,36 @@ from ..tensor_parallel.plan import check_size, cut_linears
 from ..vision.encoder import ImageNormalization, read_normalization
 from . import progress
 from .device_map import VISION, Placement, on_one_device
-from .meta_model import build_skeleton, one_line
-from .offload import bring_whole
+from .meta_model import build_meta_model, one_line
 from .quantization import WEIGHT_ONLY, is_quantized, quantization_config, settle
 from .safetensors_headers import StoredTensor, read_tensors
-from .tensor_loader import WHOLE, Opened, RankShare, Recipe, assemble, assemble_from
+from .tensor_loader import WHOLE, Opened, RankShare, Recipe, load_tensors, open_tensors
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(slots=True, frozen=True)
 class Checkpoint:
-    """A folder whose files fit together: what there is to load.
+    """A checked checkpoint folder, ready to load.
 
-    tensors: by their names in the module. skeleton: the model on the meta device, in `dtype`, the
-    type to compute in. draw: makes all tensors on a device, where no file holds them
-    (random_weights.py); the folder is then a name only.
+    tensors: by their names in the module. meta_model: the model on the meta device, in the compute
+    dtype `dtype`. draw: creates all tensors on a device when there are no files
+    (random_weights.py); the folder is then only a name.
     """
 
     folder: Path
     normalization: ImageNormalization
     tensors: dict[str, StoredTensor]
-    skeleton: MllamaForConditionalGeneration
+    meta_model: MllamaForConditionalGeneration
     dtype: torch.dtype
     draw: Callable[[torch.device], Opened] | None = None
 
 
 @dataclass(slots=True, frozen=True)
 class LoadedModel:
-    """A model ready to compute: eval mode, on its devices, attention set to the paged function.
+    """A model ready to compute: in eval mode, on its devices, with paged attention.
 
-    num_ranks: how many share it; heads are then a rank's own.
+    num_ranks: how many ranks share it; the model then has one rank's heads.
     """
 
     model: MllamaForConditionalGeneration
@@ -75,12 +75,12 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """The main device, where tokens come in: the only one unless the model is split."""
+        """The main device, which takes the tokens; the only device unless the model is split."""
         return self.placement.main
 
     @property
     def layer_devices(self) -> list[torch.device]:
-        """The devices that decoder layers compute on, each once."""
+        """The devices that compute decoder layers, without repeats."""
         return list(dict.fromkeys(self.placement.layer_devices()))
 
     @property
@@ -90,7 +90,7 @@ class LoadedModel:
 
     @property
     def geometry(self) -> Geometry:
-        """What an attention backend is chosen for."""
+        """The sizes that decide which attention backend can run."""
         config = self.text_config
         return Geometry(
             device=self.device,
@@ -121,16 +121,18 @@ def load_model(
     """
     chosen = choose_device(device)
     checkpoint = open_checkpoint(folder, choose_dtype(dtype, chosen))
-    return load(checkpoint, on_one_device(checkpoint.skeleton, chosen), quantize, group=group)
+    return load(checkpoint, on_one_device(checkpoint.meta_model, chosen), quantize, group=group)
 
 
 def open_checkpoint(folder: str | Path, dtype: torch.dtype) -> Checkpoint:
-    """What a local folder holds, checked as far as can be without a weight. Raises ModelError."""
+    """A local folder as a checkpoint, checked without reading a weight. Raises ModelError."""
     folder = Path(folder)
     check_folder(folder)
     normalization = read_normalization(folder)
     tensors = read_tensors(folder)
-    return Checkpoint(folder, normalization, tensors, build_skeleton(folder, tensors, dtype), dtype)
+    return Checkpoint(
+        folder, normalization, tensors, build_meta_model(folder, tensors, dtype), dtype
+    )
 
 
 def load(
@@ -140,40 +142,38 @@ def load(
     is_fused: bool = True,
     group: Group | None = None,
 ) -> LoadedModel:
-    """The checkpoint's model, every weight where `placement` puts it.
+    """The checkpoint's model, with every weight where `placement` puts it.
 
-    is_fused: exchange decoder layers for those of `decoder.py` where they can be; without, all keep
-    transformers' modules, to compare with or to be split afterwards. group: the ranks that share
-    it, each with its part of the layers; None for one alone.
-    Progress goes to stderr. Raises ModelError, one line with the remedy.
+    is_fused: replace decoder layers by those of `decoder/decoder.py` where possible; False keeps
+    transformers' modules, to compare with or to split later. group: the ranks that share the model;
+    None for one process. Logs progress to stderr. Raises ModelError, one line with the remedy.
     """
     quantization = quantization_config(quantize, checkpoint.dtype)
     if quantization is not None and placement.is_offloaded:
         raise ModelError(
-            f"--quantize {quantize} and weights on disk, or on the CPU beside a GPU, do not go "
-            "together: leave one of them out, or let --device-map use GPUs only"
+            f"--quantize {quantize} does not work with weights offloaded to disk or to the CPU: "
+            "remove one of them, or let --device-map use GPUs only"
         )
     share = share_with(checkpoint, group)
     _check_together(placement, quantize, share)
     _check_drawn(checkpoint, placement, quantize)
-    is_assembled = quantize == WEIGHT_ONLY or share.size > 1 or checkpoint.draw is not None
+    is_tensor_wise = quantize == WEIGHT_ONLY or share.size > 1 or checkpoint.draw is not None
     sizes = {name: tensor.num_bytes for name, tensor in checkpoint.tensors.items()}
     with large_buffers_mapped() if quantize else nullcontext():
-        if is_assembled:
-            model = _assembled(checkpoint, placement, quantize == WEIGHT_ONLY, share)
+        if is_tensor_wise:
+            model = _load_tensor_wise(checkpoint, placement, quantize == WEIGHT_ONLY, share)
         else:
             with progress.shown(sizes):
                 model = _read_weights(checkpoint, placement, quantization)
     if placement.is_offloaded_part(VISION):
-        bring_whole(model, VISION, placement.device_of(VISION))
+        _load_as_a_whole(model, VISION, placement.device_of(VISION))
     settle(model, checkpoint.dtype)
     model.eval().requires_grad_(False)
-    # published taps are block inputs; transformers collects block outputs
     mend_vision(model)
     if group is not None:
         connect(model, share.sides, group)
     if is_fused and fuse_layers(model.model.language_model) and placement.main.type == "cuda":
-        torch.cuda.empty_cache()  # the parts of joined weights, before anyone asks what is free
+        torch.cuda.empty_cache()  # frees the parts of joined weights before memory is measured
     pack_linears(model)
     loaded = LoadedModel(
         model,
@@ -184,67 +184,68 @@ def load(
         LayerCount(model),
         share.size,
     )
-    # the text model alone: the vision encoder keeps transformers' own attention
+    # only the text model: the vision encoder keeps transformers' attention
     name = ATTENTION_NAME if len(loaded.layer_devices) == 1 else SPLIT_ATTENTION_NAME
     loaded.text_config._attn_implementation = name
     return loaded
 
 
 def share_with(checkpoint: Checkpoint, group: Group | None) -> RankShare:
-    """This rank's share of the layers. Raises ModelError where the model does not divide."""
+    """This rank's share of the layers. Raises ModelError if the model does not divide by ranks."""
     if group is None or group.size == 1:
         return WHOLE
-    check_size(checkpoint.skeleton.config, group.size)
-    return RankShare(group.rank, group.size, cut_linears(checkpoint.skeleton, group.size))
+    check_size(checkpoint.meta_model.config, group.size)
+    return RankShare(group.rank, group.size, cut_linears(checkpoint.meta_model, group.size))
 
 
 def _check_together(placement: Placement, quantize: str | None, share: RankShare) -> None:
-    """Raise ModelError for what does not go together."""
+    """Raise ModelError for options that do not work together."""
     is_split = placement.single is None
     if quantize == WEIGHT_ONLY and is_split:
         raise ModelError(
-            "--quantize int8 and a --device-map over several devices do not go together: use "
+            "--quantize int8 does not work with a --device-map over several devices: use "
             "--tensor-parallel-size, or --quantize bitsandbytes"
         )
     if share.size > 1 and is_split:
         raise ModelError(
-            "--tensor-parallel-size and --device-map both share the model out: leave one out"
+            "--tensor-parallel-size and --device-map both split the model: use only one of them"
         )
     if share.size > 1 and quantize not in (None, WEIGHT_ONLY):
         raise ModelError(
-            f"--quantize {quantize} works on one rank: with --tensor-parallel-size take "
+            f"--quantize {quantize} works on one rank only: with --tensor-parallel-size use "
             f"--quantize {WEIGHT_ONLY}"
         )
 
 
 def _check_drawn(checkpoint: Checkpoint, placement: Placement, quantize: str | None) -> None:
-    """Raise ModelError where weights that are drawn would have to be read by transformers."""
+    """Raise ModelError if random weights need transformers' loader, which reads files."""
     if checkpoint.draw is not None and (
         placement.single is None or quantize not in (None, WEIGHT_ONLY)
     ):
         raise ModelError(
-            f"{checkpoint.folder} lie on one device, in the compute type or --quantize "
+            f"{checkpoint.folder} work on one device only, in the compute dtype or with --quantize "
             f"{WEIGHT_ONLY}"
         )
 
 
-def _assembled(
+def _load_tensor_wise(
     checkpoint: Checkpoint, placement: Placement, is_int8: bool, share: RankShare
 ) -> MllamaForConditionalGeneration:
-    """The model on its one device, by this project's own reading."""
+    """The model on its one device, loaded by `tensor_loader.py`."""
     recipe = Recipe(
         device=placement.main,
         dtype=checkpoint.dtype,
         share=share,
         quantizes=lambda name: is_int8 and is_quantized(f"{name}.weight"),
     )
-    shown = progress.ByteProgress(sum(one.num_bytes for one in checkpoint.tensors.values()))
-    config, folder = checkpoint.skeleton.config, checkpoint.folder
+    shown = progress.ByteProgress(sum(t.num_bytes for t in checkpoint.tensors.values()))
+    config, folder = checkpoint.meta_model.config, checkpoint.folder
     try:
         if checkpoint.draw is not None:
-            drawn = checkpoint.draw(placement.main)
-            return assemble_from(drawn, config, recipe, shown.advance, str(folder))
-        return assemble(folder, config, checkpoint.tensors, recipe, shown.advance)
+            opened = checkpoint.draw(placement.main)
+        else:
+            opened = open_tensors(folder, checkpoint.tensors)
+        return load_tensors(opened, config, recipe, shown.advance, str(folder))
     except OSError as error:
         raise ModelError(f"{checkpoint.folder}: cannot be loaded: {one_line(error)}") from error
     finally:
@@ -266,24 +267,24 @@ def choose_device(name: str) -> torch.device:
     index = device.index or 0
     if index >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ModelError(f"device {name!r} is not there ({count} CUDA devices): use --device cpu")
+        raise ModelError(f"device {name!r} does not exist ({count} CUDA devices): use --device cpu")
     return torch.device("cuda", index)
 
 
 def check_gpus(first: torch.device, count: int, asked: str) -> None:
-    """Return if there are so many GPUs from the chosen device on, where that is one.
+    """Raise ModelError if a chosen GPU and those after it are fewer than `count`.
 
-    asked: the options that need them, for the message. Raises ModelError.
+    asked: the options that need them, for the message.
     """
     if first.type != "cuda":
         return
     left = torch.cuda.device_count() - (first.index or 0)
     if left < count:
-        raise ModelError(f"{asked} needs {count} CUDA devices and there are {left} from {first} on")
+        raise ModelError(f"{asked} needs {count} CUDA devices; only {left} exist from {first} on")
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is bfloat16 where the device has it in hardware."""
+    """The dtype of that name; "auto" is bfloat16 if the hardware supports it, else float32."""
     if name == "auto":
         has_it = _gpu_has_bfloat16(device) if device.type == "cuda" else _cpu_has_bfloat16()
         return torch.bfloat16 if has_it else torch.float32
@@ -293,12 +294,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _gpu_has_bfloat16(device: torch.device) -> bool:
-    """Whether the GPU multiplies bfloat16 itself; older ones emulate it."""
+    """Whether the GPU multiplies bfloat16 in hardware; older GPUs emulate it."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 itself; the probes are private and may go."""
+    """Whether the CPU multiplies bfloat16 in hardware; torch may remove these private probes."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
 
@@ -319,8 +320,28 @@ def _read_weights(
             device_map=placement.device_map,
             output_loading_info=True,
         )
-    except Exception as error:  # transformers and safetensors raise many kinds here
+    except Exception as error:  # transformers and safetensors raise many types here
         raise ModelError(f"{folder}: cannot be loaded: {one_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{folder}: {len(missing)} weights are missing, {missing[0]} among them")
     return cast(MllamaForConditionalGeneration, model)
+
+
+def _load_as_a_whole(model: nn.Module, part: str, device: torch.device) -> None:
+    """Load all weights of an offloaded part when it is called, and drop them after the call.
+
+    For a module whose code reads the device of a child's weight, as transformers' vision model
+    reads that of its patch embedding: layer by layer, that weight is not loaded yet.
+    """
+    module = model.get_submodule(part)
+    hooks: list[Any] = [getattr(child, "_hf_hook", None) for child in module.modules()]
+    stored = next(hook.weights_map for hook in hooks if getattr(hook, "weights_map", None))
+    weights = stored.dataset if isinstance(stored, PrefixedDataset) else stored
+    remove_hook_from_module(module, recurse=True)
+    hook = AlignDevicesHook(
+        execution_device=device,
+        offload=True,
+        place_submodules=True,
+        weights_map=PrefixedDataset(weights, f"{part}."),
+    )
+    add_hook_to_module(module, hook)

@@ -1,7 +1,6 @@
-"""The module of a checkpoint on the meta device: every shape and no weight.
+"""A checkpoint's model on the meta device: every shape and no weight.
 
-Owns the comparison of the configuration with what the weight files hold, before a weight is read.
-Knows nothing of devices or memory.
+Compares the configuration with the headers of the weight files, before a weight is read.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ _STACKS = {
 }
 
 
-def build_skeleton(
+def build_meta_model(
     folder: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype
 ) -> MllamaForConditionalGeneration:
     """The model that the configuration describes, on the meta device, in `dtype`.
 
-    Raises ModelError, one line, where configuration and weights disagree.
+    Raises ModelError, one line, if configuration and weights disagree.
     """
     try:
         config = MllamaConfig.from_pretrained(folder, local_files_only=True)
@@ -37,8 +36,10 @@ def build_skeleton(
         model: Any = empty_model(config, dtype)
     except ModelError:
         raise
-    except Exception as error:  # whatever a wrong value leads to in transformers or torch
-        raise ModelError(f"{folder}: config.json describes no Mllama: {one_line(error)}") from error
+    except Exception as error:  # a wrong value raises anything in transformers or torch
+        raise ModelError(
+            f"{folder}: config.json does not describe a Mllama: {one_line(error)}"
+        ) from error
     _check_shapes(folder, model, tensors)
     return cast(MllamaForConditionalGeneration, model)
 
@@ -51,15 +52,15 @@ def empty_model(config: MllamaConfig, dtype: torch.dtype) -> MllamaForConditiona
 
 
 def _check_depths(folder: Path, config: MllamaConfig, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse a wrong number of layers first: a million of them would take minutes to build."""
+    """Reject a wrong number of layers first: building a million layers would take minutes."""
     for setting, pattern in _STACKS.items():
         part, name = setting.split(".")
-        said = getattr(getattr(config, part), name)
+        configured = getattr(getattr(config, part), name)
         matches = (re.match(pattern, tensor) for tensor in tensors)
         stored = 1 + max((int(match[1]) for match in matches if match), default=-1)
-        if said != stored and (stored or said > 1000):
+        if configured != stored and (stored or configured > 1000):
             raise ModelError(
-                f"{folder}: config.json says {setting} {said} and the weights have {stored}"
+                f"{folder}: config.json has {setting} {configured} and the weights have {stored}"
             )
 
 
@@ -72,8 +73,8 @@ def _check_shapes(
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise ModelError(
-                f"{folder}: {name} has the shape {list(tensors[name].shape)}, and config.json "
-                f"makes it {list(shape)}: they are of different models"
+                f"{folder}: {name} has the shape {list(tensors[name].shape)}, but config.json "
+                f"gives {list(shape)}: the files belong to different models"
             )
 
 

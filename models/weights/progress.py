@@ -1,7 +1,6 @@
-"""Shows how far the weights have been read, by bytes, on stderr.
+"""Shows on stderr how many bytes of the weights have been read.
 
-Owns the bar of a terminal and the lines of a log. Knows transformers' loop over weights only as a
-loop over names; nothing of devices or quantization, which that loop does as it goes.
+A bar on a terminal, lines elsewhere. Hooks into transformers' loop over weights.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from transformers.utils import logging as transformers_logging
 from ..byte_text import shown_bytes
 
 LINE_INTERVAL_S = 10.0
-_DESCRIPTION = "Loading weights"  # transformers' name of its loop
+_DESCRIPTION = "Loading weights"  # the name of transformers' loop
 
 
 class ByteProgress:
-    """A bar where the stream is a terminal, else a line now and then and one at the end."""
+    """A bar on a terminal, else a line every LINE_INTERVAL_S and one at the end."""
 
     def __init__(
         self,
@@ -49,24 +48,26 @@ class ByteProgress:
             self._bar.start()
 
     def advance(self, num_bytes: int) -> None:
-        """So many bytes more have been read and placed."""
+        """Count bytes that have been read and placed."""
         self._done = min(self._total, self._done + num_bytes)
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done)
         elif self._clock() - self._last_line >= LINE_INTERVAL_S:
             self._last_line = self._clock()
             percent = 100 * self._done // max(1, self._total)
-            self._say(f"{shown_bytes(self._done)} of {shown_bytes(self._total)} ({percent} %)")
+            self._write_line(
+                f"{shown_bytes(self._done)} of {shown_bytes(self._total)} ({percent} %)"
+            )
 
     def close(self) -> None:
-        """Take the bar away, or write the last line."""
+        """Remove the bar, or write the last line."""
         if self._bar is not None:
             self._bar.stop()
         else:
             seconds = self._clock() - self._begin
-            self._say(f"{shown_bytes(self._done)} read in {seconds:.1f} s")
+            self._write_line(f"{shown_bytes(self._done)} read in {seconds:.1f} s")
 
-    def _say(self, text: str) -> None:
+    def _write_line(self, text: str) -> None:
         self._stream.write(f"loading weights: {text}\n")
         self._stream.flush()
 
@@ -86,7 +87,7 @@ def _bar(console: Console) -> Progress:
 def shown(
     num_bytes: Mapping[str, int], make: Callable[[int], ByteProgress] = ByteProgress
 ) -> Iterator[None]:
-    """Within it, transformers' loop over weights shows bytes in the place of its own bar.
+    """Make transformers' loop over weights show bytes instead of its own bar.
 
     num_bytes: of each weight, by its name in the module.
     """
@@ -108,7 +109,7 @@ def shown(
 def _counted(
     items: Iterable[tuple[str, Any]], num_bytes: Mapping[str, int], progress: ByteProgress
 ) -> Iterator[tuple[str, Any]]:
-    """The items; each counts as read when the next is asked for."""
+    """The items; each counts as read when the next one is taken."""
     for name, mapping in items:
         yield name, mapping
         progress.advance(num_bytes.get(name, 0))

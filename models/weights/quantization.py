@@ -1,9 +1,8 @@
-"""Holds the decoder's linear layers in 8 or 4 bits.
+"""The methods of --quantize, which store the decoder's linear layers in 8 or 4 bits.
 
-Owns the methods' names, what stays in the compute dtype, and what bitsandbytes needs to be told.
-Knows nothing of devices or of how a layer computes. bitsandbytes is an extra and loads only when a
-method of its own is asked for; transformers then quantizes while it loads. `int8` is this project's
-(models/decoder/int8/).
+Owns the methods' names, the modules that stay in the compute dtype, and bitsandbytes' settings.
+bitsandbytes is an extra, imported only for its own methods; transformers then quantizes while it
+loads. `int8` is this project's own (models/decoder/int8/).
 
     int8               int8 weights by row; products in the compute dtype
     bitsandbytes       LLM.int8 (Dettmers et al., 2022): int8 weights by row, outlier columns of the
@@ -27,14 +26,14 @@ from ..errors import ModelError
 
 WEIGHT_ONLY, INT8, NF4 = "int8", "bitsandbytes", "bitsandbytes-nf4"
 METHODS = (WEIGHT_ONLY, INT8, NF4)
-# gates and norms are no linear layers and the embedding is a table: they stay as they are
+# gates, norms and the embedding are not linear layers, so they are never quantized
 KEPT_MODULES = ("model.vision_model", "model.multi_modal_projector", "lm_head")
 NF4_BLOCK = 64
 _CPU_PACKED_ROWS = 32
 
 
 def quantization_config(method: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What transformers quantizes by while it loads; None where it does not. Raises ModelError."""
+    """The settings for transformers; None if it does not quantize. Raises ModelError."""
     if method is None:
         return None
     if method not in METHODS:
@@ -45,7 +44,7 @@ def quantization_config(method: str | None, dtype: torch.dtype) -> BitsAndBytesC
         raise ModelError(
             f"--quantize {method} needs the package bitsandbytes: pip install 'vlmserve[quantize]'"
         )
-    # it warns at every product of activations that are not float16, and of a kernel it cannot fetch
+    # it warns for every product that is not float16, and for a kernel that it cannot download
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     kept = list(KEPT_MODULES)
     if method == INT8:
@@ -59,12 +58,12 @@ def quantization_config(method: str | None, dtype: torch.dtype) -> BitsAndBytesC
 
 
 def is_quantized(name: str) -> bool:
-    """Whether a method holds the weight of that name, of the model, in fewer bits."""
+    """Whether a method quantizes the model's weight of that name."""
     return name.startswith("model.language_model.layers.") and name.endswith("_proj.weight")
 
 
 def quantized_bytes(method: str, shape: Sequence[int]) -> int:
-    """What a linear layer's weight of that shape takes: its bits and its float32 scales."""
+    """Bytes of a quantized weight of that shape, with its float32 scales."""
     rows, count = shape[0], math.prod(shape)
     if method in (WEIGHT_ONLY, INT8):
         return count + 4 * rows
@@ -72,10 +71,10 @@ def quantized_bytes(method: str, shape: Sequence[int]) -> int:
 
 
 def settle(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let each 4-bit layer on a CPU compute in the compute dtype, whatever its shape.
+    """Make each 4-bit layer on a CPU compute in the compute dtype, for any shape.
 
     bitsandbytes rearranges 4-bit weights for bfloat16 instructions at their first use. That fails
-    for shapes that are no multiples of its blocks, and computes float32 activations in bfloat16.
+    for shapes that are not multiples of its blocks, and computes float32 activations in bfloat16.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":

@@ -1,10 +1,9 @@
-"""Random weights of any configuration, drawn on the device: for measuring what needs no real ones.
+"""Random weights of any configuration, created on the device, for measurements.
 
-Owns what each kind of tensor is drawn from. Knows nothing of devices' memory or of how a model is
-put together. Nothing is written to or read from a disk.
+Owns each tensor's distribution. Nothing is read from or written to a disk.
 
-A tensor's numbers depend on the seed, its name and the device's kind, not on what is drawn beside
-it: models of several dtypes, and quantized ones, round the same weights.
+A tensor's values depend only on the seed, its name and the device's type, so models of several
+dtypes, and quantized models, round the same weights.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import MllamaConfig
 
-from ..tensor_parallel.plan import Side, share_of
+from ..tensor_parallel.plan import Side, rank_slice
 from ..vision.encoder import ImageNormalization
 from .loader import Checkpoint
 from .meta_model import empty_model
@@ -28,7 +27,7 @@ from .tensor_loader import RankShare, Read
 STD = 0.02
 # a gate of 0 would hide its layer
 GATE = 0.7
-# the published checkpoint's
+# as in the published checkpoint
 NORMALIZATION = ImageNormalization(
     scale=1 / 255,
     mean=(0.48145466, 0.4578275, 0.40821073),
@@ -37,19 +36,19 @@ NORMALIZATION = ImageNormalization(
 
 
 def random_checkpoint(config: MllamaConfig, dtype: torch.dtype, seed: int = 0) -> Checkpoint:
-    """What `create_runner` takes in a folder's place. It has no tokenizer: no grammars."""
-    skeleton = empty_model(config, dtype)
+    """A checkpoint for `create_runner` without a folder. It has no tokenizer, so no grammars."""
+    meta_model = empty_model(config, dtype)
     tensors = {
         name: StoredTensor(name, "", tuple(parameter.shape), parameter.nbytes)
-        for name, parameter in skeleton.named_parameters()
+        for name, parameter in meta_model.named_parameters()
     }
     draw = _Draw(tensors, dtype, seed)
-    return Checkpoint(Path("random weights"), NORMALIZATION, tensors, skeleton, dtype, draw)
+    return Checkpoint(Path("random weights"), NORMALIZATION, tensors, meta_model, dtype, draw)
 
 
 @dataclass(slots=True, frozen=True)
 class _Draw:
-    """Called with a device, draws all tensors there, one by one."""
+    """Draws all tensors on the device that it is called with, one by one."""
 
     tensors: dict[str, StoredTensor]
     dtype: torch.dtype
@@ -68,7 +67,7 @@ class _Draw:
             whole = exact.to(self.dtype)
             if side is None or whole.dim() <= side:
                 return whole
-            part = share_of(whole.shape[side], share.rank, share.size)
+            part = rank_slice(whole.shape[side], share.rank, share.size)
             return (whole[part] if side is Side.OUT else whole[:, part]).contiguous()
 
         return read
@@ -78,6 +77,8 @@ def _fill(tensor: Tensor, name: str, generator: torch.Generator) -> None:
     if tensor.numel() == 1 and "gate" in name:
         tensor.fill_(GATE)
     elif name.endswith("norm.weight"):
-        tensor.uniform_(0.5, 1.5, generator=generator)  # ones would hide a norm left out
+        tensor.uniform_(
+            0.5, 1.5, generator=generator
+        )  # with ones, a missing norm would go unnoticed
     else:
         tensor.normal_(0.0, STD, generator=generator)

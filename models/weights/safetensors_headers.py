@@ -1,11 +1,11 @@
-"""Reads what a checkpoint's safetensors files say of their tensors, and none of the tensors.
+"""Reads the headers of a checkpoint's safetensors files: names, shapes, types and sizes.
 
-Owns the files' headers: names, shapes, types and bytes, and whether each file is whole. Knows
-nothing of torch or of what a tensor is for, but for the names that older checkpoints use.
+Checks that each file is complete, and translates the names of older checkpoints. Imports no torch,
+so that the server can check a checkpoint before it starts an engine.
 
     8 bytes  length of the header, little endian
     header   JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]}, offsets from its end
-    data     as long as the last offset says
+    data     ends at the last offset
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
-# the names of checkpoints published before transformers 4.52 -> today's
+# names in checkpoints published before transformers 4.52 -> names now
 _RENAMED = {
     "language_model.lm_head.": "lm_head.",
     "language_model.model.": "model.language_model.",
@@ -38,7 +38,7 @@ _RENAMED = {
 
 @dataclass(slots=True, frozen=True)
 class StoredTensor:
-    """One tensor of a file. name: as the module calls it; num_bytes: in the file."""
+    """One tensor of a file. name: its name in the module; num_bytes: in the file."""
 
     name: str
     file: str
@@ -53,8 +53,8 @@ class StoredTensor:
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by its name in the module.
 
-    Reads headers only. Raises ModelError, one line, for a file that is cut short or no safetensors
-    file, and for a tensor that the index promises and its shard lacks.
+    Reads headers only. Raises ModelError, one line, for a damaged file, and for a tensor that is in
+    the index but not in its shard.
     """
     if not (folder / INDEX).is_file():
         return {tensor.name: tensor for tensor in _read_header(folder / SINGLE)}
@@ -68,14 +68,14 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
         tensor = found.get(module_name(source))
         if tensor is None or tensor.file != file:
             raise ModelError(
-                f"{folder}: {INDEX} promises {source} in {file}, which lacks it; "
+                f"{folder}: {INDEX} lists {source} in {file}, which does not have it; "
                 "download both again"
             )
     return found
 
 
 def module_name(source: str) -> str:
-    """The name in today's module of a tensor that a file calls `source`."""
+    """The name in the module of a tensor named `source` in a file."""
     for old, new in _RENAMED.items():
         if source.startswith(old):
             return new + source.removeprefix(old)
@@ -87,7 +87,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
     with open(file, "rb") as stream:
         header_bytes = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
         if size < _LENGTH_BYTES or header_bytes > MAX_HEADER_BYTES:
-            raise _damaged(file, "it is no safetensors file")
+            raise _damaged(file, "it is not a safetensors file")
         if size < _LENGTH_BYTES + header_bytes:
             raise _damaged(file, f"it is cut short, inside its header ({size:,} bytes)")
         raw = stream.read(header_bytes)
@@ -106,11 +106,11 @@ def _read_header(file: Path) -> list[StoredTensor]:
 
 
 def _tensor(file: Path, name: str, entry: dict[str, Any]) -> StoredTensor:
-    """Raises ValueError where shape, type and offsets do not agree."""
+    """Raises ValueError if shape, type and offsets disagree."""
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, end)):
-        raise ValueError("a size is no number")
+        raise ValueError("a size is not a number")
     if (end - begin) * 8 != math.prod(shape) * _BITS[entry["dtype"]]:
         raise ValueError("shape and offsets disagree")
     return StoredTensor(module_name(name), file.name, shape, end - begin)

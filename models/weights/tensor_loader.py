@@ -1,14 +1,13 @@
-"""Builds a model tensor by tensor where transformers' loader would not: int8 weights, and shares.
+"""Loads a model tensor by tensor where transformers' loader cannot: int8 weights, ranks' shares.
 
-Owns the reading of each weight, or of a rank's share of it, and what it becomes on its device.
-Knows nothing of where the choice of method or of ranks comes from. One weight at a time is in
-memory in full precision.
+Owns the reading of each weight, or of a rank's share of it, and its conversion on the device. Only
+one weight at a time is in memory in full precision.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -23,13 +22,13 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from ..decoder.int8.linear import Int8Linear
 from ..decoder.int8.quantizer import quantize
 from ..errors import ModelError
-from ..tensor_parallel.plan import Side, narrow, share_of
+from ..tensor_parallel.plan import Side, narrow, rank_slice
 from .safetensors_headers import StoredTensor, module_name
 
 
 @dataclass(slots=True, frozen=True)
 class RankShare:
-    """What is one rank's: the sides along which linear layers are cut, by their names."""
+    """One rank's share: the side along which each linear layer is cut, by the layer's name."""
 
     rank: int = 0
     size: int = 1
@@ -41,9 +40,9 @@ WHOLE = RankShare()
 
 @dataclass(slots=True, frozen=True)
 class Recipe:
-    """How a model is made: on which device, in which type, which share, and what is quantized.
+    """How tensors become a model: its device, its dtype, a rank's share, and what is quantized.
 
-    quantizes: whether the linear layer of that name is held in int8.
+    quantizes: whether to store the linear layer of that name in int8.
     """
 
     device: torch.device
@@ -52,34 +51,23 @@ class Recipe:
     quantizes: Callable[[str], bool]
 
 
-# gives a tensor, or what of it is a rank's share along a side
+# returns a tensor, or a rank's share of it along a side
 Read = Callable[[Side | None, RankShare], Tensor]
-# tensors one by one, all that a model needs, each with what gives it
+# all tensors of a model, each with the function that reads it
 Opened = Iterable[tuple[StoredTensor, Read]]
 
 
-def assemble(
-    folder: Path,
-    config: MllamaConfig,
-    tensors: Mapping[str, StoredTensor],
-    recipe: Recipe,
-    count: Callable[[int], None],
-) -> MllamaForConditionalGeneration:
-    """The model of a folder's files; tensors: by their names in the module. See `assemble_from`."""
-    return assemble_from(_open(folder, tensors), config, recipe, count, str(folder))
-
-
-def assemble_from(
+def load_tensors(
     opened: Opened,
     config: MllamaConfig,
     recipe: Recipe,
     count: Callable[[int], None],
     source: str,
 ) -> MllamaForConditionalGeneration:
-    """The model, every weight on its device; count: is told the bytes of each tensor that was read.
+    """The model, with every weight on its device.
 
-    source: whose tensors they are, for messages. Raises ModelError for a weight that cannot be
-    quantized.
+    count: called with the bytes of each tensor that was read. source: the checkpoint, for messages.
+    Raises ModelError for a weight that cannot be quantized.
     """
     with init_empty_weights(include_buffers=False):
         model = cast(MllamaForConditionalGeneration, MllamaForConditionalGeneration(config))
@@ -90,15 +78,15 @@ def assemble_from(
         if stored.name in wanted:
             _place(model, stored.name, read, recipe, source)
         count(stored.num_bytes)
-    # what is left are buffers, which no file holds
+    # the rest are buffers, which no file has
     nn.Module.to(model, recipe.device)
     if recipe.device.type == "cuda":
-        torch.cuda.empty_cache()  # once, not after each weight: what was converted leaves gaps
+        torch.cuda.empty_cache()  # once: conversions leave gaps
     return model
 
 
-def _open(folder: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[StoredTensor, Read]]:
-    """Each tensor with what reads it, or the share's part of it, file by file."""
+def open_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) -> Opened:
+    """Each tensor of a folder's files with the function that reads it, file by file."""
     by_file: dict[str, list[StoredTensor]] = defaultdict(list)
     for tensor in tensors.values():
         by_file[tensor.file].append(tensor)
@@ -115,7 +103,7 @@ def _reader(opened: Any, key: str) -> Read:
         if side is None or len(stored.get_shape()) <= side:
             whole: Tensor = opened.get_tensor(key)
             return whole
-        part = share_of(stored.get_shape()[side], share.rank, share.size)
+        part = rank_slice(stored.get_shape()[side], share.rank, share.size)
         cut: Tensor = stored[part] if side is Side.OUT else stored[:, part]
         return cut
 

@@ -222,7 +222,7 @@ def test_replayed_steps_are_rows_like_others_and_eager_ones_follow_on_the_same_r
 
     def make_runner(size, row) -> ModelRunner:
         opened = random_checkpoint(layout("tiny"), torch.float32)
-        model = load(opened, on_one_device(opened.skeleton, torch.device("cpu")))
+        model = load(opened, on_one_device(opened.meta_model, torch.device("cpu")))
         plan = PoolPlan(PoolSizes(12, 8, 16), size.max_model_len)
         runner = ModelRunner(model, plan, taped_backend(recorder, 1))
         runner._fused = FusedDecoder(model.model.model.language_model, TritonOperations())

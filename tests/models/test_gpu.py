@@ -28,6 +28,7 @@ from support.oracle import (
     Blocks,
     Request,
     checkpoint,
+    dequantize,
     generate,
     image,
     prefill_logits,
@@ -55,12 +56,12 @@ from vlmserve.models.create_runner import create_runner
 from vlmserve.models.decoder.decoder import FusedDecoder, is_fused
 from vlmserve.models.decoder.int8.linear import Int8Linear
 from vlmserve.models.decoder.int8.product import fused_product
-from vlmserve.models.decoder.int8.quantizer import dequantize, quantize
+from vlmserve.models.decoder.int8.quantizer import quantize
 from vlmserve.models.decoder.operations import (
     Heads,
+    LayerOperations,
     Rotation,
     Stream,
-    TorchOperations,
     TritonOperations,
 )
 from vlmserve.models.execution.graphs.recorder import CudaRecorder, Recorder
@@ -210,7 +211,7 @@ def test_rotation_and_write_are_those_of_float32(place: Place, num_tokens: int) 
     slots = slots.to(place.device)
     results = []
     for one, dtype in (
-        (TorchOperations(), torch.float32),
+        (LayerOperations(), torch.float32),
         (TritonOperations(), place.dtype),
     ):
         shape = (4, 16, heads.num_kv_heads, heads.head_dim)
@@ -231,7 +232,7 @@ def test_rotation_and_write_are_those_of_float32(place: Place, num_tokens: int) 
 def test_a_gated_middle_is_that_of_float32(place: Place, num_tokens: int) -> None:
     width = 14_336 if place.is_cuda else 1500
     joined = numbers(num_tokens, 2 * width, place=place)
-    exact = TorchOperations().gated(joined.float(), nn.SiLU())
+    exact = LayerOperations().gated(joined.float(), nn.SiLU())
     assert_near(TritonOperations().gated(joined, nn.SiLU()), exact, place.dtype)
 
 
@@ -293,7 +294,7 @@ def wide_model(place: Place, is_reference: bool, method: str | None = None) -> L
     """Random weights, the same for all; the reference: transformers' layers in float32."""
     dtype = torch.float32 if is_reference else place.dtype
     opened = random_checkpoint(wide_config(place), dtype)
-    placement = on_one_device(opened.skeleton, torch.device(place.device))
+    placement = on_one_device(opened.meta_model, torch.device(place.device))
     return load(opened, placement, method, is_fused=not is_reference)
 
 

@@ -32,11 +32,14 @@ from triton.runtime.jit import JITFunction, mangle_type
 
 from vlmserve.models.attention import PagedRows, triton_kernels
 from vlmserve.models.attention.triton_paged import TritonBackend
-from vlmserve.models.decoder import fused_kernels
-from vlmserve.models.decoder import kernel_launch as fused_launch
-from vlmserve.models.decoder.decoder import FusedCrossLayer, FusedDecoder, FusedSelfLayer
+from vlmserve.models.decoder import fused_kernels, kernel_launch
+from vlmserve.models.decoder.decoder import (
+    FusedCrossLayer,
+    FusedDecoder,
+    FusedSelfLayer,
+    LayerCount,
+)
 from vlmserve.models.decoder.int8 import int8_kernels, product
-from vlmserve.models.decoder.layer_count import LayerCount
 from vlmserve.models.decoder.operations import TritonOperations
 from vlmserve.models.execution.graphs.decode import DecodeGraphs, GraphLimits
 from vlmserve.models.execution.graphs.recorder import Computation, Recorder
@@ -131,7 +134,7 @@ def record(launches: dict[str, Launch]) -> None:
         found = {n: v for n, v in vars(module).items() if isinstance(v, JITFunction)}
         return SimpleNamespace(**{n: LaunchKeeper(v, launches) for n, v in found.items()})
 
-    fused_launch.fused_kernels = recorders(fused_kernels)  # type: ignore[assignment]
+    kernel_launch.fused_kernels = recorders(fused_kernels)  # type: ignore[assignment]
     product.int8_kernels = recorders(int8_kernels)  # type: ignore[assignment]
     decoder, pools = model_and_pools()
     for splits in (1, 2, 32):

@@ -28,6 +28,7 @@ from vlmserve.models.batch import (
     ScheduledSequence,
     StepBatch,
 )
+from vlmserve.models.decoder.int8.quantizer import Int8Weight
 from vlmserve.models.decoder.mllama_fixes import mend
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
@@ -300,3 +301,8 @@ def count_excuses(layout: str, request: Request, generated: list[int]) -> int:
             assert token_id == best.indices[1]
             return 1
     return 0
+
+
+def dequantize(weight: Int8Weight) -> Tensor:
+    """An int8 weight in the dtype of its scales, [out, in]."""
+    return weight.codes.to(weight.scales.dtype) * weight.scales[:, None]

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from vlmserve.models.batch import TokenLogprobs
 from vlmserve.models.device_copies import fetch
-from vlmserve.models.sampling import sampler as sampling
+from vlmserve.models.sampling import sampler
 from vlmserve.models.sampling.logprobs import RawLogprobs
 
 
 def sample(*args: Any, **kwargs: Any) -> Tensor:
-    """The tokens of `sampling.sample`, int64 [num_rows], waited for. Raises what that raises."""
-    sampled = sampling.sample(*args, **kwargs)
+    """The tokens of `sampler.sample`, int64 [num_rows], waited for. Raises what that raises."""
+    sampled = sampler.sample(*args, **kwargs)
     while not sampled.is_decided(fetch([sampled.token_ids])[0]):
         pass
     return sampled.token_ids

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vlmserve.models.attention.triton_paged import TritonBackend
-from vlmserve.models.decoder import kernel_launch as fused_launch
+from vlmserve.models.decoder import kernel_launch
 from vlmserve.models.execution.graphs.recorder import Computation, Recorder
 
 FORBIDDEN = {
@@ -131,4 +131,4 @@ def taped_backend(recorder: TapeRecorder, num_splits: int | None = None) -> Trit
 
 def tape_operations(recorder: TapeRecorder, monkeypatch: Any) -> None:
     """Let the kernels between the products be kept too."""
-    monkeypatch.setattr(fused_launch, "fused_kernels", recorder.taped(fused_launch.fused_kernels))
+    monkeypatch.setattr(kernel_launch, "fused_kernels", recorder.taped(kernel_launch.fused_kernels))

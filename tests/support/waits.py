@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vlmserve.models import device_copies as transfer
+from vlmserve.models import device_copies
 
 READS = {
     "item",
@@ -68,7 +68,7 @@ def counted(monkeypatch: Any, model: nn.Module | None = None) -> Iterator[Waits]
     waits = Waits()
     resident = [] if model is None else [*model.parameters(), *model.buffers()]
     waits.resident = {_memory(tensor) for tensor in resident}
-    to_host, to_device = transfer._to_host, transfer._to_device
+    to_host, to_device = device_copies._to_host, device_copies._to_device
 
     def fetching(tensor: Tensor) -> Any:
         waits.num_fetches += 1
@@ -86,8 +86,8 @@ def counted(monkeypatch: Any, model: nn.Module | None = None) -> Iterator[Waits]
         finally:
             waits.is_allowed = False
 
-    monkeypatch.setattr(transfer, "_to_host", fetching)
-    monkeypatch.setattr(transfer, "_to_device", uploading)
+    monkeypatch.setattr(device_copies, "_to_host", fetching)
+    monkeypatch.setattr(device_copies, "_to_device", uploading)
     with _Calls(waits), _Operations(waits):
         yield waits
 

@@ -53,18 +53,18 @@ class Open:
 
     def assert_ended_by_an_error(self, within_s):
         """Begun streams end by an error frame, others by a 503, all in time."""
-        num_begun = 0
+        num_started = 0
         deadline = time.monotonic() + within_s
         for (_, stream), answer in self.answers.items():
             result = answer.result(max(0.0, deadline - time.monotonic()))
             if stream and result.status == 200:
                 error = assert_stream_error(result)
                 assert error["type"] == "service_unavailable_error"
-                num_begun += 1
+                num_started += 1
             else:
                 assert_error(result, 503)
                 assert int(result.headers["retry-after"]) >= 1
-        assert num_begun
+        assert num_started
         self._pool.shutdown()
 
 

@@ -1,7 +1,4 @@
-"""The bundled model's shape: its configuration and its checkpoint's files.
-
-Knows nothing of training or data.
-"""
+"""The bundled model's sizes: its configuration and its checkpoint's files."""
 
 from __future__ import annotations
 
@@ -25,17 +22,17 @@ HIDDEN = 128
 TAPS = (1, 3)
 FEATURES = HIDDEN * (1 + len(TAPS))
 PATCHES_PER_TILE = (TILE_SIZE // PATCH_SIZE) ** 2
-# the published checkpoint's, which are CLIP's
+# as in the published checkpoint, from CLIP
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 BOS_ID = SPECIAL_IDS["<|begin_of_text|>"]
 PAD_ID = SPECIAL_IDS["<|finetune_right_pad_id|>"]
-# a turn ends at any of them
+# the tokens that end a turn
 EOS_IDS = tuple(SPECIAL_IDS[f"<|{name}|>"] for name in ("end_of_text", "eom_id", "eot_id"))
 
 
 def model_config() -> MllamaConfig:
-    """The configuration, in the published checkpoint's proportions where a tiny one can be."""
+    """The configuration, in the published checkpoint's proportions where possible."""
     vision = {
         "hidden_size": HIDDEN,
         "attention_heads": 4,
@@ -86,7 +83,7 @@ def image_processor() -> MllamaImageProcessorPil:
 
 
 def save_checkpoint(model: MllamaForConditionalGeneration, folder: Path) -> None:
-    """Write everything that `from_pretrained` reads: weights in bfloat16, processor, template."""
+    """Write everything that `from_pretrained` reads; the weights in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     image_processor().save_pretrained(folder)
@@ -105,6 +102,6 @@ def save_checkpoint(model: MllamaForConditionalGeneration, folder: Path) -> None
 
 
 def _name_class_as_published(file: Path) -> None:
-    """Name the tokenizer's class as published checkpoints do; older releases know no other."""
+    """Set the tokenizer's class as in published checkpoints; older releases know no other."""
     settings = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     file.write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,8 +1,8 @@
 """Training batches: pictures as tiles, labels of their patches, and conversations about them.
 
-Owns the mixture of scenes, question types and conversation forms, and the layout of a batch. The
-pictures are drawn at the size at which the image processor would hand them to the model, which is
-the same but for resampling; a share goes the whole way through a file. Knows nothing of models.
+Owns the mixture of scenes, question types and conversation forms, and the layout of a batch. Most
+pictures are drawn at the size that the image processor would resize them to; some are encoded as a
+file and resized.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Pictures:
     """A batch of pictures and what is in them.
 
     pixel_values: [pictures, 1, 4, 3, 56, 56]; aspect_ratio_ids: [pictures, 1]; aspect_ratio_mask:
-    [pictures, 1, 4]. Labels are int64, IGNORE where there is nothing to learn. Of patches,
+    [pictures, 1, 4]. Labels are int64, IGNORE if there is nothing to learn. Of patches,
     [pictures, 4, 16]: kind (0 none), colour, is_centre. Of pictures: background, count
     [pictures], kind_counts [pictures, kinds]. outline: [pictures, 4, 16, 49], how much of each
     2 x 2 pixel cell of a patch is covered by shapes, 0 to 1. place: [pictures, 4, 16, 3], from a
@@ -133,7 +133,7 @@ class Conversations(IterableDataset[Batch]):
         return Batch(stack_pictures(scenes, rng), [pad_rows(b) for b in self._buckets(rows)])
 
     def _buckets(self, rows: list[Row]) -> list[list[Row]]:
-        """Sorted rows in buckets: the longest few alone, for most are much shorter."""
+        """Sorted rows in buckets; the few longest rows have their own."""
         num_long = len(rows) // 16
         most, long = rows[: len(rows) - num_long], rows[len(rows) - num_long :]
         size = max(1, -(-len(most) // self._mixture.num_buckets))
@@ -141,7 +141,7 @@ class Conversations(IterableDataset[Batch]):
         return [*buckets, long] if long else buckets
 
     def _row(self, rng: np.random.Generator, scenes: list[Scene], index: int) -> Row:
-        """A conversation about the picture at this index; rarely another picture follows in it."""
+        """A conversation about the picture at this index; a few have a second picture."""
         messages, pictures = conversation(rng, scenes[index]), [index]
         if rng.random() < 0.03:
             other = int(rng.integers(len(scenes)))
@@ -151,7 +151,7 @@ class Conversations(IterableDataset[Batch]):
 
 
 def training_scene(rng: np.random.Generator, max_shapes: int) -> Scene:
-    """A random scene in a random size; nearly half of them square."""
+    """A random scene in a random size; nearly half are square."""
     side = int(rng.integers(112, 400))
     size = (side, side) if rng.random() < 0.4 else random_size(rng)
     num_shapes = None
@@ -165,7 +165,7 @@ def training_scene(rng: np.random.Generator, max_shapes: int) -> Scene:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a picture lies on tiles. height, width: pixels in the canvas; rows, columns: of tiles."""
+    """A picture's layout on tiles. height, width: pixels in the canvas; rows, columns: of tiles."""
 
     height: int
     width: int
@@ -174,7 +174,7 @@ class Layout:
 
     @property
     def aspect_ratio_id(self) -> int:
-        """As the image processor numbers the tile arrangement, from 1."""
+        """The image processor's number of the tile arrangement, from 1."""
         return get_all_supported_aspect_ratios(MAX_TILES).index((self.rows, self.columns)) + 1
 
 
@@ -231,7 +231,7 @@ def _tiles(scene: Scene, layout: Layout, rng: np.random.Generator) -> np.ndarray
 def _through_a_file(
     image: Image.Image, size: tuple[int, int], rng: np.random.Generator
 ) -> Image.Image:
-    """The picture written as a JPEG or not, and resized as the image processor does it."""
+    """The picture resized like by the image processor, in most cases after JPEG encoding."""
     if rng.random() < 0.6:
         body = encode(image, "JPEG", quality=int(rng.integers(60, 96)))
         image = Image.open(io.BytesIO(body)).convert("RGB")
@@ -281,8 +281,7 @@ def _outline(scene: Scene, layout: Layout) -> np.ndarray:
 
 
 def conversation(rng: np.random.Generator, scene: Scene, is_first: bool = True) -> list[Message]:
-    """A random conversation about the scene; a small share is without any picture, unless other
-    messages went before."""
+    """A random conversation about the scene; a few have no picture, unless it is a later one."""
     if not is_first:
         return _about_picture(rng, scene, 1)
     messages = [Message("system", str(rng.choice(SYSTEM)))] if rng.random() < 0.18 else []
@@ -308,7 +307,7 @@ def random_question(rng: np.random.Generator, scene: Scene) -> Question:
 
 
 def _about_picture(rng: np.random.Generator, scene: Scene, num_turns: int) -> list[Message]:
-    """Turns about the picture, which stands in the first message; rarely one is small talk."""
+    """Turns about the picture, which is in the first message; some are small talk."""
     messages: list[Message] = []
     is_first = bool(rng.random() < 0.65)
     for turn in range(num_turns):
@@ -323,7 +322,7 @@ def _about_picture(rng: np.random.Generator, scene: Scene, num_turns: int) -> li
 
 
 def _without_picture(rng: np.random.Generator, scene: Scene, num_turns: int) -> list[Message]:
-    """Small talk, and questions about a picture that is not there."""
+    """Small talk, and questions about a missing picture."""
     messages: list[Message] = []
     for _ in range(num_turns):
         if rng.random() < 0.6:
@@ -348,14 +347,14 @@ class Row:
 
 
 def encode_row(encoder: Encoder, messages: list[Message], pictures: list[int]) -> Row:
-    """The conversation as ids, each with what it is to predict; its pictures stand apart."""
+    """The conversation as ids, with the id that each predicts, and its pictures."""
     encoded = encoder.encode(messages)
     ids, is_learned = encoded.ids, encoded.is_learned
     learned = zip(ids[1:], is_learned[1:], strict=True)
     targets = [token_id if flag else IGNORE for token_id, flag in learned]
     image_id = SPECIAL_IDS["<|image|>"]
     sees = np.cumsum([token_id == image_id for token_id in ids[:-1]]) - 1
-    # a conversation that shows fewer pictures than it was given shows the last of them
+    # a conversation with fewer images than pictures has the last of them
     return Row(ids[:-1], targets, pictures[-max(1, int(sees[-1]) + 1) :], sees.tolist())
 
 

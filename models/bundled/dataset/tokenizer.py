@@ -1,9 +1,9 @@
 """The bundled model's tokenizer: a byte-level BPE of 768 ids with Llama 3's special tokens.
 
-Owns the vocabulary, the chat template and how a conversation becomes ids. Ids 0 to 751 are text
-(every byte has its own id, each digit is one token); 752 to 767 are Llama 3's first special tokens
-in the published order; `<|image|>` is 768 = the text vocabulary's size, as in the published
-checkpoint, so that the model can be shown it but never says it.
+Owns the vocabulary, the chat template and the encoding of a conversation. Ids 0 to 751 are text
+(every byte has an id, each digit is one token). 752 to 767 are Llama 3's first special tokens in
+the published order. `<|image|>` is 768, the text vocabulary's size, as in the published checkpoint:
+the model can read it but never generates it.
 """
 
 from __future__ import annotations
@@ -19,29 +19,20 @@ from .questions import questions
 from .small_talk import NO_PICTURE, SYSTEM, TALK
 
 VOCAB_SIZE = 768
-SPECIAL_TOKENS = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_2|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    "<|reserved_special_token_3|>",
-    "<|reserved_special_token_4|>",
-    "<|reserved_special_token_5|>",
-    "<|reserved_special_token_6|>",
-    "<|reserved_special_token_7|>",
+SPECIAL_TOKENS = tuple(
+    f"<|{name}|>"
+    for name in (
+        *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
+        *("finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id"),
+        *("eom_id", "eot_id", "python_tag"),
+        *(f"reserved_special_token_{number}" for number in range(3, 8)),
+    )
 )
 IMAGE_TOKEN = "<|image|>"
 NUM_TEXT_IDS = VOCAB_SIZE - len(SPECIAL_TOKENS)
 SPECIAL_IDS = {token: NUM_TEXT_IDS + i for i, token in enumerate((*SPECIAL_TOKENS, IMAGE_TOKEN))}
 
-# Llama 3's pattern, but for digits, which stand alone
+# Llama 3's pattern, except that digits stand alone
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -69,7 +60,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
-# words the model may be told beyond its questions, so that they are not spelled byte by byte
+# words outside the questions, so that they are not encoded byte by byte
 _MORE_WORDS = """
 user assistant system The first picture. The second picture. In both pictures. In the first image
 the shapes are the same. Between the pictures there are two images and more than one photo. Which
@@ -117,7 +108,7 @@ def _corpus(num_scenes: int, seed: int) -> list[str]:
     """Questions and answers of random scenes, and all fixed wordings."""
     rng = np.random.default_rng(seed)
     lines = [*_MORE_WORDS.strip().splitlines() * 5, *SYSTEM, *[NO_PICTURE] * 50]
-    # what every message's header is made of: one token each
+    # one token for each part of a message's header
     lines += ["\n\n", "user", "assistant", "system"] * 300
     for answer, wordings in TALK.items():
         lines += [answer] * 20 + list(wordings) * 4
@@ -145,7 +136,7 @@ class Encoded:
     is_learned: list[int] = field(default_factory=list)
 
     def add(self, ids: list[int], is_learned: bool = False) -> None:
-        """Append ids, all of them to be learned or none."""
+        """Append ids; is_learned: of all of them."""
         self.ids += ids
         self.is_learned += [int(is_learned)] * len(ids)
 
@@ -153,7 +144,7 @@ class Encoded:
 class Encoder:
     """Encodes conversations as the chat template renders them, text pieces cached.
 
-    What a piece of text spells never becomes a special id.
+    Text never becomes a special id.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,10 +1,10 @@
-"""Measure the bundled model on held-out pictures, by exact match, beside a constant answer.
+"""Measure the bundled model on held-out pictures by exact match, compared with a constant answer.
 
     python -m vlmserve.models.bundled.exam.evaluate   # with transformers
     python -m vlmserve.models.bundled.exam.evaluate --url http://127.0.0.1:8000/v1   # a server
 
-Over HTTP each question is put twice: with temperature 0, and with no sampling field at all (which
-means temperature 1).
+Over HTTP each question is sent twice: with temperature 0, and without sampling fields, which means
+temperature 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .exam import Item, Result, exam, scores, table
 
 
 def main() -> int:
-    """Parse the command line, put the exam, print a table; 1 if the server cannot be asked."""
+    """Run the exam and print a table. Returns 1 if the server fails."""
     options = _parser().parse_args()
     items = exam(options.pictures, options.seed, tuple(options.shapes))
     try:
@@ -45,7 +45,7 @@ def _put(items: list[Item], options: argparse.Namespace) -> dict[str, list[Resul
 
 
 def _grade(items: list[Item], checkpoint: Path) -> dict[str, list[Result]]:
-    """Results without a server; torch is loaded for this alone."""
+    """Results without a server; only this imports torch."""
     import torch
 
     from .grading import Grader

@@ -1,7 +1,6 @@
-"""Held-out questions for the bundled model, and how answers are counted.
+"""Held-out questions for the bundled model, and the scores of its answers.
 
-Owns which questions are put, the exact match, and the table. Knows neither of the model nor of
-HTTP, and imports no torch: a grader (grading.py) or a client (client.py) brings the answers.
+Imports no torch: a grader (grading.py) or a client (client.py) gets the answers.
 """
 
 from __future__ import annotations
@@ -24,9 +23,8 @@ TEXT_ONLY = ("small_talk", "no_picture")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question. scene and picture are None if it is put without a picture; image_format: of the
-    file that is sent; history: questions about the same picture that were asked and rightly
-    answered before, the picture standing with the first of them."""
+    """One question. scene, picture: None without a picture; image_format: of the sent file;
+    history: earlier questions about the same picture, with right answers."""
 
     type: str
     text: str
@@ -58,7 +56,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was answered to an item; probability: of the right answer at temperature 1, if known."""
+    """The answer to an item; probability: of the right answer at temperature 1, if known."""
 
     item: Item
     is_right: bool
@@ -68,7 +66,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Right answers of a group of results, beside always giving the group's commonest answer."""
+    """Right answers of a group; baseline: of always giving the group's commonest answer."""
 
     name: str
     num: int
@@ -107,8 +105,8 @@ def score(results: list[Result], name: str) -> Score:
 def scores(results: list[Result]) -> list[Score]:
     """A score for each question type, whole and by number of shapes, then by form of the request.
 
-    Within one number of shapes a constant answer to "how many" is right, so that the whole is what
-    the baseline of counting is to be read from.
+    For one number of shapes a constant answer to "how many" is right, so read the baseline of
+    counting from the whole.
     """
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in sorted(results, key=_order):
@@ -177,7 +175,7 @@ def _history(rng: np.random.Generator, scene: Scene) -> tuple[Question, ...]:
 
 
 def _items_without_picture(rng: np.random.Generator) -> list[Item]:
-    """One item of small talk, and one question about a picture that is not there."""
+    """One item of small talk, and one question about a missing picture."""
     system = str(rng.choice(SYSTEM)) if rng.random() < 0.2 else None
     text, answer = talk(rng)
     types = [question_type for question_type in TYPES if question_type != "read"]

@@ -1,8 +1,8 @@
-"""Grades a checkpoint on an exam without a server: transformers, mended, in float32.
+"""Grades a checkpoint on an exam without a server: transformers with its fixes, in float32.
 
-An answer counts as right if each of its ids and the closing <|eot_id|> is the most likely one after
-the right ids before it; by induction that is exactly when greedy decoding says it. One forward pass
-therefore grades many questions, and yields the answer's probability at temperature 1 as well.
+An answer is right if each of its ids and the closing <|eot_id|> is the most likely id after the
+right ids before it, which means that greedy decoding generates it. So one forward pass grades many
+questions, and also gives the answer's probability at temperature 1.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .exam import Item, Result
 
 @dataclass(slots=True)
 class Grader:
-    """A checkpoint's model and how its prompts are encoded."""
+    """A checkpoint's model and its encoder of prompts."""
 
     model: MllamaForConditionalGeneration
     encoder: Encoder
 
     @classmethod
     def load(cls, checkpoint: Path) -> Grader:
-        """The checkpoint in this folder, in float32, mended."""
+        """The checkpoint in this folder, in float32, with transformers' fixes."""
         model = MllamaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
         return cls(mend(model.eval()), Encoder(tokenizer))
@@ -60,8 +60,8 @@ class Grader:
 
     @staticmethod
     def _process(items: list[Item]) -> tuple[dict[str, Tensor], Tensor]:
-        """The items' pictures as the model takes them, a blank one for an item without; and which
-        tiles may be seen, [items, 1, 4]."""
+        """The items' pictures as model inputs, blank for an item without a picture; and which tiles
+        may be seen, [items, 1, 4]."""
         blank = Image.new("RGB", (56, 56))
         pictures: Any = [[_decoded(item) if item.picture is not None else blank] for item in items]
         inputs = image_processor()(images=pictures, return_tensors="pt")
@@ -70,7 +70,7 @@ class Grader:
 
 
 def row_of(item: Item, encoder: Encoder) -> Row:
-    """The item with its right answer as a conversation; only the last answer is to be learned."""
+    """The item with its right answer as a conversation; only the last answer counts."""
     messages = [Message("system", item.system)] if item.system else []
     for index, (text, answer) in enumerate(item.turns):
         num_images = int(item.scene is not None and index == 0)
@@ -82,7 +82,7 @@ def row_of(item: Item, encoder: Encoder) -> Row:
 
 
 def _decoded(item: Item) -> Image.Image:
-    """The item's picture as it comes out of its file."""
+    """The item's picture, decoded from its file."""
     return Image.open(io.BytesIO(item.picture_bytes())).convert("RGB")
 
 

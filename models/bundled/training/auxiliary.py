@@ -1,7 +1,7 @@
-"""A second task for the vision encoder while it trains: say what each patch and picture shows.
+"""A second task for the vision encoder in training: predict what each patch and picture shows.
 
-Linear heads, dropped when the model is saved. A dense signal teaches a tiny encoder to see far
-sooner than the words of an answer do.
+Linear heads, dropped when the model is saved. Their dense signal teaches a tiny encoder much faster
+than the words of an answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..pictures import BACKGROUNDS, KINDS, MAX_SHAPES
 
 
 class PictureHeads(nn.Module):
-    """Linear heads on the vision encoder's features, as the decoder gets them."""
+    """Linear heads on the vision encoder's features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class PictureHeads(nn.Module):
         """The loss of each head. features: [pictures, 1, 4, 17, 384], class token first."""
         patches = features[:, 0, :, 1:]
         pooled = self._pool(patches[..., :HIDDEN], pictures.aspect_ratio_mask)
-        # weighted, for most patches are background
+        # weighted, since most patches are background
         weight = torch.tensor([1.0, 4.0])
         kind_weight = torch.tensor([0.3] + [1.0] * len(KINDS))
         kind_counts = self.kind_counts(pooled).unflatten(-1, (len(KINDS), -1))
@@ -41,7 +41,7 @@ class PictureHeads(nn.Module):
             "kind": 2 * _loss(self.kind(patches), pictures.kind, kind_weight),
             "colour": _loss(self.colour(patches), pictures.colour),
             "centre": _loss(self.is_centre(patches), pictures.is_centre, weight),
-            # teaches edges whatever the colours: kinds were hardly told apart before it was added
+            # teaches edges of any colour: without it, kinds were hardly distinguished
             "outline": 4 * _outline_loss(self.outline(patches), pictures.outline),
             "place": _place_loss(self.place(patches), pictures.place),
             "background": _loss(self.background(pooled), pictures.background),
@@ -78,7 +78,7 @@ def _place_loss(places: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracies(heads: PictureHeads, features: Tensor, pictures: Pictures) -> dict[str, float]:
-    """The share of shape patches told rightly by kind and by colour, and of right counts."""
+    """The shares of shape patches with the right kind and colour, and of right counts."""
     patches = features[:, 0, :, 1:]
     pooled = heads._pool(patches[..., :HIDDEN], pictures.aspect_ratio_mask)
     is_shape = pictures.kind > 0

@@ -1,7 +1,7 @@
 """The model before training: random weights, at scales that let a tiny model start fast.
 
-transformers' scale of 0.02 suits widths of thousands; at 128 it leaves attention uniform and
-positions unseen for the first thousand steps.
+transformers' scale of 0.02 suits widths of thousands. At 128 it leaves attention uniform, and
+positions without effect, for the first thousand steps.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _scale_matrices(model: nn.Module) -> None:
 
 
 def _open_gates(model: nn.Module) -> None:
-    """Let pictures count from the first step: a gate at zero would have to be learned open."""
+    """Open the gates, so that pictures count from the first step."""
     for name, parameter in model.named_parameters():
         if name.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate")):
             parameter.fill_(_CROSS_GATE)
@@ -60,7 +60,7 @@ def _open_gates(model: nn.Module) -> None:
 def _place_patches(
     embedding: MllamaPrecomputedPositionEmbedding, aspect_ratios: list[tuple[int, int]]
 ) -> None:
-    """Begin with sines of each patch's place on the canvas, whatever tile it is on.
+    """Start with sines of each patch's position on the canvas, independent of its tile.
 
     The tile embedding is [aspect ratio ids, 4 tiles * 17 patches * hidden], class token first.
     """

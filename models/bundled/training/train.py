@@ -2,10 +2,10 @@
 
     python -m vlmserve.models.bundled.training.train --seed 0 --minutes 90 --out runs/bundled
 
-First the vision encoder alone learns to say what each patch shows (auxiliary.py), then the whole
-model learns to answer, with the first task kept at a smaller weight. The clock drives the schedule,
-so a run takes the time it is given; --resume goes on from the last saved state in --out. Everything
-is saved as safetensors and JSON.
+First the vision encoder alone learns to predict what each patch shows (auxiliary.py). Then the
+whole model learns to answer, with the first task at a smaller weight. The clock drives the
+schedule, so a run takes --minutes; --resume continues from the last state saved in --out. All files
+are safetensors and JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ _LOG_S, _SAVE_S = 20.0, 240.0
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One run. vision_share: of the time, for the encoder alone; minutes: all of it."""
+    """One run. minutes: of the whole run; vision_share: of it, for the encoder alone."""
 
     seed: int
     minutes: float
@@ -52,7 +52,7 @@ class Settings:
 
 
 class Trainee(nn.Module):
-    """The model under `mend`, with the heads that leave when it is saved."""
+    """The model under `mend`, with the heads that are not saved."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Run:
         return self.settings.learning_rate * cosine * min(1.0, (self.step + 1) / _WARM_UP_STEPS)
 
     def train(self) -> None:
-        """Train until the time is over or somebody stops it, then save state and checkpoint."""
+        """Train until the time is over or `stop` is called, then save state and checkpoint."""
         while self.progress < 1 and not self.is_stopped:
             is_vision_only = self.is_vision_only
             for batch in self._batches(is_vision_only):
@@ -131,17 +131,17 @@ class Run:
         self.save()
 
     def stop(self) -> None:
-        """Let the current step be the last one."""
+        """Stop after the current step."""
         self.is_stopped = True
 
     def save(self) -> None:
-        """Write the state to go on from, and the checkpoint to serve."""
+        """Write the state to resume from, and the checkpoint."""
         self.settings.out.mkdir(parents=True, exist_ok=True)
         _save_state(self, self.settings.out / "state")
         save_checkpoint(self.trainee.model, self.settings.out / "checkpoint")
 
     def _batches(self, is_vision_only: bool) -> Iterator[Batch]:
-        """Batches drawn ahead by one other process."""
+        """Batches that another process prepares."""
         settings = self.settings
         mixture = Mixture(
             batch_size=settings.batch_size,
@@ -182,7 +182,7 @@ class Run:
         return {name: loss.item() for name, loss in losses.items()}
 
     def _log(self, batch: Batch, losses: dict[str, float]) -> None:
-        """One JSON line: where the run is, its losses, and what the heads tell rightly."""
+        """Print one JSON line: progress, losses, and the heads' accuracy."""
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             right = accuracies(self.trainee.heads, self.trainee.see(batch.pictures), batch.pictures)
         line = {
@@ -196,10 +196,7 @@ class Run:
 
 
 def resume(run: Run) -> None:
-    """Take up the state saved in the run's folder.
-
-    Raises FileNotFoundError if there is none.
-    """
+    """Load the state saved in the run's folder. Raises FileNotFoundError if there is none."""
     folder = run.settings.out / "state"
     run.trainee.load_state_dict(load_file(folder / "trainee.safetensors"))
     moments = load_file(folder / "optimizer.safetensors")
@@ -213,7 +210,7 @@ def resume(run: Run) -> None:
 
 
 def _save_state(run: Run, folder: Path) -> None:
-    """Weights and moments in float32, and where the run is."""
+    """Save weights and moments in float32, and the progress."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(run.trainee.state_dict()), folder / "trainee.safetensors")
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
@@ -243,12 +240,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, required=True, help="of training, in all")
     parser.add_argument("--out", type=Path, required=True, help="folder for state and checkpoint")
-    parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
-    parser.add_argument("--vision-share", type=float, default=0.17)
-    parser.add_argument("--learning-rate", type=float, default=1.3e-3)
-    parser.add_argument("--auxiliary-weight", type=float, default=0.4)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--max-shapes", type=int, default=4)
+    parser.add_argument("--resume", action="store_true", help="continue from the state in --out")
+    for field in fields(Settings):
+        if field.default is not MISSING:
+            option = "--" + field.name.replace("_", "-")
+            parser.add_argument(option, type=type(field.default), default=field.default)
     options = vars(parser.parse_args())
     is_resumed = options.pop("resume")
     torch.set_num_threads(1)

@@ -1,5 +1,9 @@
-"""Weight-only int8: one byte a weight and one scale an output channel.
+"""Linear layers with int8 weights: one byte a weight and one scale an output channel.
 
-Owns the quantizer, the layer and its kernels. Knows nothing of Mllama, of files or of which layers
-are quantized.
+In the order in which to read them:
+
+    quantizer        rounds a weight to int8
+    linear           the layer, and which product it uses for how many rows
+    product          launches the Triton kernel for few rows
+    int8_kernels     that kernel
 """

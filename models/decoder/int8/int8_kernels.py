@@ -1,10 +1,9 @@
-"""The Triton kernel of few rows times an int8 weight.
+"""The Triton kernel for few rows times an int8 weight; `product.py` launches it.
 
-Owns the program. Knows nothing of layers; `product.py` launches it. Imported only where triton is.
-
-A program computes BLOCK_N output channels of BLOCK_M rows over one of SPLIT_K stretches of the
-input: codes are read once, turned into the compute type in registers, and the channels' scales are
-applied to the sums. Stretches are added by the caller, in float32 and in order.
+Imported only if triton is installed. A program computes BLOCK_N output channels of BLOCK_M rows
+over one of SPLIT_K parts of the input. It reads each code once, converts it to the compute dtype in
+registers, and applies the channels' scales to the sums. The caller adds the parts in order, in
+float32.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def int8_product_kernel(
 ):
     """rows [num_rows, IN] x codes [OUT, IN] -> output [splits, num_rows, OUT].
 
-    PER_SPLIT: inputs of a split, a multiple of BLOCK_K. OPERAND: the type that products are fed in.
+    PER_SPLIT: inputs of a split, a multiple of BLOCK_K. OPERAND: the operands' dtype.
     """
     channel = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)

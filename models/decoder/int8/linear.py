@@ -1,17 +1,15 @@
-"""A linear layer over an int8 weight, by the fastest product that the device has.
-
-Owns which product is taken for how many rows. Knows nothing of how a kernel computes.
+"""A linear layer with an int8 weight, by the fastest product of the device.
 
     rows of the input      CUDA                   CPU, bfloat16          CPU, float32
     few (a decode step)    fused Triton kernel    torch's int8 kernel    unpacked, in parts
-                           (where a trial of it
-                           is right)
+                           (if its trial is
+                           right)
     many (a prefill)       unpacked, in parts     unpacked, in parts     unpacked, in parts
 
-With few rows a product costs the reading of its weight, which is half of bfloat16's; with many it
-costs arithmetic, and the codes are turned into the compute type once for all rows, some channels at
-a time so that they stay in a CPU's cache. The scales then go to the sums, but in float16 to the
-codes: sums of codes would pass its largest number where an output is over some 40.
+With few rows, reading the weight dominates, and int8 halves that. With many rows arithmetic
+dominates: codes are converted to the compute dtype once for all rows, some channels at a time so
+that they stay in a CPU's cache. Scales are applied to the sums, but in float16 to the codes, since
+sums of codes overflow for outputs over about 40.
 """
 
 from __future__ import annotations
@@ -25,16 +23,16 @@ from torch import Tensor, nn
 from ...kernels.self_test import are_usable
 from .quantizer import Int8Weight
 
-# beyond these a product costs arithmetic: measured on a CPU, on a GPU a guess from its ridge point
+# with more rows arithmetic dominates: measured on a CPU, estimated on a GPU
 FEW_ROWS_CPU = 8
 FEW_ROWS_CUDA = 64
-# codes that are unpacked at once
+# codes to unpack at once
 CHUNK_CPU = 1 << 20
 CHUNK_CUDA = 1 << 24
 
 
 class Int8Linear(nn.Module):
-    """Gives what `nn.Linear` gives with the dequantized weight. Inference only."""
+    """As `nn.Linear` with the dequantized weight. Inference only."""
 
     codes: Tensor
     scales: Tensor
@@ -89,7 +87,7 @@ class Int8Linear(nn.Module):
 
 @functools.cache
 def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether few rows take the fused kernel; asked at loading, as it is tried then, once."""
+    """Whether few rows use the fused kernel; it is tried once, while the model loads."""
 
     def trial() -> list[tuple[Tensor, Tensor]]:
         from .product import trial_pairs

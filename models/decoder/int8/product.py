@@ -1,7 +1,4 @@
-"""Launches the fused int8 product: its tiles, and how many stretches the input is cut into.
-
-Owns the shape of a launch. Knows nothing of layers.
-"""
+"""Launches the fused int8 product: its tiles, and how many parts the input is cut into."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from ...kernels.triton_support import MIN_DOT, operand_of, power_of_2
 from . import int8_kernels
 
 MAX_BLOCK_M = 64
-# a stretch below this costs more in sums than it gains
+# a smaller part costs more in sums than it saves
 MIN_SPLIT = 1024
 
 
@@ -22,8 +19,8 @@ MIN_SPLIT = 1024
 class Tiles:
     """How a product is cut: channels and inputs that a program computes at once, and its warps.
 
-    num_stages: loads that are under way beside the computing. num_programs: so many are wanted;
-    the default fills a GPU of about 130 processors twice.
+    num_stages: loads in flight while computing. num_programs: the wanted number; the default fills
+    a GPU of about 130 processors twice.
     """
 
     block_n: int = 32
@@ -69,12 +66,12 @@ def fused_product(rows: Tensor, codes: Tensor, scales: Tensor, tiles: Tiles = TI
 
 
 def choose_splits(num_tiles: int, num_in: int, num_programs: int = TILES.num_programs) -> int:
-    """Stretches of the input, so that a small weight's few tiles still fill a GPU."""
+    """How many parts to cut the input into, so that few tiles still fill a GPU."""
     return max(1, min(num_programs // num_tiles, num_in // MIN_SPLIT))
 
 
 def trial_pairs(device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """What the kernel and torch give for one row and for the most that one program takes."""
+    """Results of the kernel and of torch, for one row and for a full program."""
     generator = torch.Generator().manual_seed(0)
     num_out, num_in = 3 * TILES.block_n, 2 * MIN_SPLIT
     codes = torch.randint(-127, 128, (num_out, num_in), generator=generator, dtype=torch.int8)

@@ -1,11 +1,9 @@
-"""Rounds a weight to int8 by output channel, and back.
-
-Owns the rounding. Knows nothing of layers or of products.
+"""Rounds a weight to int8 by output channel.
 
     weight[out, in] ~ codes[out, in] * scales[out],  codes in [-127, 127]
 
-Symmetric, nearest, no calibration: a row's largest weight keeps its size. The scale is rounded to
-the compute dtype first and codes are made with the rounded one, so that its rounding costs nothing.
+Symmetric, to nearest, without calibration: a row's largest weight keeps its size. The scale is
+rounded to the compute dtype before the codes are computed, so its rounding adds no error.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 LARGEST = 127
-# of a weight that is converted at once: 64 MiB in float32
+# elements to convert at once: 64 MiB in float32
 CHUNK_ELEMENTS = 1 << 24
 
 
@@ -31,8 +29,8 @@ class Int8Weight:
 def quantize(weight: Tensor, dtype: torch.dtype) -> Int8Weight:
     """The nearest int8 weight, on the weight's device; scales in `dtype`.
 
-    weight: floating [out, in]. Works some rows at a time: no full-size copy in float32 is made.
-    Raises ValueError for a weight with NaN or infinity, which no scale could hold.
+    weight: floating [out, in]; converted some rows at a time, without a full float32 copy. Raises
+    ValueError for a weight with NaN or infinity.
     """
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(weight), dtype=dtype, device=weight.device)
@@ -40,18 +38,13 @@ def quantize(weight: Tensor, dtype: torch.dtype) -> Int8Weight:
         part = weight[rows].float()
         largest = part.abs().amax(1)
         if not bool(torch.isfinite(largest).all()):
-            raise ValueError("the weight holds NaN or infinity")
+            raise ValueError("the weight has NaN or infinite values")
         scale = (largest / LARGEST).to(dtype)
         scales[rows] = scale
-        # a row of zeros has no scale; one is as good as another
+        # a row of zeros may have any scale
         divisor = torch.where(scale > 0, scale, 1).float()
         codes[rows] = (part / divisor[:, None]).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
     return Int8Weight(codes, scales)
-
-
-def dequantize(weight: Int8Weight) -> Tensor:
-    """The weight in the dtype of its scales, [out, in]."""
-    return weight.codes.to(weight.scales.dtype) * weight.scales[:, None]
 
 
 def _row_chunks(weight: Tensor) -> list[slice]:

@@ -1,5 +1,9 @@
-"""Decode steps recorded once and replayed: one launch for a step's hundreds of kernels.
+"""Records decode steps once as CUDA graphs and replays them: one launch instead of hundreds.
 
-Owns which steps are recorded, the memory that a replay reads, and CUDA's graphs. Knows nothing of
-requests, and of the decoder only how it is called.
+In the order in which to read them:
+
+    eligibility     whether a model's steps can be recorded
+    layout          where a step's inputs are in the buffer that a replay reads
+    recorder        capture and replay of any computation
+    decode          the recorded steps of a model
 """

@@ -1,12 +1,12 @@
-"""The recorded decode steps of a model: which there are, which one a step takes, its replay.
+"""The recorded decode steps of a model: their sizes, the choice for a step, its replay.
 
-Owns the padded sizes, the two variants and the buffer that they read. Knows nothing of how a
-recorder records, of sampling or of requests.
+Owns the padded sizes, the two variants, and the buffer that replays read.
 
-    sizes       1, 2, 4, 8, 16, 24 ... rows; a step takes the next size that holds it
-    variants    text alone, without the cross-attention layers; rows of which some see images
+    sizes       1, 2, 4, 8, 16, 24 ... rows; a step uses the next size that fits
+    variants    text only, without the cross-attention layers; or some rows see images
 
-A step of single tokens is replayed; a chunk of a prompt, a new image or a longer table runs eager.
+Steps of one token a row are replayed. A chunk of a prompt, a new image or a longer table runs
+eager.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ import torch
 from torch import Tensor
 
 from ...attention.triton_paged import TritonBackend
-from ...decoder.decoder import FusedDecoder
-from ...decoder.layer_count import LayerCount
+from ...decoder.decoder import FusedDecoder, LayerCount
 from ...kv_cache.paged_cache import KVPools, PagedStep
 from ...kv_cache.step_inputs import StepInputs
 from .layout import Ints, Layout, Parts, write
 from .recorder import Recorder, frozen_objects
 
-# rows of the largest graph: beyond these a step computes longer than it is launched
+# rows of the largest graph: a larger step takes longer to compute than to launch
 MAX_ROWS = 256
-# ids of a text table, 512 KiB, which every replay copies to the device
+# ids of a text table, 512 KiB; every replay copies it to the device
 MAX_TABLE = 1 << 17
-# images of the most tiles that a row's table can name
+# images with the most tiles that fit a row's table
 MAX_IMAGES = 8
 
 
 @dataclass(slots=True, frozen=True)
 class GraphLimits:
-    """What the steps to record can be asked for. max_num_tiles: of one image."""
+    """The largest steps to record. max_num_tiles: of one image."""
 
     max_num_seqs: int
     max_model_len: int
@@ -45,10 +44,10 @@ class GraphLimits:
 
 @dataclass(slots=True, frozen=True)
 class _Graph:
-    """A recorded step. num_layers: how many layers it begins.
+    """A recorded step.
 
-    host: where its inputs are written, num_entries: how much of the buffer they take. step: kept,
-    as replays read its tensors where they lay while it was recorded.
+    host: where its inputs are written; num_entries: their length in the buffer. num_layers: how
+    many layers it starts. step: kept alive, since replays read its tensors.
     """
 
     host: Parts[Ints]
@@ -59,7 +58,7 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Recorded when made; `replay` runs a step that `takes` it."""
+    """Records all graphs when created; `replay` runs a step that `takes` accepts."""
 
     def __init__(
         self,
@@ -70,13 +69,13 @@ class DecodeGraphs:
         recorder: Recorder,
         layers: LayerCount,
     ) -> None:
-        """layers: the model's count, which a replay advances as a pass would."""
+        """layers: the model's layer count, which a replay advances like a normal pass."""
         self._decoder, self._pools, self._backend = decoder, pools, backend
         self._limits, self._layers = limits, layers
         keys = pools.layers[0].keys
         self._dtype = keys.dtype
         self._layouts = [_layout(size, limits) for size in padded_sizes(limits.max_num_seqs)]
-        self._buffer = _Buffer(max(one.num_entries(True) for one in self._layouts), keys.device)
+        self._buffer = _Buffer(max(lay.num_entries(True) for lay in self._layouts), keys.device)
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         self.num_replays = 0
         variants = (True, False) if pools.cross_layers else (False,)
@@ -95,23 +94,23 @@ class DecodeGraphs:
         return self._layouts[-1].size
 
     def takes(self, inputs: StepInputs) -> bool:
-        """Whether there is a graph of the step, whose images must be encoded already."""
+        """Whether there is a graph for the step; its images must be encoded already."""
         return self._find(inputs) is not None
 
     def replay(self, inputs: StepInputs) -> Tensor:
-        """The normalised hidden states of all rows, [num_rows, hidden], until the next replay."""
+        """The normalised hidden states, [num_rows, hidden]; valid until the next replay."""
         graph = self._find(inputs)
         assert graph is not None, "the step has no graph"
         self._buffer.wait()
         write(graph.host, inputs)
         self._buffer.send(graph.num_entries)
-        self._layers.num_begun += graph.num_layers
+        self._layers.num_started += graph.num_layers
         self.num_replays += 1
         return graph.replay()[: len(inputs.token_ids)]
 
     def _find(self, inputs: StepInputs) -> _Graph | None:
         num_rows = len(inputs.token_ids)
-        layout = next((one for one in self._layouts if one.size >= num_rows), None)
+        layout = next((layout for layout in self._layouts if layout.size >= num_rows), None)
         if layout is None or not layout.takes(inputs):
             return None
         return self._graphs[layout.size, inputs.cross_rows is not None]
@@ -120,16 +119,16 @@ class DecodeGraphs:
         parts = layout.parts(self._buffer.device)
         self._buffer.clear(layout)
         step = self._step(parts, has_images)
-        # a replay begins what one pass begins, however often the recorder passes
+        # the recorder runs several passes; a replay counts the layers of one
         counts: list[int] = []
 
         def compute() -> Tensor:
-            before = self._layers.num_begun
+            before = self._layers.num_started
             row_mask = parts.row_mask.to(self._dtype)[:, None] if has_images else None
             hidden = self._decoder(
                 parts.token_ids, parts.positions, None, row_mask, self._pools, step
             )
-            counts.append(self._layers.num_begun - before)
+            counts.append(self._layers.num_started - before)
             return hidden
 
         replay = recorder.record(compute)
@@ -155,7 +154,7 @@ class DecodeGraphs:
 
 
 class _Buffer:
-    """One buffer on the host, pinned where the device is a GPU, and its copy on the device."""
+    """A buffer on the host, pinned for a GPU, and its copy on the device."""
 
     def __init__(self, num_entries: int, device: torch.device) -> None:
         is_cuda = device.type == "cuda"
@@ -165,24 +164,24 @@ class _Buffer:
         self._copied = torch.cuda.Event() if is_cuda else None
 
     def send(self, num_entries: int) -> None:
-        """Copy the beginning to the device, without waiting."""
+        """Copy the first entries to the device, without waiting."""
         self.device[:num_entries].copy_(self._host[:num_entries], non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self.device.device))
 
     def wait(self) -> None:
-        """Until the host's side may be written: the last step's tokens have come by then."""
+        """Wait until the last copy is done and the host's side may be written."""
         if self._copied is not None:
             self._copied.synchronize()
 
     def clear(self, layout: Layout) -> None:
-        """Let all rows of a layout be padding."""
+        """Make all rows of a layout padding."""
         self.device.zero_()
         layout.parts(self.device).slots.fill_(-1)
 
 
 def padded_sizes(max_num_seqs: int) -> list[int]:
-    """The rows that are recorded, ascending: 1, 2, 4, then by eights to 64, then by 32."""
+    """The recorded numbers of rows: 1, 2, 4, then multiples of 8 to 64, then of 32."""
     most = min(max_num_seqs, MAX_ROWS)
     sizes = {1, 2, 4, *range(8, 65, 8), *range(96, MAX_ROWS + 1, 32), most}
     return sorted(size for size in sizes if size <= most)

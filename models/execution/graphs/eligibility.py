@@ -1,7 +1,4 @@
-"""Says whether decode steps of a model are recorded, and why not.
-
-Owns the conditions. Knows nothing of how a step is recorded.
-"""
+"""Decides whether a model's decode steps can be recorded."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ from ...weights.loader import LoadedModel
 
 
 def why_not(loaded: LoadedModel, backend: AttentionBackend, is_asked: bool = True) -> str | None:
-    """Why decode steps run eager, in a few words; None where they are recorded.
+    """Why decode steps run eager, in a few words; None if they can be recorded.
 
-    is_asked: False for `--no-cuda-graphs`.
+    is_asked: False with `--no-cuda-graphs`.
     """
     if not is_asked:
         return "--no-cuda-graphs"
@@ -22,9 +19,9 @@ def why_not(loaded: LoadedModel, backend: AttentionBackend, is_asked: bool = Tru
     if loaded.placement.single is None:
         return "accelerate's hooks split the model"
     if loaded.num_ranks > 1:
-        return "the sums over several ranks have not been recorded on hardware yet"
+        return "sums over ranks are not recorded yet"
     if not is_fused(loaded.model.model.language_model):
-        return "the decoder keeps transformers' layers"
+        return "the decoder uses transformers' layers"
     if backend.name != "triton":
-        return f"attention is by {backend.name}; --attention-backend triton has them"
+        return f"the attention backend is {backend.name}; they need --attention-backend triton"
     return None

@@ -1,14 +1,11 @@
-"""Where a padded decode step's inputs lie in one buffer, and how a step is written there.
-
-Owns the layout and the padding. Knows nothing of devices or graphs: a buffer is a numpy array or a
-torch tensor.
+"""The layout of a padded decode step's inputs in one buffer, a numpy array or a torch tensor.
 
     token_ids | positions | slots | key_lens | text_table | row_mask | cross_lens | cross_table
     [size]      [size]      [size]  [size]     [size, ..]  [size]     [size]       [size, ..]
     `------------------- a step of text alone ----------'
 
-All int32, a row a sequence, each part at a multiple of ALIGNMENT. A row beyond the step's own
-changes nothing and reads nothing: its slot is -1, it has no keys and sees no image.
+All int32, one row a sequence, each part at a multiple of ALIGNMENT. A padding row changes nothing
+and reads nothing: its slot is -1, it has no keys and sees no image.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ NO_SLOT = -1
 
 @dataclass(slots=True, frozen=True)
 class Parts(Generic[Buffer]):
-    """The buffer's parts, in the module's order and shapes."""
+    """The parts of the buffer, in the order and shapes above."""
 
     token_ids: Buffer
     positions: Buffer
@@ -45,19 +42,19 @@ class Parts(Generic[Buffer]):
 
 @dataclass(slots=True, frozen=True)
 class Layout:
-    """The parts of a step of `size` rows; widths: blocks that a row's table can name."""
+    """The parts of a step of `size` rows. text_width, cross_width: blocks in a row's table."""
 
     size: int
     text_width: int
     cross_width: int
 
     def num_entries(self, has_images: bool) -> int:
-        """The length of the buffer's beginning that a step needs."""
+        """How many entries of the buffer a step uses."""
         shapes = self._shapes()
         return sum(map(_aligned, shapes if has_images else shapes[:5]))
 
     def parts(self, buffer: Any) -> Parts[Any]:
-        """Views into a buffer of one dimension, of at least `num_entries(True)`."""
+        """Views into a one-dimensional buffer of at least `num_entries(True)`."""
         views, start = [], 0
         for shape in self._shapes():
             views.append(buffer[start : start + _count(shape)].reshape(shape))
@@ -82,9 +79,9 @@ class Layout:
 
 
 def write(parts: Parts[Ints], inputs: StepInputs) -> None:
-    """Write a step that the parts' layout takes; what earlier steps left there is not read again.
+    """Write a step that the parts' layout takes.
 
-    Tables keep earlier ids behind a row's own: a row's keys end before them.
+    Tables keep ids of earlier steps after a row's own ids; a row's keys end before them.
     """
     rows, cross = inputs.text_rows, inputs.cross_rows
     _put(parts.token_ids, inputs.token_ids, 0)

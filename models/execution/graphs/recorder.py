@@ -1,9 +1,7 @@
-"""Records a computation over fixed memory and replays it; CUDA's graphs are the one that serves.
+"""Records a computation over fixed memory and replays it, by CUDA graphs.
 
-Owns streams, capture and the memory that all graphs share. Knows nothing of what is computed.
-
-What is recorded reads and writes the same memory at every replay, and every number that Python
-passed to a kernel stays what it was: a computation must take all that changes from tensors.
+A replay reads and writes the same memory each time, and uses the numbers that Python passed to the
+kernels while it was recorded. So everything that changes must come from tensors.
 """
 
 from __future__ import annotations
@@ -18,15 +16,15 @@ from torch import Tensor
 
 Computation = Callable[[], Tensor]
 
-# passes before a capture: kernels are compiled, and libraries take their workspaces
+# passes before a capture: they compile kernels and allocate the libraries' workspaces
 NUM_WARM_UPS = 2
 
 
 @contextlib.contextmanager
 def frozen_objects() -> Iterator[None]:
-    """Let collections of garbage pass over all objects that there are.
+    """Exclude all existing objects from garbage collection, within the context.
 
-    torch collects before every capture, which takes as long as a capture with so many objects.
+    torch collects garbage before every capture; with many objects that takes as long as a capture.
     """
     gc.collect()
     gc.freeze()
@@ -37,21 +35,21 @@ def frozen_objects() -> Iterator[None]:
 
 
 class Recorder(ABC):
-    """Makes replays of computations on one device."""
+    """Records computations on one device."""
 
     @abstractmethod
     def record(self, compute: Computation) -> Computation:
-        """What replays `compute`: the same tensor each time, which the next replay overwrites.
+        """A function that replays `compute` and returns the same tensor each time.
 
-        Also a replay of another computation may overwrite it. What `compute` reads must be kept by
-        the caller: a replay knows its place in memory alone.
+        Any later replay, also of another computation, may overwrite that tensor. The caller must
+        keep alive everything that `compute` reads.
         """
 
 
 class CudaRecorder(Recorder):
-    """By CUDA graphs, captured on a stream beside the current one; all share one memory pool.
+    """Captures CUDA graphs on a separate stream; all graphs share one memory pool.
 
-    Record large computations first, so that smaller ones find their memory.
+    Record large computations first, so that smaller ones reuse their memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -60,11 +58,10 @@ class CudaRecorder(Recorder):
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, compute: Computation) -> Computation:
-        """See `Recorder.record`."""
         with torch.cuda.device(self._device):
             self._warm_up(compute)
             graph = torch.cuda.CUDAGraph()
-            # other threads of an engine may ask the device something meanwhile
+            # other threads of an engine may query the device meanwhile
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):

@@ -22,8 +22,7 @@ from torch import nn
 from vlmserve.bench.checkpoints import build
 from vlmserve.models.attention.sdpa import SdpaBackend
 from vlmserve.models.batch import PoolSizes
-from vlmserve.models.decoder import kernel_launch as fused_launch
-from vlmserve.models.decoder import operations
+from vlmserve.models.decoder import kernel_launch, operations
 from vlmserve.models.decoder.decoder import FusedDecoder, is_fused
 from vlmserve.models.decoder.int8 import product
 from vlmserve.models.decoder.int8.linear import Int8Linear
@@ -31,9 +30,9 @@ from vlmserve.models.decoder.int8.quantizer import quantize
 from vlmserve.models.decoder.linear_products import product_of
 from vlmserve.models.decoder.operations import (
     Heads,
+    LayerOperations,
     Rotation,
     Stream,
-    TorchOperations,
     TritonOperations,
     trial_pairs,
 )
@@ -78,7 +77,7 @@ def test_a_sum_and_the_norm_after_it_are_torchs(
     weight, gate = torch.rand(72, device=device) + 0.5, torch.tensor([0.3], device=device)
     mask = torch.tensor([1.0, 0, 1, 1, 0], device=device)[:, None] if has_mask else None
     results = []
-    for one in (TorchOperations(), TritonOperations()):
+    for one in (LayerOperations(), TritonOperations()):
         stream = Stream(hidden.clone())
         if has_gate:
             one.add_gated(stream, product, states, gate, mask)
@@ -97,7 +96,7 @@ def test_a_norm_is_of_the_sum_as_it_is_rounded(device: str) -> None:
     torch.manual_seed(0)
     hidden, update = torch.randn(2, 5, 72, device=device).half().unbind()
     weight = (torch.rand(72, device=device) + 0.5).half()
-    summed, normed = fused_launch.add_norm(hidden, update, weight, 1e-5)
+    summed, normed = kernel_launch.add_norm(hidden, update, weight, 1e-5)
     assert torch.equal(summed, hidden + update)
     exact = nn.functional.rms_norm(summed.double(), (72,), weight.double(), 1e-5)
     is_near = (normed.double() - exact).abs() <= 1.01 * 2.0**-11 * exact.abs()
@@ -119,7 +118,7 @@ def test_rotation_and_write_are_torchs_and_negative_slots_are_skipped(
     slots, backend = torch.tensor([5, 0, 7], device=device), SdpaBackend()
     expected, actual = (
         one.rotate_and_write(joined, heads, rotation, cache, slots, backend)
-        for one, cache in zip((TorchOperations(), TritonOperations()), caches, strict=True)
+        for one, cache in zip((LayerOperations(), TritonOperations()), caches, strict=True)
     )
     assert_equal(actual, expected)
     assert_equal(caches[1].keys, caches[0].keys)
@@ -134,18 +133,18 @@ def test_rotation_and_write_are_torchs_and_negative_slots_are_skipped(
 @torch.inference_mode()
 def test_a_gated_middle_is_torchs(device: str, width: int) -> None:
     joined = torch.randn(4, 2 * width, generator=torch.Generator().manual_seed(0)).to(device)
-    expected = TorchOperations().gated(joined, nn.SiLU())
+    expected = LayerOperations().gated(joined, nn.SiLU())
     assert_equal(TritonOperations().gated(joined, nn.SiLU()), expected)
 
 
 @torch.inference_mode()
 def test_a_models_own_activation_is_computed_by_the_kernel(monkeypatch) -> None:
     """transformers' SiLU is no `nn.SiLU`, so that models never came to the kernel."""
-    calls, launch = [], fused_launch.silu_gated
-    monkeypatch.setattr(fused_launch, "silu_gated", lambda x: calls.append(x) or launch(x))
+    calls, launch = [], kernel_launch.silu_gated
+    monkeypatch.setattr(kernel_launch, "silu_gated", lambda x: calls.append(x) or launch(x))
     layer = loaded("tiny").model.model.language_model.layers[0]
     joined = torch.randn(4, 32)
-    expected = TorchOperations().gated(joined, nn.SiLU())
+    expected = LayerOperations().gated(joined, nn.SiLU())
     assert_equal(TritonOperations().gated(joined, layer._mlp._act), expected)
     assert len(calls) == 1
 
@@ -153,13 +152,13 @@ def test_a_models_own_activation_is_computed_by_the_kernel(monkeypatch) -> None:
 @torch.inference_mode()
 def test_another_activation_than_silu_is_left_to_torch() -> None:
     joined = torch.randn(4, 32)
-    expected = TorchOperations().gated(joined, nn.GELU())
+    expected = LayerOperations().gated(joined, nn.GELU())
     assert_equal(TritonOperations().gated(joined, nn.GELU()), expected)
 
 
 def test_a_cpu_keeps_torchs_operations() -> None:
     chosen = operations.choose_operations(torch.device("cpu"), torch.float32)
-    assert type(chosen) is TorchOperations
+    assert type(chosen) is LayerOperations
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -172,7 +171,7 @@ def test_the_trial_of_the_kernels_finds_nothing_wrong(device: str, dtype: torch.
 @pytest.mark.parametrize("name", ["add_norm", "rotate_and_write", "silu_gated"])
 def test_a_kernel_that_errs_or_fails_is_found_by_the_trial(monkeypatch, name: str) -> None:
     """A machine without a C compiler ended at the first step."""
-    right = getattr(fused_launch, name)
+    right = getattr(kernel_launch, name)
 
     def wrong(*args, **kwargs):
         result = right(*args, **kwargs)
@@ -186,10 +185,10 @@ def test_a_kernel_that_errs_or_fails_is_found_by_the_trial(monkeypatch, name: st
     def trial():
         return trial_pairs(TritonOperations(), torch.device("cpu"), torch.float32)
 
-    monkeypatch.setattr(fused_launch, name, wrong)
+    monkeypatch.setattr(kernel_launch, name, wrong)
     assert "off by" in str(what_is_wrong(trial))
-    monkeypatch.setattr(fused_launch, name, failing)
-    expected = "a trial of them failed: RuntimeError: Failed to find C compiler."
+    monkeypatch.setattr(kernel_launch, name, failing)
+    expected = "the trial failed: RuntimeError: Failed to find C compiler."
     assert what_is_wrong(trial) == expected
 
 
@@ -200,8 +199,7 @@ def test_a_gpu_whose_kernels_fail_computes_by_torch_and_says_why(monkeypatch, ca
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert not are_usable("norms", torch.device("cuda"), trial)
     assert caplog.messages == [
-        "norms are left to torch's operations: a trial of them failed: RuntimeError: Failed to "
-        "find C compiler."
+        "norms use torch's operations: the trial failed: RuntimeError: Failed to find C compiler."
     ]
     assert are_usable("norms", torch.device("cuda"), lambda: [(torch.ones(2), torch.ones(2))])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -237,7 +235,7 @@ def test_a_model_of_int8_weights_is_fused_and_gives_what_it_gives_unfused() -> N
     fused = load_model(checkpoint("tiny"), "cpu", "float32", "int8")
     assert is_fused(fused.model.model.language_model)
     opened = open_checkpoint(checkpoint("tiny"), torch.float32)
-    placement = on_one_device(opened.skeleton, torch.device("cpu"))
+    placement = on_one_device(opened.meta_model, torch.device("cpu"))
     unfused = load(opened, placement, "int8", is_fused=False)
     assert not is_fused(unfused.model.model.language_model)
     told = [prefill_logits(ModelRunner(one, PLAN), requests(), 5) for one in (fused, unfused)]

@@ -31,22 +31,21 @@ from support.polling import wait_until
 from support.running import MODEL_NAME, serving
 from torch import Tensor
 
-from vlmserve.models import create_runner as launch
 from vlmserve.models.batch import BlockCopy, CrossSegment, PoolSizes, ScheduledSequence, StepBatch
 from vlmserve.models.bundled.pictures import data_url, draw, random_scene
-from vlmserve.models.create_runner import _peaks, create_runner
+from vlmserve.models.create_runner import create_runner
 from vlmserve.models.decoder.decoder import is_fused
-from vlmserve.models.distributed import parallel_runner, wire
-from vlmserve.models.distributed import ranks as parallel_ranks
+from vlmserve.models.distributed import parallel_runner, ranks, wire
 from vlmserve.models.distributed.parallel_runner import ParallelRunner, create_parallel_runner
 from vlmserve.models.distributed.ranks import Ranks
 from vlmserve.models.distributed.wire import RankSettings
 from vlmserve.models.errors import ModelError, StepError, StepTooLargeError
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
-from vlmserve.models.memory.available import Room
+from vlmserve.models.memory import sizing
+from vlmserve.models.memory.available import AvailableMemory
 from vlmserve.models.settings.runner_config import RunnerConfig
-from vlmserve.models.tensor_parallel.plan import Side, check_size, cut_linears, narrow, share_of
+from vlmserve.models.tensor_parallel.plan import Side, check_size, cut_linears, narrow, rank_slice
 from vlmserve.models.weights.loader import LoadedModel, load, load_model, open_checkpoint
 
 SIZES = PoolSizes(200, 40, BLOCK_SIZE)
@@ -104,18 +103,18 @@ def on_ranks(size: int, work: Callable):
         return [future.result() for future in futures]
 
 
-def part_of(layout: str, group: ThreadGroup | None, quantize: str | None = None) -> LoadedModel:
+def rank_part(layout: str, group: ThreadGroup | None, quantize: str | None = None) -> LoadedModel:
     """A rank's part of a checkpoint in float32, or the whole."""
     with BUILDING:
         return load_model(checkpoint(layout), "cpu", "float32", quantize, group)
 
 
-def skeleton(layout: str = "tiny"):
-    return open_checkpoint(checkpoint(layout), torch.float32).skeleton
+def meta_model(layout: str = "tiny"):
+    return open_checkpoint(checkpoint(layout), torch.float32).meta_model
 
 
 def test_every_decoder_layer_is_cut_and_nothing_else_but_vision_and_head() -> None:
-    model = skeleton()
+    model = meta_model()
     cut = cut_linears(model, 2)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "model.multi_modal_projector":
@@ -125,7 +124,7 @@ def test_every_decoder_layer_is_cut_and_nothing_else_but_vision_and_head() -> No
 
 
 def test_a_vision_encoder_that_does_not_divide_stays_whole() -> None:
-    model = skeleton()
+    model = meta_model()
     model.config.vision_config.attention_heads = 3
     cut = cut_linears(model, 2)
     assert not any(name.startswith("model.vision_model") for name in cut)
@@ -133,27 +132,27 @@ def test_a_vision_encoder_that_does_not_divide_stays_whole() -> None:
 
 
 def test_a_vocabulary_that_does_not_divide_stays_whole() -> None:
-    model = skeleton()
+    model = meta_model()
     model.lm_head = torch.nn.Linear(8, 767, device="meta")
     assert "lm_head" not in cut_linears(model, 2)
 
 
 def test_a_number_of_ranks_that_does_not_divide_is_refused_with_those_that_do() -> None:
-    config = skeleton().config
+    config = meta_model().config
     config.text_config.num_attention_heads = 32
     config.text_config.num_key_value_heads = 8
     config.text_config.intermediate_size = 14336
     check_size(config, 8)
     with pytest.raises(
         ModelError,
-        match=r"32 attention heads cannot be shared out to 3 ranks: --tensor-parallel-size takes "
+        match=r"32 attention heads do not divide by 3 ranks: --tensor-parallel-size can be "
         "1, 2, 4, 8$",
     ):
         check_size(config, 3)
 
 
 def test_shares_cover_a_side_once() -> None:
-    assert [share_of(12, rank, 3) for rank in range(3)] == [
+    assert [rank_slice(12, rank, 3) for rank in range(3)] == [
         slice(0, 4),
         slice(4, 8),
         slice(8, 12),
@@ -170,7 +169,7 @@ def logits_of_two_ranks(layout: str, quantize: str | None = None) -> dict[str, T
     """Of every prompt at every position, in chunks, batched; the ranks have the same bits."""
 
     def compute(group):
-        model = part_of(layout, group, quantize)
+        model = rank_part(layout, group, quantize)
         assert is_fused(model.model.model.language_model)
         return prefill_logits(ModelRunner(model, PoolPlan(SIZES, 800)), requests(), chunk=5)
 
@@ -199,7 +198,7 @@ def test_two_ranks_with_int8_weights_are_as_near_as_one() -> None:
 
 def test_a_rank_holds_half_of_the_cut_weights_and_half_of_the_cache() -> None:
     def compute(group=None):
-        model = part_of("tiny", group)
+        model = rank_part("tiny", group)
         runner = ModelRunner(model, PoolPlan(SIZES, 800))
         layer = model.model.model.language_model.layers[0]
         weights = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
@@ -225,20 +224,22 @@ def test_ranks_size_their_pools_together_by_the_one_with_the_least_room(monkeypa
     """
     measured: dict[int, list[int]] = defaultdict(list)
 
+    measured_peaks = sizing.peaks_by_device
+
     def peaks(model, attention, limits, with_graphs):
         measured[threading.get_ident()].append(limits.max_model_len)
-        return _peaks(model, attention, limits, with_graphs)
+        return measured_peaks(model, attention, limits, with_graphs)
 
-    monkeypatch.setattr(launch, "load", load_one_at_a_time)
-    monkeypatch.setattr(launch, "_peaks", peaks)
+    monkeypatch.setattr("vlmserve.models.create_runner.load", load_one_at_a_time)
+    monkeypatch.setattr(sizing, "peaks_by_device", peaks)
     options = OPTIONS | {"num_text_blocks": None, "num_image_blocks": None, "max_num_seqs": 8}
     limits = {"max_num_batched_tokens": 64, "max_num_batched_images": 1}
 
     def size(group: ThreadGroup):
-        room = Room((16, 512)[group.rank] << 20, "as a test says")
+        room = AvailableMemory((16, 512)[group.rank] << 20, "as a test says")
         config = RunnerConfig(**(options | limits))
         return create_runner(
-            checkpoint("tiny"), config, rooms=lambda device: room, group=group
+            checkpoint("tiny"), config, available=lambda device: room, group=group
         ).info
 
     first, second = on_ranks(2, size)
@@ -254,8 +255,8 @@ def test_a_step_that_is_too_large_for_a_rank_is_not_tried_again_shorter(monkeypa
     def peaks(model, attention, limits, with_graphs):
         raise StepTooLargeError("a step does not fit beside the weights")
 
-    monkeypatch.setattr(launch, "load", load_one_at_a_time)
-    monkeypatch.setattr(launch, "_peaks", peaks)
+    monkeypatch.setattr("vlmserve.models.create_runner.load", load_one_at_a_time)
+    monkeypatch.setattr(sizing, "peaks_by_device", peaks)
     with pytest.raises(StepTooLargeError):
         on_ranks(
             1, lambda group: create_runner(checkpoint("tiny"), RunnerConfig(**OPTIONS), group=group)
@@ -265,7 +266,7 @@ def test_a_step_that_is_too_large_for_a_rank_is_not_tried_again_shorter(monkeypa
 @pytest.mark.parametrize("quantize", ["bitsandbytes", "bitsandbytes-nf4"])
 def test_what_does_not_go_with_ranks_is_refused_with_the_remedy(quantize) -> None:
     def compute(group):
-        part_of("tiny", group, quantize)
+        rank_part("tiny", group, quantize)
 
     with pytest.raises(ModelError, match=r"with --tensor-parallel-size take --quantize int8"):
         on_ranks(2, compute)
@@ -347,7 +348,7 @@ def test_ranks_in_processes_of_their_own_give_the_tokens_of_one() -> None:
         (pid,) = runner.rank_pids
         os.kill(pid, signal.SIGKILL)
         assert wait_until(lambda: deaths)
-        assert deaths[0] == "rank 1 ended (signal 9)"
+        assert deaths[0] == "rank 1 died (signal 9)"
     finally:
         runner.close()
     assert not meeting_places()
@@ -381,7 +382,7 @@ def test_a_first_rank_that_fails_while_others_wait_for_it_says_so(monkeypatch) -
         raise RuntimeError("the driver is too old")
 
     monkeypatch.setattr(parallel_runner, "join_group", fail)
-    monkeypatch.setattr(parallel_ranks, "LAST_WORD_S", 0.1)
+    monkeypatch.setattr(ranks, "REPORT_TIMEOUT_S", 0.1)
     with pytest.raises(RuntimeError, match="the driver is too old"):
         create_parallel_runner(checkpoint("tiny"), 2, RunnerConfig(**OPTIONS))
     assert not meeting_places()

@@ -8,7 +8,7 @@ from support.oracle import runner
 
 from vlmserve.models.batch import DeviceLostError, StepBatch
 from vlmserve.models.errors import StepError
-from vlmserve.models.execution import device_health as lost_device
+from vlmserve.models.execution import device_health
 from vlmserve.models.execution.device_health import is_lost
 
 
@@ -25,9 +25,9 @@ def test_a_device_is_lost_when_even_waiting_for_it_fails(monkeypatch):
 
 @pytest.mark.parametrize(("lost", "error"), [(False, StepError), (True, DeviceLostError)])
 def test_a_failed_step_tells_whether_others_can_be_computed(monkeypatch, lost, error):
-    monkeypatch.setattr(lost_device, "is_lost", lambda device: lost)
+    monkeypatch.setattr(device_health, "is_lost", lambda device: lost)
     with pytest.raises(error) as failure:
         runner("tiny").execute(StepBatch())
     if lost:
-        assert str(failure.value) == "cpu can compute nothing more"
+        assert str(failure.value) == "cpu cannot compute any more"
         assert isinstance(failure.value.__cause__, StepError)

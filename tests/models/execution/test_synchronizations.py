@@ -27,7 +27,7 @@ from vlmserve.models.device_copies import fetch, upload
 from vlmserve.models.execution.graphs.recorder import CudaRecorder
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
-from vlmserve.models.sampling import sampler as sampling
+from vlmserve.models.sampling import sampler
 from vlmserve.models.weights.loader import load_model
 
 PLAN = PoolPlan(PoolSizes(200, 40, BLOCK_SIZE), 800)
@@ -66,7 +66,7 @@ def decode_batch(runner: ModelRunner, params: list[SamplingParams]) -> StepBatch
 @pytest.mark.parametrize("name", STEPS)
 def test_a_decode_step_waits_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = ModelRunner(loaded("tiny"), PLAN)
-    monkeypatch.setattr(sampling, "WINDOW", 600)  # of 768: with all, no cut is undecided
+    monkeypatch.setattr(sampler, "WINDOW", 600)  # of 768: with all, no cut is undecided
     batch = decode_batch(runner, STEPS[name])
     with counted(monkeypatch, loaded("tiny").model) as waits:
         result = runner.execute(batch)
@@ -78,7 +78,7 @@ def test_a_decode_step_waits_once(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_cut_beyond_the_window_waits_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = ModelRunner(loaded("tiny"), PLAN)
-    monkeypatch.setattr(sampling, "WINDOW", 600)
+    monkeypatch.setattr(sampler, "WINDOW", 600)
     flat = SamplingParams(temperature=2.0, top_p=0.99999, seed=1, num_logprobs=2)
     batch = decode_batch(runner, [flat] * 7)
     with counted(monkeypatch, loaded("tiny").model) as waits:

@@ -18,11 +18,11 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.errors import ModelError
 from vlmserve.models.kv_cache.pool_sizes import PoolRequest
-from vlmserve.models.memory.available import Room
-from vlmserve.models.memory.fit import Plan, check_fits, needs_of, share_of
+from vlmserve.models.memory.available import AvailableMemory
+from vlmserve.models.memory.fit import Plan, check_fits, needs_of, needs_on
 from vlmserve.models.memory.peak_step import StepLimits
 from vlmserve.models.settings.runner_config import RunnerConfig
-from vlmserve.models.weights import loader as loading
+from vlmserve.models.weights import loader
 from vlmserve.models.weights.device_map import given_map, on_one_device
 from vlmserve.models.weights.loader import open_checkpoint
 
@@ -40,11 +40,11 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def no_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_read_weights", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr(loader, "_read_weights", lambda *args: pytest.fail("weights were read"))
 
 
-def rooms(num_bytes: int) -> Callable[[torch.device], Room]:
-    return lambda device: Room(num_bytes, "as a test says")
+def available(num_bytes: int) -> Callable[[torch.device], AvailableMemory]:
+    return lambda device: AvailableMemory(num_bytes, "as a test says")
 
 
 def plan(quantize: str | None = None, max_model_len: int | None = None) -> Plan:
@@ -55,7 +55,9 @@ def plan(quantize: str | None = None, max_model_len: int | None = None) -> Plan:
 
 def refusal(room: int, **settings: Any) -> str:
     with pytest.raises(ModelError) as raised:
-        create_runner(checkpoint("tiny"), RunnerConfig(**(SMALL | settings)), rooms=rooms(room))
+        create_runner(
+            checkpoint("tiny"), RunnerConfig(**(SMALL | settings)), available=available(room)
+        )
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -71,7 +73,7 @@ def test_the_refusal_shows_a_sum_that_adds_up() -> None:
     found = re.search(
         rf"weights {amount} \(vision {amount}, decoder {amount}, embedding and head {amount}\) \+ "
         rf"KV cache of at least {amount} \(2,048 text tokens, 4 image tiles\) \+ activations of a "
-        rf"step {amount} = {amount}, and there are 1\.0 MiB \(as a test says\)",
+        rf"step {amount} = {amount}, and 1\.0 MiB are available \(as a test says\)",
         line,
     )
     assert found, line
@@ -122,50 +124,50 @@ def test_what_just_fits_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*args: Any) -> None:
         raise Reading
 
-    monkeypatch.setattr(loading, "_read_weights", read)
+    monkeypatch.setattr(loader, "_read_weights", read)
     need = needs_of(plan()).total
     with pytest.raises(Reading):
-        create_runner(checkpoint("tiny"), RunnerConfig(**SMALL), rooms=rooms(need))
+        create_runner(checkpoint("tiny"), RunnerConfig(**SMALL), available=available(need))
     assert "does not fit" in refusal(need - 1)
 
 
 def test_a_map_that_does_not_fit_names_the_device_and_not_a_quantization() -> None:
     needs = needs_of(plan())
     entries = {"": "cpu", "lm_head": "disk"}
-    skeleton = plan().checkpoint.skeleton
-    share = share_of(given_map(entries, skeleton, 0, "map"), needs, CPU)
-    whole = share_of(on_one_device(skeleton, CPU), needs, CPU)
+    meta_model = plan().checkpoint.meta_model
+    share = needs_on(given_map(entries, meta_model, 0, "map"), needs, CPU)
+    whole = needs_on(on_one_device(meta_model, CPU), needs, CPU)
     head = needs.weights["lm_head"]
     assert share.resident_bytes == whole.resident_bytes - head
-    assert share.visitor == head
+    assert share.largest_offloaded == head
     assert share.total == whole.total
 
 
 def test_weights_that_wait_on_the_cpu_beside_a_gpu_must_fit_there_too() -> None:
     asked = plan()
-    placement = given_map({"": 0, "lm_head": "cpu"}, asked.checkpoint.skeleton, 1, "map")
+    placement = given_map({"": 0, "lm_head": "cpu"}, asked.checkpoint.meta_model, 1, "map")
     gpu = torch.device("cuda", 0)
     head = needs_of(asked).weights["lm_head"]
-    assert share_of(placement, needs_of(asked), CPU).total == head
-    assert share_of(placement, needs_of(asked), gpu).visitor == head
-    rooms_of = {gpu: Room(64 * MIB, "free"), CPU: Room(head - 1, "little")}
+    assert needs_on(placement, needs_of(asked), CPU).total == head
+    assert needs_on(placement, needs_of(asked), gpu).largest_offloaded == head
+    memory = {gpu: AvailableMemory(64 * MIB, "free"), CPU: AvailableMemory(head - 1, "little")}
     with pytest.raises(ModelError, match=r"does not fit cpu: weights .* \(embedding and head"):
-        check_fits(asked, placement, rooms_of.__getitem__)
+        check_fits(asked, placement, memory.__getitem__)
 
 
 def test_a_map_of_a_file_is_checked_before_weights_are_read(tmp_path: Path) -> None:
     file = tmp_path / "map.json"
     file.write_text(json.dumps({"": "disk"}))
     line = refusal(MIB, device_map=str(file))
-    assert "for offloaded ones" in line
-    assert "a --device-map or --max-memory that leaves more room there" in line
+    assert "+ offloaded weights" in line
+    assert "a --device-map or --max-memory that leaves more memory there" in line
 
 
 def test_max_memory_without_a_device_that_is_there_is_refused() -> None:
     line = refusal(MIB, max_memory={"0": MIB})
-    assert "--max-memory names '0', which is not there: use one of cpu" in line
+    assert "--max-memory names unknown device '0': use cpu" in line
     file = refusal(MIB, max_memory={"cpu": MIB}, device_map="map.json")
-    assert "goes with --device-map auto or balanced" in file
+    assert "needs --device-map auto or balanced" in file
 
 
 def test_max_model_len_over_the_context_is_refused_before_weights_are_read() -> None:
@@ -179,9 +181,9 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = MllamaConfig(vision_config={"image_size": 560})
     config.save_pretrained(folder)
     with torch.device("meta"):
-        skeleton = MllamaForConditionalGeneration(config)
+        meta_model = MllamaForConditionalGeneration(config)
     entries, end = {}, 0
-    for name, weight in skeleton.state_dict().items():
+    for name, weight in meta_model.state_dict().items():
         offsets = [end, end := end + 2 * weight.numel()]
         entries[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": offsets}
     header = json.dumps(entries).encode()
@@ -199,15 +201,15 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {},
             "weights 19.9 GiB (vision 1.7 GiB, decoder 16.3 GiB, embedding and head 2.0 GiB) + KV "
             "cache of at least 456.1 MiB (2,048 text tokens, 4 image tiles) + activations of a "
-            "step 4.8 GiB = 25.2 GiB, and there are 17.6 GiB (as a test says): use --quantize "
+            "step 4.8 GiB = 25.2 GiB, and 17.6 GiB are available (as a test says): use --quantize "
             "int8 (17.0 GiB in all), or --quantize bitsandbytes (17.0 GiB in all), or --quantize "
             "bitsandbytes-nf4 (13.5 GiB in all), or "
-            "--device-map auto, which keeps elsewhere what has no room",
+            "--device-map auto, which offloads the weights that do not fit",
         ),
         (
             {"max_model_len": 131_072},
             "(131,072 text tokens, 4 image tiles) + activations of a step 4.8 GiB = 40.9 GiB, and "
-            "there are 17.6 GiB (as a test says): use --quantize int8 with --max-model-len "
+            "17.6 GiB are available (as a test says): use --quantize int8 with --max-model-len "
             "4096, or --device-map auto",
         ),
     ],
@@ -222,7 +224,7 @@ def test_llama_3_2_11b_is_refused_on_a_small_machine_with_its_true_sizes(
             RunnerConfig(
                 device="cpu", dtype="bfloat16", num_threads=torch.get_num_threads(), **settings
             ),
-            rooms=rooms(int(17.6 * 2**30)),
+            available=available(int(17.6 * 2**30)),
         )
     assert told in str(raised.value)
 

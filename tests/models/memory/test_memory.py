@@ -16,7 +16,6 @@ from support.oracle import checkpoint, generate, loaded, prompt
 from torch.profiler import ProfilerActivity, profile
 
 from vlmserve.bench.checkpoints import build
-from vlmserve.models import create_runner as launch
 from vlmserve.models.attention.choice import choose_backend
 from vlmserve.models.batch import PoolSizes
 from vlmserve.models.create_runner import create_runner
@@ -24,9 +23,8 @@ from vlmserve.models.decoder.int8.linear import Int8Linear
 from vlmserve.models.errors import ModelError
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolRequest, plan_over_devices
-from vlmserve.models.memory import available as memory
-from vlmserve.models.memory import peak_step as peak
-from vlmserve.models.memory.available import Room, cpu_room, room_of
+from vlmserve.models.memory import peak_step, sizing
+from vlmserve.models.memory.available import AvailableMemory, available_cpu_memory, available_memory
 from vlmserve.models.memory.estimate import by_kind, part_bytes, peak_bytes
 from vlmserve.models.memory.peak_step import StepLimits, measure_peak, peak_batch, probe_plan
 from vlmserve.models.settings.runner_config import RunnerConfig
@@ -115,24 +113,26 @@ def test_the_room_of_a_cpu_is_what_machine_and_control_groups_leave(
     machine: str, tmp_path: Path
 ) -> None:
     files, expected = MACHINES[machine]
-    assert cpu_room(write(tmp_path, MEMINFO | files)).num_bytes == expected
+    assert available_cpu_memory(write(tmp_path, MEMINFO | files)).num_bytes == expected
 
 
 def test_a_limit_of_a_control_group_is_named(tmp_path: Path) -> None:
     files, _ = MACHINES["version 2, in a container"]
-    source = cpu_room(write(tmp_path, MEMINFO | files)).source
+    source = available_cpu_memory(write(tmp_path, MEMINFO | files)).source
     assert source == "the 1.0 GiB that a limit of 2.0 GiB leaves"
 
 
 def test_this_machine_has_memory_by_its_own_account() -> None:
-    assert MIB < room_of(CPU, 0.9).num_bytes < cpu_room().num_bytes
+    assert MIB < available_memory(CPU, 0.9).num_bytes < available_cpu_memory().num_bytes
 
 
 def test_the_room_of_a_gpu_counts_what_others_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (14 * GIB, 20 * GIB))
     gpu = torch.device("cuda", 0)
-    assert room_of(gpu, 0.9) == Room(12 * GIB, "90% of 20.0 GiB less 6.0 GiB in use")
-    assert room_of(gpu, 0.2).num_bytes == 0
+    assert available_memory(gpu, 0.9) == AvailableMemory(
+        12 * GIB, "90% of 20.0 GiB less 6.0 GiB in use"
+    )
+    assert available_memory(gpu, 0.2).num_bytes == 0
 
 
 # --- weights -----------------------------------------------------------------------------------
@@ -156,15 +156,15 @@ def held_bytes(model: LoadedModel) -> int:
 @pytest.mark.parametrize("method", [None, "int8", "bitsandbytes", "bitsandbytes-nf4"])
 def test_weights_take_what_their_headers_promise(method: str | None) -> None:
     opened = open_checkpoint(checkpoint("tiny"), torch.float32)
-    sizes = part_bytes(parts_of(opened.skeleton), opened.tensors, torch.float32, method)
-    model = load(opened, on_one_device(opened.skeleton, CPU), method)
+    sizes = part_bytes(parts_of(opened.meta_model), opened.tensors, torch.float32, method)
+    model = load(opened, on_one_device(opened.meta_model, CPU), method)
     assert sum(sizes.values()) == held_bytes(model)
     assert sum(by_kind(sizes).values()) == sum(sizes.values())
 
 
 def test_a_narrower_type_takes_half() -> None:
     opened = open_checkpoint(checkpoint("tiny"), torch.bfloat16)
-    parts = parts_of(opened.skeleton)
+    parts = parts_of(opened.meta_model)
     whole = part_bytes(parts, opened.tensors, torch.float32)
     half = part_bytes(parts, opened.tensors, torch.bfloat16)
     assert {part: 2 * size for part, size in half.items()} == whole
@@ -277,7 +277,7 @@ def test_the_memory_of_recorded_decode_steps_is_added_to_a_gpus_peak(
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free.pop(0), 80 * GIB))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(peak, "CudaRecorder", lambda device: None)
+    monkeypatch.setattr(peak_step, "CudaRecorder", lambda device: None)
     monkeypatch.setattr(ModelRunner, "record_graphs", record)
     choice, limits = choose_backend("sdpa", model.geometry), StepLimits(4, 32, 1, 256)
     taken = [measure_peak(model, choice, limits, with_graphs=True) for _ in range(2)]
@@ -321,8 +321,8 @@ SMALL: dict[str, Any] = {
 }
 
 
-def rooms(num_bytes: int) -> Callable[[torch.device], Room]:
-    return lambda device: Room(num_bytes, "as a test says")
+def available(num_bytes: int) -> Callable[[torch.device], AvailableMemory]:
+    return lambda device: AvailableMemory(num_bytes, "as a test says")
 
 
 def weight_bytes() -> int:
@@ -331,7 +331,7 @@ def weight_bytes() -> int:
 
 @pytest.mark.parametrize("room", [24 * MIB, 48 * MIB, 96 * MIB, 512 * MIB])
 def test_pools_take_what_weights_and_the_peak_step_leave(room: int) -> None:
-    runner = create_runner(checkpoint("tiny"), RunnerConfig(**SMALL), rooms=rooms(room))
+    runner = create_runner(checkpoint("tiny"), RunnerConfig(**SMALL), available=available(room))
     pools = sum(one.keys.nbytes + one.values.nbytes for one in runner.pools.layers)
     limits = StepLimits(8, 64, 1, runner.info.max_model_len)
     peak_size = peak_bytes(runner.config, limits, torch.float32).most
@@ -345,7 +345,7 @@ def test_pools_take_what_weights_and_the_peak_step_leave(room: int) -> None:
 def test_max_memory_bounds_the_pools_too() -> None:
     sizes = [
         create_runner(
-            checkpoint("tiny"), RunnerConfig(**SMALL, **limit), rooms=rooms(room)
+            checkpoint("tiny"), RunnerConfig(**SMALL, **limit), available=available(room)
         ).info.pools
         for limit, room in (({"max_memory": {"cpu": 24 * MIB}}, 512 * MIB), ({}, 24 * MIB))
     ]
@@ -366,8 +366,10 @@ def test_a_context_over_which_a_step_runs_out_of_memory_shrinks(
             raise ModelError("a step does not fit beside the weights")
         return {CPU: MIB}
 
-    monkeypatch.setattr(launch, "_peaks", peaks)
-    runner = create_runner(checkpoint("tiny"), RunnerConfig(**SMALL), rooms=rooms(512 * MIB))
+    monkeypatch.setattr(sizing, "peaks_by_device", peaks)
+    runner = create_runner(
+        checkpoint("tiny"), RunnerConfig(**SMALL), available=available(512 * MIB)
+    )
     assert lens == [16384, 8192, 4096]
     assert runner.info.max_model_len == 4096
 
@@ -375,7 +377,7 @@ def test_a_context_over_which_a_step_runs_out_of_memory_shrinks(
 def test_the_context_shrinks_where_a_step_over_all_of_it_leaves_no_room() -> None:
     lens = [
         create_runner(
-            checkpoint("tiny"), RunnerConfig(**SMALL), rooms=rooms(room)
+            checkpoint("tiny"), RunnerConfig(**SMALL), available=available(room)
         ).info.max_model_len
         for room in (16 * MIB, 64 * MIB, 512 * MIB)
     ]
@@ -387,7 +389,7 @@ def test_kv_cache_memory_wins_over_what_is_free() -> None:
         create_runner(
             checkpoint("tiny"),
             RunnerConfig(**SMALL, max_model_len=512, kv_cache_bytes=4 * MIB),
-            rooms=rooms(room),
+            available=available(room),
         ).info.pools
         for room in (64 * MIB, 8 * GIB)
     ]
@@ -396,9 +398,11 @@ def test_kv_cache_memory_wins_over_what_is_free() -> None:
 
 
 def test_the_log_says_where_memory_goes(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger=launch.__name__):
+    with caplog.at_level(logging.INFO, logger=sizing.__name__):
         runner = create_runner(
-            checkpoint("tiny"), RunnerConfig(**SMALL, max_model_len=512), rooms=rooms(64 * MIB)
+            checkpoint("tiny"),
+            RunnerConfig(**SMALL, max_model_len=512),
+            available=available(64 * MIB),
         )
     sizes = runner.info.pools
     tokens = f"{sizes.num_text_blocks * 16:,} tokens"
@@ -427,7 +431,7 @@ def test_a_model_that_the_cpu_cannot_hold_lies_on_disk_and_answers_alike(
         split = create_runner(
             checkpoint("tiny"),
             RunnerConfig(**need, device_map="auto"),
-            rooms=rooms(taken + MIB // 4),
+            available=available(taken + MIB // 4),
         )
     on_disk = [weight for weight in split._model.parameters() if weight.is_meta]
     assert on_disk
@@ -447,14 +451,8 @@ def test_a_runner_makes_its_device_the_current_one(monkeypatch: pytest.MonkeyPat
         made.append(device)
         raise ModelError("far enough")
 
-    monkeypatch.setattr(launch, "choose_device", torch.device)
+    monkeypatch.setattr("vlmserve.models.create_runner.choose_device", torch.device)
     monkeypatch.setattr(torch.cuda, "set_device", note)
     with pytest.raises(ModelError, match="far enough"):
         create_runner(checkpoint("tiny"), RunnerConfig(**SMALL | {"device": "cuda:1"}))
     assert made == [torch.device("cuda", 1)]
-
-
-def test_memory_module_and_step_are_what_the_engine_uses() -> None:
-    """The readings are handed in by default; a test must not silence them for all."""
-    assert launch.room_of is memory.room_of
-    assert launch.measure_peak is peak.measure_peak

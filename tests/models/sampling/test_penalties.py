@@ -17,7 +17,7 @@ from transformers import (
 
 from vlmserve.models.batch import SamplingContext, SamplingParams
 from vlmserve.models.errors import NonFiniteLogitsError
-from vlmserve.models.sampling import sampler as sampling
+from vlmserve.models.sampling import sampler
 from vlmserve.models.sampling.penalties import adjust
 
 VOCAB = 40
@@ -225,7 +225,7 @@ def test_a_greedy_step_without_wishes_is_one_argmax(monkeypatch: pytest.MonkeyPa
     def forbidden(*_: object) -> None:
         raise AssertionError("a greedy step draws nothing")
 
-    monkeypatch.setattr(sampling, "_draw", forbidden)
+    monkeypatch.setattr(sampler, "_draw", forbidden)
     logits = random_logits(rows=5)
     before = logits.clone()
     assert sample(logits, [SamplingParams(temperature=0.0)] * 5, [0] * 5).tolist() == (

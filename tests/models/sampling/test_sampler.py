@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmserve.models.batch import SamplingParams
 from vlmserve.models.errors import NonFiniteLogitsError
-from vlmserve.models.sampling import sampler as sampling
+from vlmserve.models.sampling import sampler
 from vlmserve.models.sampling.sampler import uniform
 
 VOCAB = 12
@@ -184,9 +184,9 @@ def test_the_window_of_best_tokens_cuts_as_a_sort_of_the_whole_row_does(
         for _ in range(60)
     ]
     weights = torch.from_numpy(np.exp(logits - logits.max(axis=1, keepdims=True)))
-    whole = sampling._filter(weights, params, is_whole=True).weights
-    monkeypatch.setattr(sampling, "WINDOW", 64)
-    cut = sampling._filter(weights, params, is_whole=False)
+    whole = sampler._filter(weights, params, is_whole=True).weights
+    monkeypatch.setattr(sampler, "WINDOW", 64)
+    cut = sampler._filter(weights, params, is_whole=False)
     assert cut.is_undecided is not None
     assert torch.equal(cut.weights[~cut.is_undecided], whole[~cut.is_undecided])
     is_beyond = (whole > 0).sum(-1) > 64
@@ -212,18 +212,18 @@ def test_rows_whose_cut_lies_beyond_the_window_are_drawn_all_the_same(
         for row in range(40)
     ]
     expected = sample(logits, params, range(40))
-    monkeypatch.setattr(sampling, "WINDOW", 64)
-    first = sampling.sample(logits, params, range(40))
-    assert (first.token_ids == sampling.UNDECIDED).any()
+    monkeypatch.setattr(sampler, "WINDOW", 64)
+    first = sampler.sample(logits, params, range(40))
+    assert (first.token_ids == sampler.UNDECIDED).any()
     assert (first.token_ids >= 0).any()
     assert torch.equal(sample(logits, params, range(40)), expected)
 
 
 def test_a_cut_within_the_window_sorts_no_whole_row(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    ordered = sampling._ordered
+    ordered = sampler._ordered
     monkeypatch.setattr(
-        sampling,
+        sampler,
         "_ordered",
         lambda weights, ids: (
             sizes.append(weights.shape[-1] if ids is None else ids.shape[-1])
@@ -232,4 +232,4 @@ def test_a_cut_within_the_window_sorts_no_whole_row(monkeypatch: pytest.MonkeyPa
     )
     logits = torch.from_numpy(np.random.default_rng(5).normal(0, 4, (2, 20_000))).float()
     sample(logits, [SamplingParams(top_p=0.9, seed=1), SamplingParams(top_k=50, seed=2)], [0, 0])
-    assert sizes == [sampling.WINDOW]
+    assert sizes == [sampler.WINDOW]

@@ -28,7 +28,7 @@ from vlmserve.models.decoder.packed_linear import PackedLinear, can_pack
 from vlmserve.models.errors import ModelError
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
-from vlmserve.models.weights import device_map as placement
+from vlmserve.models.weights import device_map
 from vlmserve.models.weights.device_map import (
     Placement,
     automatic,
@@ -64,7 +64,7 @@ def opened(dtype: torch.dtype = torch.float32) -> Checkpoint:
 
 
 def placed(entries: Mapping[str, Any], num_gpus: int = 0) -> Placement:
-    return given_map(entries, opened().skeleton, num_gpus, "map.json")
+    return given_map(entries, opened().meta_model, num_gpus, "map.json")
 
 
 def logits_of(model: LoadedModel, *names: str) -> dict[str, torch.Tensor]:
@@ -97,8 +97,8 @@ def test_weights_that_only_lie_on_the_cpu_are_held_by_it_and_visit_the_gpu() -> 
 
 
 def test_every_part_of_the_model_has_a_place_and_no_weight_lies_outside_of_parts() -> None:
-    parts = parts_of(opened().skeleton)
-    for name, _ in [*opened().skeleton.named_parameters(), *opened().skeleton.named_buffers()]:
+    parts = parts_of(opened().meta_model)
+    for name, _ in [*opened().meta_model.named_parameters(), *opened().meta_model.named_buffers()]:
         assert sum(name.startswith(f"{part}.") for part in parts) == 1, name
 
 
@@ -110,16 +110,19 @@ def test_a_map_of_one_device_is_no_split() -> None:
 
 WRONG: dict[str, tuple[Any, str]] = {
     "an unknown module": ({"": 0, "model.layers": 0}, "has no module 'model.layers'"),
-    "half a layer": ({"": 0, f"{LAYERS}.3.mlp": "cpu"}, f"splits {LAYERS}.3, which stays whole"),
+    "half a layer": (
+        {"": 0, f"{LAYERS}.3.mlp": "cpu"},
+        f"splits {LAYERS}.3, which must stay whole",
+    ),
     "half the vision model": (
         {"": 0, "model.vision_model.transformer": "cpu"},
         "splits model.vision_model",
     ),
-    "a part left out": ({"model": 0}, "nothing says where lm_head lies"),
-    "a device that is none": ({"": "tpu"}, "'tpu' is no place"),
-    "a place that is no word": ({"": ["cpu"]}, "is no place"),
-    "true": ({"": True}, "True is no place"),
-    "a GPU that is not there": ({"": 1}, r"GPU 1 is not there \(1 CUDA devices\)"),
+    "a part left out": ({"model": 0}, "lm_head has no place: add it"),
+    "a device that is none": ({"": "tpu"}, "'tpu' is not a place"),
+    "a place that is no word": ({"": ["cpu"]}, "is not a place"),
+    "true": ({"": True}, "True is not a place"),
+    "a GPU that is not there": ({"": 1}, r"GPU 1 does not exist \(1 CUDA devices\)"),
 }
 
 
@@ -129,14 +132,14 @@ def test_a_wrong_map_is_refused_in_one_line_with_its_file(what: str, tmp_path: P
     file = tmp_path / "map.json"
     file.write_text(json.dumps(entries))
     with pytest.raises(ModelError, match=message) as raised:
-        read_device_map(file, opened().skeleton, num_gpus=1)
+        read_device_map(file, opened().meta_model, num_gpus=1)
     assert str(file) in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_a_map_that_is_no_file_is_refused_with_what_it_may_be() -> None:
     with pytest.raises(ModelError, match="'automatic' is neither auto nor balanced, nor a file"):
-        read_device_map(Path("automatic"), opened().skeleton, 0)
+        read_device_map(Path("automatic"), opened().meta_model, 0)
 
 
 # --- automatic maps ----------------------------------------------------------------------------
@@ -164,7 +167,7 @@ def test_what_no_gpu_takes_goes_to_the_cpu_and_then_to_disk() -> None:
     assert found.main == torch.device("cuda", 0)
 
 
-def test_a_cpu_alone_keeps_what_it_can_and_leaves_room_for_visitors_from_disk() -> None:
+def test_a_cpu_alone_keeps_what_it_can_and_leaves_memory_for_weights_from_disk() -> None:
     found = automatic("auto", SIZES, {"cpu": 60}, CACHES)
     assert list(found.places.values()) == ["cpu", "cpu", "disk", "disk", "disk"]
     assert automatic("auto", SIZES, {"cpu": 63}, CACHES).single == CPU
@@ -190,7 +193,7 @@ def whole_logits(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def _whole(dtype: torch.dtype) -> LoadedModel:
-    return load(opened(dtype), placement.on_one_device(opened(dtype).skeleton, CPU))
+    return load(opened(dtype), device_map.on_one_device(opened(dtype).meta_model, CPU))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -246,7 +249,7 @@ def test_hooks_change_nothing_whatever_the_linear_layers_are(
     method: str | None, dtype: torch.dtype
 ) -> None:
     """Hooks as a split over GPUs attaches them, on one CPU, around packed and quantized layers."""
-    placed_on_cpu = placement.on_one_device(opened().skeleton, CPU)
+    placed_on_cpu = device_map.on_one_device(opened().meta_model, CPU)
     plain = load(opened(dtype), placed_on_cpu, method, is_fused=False)
     hooked = load(opened(dtype), placed_on_cpu, method, is_fused=False)
     dispatch_model(hooked.model, dict(hooked.placement.places), force_hooks=True)
@@ -260,7 +263,7 @@ def split_over(first_on_meta: int) -> LoadedModel:
 
     That is torch's meta device, the only other one that a CPU has: it computes shapes.
     """
-    on_cpu = load(opened(), placement.on_one_device(opened().skeleton, CPU), is_fused=False)
+    on_cpu = load(opened(), device_map.on_one_device(opened().meta_model, CPU), is_fused=False)
     names = list(on_cpu.placement.places)
     first = names.index(f"{LAYERS}.{first_on_meta}")
     places = {name: "cpu" if i < first else "meta" for i, name in enumerate(names)}
@@ -296,7 +299,7 @@ def test_the_layers_before_the_border_hold_the_keys_of_the_whole_model() -> None
 
 def test_the_way_of_a_split_step_gives_the_logits_of_the_plain_one() -> None:
     """Two devices' plans and slots, while all layers lie on the first."""
-    model = load(opened(), placement.on_one_device(opened().skeleton, CPU), is_fused=False)
+    model = load(opened(), device_map.on_one_device(opened().meta_model, CPU), is_fused=False)
     plain = logits_of(model)
     model.text_config._attn_implementation = SPLIT_ATTENTION_NAME
     runner = ModelRunner(model, PLAN)

@@ -39,7 +39,7 @@ def quantized(method: str, dtype: str = "float32") -> LoadedModel:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_only_the_decoders_linear_layers_are_quantized(method: str, dtype: str) -> None:
     opened = open_checkpoint(checkpoint("tiny"), getattr(torch, dtype))
-    placement = on_one_device(opened.skeleton, torch.device("cpu"))
+    placement = on_one_device(opened.meta_model, torch.device("cpu"))
     # fused layers have joined products in the place of the layers whose names are looked at
     model = load(opened, placement, method, is_fused=False).model
     kinds = {

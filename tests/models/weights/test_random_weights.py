@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.oracle import dequantize
 from torch import nn
 
 from vlmserve.bench.checkpoints import layout
 from vlmserve.models.batch import CrossSegment, SamplingParams, ScheduledSequence, StepBatch
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.decoder.int8.linear import Int8Linear
-from vlmserve.models.decoder.int8.quantizer import Int8Weight, dequantize, quantize
+from vlmserve.models.decoder.int8.quantizer import Int8Weight, quantize
 from vlmserve.models.errors import ModelError
 from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.models.weights.device_map import given_map, on_one_device
@@ -25,7 +26,7 @@ def model_of(
     quantize: str | None = None, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     checkpoint = random_checkpoint(layout("tiny"), dtype, seed)
-    placement = on_one_device(checkpoint.skeleton, CPU)
+    placement = on_one_device(checkpoint.meta_model, CPU)
     return load(checkpoint, placement, quantize, is_fused=False).model
 
 
@@ -77,9 +78,9 @@ def test_a_runner_of_random_weights_computes_a_step(method: str | None) -> None:
 
 def test_what_only_transformers_could_read_is_refused_in_one_line() -> None:
     checkpoint = random_checkpoint(layout("tiny"), torch.float32)
-    words = "random weights lie on one device, in the compute type or --quantize int8"
+    words = "random weights work on one device only, in the compute dtype or with --quantize int8"
     with pytest.raises(ModelError, match=words):
-        load(checkpoint, on_one_device(checkpoint.skeleton, CPU), "bitsandbytes")
-    split = given_map({"": "cpu", "lm_head": "disk"}, checkpoint.skeleton, 0, "map.json")
+        load(checkpoint, on_one_device(checkpoint.meta_model, CPU), "bitsandbytes")
+    split = given_map({"": "cpu", "lm_head": "disk"}, checkpoint.meta_model, 0, "map.json")
     with pytest.raises(ModelError, match=words):
         load(checkpoint, split)

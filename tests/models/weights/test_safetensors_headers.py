@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.oracle import checkpoint, loaded
 
 from vlmserve.models.errors import ModelError
-from vlmserve.models.weights import loader as loading
+from vlmserve.models.weights import loader
 from vlmserve.models.weights.device_map import given_map
 from vlmserve.models.weights.loader import load_model, open_checkpoint
 from vlmserve.models.weights.safetensors_headers import module_name, read_tensors
@@ -49,7 +49,7 @@ def use_todays_names(folder: Path) -> None:
 
 def test_headers_tell_every_tensor_of_the_files_by_its_name_in_the_module(sharded: Path) -> None:
     found = read_tensors(sharded)
-    weights = open_checkpoint(sharded, torch.float32).skeleton.state_dict()
+    weights = open_checkpoint(sharded, torch.float32).meta_model.state_dict()
     assert {name: one.shape for name, one in found.items()} == {
         name: tuple(weight.shape) for name, weight in weights.items()
     }
@@ -69,7 +69,7 @@ def test_a_checkpoint_with_either_names_can_lie_on_disk(
 ) -> None:
     prepare(folder)
     opened = open_checkpoint(folder, torch.float32)
-    model = loading.load(opened, given_map({"": "disk"}, opened.skeleton, 0, "map")).model
+    model = loader.load(opened, given_map({"": "disk"}, opened.meta_model, 0, "map")).model
     ids = torch.tensor([[5]])
     assert model.model.language_model.embed_tokens(ids).equal(
         loaded("tiny").model.model.language_model.embed_tokens(ids)
@@ -139,9 +139,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a shard that is too long": (lengthen, "is damaged: it is too long"),
     "a garbled header": (garble_header, "is damaged: its header is unreadable"),
     "a header that lies": (lie_in_header, "is damaged: its header is unreadable"),
-    "a web page": (write_page, "is damaged: it is no safetensors file"),
-    "an index that promises more": (promise_more, "promises model.vision_model.extra in model-"),
-    "an index that is wrong": (swap_shards, "which lacks it; download both again"),
+    "a web page": (write_page, "is damaged: it is not a safetensors file"),
+    "an index that promises more": (promise_more, "lists model.vision_model.extra in model-"),
+    "an index that is wrong": (swap_shards, "which does not have it; download both again"),
     "an index without a shard": (forget_a_shard, r"\d+ weights are missing, .* among them"),
     "a shard that is gone": (lose_a_shard, "model-00003-of-00003.safetensors is missing"),
 }
@@ -153,7 +153,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_before_a_weight_is_read(
 ) -> None:
     damage, message = DAMAGE[what]
     damage(sharded)
-    monkeypatch.setattr(loading, "_read_weights", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr(loader, "_read_weights", lambda *args: pytest.fail("weights were read"))
     with pytest.raises(ModelError, match=message) as raised:
         load_model(sharded, "cpu", "float32")
     assert str(raised.value).startswith(str(sharded))
@@ -161,9 +161,9 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_before_a_weight_is_read(
 
 
 LIES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "width": ("text_config", {"intermediate_size": 97}, r"\[96, 64\], and config.json makes it"),
-    "vocabulary": ("text_config", {"vocab_size": 770}, r"\[776, 64\], and config.json makes it"),
-    "KV heads": ("text_config", {"num_key_value_heads": 4}, "and config.json makes it"),
+    "width": ("text_config", {"intermediate_size": 97}, r"\[96, 64\], but config.json gives"),
+    "vocabulary": ("text_config", {"vocab_size": 770}, r"\[776, 64\], but config.json gives"),
+    "KV heads": ("text_config", {"num_key_value_heads": 4}, "but config.json gives"),
     "layers": ("text_config", {"num_hidden_layers": 7}, "num_hidden_layers 7 .* weights have 6"),
     "a million layers": (
         "text_config",
@@ -176,9 +176,13 @@ LIES: dict[str, tuple[str, dict[str, Any], str]] = {
         "vision_config.num_hidden_layers 2 and the weights have 3",
     ),
     "cross layers": ("text_config", {"cross_attention_layers": [1, 3]}, "weights are missing"),
-    "no heads": ("text_config", {"num_attention_heads": 0}, "config.json describes no Mllama"),
-    "words": ("text_config", {"hidden_size": "wide"}, "config.json describes no Mllama"),
-    "tiles": ("vision_config", {"image_size": 56}, "and config.json makes it"),
+    "no heads": (
+        "text_config",
+        {"num_attention_heads": 0},
+        "config.json does not describe a Mllama",
+    ),
+    "words": ("text_config", {"hidden_size": "wide"}, "config.json does not describe a Mllama"),
+    "tiles": ("vision_config", {"image_size": 56}, "but config.json gives"),
 }
 
 

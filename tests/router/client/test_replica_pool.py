@@ -18,7 +18,12 @@ from support.invariants import CHAT, SLACK, Standing, assert_error, assert_strea
 from vlmserve.models.batch import ImageSpan
 from vlmserve.models.distributed.replica import Replica
 from vlmserve.models.errors import ModelError
-from vlmserve.models.memory.available import Held, Room, held_by_engines, part_of
+from vlmserve.models.memory.available import (
+    AvailableMemory,
+    EngineMemory,
+    equal_part,
+    memory_of_engines,
+)
 from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.router.client.engine_client import EngineClient, HealthThresholds
 from vlmserve.router.client.replica_chooser import (
@@ -309,7 +314,7 @@ def test_replicas_lie_one_behind_the_other_on_gpus_and_too_few_are_told(monkeypa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
     base = torch.device("cuda", 1)
     assert [str(Replica(i, 2, 2).device_of(base)) for i in range(2)] == ["cuda:1", "cuda:3"]
-    with pytest.raises(ModelError, match="needs 6 CUDA devices and there are 4 from cuda:1 on"):
+    with pytest.raises(ModelError, match="needs 6 CUDA devices; only 4 exist from cuda:1 on"):
         Replica(0, 3, 2).device_of(base)
 
 
@@ -331,7 +336,7 @@ def test_replicas_share_a_cpu_s_cores_unless_someone_said_how_many(monkeypatch):
     (0, 600, 0, 0),
 ])  # fmt: skip
 def test_a_replica_s_part_of_the_memory_is_the_same_whenever_it_starts(free, own, others, part):
-    assert part_of(Room(free, "x"), 2, Held(own, others)).num_bytes == part
+    assert equal_part(AvailableMemory(free, "x"), 2, EngineMemory(own, others)).num_bytes == part
 
 
 def test_what_engines_hold_is_read_from_their_parent_s_children_of_one_name(tmp_path):
@@ -339,7 +344,7 @@ def test_what_engines_hold_is_read_from_their_parent_s_children_of_one_name(tmp_
         folder = tmp_path / "proc" / str(pid)
         folder.mkdir(parents=True)
         (folder / "status").write_text(f"Name:\t{name}\nPPid:\t{parent}\nRssAnon:\t{kb} kB\n")
-    assert held_by_engines(tmp_path, 5) == Held(10 * 1024, 7 * 1024)
+    assert memory_of_engines(tmp_path, 5) == EngineMemory(10 * 1024, 7 * 1024)
 
 
 def test_replicas_and_a_device_map_exclude_each_other():

@@ -8,12 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.oracle import dequantize
 from torch import nn
 
 from vlmserve.models.decoder.int8 import linear, quantizer
 from vlmserve.models.decoder.int8.linear import Int8Linear
 from vlmserve.models.decoder.int8.product import choose_splits, fused_product
-from vlmserve.models.decoder.int8.quantizer import Int8Weight, dequantize, quantize
+from vlmserve.models.decoder.int8.quantizer import Int8Weight, quantize
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICES = [
