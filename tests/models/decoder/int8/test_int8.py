@@ -67,7 +67,7 @@ def test_a_channel_of_zeros_stays_zero_and_its_neighbours_are_not_touched() -> N
 def test_a_weight_that_no_scale_can_hold_is_refused(value) -> None:
     weight = weight_of(3, 8)
     weight[2, 1] = value
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(ValueError, match="has NaN or infinite values"):
         quantize(weight, torch.float32)
 
 
