@@ -97,7 +97,7 @@ def create_runner(
     runner = ModelRunner(loaded, sized, attention.backend)
     reason = reason or _record_graphs(runner, config.max_num_seqs, loaded.device)
     if reason is not None:
-        logger.info("decode graphs: off (%s)", reason)
+        logger.info("decode graphs: none (%s)", reason)
     keep_freed_buffers()  # last, because pools take memory only when they are written
     return runner
 

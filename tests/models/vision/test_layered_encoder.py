@@ -88,7 +88,7 @@ def test_an_image_goes_on_only_where_the_last_part_ended() -> None:
     first, second, last = in_parts(batch.images[0], 1, 3)
     model.compute_logits(StepBatch(batch.sequences[:1], [first]))
     for wrong in (last, second):
-        with pytest.raises(StepError, match="where no step has left it"):
+        with pytest.raises(StepError, match="but no step stopped there"):
             model.compute_logits(StepBatch(batch.sequences, [wrong]))
 
 
