@@ -1,6 +1,6 @@
-"""The command line of `vlmserve bench serve`: option names, help, and what goes to which stream.
+"""The command `vlmserve bench serve`: from its options to a sweep, and the output.
 
-Tables and remarks go to stderr; stdout gets one JSON document, last.
+Tables and notes go to stderr; stdout gets one JSON document at the end.
 """
 
 from __future__ import annotations
@@ -9,35 +9,31 @@ import asyncio
 import os
 import shlex
 import sys
-from enum import StrEnum
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import typer
 from rich.console import Console
 
-from .settings import BenchError, IgnoreEos, Level, Load, Size, Slo, Sweep
+from ..option_parser import GroupedHelp, command_of, settings_from
+from .settings import (
+    DEFAULT_CONCURRENCY,
+    GROUPS,
+    BenchError,
+    BenchOptions,
+    Level,
+    Load,
+    Size,
+    Sweep,
+)
 
 if TYPE_CHECKING:
     from .sweep import Result
 
-TARGET_PANEL = "Target"
-SWEEP_PANEL = "Sweep"
-LOAD_PANEL = "Load"
-OUTPUT_PANEL = "Output"
-DEFAULT_CONCURRENCY = "1,4,16"
-
 app = typer.Typer(no_args_is_help=True, help="Measure a server.")
 console = Console(stderr=True, highlight=False)
-
-
-class EosChoice(StrEnum):
-    """Whether answers go on where the model would end them."""
-
-    auto = "auto"
-    on = "on"
-    off = "off"
 
 
 @app.callback()
@@ -45,146 +41,16 @@ def _root() -> None:
     """Measure a server."""
 
 
-@app.command()
-def serve(
-    url: Annotated[
-        str, typer.Option(help="Base URL, with its /v1.", rich_help_panel=TARGET_PANEL)
-    ] = "http://127.0.0.1:8000/v1",
-    model: Annotated[
-        str | None,
-        typer.Option(help="Name in the API; default: its only one.", rich_help_panel=TARGET_PANEL),
-    ] = None,
-    api_key_env: Annotated[
-        str,
-        typer.Option(
-            help="Environment variable that holds the API key, if one is needed.",
-            rich_help_panel=TARGET_PANEL,
-        ),
-    ] = "VLMSERVE_API_KEY",
-    timeout: Annotated[
-        float,
-        typer.Option(min=0.1, help="Seconds a request may take.", rich_help_panel=TARGET_PANEL),
-    ] = 600.0,
-    concurrency: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Requests open at once, a level each; default: {DEFAULT_CONCURRENCY}.",
-            rich_help_panel=SWEEP_PANEL,
-        ),
-    ] = None,
-    request_rate: Annotated[
-        str | None,
-        typer.Option(
-            help="Requests a second, a level each, in place of --concurrency. They come at random "
-            "times (Poisson) and wait for no answer; latencies count from when they were due.",
-            rich_help_panel=SWEEP_PANEL,
-        ),
-    ] = None,
-    requests: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Requests a level; default: 4 a user, or 30 s of the rate, and at least 8.",
-            rich_help_panel=SWEEP_PANEL,
-        ),
-    ] = None,
-    warm_up: Annotated[
-        int,
-        typer.Option(min=0, help="Short requests sent before.", rich_help_panel=SWEEP_PANEL),
-    ] = 4,
-    slo_ttft_ms: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            help="Goodput counts requests whose first text comes within this.",
-            rich_help_panel=SWEEP_PANEL,
-        ),
-    ] = None,
-    slo_itl_ms: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            help="Goodput counts requests whose mean time between tokens is within this.",
-            rich_help_panel=SWEEP_PANEL,
-        ),
-    ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(min=0, help="Of pictures, prompts and arrivals.", rich_help_panel=SWEEP_PANEL),
-    ] = 0,
-    images: Annotated[
-        int, typer.Option(min=0, help="Pictures a request.", rich_help_panel=LOAD_PANEL)
-    ] = 1,
-    image_size: Annotated[
-        str,
-        typer.Option(
-            help="Pixels, as 224 or 640x480; several, with commas, are taken in turn.",
-            rich_help_panel=LOAD_PANEL,
-        ),
-    ] = "224",
-    image_pool: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Different pictures, shown again and again; 0: no two are alike.",
-            rich_help_panel=LOAD_PANEL,
-        ),
-    ] = 0,
-    prompt_words: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Random words before the question, about a token each.",
-            rich_help_panel=LOAD_PANEL,
-        ),
-    ] = 0,
-    output_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens an answer (max_tokens).", rich_help_panel=LOAD_PANEL)
-    ] = 64,
-    ignore_eos: Annotated[
-        EosChoice,
-        typer.Option(
-            help="Answer to the full length also where the model would stop; auto asks the server "
-            "whether it takes the field.",
-            rich_help_panel=LOAD_PANEL,
-        ),
-    ] = EosChoice.auto,
-    stream: Annotated[
-        bool,
-        typer.Option(help="Stream; without, only end to end.", rich_help_panel=LOAD_PANEL),
-    ] = True,
-    plot_file: Annotated[
-        Path | None,
-        typer.Option("--plot", help="Draw the levels as a PNG.", rich_help_panel=OUTPUT_PANEL),
-    ] = None,
-) -> None:
-    """Offer a load to an OpenAI-compatible server and measure what its clients see.
+@app.command(cls=GroupedHelp)
+@command_of(Sweep, BenchOptions, groups=GROUPS, parsers={}, has_variables=False)
+def serve(values: dict[str, Any]) -> None:
+    """Send requests to an OpenAI-compatible server and measure what its clients see.
 
-    A table goes to stderr, one JSON document to stdout.
+    Prints a table to stderr and one JSON document to stdout.
     """
-    sweep = Sweep(
-        url=url,
-        model=model,
-        api_key=_api_key(api_key_env),
-        levels=_levels(concurrency, request_rate),
-        num_requests=requests,
-        num_warm_up=warm_up,
-        ignore_eos=_EOS[ignore_eos],
-        slo=Slo(slo_ttft_ms, slo_itl_ms),
-        timeout_s=timeout,
-        load=Load(
-            num_requests=0,
-            max_tokens=output_tokens,
-            num_images=images,
-            image_sizes=_sizes(image_size),
-            image_pool=image_pool,
-            prompt_words=prompt_words,
-            stream=stream,
-            seed=seed,
-        ),
-    )
+    options, sweep = settings_from(BenchOptions, values), _sweep(values)
     try:
-        result = _measure(sweep, plot_file)
+        result = _measure(sweep, options.plot)
     except BenchError as error:
         console.print(f"vlmserve: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
@@ -192,6 +58,18 @@ def serve(
     typer.echo(orjson.dumps(document).decode())
     if not any(summary.requests for summary in result.summaries):
         raise typer.Exit(1)
+
+
+def _sweep(values: Mapping[str, Any]) -> Sweep:
+    options = settings_from(BenchOptions, values)
+    sizes = _sizes(options.image_size)
+    return settings_from(
+        Sweep,
+        values,
+        api_key=_api_key(options.api_key_env),
+        levels=_levels(options.concurrency, options.request_rate),
+        load=settings_from(Load, values, image_sizes=sizes, ignore_eos=False),
+    )
 
 
 def _measure(sweep: Sweep, plot_file: Path | None) -> Result:
@@ -209,27 +87,20 @@ def _measure(sweep: Sweep, plot_file: Path | None) -> Result:
             console.print(f"note: {line}", markup=False, soft_wrap=True)
     if plot_file is not None:
         plot(result.summaries, plot_file, f"{result.model}: {_load_in_words(sweep.load)}")
-        console.print(f"drawn to {plot_file}", markup=False, soft_wrap=True)
+        console.print(f"wrote {plot_file}", markup=False, soft_wrap=True)
     return result
-
-
-_EOS: dict[EosChoice, IgnoreEos] = {
-    EosChoice.auto: "auto",
-    EosChoice.on: "on",
-    EosChoice.off: "off",
-}
 
 
 def _load_in_words(load: Load) -> str:
     sizes = ", ".join(f"{width}x{height}" for width, height in load.image_sizes)
-    pool = f"of {load.image_pool} kinds" if load.image_pool else "all different"
-    pictures = f"{load.num_images} picture(s) a request ({sizes}, {pool})"
+    pool = f"{load.image_pool} different" if load.image_pool else "all different"
+    pictures = f"{load.num_images} image(s) per request ({sizes}, {pool})"
     words = f", {load.prompt_words} words" if load.prompt_words else ""
     return f"{pictures if load.num_images else 'text only'}{words}, {load.max_tokens} tokens out"
 
 
 def _api_key(name: str) -> str | None:
-    """The first key in the variable, which may hold several for the server."""
+    """The first key in the variable; the server may use several."""
     keys = os.environ.get(name, "").split()
     return keys[0] if keys else None
 

@@ -1,16 +1,29 @@
-"""What a benchmark is to do: its loads, its levels, its target.
+"""What a benchmark sends and where: types, defaults, bounds and command-line options.
 
-Owns names and defaults only, so that the command line starts without numpy or an HTTP client.
+Imports neither numpy nor an HTTP client, so that the command line starts fast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from ...models.batch import NonNegative, Positive
+from ...models.settings.option import Option
 
 Size = tuple[int, int]
 IgnoreEos = Literal["auto", "on", "off"]
+
+TARGET, SWEEP, LOAD, OUTPUT = "Target", "Sweep", "Load", "Output"
+# The order of the headings in --help.
+GROUPS = (TARGET, SWEEP, LOAD, OUTPUT)
+DEFAULT_CONCURRENCY = "1,4,16"
+
+Milliseconds = Annotated[float, msgspec.Meta(ge=0.0)]
 
 
 class BenchError(Exception):
@@ -21,21 +34,27 @@ class BenchError(Exception):
 class Load:
     """The requests of one level, all greedy.
 
-    num_images: pictures a request. image_sizes: widths and heights in pixels, taken in turn.
-    image_pool: how many different pictures there are, shown again and again; 0: no two are
-    alike. prompt_words: random words before the question, other ones in each request.
-    max_tokens: the length that is asked for; ignore_eos: also where the model would stop.
+    image_sizes: widths and heights in pixels, used in turn. ignore_eos: continue each answer to
+    max_tokens.
     """
 
-    num_requests: int
-    max_tokens: int = 64
-    num_images: int = 1
+    num_requests: int = 0
+    max_tokens: Annotated[
+        Positive, Option("Tokens per answer (max_tokens).", LOAD, name="output-tokens")
+    ] = 64
+    num_images: Annotated[NonNegative, Option("Images per request.", LOAD, name="images")] = 1
     image_sizes: tuple[Size, ...] = ((224, 224),)
-    image_pool: int = 0
-    prompt_words: int = 0
-    stream: bool = True
+    image_pool: Annotated[
+        NonNegative, Option("Number of different images, reused in turn; 0: all differ.", LOAD)
+    ] = 0
+    prompt_words: Annotated[
+        NonNegative, Option("Random words before the question; about one token each.", LOAD)
+    ] = 0
+    stream: Annotated[
+        bool, Option("Stream answers; without streaming, only total times are measured.", LOAD)
+    ] = True
     ignore_eos: bool = False
-    seed: int = 0
+    seed: Annotated[NonNegative, Option("Seed of images, prompts and arrival times.", SWEEP)] = 0
 
 
 @dataclass(slots=True, frozen=True)
@@ -53,34 +72,95 @@ class Level:
 
 @dataclass(slots=True, frozen=True)
 class Slo:
-    """What a request must keep to count as good; None: anything does.
+    """The limits that a request must meet to count for goodput; None: no limit."""
 
-    ttft_ms: time to its first text. itl_ms: the mean time between its tokens.
-    """
-
-    ttft_ms: float | None = None
-    itl_ms: float | None = None
+    ttft_ms: Annotated[
+        Milliseconds | None,
+        Option(
+            "Goodput counts requests whose first text arrives within this time.",
+            SWEEP,
+            name="slo-ttft-ms",
+        ),
+    ] = None
+    itl_ms: Annotated[
+        Milliseconds | None,
+        Option(
+            "Goodput counts requests whose mean time between tokens is within this.",
+            SWEEP,
+            name="slo-itl-ms",
+        ),
+    ] = None
 
     @property
     def is_set(self) -> bool:
         return self.ttft_ms is not None or self.itl_ms is not None
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True, frozen=True, kw_only=True)
 class Sweep:
-    """What to run. load: what every level sends, its num_requests and seed apart.
+    """What to run. load: the requests of every level, without their number and seed.
 
-    num_requests: of each level; None: `default_requests`. num_warm_up: requests sent first, with
-    pictures of their own. ignore_eos "auto" asks for it where the server takes it.
+    num_requests: per level; None: `default_requests`. num_warm_up: requests sent first, with other
+    images. ignore_eos "auto" sets the field if the server accepts it.
     """
 
-    url: str
-    levels: Sequence[Level]
-    load: Load
-    model: str | None = None
+    url: Annotated[str, Option("Base URL, including /v1.", TARGET)] = "http://127.0.0.1:8000/v1"
+    model: Annotated[
+        str | None, Option("Model name in the API. Default: the server's only model.", TARGET)
+    ] = None
     api_key: str | None = None
-    num_requests: int | None = None
-    num_warm_up: int = 4
-    ignore_eos: IgnoreEos = "auto"
+    timeout_s: Annotated[
+        Annotated[float, msgspec.Meta(ge=0.1)], Option("Maximum seconds per request.", TARGET)
+    ] = 600.0
+    levels: Sequence[Level]
+    num_requests: Annotated[
+        Positive | None,
+        Option(
+            "Requests per level. Default: 4 per concurrent request, or 30 s of the rate; at "
+            "least 8.",
+            SWEEP,
+            name="requests",
+        ),
+    ] = None
+    num_warm_up: Annotated[
+        NonNegative, Option("Short requests to send before the first level.", SWEEP, name="warm-up")
+    ] = 4
     slo: Slo = field(default_factory=Slo)
-    timeout_s: float = 600.0
+    load: Load
+    ignore_eos: Annotated[
+        IgnoreEos,
+        Option(
+            "Continue answers to the full length even if the model would stop. auto: if the "
+            "server accepts the field.",
+            LOAD,
+        ),
+    ] = "auto"
+
+
+@dataclass(slots=True, frozen=True)
+class BenchOptions:
+    """Options that the command turns into fields of `Sweep`, and its output file."""
+
+    api_key_env: Annotated[
+        str, Option("Environment variable with the API key, if the server needs one.", TARGET)
+    ] = "VLMSERVE_API_KEY"
+    concurrency: Annotated[
+        str | None,
+        Option(
+            f"Concurrent requests, one level per number. Default: {DEFAULT_CONCURRENCY}.", SWEEP
+        ),
+    ] = None
+    request_rate: Annotated[
+        str | None,
+        Option(
+            "Requests per second, one level per number, instead of --concurrency. Arrival times "
+            "are random (Poisson) and do not wait for answers; latency counts from the scheduled "
+            "arrival.",
+            SWEEP,
+        ),
+    ] = None
+    image_size: Annotated[
+        str,
+        Option("Pixels, as 224 or 640x480; several, separated by commas, are used in turn.", LOAD),
+    ] = "224"
+    plot: Annotated[Path | None, Option("Draw the levels to this PNG file.", OUTPUT)] = None

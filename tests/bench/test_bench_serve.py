@@ -190,7 +190,9 @@ def test_every_failure_has_its_kind(answer, kind):
 
 def sweep_of(url, **more):
     load = Load(0, max_tokens=3, num_images=0)
-    return Sweep(url, [Level(concurrency=1)], load, num_requests=2, num_warm_up=1, **more)
+    return Sweep(
+        url=url, levels=[Level(concurrency=1)], load=load, num_requests=2, num_warm_up=1, **more
+    )
 
 
 class Nobody:
