@@ -1,7 +1,4 @@
-"""One child process of the supervisor: its start, its settings, its end.
-
-Owns the process and how its end is told in words. Knows nothing of what it does.
-"""
+"""One child process of the supervisor: how it starts, gets its settings and ends."""
 
 from __future__ import annotations
 
@@ -22,8 +19,8 @@ from ..tasks import end_tasks
 class Child:
     """A process that reads its settings as one line of JSON on stdin.
 
-    On stdin, not on the command line: settings hold API keys. In a session of its own,
-    so that Ctrl-C reaches the supervisor alone.
+    Not on the command line, because settings contain API keys. The process gets its own session,
+    so that Ctrl-C reaches only the supervisor.
     """
 
     def __init__(self, process: Process) -> None:
@@ -37,7 +34,7 @@ class Child:
         pass_fds: Sequence[int] = (),
         environment: Mapping[str, str] | None = None,
     ) -> Child:
-        """Start Python with these arguments; it waits for its settings."""
+        """Start Python with these arguments; the process waits for its settings."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *command,
@@ -49,7 +46,7 @@ class Child:
         return cls(process)
 
     async def configure(self, settings: msgspec.Struct) -> None:
-        """Hand the settings over. A child that has ended meanwhile does not get them."""
+        """Send the settings; does nothing if the child has already ended."""
         stdin = self._process.stdin
         assert stdin is not None
         with contextlib.suppress(ConnectionError):
@@ -67,12 +64,12 @@ class Child:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; negative where a signal ended it."""
+        """None while it runs; negative if a signal ended it."""
         return self._process.returncode
 
     @property
     def how_it_ended(self) -> str:
-        """In words, for the operator."""
+        """The exit code or signal, for the log."""
         code = self._process.returncode or 0
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
@@ -81,7 +78,7 @@ class Child:
         await self._process.wait()
 
     async def wait_or_hang(self, hanging: Coroutine[Any, Any, str]) -> str | None:
-        """None when it has ended, or why it hangs as soon as `hanging` returns that."""
+        """None when it has ended, or the reason as soon as `hanging` returns one."""
         hangs = asyncio.create_task(hanging)
         ends = asyncio.create_task(self.wait())
         try:
@@ -91,16 +88,16 @@ class Child:
             await end_tasks(hangs, ends)
 
     def terminate(self) -> None:
-        """Ask it to end."""
+        """Send SIGTERM."""
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
 
-    def hang_up(self) -> None:
-        """Tell it that there is something to read again."""
+    def send_hangup(self) -> None:
+        """Send SIGHUP: reread keys and certificates."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGHUP)
 
     def kill(self) -> None:
-        """Have the kernel end it, whatever it does; a stopped process too."""
+        """Send SIGKILL, which also ends a stopped process."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()

@@ -137,7 +137,7 @@ def test_row_34_a_hung_engine_is_not_ready_and_then_restarted(start_faulty_serve
         server.suffer("")
         assert wait_for(lambda: standing.get("/v1/health/ready").status == 200, 15.0 * SLACK)
         assert standing.engine_pid != before
-    assert "ending it" in log_of(server)
+    assert "killing it" in log_of(server)
     assert restarts(standing) == {"engine": (0, 1), "worker": (0, 0)}
 
 
