@@ -1,7 +1,4 @@
-"""Amounts of memory as an operator writes them.
-
-Owns the units. Knows nothing of what an amount is for.
-"""
+"""Parses amounts of memory on the command line, such as 8GiB."""
 
 from __future__ import annotations
 
@@ -16,14 +13,14 @@ _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
 def parse_bytes(text: str) -> int:
-    """The bytes of "8GiB", "1.5 GB" or "500000000"; at least 1.
+    """The bytes of "8GiB", "1.5 GB" or "500000000"; at least 1. Raises ValueError, one line.
 
-    KiB, MiB, GiB and TiB count in 1024s, KB, MB, GB and TB in 1000s. Raises ValueError, one line.
+    KiB, MiB, GiB and TiB are powers of 1024; KB, MB, GB and TB of 1000.
     """
     found = _AMOUNT.fullmatch(text.strip())
     units = {name.lower(): size for name, size in _UNITS.items()}
     if found is None or found[2].lower() not in units:
-        raise ValueError(f"{text!r} is no amount of memory: write it as 8GiB, 500MB or in bytes")
+        raise ValueError(f"{text!r} is not an amount of memory: write 8GiB, 500MB or bytes")
     number = int(float(found[1]) * units[found[2].lower()])
     if number < 1:
         raise ValueError(f"{text!r} is less than one byte")
@@ -36,7 +33,7 @@ def parse_max_memory(text: str) -> dict[str, int]:
     for entry in text.split(","):
         name, separator, amount = (part.strip() for part in entry.partition("="))
         if not separator or not (name == "cpu" or name.isdecimal()):
-            raise ValueError(f"{entry!r} is no limit of memory: write it as 0=20GiB or cpu=40GiB")
+            raise ValueError(f"{entry!r} is not a memory limit: write it as 0=20GiB or cpu=40GiB")
         if name in amounts:
             raise ValueError(f"{text!r} names {name} twice")
         amounts[name] = parse_bytes(amount)

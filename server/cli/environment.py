@@ -1,9 +1,8 @@
-"""Environment variables: one of the project's own for each option, and the documented service's.
+"""Environment variables: VLMSERVE_<OPTION> for each option, and those of the documented service.
 
     a flag  >  VLMSERVE_<OPTION>  >  the documented service's name
 
-Owns the names and what each of the documented ones means here: some set an option, the others
-are known and have no effect. Knows nothing of what an option does.
+Owns the documented service's names: some set an option, the others have no effect here.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _LEVELS = {
 
 
 class VariableError(ValueError):
-    """A variable holds what it must not; the message is one line for the operator."""
+    """A variable has an invalid value; the message is one line for the operator."""
 
 
 def _same(value: str) -> str:
@@ -53,9 +52,9 @@ def _level(value: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Adopted:
-    """The option that a documented variable sets, and how its value is said there.
+    """The option that a documented variable sets, and how to translate its value.
 
-    Raises ValueError, with what the value may be, where it is none.
+    translate: raises ValueError with the allowed values.
     """
 
     option: str
@@ -78,17 +77,17 @@ ADOPTED: Mapping[str, Adopted] = {
     "NIM_OTEL_EXPORTER_OTLP_ENDPOINT": Adopted("otlp_endpoint"),
 }
 
-# Known, and without effect: why, for the log and for docs/settings.md.
+# Known variables without effect, with the reason for the log and docs/settings.md.
 IGNORED: Mapping[str, str] = {
-    "NGC_API_KEY": "nothing is fetched from NGC; the hub's token is HF_TOKEN",
-    "NIM_MODEL_PROFILE": "there are no profiles; the model is an argument, its form are options",
+    "NGC_API_KEY": "vlmserve downloads nothing from NGC; the hub's token is HF_TOKEN",
+    "NIM_MODEL_PROFILE": "vlmserve has no profiles; choose the model by argument and options",
 }
 
 
 def adopt(environ: MutableMapping[str, str]) -> None:
-    """Set the project's variable wherever only the documented one is set.
+    """Set the project's variable if only the documented one is set.
 
-    An empty variable is as good as none. Raises VariableError.
+    An empty variable counts as not set. Raises VariableError.
     """
     for name, adopted in ADOPTED.items():
         value, own = environ.get(name, ""), variable_of(adopted.option)
@@ -101,17 +100,17 @@ def adopt(environ: MutableMapping[str, str]) -> None:
 
 
 def without_effect(environ: Mapping[str, str], options: Iterable[str]) -> list[str]:
-    """A line for each variable that looks like a setting, is set, and does nothing.
+    """A log line for each variable that looks like a setting but has no effect.
 
     options: the names of the command's parameters.
     """
     own = {variable_of(option) for option in options}
     lines = []
     for name in sorted(name for name in environ if environ[name]):
-        is_strange = name.startswith("NIM_") and name not in ADOPTED
-        is_strange |= name.startswith(PREFIX) and name not in own
+        is_unknown = name.startswith("NIM_") and name not in ADOPTED
+        is_unknown |= name.startswith(PREFIX) and name not in own
         if name in IGNORED:
             lines.append(f"{name} is set and has no effect: {IGNORED[name]}")
-        elif is_strange:
-            lines.append(f"{name} is set and not known here: it has no effect")
+        elif is_unknown:
+            lines.append(f"{name} is set but unknown: it has no effect")
     return lines

@@ -1,7 +1,4 @@
-"""The TCP socket that clients connect to.
-
-Owns how it is opened. Knows nothing of who serves it.
-"""
+"""Opens the TCP socket that clients connect to."""
 
 from __future__ import annotations
 
@@ -10,13 +7,13 @@ import socket
 
 
 class ListenError(Exception):
-    """The address cannot be listened on; the message is one line for the operator."""
+    """The socket cannot listen on the address; the message is one line for the operator."""
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening TCP socket on host:port (port 0 picks a free one); raises ListenError."""
     if not host:
-        # To the system an empty name means every address: `--host "$HOST"` of a shell without HOST.
+        # For the system an empty name is every address: `--host "$HOST"` in a shell without HOST.
         raise ListenError("--host is empty: give an address, such as 127.0.0.1, or 0.0.0.0 for all")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

@@ -1,7 +1,6 @@
 """Finds the folder of the model to serve: bundled, a local path, or a hub id.
 
-Owns names and downloads. Knows nothing of what is in the weights; loading them
-is the engine's work.
+Owns names and downloads; the engine loads the weights.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from ...models.errors import ModelError
 from ...models.weights.safetensors_headers import read_tensors
 
 BUNDLED_NAME = "vlmserve-tiny-vision"
-# Only what serving reads: no pickle weights, no code.
+# Only files that serving reads: no pickle weights, no code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*"]
 UNAUTHORIZED = 401
 
 
 class ModelFilesError(Exception):
-    """The model cannot be found or fetched; the message is one line for the operator."""
+    """The model cannot be found or downloaded; the message is one line for the operator."""
 
 
 @dataclass(slots=True, frozen=True)
 class ModelFolder:
-    """Where a model's files lie and the name it is served under by default."""
+    """The folder of a model's files, and its default name in the API."""
 
     path: Path
     name: str
@@ -38,10 +37,9 @@ def resolve_model(
 ) -> ModelFolder:
     """The folder of `model`: None is the bundled one, else a local path or a hub id.
 
-    A hub id is downloaded into the Hugging Face cache (HF_HOME, HF_TOKEN are
-    honoured) or below cache_dir, its config.json first: another architecture
-    costs no download of weights. Raises ModelFilesError with one line that says
-    what to do.
+    Downloads a hub id into the Hugging Face cache (HF_HOME, HF_TOKEN) or below cache_dir. Checks
+    its config.json first, so that the weights of an unsupported architecture are not downloaded.
+    Raises ModelFilesError, one line with the remedy.
     """
     path = None if model is None else Path(model).expanduser()
     is_hub_id = path is not None and not path.is_dir()
@@ -68,7 +66,7 @@ def _local_folder(path: Path) -> ModelFolder:
 
 
 def _check_files(path: Path) -> None:
-    """Raises ModelFilesError for what the engine or a worker would refuse seconds later."""
+    """Raises ModelFilesError for files that the engine or a worker would reject later."""
     try:
         check_folder(path)
         read_tensors(path)
@@ -93,9 +91,7 @@ def _download(hub_id: str, revision: str | None, cache_dir: str | None) -> Path:
         )
     except ModelError as error:
         raise ModelFilesError(_first_line(error)) from error
-    except (
-        Exception
-    ) as error:  # the hub's client raises its own errors, the network's and the disk's
+    except Exception as error:  # errors of the hub's client, the network and the disk
         raise ModelFilesError(_why_not(hub_id, revision, error)) from error
     if not any(folder.glob("*.safetensors")):
         raise ModelFilesError(
@@ -106,7 +102,7 @@ def _download(hub_id: str, revision: str | None, cache_dir: str | None) -> Path:
 
 
 def _why_not(hub_id: str, revision: str | None, error: Exception) -> str:
-    """What a failed download means to an operator, in one line."""
+    """The cause of a failed download and the remedy, in one line."""
     from huggingface_hub import errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -117,11 +113,11 @@ def _why_not(hub_id: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"the hub has no model {hub_id!r} (or it is private: set HF_TOKEN)"
     if isinstance(error, errors.HFValidationError):
-        return f"{hub_id!r} is no hub id: {_first_line(error)}"
+        return f"{hub_id!r} is not a hub id: {_first_line(error)}"
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return f"{hub_id} has no config.json: it is not a model"
     if status == UNAUTHORIZED:
-        return f"the hub refuses the token in HF_TOKEN: make a new one, for {hub_id}"
+        return f"the hub rejects the token in HF_TOKEN for {hub_id}: create a new token"
     if status is not None:
         return f"the hub answers {status} for {hub_id}: {_first_line(error)}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -1,6 +1,6 @@
-"""What can be known of a worker's settings before any process is started: files, extras, variables.
+"""Checks of a worker's settings before any process starts: files, packages, variables.
 
-Owns those checks, so that a mistake is one line at once. Knows nothing of how settings are used.
+A mistake becomes one line at once, not a worker that fails later.
 """
 
 from __future__ import annotations
@@ -14,28 +14,30 @@ from urllib.parse import urlsplit
 
 from ..settings import ServerSettings, TraceSettings
 
-# OpenTelemetry's own variables that name a collector for traces.
+# OpenTelemetry's own variables for the collector of traces.
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-# As they are compared: a name or address without scheme, port or last full stop; an origin without
-# a path, as browsers send it (null is that of files and sandboxes).
+# As they are compared: a name or address without scheme, port or trailing dot; an origin without a
+# path, as browsers send it (files and sandboxes have the origin null).
 _HOST = re.compile(r"(\*\.)?[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _ORIGIN = re.compile(r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@*]+")
 TRACE_PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 
 
 def absolute(file: str | None) -> str | None:
-    """The file's whole path: a child may have another working directory."""
+    """The absolute path, because a child may have another working directory."""
     return None if not file else str(Path(file).expanduser().absolute())
 
 
 def check_files(settings: ServerSettings) -> None:
-    """Raises ValueError, in one line, where a key, its file or a certificate does not serve."""
+    """Raises ValueError, one line, if a key, the key file or a certificate cannot be used."""
     from ..http.auth import ApiKeys
     from ..http.tls import ServerTls
 
-    # `--api-key "$KEY"` of a shell that has no KEY would open the server to an empty one.
+    # `--api-key "$KEY"` in a shell without KEY would make the empty key valid.
     if not all(key and key.split() == [key] for key in settings.api_keys):
-        raise ValueError("an API key is empty or holds a blank: give one without, or no option")
+        raise ValueError(
+            "an API key is empty or contains a blank: give one without, or no --api-key"
+        )
     if settings.api_key_file is not None:
         ApiKeys([], Path(settings.api_key_file))
     if settings.tls_certfile is not None:
@@ -45,19 +47,19 @@ def check_files(settings: ServerSettings) -> None:
 
 
 def check_access(settings: ServerSettings) -> None:
-    """Raises ValueError, in one line, for a host or origin that no request could ever name."""
+    """Raises ValueError, one line, for a host or origin that no request can match."""
     for host in settings.allowed_hosts:
         if not _HOST.fullmatch(host) and not _is_ipv6(host):
             raise ValueError(
-                f"--allowed-host {host!r} is no host: give a name or address alone, without scheme"
+                f"--allowed-host {host!r} is not a host: give a name or address without scheme"
                 " and port, such as api.example.com, *.example.com or ::1"
             )
     for origin in settings.cors_origins:
         if not _ORIGIN.fullmatch(origin):
             raise ValueError(
-                f"--cors-origin {origin!r} is no origin: give scheme and host, and a port that is"
-                " not the scheme's own, such as https://chat.example.com, without a slash at the"
-                " end; or '*'"
+                f"--cors-origin {origin!r} is not an origin: give scheme and host, and the port if"
+                " it is not the scheme's default, such as https://chat.example.com, without a"
+                " trailing slash; or '*'"
             )
 
 
@@ -75,9 +77,9 @@ def trace_settings(
     service_name: str | None,
     environ: Mapping[str, str],
 ) -> TraceSettings | None:
-    """Where traces go, None where none are wanted: said so, or no endpoint is set anywhere.
+    """Where to send traces; None if they are disabled or no endpoint is set.
 
-    Raises ValueError, in one line, where the packages for it are not installed.
+    Raises ValueError, one line, if the endpoint is not a URL or OpenTelemetry is not installed.
     """
     if is_wanted is None:
         is_wanted = bool(endpoint) or any(environ.get(name) for name in ENDPOINTS)
@@ -87,11 +89,11 @@ def trace_settings(
         endpoint.startswith(("http://", "https://")) and urlsplit(endpoint).netloc
     ):
         raise ValueError(
-            f"--otlp-endpoint {endpoint!r} is no URL: give one such as http://collector:4318"
+            f"--otlp-endpoint {endpoint!r} is not a URL: give one such as http://collector:4318"
         )
     if not all(map(_is_installed, TRACE_PACKAGES)):
         raise ValueError(
-            "traces are wanted, but OpenTelemetry is not installed: pip install 'vlmserve[otel]',"
+            "traces are enabled, but OpenTelemetry is not installed: pip install 'vlmserve[otel]',"
             " or start with --no-otel"
         )
     return TraceSettings(endpoint=endpoint or None, service_name=service_name or None)

@@ -1,7 +1,6 @@
-"""Whether an engine gets on with its work, by what its heartbeats say.
+"""Decides from an engine's heartbeats whether the engine hangs.
 
-Owns the limits and the connection over which the supervisor listens. Knows nothing of
-processes: who is told that an engine hangs ends it.
+Owns the connection to the engine. The caller kills a hung engine.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .watchdog import watch
 
 
 class EngineWatchdog:
-    """Listens to one engine until it goes away or hangs. clock: seconds, monotonic."""
+    """Watches one engine until it exits or hangs. clock: seconds, monotonic."""
 
     def __init__(
         self,
@@ -36,11 +35,11 @@ class EngineWatchdog:
         self._last_heartbeat: float | None = None
 
     async def until_it_hangs(self) -> str:
-        """Why the engine is taken to hang. Never returns while it gets on, nor after its end."""
+        """Return the reason once the engine hangs; wait forever if it works or has exited."""
         return await watch(self._pass_interval, self.judge, self._interval_s, self._clock)
 
     def judge(self, passed_s: float) -> str | None:
-        """Take in `passed_s` more seconds; in words why the engine hangs, or None."""
+        """Count `passed_s` more seconds; the reason if the engine hangs now, else None."""
         client, limits = self._client, self._limits
         is_ready = client.info is not None
         if client.last_heartbeat != self._last_heartbeat:
@@ -49,17 +48,17 @@ class EngineWatchdog:
             self._silent_s += passed_s
         if self._silent_s > (limits.heartbeat_s if is_ready else limits.loading_s):
             return f"gave no heartbeat for {self._silent_s:.0f} s"
-        # Between two heartbeats the figure stands still.
+        # Between two heartbeats stall_s does not change.
         step_limit_s = limits.first_step_s if client.may_compile else limits.step_s
         if is_ready and client.stall_s > step_limit_s:
             return f"has been in a step without progress for {client.stall_s:.0f} s"
         return None
 
     async def _pass_interval(self) -> None:
-        """Sleep, or try to connect where there is no connection.
+        """Sleep, or try to connect if there is no connection.
 
-        An engine that does not listen yet is silent. All the time is spent on trying: one
-        that is ready and dies at once must have been heard.
+        Connects without a pause between attempts, so that an engine that becomes ready and dies at
+        once is still noticed.
         """
         if self._client.is_connected:
             await asyncio.sleep(self._interval_s)

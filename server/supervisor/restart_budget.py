@@ -1,7 +1,4 @@
-"""When a child that ended is started again, and when that is given up.
-
-Owns the counting. Knows nothing of processes.
-"""
+"""Decides when a child that ended restarts, and when to give up."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 class RestartBudget:
     """At most `max_restarts` restarts in any `window_s` seconds.
 
-    A child that had served is started again at once: it may have been killed. Pauses
-    between those that never came so far grow. clock: seconds, monotonic.
+    A child that served before it ended restarts at once. Pauses between failed starts double, up
+    to 30 seconds. clock: seconds, monotonic.
     """
 
     def __init__(
@@ -32,7 +29,7 @@ class RestartBudget:
         self._num_in_a_row = 0
 
     def pause_s(self, *, has_served: bool) -> float | None:
-        """Count a failure: how long to wait before the restart, or None to give up."""
+        """Count a failure; the seconds to wait before the restart, or None to give up."""
         now = self._clock()
         while self._failures and self._failures[0] <= now - self.window_s:
             self._failures.popleft()
@@ -42,5 +39,5 @@ class RestartBudget:
         self._num_in_a_row = 0 if has_served else self._num_in_a_row + 1
         if has_served:
             return 0.0
-        # No power that a long run of failures could overflow.
+        # The exponent is bounded, so that many failures cannot overflow.
         return min(FIRST_PAUSE_S * 2.0 ** min(self._num_in_a_row - 1, 16), LONGEST_PAUSE_S)

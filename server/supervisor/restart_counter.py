@@ -1,7 +1,6 @@
-"""How often children were started again: counted by the supervisor, read by its workers.
+"""Counts restarts: the supervisor writes the counts to a file, the workers report them.
 
-Owns the file between the two, which lies beside the workers' figures. Knows nothing of why or
-when a child is started again, or of how the counts are told.
+The file is in the folder of the workers' metrics.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class RestartCounts(msgspec.Struct):
 
     @classmethod
     def read(cls, folder: Path) -> RestartCounts:
-        """What was counted; nothing was where there is no file."""
+        """The counts so far; zero if there is no file yet."""
         try:
             return msgspec.json.decode((folder / FILE_NAME).read_bytes(), type=cls)
         except FileNotFoundError:
@@ -39,14 +38,14 @@ class RestartCounts(msgspec.Struct):
 
 
 class RestartCounter:
-    """Counts, and writes what it counted. A disk that is full costs the figures alone."""
+    """Counts restarts and writes the file. A full disk only makes /metrics outdated."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / FILE_NAME
         self._counts = RestartCounts()
 
     def count(self, process: Restarted, reason: RestartReason) -> None:
-        """A process of this kind is started again."""
+        """Count one restart of a process of this kind."""
         counts = self._counts.engine if process == "engine" else self._counts.worker
         counts[reason] += 1
         fresh = self._file.with_suffix(".new")
@@ -54,4 +53,4 @@ class RestartCounter:
             fresh.write_bytes(msgspec.json.encode(self._counts))
             fresh.replace(self._file)
         except OSError as error:
-            logger.warning("a restart is not told at /metrics: %s", error.strerror)
+            logger.warning("/metrics misses a restart: %s", error.strerror)

@@ -272,9 +272,7 @@ class Supervisor:
             pass_fds=[self._listener.fileno(), liveness.worker_fd],
             environment={METRICS_VARIABLE: str(self._metrics_folder)},
         )
-        settings = msgspec.structs.replace(
-            self._settings_of_workers(), liveness_fd=liveness.worker_fd
-        )
+        settings = self._worker_settings(liveness.worker_fd)
         liveness.hand_over()
         await child.configure(settings)
         return child

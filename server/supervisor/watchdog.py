@@ -1,7 +1,7 @@
-"""How one process watches another.
+"""The loop with which the supervisor watches another process.
 
-Owns one rule: time in which the watch itself was held up counts against nobody, as what the other
-one said then has not been read yet. So it is where a machine slept or a container was paused.
+Time in which the watching process itself was blocked does not count, because it has not yet read
+what the other process sent: after a suspend of the machine or a pause of the container.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ async def watch(
     interval_s: float,
     clock: Callable[[], float],
 ) -> str:
-    """The first reason that `judge` gives, which looks after each `pause`.
+    """Call `judge` after each `pause`; return its first reason.
 
-    pause: takes about `interval_s`. judge: told the seconds that count since it last looked, two
-    intervals at most. clock: seconds, monotonic.
+    pause: takes about `interval_s`. judge: gets the seconds since its last call, at most two
+    intervals. clock: seconds, monotonic.
     """
-    looked = clock()
+    checked_at = clock()
     while True:
         await pause()
         now = clock()
-        reason = judge(min(now - looked, 2 * interval_s))
-        looked = now
+        reason = judge(min(now - checked_at, 2 * interval_s))
+        checked_at = now
         if reason is not None:
             return reason

@@ -1,10 +1,7 @@
-"""How a worker shows its supervisor that its event loop runs: bytes in a pipe, one a beat.
+"""Decides whether a worker hangs: its event loop writes a byte per beat to a pipe.
 
-Owns both ends of the pipe and the judgement of what comes through it. Knows nothing of
-processes: who is told that a worker hangs ends it.
-
-A pipe, and no request: to ask a worker takes a connection, which a full one would refuse, and
-which any of several workers may answer.
+Owns both ends of the pipe. The caller kills a hung worker. A health request would not do: a
+worker at its connection limit would reject it, and any of several workers could answer it.
 """
 
 from __future__ import annotations
@@ -21,24 +18,24 @@ from .settings import WorkerTimeouts
 from .watchdog import watch
 
 INTERVAL_S = 0.5
-# More than a pipe holds.
+# More than the capacity of a pipe.
 READ_BYTES = 1 << 20
 
 
 async def beat(fd: int, interval_s: float = INTERVAL_S) -> None:
-    """Write a byte each interval into the pipe's end `fd`; never returns."""
+    """Write a byte to the pipe `fd` in each interval; never returns."""
     os.set_blocking(fd, False)
     while True:
-        # One that is full has not been read for long: what is in it says enough.
+        # A full pipe contains enough beats for the next read.
         with contextlib.suppress(BlockingIOError):
             os.write(fd, b".")
         await asyncio.sleep(interval_s)
 
 
 class LivenessPipe:
-    """The supervisor's end of one worker's pipe, to be used as `with`.
+    """The supervisor's end of one worker's pipe; a context manager.
 
-    The worker gets `worker_fd`, which is given up by `hand_over` once it has it. clock: seconds,
+    The worker inherits `worker_fd`; after that, `hand_over` closes it here. clock: seconds,
     monotonic.
     """
 
@@ -77,12 +74,12 @@ class LivenessPipe:
             os.close(self.worker_fd)
 
     async def until_it_stops(self) -> str:
-        """Why the worker is taken to hang. Never returns while it beats, nor after its end."""
+        """Return the reason once the worker hangs; wait forever if it beats or has exited."""
         pause = functools.partial(asyncio.sleep, self._interval_s)
         return await watch(pause, self.judge, self._interval_s, self._clock)
 
     def judge(self, passed_s: float) -> str | None:
-        """Take in `passed_s` more seconds; in words why the worker hangs, or None."""
+        """Count `passed_s` more seconds; the reason if the worker hangs now, else None."""
         if self._is_beating():
             self._has_beaten, self._silent_s = True, 0.0
         else:
@@ -93,7 +90,7 @@ class LivenessPipe:
         return None
 
     def _is_beating(self) -> bool:
-        """Whether something came since the last look. An end is none: its process has ended."""
+        """Whether a beat arrived since the last call; False once the worker has exited."""
         try:
             return bool(os.read(self._fd, READ_BYTES))
         except BlockingIOError:

@@ -33,7 +33,7 @@ def test_what_is_no_amount_is_refused_in_one_line(text):
 def test_the_command_line_refuses_what_is_no_amount():
     result = CliRunner().invoke(app, ["serve", "--kv-cache-memory", "lots"])
     assert result.exit_code == 2
-    assert "'lots' is no amount of memory" in " ".join(result.output.replace("│", " ").split())
+    assert "'lots' is not an amount of memory" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_memory_by_device_is_read_with_its_units():

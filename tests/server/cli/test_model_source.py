@@ -39,7 +39,7 @@ FAULTS = {
     ),
     "a wrong token": (
         errors.HfHubHTTPError("x", response=response(401)),
-        "the hub refuses the token in HF_TOKEN",
+        "the hub rejects the token in HF_TOKEN",
     ),
     "a hub that fails": (
         errors.HfHubHTTPError("down\nmore", response=response(503)),
@@ -50,7 +50,7 @@ FAULTS = {
         PermissionError(13, "denied", "/x"),
         "cannot be written .* HF_HOME",
     ),
-    "a name that is none": (errors.HFValidationError("bad name"), "is no hub id: bad name"),
+    "a name that is none": (errors.HFValidationError("bad name"), "is not a hub id: bad name"),
 }
 
 

@@ -180,11 +180,11 @@ def test_what_has_no_effect_is_named_without_its_value():
     ("arguments", "words"),
     [
         (["--api-key", ""], "an API key is empty"),
-        (["--api-key", "one two"], "an API key is empty or holds a blank"),
+        (["--api-key", "one two"], "an API key is empty or contains a blank"),
         (["--api-key-file", "/nonexistent"], "the API key file cannot be read"),
         (["--tls-certfile", "/nonexistent"], "the TLS certificate and key cannot be used"),
         (["--tls-keyfile", "x"], "--tls-keyfile is given without --tls-certfile"),
-        (["--cors-origin", "https://a.b/"], "--cors-origin 'https://a.b/' is no origin"),
+        (["--cors-origin", "https://a.b/"], "--cors-origin 'https://a.b/' is not an origin"),
         (["--host", ""], "--host is empty"),
     ],
 )
@@ -208,7 +208,7 @@ def settings_with(**fields) -> ServerSettings:
 )
 def test_a_host_that_no_request_could_name_is_refused(host):
     """It used to be taken, and every request was answered 400."""
-    with pytest.raises(ValueError, match=r"--allowed-host .* is no host"):
+    with pytest.raises(ValueError, match=r"--allowed-host .* is not a host"):
         check_access(settings_with(allowed_hosts=["localhost", host]))
 
 
@@ -218,7 +218,7 @@ def test_a_host_that_no_request_could_name_is_refused(host):
 )
 def test_an_origin_that_no_page_could_have_is_refused(origin):
     """It used to be taken, and no page could read an answer."""
-    with pytest.raises(ValueError, match=r"--cors-origin .* is no origin"):
+    with pytest.raises(ValueError, match=r"--cors-origin .* is not an origin"):
         check_access(settings_with(cors_origins=["http://localhost:3000", origin]))
 
 
@@ -230,7 +230,7 @@ def test_hosts_and_origins_as_requests_name_them_are_taken():
 
 def test_an_endpoint_for_traces_that_is_no_url_is_refused():
     for endpoint in ("collector", "collector:4318", "grpc://collector", "http://"):
-        with pytest.raises(ValueError, match=r"--otlp-endpoint .* is no URL"):
+        with pytest.raises(ValueError, match=r"--otlp-endpoint .* is not a URL"):
             trace_settings(None, endpoint, None, {})
 
 
