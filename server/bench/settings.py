@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from ...models.batch import NonNegative, Positive
 from ...models.settings.option import Option
 
 Size = tuple[int, int]
@@ -23,6 +22,8 @@ TARGET, SWEEP, LOAD, OUTPUT = "Target", "Sweep", "Load", "Output"
 GROUPS = (TARGET, SWEEP, LOAD, OUTPUT)
 DEFAULT_CONCURRENCY = "1,4,16"
 
+NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
 Milliseconds = Annotated[float, msgspec.Meta(ge=0.0)]
 
 
