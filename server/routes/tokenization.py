@@ -64,7 +64,8 @@ async def tokenize(request: Request, body: TokenizeRequest) -> HTTPResponse:
         token_ids = await asyncio.to_thread(encode)
     except PromptTooLongError as error:
         raise BadRequestError(
-            f"the text has {error.num_tokens} tokens; at most {MAX_TOKENS:,} are told: cut it",
+            f"the text has {error.num_tokens} tokens; at most {MAX_TOKENS:,} can be returned:"
+            " shorten it",
             param="messages" if body.prompt is None else "prompt",
         ) from error
     names = None
