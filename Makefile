@@ -9,7 +9,7 @@ EXAMPLES ?= 300
 SEED ?= 1
 # Processes that run the tests, and how they share them; WORKERS=0 runs them in one, as for `--pdb`.
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 EXTRA := soak or torture or fuzz or gpu
 # The rules of scheduling, blocks, schemas, parsing and templates: no process, no socket, no model.
 FAST := tests/router/blocks tests/router/scheduler tests/router/test_wire.py tests/server/schemas \

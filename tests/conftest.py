@@ -21,6 +21,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# No example is too slow: other work may share the machine. Tests of models on a GPU's machine
+# run without hypothesis.
+with contextlib.suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("any machine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of whole servers first: they take longest, and processes share the tests by files."""
+    items.sort(key=lambda item: "tests/whole" not in item.path.as_posix())
+
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:

@@ -144,6 +144,11 @@ class DecoderPool:
         """The process ids of the running children."""
         return sorted(child.pid for child in self._children if child.is_alive)
 
+    @property
+    def num_busy(self) -> int:
+        """How many images the children are decoding."""
+        return len(self._jobs)
+
     async def decode(self, data: bytes, max_tiles: int | None = None) -> ImageTiles:
         """The tiles of one encoded image, as soon as a child is free.
 

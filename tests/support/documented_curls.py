@@ -18,13 +18,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import msgspec
 import numpy
+from support.polling import wait_until
 
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.bundled.dataset.questions import describe
@@ -110,14 +112,15 @@ def start_engine(socket_path: str) -> subprocess.Popen:
 
 
 def wait_ready() -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen("http://127.0.0.1:8000/v1/health/ready", timeout=5).read()
-            return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.2)
-    raise TimeoutError("the server under test did not become ready")
+    assert wait_until(is_ready), "the server under test did not become ready"
+
+
+def is_ready() -> bool:
+    try:
+        urllib.request.urlopen("http://127.0.0.1:8000/v1/health/ready", timeout=60).read()
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+    return True
 
 
 def run_curls(answers: dict) -> None:

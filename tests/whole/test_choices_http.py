@@ -16,6 +16,7 @@ from support.http_side import (
     client_of,
     frames_of,
 )
+from support.polling import until
 
 from vlmserve.router.messages import SequenceOutput
 from vlmserve.server.errors import DeadlineError
@@ -182,8 +183,7 @@ def test_a_request_whose_reader_has_stopped_reading_is_freed_in_time(checkpoint)
             contextlib.aclosing(generator.stream(prepared)) as events,
         ):
             await anext(events)
-            while not engine.aborted:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+            await until(lambda: engine.aborted)
             with pytest.raises(DeadlineError):
                 await anext(events)
         assert engine.aborted == prepared.answer_ids
@@ -200,7 +200,7 @@ def test_time_spent_on_images_counts_and_the_loss_is_counted(checkpoint, stream)
 
         async def load(self, images, deadline=None):
             try:
-                await asyncio.sleep(600)
+                await asyncio.Event().wait()
             finally:
                 self.was_cancelled = True
 

@@ -127,7 +127,8 @@ def test_row_39_company_that_joins_and_leaves_changes_no_answer(tmp_path, route)
             ]
             staying = asyncio.create_task(posted(client, route, bodies_of(route)))
             for guest in guests:
-                await asyncio.sleep(0.01)
+                before = engine.stats().num_steps
+                await until(lambda n=before: engine.stats().num_steps > n or staying.done())
                 guest.cancel()
             assert await staying == alone
             await asyncio.gather(*guests, return_exceptions=True)

@@ -22,6 +22,8 @@ from support.invariants import (
     assert_stream_error,
     body_for,
 )
+from support.polling import wait_until
+from support.running import free_port
 
 from server_state import descendants, is_running
 from vlmserve.models.bundled import CHECKPOINT
@@ -108,8 +110,7 @@ def test_row_52_a_signal_while_the_engine_loads_ends_everything(tmp_path):
     with log.open("wb") as err:
         process = subprocess.Popen([*VLMSERVE, "--port", str(port)], stderr=err)
     try:
-        while not descendants(process.pid):
-            time.sleep(0.01)
+        assert wait_until(lambda: descendants(process.pid))
         family = descendants(process.pid)
         process.send_signal(signal.SIGTERM)
         assert process.wait(EXIT_S * SLACK) == 0
@@ -117,11 +118,6 @@ def test_row_52_a_signal_while_the_engine_loads_ends_everything(tmp_path):
         assert "Traceback" not in log.read_text()
     finally:
         process.kill()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def failed_start(*options) -> str:

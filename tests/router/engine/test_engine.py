@@ -145,7 +145,8 @@ def test_a_third_of_the_requests_cancelled_midway_leave_nothing_behind(tmp_path)
                 for number in range(64)
             ]
             for number in range(0, 64, 3):
-                await asyncio.sleep(0.002)
+                before = runner.num_steps
+                await until(lambda n=before: runner.num_steps > n or not rig.engine.snapshot().open)
                 tasks[number].cancel()
             answers = await asyncio.gather(*tasks, return_exceptions=True)
             for number, answer in enumerate(answers):

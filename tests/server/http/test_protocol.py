@@ -10,7 +10,7 @@ import json
 import socket
 import ssl
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -229,7 +229,7 @@ def test_row_04_a_slow_head_or_body_is_a_408_in_10_s_and_holds_up_nobody(standin
         ]
         while not all(one.done() for one in slow):
             standing.probe()
-            time.sleep(0.5)
+            wait(slow, timeout=0.5)
         seconds = time.monotonic() - began
     for one in slow:
         assert_error(only_answer(one.result()), 408)

@@ -7,11 +7,14 @@ a whole server.
 import asyncio
 import socket
 
+import httpx2
 import pytest
 from support.engine_side import engine_at
 from support.fake_runner import OrdinaryRunner, fake_info
 from support.http_side import running_server
-from support.invariants import CHAT, COMPLETIONS, SLACK, body_for, raw_post
+from support.http_to_engine import until_ready
+from support.invariants import CHAT, COMPLETIONS, body_for, raw_post
+from support.polling import until
 
 from vlmserve.models.batch import PoolSizes
 from vlmserve.models.bundled import CHECKPOINT
@@ -19,13 +22,8 @@ from vlmserve.server.settings import ServerSettings
 
 MODEL = "vlmserve-tiny-vision"
 READER_TIMEOUT_S = 0.4
+SLOW_READER_TIMEOUT_S = 3.0
 ROUNDS_S = 120.0
-
-
-async def until(is_true):
-    async with asyncio.timeout(ROUNDS_S):
-        while not is_true():  # noqa: ASYNC110 - watches state that has no event
-            await asyncio.sleep(0.01)
 
 
 async def deaf_client(url, route, max_tokens=2000, **more):
@@ -40,7 +38,7 @@ async def deaf_client(url, route, max_tokens=2000, **more):
     return client
 
 
-def serve(tmp_path, scenario):
+def serve(tmp_path, scenario, reader_timeout_s=READER_TIMEOUT_S):
     """Run scenario(url, engine, app's connections' largest buffer) on a server of tiny buffers."""
 
     async def run():
@@ -50,15 +48,15 @@ def serve(tmp_path, scenario):
             model=str(CHECKPOINT),
             engine_socket=str(tmp_path / "engine.sock"),
             served_model_names=[MODEL],
-            reader_timeout_s=READER_TIMEOUT_S,
+            reader_timeout_s=reader_timeout_s,
             send_buffer_bytes=4096,
         )
         async with (
             engine_at(settings.engine_socket, runner) as engine,
             running_server(settings) as url,
         ):
-            await until(lambda: engine.stats() is not None)
-            await asyncio.sleep(0.2)
+            async with httpx2.AsyncClient(base_url=url) as client:
+                await until_ready(client)
             await scenario(url, engine)
 
     asyncio.run(run())
@@ -92,13 +90,15 @@ def test_row_30_a_client_that_reads_slowly_is_served_to_the_end(tmp_path, caplog
         client = await deaf_client(url, CHAT, **more)
         loop = asyncio.get_running_loop()
         received = b""
+        began = loop.time()
         async with asyncio.timeout(ROUNDS_S):
             while b"[DONE]" not in received:
-                # Less than waits, and now and then a pause shorter than the timeout.
-                received += await loop.sock_recv(client, 32_768)
-                await asyncio.sleep(READER_TIMEOUT_S / SLACK / 4)
+                # Slower than the tokens come, and the pauses are far shorter than the timeout.
+                received += await loop.sock_recv(client, 2_048)
+                await asyncio.sleep(SLOW_READER_TIMEOUT_S / 50)
+        assert loop.time() - began > SLOW_READER_TIMEOUT_S, "it was not slow"
         assert b'"error"' not in received
         client.close()
 
-    serve(tmp_path, scenario)
+    serve(tmp_path, scenario, SLOW_READER_TIMEOUT_S)
     assert "reads nothing" not in caplog.text

@@ -171,7 +171,7 @@ def test_killed_child_is_replaced_and_only_its_picture_fails() -> None:
         for pid in before:
             os.kill(pid, signal.SIGSTOP)
         jobs = [asyncio.create_task(pool.decode(data)) for _ in range(2)]
-        await asyncio.sleep(0.05)
+        await until(lambda: pool.num_busy == 2)
         os.kill(before[1], signal.SIGCONT)
         os.kill(before[0], signal.SIGKILL)
         results = await asyncio.gather(*jobs, return_exceptions=True)
@@ -242,7 +242,7 @@ def test_cancelled_decode_of_a_hung_child_frees_it_at_the_deadline() -> None:
         for pid in before:
             os.kill(pid, signal.SIGSTOP)
         jobs = [asyncio.create_task(pool.decode(encoded(picture()))) for _ in range(2)]
-        await asyncio.sleep(0.05)
+        await until(lambda: pool.num_busy == 2)
         for job in jobs:
             job.cancel()
         assert (await pool.decode(encoded(picture()))).num_tiles > 0
@@ -259,7 +259,7 @@ def test_closing_ends_all_children_and_all_that_wait() -> None:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         jobs = [asyncio.create_task(pool.decode(encoded(picture()))) for _ in range(5)]
-        await asyncio.sleep(0.05)
+        await until(lambda: pool.num_busy == 2)
         async with asyncio.timeout(FAR_S):
             await pool.close()
             results = await asyncio.gather(*jobs, return_exceptions=True)

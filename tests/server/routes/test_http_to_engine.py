@@ -8,6 +8,7 @@ from support.engine_side import engine_at
 from support.fake_runner import FakeRunner, fake_info
 from support.http_to_engine import body, server_at, until_free, until_ready, until_running
 from support.invariants import CHAT
+from support.polling import until
 
 from vlmserve.models.batch import PoolSizes
 
@@ -106,8 +107,7 @@ def test_clients_that_leave_free_everything(tmp_path):
                 )
                 for i in range(6)
             ]
-            while engine.stats().num_running + engine.stats().num_waiting < 6:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+            await until(lambda: engine.stats().num_running + engine.stats().num_waiting == 6)
             for call in calls:
                 call.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
@@ -141,12 +141,13 @@ def test_an_engine_that_goes_away_ends_streams_and_its_successor_is_found(tmp_pa
         path = tmp_path / "engine.sock"
         async with server_at(path) as client:
             assert (await client.post(CHAT, json=body())).status_code == 503
-            async with engine_at(path, FakeRunner(step_seconds=0.02)):
+            runner = FakeRunner(step_seconds=0.02)
+            async with engine_at(path, runner) as engine:
                 await until_ready(client)
                 streamed = client.post(CHAT, json=body(max_tokens=900, stream=True))
                 streamed = asyncio.create_task(streamed)
                 plain = asyncio.create_task(client.post(CHAT, json=body(max_tokens=900)))
-                await asyncio.sleep(1.5)
+                await until(lambda: engine.stats().num_running == 2 and runner.num_steps > 20)
             *_, error, done = (await streamed).text.removesuffix("\n\n").split("\n\n")
             assert done == "data: [DONE]"
             assert list(json.loads(error.removeprefix("data: "))) == ["error"]
