@@ -136,7 +136,10 @@ class Routes:
         routes = Blueprint(self._name)
         for one in self.endpoints:
             methods = ["GET", "HEAD"] if one.method == "GET" else [one.method]
-            routes.add_route(one.handler, one.path, methods=methods, name=one.name)
+            # The format is named, as Sanic would parse each handler's source to guess it.
+            routes.add_route(
+                one.handler, one.path, methods=methods, name=one.name, error_format="json"
+            )
         return routes
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx2
 from support.fake_runner import fake_image
-from support.http_side import running_server
+from support.http_side import NO_AUTHORITIES, running_server
 from support.invariants import body_for
 from support.polling import FAR_S, LOOK_EVERY_S, until
 
@@ -46,7 +46,7 @@ async def server_at(path):
     async with (
         asyncio.timeout(DEADLINE_S),
         running_server(settings, images=FakeImages()) as url,
-        httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
+        httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S, verify=NO_AUTHORITIES) as client,
     ):
         yield client
 

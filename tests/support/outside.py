@@ -7,7 +7,6 @@ whatever address was judged.
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Awaitable, Callable, Sequence
 
 import httpcore2
@@ -15,8 +14,6 @@ import httpcore2
 from vlmserve.server.images.fetch import TcpConnector
 
 PUBLIC = "93.184.215.14"
-# Reading the system's authorities for every fetch would take most of the tests' time.
-NO_AUTHORITIES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 BODY = b"\x89PNG what stands here does not matter to a fetch"
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
