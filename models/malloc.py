@@ -38,6 +38,15 @@ def large_buffers_mapped() -> Iterator[None]:
         mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST)
 
 
+def return_freed_buffers() -> None:
+    """From now on give a freed buffer of 128 KiB or more back to the system at once.
+
+    For a process that handles requests: their bodies have all sizes and live side by side, so
+    freed ones would leave holes in the heap that stay resident.
+    """
+    _mallopt()(_M_MMAP_THRESHOLD, _SMALL)
+
+
 def use_one_heap() -> None:
     """Let all threads allocate from the main heap, which alone keeps freed memory.
 

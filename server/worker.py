@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 from sanic import Sanic
 
+from ..models.malloc import return_freed_buffers
 from ..router.logs import say, set_up_logging
 from ..router.parent_death import ParentGoneError, die_with_parent
 from .app import build_app
@@ -36,6 +37,7 @@ def main() -> None:
     Exits with code 2 and one line on stderr if the settings or the checkpoint are unusable.
     """
     parent = os.getppid()
+    return_freed_buffers()
     # The default action would end a worker that is still starting.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # One text at a time: a thread pool would only take cores from the engine.

@@ -44,6 +44,8 @@ SERVER_MAY_IMPORT = {
     # Whether a config.json is of a model that is served: known before weights are downloaded.
     "vlmserve.models.checkpoint",
     "vlmserve.models.errors",
+    # What a worker does with freed bodies: settings of the C library's allocator.
+    "vlmserve.models.malloc",
     # Headers of weights, so that a damaged file is refused before torch is imported.
     "vlmserve.models.weights.safetensors_headers",
     # What a child of the worker compiles grammars with, as the engine does: no tensors.

@@ -117,7 +117,12 @@ class _Stream:
         """The oldest unread output; raises an error only after all outputs."""
         while not self._outputs:
             if self._error is not None:
-                raise self._error
+                try:
+                    raise self._error
+                finally:
+                    # A kept error refers to its frames and they to this object: a cycle, which
+                    # would keep the whole request alive until a full garbage collection.
+                    self._error = None
             self._arrived.clear()
             await self._arrived.wait()
         return self._outputs.pop(next(iter(self._outputs)))

@@ -17,7 +17,7 @@ import msgspec
 
 from ...models.batch import ImageTiles
 from ..child_sandbox import child_environment, end_child
-from ..tasks import end_tasks
+from ..tasks import end_tasks, run_together
 from .decoder_child import DecoderConfig
 from .decoder_frames import REPLY_HEAD, REQUEST_HEAD, DecodeReply, decode_reply, reply_length
 from .header import check_header, read_header
@@ -118,11 +118,11 @@ class DecoderPool:
     async def open(self) -> None:
         """Start all children and wait until they are ready. Raises DecoderLost if one fails."""
         starts = [self._add_child() for _ in range(self._settings.num_decoders)]
-        results = await asyncio.gather(*starts, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                await self.close()
-                raise result
+        try:
+            await run_together(starts)
+        except BaseException:
+            await self.close()
+            raise
 
     async def close(self) -> None:
         """Kill all children; images that are being decoded fail."""

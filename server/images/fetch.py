@@ -10,6 +10,7 @@ environment. Knows nothing of image formats.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Sequence
@@ -97,14 +98,11 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         Raises ImageError if any address is not allowed, ConnectError if none answers.
         """
         addresses = await self._checked_addresses(host, port)
-        failure: Exception = httpcore2.ConnectError(UNREACHABLE)
         timeout_s = CONNECT_TIMEOUT_S if timeout is None else timeout
         for address in addresses[:MAX_ADDRESSES]:
-            try:
+            with contextlib.suppress(httpcore2.ConnectError, httpcore2.ConnectTimeout, OSError):
                 return await self._connector.connect(str(address), port, timeout_s)
-            except (httpcore2.ConnectError, httpcore2.ConnectTimeout, OSError) as error:
-                failure = error
-        raise failure
+        raise httpcore2.ConnectError(UNREACHABLE)
 
     async def connect_unix_socket(
         self,

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ...models.batch import ImageTiles
+from ..tasks import run_together
 from .decoders import DecoderPool
 from .fetch import ImageFetcher
 from .header import check_header, read_header
@@ -110,15 +111,10 @@ class ImageLoader:
         budget: RequestBudget,
     ) -> list[ImageTiles]:
         """Load all images at once. The first failure cancels the rest and is raised."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._load_one(index, image, source, budget))
-                    for index, (image, source) in enumerate(zip(images, sources, strict=True))
-                ]
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
+        return await run_together(
+            self._load_one(index, image, source, budget)
+            for index, (image, source) in enumerate(zip(images, sources, strict=True))
+        )
 
     async def _load_one(
         self,

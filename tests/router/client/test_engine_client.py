@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import subprocess
 import sys
@@ -19,7 +20,12 @@ from vlmserve.models.batch import PromptLogprobs, TokenLogprobs
 from vlmserve.router import wire
 from vlmserve.router.client.engine_client import EngineClient
 from vlmserve.router.config import EngineConfig
-from vlmserve.router.errors import EngineDeadError, InvalidRequestError, QueueFullError
+from vlmserve.router.errors import (
+    EngineDeadError,
+    EngineInternalError,
+    InvalidRequestError,
+    QueueFullError,
+)
 from vlmserve.router.messages import (
     AbortRequests,
     AddRequest,
@@ -170,6 +176,46 @@ def test_an_engine_that_goes_away_fails_every_open_request_and_is_told_once(tmp_
                 await tokens_of(client, request_of())
             await client.close()
             assert deaths == [1]
+
+    asyncio.run(scenario())
+
+
+class CountedIds(list):
+    """The token ids of a prompt, of which the test counts how many are alive."""
+
+    alive = 0
+
+    def __init__(self, ids) -> None:
+        super().__init__(ids)
+        CountedIds.alive += 1
+
+    def __del__(self) -> None:
+        CountedIds.alive -= 1
+
+
+def test_a_request_that_the_engine_fails_is_freed_without_a_garbage_collection(tmp_path):
+    """Its error was kept beside the frames that it refers to, and the request with them."""
+
+    async def fail_one(engine: ScriptedEngine, client: EngineClient) -> None:
+        request = msgspec.structs.replace(request_of(), prompt_token_ids=CountedIds([1, 2, 3]))
+        answer = asyncio.ensure_future(tokens_of(client, request))
+        await until(lambda: bool(engine.received))
+        engine.say(RequestFailed(request_id="a", kind="internal", message="failed"))
+        with contextlib.suppress(EngineInternalError):
+            await answer
+
+    async def scenario() -> None:
+        async with scripted_engine(tmp_path) as engine:
+            client = await connected(engine)
+            gc.collect()
+            gc.disable()
+            try:
+                await fail_one(engine, client)
+                await asyncio.sleep(0.01)
+                assert CountedIds.alive == 0
+            finally:
+                gc.enable()
+            await client.close()
 
     asyncio.run(scenario())
 
