@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import msgspec
 
 from vlmserve.models import bundled
 from vlmserve.server.settings import ServerSettings
 
 BUNDLED = Path(bundled.__file__).parent / "checkpoint"
-# Far beyond any run: other work may take the cores.
-READY_S = 300.0
 PAGE_BYTES = 4096
 
 
@@ -64,13 +61,3 @@ async def worker_process(engine_socket: str, **settings: Any) -> AsyncIterator[W
         if process.returncode is None:
             process.kill()
             await process.wait()
-
-
-async def until_ready(client: httpx2.AsyncClient) -> None:
-    """Wait until the worker answers that its engine is ready."""
-    async with asyncio.timeout(READY_S):
-        while True:
-            with contextlib.suppress(httpx2.TransportError):
-                if (await client.get("/v1/health/ready")).status_code == 200:
-                    return
-            await asyncio.sleep(0.05)

@@ -201,8 +201,8 @@ def test_a_request_that_the_engine_fails_is_freed_without_a_garbage_collection(t
         answer = asyncio.ensure_future(tokens_of(client, request))
         await until(lambda: bool(engine.received))
         engine.say(RequestFailed(request_id="a", kind="internal", message="failed"))
-        with contextlib.suppress(EngineInternalError):
-            await answer
+        await asyncio.wait([answer])
+        assert isinstance(answer.exception(), EngineInternalError)
 
     async def scenario() -> None:
         async with scripted_engine(tmp_path) as engine:

@@ -5,24 +5,19 @@ import contextlib
 import json
 import os
 import signal
-import socket
-import sys
 from pathlib import Path
 
 import httpx2
-import msgspec
 import pytest
 from support.engine_side import engine_at
 from support.fake_runner import OrdinaryRunner
 from support.http_to_engine import until_ready
 from support.polling import until
 from support.step_gate import StepGate
+from support.worker_process import worker_process
 
-from vlmserve.models import bundled
 from vlmserve.server.http.drain import Drain
-from vlmserve.server.settings import ServerSettings
 
-BUNDLED = Path(bundled.__file__).parent / "checkpoint"
 DEADLINE_S = 120.0
 # An open request outlasts the first, and the second lasts until it ends.
 SHORT_DRAIN_S, LONG_DRAIN_S = 0.5, 100.0
@@ -47,33 +42,6 @@ async def held_engine(path):
         gate.open()
 
 
-@contextlib.asynccontextmanager
-async def worker(engine_socket, drain_time_s):
-    """A worker process; gives the process and its base URL."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        settings = ServerSettings(
-            model=str(BUNDLED),
-            engine_socket=engine_socket,
-            served_model_names=["m"],
-            listen_fd=listening.fileno(),
-            drain_time_s=drain_time_s,
-        )
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "vlmserve.server.worker"),
-            stdin=asyncio.subprocess.PIPE,
-            pass_fds=[listening.fileno()],
-        )
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    process.stdin.write(msgspec.json.encode(settings))
-    process.stdin.close()
-    try:
-        yield process, url
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-
-
 def during_drain(tmp_path, use, *, drain_time_s=SHORT_DRAIN_S, during=None):
     """What `use(client)` gives if the worker is told to stop while it waits; and the exit code.
 
@@ -85,17 +53,17 @@ def during_drain(tmp_path, use, *, drain_time_s=SHORT_DRAIN_S, during=None):
         async with (
             asyncio.timeout(DEADLINE_S),
             held_engine(path) as gate,
-            worker(path, drain_time_s) as (process, url),
-            httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
+            worker_process(path, drain_time_s=drain_time_s) as worker,
+            httpx2.AsyncClient(base_url=worker.url, timeout=DEADLINE_S) as client,
         ):
             await until_ready(client)
             using = asyncio.create_task(use(client))
             await until(lambda: gate.is_holding)
-            process.send_signal(signal.SIGTERM)
+            worker.process.send_signal(signal.SIGTERM)
             if during is not None:
                 await until_ready(client, 503)
                 await during(client, gate)
-            return await using, await process.wait()
+            return await using, await worker.process.wait()
 
     return asyncio.run(run())
 
@@ -172,13 +140,13 @@ def test_a_decoder_does_not_hold_the_listening_socket(tmp_path):
         async with (
             asyncio.timeout(DEADLINE_S),
             held_engine(path),
-            worker(path, SHORT_DRAIN_S) as (process, url),
-            httpx2.AsyncClient(base_url=url) as client,
+            worker_process(path, drain_time_s=SHORT_DRAIN_S) as worker,
+            httpx2.AsyncClient(base_url=worker.url) as client,
         ):
             await until_ready(client)
-            listening = listening_socket(url)
-            return listening in links(process.pid), [
-                listening in links(pid) for pid in children_of(process.pid)
+            listening = listening_socket(worker.url)
+            return listening in links(worker.process.pid), [
+                listening in links(pid) for pid in children_of(worker.process.pid)
             ]
 
     assert asyncio.run(run()) == (True, [False, False])

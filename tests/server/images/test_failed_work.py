@@ -13,10 +13,12 @@ import pytest
 from support.engine_side import engine_at
 from support.fake_runner import OrdinaryRunner
 from support.http_side import MODEL, ScriptedEngine, running_server, write_checkpoint
+from support.http_to_engine import until_ready
 from support.invariants import CHAT, body_for
 from support.outside import Site, plain_response
 from support.pictures import encoded, picture
-from support.worker_process import until_ready, worker_process
+from support.polling import until
+from support.worker_process import worker_process
 
 from vlmserve.server.images.fetch import ImageFetcher
 from vlmserve.server.images.settings import ImageError, ImageSettings
@@ -25,7 +27,6 @@ from vlmserve.server.settings import ServerSettings
 
 # Far beyond any run: other work may take the cores.
 DEADLINE_S = 580.0
-SETTLE_S = 30.0
 NUM_PICTURES = 16
 
 
@@ -148,8 +149,6 @@ def test_memory_after_failed_image_requests_is_that_after_the_first_tenth(tmp_pa
                 if number <= count // 10:
                     after_tenth = max(after_tenth, worker.resident_bytes)
             # The last request's downloads may still be on their way out.
-            async with asyncio.timeout(SETTLE_S):
-                while worker.resident_bytes > after_tenth * 1.05:  # noqa: ASYNC110
-                    await asyncio.sleep(0.1)
+            await until(lambda: worker.resident_bytes <= after_tenth * 1.05)
 
     asyncio.run(run())
