@@ -15,5 +15,5 @@ In the order in which to read them:
     distributed/            the ranks' processes; what one of several engines uses
     bundled/                the tiny model that comes with the server
 
-byte_text, device_copies, eos_tokens, malloc and threads are small helpers.
+device_copies, eos_tokens, malloc and threads are small helpers.
 """

@@ -4,6 +4,5 @@ In reading order: `cli/` (starts everything), `supervisor/` (runs the processes)
 `app.py` (one HTTP worker), `http/` (protocol and access), `routes/` with `schemas/` and `api/`
 (requests and answers), `prompts/` and `images/` (from messages to model inputs), `generation/`
 (from tokens to text), `structured_output/`, `telemetry/`, `bench/`. `settings.py` declares a
-worker's settings, `option_parser.py` makes command lines of such declarations. Imports the router's
-client side and the torch-free parts of models/ only.
+worker's settings. Imports the router's client side and the torch-free parts of models/ only.
 """

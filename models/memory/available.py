@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..byte_text import shown_bytes
+from ..settings.byte_text import shown_bytes
 
 # the rest of a CPU's memory is for HTTP workers, image decoders and other programs
 CPU_SHARE = 0.8

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..byte_text import shown_bytes
 from ..errors import ModelError
 from ..kv_cache.pool_sizes import PoolRequest
+from ..settings.byte_text import shown_bytes
 from ..weights.device_map import HEAD, TEXT, VISION, Placement, parts_of
 from ..weights.loader import Checkpoint
 from ..weights.quantization import METHODS

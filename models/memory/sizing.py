@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..attention.choice import ChosenBackend
-from ..byte_text import shown_bytes
 from ..errors import ModelError, StepTooLargeError
 from ..kv_cache.pool_sizes import PoolPlan, PoolRequest, plan_over_devices
+from ..settings.byte_text import shown_bytes
 from ..tensor_parallel.group import Group
 from ..weights.loader import LoadedModel
 from .available import AvailableMemoryOf

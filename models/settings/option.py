@@ -4,7 +4,7 @@ A setting is declared once: a field with its type, default and bounds, annotated
 
     max_num_seqs: Annotated[Positive, Option("Requests that run at once.", "Engine")] = 64
 
-`server/option_parser.py` builds the command line from these declarations, and passes the values on.
+`option_parser.py` builds the command line from these declarations, and passes the values on.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ..byte_text import shown_bytes
+from ..settings.byte_text import shown_bytes
 
 LINE_INTERVAL_S = 10.0
 _DESCRIPTION = "Loading weights"  # the name of transformers' loop

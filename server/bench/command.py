@@ -17,7 +17,7 @@ import orjson
 import typer
 from rich.console import Console
 
-from ..option_parser import GroupedHelp, command_of, settings_from
+from ...models.settings.option_parser import GroupedHelp, command_of, settings_from
 from .settings import (
     DEFAULT_CONCURRENCY,
     GROUPS,

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...models.settings.option_parser import settings_from
 from ...router.config import EngineConfig
-from ..option_parser import settings_from
 from ..settings import ServerSettings
 from ..supervisor.settings import SupervisorSettings
 from .model_source import resolve_model

@@ -16,11 +16,11 @@ from typing import Any
 import typer
 
 from ... import __version__
+from ...models.settings.option_parser import GroupedHelp, command_of
 from ...router.config import EngineConfig
 from ...router.logs import say, set_up_logging
 from ...router.messages import EngineReady
 from ..bench.command import app as bench_app
-from ..option_parser import GroupedHelp, command_of
 from ..settings import ServerSettings
 from ..supervisor.settings import SupervisorSettings
 from ..supervisor.supervisor import Supervisor

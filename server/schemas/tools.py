@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from ..errors import BadRequestError
-from ..json_depth import nests_deeper_than
 from ..prompts.conversation import Tool, ToolCall
+from ..structured_output.json_depth import nests_deeper_than
 
 MAX_TOOLS = 128
 MAX_PARAMETERS_BYTES = 65_536

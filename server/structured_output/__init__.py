@@ -6,6 +6,7 @@ Read in this order:
     tool_call_grammar  the grammar of answers that must be tool calls
     compile_checks     whether a client's grammar compiles, in time
     compile_child      the process that compiles it, which can be killed
+    json_depth         how deeply JSON nests
 
 Knows nothing of the fields of any API. The engine applies the grammars.
 """

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from ..errors import BadRequestError
-from ..json_depth import nests_deeper_than
+from .json_depth import nests_deeper_than
 
 MAX_GRAMMAR_BYTES = 65_536
 MAX_CHOICES = 1_024

@@ -12,11 +12,11 @@ from typing import Any, get_type_hints
 import typer
 
 from vlmserve.models.settings.option import Limit
+from vlmserve.models.settings.option_parser import defaults_of
 from vlmserve.router.config import EngineConfig
 from vlmserve.server.cli.environment import ADOPTED, IGNORED
 from vlmserve.server.cli.main import app
 from vlmserve.server.images.settings import ImageSettings
-from vlmserve.server.option_parser import defaults_of
 from vlmserve.server.settings import ServerSettings
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -13,6 +13,7 @@ import typer
 from support import settings_page
 from typer.testing import CliRunner
 
+from vlmserve.models.settings.option_parser import variable_of
 from vlmserve.server.cli import main as cli
 from vlmserve.server.cli.environment import (
     ADOPTED,
@@ -23,7 +24,6 @@ from vlmserve.server.cli.environment import (
 )
 from vlmserve.server.cli.listener import ListenError, listen
 from vlmserve.server.cli.startup_checks import check_access, trace_settings
-from vlmserve.server.option_parser import variable_of
 from vlmserve.server.settings import ServerSettings
 
 SCRIPT = "tests/support/settings_page.py"

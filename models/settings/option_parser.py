@@ -17,7 +17,7 @@ import msgspec
 import typer
 from typer.core import TyperCommand
 
-from ..models.settings.option import Option
+from .option import Option
 
 PREFIX = "VLMSERVE_"
 Parsers = Mapping[str, Callable[[str], Any]]
