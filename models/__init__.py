@@ -3,6 +3,7 @@
 In the order in which to read them:
 
     batch, errors           what router/ sends for one step and gets back; the exceptions
+    settings/               the runner's settings, and how a setting becomes an option
     create_runner           from the engine's options to a loaded runner
     execution/              one step: images and tokens in, sampled tokens out; recorded steps
     kv_cache/               the paged pools, their sizes, the layout of a step's inputs

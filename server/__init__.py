@@ -1,8 +1,21 @@
 """Everything a client or operator sees: HTTP API, images, prompts, command line, supervisor.
 
-In reading order: `cli/` (starts everything), `supervisor/` (runs the processes), `worker.py` and
-`app.py` (one HTTP worker), `http/` (protocol and access), `routes/` with `schemas/` and `api/`
-(requests and answers), `prompts/` and `images/` (from messages to model inputs), `generation/`
-(from tokens to text), `structured_output/`, `telemetry/`, `bench/`. `settings.py` declares a
-worker's settings. Imports the router's client side and the torch-free parts of models/ only.
+In the order in which to read it:
+
+    cli/                    starts everything
+    settings                a worker's settings
+    supervisor/             starts, watches, restarts and stops the processes
+    worker, app             one HTTP worker: its process, its Sanic application
+    http/, admission/       protocol and keys; who may use a bounded resource, and when
+    routes/, api/           the endpoints; how they are declared and documented
+    schemas/, errors        the JSON of requests, answers and errors
+    prompts/, images/       from messages to model inputs
+    generation/             from a request to the engine, and from tokens to text
+    structured_output/      grammars for answers
+    telemetry/              metrics, the request log, traces
+    child_sandbox           what all killable children of a worker share
+    json_depth, tasks       two helpers: nesting of JSON; cancelling asyncio tasks
+    bench/                  the load generator
+
+Imports the router's client side and the torch-free parts of models/ only.
 """

@@ -1,6 +1,7 @@
 """The fence between floors and folders: who may import whom, sizes, and where torch may not go."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -130,6 +131,17 @@ def test_a_folder_is_a_package_of_two_to_thirteen_modules(floor):
         assert count <= MOST_MODULES, f"{name} has {count} modules: split it"
         if name not in SMALL_FOLDERS:
             assert count >= LEAST_MODULES, f"{name} has {count} modules: merge it into its parent"
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_folder_names_its_files_in_its_init(floor):
+    """The docstring of `__init__.py` is where a reader learns what to open, and in which order."""
+    for folder in [ROOT / floor, *folders(floor)]:
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8"))) or ""
+        children = [path.stem for path in modules_in(folder)]
+        children += [path.name for path in folders(floor) if path.parent == folder]
+        missing = [name for name in children if not re.search(rf"\b{name}\b", text)]
+        assert not missing, f"{folder.relative_to(ROOT)}/__init__.py does not name {missing}"
 
 
 @pytest.mark.parametrize("path", all_sources(), ids=lambda p: str(p.relative_to(ROOT)))
