@@ -14,7 +14,7 @@ In the order in which to read it:
     structured_output/      grammars for answers
     telemetry/              metrics, the request log, traces
     child_sandbox           what all killable children of a worker share
-    json_depth, tasks       two helpers: nesting of JSON; cancelling asyncio tasks
+    tasks                   cancelling asyncio tasks
     bench/                  the load generator
 
 Imports the router's client side and the torch-free parts of models/ only.
