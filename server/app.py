@@ -30,6 +30,7 @@ from .errors import ApiError, InternalError, error_body, type_of_status
 from .generation.engine_connection import EngineConnection
 from .generation.generator import Engine, Generator, Images
 from .http.auth import KEYLESS_PATHS, Access, PreflightAnswer
+from .http.connection_places import MAX_LINGERING, NUM_RESERVED_PLACES, ConnectionPlaces
 from .http.drain import Drain
 from .http.head import HeadLimits
 from .http.protocol import LenientRequest, receive_body
@@ -108,6 +109,9 @@ def build_app(
     app.config.update(_sanic_config(settings))
     components = Components(settings, fetcher, images, engine_client)
     services = app.ctx.services = components.services(now)
+    app.ctx.connection_places = ConnectionPlaces(
+        settings.max_connections, NUM_RESERVED_PLACES, MAX_LINGERING
+    )
     app.ctx.head_limits = HeadLimits(settings.max_head_bytes, settings.max_headers)
     app.ctx.access = access
     tracer = _tracer_of(settings)

@@ -113,8 +113,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_connections: Annotated[
         Positive,
         Option(
-            "Maximum connections per worker. Above it, the worker closes an idle connection, or "
-            "answers the new one with 503.",
+            "Maximum connections per worker. When all are taken, the connection whose request is "
+            "overdue longest is closed; if there is none, new requests other than health checks "
+            "get 503.",
             HTTP,
         ),
     ] = 1_000

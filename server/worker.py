@@ -22,13 +22,15 @@ from ..models.malloc import return_freed_buffers
 from ..router.logs import say, set_up_logging
 from ..router.parent_death import ParentGoneError, die_with_parent
 from .app import build_app
+from .http.connection_places import MAX_LINGERING, NUM_RESERVED_PLACES
 from .http.protocol import StrictProtocol
 from .http.tls import ServerTls
 from .settings import ServerSettings
 from .supervisor.worker_liveness import beat
 
-# Listening socket, engine, children's pipes, fetches, the event loop's own.
-OWN_DESCRIPTORS = 200
+# Listening socket, engine, children's pipes, fetches, the event loop's own, and connections that
+# have no place of their own (`http/connection_places.py`).
+OWN_DESCRIPTORS = 200 + NUM_RESERVED_PLACES + MAX_LINGERING
 
 
 def main() -> None:

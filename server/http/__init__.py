@@ -3,6 +3,7 @@
 Read in this order:
 
     connection_states  the states of a connection, as a table
+    connection_places  which connection is closed when there are too many
     head               the grammar and the limits of a request's head
     chunked            the chunked transfer coding of a body
     protocol           one connection: reads requests through the three above, closes softly

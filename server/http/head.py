@@ -23,6 +23,11 @@ HOST = re.compile(rb"([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]{0,
 LENGTH = re.compile(rb"[0-9]{1,15}")
 # What ends a line for some readers only.
 LONE_LINE_END = re.compile(rb"\r(?!\n)|(?<!\r)\n|\x00")
+# Fields of which this server reads one: of two, a proxy in front may have read the other.
+SINGLE_FIELDS = frozenset(
+    {b"authorization", b"x-api-key", b"content-type", b"content-encoding", b"x-request-id"}
+    | {b"origin", b"expect", b"traceparent"}
+)
 FRAMING = (b"content-length", b"transfer-encoding")
 _CODING = b"transfer-encoding:"
 _CHUNKED = _CODING + b" chunked"
@@ -92,6 +97,7 @@ def read_head(head: bytes, limits: HeadLimits) -> RequestHead:
     method, target, version = _read_request_line(request_line, limits)
     fields = read_fields(lines, limits)
     _check_host(fields, version)
+    _check_single(fields)
     target = _origin_form(method, target, fields)
     length = _content_length(fields)
     return RequestHead(method, target, version, _is_chunked(fields, version), length)
@@ -148,6 +154,13 @@ def _check_host(fields: list[tuple[bytes, bytes]], version: bytes) -> None:
         raise BadRequestError("the request must have one Host header")
     if hosts and not HOST.fullmatch(hosts[0]):
         raise BadRequestError("the Host header must be a host name and an optional port")
+
+
+def _check_single(fields: list[tuple[bytes, bytes]]) -> None:
+    names = [name for name, _ in fields if name in SINGLE_FIELDS]
+    if len(names) != len(set(names)):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRequestError(f"the request has the header {twice.decode()} more than once")
 
 
 def _origin_form(method: bytes, target: bytes, fields: list[tuple[bytes, bytes]]) -> bytes:

@@ -25,7 +25,9 @@ from sanic.server import HttpProtocol
 from ...router.state_table import next_state
 from ..errors import ApiError, NotReadyError, error_body
 from ..settings import ServerSettings
+from .auth import OPEN_PATHS
 from .chunked import ChunkReader
+from .connection_places import ConnectionPlaces
 from .connection_states import TRANSITIONS, ConnectionEvent, ConnectionState
 from .head import HeadLimits, canonical, end_of_head, read_head
 
@@ -36,6 +38,13 @@ MIN_BYTES_PER_S = 65_536
 # that is closed while bytes are unread is reset, and the client may lose the answer.
 LINGER_S = 2.0
 SILENCE_S = 0.25
+# A body that makes this progress is not among the first to go when a place is needed.
+PROGRESS_BYTES = 65_536
+OWES_REQUEST = {
+    ConnectionState.IDLE,
+    ConnectionState.READING_HEAD,
+    ConnectionState.READING_BODY,
+}
 TOO_MANY_CONNECTIONS = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
     b"connection: close\r\ncontent-length: %d\r\n\r\n%b"
@@ -52,11 +61,12 @@ class StrictHttp(Http):  # type: ignore[misc]
 
     # `HeadLimits` is the limit; Sanic's own would apply before it.
     HEADER_CEILING = HEADER_MAX_SIZE = 2**31
-    __slots__ = ("chunks",)
+    __slots__ = ("chunks", "progress_bytes")
 
     def init_for_request(self) -> None:
         super().init_for_request()
         self.chunks: ChunkReader | None = None
+        self.progress_bytes = 0
         if self._connection.phase is ConnectionState.ANSWERING:
             self._connection.advance(ConnectionEvent.ANSWERED)
 
@@ -90,6 +100,17 @@ class StrictHttp(Http):  # type: ignore[misc]
         self._connection.advance(
             ConnectionEvent.HEAD_READ if has_body else ConnectionEvent.REQUEST_READ
         )
+        self._check_place()
+
+    def _check_place(self) -> None:
+        """Serve a health check on a reserved place; for any other request find another place."""
+        places = _places_of(self.protocol.app)
+        if not places.is_reserved(self._connection):
+            return
+        if self.request.path in OPEN_PATHS:
+            self.keep_alive = False
+        elif not places.promote(self._connection):
+            raise _too_many_connections()
 
     async def _receive_head(self, limits: HeadLimits) -> bytes:
         buffer = self.recv_buffer
@@ -109,7 +130,14 @@ class StrictHttp(Http):  # type: ignore[misc]
         data = await (self._read_chunked(self.chunks) if self.chunks else self._read_plain())
         if not self.request_body and self._connection.phase is ConnectionState.READING_BODY:
             self._connection.advance(ConnectionEvent.REQUEST_READ)
+        self._note_progress(len(data or b""))
         return data
+
+    def _note_progress(self, num_bytes: int) -> None:
+        self.progress_bytes += num_bytes
+        if self.progress_bytes >= PROGRESS_BYTES and self.request_body:
+            self.progress_bytes = 0
+            _places_of(self.protocol.app).expect(self._connection)
 
     async def _read_plain(self) -> bytes | None:
         self._check_size(self.request_bytes or 0)
@@ -190,31 +218,42 @@ class StrictProtocol(HttpProtocol):  # type: ignore[misc]
 
         A handler may still be at work for a client that has left: then nothing changes.
         """
-        if self.phase is not ConnectionState.CLOSED:
-            self.phase = next_state(TRANSITIONS, self.phase, event)
+        if self.phase is ConnectionState.CLOSED:
+            return
+        self.phase = next_state(TRANSITIONS, self.phase, event)
+        places = _places_of(self.app)
+        if self.phase is ConnectionState.CLOSED:
+            places.leave(self)
+        elif self.phase in OWES_REQUEST:
+            places.expect(self)
+        else:
+            places.serve(self)
 
     def connection_made(self, transport: Any) -> None:
         """Limit what the kernel buffers of an answer; accept or reject the connection."""
         size = _settings_of(self.app).send_buffer_bytes
         if (raw := transport.get_extra_info("socket")) is not None:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
-        limit = _settings_of(self.app).max_connections
-        if len(self.connections) < limit or self._close_an_idle_one():
+        if _places_of(self.app).enter(self):
             super().connection_made(transport)
         else:
             self._reject(transport)
 
-    def _close_an_idle_one(self) -> bool:
-        """Whether another connection was idle and is closed now."""
-        return any(connection.close_if_idle() for connection in list(self.connections))
+    def evict(self) -> None:
+        """Close an idle connection; answer 503 to one whose request has not arrived completely."""
+        if self.phase is ConnectionState.IDLE or self.http is None or self._task is None:
+            self.close()
+            return
+        # Sanic answers a cancelled request with this exception.
+        self.http.exception = _too_many_connections()
+        self._task.cancel()
 
     def _reject(self, transport: Any) -> None:
-        """Answer 503 before anything is read: every connection is serving a request."""
+        """Answer 503 before anything is read: every place serves a request."""
         # Sanic's own protocol would start to read requests here.
         super(HttpProtocol, self).connection_made(transport)
         self.recv_buffer = bytearray()
-        error = NotReadyError("too many connections are open: try again", retry_after_s=1.0)
-        content = orjson.dumps(error_body(error))
+        content = orjson.dumps(error_body(_too_many_connections()))
         transport.write(TOO_MANY_CONNECTIONS % (len(content), content))
         self.advance(ConnectionEvent.REJECTED)
         self.close()
@@ -251,6 +290,8 @@ class StrictProtocol(HttpProtocol):  # type: ignore[misc]
             super().close(timeout)
             return
         self.advance(ConnectionEvent.CLOSE)
+        if self.phase is ConnectionState.DRAINING and not _places_of(self.app).linger(self):
+            self.advance(ConnectionEvent.CLOSE)
         if self.phase is not ConnectionState.DRAINING:
             super().close(timeout)
             return
@@ -327,6 +368,15 @@ async def receive_body(request: Request, timeout_s: float) -> None:
     except TimeoutError as error:
         raise SlowBodyError(f"the body did not arrive within {timeout_s:g} s") from error
     request.body = bytes(body)
+
+
+def _too_many_connections() -> NotReadyError:
+    return NotReadyError("too many connections are open: try again", retry_after_s=1.0)
+
+
+def _places_of(app: Any) -> ConnectionPlaces:
+    places: ConnectionPlaces = app.ctx.connection_places
+    return places
 
 
 def _settings_of(app: Any) -> ServerSettings:

@@ -4,10 +4,8 @@ Raw bytes against the real server, on every route that takes a body. The single 
 heads and chunks, and the pieces in which they come, are `test_http_head`'s.
 """
 
-import contextlib
 import gzip
 import json
-import socket
 import ssl
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -244,26 +242,6 @@ def test_row_04_a_large_body_is_not_a_slow_one(checkpoint):
     with server_in_thread(checkpoint, request_timeout_s=0.4) as port:
         answer = only_answer(exchange(port, head, *pieces, pause_s=0.1))
     assert answer.status == 200
-
-
-def test_row_04_connections_are_bounded_and_idle_ones_make_room(checkpoint):
-    """Slow heads on every descriptor would keep all others out."""
-    closing = head_of("/v1/models", b"Connection: close", method=b"GET")
-    with server_in_thread(checkpoint, max_connections=3) as port, contextlib.ExitStack() as stack:
-
-        def connect(start: bytes) -> None:
-            """An answer tells that the server has read what came with its request."""
-            one = stack.enter_context(socket.create_connection(("127.0.0.1", port), 30))
-            one.sendall(LIVE + start)
-            assert one.recv(65_536).startswith(b"HTTP/1.1 200 ")
-
-        for start in (b"", b"GET / HT", b"POST / HT"):
-            connect(start)
-        assert only_answer(exchange(port, closing)).status == 200, "in the place of the idle one"
-        connect(b"PUT / HT")
-        refused = only_answer(exchange(port, closing))
-        assert_error(refused, 503)
-        assert refused.headers["retry-after"] == "1"
 
 
 def test_row_05_a_compressed_body_is_a_415(standing):
