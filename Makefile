@@ -15,7 +15,7 @@ EXTRA := soak or torture or fuzz or gpu
 FAST := tests/router/blocks tests/router/scheduler tests/router/test_wire.py tests/server/schemas \
   tests/server/generation tests/server/prompts tests/server/http/test_head.py \
   tests/server/images/test_sources.py \
-  tests/server/supervisor tests/test_rows.py
+  tests/server/supervisor tests/test_rows.py tests/test_old_paths.py
 # Where torch comes from: the ordinary index unless you name another, for example
 # TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu for a CPU-only build.
 TORCH_INDEX_URL ?=

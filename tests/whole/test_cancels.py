@@ -1,7 +1,7 @@
 """Clients that leave, at every stage of a request: nothing of it stays.
 
 In one process, where a whole round can be held at its stage and the time until it is free be
-taken; `test_rows_server` and `test_torture` have clients leave whole servers.
+taken; `tests/whole/test_server_faults.py` and `test_torture` have clients leave whole servers.
 """
 
 import asyncio

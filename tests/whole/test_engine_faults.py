@@ -1,8 +1,8 @@
 """What neighbours, faults and exhausted pools must not do to a request, seen from the routes.
 
 Rows 28, 39 and 50 in one process, where the scheduler can be asked to check its pools;
-`test_rows_server` asks the same of a whole server. Row 40 looks into the pools' tensors, which no
-server shows.
+`tests/whole/test_server_faults.py` asks the same of a whole server. Row 40 looks into the pools'
+tensors, which no server shows.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from vlmserve.models.batch import PoolSizes
 from vlmserve.router import wire
 from vlmserve.router.messages import AddRequest
 
-# One of each kind; `test_rows_server` goes through them all.
+# One of each kind; `tests/whole/test_server_faults.py` goes through them all.
 ROUTES = [CHAT, STACK_ROUTES[0], COMPLETIONS]
 
 

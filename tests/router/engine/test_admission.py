@@ -1,7 +1,7 @@
 """Overload: what is refused, how soon, and that nothing of it stays.
 
 In one process, where a step can be held by a gate and the queue's own counts be read;
-`test_rows_server` asks the same of whole servers.
+`tests/whole/test_server_faults.py` asks the same of whole servers.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """Clients that do not read their answers: bounded, cut, and freed in the engine.
 
-In one process, where the engine's own counts can be read; `test_rows_server` asks the same of
-a whole server.
+In one process, where the engine's own counts can be read;
+`tests/whole/test_server_faults.py` asks the same of a whole server.
 """
 
 import asyncio
