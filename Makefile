@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 EXTRA := soak or torture or fuzz or gpu
 # The rules of scheduling, blocks, schemas, parsing and templates: no process, no socket, no model.
-FAST := tests/router/blocks tests/router/scheduler tests/router/test_wire.py tests/server/schemas \
+FAST := tests/router/blocks tests/router/scheduler tests/router/processes/test_wire.py tests/server/schemas \
   tests/server/generation tests/server/prompts tests/server/http/test_head.py \
   tests/server/images/test_sources.py \
   tests/server/supervisor tests/test_rows.py tests/test_old_paths.py

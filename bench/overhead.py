@@ -25,10 +25,10 @@ from engine_requests import open_runner, random_request
 from processes import BUNDLED, arguments, print_document
 from vlmserve.models.batch import SamplingParams
 from vlmserve.models.execution.runner import ModelRunner
-from vlmserve.router import wire
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine.engine import Engine
 from vlmserve.router.messages import AddRequest, FromEngine, StepOutputs
+from vlmserve.router.processes import wire
 
 MODEL, LOOP = "model's forward", "loop and thread"
 NUM_PROMPT_TOKENS = 32

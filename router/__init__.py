@@ -2,7 +2,8 @@
 
 In the order in which to read it:
 
-    messages, wire, errors      the protocol between HTTP workers and engines
+    messages, errors            the protocol between HTTP workers and engines
+    processes/                  its frames; the log and the end of every process
     client/                     a worker's side: requests out, tokens in
     config                      the engine's settings
     engine/                     the engine's process, its socket, its loop
@@ -10,5 +11,4 @@ In the order in which to read it:
     blocks/                     the two pools of cache blocks, and what is found in them again
     state_table                 how everything with states changes them
     fair_shares                 the order of waiting work of several keys
-    logs, parent_death          what every process of the server does
 """

@@ -13,7 +13,7 @@ import msgspec
 from ..models.batch import NonNegative, Positive
 from ..models.settings.option import Limit, Option
 from ..models.settings.runner_config import ENGINE, MODEL, RunnerConfig
-from .logs import LogFormat, LogLevel
+from .processes.logs import LogFormat, LogLevel
 
 LOG = "Log and traces"
 

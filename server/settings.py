@@ -11,7 +11,7 @@ from ..models.settings.option import Limit, Option
 from ..models.settings.runner_config import MODEL
 from ..router.client.engine_client import HealthThresholds
 from ..router.config import LOG
-from ..router.logs import LogFormat, LogLevel
+from ..router.processes.logs import LogFormat, LogLevel
 from .images.settings import HTTP, ImageSettings
 
 ACCESS = "Access"

@@ -19,8 +19,8 @@ import msgspec
 from sanic import Sanic
 
 from ..models.malloc import return_freed_buffers
-from ..router.logs import say, set_up_logging
-from ..router.parent_death import ParentGoneError, die_with_parent
+from ..router.processes.logs import say, set_up_logging
+from ..router.processes.parent_death import ParentGoneError, die_with_parent
 from .app import build_app
 from .http.connection_places import MAX_LINGERING, NUM_RESERVED_PLACES
 from .http.protocol import StrictProtocol

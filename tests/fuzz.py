@@ -72,7 +72,7 @@ def fuzz(name: str, seconds: int) -> None:
     """Never returns: atheris ends the process."""
     import atheris
 
-    with atheris.instrument_imports(include=["vlmserve.server", "vlmserve.router.wire"]):
+    with atheris.instrument_imports(include=["vlmserve.server", "vlmserve.router.processes.wire"]):
         from support.fuzz_targets import TARGETS
 
     target = TARGETS[name]

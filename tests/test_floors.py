@@ -29,12 +29,13 @@ SERVER_MAY_IMPORT = {
     "vlmserve.router.errors",
     # Whose turn it is: one rule for the engine and for the lanes of the HTTP side.
     "vlmserve.router.fair_shares",
-    "vlmserve.router.logs",
+    "vlmserve.router.processes",
+    "vlmserve.router.processes.logs",
     "vlmserve.router.messages",
-    "vlmserve.router.parent_death",
+    "vlmserve.router.processes.parent_death",
     "vlmserve.router.client.replica_pool",
     "vlmserve.router.state_table",
-    "vlmserve.router.wire",
+    "vlmserve.router.processes.wire",
     "vlmserve.models",
     "vlmserve.models.batch",
     "vlmserve.models.bundled",
@@ -80,7 +81,7 @@ TENSORS = {"torch", "transformers", "accelerate", "safetensors"}
 # `router` knows nothing of tensors, text, pictures or HTTP.
 NOT_IN_ROUTER = TENSORS | {"numpy", "tokenizers", "llguidance", "PIL", "sanic", "httpx2"}
 # Rooms (folders and modules) at a floor's root, and modules in a folder.
-MOST_ROOMS = {"server": 20, "router": 12, "models": 22}
+MOST_ROOMS = {"server": 20, "router": 10, "models": 22}
 LEAST_MODULES, MOST_MODULES = 2, 13
 # Folders with fewer modules, and why.
 SMALL_FOLDERS = {

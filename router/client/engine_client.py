@@ -14,7 +14,6 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from .. import wire
 from ..errors import (
     EngineDeadError,
     EngineError,
@@ -37,6 +36,7 @@ from ..messages import (
     SequenceOutput,
     StepOutputs,
 )
+from ..processes import wire
 
 logger = logging.getLogger("vlmserve.client")
 

@@ -27,8 +27,8 @@ from ...models.settings.runner_config import RunnerConfig
 from ...models.threads import wait_briefly
 from ..config import EngineConfig
 from ..errors import EngineDeadError
-from ..logs import say, set_up_logging
-from ..parent_death import ParentGoneError, die_with_parent, name_process
+from ..processes.logs import say, set_up_logging
+from ..processes.parent_death import ParentGoneError, die_with_parent, name_process
 from .engine import Engine
 from .runner_protocol import Runner
 from .server import EngineServer, SocketPathError

@@ -16,10 +16,10 @@ import socket
 import stat
 from collections.abc import Iterator
 
-from .. import wire
 from ..config import EngineConfig
 from ..errors import EngineDeadError, WireError, failure_of
 from ..messages import AddRequest, EngineStats, FromEngine, Heartbeat, ToEngine
+from ..processes import wire
 from .engine import DuplicateRequestError, Engine
 
 logger = logging.getLogger("vlmserve.engine")

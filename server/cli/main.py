@@ -18,8 +18,8 @@ import typer
 from ... import __version__
 from ...models.settings.option_parser import GroupedHelp, command_of
 from ...router.config import EngineConfig
-from ...router.logs import say, set_up_logging
 from ...router.messages import EngineReady
+from ...router.processes.logs import say, set_up_logging
 from ..bench.command import app as bench_app
 from ..settings import ServerSettings
 from ..supervisor.settings import SupervisorSettings

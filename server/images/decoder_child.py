@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from ...router.parent_death import ParentGoneError, die_with_parent
+from ...router.processes.parent_death import ParentGoneError, die_with_parent
 from .decoder_frames import REQUEST_HEAD, DecodeReply, encode_reply
 from .decoding import decode, prepare_pillow
 from .settings import ImageError, ImageSettings

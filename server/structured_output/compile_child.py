@@ -19,7 +19,7 @@ import msgspec
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from ...models.grammar import Grammars
-from ...router.parent_death import die_with_parent
+from ...router.processes.parent_death import die_with_parent
 
 MAX_MEMORY_BYTES = 2 << 30
 # Of processor time, for the first token: a step of the model waits for it, and its neighbours too.

@@ -27,8 +27,8 @@ import msgspec
 
 from ...router.client.engine_client import EngineClient
 from ...router.config import EngineConfig
-from ...router.logs import say
 from ...router.messages import EngineReady
+from ...router.processes.logs import say
 from ...router.state_table import next_state
 from ..settings import ServerSettings
 from .child import Child

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from sanic import Request
 
-from ...router.logs import request_id_of_task
+from ...router.processes.logs import request_id_of_task
 
 UNMATCHED = "unmatched"
 OTHER_METHOD = "other"

@@ -39,8 +39,8 @@ from support.tool_call_answers import (
 )
 from support.wire_messages import FROM_ENGINE, TO_ENGINE
 
-from vlmserve.router import wire
 from vlmserve.router.errors import FrameTooLargeError, MalformedFrameError
+from vlmserve.router.processes import wire
 from vlmserve.server.api.sse import frame
 from vlmserve.server.errors import ApiError, BadRequestError
 from vlmserve.server.http.chunked import ChunkReader

@@ -31,8 +31,8 @@ from support.polling import until
 from support.stepped import SteppedEngine
 
 from vlmserve.models.batch import PoolSizes
-from vlmserve.router import wire
 from vlmserve.router.messages import AddRequest
+from vlmserve.router.processes import wire
 
 # One of each kind; `tests/whole/test_server_faults.py` goes through them all.
 ROUTES = [CHAT, STACK_ROUTES[0], COMPLETIONS]

@@ -17,7 +17,6 @@ from support.fake_runner import expected_token_ids
 from support.polling import until, wait_until
 
 from vlmserve.models.batch import PromptLogprobs, TokenLogprobs
-from vlmserve.router import wire
 from vlmserve.router.client.engine_client import EngineClient
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.errors import (
@@ -38,6 +37,7 @@ from vlmserve.router.messages import (
     StepOutputs,
     ToEngine,
 )
+from vlmserve.router.processes import wire
 
 DEADLINE_S = 120.0
 

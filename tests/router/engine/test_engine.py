@@ -15,7 +15,6 @@ from support.polling import until
 from support.step_gate import StepGate
 
 from vlmserve.models.batch import ImageSpan, OnLaunch, PoolSizes, StepBatch, StepResult
-from vlmserve.router import wire
 from vlmserve.router.client.engine_client import EngineClient
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine.engine import Engine
@@ -27,6 +26,7 @@ from vlmserve.router.errors import (
     QueueFullError,
 )
 from vlmserve.router.messages import AbortRequests, AddRequest, RequestFailed, SequenceOutput
+from vlmserve.router.processes import wire
 
 DEADLINE_S = 120
 

@@ -173,7 +173,7 @@ def test_many_restarts_pause_no_longer_than_half_a_minute():
 # Says that it has loaded to the first who connects, and dies by a signal.
 SHORT_LIVED_ENGINE = """
 import os, signal, socket, sys
-from vlmserve.router import wire
+from vlmserve.router.processes import wire
 from vlmserve.router.messages import EngineReady
 from vlmserve.router.engine.process import read_config
 

@@ -27,8 +27,8 @@ from support.invariants import CHAT, GENERATION_ROUTES, PICTURE, body_for
 from support.polling import until
 
 from vlmserve.router.errors import EngineInternalError, QueueFullError
-from vlmserve.router.logs import EventFormatter, StrayLines, escaped, request_id_of_task
 from vlmserve.router.messages import SequenceOutput
+from vlmserve.router.processes.logs import EventFormatter, StrayLines, escaped, request_id_of_task
 from vlmserve.server.images.settings import ImageError
 
 TOKENIZER = meta_like_tokenizer()
@@ -466,7 +466,7 @@ def test_the_run_was_over_tls_and_says_so(secret_run):
 def test_a_process_logs_from_its_level_on_and_no_words_of_what_ends_it(form):
     code = (
         "import logging, sys, threading\n"
-        "from vlmserve.router.logs import say, set_up_logging\n"
+        "from vlmserve.router.processes.logs import say, set_up_logging\n"
         f"set_up_logging('warning', {form!r}, 'engine')\n"
         "logging.getLogger('vlmserve.x').info('an info')\n"
         "logging.getLogger('vlmserve.x').warning('a warning')\n"

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from support.wire_messages import FROM_ENGINE, TO_ENGINE
 
 from vlmserve.models.batch import ImageSpan
-from vlmserve.router import wire
 from vlmserve.router.errors import FrameTooLargeError, MalformedFrameError
 from vlmserve.router.messages import (
     AbortRequests,
     AddRequest,
 )
+from vlmserve.router.processes import wire
 
 
 def read_all(data: bytes, decoder=wire.to_engine_decoder, max_bytes: int = 1000) -> list:

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import msgspec
 
-from .errors import FrameTooLargeError, MalformedFrameError
-from .messages import FromEngine, ToEngine
+from ..errors import FrameTooLargeError, MalformedFrameError
+from ..messages import FromEngine, ToEngine
 
 HEADER_BYTES = 4
 # Enough for a request's decoded tiles: 70 images of four 560-pixel tiles.
