@@ -25,6 +25,7 @@ from sanic.exceptions import SanicException
 from .. import __version__
 from ..router.client.replica_pool import ReplicaPool
 from .api.openapi import document
+from .api.response_store import IN_MEMORY, ResponseStore
 from .api.services import Services, json_response
 from .errors import ApiError, InternalError, error_body, type_of_status
 from .generation.engine_connection import EngineConnection
@@ -47,6 +48,7 @@ from .routes import (
     health,
     llama_stack,
     messages,
+    responses,
     service,
     tokenization,
 )
@@ -69,6 +71,7 @@ logger = logging.getLogger(__name__)
 ROUTES = (
     chat.ROUTES,
     completions.ROUTES,
+    responses.ROUTES,
     messages.ROUTES,
     llama_stack.ROUTES,
     tokenization.ROUTES,
@@ -137,6 +140,15 @@ def _tracer_of(settings: ServerSettings) -> Tracer | None:
     return Tracer(settings.traces)
 
 
+def _response_store_of(settings: ServerSettings) -> ResponseStore | None:
+    """Where responses are kept. Raises StoreError."""
+    place = settings.responses_store
+    if place == "off":
+        return None
+    file = IN_MEMORY if place == "memory" else place
+    return ResponseStore(file, settings.responses_store_bytes, settings.responses_ttl_s)
+
+
 class Components:
     """What lives as long as the server: engine connections, fetcher and decoders."""
 
@@ -160,6 +172,7 @@ class Components:
         self._metrics = Metrics(settings.max_num_seqs * num_replicas)
         self._engine = engine or self._make_engine()
         self._images = images or self._make_images(fetcher)
+        self._responses = _response_store_of(settings)
 
     def services(self, now: Clock | None) -> Services:
         """The components as the routes use them."""
@@ -177,7 +190,15 @@ class Components:
             settings.max_request_time_s,
             grammar_checks=self._grammar_checks,
         )
-        return Services(settings, self._engine, generator, metrics, processor, _context_of(folder))
+        return Services(
+            settings,
+            self._engine,
+            generator,
+            metrics,
+            processor,
+            _context_of(folder),
+            self._responses,
+        )
 
     async def open(self, app: Sanic[Any, Any]) -> None:
         """Start the decoders and start to connect to the engine, which may still be loading."""
@@ -214,6 +235,8 @@ class Components:
         await self._grammar_checks.close()
         if self._own_fetcher is not None:
             await self._own_fetcher.close()
+        if self._responses is not None:
+            self._responses.close()
 
     async def _disconnect(self) -> None:
         """End every request that waits for the engine or the decoders."""

@@ -3,7 +3,8 @@
     ApiError
     |- BadRequestError         400  the client's own mistake
     |- AuthenticationError     401  the API key is missing or wrong
-    |- ModelNotFoundError      404  the model is not served here
+    |- NotFoundError           404  nothing of that id is kept here
+    |  `- ModelNotFoundError   404  the model is not served here
     |- UnsupportedMediaError   415  the body is compressed
     |- OverloadedError         429  a queue is full; retry after Retry-After seconds
     |- InternalError           500  a model step failed
@@ -73,9 +74,13 @@ class AuthenticationError(ApiError):
     code = "invalid_api_key"
 
 
-class ModelNotFoundError(ApiError):
+class NotFoundError(ApiError):
     status = 404
     type = "invalid_request_error"
+    code: str | None = "not_found"
+
+
+class ModelNotFoundError(NotFoundError):
     code = "model_not_found"
 
 

@@ -110,6 +110,22 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Literal["error", "ignore"],
         Option("Unknown request fields: answer 400 (error), or log and ignore them.", HTTP),
     ] = "error"
+    responses_store: Annotated[
+        str,
+        Option(
+            "Where /v1/responses keeps responses for previous_response_id: memory, off, or the "
+            "path of a SQLite file. Several workers need a file.",
+            HTTP,
+            metavar="memory|off|FILE",
+        ),
+    ] = "memory"
+    responses_store_bytes: Annotated[
+        Positive,
+        Limit("Maximum bytes of kept responses. Above it, the API key with most loses its oldest."),
+    ] = 268_435_456
+    responses_ttl_s: Annotated[Seconds, Limit("Seconds until a kept response is deleted.")] = (
+        86_400.0
+    )
     max_connections: Annotated[
         Positive,
         Option(

@@ -2,11 +2,12 @@
 
 Read in this order:
 
-    endpoint  how a route declares its request and its answers
-    services  the parts of a worker that routes use, and JSON answers
-    sse       streams of server-sent events
-    openapi   the API's document, from the declarations
-    pages     the page at /docs
+    endpoint        how a route declares its request and its answers
+    services        the parts of a worker that routes use, and JSON answers
+    response_store  responses that are kept for /v1/responses
+    sse             streams of server-sent events
+    openapi         the API's document, from the declarations
+    pages           the page at /docs
 
 Declares no route.
 """

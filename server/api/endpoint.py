@@ -83,13 +83,7 @@ class Routes:
         refusals: Sequence[int] = (),
     ) -> Callable[[Handler], Handler]:
         """Declare the handler of GET and HEAD under these paths."""
-
-        def declare(handler: Handler) -> Handler:
-            given = parameters or {}
-            self._add("GET", paths, handler, replies, refusals, parameters=given)
-            return handler
-
-        return declare
+        return self._declaring("GET", paths, replies, refusals, parameters)
 
     def post(
         self,
@@ -105,6 +99,41 @@ class Routes:
             reading = _reading(body, handler)
             shown = examples or {}
             self._add("POST", paths, reading, replies, refusals, body=body, examples=shown)
+            return handler
+
+        return declare
+
+    def post_without_body(
+        self,
+        *paths: str,
+        replies: Sequence[Reply],
+        parameters: Mapping[str, str] | None = None,
+        refusals: Sequence[int] = (),
+    ) -> Callable[[Handler], Handler]:
+        """Declare the handler of POST under these paths, which reads no body."""
+        return self._declaring("POST", paths, replies, refusals, parameters)
+
+    def delete(
+        self,
+        *paths: str,
+        replies: Sequence[Reply],
+        parameters: Mapping[str, str] | None = None,
+        refusals: Sequence[int] = (),
+    ) -> Callable[[Handler], Handler]:
+        """Declare the handler of DELETE under these paths."""
+        return self._declaring("DELETE", paths, replies, refusals, parameters)
+
+    def _declaring(
+        self,
+        method: str,
+        paths: Sequence[str],
+        replies: Sequence[Reply],
+        refusals: Sequence[int],
+        parameters: Mapping[str, str] | None,
+    ) -> Callable[[Handler], Handler]:
+        def declare(handler: Handler) -> Handler:
+            given = parameters or {}
+            self._add(method, paths, handler, replies, refusals, parameters=given)
             return handler
 
         return declare

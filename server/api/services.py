@@ -25,6 +25,7 @@ from ..schemas.decoding import decode_body
 from ..schemas.json_text import INLINE_BYTES
 from ..settings import ServerSettings
 from ..telemetry.metrics import Metrics
+from .response_store import ResponseStore
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -42,6 +43,7 @@ class Services:
     metrics: Metrics
     processor: Processor
     configured_model_len: int
+    responses: ResponseStore | None = None
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 import orjson
@@ -35,6 +35,10 @@ class Answers(Protocol):
     def chunks(self, event: Event) -> Sequence[Mapping[str, object]]: ...
 
 
+async def _nothing(event: Event) -> None:
+    """Do nothing before an event's chunks."""
+
+
 async def send_stream(
     request: Request,
     prepared: PreparedGeneration,
@@ -43,12 +47,14 @@ async def send_stream(
     with_done: bool = False,
     is_named: bool = False,
     failure: Callable[[ApiError], Mapping[str, object]] = nested_body,
+    before_chunks: Callable[[Event], Awaitable[None]] = _nothing,
 ) -> None:
     """Answer with a stream of `data:` frames.
 
     with_done: end it by `data: [DONE]`, which OpenAI's clients wait for and
     Llama Stack's raise on. is_named: each frame has an `event:` line with its content's type.
-    failure: the content of the frame that reports an error.
+    failure: the content of the frame that reports an error. before_chunks: called with each event
+    before its chunks are sent.
     Raises ApiError while nothing has been sent: the engine's refusal has a status.
     """
     services = services_of(request)
@@ -61,12 +67,18 @@ async def send_stream(
         response = await request.respond(headers=_HEADERS, content_type="text/event-stream")
         assert response is not None, "sanic gives a response to fill"
         async with _pings(response, settings.stream_ping_interval_s):
-            async for chunks in _chunks(answers, first, events, failure):
+            async for chunks in _chunks(answers, first, events, failure, before_chunks):
                 if chunks:
                     await response.send(b"".join(map(framed, chunks)))
         if with_done:
             await response.send(DONE)
         await response.eof()
+
+
+async def _all_of(first: asyncio.Task[Event], events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    yield await first
+    async for event in events:
+        yield event
 
 
 def frame(content: Mapping[str, object]) -> bytes:
@@ -84,13 +96,15 @@ async def _chunks(
     first: asyncio.Task[Event],
     events: AsyncIterator[Event],
     failure: Callable[[ApiError], Mapping[str, object]],
+    before_chunks: Callable[[Event], Awaitable[None]],
 ) -> AsyncIterator[Sequence[Mapping[str, object]]]:
     """The chunks of every event, as they come; an error becomes the last one."""
     try:
         yield answers.first()
-        yield answers.chunks(await first)
-        async for event in events:
-            yield answers.chunks(event)
+        async for event in _all_of(first, events):
+            chunks = answers.chunks(event)
+            await before_chunks(event)
+            yield chunks
     except ApiError as error:
         yield [failure(error)]
     except Exception:

@@ -11,6 +11,7 @@ from ..schemas.llama_stack.answers import StackCompletion, StackModelList, stack
 from ..schemas.model_answers import ModelList, model_card
 from ..schemas.openai.chat_answers import ChatCompletion
 from ..schemas.openai.completion_answers import TextCompletion
+from ..schemas.openai.response_answers import Response
 
 MODEL = "meta/llama-3.2-11b-vision-instruct"
 PICTURE = (
@@ -188,6 +189,73 @@ MESSAGE: MessageAnswer = {
         "cache_read_input_tokens": 0,
         "output_tokens": 121,
     },
+}
+
+RESPONSES_REQUEST = {
+    "model": MODEL,
+    "input": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "input_image", "image_url": PICTURE},
+                {"type": "input_text", "text": QUESTION},
+            ],
+        }
+    ],
+    "max_output_tokens": 256,
+    "store": False,
+}
+
+STREAMED_RESPONSES_REQUEST = {
+    "model": MODEL,
+    "instructions": "You are brief.",
+    "input": "What is a boardwalk?",
+    "stream": True,
+}
+
+RESPONSE: Response = {
+    "id": "resp_8c5f5115fa464ab593963d5764498350",
+    "object": "response",
+    "created_at": 1729020253,
+    "status": "completed",
+    "background": False,
+    "completed_at": 1729020254,
+    "error": None,
+    "incomplete_details": None,
+    "instructions": None,
+    "max_output_tokens": 256,
+    "max_tool_calls": None,
+    "metadata": {},
+    "model": MODEL,
+    "output": [
+        {
+            "id": "msg_8c5f5115fa464ab593963d5764498351",
+            "type": "message",
+            "status": "completed",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": ANSWER, "annotations": [], "logprobs": []}],
+        }
+    ],
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "reasoning": {"effort": None, "summary": None},
+    "service_tier": "default",
+    "store": False,
+    "temperature": 1.0,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_logprobs": 0,
+    "top_p": 1.0,
+    "truncation": "disabled",
+    "usage": {
+        "input_tokens": 17,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": 121,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": 138,
+    },
+    "user": None,
 }
 
 MODEL_LIST: ModelList = {

@@ -77,6 +77,15 @@ ONE_MODEL = "model and model_id are equal where both are given."
 ONE_SETTING = "What stands in tool_config and beside it is the same."
 USERS_PICTURES = "Only a user's message holds a picture."
 
+STORED = (
+    "A previous_response_id is the id of a response that this server still keeps for the same key;"
+    " store is true only where the server keeps responses."
+)
+ITEMS = (
+    "An item of the input has what its type needs: a message a role and a content, a function_call"
+    " call_id, name and arguments that are a JSON object, a function_call_output the call_id of an"
+    " earlier call. Only a user's message has pictures. No item is an item_reference."
+)
 BEST_OF = "best_of is 1 or n where it is given."
 
 OF_CONVERSATIONS = (NO_NUL, RESULTS, ARGUMENTS, TOOL_NAMES, PARAMETERS)

@@ -18,10 +18,10 @@ VOCAB_SIZE = 768
 TOLD = {
     "Texts hold no U+0000.": r"(holds|contains) the character U\+0000",
     "A tool message answers the id of a call in an earlier assistant message.": (
-        r"which is the id of no call in an earlier assistant message"
+        r"which is the id of no (call in|tool_use block in|earlier function_call)"
     ),
     "A picture is a data URL of a picture file in base64, or an http or https URL of a public host,"
-    " within the server's limits.": r"^messages\S*: .*(image|data URL|decod)",
+    " within the server's limits.": r"^(messages|input)\S*: .*(image|data URL|decod)",
     "The prompt and the answer fit the model's context.": r"max_model_len is",
     "max_tokens and max_completion_tokens are equal where both are given.": (
         r"max_tokens is \d+ and max_completion_tokens is \d+"
@@ -52,6 +52,15 @@ TOLD = {
     "model and model_id are equal where both are given.": r"model and model_id differ",
     "What stands in tool_config and beside it is the same.": r"and tool_config\.\w+ is",
     "Only a user's message holds a picture.": r"only a user's message may hold an image",
+    "A previous_response_id is the id of a response that this server still keeps for the same key;"
+    " store is true only where the server keeps responses.": (
+        r"is the id of no response|keeps no responses"
+    ),
+    "An item of the input has what its type needs: a message a role and a content, a function_call"
+    " call_id, name and arguments that are a JSON object, a function_call_output the call_id of an"
+    " earlier call. Only a user's message has pictures. No item is an item_reference.": (
+        r"is required$|is an item_reference|has a picture|is not a JSON object|nested more than"
+    ),
     "prompt_logprobs are not asked for of more than the server's limit of tokens.": (
         r"log-probabilities, the limit is"
     ),

@@ -21,7 +21,7 @@ PAGE = (ROOT / "docs/api.md").read_text("utf-8")
 ADDRESS = "http://127.0.0.1:8000"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # Files of the page at /docs, which no client requests by hand.
-PARTS_OF_PAGES = DOCS_PATHS - {"/docs", "/openapi.json"}
+PARTS_OF_PAGES = DOCS_PATHS - {"/docs"}
 DEADLINE_S = 120.0
 # The end of an id, or a hash.
 RANDOM = re.compile(r"[0-9a-f]{24,64}$")

@@ -32,6 +32,7 @@ BASES = {
     "StackChatRequest": {"model_id": MODEL, "messages": [TURN]},
     "MessagesRequest": {"model": MODEL, "max_tokens": 8, "messages": [TURN]},
     "CountTokensRequest": {"model": MODEL, "messages": [TURN]},
+    "ResponsesRequest": {"model": MODEL, "input": "What"},
 }
 URL = "https://host/a.png"
 # Structs whose rules between fields ask for more than their required ones.
@@ -40,6 +41,7 @@ SAMPLES = {
     "CalledFunction": {"name": "a", "arguments": "{}"},
     "ContentItem": {"text": "a"},
     "ImageSource": {"uri": URL},
+    "InputItem": {"role": "user", "content": "a"},
     "StackMessage": {"role": "user", "content": "a"},
 }
 TOOL = {"type": "function", "function": {"name": "a"}}
@@ -52,11 +54,12 @@ REFUSED_NULLS = {
     "DetokenizeRequest": r"(?!)",
     "MessagesRequest": r"(?!)",
     "CountTokensRequest": r"(?!)",
+    "ResponsesRequest": r"input\[0\]\.(role|content)",
     "StackChatRequest": r"model_id|messages\[0\]\.(content|context)(\[0\])?\.(text|image\.uri)",
 }
 ANTHROPIC = ("MessagesRequest", "CountTokensRequest")
 KINDS = ("missing", "null", "type", "range", "unknown")
-POSTS = [one for group in ROUTES for one in group.endpoints if one.method == "POST"]
+POSTS = [one for group in ROUTES for one in group.endpoints if one.body is not None]
 # The first path of each body takes every case, the others a sample of them.
 FIRST = {one.body: one.path for one in reversed(POSTS)}
 
@@ -91,6 +94,8 @@ def completed(schema, case):
         body["stream"] = True
     if schema == "ChatCompletionRequest" and "tool_choice" in body:
         body["tools"] = [TOOL]
+    if schema == "ResponsesRequest" and body.get("tool_choice"):
+        body["tools"] = [{"type": "function", "name": "a"}]
     if schema in ANTHROPIC and body.get("tool_choice"):
         body["tools"] = [{"name": "a", "input_schema": {}}]
     return with_turns_that_fit(schema, body)

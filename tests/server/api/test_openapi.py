@@ -72,11 +72,11 @@ def operations_of(document):
     }
 
 
-def get(checkpoint, path, **settings):
+def get(checkpoint, path, headers=None, **settings):
     async def run():
         engine = ScriptedEngine(lambda request: [])
         async with client_of(checkpoint, engine, **settings) as client:
-            return await client.get(path)
+            return await client.get(path, headers=headers)
 
     return asyncio.run(run())
 
@@ -178,9 +178,12 @@ def test_the_page_and_its_files_need_no_key_but_an_allowed_host(checkpoint, path
 
 
 def test_the_authorize_dialog_of_the_page_sends_the_key_as_a_bearer(checkpoint):
-    response = get(checkpoint, "/openapi.json", api_keys=["k"])
-    (scheme,) = response.json()["components"]["securitySchemes"].values()
+    assert get(checkpoint, "/openapi.json", api_keys=["k"]).status_code == 401
+    headers = {"Authorization": "Bearer k"}
+    response = get(checkpoint, "/openapi.json", headers=headers, api_keys=["k"])
+    [(name, scheme)] = response.json()["components"]["securitySchemes"].items()
     assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    assert f'preauthorizeApiKey("{name}", key)' in (PAGES / "initializer.js").read_text()
 
 
 def test_the_page_loads_only_files_of_this_server_and_has_no_inline_code():
@@ -188,8 +191,10 @@ def test_the_page_loads_only_files_of_this_server_and_has_no_inline_code():
     for text in (page, script):
         assert "//" not in re.sub(r"(?m)^\s*// .*$", "", text)
     assert not re.search(r"<script(?![^>]*\bsrc=)|\bon\w+=|style=", page)
-    referenced = re.findall(r'(?:src|href)="([^"]+)"', page) + re.findall(r'url: "(.+)"', script)
-    assert {f"/{path}" for path in referenced} | {"/docs"} == DOCS_PATHS
+    referenced = re.findall(r'(?:src|href)="([^"]+)"', page) + re.findall(
+        r'fetch\("([^"]+)"', script
+    )
+    assert {f"/{path}" for path in referenced} | {"/docs"} == DOCS_PATHS | {"/openapi.json"}
     assert "validatorUrl: null" in script
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.fuzzed_server import KEY, fuzzed_server
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[2]
 DEADLINE_S = 300.0
 LONG_DEADLINE_S = 3600.0
 # Nothing that a checkout or a home happens to hold.

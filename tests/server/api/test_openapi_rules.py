@@ -28,7 +28,10 @@ SENT_PICTURE = user([{"type": "image_url", "image_url": "https://example.com/a.p
 CHAT = "/v1/chat/completions"
 STACK = "/inference/chat_completion"
 # For each rule that the document tells in words: a body that breaks it and fits the schema.
+RESPONSES = "/v1/responses"
 BROKEN = {
+    rules.STORED: (RESPONSES, {"previous_response_id": "resp_none"}),
+    rules.ITEMS: (RESPONSES, {"input": [{"type": "item_reference", "id": "a"}]}),
     rules.NO_NUL: (CHAT, {"messages": [user("a\0b")]}),
     rules.RESULTS: (CHAT, {"messages": [{"role": "tool", "content": "1", "tool_call_id": "x"}]}),
     rules.PICTURES: (CHAT, {"messages": [user([{"type": "image_url", "image_url": "no"}])]}),
@@ -111,7 +114,9 @@ UNFIT = [
 def body_of(path, fields):
     """A whole body with these fields."""
     base = {"model": MODEL}
-    if path != "/v1/completions":
+    if path == RESPONSES:
+        base["input"] = "What?"
+    elif path != "/v1/completions":
         base["messages"] = [user("What?")]
     return base | fields
 

@@ -1,0 +1,229 @@
+"""POST /v1/responses, and what can be done with the responses that are kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import orjson
+from sanic import HTTPResponse, Request
+
+from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
+from ..api.response_store import ResponseStore, StoredResponse
+from ..api.services import (
+    check_model,
+    json_response,
+    services_of,
+    tenant_of,
+)
+from ..api.sse import send_stream
+from ..errors import BadRequestError, NotFoundError
+from ..generation.events import End, Event
+from ..schemas.openai.response_answers import (
+    DeletedResponse,
+    InputItems,
+    Response,
+    ResponseAnswers,
+    ResponseEvent,
+)
+from ..schemas.openai.responses import InputItem, ResponsesRequest, responses_generation
+from . import samples
+
+ROUTES = Routes("responses", "Responses")
+
+PATH = "/v1/responses/<response_id:str>"
+PARAMETERS = {"response_id": "The id of a response."}
+DEFAULT_LIMIT = 20
+MAX_LIMIT = 100
+
+
+@ROUTES.post(
+    "/v1/responses",
+    body=ResponsesRequest,
+    examples={"picture": samples.RESPONSES_REQUEST, "streamed": samples.STREAMED_RESPONSES_REQUEST},
+    replies=[
+        Reply(type=Response, description="The whole response.", example=samples.RESPONSE),
+        Reply(
+            type=ResponseEvent,
+            media_type=EVENTS,
+            description="With stream: true, an event in each frame, named by its type."
+            " A failure is an event response.failed.",
+        ),
+    ],
+    refusals=GENERATION_REFUSALS,
+)
+async def responses(request: Request, body: ResponsesRequest) -> HTTPResponse | None:
+    """A model response to items of input, in OpenAI's newer form.
+
+    It is kept for previous_response_id unless store is false.
+    """
+    check_model(request, body.model)
+    services = services_of(request)
+    store = _store_for(body, services.responses)
+    owner = tenant_of(request)
+    earlier = await _earlier_items(body.previous_response_id, services.responses, owner)
+    generation = replace(responses_generation(body, earlier), tenant=owner)
+    prepared = await services.generator.prepare(generation)
+    answers = ResponseAnswers(body, is_stored=store is not None)
+
+    async def keep(response: Response) -> None:
+        if store is not None:
+            await store.put(owner, _stored(body, response))
+
+    if body.stream:
+
+        async def keep_at_end(event: Event) -> None:
+            if isinstance(event, End):
+                await keep(answers.ended(event.usage))
+
+        await send_stream(
+            request,
+            prepared,
+            answers,
+            is_named=True,
+            failure=answers.failure,
+            before_chunks=keep_at_end,
+        )
+        return None
+    response = answers.plain(await services.generator.answer(prepared))
+    await keep(response)
+    return json_response(response)
+
+
+@ROUTES.get(
+    PATH,
+    parameters=PARAMETERS,
+    replies=[Reply(type=Response, description="The response.", example=samples.RESPONSE)],
+    refusals=[404],
+)
+async def retrieve(request: Request, response_id: str) -> HTTPResponse:
+    """A response that was kept."""
+    stored = await _found(request, response_id)
+    return HTTPResponse(stored.response, content_type="application/json")
+
+
+@ROUTES.delete(
+    PATH,
+    parameters=PARAMETERS,
+    replies=[Reply(type=DeletedResponse, description="It is deleted.")],
+    refusals=[404],
+)
+async def delete(request: Request, response_id: str) -> HTTPResponse:
+    """Delete a response; responses that continue it can no longer be continued."""
+    store = services_of(request).responses
+    if store is None or not await store.delete(tenant_of(request), response_id):
+        raise _not_found(response_id)
+    answer: DeletedResponse = {"id": response_id, "object": "response", "deleted": True}
+    return json_response(answer)
+
+
+@ROUTES.post_without_body(
+    f"{PATH}/cancel",
+    parameters=PARAMETERS,
+    replies=[Reply(type=Response, description="Never: no response runs in the background.")],
+    refusals=[404],
+)
+async def cancel(request: Request, response_id: str) -> HTTPResponse:
+    """Always refused: responses do not run in the background. Close the connection to cancel."""
+    await _found(request, response_id)
+    raise BadRequestError(
+        "only a response in the background can be cancelled, and this server runs none: close the"
+        " connection of the request instead"
+    )
+
+
+@ROUTES.get(
+    f"{PATH}/input_items",
+    parameters=PARAMETERS,
+    replies=[Reply(type=InputItems, description="The response's own input.")],
+    refusals=[404],
+)
+async def input_items(request: Request, response_id: str) -> HTTPResponse:
+    """The items of a response's own input, newest first.
+
+    Query: limit (1 to 100), order (asc or desc), after (the id of an item).
+    """
+    stored = await _found(request, response_id)
+    return json_response(_page(orjson.loads(stored.input), request))
+
+
+def _store_for(body: ResponsesRequest, store: ResponseStore | None) -> ResponseStore | None:
+    """Where the response is to be kept. Raises BadRequestError if it should be and cannot."""
+    if body.store is False:
+        return None
+    if store is None and body.store:
+        raise BadRequestError(
+            "store is true, but this server keeps no responses: leave it out, or start the server"
+            " with --responses-store memory",
+            param="store",
+        )
+    return store
+
+
+async def _earlier_items(
+    previous: str | None, store: ResponseStore | None, owner: str
+) -> list[InputItem]:
+    """The items of all responses before this one. Raises BadRequestError."""
+    if previous is None:
+        return []
+    chain = None if store is None else await store.chain(owner, previous)
+    if chain is None:
+        raise BadRequestError(
+            f"previous_response_id is {previous[:128]!r}, which is the id of no response that this"
+            " server keeps: send the earlier items as input",
+            param="previous_response_id",
+        )
+    items: list[Any] = []
+    for stored in chain:
+        items += orjson.loads(stored.input) + orjson.loads(stored.response)["output"]
+    return msgspec.convert(items, list[InputItem])
+
+
+def _stored(body: ResponsesRequest, response: Response) -> StoredResponse:
+    items = []
+    for index, item in enumerate(body.items):
+        content = {key: one for key, one in msgspec.to_builtins(item).items() if one is not None}
+        content.setdefault("type", "message")
+        content.setdefault("id", f"item_{response['id'].removeprefix('resp_')}_{index}")
+        items.append(content)
+    return StoredResponse(
+        response["id"], body.previous_response_id, orjson.dumps(items), orjson.dumps(response)
+    )
+
+
+async def _found(request: Request, response_id: str) -> StoredResponse:
+    store = services_of(request).responses
+    stored = None if store is None else await store.get(tenant_of(request), response_id)
+    if stored is None:
+        raise _not_found(response_id)
+    return stored
+
+
+def _not_found(response_id: str) -> NotFoundError:
+    return NotFoundError(f"this server keeps no response with the id {response_id[:128]!r}")
+
+
+def _page(items: list[dict[str, Any]], request: Request) -> InputItems:
+    """One page of the items. Raises BadRequestError."""
+    limit = request.args.get("limit", str(DEFAULT_LIMIT))
+    order, after = request.args.get("order", "desc"), request.args.get("after")
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit) <= MAX_LIMIT):
+        raise BadRequestError(f"limit is {limit[:32]!r}: send 1 to {MAX_LIMIT}", param="limit")
+    if order not in ("asc", "desc"):
+        raise BadRequestError(f"order is {order[:32]!r}: send asc or desc", param="order")
+    if order == "desc":
+        items = items[::-1]
+    if after is not None:
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise BadRequestError(f"after is {after[:128]!r}: no item has it", param="after")
+        items = items[ids.index(after) + 1 :]
+    page = items[: int(limit)]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": len(page) < len(items),
+    }

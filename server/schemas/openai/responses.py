@@ -1,0 +1,421 @@
+"""POST /v1/responses: the request as OpenAI's clients write it.
+
+Owns names, ranges and spellings of the request and its input items, and how they become a
+`GenerationRequest`. Knows nothing of stored responses, tokens or answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+
+from ...errors import BadRequestError
+from ...generation.request import GenerationRequest, sampling_params
+from ...prompts.conversation import ImagePart, Message, Part, Role, TextPart, Tool, ToolCall
+from ...structured_output.grammar_text import json_object_grammar, json_schema_grammar
+from .. import rules
+from ..decoding import ModelName, no_nul
+from ..rules import all_of
+from ..sampling import MaxTokens, Neutral, NumTop, only_neutral, refuse_unless_neutral
+from ..structured import Form, call_form, only_form
+from ..tools import (
+    MAX_TOOLS,
+    CallId,
+    ToolName,
+    arguments_of,
+    check_choice,
+    check_names,
+    tool_of,
+)
+from .chat_messages import MAX_PARTS, bounded, parts_of_text
+
+MAX_ITEMS = 2048
+ItemId = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+ResponseId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+
+
+class InputText(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="input_text"
+):
+    text: str
+
+
+class InputImage(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="input_image"
+):
+    """detail "low" takes one tile; "auto" and "high" take what the checkpoint allows."""
+
+    image_url: str
+    detail: Literal["auto", "low", "high", "original"] | None = None
+    file_id: None = None
+
+
+class OutputText(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="output_text"
+):
+    """A text of an earlier answer; annotations and logprobs are taken without effect."""
+
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+class OutputRefusal(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="refusal"
+):
+    refusal: str
+
+
+ContentList = Annotated[
+    list[InputText | InputImage | OutputText | OutputRefusal], msgspec.Meta(max_length=MAX_PARTS)
+]
+ResultList = Annotated[list[InputText | InputImage], msgspec.Meta(max_length=MAX_PARTS)]
+
+
+class InputItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One item of the input. type: message if it is not given.
+
+    message: role and content. function_call: call_id, name and arguments. function_call_output:
+    call_id and output. item_reference: id. reasoning: another model's, left out of the prompt.
+    """
+
+    type: (
+        Literal["message", "function_call", "function_call_output", "item_reference", "reasoning"]
+        | None
+    ) = None
+    id: ItemId | None = None
+    status: ItemStatus | None = None
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: str | ContentList | None = None
+    phase: str | None = None
+    call_id: CallId | None = None
+    name: ToolName | None = None
+    arguments: str | None = None
+    output: str | ResultList | None = None
+    summary: list[Any] | None = None
+    encrypted_content: str | None = None
+
+
+class FunctionToolOfResponse(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A function of the client. OpenAI's own tools, which it runs itself, are not served."""
+
+    name: ToolName
+    type: Literal["function"]
+    description: Annotated[str, msgspec.Meta(max_length=65_536)] | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class _Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    name: ToolName
+    type: Literal["function"] = "function"
+
+
+class FunctionOfChoice(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="function"
+):
+    name: ToolName
+
+
+class AllowedOfChoice(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"
+):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[_Named], msgspec.Meta(min_length=1, max_length=MAX_TOOLS)]
+
+
+class TextOfResponse(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text"):
+    pass
+
+
+class JsonObjectOfResponse(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="json_object"
+):
+    pass
+
+
+class JsonSchemaOfResponse(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="json_schema", kw_only=True
+):
+    """The schema is obeyed whether `strict` or not; name and description have no effect."""
+
+    schema: dict[str, Any]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """format: what form the answer must have. verbosity: taken at medium only."""
+
+    format: TextOfResponse | JsonObjectOfResponse | JsonSchemaOfResponse | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class Reasoning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """This model does not reason: effort is none."""
+
+    effort: Literal["none"] | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+
+
+class ResponseStreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """include_obfuscation: taken without effect."""
+
+    include_obfuscation: bool | None = None
+
+
+# What fields may hold besides null that are not supported.
+REFUSED: dict[str, Neutral] = {
+    "background": Neutral((False,), "send the request without it and read the answer"),
+    "conversation": Neutral((), "use previous_response_id"),
+    "prompt": Neutral((), "send its text as instructions and input"),
+    "prompt_cache_options": Neutral(({}, {"mode": "implicit"})),
+    "prompt_cache_retention": Neutral(("in_memory",)),
+    "service_tier": Neutral(("auto", "default")),
+    "truncation": Neutral(("disabled",), "shorten the input yourself"),
+}
+WITHOUT_EFFECT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "user"})
+LOGPROBS = "message.output_text.logprobs"
+
+
+class ResponsesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body. Fields of `REFUSED` are taken at their neutral values only.
+
+    store: keep the response for previous_response_id; true unless the server keeps none. include:
+    message.output_text.logprobs adds log-probabilities; other values have no effect.
+    """
+
+    prose_rules: ClassVar[tuple[str, ...]] = (
+        *rules.OF_CHATS,
+        rules.RESULTS,
+        rules.ITEMS,
+        rules.STORED,
+    )
+    schema_rules: ClassVar[dict[str, Any]] = all_of(only_neutral(REFUSED))
+
+    model: ModelName
+    input: str | Annotated[list[InputItem], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)]
+    instructions: str | None = None
+    previous_response_id: ResponseId | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    max_output_tokens: MaxTokens | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
+    top_logprobs: NumTop | None = None
+    include: Annotated[list[str], msgspec.Meta(max_length=64)] | None = None
+    text: TextSettings | None = None
+    reasoning: Reasoning | None = None
+    tools: Annotated[list[FunctionToolOfResponse], msgspec.Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionOfChoice | AllowedOfChoice | None = (
+        None
+    )
+    parallel_tool_calls: bool | None = None
+    max_tool_calls: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None = None
+    # Taken at their neutral values only.
+    background: bool | None = None
+    conversation: str | dict[str, Any] | None = None
+    prompt: dict[str, Any] | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    service_tier: str | None = None
+    truncation: str | None = None
+    # Taken without effect; metadata comes back in the answer.
+    metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    user: str | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many candidates a token has, None if log-probabilities are not requested."""
+        return self.top_logprobs or 0 if LOGPROBS in (self.include or ()) else self.top_logprobs
+
+    @property
+    def items(self) -> list[InputItem]:
+        """The input as items: a text is one message of the user."""
+        if isinstance(self.input, str):
+            return [InputItem(role="user", content=self.input)]
+        return self.input
+
+
+def responses_generation(
+    body: ResponsesRequest, earlier: Sequence[InputItem] = ()
+) -> GenerationRequest:
+    """What is to be generated for this body. earlier: the items before its own input.
+
+    Raises BadRequestError that names the field and the remedy.
+    """
+    refuse_unless_neutral(body, REFUSED)
+    tools = _offered_tools(body)
+    max_calls = 1 if body.parallel_tool_calls is False else body.max_tool_calls
+    forms = [*_text_forms(body.text), *call_form(tools, _choice_of(body), max_calls)]
+    form = only_form(forms)
+    # top_p 0 keeps the most likely token alone: greedy.
+    temperature = 0.0 if body.top_p == 0 else body.temperature
+    sampling = sampling_params(temperature, body.top_p or None, None, None)
+    return GenerationRequest(
+        messages=_conversation_of(body, earlier),
+        tools=tools,
+        grammar=form.grammar if form else None,
+        grammar_field=form.field if form else "",
+        max_tool_calls=max_calls,
+        sampling=msgspec.structs.replace(sampling, num_logprobs=body.num_logprobs),
+        max_tokens=body.max_output_tokens,
+        max_tokens_field="max_output_tokens",
+    )
+
+
+def _text_forms(text: TextSettings | None) -> list[Form]:
+    wanted = text.format if text is not None else None
+    if isinstance(wanted, JsonObjectOfResponse):
+        return [Form(json_object_grammar(), "text.format")]
+    if isinstance(wanted, JsonSchemaOfResponse):
+        field = "text.format.schema"
+        return [Form(json_schema_grammar(wanted.schema, field), field)]
+    return []
+
+
+def _offered_tools(body: ResponsesRequest) -> tuple[Tool, ...]:
+    """The tools that the model may call. Raises BadRequestError."""
+    tools = tuple(
+        tool_of(tool.name, tool.description, tool.parameters, f"tools[{i}].parameters")
+        for i, tool in enumerate(body.tools or ())
+    )
+    check_names(tools)
+    if isinstance(body.tool_choice, AllowedOfChoice):
+        tools = _allowed(tools, body.tool_choice)
+    check_choice(_choice_of(body), tools)
+    return () if body.tool_choice == "none" else tools
+
+
+def _allowed(tools: tuple[Tool, ...], choice: AllowedOfChoice) -> tuple[Tool, ...]:
+    offered = {tool.name for tool in tools}
+    for index, tool in enumerate(choice.tools):
+        if tool.name not in offered:
+            field = f"tool_choice.tools[{index}]"
+            raise BadRequestError(
+                f"{field} is {tool.name!r}, which is none of tools: offer it", param=field
+            )
+    allowed = {tool.name for tool in choice.tools}
+    return tuple(tool for tool in tools if tool.name in allowed)
+
+
+def _choice_of(body: ResponsesRequest) -> str | None:
+    """auto, none, required, or the name of a tool."""
+    choice = body.tool_choice
+    if isinstance(choice, FunctionOfChoice):
+        return choice.name
+    return choice.mode if isinstance(choice, AllowedOfChoice) else choice
+
+
+def _conversation_of(body: ResponsesRequest, earlier: Sequence[InputItem]) -> tuple[Message, ...]:
+    messages: list[Message] = []
+    if body.instructions:
+        messages.append(Message("system", (TextPart(no_nul(body.instructions, "instructions")),)))
+    places = [f"previous_response_id.items[{i}]" for i in range(len(earlier))]
+    places += ["input" if isinstance(body.input, str) else f"input[{i}]"
+               for i in range(len(body.items))]  # fmt: skip
+    items = [*earlier, *body.items]
+    messages += _messages(list(zip(items, places, strict=True)))
+    return bounded(messages)
+
+
+def _messages(items: Sequence[tuple[InputItem, str]]) -> Iterator[Message]:
+    """Calls join the assistant's message before them; pictures of results follow as the user's."""
+    turn: Message | None = None
+    pictures: list[Part] = []
+    call_ids: set[str] = set()
+    for item, field in items:
+        kind = item.type or "message"
+        if pictures and kind != "function_call_output":
+            yield Message("user", tuple(pictures))
+            pictures = []
+        if kind == "function_call":
+            call = _call(item, field)
+            call_ids.add(_needed(item.call_id, f"{field}.call_id"))
+            before = turn or Message("assistant", ())
+            turn = Message("assistant", before.parts, (*before.tool_calls, call))
+            continue
+        if turn is not None:
+            yield turn
+            turn = None
+        if kind == "function_call_output":
+            result = _result_parts(item, field, call_ids)
+            yield Message("tool", tuple(part for part in result if isinstance(part, TextPart)))
+            pictures += [part for part in result if isinstance(part, ImagePart)]
+            continue
+        if kind == "reasoning":
+            continue
+        if kind == "item_reference":
+            raise BadRequestError(
+                f"{field} is an item_reference: send the item itself, or use previous_response_id",
+                param=field,
+            )
+        message = _message(item, field)
+        if message.role == "assistant":
+            turn = message
+        else:
+            yield message
+    if turn is not None:
+        yield turn
+    if pictures:
+        yield Message("user", tuple(pictures))
+
+
+def _call(item: InputItem, field: str) -> ToolCall:
+    name = _needed(item.name, f"{field}.name")
+    return ToolCall(name, arguments_of(item.arguments or "{}", f"{field}.arguments"))
+
+
+def _result_parts(item: InputItem, field: str, call_ids: set[str]) -> tuple[Part, ...]:
+    call_id = _needed(item.call_id, f"{field}.call_id")
+    if call_id not in call_ids:
+        raise BadRequestError(
+            f"{field}.call_id is {call_id[:64]!r}, which is the id of no earlier function_call:"
+            " send that item too, or previous_response_id",
+            param=f"{field}.call_id",
+        )
+    output = "" if item.output is None else item.output
+    if isinstance(output, str):
+        return (TextPart(no_nul(output, f"{field}.output")),)
+    return tuple(_part(part, f"{field}.output[{i}]") for i, part in enumerate(output))
+
+
+def _message(item: InputItem, field: str) -> Message:
+    role: Role = {"developer": "system"}.get(item.role or "", item.role)  # type: ignore[assignment]
+    if role is None:
+        raise BadRequestError(f"{field}.role is required", param=f"{field}.role")
+    place = f"{field}.content"
+    content = _needed(item.content, place)
+    if isinstance(content, str):
+        text = no_nul(content, place)
+        return Message(role, parts_of_text(text, place) if role == "user" else (TextPart(text),))
+    parts = tuple(_part(part, f"{place}[{i}]") for i, part in enumerate(content))
+    if role != "user" and any(isinstance(part, ImagePart) for part in parts):
+        raise BadRequestError(
+            f"{place} of the role {item.role} has a picture: put it into a message of the user",
+            param=place,
+        )
+    return Message(role, parts)
+
+
+def _part(part: InputText | InputImage | OutputText | OutputRefusal, field: str) -> Part:
+    if isinstance(part, InputImage):
+        max_tiles = 1 if part.detail == "low" else None
+        return ImagePart(part.image_url, f"{field}.image_url", max_tiles)
+    if isinstance(part, OutputRefusal):
+        return TextPart(no_nul(part.refusal, f"{field}.refusal"))
+    return TextPart(no_nul(part.text, f"{field}.text"))
+
+
+def _needed(value: Any, field: str) -> Any:
+    if value is None:
+        raise BadRequestError(f"{field} is required", param=field)
+    return value
