@@ -20,7 +20,7 @@ import msgspec
 
 from ...models.batch import ImageTiles
 from ...router.messages import AddRequest, EngineReady
-from ..errors import BadRequestError, NotReadyError
+from ..errors import BadRequestError, DeadlineError, NotReadyError
 from ..images.settings import ImageError, ImageRequest, PoolClosed
 from ..prompts.conversation import ImagePart
 from ..prompts.processor import PreparedPrompt, Processor, PromptTooLongError
@@ -40,6 +40,10 @@ from .request import (
 MAX_INLINE_CHARS = 4_000
 # Of all prompts of one request, so that no body keeps a thread for seconds: four long contexts.
 MAX_PROMPT_TOKENS = 524_288
+
+
+# When to retry a request whose images waited too long for fetches or decoders.
+IMAGE_RETRY_S = 5.0
 
 
 class Images(Protocol):
@@ -237,10 +241,11 @@ class Preparer:
             field = "messages" if error.index is None else images[error.index].field
             raise BadRequestError(f"{field}: {error.message}", param=field) from error
         except TimeoutError as error:
-            raise BadRequestError(
-                f"the images took longer than {self._image_deadline_s:g} s to load: send fewer or"
-                " smaller ones, or as data URLs",
-                param="messages",
+            # A slow image server is an ImageError: here the images waited for this server.
+            raise DeadlineError(
+                f"the images were not loaded within {self._image_deadline_s:g} s, because this"
+                " server is busy: try again",
+                retry_after_s=IMAGE_RETRY_S,
             ) from error
         except PoolClosed as error:
             raise NotReadyError("the server is stopping: try again", retry_after_s=1.0) from error

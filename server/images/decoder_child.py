@@ -24,8 +24,10 @@ from .decoding import decode, prepare_pillow
 from .settings import ImageError, ImageSettings
 from .tiling import TilingConfig
 
-# The parent kills the child first. This limit is for a parent that cannot.
-ALARM_FACTOR = 3
+# The parent kills the child first. These limits, of CPU time and of real time, are for a parent
+# that cannot.
+CPU_FACTOR = 3
+ALARM_FACTOR = 8
 BROKEN = "image cannot be decoded: the file is damaged, cut off or does not match its header"
 TOO_MUCH_MEMORY = "image takes too much memory to decode: scale it down or save it again"
 
@@ -59,9 +61,9 @@ def serve(config: DecoderConfig, requests: BinaryIO, replies: BinaryIO) -> None:
         data = requests.read(length)
         if len(data) < length:
             return
-        limit_s = config.settings.decode_timeout_s * ALARM_FACTOR
-        signal.setitimer(signal.ITIMER_REAL, limit_s)
-        limit_cpu(limit_s)
+        limit_s = config.settings.decode_timeout_s
+        signal.setitimer(signal.ITIMER_REAL, limit_s * ALARM_FACTOR)
+        limit_cpu(limit_s * CPU_FACTOR)
         reply = answer(data, config, max_tiles or None)
         signal.setitimer(signal.ITIMER_REAL, 0)
         del data

@@ -1,8 +1,10 @@
 """A pool of killable processes that turn encoded images into tiles.
 
 Owns the children: it starts them, sends them images, kills them at a deadline and replaces them
-at once. An image that crashes or hangs its decoder fails alone. Knows nothing of pixels
-(`decoding.py` does, inside the children), of URLs or of HTTP.
+at once. An image that crashes or hangs its decoder fails alone. Decides whose fault a failure is:
+the image's if it is damaged, crashes the decoder or takes too much CPU time; the server's if the
+decoder got no CPU time or the system killed it. Knows nothing of pixels (`decoding.py` does, inside
+the children), of URLs or of HTTP.
 """
 
 from __future__ import annotations
@@ -10,13 +12,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 from asyncio.subprocess import PIPE, Process
+from pathlib import Path
 
 import msgspec
 
 from ...models.batch import ImageTiles
 from ..child_sandbox import child_environment, end_child
+from ..errors import NotReadyError
 from ..tasks import end_tasks, run_together
 from .decoder_child import DecoderConfig
 from .decoder_frames import REPLY_HEAD, REQUEST_HEAD, DecodeReply, decode_reply, reply_length
@@ -30,11 +35,29 @@ MODULE = "vlmserve.server.images.decoder_child"
 START_TIMEOUT_S = 60.0
 RESTART_PAUSE_S = 1.0
 STREAM_LIMIT = 4 * 1024 * 1024
+# An image may take this many times decode_timeout_s of real time: its decoder may have to wait for
+# a core. After that, the decoder is replaced.
+WAIT_FACTOR = 4
+CHECK_INTERVAL_S = 0.05
+EXIT_TIMEOUT_S = 5.0
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 CRASHED = "image cannot be decoded: it crashed the decoder"
+# What an image can do to its decoder. Any other end is the system's doing.
+CRASH_SIGNALS = frozenset(
+    {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+)
 
 
 class DecoderLost(Exception):
     """A child ended, or sent an invalid frame."""
+
+
+class TooMuchCpu(Exception):
+    """An image took all the CPU time that it may take."""
+
+
+class DecoderStalled(Exception):
+    """A child got too little CPU time for its image."""
 
 
 class DecoderChild:
@@ -69,6 +92,46 @@ class DecoderChild:
     @property
     def is_alive(self) -> bool:
         return self._process.returncode is None
+
+    @property
+    def cpu_s(self) -> float:
+        """The CPU seconds that the process has used; 0 if it is gone."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text("ascii", "replace")
+        except OSError:
+            return 0.0
+        # The name before the last bracket may contain anything. utime and stime: proc(5).
+        fields = stat.rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+
+    async def exit_signal(self) -> int | None:
+        """The signal that ended the process; None if it exited or did not end."""
+        try:
+            async with asyncio.timeout(EXIT_TIMEOUT_S):
+                code = await self._process.wait()
+        except TimeoutError:
+            return None
+        return -code if code < 0 else None
+
+    async def decode_within(
+        self, data: bytes, max_tiles: int | None, cpu_s: float, real_s: float
+    ) -> DecodeReply:
+        """As `decode`. Raises TooMuchCpu or DecoderStalled when the first of both is used up."""
+        loop = asyncio.get_running_loop()
+        last_cpu_s, deadline = self.cpu_s + cpu_s, loop.time() + real_s
+        decoding = asyncio.create_task(self.decode(data, max_tiles))
+        try:
+            while not decoding.done():
+                left_s = min(last_cpu_s - self.cpu_s, deadline - loop.time())
+                await asyncio.wait({decoding}, timeout=max(left_s, CHECK_INTERVAL_S))
+                if not decoding.done() and self.cpu_s >= last_cpu_s:
+                    raise TooMuchCpu
+                if not decoding.done() and loop.time() >= deadline:
+                    raise DecoderStalled
+            return await decoding
+        finally:
+            await end_tasks(decoding)
+            del decoding
 
     async def decode(self, data: bytes, max_tiles: int | None) -> DecodeReply:
         """The child's reply to one image. Raises DecoderLost if the child ends instead."""
@@ -112,7 +175,7 @@ class DecoderPool:
         # None means that the pool is closed. Each waiting task that takes it returns it.
         self._idle: asyncio.LifoQueue[DecoderChild | None] = asyncio.LifoQueue()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._jobs: set[asyncio.Task[DecodeReply]] = set()
+        self._jobs: set[asyncio.Task[DecodeReply | None]] = set()
         self._is_closed = False
 
     async def open(self) -> None:
@@ -152,9 +215,10 @@ class DecoderPool:
     async def decode(self, data: bytes, max_tiles: int | None = None) -> ImageTiles:
         """The tiles of one encoded image, as soon as a child is free.
 
-        Raises ImageError if the image is rejected, damaged, crashes its decoder or takes longer
-        than decode_timeout_s. If the caller is cancelled, the child finishes its image (within
-        that time), so that requests and replies in its pipes stay paired.
+        Raises ImageError if the image is rejected, damaged, crashes its decoder or takes more CPU
+        time than decode_timeout_s; NotReadyError if the decoder got no CPU time or the system
+        killed it. If the caller is cancelled, the child finishes its image (within the same
+        limits), so that requests and replies in its pipes stay paired.
         """
         check_header(read_header(data), self._settings)
         child = await self._take_idle()
@@ -162,11 +226,13 @@ class DecoderPool:
         self._jobs.add(job)
         job.add_done_callback(self._jobs.discard)
         reply = await self._wait_for(job)
+        if reply is None:
+            raise NotReadyError("an image decoder was interrupted: try again", retry_after_s=1.0)
         if reply.tiles is None:
             raise ImageError(reply.error or CRASHED)
         return reply.tiles
 
-    async def _wait_for(self, job: asyncio.Task[DecodeReply]) -> DecodeReply:
+    async def _wait_for(self, job: asyncio.Task[DecodeReply | None]) -> DecodeReply | None:
         """The job's reply. If the caller is cancelled, the job continues."""
         try:
             return await asyncio.shield(job)
@@ -184,20 +250,21 @@ class DecoderPool:
         self._idle.put_nowait(None)
         raise PoolClosed
 
-    async def _run(self, child: DecoderChild, data: bytes, max_tiles: int | None) -> DecodeReply:
-        """Decode one image in one child, which becomes idle again or is replaced."""
-        timeout_s = self._settings.decode_timeout_s
+    async def _run(
+        self, child: DecoderChild, data: bytes, max_tiles: int | None
+    ) -> DecodeReply | None:
+        """Decode one image in one child, which becomes idle again or is replaced.
+
+        None: the decoder failed, and the image is not at fault.
+        """
+        limit_s = self._settings.decode_timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
-                reply = await child.decode(data, max_tiles)
-        except TimeoutError:
+            reply = await child.decode_within(data, max_tiles, limit_s, WAIT_FACTOR * limit_s)
+        except BaseException as error:
+            fault = await _fault_of(error, child, limit_s)
             self._replace(child)
-            return DecodeReply(error=f"image takes over {timeout_s:g} s to decode: scale it down")
-        except DecoderLost:
-            self._replace(child)
-            return DecodeReply(error=CRASHED)
-        except BaseException:
-            self._replace(child)
+            if isinstance(error, (TooMuchCpu, DecoderStalled, DecoderLost)):
+                return fault
             raise
         self._idle.put_nowait(child)
         return reply
@@ -225,3 +292,19 @@ class DecoderPool:
         child = await DecoderChild.start(self._config)
         self._children.add(child)
         self._idle.put_nowait(child)
+
+
+async def _fault_of(
+    error: BaseException, child: DecoderChild, limit_s: float
+) -> DecodeReply | None:
+    """The reply to an image that is at fault for the failure; None if it is not."""
+    if isinstance(error, DecoderLost):
+        ended_by = await child.exit_signal()
+        if ended_by in CRASH_SIGNALS:
+            return DecodeReply(error=CRASHED)
+        is_too_slow = ended_by == signal.SIGXCPU
+    else:
+        is_too_slow = isinstance(error, TooMuchCpu)
+    if is_too_slow:
+        return DecodeReply(error=f"image takes over {limit_s:g} s of CPU time: scale it down")
+    return None

@@ -92,7 +92,8 @@ class ImageSettings:
     ] = False
     num_decoders: Annotated[int, Limit("Number of image decoder processes; at least 2.")] = 2
     decode_timeout_s: Annotated[
-        float, Limit("Maximum seconds to decode one image; after that, its decoder is restarted.")
+        float,
+        Limit("Maximum CPU seconds to decode one image; after that, its decoder is restarted."),
     ] = 5.0
     decoder_memory_bytes: Annotated[
         int, Limit("Maximum memory of a decoder process beyond its start.")

@@ -27,6 +27,8 @@ from support.pictures import (
 from support.polling import FAR_S, until, wait_until
 
 from vlmserve.models.batch import ImageTiles
+from vlmserve.server.errors import NotReadyError
+from vlmserve.server.images import decoders
 from vlmserve.server.images.decoder_child import DecoderConfig
 from vlmserve.server.images.decoders import DecoderPool
 from vlmserve.server.images.decoding import content_hash
@@ -164,7 +166,12 @@ def test_max_tiles_reaches_the_child() -> None:
     with_pool(use)
 
 
-def test_killed_child_is_replaced_and_only_its_picture_fails() -> None:
+@pytest.mark.parametrize(
+    ("ends_by", "failure"), [(signal.SIGKILL, NotReadyError), (signal.SIGSEGV, ImageError)]
+)
+def test_killed_child_is_replaced_and_only_its_picture_fails(ends_by, failure) -> None:
+    """The system's kill was a 400 that blamed the client; a crash is its picture's doing."""
+
     async def use(pool: DecoderPool) -> None:
         data = encoded(picture())
         before = pool.pids
@@ -172,10 +179,11 @@ def test_killed_child_is_replaced_and_only_its_picture_fails() -> None:
             os.kill(pid, signal.SIGSTOP)
         jobs = [asyncio.create_task(pool.decode(data)) for _ in range(2)]
         await until(lambda: pool.num_busy == 2)
-        os.kill(before[1], signal.SIGCONT)
-        os.kill(before[0], signal.SIGKILL)
+        os.kill(before[0], ends_by)
+        for pid in before:
+            os.kill(pid, signal.SIGCONT)
         results = await asyncio.gather(*jobs, return_exceptions=True)
-        assert {type(result) for result in results} == {ImageError, ImageTiles}
+        assert {type(result) for result in results} == {failure, ImageTiles}
         await until(lambda: len(pool.pids) == 2 and before[0] not in pool.pids)
         await asyncio.gather(*(pool.decode(data) for _ in range(4)))
         assert not is_running(before[0])
@@ -183,8 +191,9 @@ def test_killed_child_is_replaced_and_only_its_picture_fails() -> None:
     with_pool(use)
 
 
-def test_hung_child_is_killed_at_its_deadline_while_others_go_on() -> None:
-    settings = ImageSettings(decode_timeout_s=2.0)
+def test_child_that_gets_no_core_is_replaced_after_a_while_and_its_picture_is_not_blamed() -> None:
+    """It was a 400 that asked to scale the picture down, after decode_timeout_s."""
+    settings = ImageSettings(decode_timeout_s=0.5)
 
     async def use(pool: DecoderPool) -> None:
         data = encoded(picture())
@@ -193,11 +202,42 @@ def test_hung_child_is_killed_at_its_deadline_while_others_go_on() -> None:
         results = await asyncio.gather(
             *(pool.decode(data) for _ in range(6)), return_exceptions=True
         )
-        failures = [result for result in results if isinstance(result, ImageError)]
-        assert ["2 s" in failure.message for failure in failures] == [True]
+        (failure,) = (result for result in results if isinstance(result, NotReadyError))
+        assert failure.retry_after_s == 1.0
         assert sum(isinstance(result, ImageTiles) for result in results) == 5
         await until(lambda: len(pool.pids) == 2 and hung not in pool.pids)
         assert not is_running(hung)
+
+    with_pool(use, settings)
+
+
+def test_child_that_waits_for_a_core_longer_than_an_image_may_compute_still_answers() -> None:
+    settings = ImageSettings(decode_timeout_s=0.5)
+
+    async def use(pool: DecoderPool) -> None:
+        for pid in pool.pids:
+            os.kill(pid, signal.SIGSTOP)
+        job = asyncio.create_task(pool.decode(encoded(picture())))
+        await asyncio.sleep(1.0)
+        assert not job.done()
+        for pid in pool.pids:
+            os.kill(pid, signal.SIGCONT)
+        assert (await job).num_tiles > 0
+
+    with_pool(use, settings)
+
+
+def test_picture_that_takes_too_much_cpu_time_is_refused_and_its_child_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decoders, "WAIT_FACTOR", 10_000)  # however busy the machine is
+    settings = ImageSettings(decode_timeout_s=0.02)
+
+    async def use(pool: DecoderPool) -> None:
+        before = pool.pids
+        with pytest.raises(ImageError, match=r"over 0\.02 s of CPU time: scale it down"):
+            await pool.decode(encoded(Image.new("RGB", (4_900, 4_900))))
+        await until(lambda: len(pool.pids) == 2 and set(before) != set(pool.pids))
 
     with_pool(use, settings)
 
@@ -235,7 +275,7 @@ def test_cancelled_decodes_leave_every_answer_with_its_question() -> None:
 
 
 def test_cancelled_decode_of_a_hung_child_frees_it_at_the_deadline() -> None:
-    settings = ImageSettings(decode_timeout_s=2.0)
+    settings = ImageSettings(decode_timeout_s=0.5)
 
     async def use(pool: DecoderPool) -> None:
         before = pool.pids
@@ -316,6 +356,8 @@ def test_children_die_with_their_parent() -> None:
     code = """
 import asyncio
 from vlmserve.server.images.decoders import DecoderPool
+from vlmserve.server.errors import NotReadyError
+from vlmserve.server.images import decoders
 from vlmserve.server.images.settings import ImageSettings
 from vlmserve.server.images.tiling import TilingConfig
 async def main():
@@ -341,6 +383,8 @@ import sys
 from PIL import Image
 from vlmserve.server.images import decoder_child
 from vlmserve.server.images.decoding import prepare_pillow, decode
+from vlmserve.server.errors import NotReadyError
+from vlmserve.server.images import decoders
 from vlmserve.server.images.settings import ImageSettings, ImageError
 from vlmserve.server.images.tiling import TilingConfig
 prepare_pillow(ImageSettings())
