@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from support.http_side import MODEL
+from support.http_side import MODEL, NO_AUTHORITIES
 from support.invariants import GENERATION_ROUTES, body_for
 from support.outside import (
-    NO_AUTHORITIES,
     PUBLIC,
     LoopbackConnector,
     ScriptedResolver,

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import httpcore2
 import pytest
+from support.http_side import NO_AUTHORITIES
 from support.outside import (
     BODY,
     FORBIDDEN,
-    NO_AUTHORITIES,
     PUBLIC,
     Handler,
     LoopbackConnector,
