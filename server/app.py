@@ -24,6 +24,7 @@ from sanic.exceptions import SanicException
 
 from .. import __version__
 from ..router.client.replica_pool import ReplicaPool
+from .api.ignored_fields import name_ignored
 from .api.openapi import document
 from .api.response_store import IN_MEMORY, ResponseStore
 from .api.services import Services, json_response
@@ -325,6 +326,7 @@ def _add_middleware(app: Sanic[Any, Any], settings: ServerSettings, access: Acce
         record = record_of(request)
         if record is not None:
             response.headers["X-Request-Id"] = record.request_id
+        name_ignored(request, response)
         access.mark(request, response)
 
 

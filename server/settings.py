@@ -107,9 +107,13 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ),
     ] = "front"
     unknown_fields: Annotated[
-        Literal["error", "ignore"],
-        Option("Unknown request fields: answer 400 (error), or log and ignore them.", HTTP),
-    ] = "error"
+        Literal["report", "refuse", "ignore", "error"],
+        Option(
+            "Unknown request fields. report: drop them, name them in X-Ignored-Fields, answer 400 "
+            "to misspelt ones. refuse: answer 400. ignore: drop them. error: older name of refuse.",
+            HTTP,
+        ),
+    ] = "report"
     responses_store: Annotated[
         str,
         Option(

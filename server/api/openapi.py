@@ -91,7 +91,7 @@ class Schemas:
             if isinstance(part.get("pattern"), str):
                 # Python's end of a text, in the words of JSON schema.
                 part["pattern"] = part["pattern"].replace(r"\Z", "$")
-        if settings.unknown_fields == "ignore":
+        if settings.unknown_fields in ("report", "ignore"):
             self._open(self.of(body) for body in bodies)
 
     def of(self, one: Any) -> dict[str, Any]:
@@ -130,6 +130,11 @@ _HEADERS = {
         "description": "The request's own id where it is harmless, else a new one.",
         "schema": {"type": "string"},
     },
+    "X-Ignored-Fields": {
+        "description": "Fields of the request that the server does not know and dropped: the first"
+        " 20, as paths, percent-encoded and separated by commas.",
+        "schema": {"type": "string"},
+    },
     "Retry-After": {
         "description": "Seconds until it is worth to come again.",
         "schema": {"type": "integer", "minimum": 1},
@@ -137,6 +142,7 @@ _HEADERS = {
     "WWW-Authenticate": {"description": "Always Bearer.", "schema": {"type": "string"}},
 }
 _HEADERS_OF_STATUS = {
+    200: ("X-Ignored-Fields",),
     401: ("WWW-Authenticate",),
     429: ("Retry-After",),
     503: ("Retry-After",),

@@ -21,10 +21,11 @@ from ..errors import ModelNotFoundError
 from ..generation.completion import Completion
 from ..generation.generator import Engine, Generator
 from ..prompts.processor import Processor
-from ..schemas.decoding import decode_body
+from ..schemas.decoding import decode_with_names
 from ..schemas.json_text import INLINE_BYTES
 from ..settings import ServerSettings
 from ..telemetry.metrics import Metrics
+from .ignored_fields import report_ignored
 from .response_store import ResponseStore
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -88,12 +89,19 @@ async def completion_response(
 
 
 async def read_body(request: Request, schema: type[T]) -> T:
-    """The request's body as a `schema`. Raises BadRequestError."""
-    ignore_unknown = services_of(request).settings.unknown_fields == "ignore"
-    decode = functools.partial(decode_body, request.body, schema, ignore_unknown=ignore_unknown)
-    if len(request.body) <= INLINE_BYTES:
-        return decode()
-    return await asyncio.to_thread(decode)
+    """The request's body as a `schema`; fields that were dropped are reported.
+
+    Raises BadRequestError.
+    """
+    services = services_of(request)
+    decode = functools.partial(
+        decode_with_names, request.body, schema, services.settings.unknown_fields
+    )
+    is_short = len(request.body) <= INLINE_BYTES
+    body = decode() if is_short else await asyncio.to_thread(decode)
+    if body.unknown_fields:
+        report_ignored(request, body.unknown_fields, services.metrics.count_ignored_field)
+    return body.value
 
 
 def tenant_of(request: Request, cache_salt: str | None = None) -> str:

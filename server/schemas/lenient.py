@@ -1,7 +1,8 @@
 """Lenient twins of the schemas, which accept unknown fields, and the names of those fields.
 
 Owns both halves of one pass: `lenient` builds a twin of a struct, and `unknown_fields` compares
-what a client sent with what the twin kept. Knows no schema.
+what a client sent with what the twin kept. Also decides which unknown name is a misspelt known
+one. Knows no schema.
 """
 
 from __future__ import annotations
@@ -10,11 +11,33 @@ import functools
 import operator
 import types
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
 T = TypeVar("T", bound=msgspec.Struct)
+
+# Two edits turn one short name into another: `data` into `meta`.
+MIN_LENGTH_OF_EDITS = {1: 4, 2: 7}
+MAX_LENGTH = 64
+# Names of other APIs that are one or two edits from a name here, and mean something else.
+OTHER_NAMES = frozenset({"min_k", "mode", "models", "tags", "task", "top_a", "top_h", "top_n"})
+
+
+@dataclass(slots=True, frozen=True)
+class UnknownField:
+    """A field that a schema does not have. name: its last step; schema: where it was sent."""
+
+    path: str
+    name: str
+    schema: type[msgspec.Struct]
+
+    @property
+    def meant(self) -> str | None:
+        """The path of the known field that this one misspells, or None."""
+        known = meant_name(self.name, self.schema)
+        return None if known is None else self.path.removesuffix(self.name) + known
 
 
 @functools.cache
@@ -55,8 +78,8 @@ def _lenient_type(declared: Any) -> Any:
     return declared
 
 
-def unknown_fields(raw: Any, value: Any, path: str = "") -> Iterator[str]:
-    """The paths of all fields of `raw` that `value` does not have, in the order of `raw`.
+def unknown_fields(raw: Any, value: Any, path: str = "") -> Iterator[UnknownField]:
+    """All fields of `raw` that `value` does not have, in the order of `raw`; null is no field.
 
     raw: decoded JSON without a schema; value: what `msgspec.convert` made of it. Values that have
     no schema are the same object in both, so the search does not enter them.
@@ -67,10 +90,11 @@ def unknown_fields(raw: Any, value: Any, path: str = "") -> Iterator[str]:
         names = _names_by_key(type(value))
         for key, inner in raw.items():
             place = f"{path}.{key}" if path else key
-            if key not in names:
-                yield place
-            elif (name := names[key]) is not None:
-                yield from unknown_fields(inner, getattr(value, name), place)
+            if key in names:
+                if (name := names[key]) is not None:
+                    yield from unknown_fields(inner, getattr(value, name), place)
+            elif inner is not None:
+                yield UnknownField(place, key, type(value))
     elif isinstance(value, list):
         for index, (inner, kept) in enumerate(zip(raw, value, strict=True)):
             if inner is not kept:
@@ -78,6 +102,43 @@ def unknown_fields(raw: Any, value: Any, path: str = "") -> Iterator[str]:
     elif isinstance(value, dict):
         for key, inner in raw.items():
             yield from unknown_fields(inner, value[key], f"{path}.{key}")
+
+
+@functools.lru_cache(maxsize=4096)
+def meant_name(name: str, schema: type[msgspec.Struct]) -> str | None:
+    """The schema's name that is nearest to this unknown one, at one or two edits; or None.
+
+    An edit adds, drops or changes a character, or swaps two neighbours.
+    """
+    if len(name) > MAX_LENGTH or name in OTHER_NAMES:
+        return None
+    for num_edits, min_length in MIN_LENGTH_OF_EDITS.items():
+        for known in _names_by_key(schema):
+            is_long = min(len(name), len(known)) >= min_length
+            if is_long and is_within(name.lower(), known, num_edits):
+                return known
+    return None
+
+
+def is_within(one: str, other: str, num_edits: int) -> bool:
+    """True if that many edits, or fewer, turn one text into the other."""
+    if abs(len(one) - len(other)) > num_edits:
+        return False
+    same = 0
+    while same < min(len(one), len(other)) and one[same] == other[same]:
+        same += 1
+    one, other = one[same:], other[same:]
+    if not one or not other:
+        return True
+    if num_edits == 0:
+        return False
+    is_swapped = len(one) > 1 and one[:2] == other[1::-1]
+    return (
+        is_within(one[1:], other[1:], num_edits - 1)
+        or is_within(one[1:], other, num_edits - 1)
+        or is_within(one, other[1:], num_edits - 1)
+        or (is_swapped and is_within(one[2:], other[2:], num_edits - 1))
+    )
 
 
 @functools.cache

@@ -42,6 +42,22 @@ _FEW = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 FinishedReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 FINISHED_REASONS: tuple[FinishedReason, ...] = ("stop", "length", "tool_calls", "abort", "error")
 
+# What clients of other servers send and this server drops: the values of a label, so no client's.
+USUAL_FOREIGN_FIELDS = frozenset(
+    {
+        "add_generation_prompt", "allowed_token_ids", "bad_words", "best_of", "bootstrap_host",
+        "bootstrap_port", "bootstrap_room", "cache_control", "chat_template",
+        "chat_template_kwargs", "data_parallel_rank", "detail", "documents", "ebnf",
+        "enable_thinking", "extra_body", "extra_key", "include_reasoning", "input_ids",
+        "kv_transfer_params", "length_penalty", "logits_processors", "lora_path",
+        "mm_processor_kwargs", "no_stop_trim", "provider", "reasoning", "regex", "request_id",
+        "return_hidden_states", "return_token_ids", "return_tokens_as_token_ids", "rid",
+        "separate_reasoning", "session_params", "skip_special_tokens",
+        "spaces_between_special_tokens", "stop_regex", "stream_reasoning", "thinking",
+        "truncate_prompt_tokens", "typical_p", "use_beam_search", "uuid", "vllm_xargs",
+    }
+)  # fmt: skip
+
 
 class Metrics:
     """All metrics of one HTTP worker, and those that the engine last reported."""
@@ -86,6 +102,10 @@ class Metrics:
         self.http_requests.labels(record.method, record.route, str(record.status)).inc()
         if record.images_started is not None and record.images_ended is not None:
             self.image_load_time.observe(record.images_ended - record.images_started)
+
+    def count_ignored_field(self, name: str) -> None:
+        """Count a request field that was dropped. A name that is not usual counts as other."""
+        self.ignored_fields.labels(name if name in USUAL_FOREIGN_FIELDS else "other").inc()
 
     def render(self, stats: EngineStats) -> bytes:
         """All metrics in Prometheus' text format, summed over all workers."""
@@ -177,6 +197,13 @@ class Metrics:
             "HTTP requests that ended. status=499: the client closed the connection.",
             ["method", "route", "status"],
         )
+        self.ignored_fields = self._counter(
+            "vlmserve_ignored_fields",
+            "Unknown request fields that the server dropped. field=other: a name that is not in "
+            "the server's list of usual ones.",
+            ["field"],
+        )
+        self.ignored_fields.labels("other")
         self.event_loop_lag = self._histogram(
             "vlmserve_event_loop_lag_seconds", "Lag of the event loop in seconds.", _LAG_S
         )

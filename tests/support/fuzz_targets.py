@@ -228,7 +228,7 @@ def _schema(schema: type[msgspec.Struct], use: Callable[[Any], object]) -> Calla
             check_now(data)
             with contextlib.suppress(BadRequestError):
                 use(decode_body(data, schema))
-            use(decode_body(data, schema, ignore_unknown=True))
+            use(decode_body(data, schema, unknown="ignore"))
 
     return check
 

@@ -130,7 +130,7 @@ def send(checkpoint, path, body, cases):
 
     async def run():
         engine = ScriptedEngine(lambda request: tokens_one_by_one(TOKENIZER, "What?"))
-        async with client_of(checkpoint, engine) as client:
+        async with client_of(checkpoint, engine, unknown_fields="refuse") as client:
             answers = [await client.post(path, json=completed(schema, case)) for case in cases]
             assert (await client.post(path, json=BASES[schema])).status_code == 200
             assert engine.open == set()

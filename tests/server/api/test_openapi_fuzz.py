@@ -72,9 +72,9 @@ def test_a_server_with_keys_asks_for_them_wherever_its_document_says_so():
     assert said.endswith("exit code 0"), said[-20_000:]
 
 
-def test_a_server_that_ignores_unknown_fields_says_so_in_its_document():
+def test_a_server_that_refuses_unknown_fields_says_so_in_its_document():
     options = ("--max-examples", "2", "--phases", "coverage", "--include-path", "/tokenize")
-    said = fuzz(*options, unknown_fields="ignore")
+    said = fuzz(*options, unknown_fields="refuse")
     assert said.endswith("exit code 0"), said[-20_000:]
 
 
