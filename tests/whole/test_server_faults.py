@@ -71,7 +71,7 @@ def leaving(server, route, body):
 
 
 def until_figure(standing, wait_for, name, count):
-    assert wait_for(lambda: standing.metrics()[name] == count, 60.0), (name, standing.metrics())
+    assert wait_for(lambda: standing.metrics()[name] == count), (name, standing.metrics())
 
 
 # Little room: rows 28, 39 and 50
@@ -255,7 +255,7 @@ def test_row_30_a_client_that_does_not_read_is_cut_and_its_blocks_are_freed(hast
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(("127.0.0.1", hasty.port))
             client.sendall(raw_post(route, body_for(route, max_tokens=ENDLESS, stream=True)))
-            assert wait_for(lambda n=number: len(kept_for_deaf_clients(hasty)) == n, 60)
+            assert wait_for(lambda n=number: len(kept_for_deaf_clients(hasty)) == n)
             until_figure(standing, wait_for, "num_requests_running", 0)
     assert all(0 < one < 1_000_000 for one in kept_for_deaf_clients(hasty))
 

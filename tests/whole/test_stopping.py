@@ -102,7 +102,7 @@ def test_row_52_a_second_sigterm_ends_everything_at_once(start_faulty_server, wa
     assert not any(map(is_running, family))
     lines = [line for line in server.log.read_text().splitlines() if line.startswith("vlmserve:")]
     (line,) = [line for line in lines if "stopping" in line]
-    assert "a second signal ends them now" in line
+    assert "a second signal stops them now" in line
 
 
 def test_row_52_a_signal_while_the_engine_loads_ends_everything(tmp_path):
