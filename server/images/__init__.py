@@ -7,6 +7,7 @@ Read in this order:
     sources         parses a URL: data, http or https
     header          format and size, from an image's first bytes
     fetch           downloads over http(s)
+    names           looks up host names: time limit, fair shares, memory of failures
     addresses       which addresses a download may connect to
     tile_cache      the tiles of recently decoded images
     decoders        the pool of decoder processes

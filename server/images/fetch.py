@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import ssl
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from ipaddress import ip_address
 from typing import Protocol
 from urllib.parse import urljoin
@@ -21,6 +21,7 @@ from urllib.parse import urljoin
 import httpcore2
 
 from .addresses import Address, is_allowed, parse_literal
+from .names import UNRESOLVED, DnsResolver, NameLookups, Resolver
 from .settings import ImageError, ImageSettings
 from .sources import RemoteImage, parse_remote_url, too_large
 
@@ -35,16 +36,8 @@ NOT_PUBLIC = (
     "addresses are not allowed"
 )
 ODD_SPELLING = "image URL's host is a number but not a plain IP address: write the address in full"
-UNRESOLVED = "image URL's host name cannot be resolved"
 BROKEN_ANSWER = "image URL's server closed the connection early or sent invalid HTTP"
 UNREACHABLE = "image URL's server cannot be reached"
-
-
-class Resolver(Protocol):
-    """Looks up names."""
-
-    async def resolve(self, host: str, port: int) -> Sequence[str]:
-        """The IP addresses of a host. Raises OSError if there are none."""
 
 
 class Connector(Protocol):
@@ -54,15 +47,6 @@ class Connector(Protocol):
         self, address: str, port: int, timeout_s: float | None
     ) -> httpcore2.AsyncNetworkStream:
         """A stream to the address. Raises httpcore2.ConnectError or ConnectTimeout."""
-
-
-class SystemResolver:
-    """The operating system's resolver."""
-
-    async def resolve(self, host: str, port: int) -> Sequence[str]:
-        loop = asyncio.get_running_loop()
-        answers = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
 
 
 class TcpConnector:
@@ -77,13 +61,25 @@ class TcpConnector:
         return await self._backend.connect_tcp(address, port, timeout=timeout_s)
 
 
+# The host that this task looked up, and its checked addresses: the task connects to these.
+_looked_up: ContextVar[tuple[str, list[Address]] | None] = ContextVar("looked_up", default=None)
+
+
 class GuardedBackend(httpcore2.AsyncNetworkBackend):
     """Opens every outgoing connection, for the hosts of URLs and of redirects."""
 
-    def __init__(self, resolver: Resolver, connector: Connector, allow_private: bool) -> None:
-        self._resolver = resolver
+    def __init__(self, names: NameLookups, connector: Connector, allow_private: bool) -> None:
+        self._names = names
         self._connector = connector
         self._allow_private = allow_private
+
+    async def look_up(self, host: str, port: int, tenant: str) -> None:
+        """Look up and check the addresses to which this task connects next.
+
+        It needs no place among the downloads: a name that is not answered delays nobody else.
+        Raises ImageError if any address is not allowed, and as `NameLookups.look_up`.
+        """
+        _looked_up.set((host, await self._checked_addresses(host, port, tenant)))
 
     async def connect_tcp(
         self,
@@ -97,7 +93,12 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
 
         Raises ImageError if any address is not allowed, ConnectError if none answers.
         """
-        addresses = await self._checked_addresses(host, port)
+        looked_up = _looked_up.get()
+        if looked_up is None or looked_up[0] != host:
+            await self.look_up(host, port, "")
+            looked_up = _looked_up.get()
+        assert looked_up is not None, "it was looked up just now"
+        _, addresses = looked_up
         timeout_s = CONNECT_TIMEOUT_S if timeout is None else timeout
         for address in addresses[:MAX_ADDRESSES]:
             with contextlib.suppress(httpcore2.ConnectError, httpcore2.ConnectTimeout, OSError):
@@ -112,25 +113,23 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
     ) -> httpcore2.AsyncNetworkStream:
         raise httpcore2.ConnectError("images are never fetched over Unix sockets")
 
-    async def _checked_addresses(self, host: str, port: int) -> list[Address]:
+    async def _checked_addresses(self, host: str, port: int, tenant: str) -> list[Address]:
         """All addresses of the host. If one is not allowed, the host is not."""
         try:
             literal = parse_literal(host)
         except ValueError:
             raise ImageError(ODD_SPELLING) from None
-        addresses = [literal] if literal is not None else await self._resolve(host, port)
+        addresses = [literal] if literal is not None else await self._resolve(host, port, tenant)
         if not all(is_allowed(found, allow_private=self._allow_private) for found in addresses):
             raise ImageError(NOT_PUBLIC)
         return addresses
 
-    async def _resolve(self, host: str, port: int) -> list[Address]:
+    async def _resolve(self, host: str, port: int, tenant: str) -> list[Address]:
+        texts = await self._names.look_up(host, port, tenant)
         try:
-            addresses = [ip_address(text) for text in await self._resolver.resolve(host, port)]
-        except (OSError, ValueError):
+            return [ip_address(text) for text in texts]
+        except ValueError:
             raise ImageError(UNRESOLVED) from None
-        if not addresses:
-            raise ImageError(UNRESOLVED)
-        return addresses
 
 
 class ImageFetcher:
@@ -149,8 +148,9 @@ class ImageFetcher:
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         self._settings = settings
-        backend = GuardedBackend(
-            resolver or SystemResolver(),
+        self._own_resolver = DnsResolver()
+        self._backend = GuardedBackend(
+            NameLookups(resolver or self._own_resolver),
             connector or TcpConnector(),
             settings.allow_private_addresses,
         )
@@ -160,38 +160,54 @@ class ImageFetcher:
             ssl_context=ssl_context or httpcore2.default_ssl_context(),
             max_connections=settings.max_concurrent_fetches,
             max_keepalive_connections=0,
-            network_backend=backend,
+            network_backend=self._backend,
         )
 
     async def close(self) -> None:
-        """Close all connections."""
+        """Close all connections and end all lookups."""
         await self._pool.aclose()
+        await self._own_resolver.close()
 
-    async def fetch(self, source: RemoteImage, spend: Callable[[int], None] | None = None) -> bytes:
+    async def fetch(
+        self,
+        source: RemoteImage,
+        spend: Callable[[int], None] | None = None,
+        tenant: str = "",
+    ) -> bytes:
         """The body behind a URL, after at most max_redirects.
 
-        spend: called with the length of each chunk as it arrives; it may raise ImageError.
-        Raises ImageError for every failure, within fetch_timeout_s of its start.
+        spend: called with the length of each chunk as it arrives; it may raise.
+        Raises ImageError for every failure of the URL or its server, which has fetch_timeout_s
+        for all hops together. Waiting for name servers or for a place among the downloads does
+        not count. Raises DeadlineError or OverloadedError if a name server or a place is missing.
         """
-        timeout_s = self._settings.fetch_timeout_s
-        async with self._slots:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    return await self._follow(source, spend or _free)
-            except (TimeoutError, httpcore2.TimeoutException):
-                raise ImageError(f"image URL took over {timeout_s:g} s to download") from None
-            except (httpcore2.NetworkError, OSError):
-                raise ImageError(UNREACHABLE) from None
-            except (httpcore2.ProtocolError, httpcore2.UnsupportedProtocol, ValueError):
-                raise ImageError(BROKEN_ANSWER) from None
-
-    async def _follow(self, source: RemoteImage, spend: Callable[[int], None]) -> bytes:
+        loop = asyncio.get_running_loop()
+        left_s = self._settings.fetch_timeout_s
         for _ in range(self._settings.max_redirects + 1):
-            found = await self._get(source, spend)
+            await self._backend.look_up(source.host, source.port, tenant)
+            async with self._slots:
+                started = loop.time()
+                found = await self._get_within(source, spend or _free, left_s)
+            left_s -= loop.time() - started
             if isinstance(found, bytes):
                 return found
             source = found
         raise ImageError(f"image URL redirects more than {self._settings.max_redirects} times")
+
+    async def _get_within(
+        self, source: RemoteImage, spend: Callable[[int], None], left_s: float
+    ) -> bytes | RemoteImage:
+        """One hop; raises ImageError for every failure of the URL's server."""
+        timeout_s = self._settings.fetch_timeout_s
+        try:
+            async with asyncio.timeout(left_s):
+                return await self._get(source, spend)
+        except (TimeoutError, httpcore2.TimeoutException):
+            raise ImageError(f"image URL took over {timeout_s:g} s to download") from None
+        except (httpcore2.NetworkError, OSError):
+            raise ImageError(UNREACHABLE) from None
+        except (httpcore2.ProtocolError, httpcore2.UnsupportedProtocol, ValueError):
+            raise ImageError(BROKEN_ANSWER) from None
 
     async def _get(self, source: RemoteImage, spend: Callable[[int], None]) -> bytes | RemoteImage:
         """One hop: the body, or where to go next."""

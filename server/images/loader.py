@@ -127,7 +127,7 @@ class ImageLoader:
             if isinstance(source, InlineImage):
                 data = source.data
             else:
-                data = await self._fetcher.fetch(source, budget.spend_bytes)
+                data = await self._fetcher.fetch(source, budget.spend_bytes, image.tenant)
                 budget.spend_pixels(data)
             return await self._decode(data, image)
 

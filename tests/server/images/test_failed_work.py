@@ -48,7 +48,12 @@ class CountedFetcher(ImageFetcher):
     def __init__(self, file: bytes) -> None:
         self._file = file
 
-    async def fetch(self, source: RemoteImage, spend: Callable[[int], None] | None = None) -> bytes:
+    async def fetch(
+        self,
+        source: RemoteImage,
+        spend: Callable[[int], None] | None = None,
+        tenant: str = "",
+    ) -> bytes:
         body = Body(self._file)
         await asyncio.sleep(0)
         assert spend is not None

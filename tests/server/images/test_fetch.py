@@ -32,6 +32,7 @@ from support.outside import (
 
 from vlmserve.server.images.addresses import is_allowed, parse_literal
 from vlmserve.server.images.fetch import GuardedBackend, ImageFetcher
+from vlmserve.server.images.names import NameLookups
 from vlmserve.server.images.settings import ImageError, ImageSettings
 from vlmserve.server.images.sources import parse_remote_url
 
@@ -252,7 +253,9 @@ def test_only_a_few_addresses_are_tried() -> None:
 
 
 def test_unix_sockets_are_out_of_reach() -> None:
-    backend = GuardedBackend(ScriptedResolver({}), LoopbackConnector(), allow_private=True)
+    backend = GuardedBackend(
+        NameLookups(ScriptedResolver({})), LoopbackConnector(), allow_private=True
+    )
     with pytest.raises(httpcore2.ConnectError):
         asyncio.run(backend.connect_unix_socket("/run/x.sock"))
 

@@ -28,7 +28,12 @@ class ScriptedFetcher(ImageFetcher):
         self.fetched: list[str] = []
         self.num_cancelled = 0
 
-    async def fetch(self, source: RemoteImage, spend: Callable[[int], None] | None = None) -> bytes:
+    async def fetch(
+        self,
+        source: RemoteImage,
+        spend: Callable[[int], None] | None = None,
+        tenant: str = "",
+    ) -> bytes:
         self.fetched.append(source.host)
         found = self._files[source.host]
         if found is None:
