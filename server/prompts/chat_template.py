@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .conversation import ImagePart, Message, Tool
+from .conversation import ImagePart, Message, Tool, ToolCall
 from .placeholders import LostTextError, RenderedPiece, Sentinels
 
 IMAGE = "<|image|>"
@@ -119,10 +119,19 @@ def _as_template_calls(message: Message, sentinels: Sentinels) -> dict[str, Any]
     if not message.tool_calls:
         return {}
     functions = [
-        {"name": sentinels.hide_all(call.name), "arguments": sentinels.hide_all(call.arguments)}
+        {
+            "name": sentinels.hide_all(call.name),
+            "arguments": _as_template_arguments(call, sentinels),
+        }
         for call in message.tool_calls
     ]
     return {"tool_calls": [{"type": "function", "function": one} for one in functions]}
+
+
+def _as_template_arguments(call: ToolCall, sentinels: Sentinels) -> Any:
+    if isinstance(call.arguments, str):
+        return sentinels.hide_raw(call.arguments)
+    return sentinels.hide_all(call.arguments)
 
 
 def _check_images(pieces: Sequence[RenderedPiece], num_images: int) -> None:

@@ -7,6 +7,7 @@ formats or tokens.
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -65,10 +66,20 @@ class Tool:
 
 @dataclass(slots=True, frozen=True)
 class ToolCall:
-    """A call that an earlier answer made; its result is a later message of the role tool."""
+    """A call that an earlier answer made; its result is a later message of the role tool.
+
+    arguments: text where the model wrote no JSON object; the prompt has it as it stands.
+    """
 
     name: str
-    arguments: dict[str, Any]
+    arguments: dict[str, Any] | str
+
+    @property
+    def arguments_text(self) -> str:
+        """The arguments as JSON, or as the model wrote them."""
+        if isinstance(self.arguments, str):
+            return self.arguments
+        return json.dumps(self.arguments, ensure_ascii=False)
 
 
 @dataclass(slots=True, frozen=True)

@@ -105,8 +105,7 @@ def _calls(message: Message, tool_format: ToolFormat) -> list[RenderedPiece]:
         calls = "; ".join(_json_call(call) for call in message.tool_calls)
     elif tool_format == "function_tag":
         calls = "\n".join(
-            f"<function={call.name}>{_json(call.arguments)}</function>"
-            for call in message.tool_calls
+            f"<function={call.name}>{call.arguments_text}</function>" for call in message.tool_calls
         )
     else:
         calls = f"[{', '.join(_python_call(call) for call in message.tool_calls)}]"
@@ -114,10 +113,12 @@ def _calls(message: Message, tool_format: ToolFormat) -> list[RenderedPiece]:
 
 
 def _json_call(call: ToolCall) -> str:
-    return f'{{"name": "{call.name}", "parameters": {_json(call.arguments)}}}'
+    return f'{{"name": "{call.name}", "parameters": {call.arguments_text}}}'
 
 
 def _python_call(call: ToolCall) -> str:
+    if isinstance(call.arguments, str):
+        return f"{call.name}({call.arguments})"
     arguments = (f"{key}={python_literal(value)}" for key, value in call.arguments.items())
     return f"{call.name}({', '.join(arguments)})"
 

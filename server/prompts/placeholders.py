@@ -37,7 +37,8 @@ class Sentinels:
 
     _NONCE = secrets.token_hex(16)
     _PLAIN = re.compile(f"s{_NONCE}x([0-9]+)e")
-    _ANY = re.compile(f"s{_NONCE}([xj])([0-9]+)e")
+    _RAW = re.compile(f'"(s{_NONCE}r[0-9]+e)"')
+    _ANY = re.compile(f"s{_NONCE}([xjr])([0-9]+)e")
 
     def __init__(self) -> None:
         self._texts: list[str] = []
@@ -49,6 +50,10 @@ class Sentinels:
             return ""
         self._required.append(len(self._texts))
         return self._word(text)
+
+    def hide_raw(self, text: str) -> str:
+        """The word for a text that `tojson` writes as it stands, without quotes."""
+        return self._word(text, "r")
 
     def hide_all(self, value: Any) -> Any:
         """A JSON value, a word for each of its strings, keys too; they may come in any order."""
@@ -64,7 +69,8 @@ class Sentinels:
     def tojson(cls, value: Any, indent: int | None = None, **options: Any) -> str:
         """The filter `tojson` as transformers defines it: nothing is escaped for HTML."""
         options = {"ensure_ascii": False, **options}
-        return cls._PLAIN.sub(rf"s{cls._NONCE}j\1e", json.dumps(value, indent=indent, **options))
+        text = cls._RAW.sub(r"\1", json.dumps(value, indent=indent, **options))
+        return cls._PLAIN.sub(rf"s{cls._NONCE}j\1e", text)
 
     def split(self, rendered: str) -> list[RenderedPiece]:
         """The rendered text in pieces, with the users' texts back in place.
@@ -84,9 +90,9 @@ class Sentinels:
             raise LostTextError("the template lost, doubled or moved a text")
         return [piece for piece in pieces if piece.text]
 
-    def _word(self, text: str) -> str:
+    def _word(self, text: str, kind: str = "x") -> str:
         self._texts.append(text)
-        return f"s{self._NONCE}x{len(self._texts) - 1}e"
+        return f"s{self._NONCE}{kind}{len(self._texts) - 1}e"
 
     def _text(self, kind: str, index: int) -> str:
         text = self._texts[index]

@@ -237,7 +237,7 @@ def _texts_of(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[st
     """Every text of the client's that a prompt will hold, about as long as there."""
     for message in messages:
         yield message.text.strip()
-        yield from (json.dumps(call.arguments, ensure_ascii=False) for call in message.tool_calls)
+        yield from (call.arguments_text for call in message.tool_calls)
     yield from (json.dumps(tool.definition, ensure_ascii=False) for tool in tools)
 
 

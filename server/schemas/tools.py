@@ -14,6 +14,7 @@ import msgspec
 from ..errors import BadRequestError
 from ..prompts.conversation import Tool, ToolCall
 from ..structured_output.json_depth import nests_deeper_than
+from .decoding import no_nul
 
 MAX_TOOLS = 128
 MAX_PARAMETERS_BYTES = 65_536
@@ -70,19 +71,25 @@ class AllowedChoice(
 
 
 class CalledFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """arguments: a JSON object as text, as the answer had it."""
+    """arguments: text, as the answer had it. parsed_arguments: openai's parse(), without effect."""
 
     name: ToolName
     arguments: str
+    parsed_arguments: Any = None
 
 
 class CallOfTurn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A call of an earlier answer. index is what streams count by; some clients echo it."""
+    """A call of an earlier answer. Clients also echo index, by which streams count.
+
+    provider_specific_fields, cache_control: LiteLLM's, without effect.
+    """
 
     id: CallId
     function: CalledFunction
     type: Literal["function"] = "function"
     index: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] | None = None
+    provider_specific_fields: dict[str, Any] | None = None
+    cache_control: dict[str, Any] | None = None
 
 
 ToolList = Annotated[list[FunctionTool], msgspec.Meta(max_length=MAX_TOOLS)]
@@ -144,7 +151,7 @@ def check_names(tools: Sequence[Tool]) -> None:
 
 
 def calls_of(calls: Sequence[CallOfTurn] | None, field: str) -> tuple[ToolCall, ...]:
-    """The calls of an earlier answer. Raises BadRequestError if arguments are no object."""
+    """The calls of an earlier answer. Raises BadRequestError if arguments are too deep."""
     return tuple(
         ToolCall(
             call.function.name,
@@ -154,17 +161,21 @@ def calls_of(calls: Sequence[CallOfTurn] | None, field: str) -> tuple[ToolCall, 
     )
 
 
-def arguments_of(text: str, field: str) -> dict[str, Any]:
-    """The arguments of a call. Raises BadRequestError if the text is no JSON object."""
+def arguments_of(text: str, field: str) -> dict[str, Any] | str:
+    """The arguments of a call; text that is no JSON object stays as the model wrote it.
+
+    A model may write anything, and max_tokens may cut it. Raises BadRequestError if the arguments
+    are nested too deeply.
+    """
     try:
         # No arguments at all: some clients write them so.
-        arguments = msgspec.json.decode(text or "{}", type=dict[str, Any])
-    except (msgspec.MsgspecError, RecursionError):
-        raise BadRequestError(
-            f"{field} is not a JSON object: send the text as the answer had it", param=field
-        ) from None
+        arguments = msgspec.json.decode(text or "{}")
+    except RecursionError:
+        raise _too_deep(field) from None
+    except msgspec.MsgspecError:
+        return no_nul(text, field)
     _check_depth(arguments, field)
-    return arguments
+    return arguments if isinstance(arguments, dict) else text
 
 
 def choice_of(choice: ToolChoice | None) -> str | None:
@@ -204,10 +215,14 @@ def check_choice(choice: str | None, tools: Sequence[Tool]) -> None:
         )
 
 
-def _check_depth(value: dict[str, Any], field: str) -> None:
+def _check_depth(value: Any, field: str) -> None:
     if nests_deeper_than(MAX_DEPTH, value):
-        raise BadRequestError(
-            f"{field} is nested more than {MAX_DEPTH} deep: flatten it, or define parts of a"
-            " schema in $defs",
-            param=field,
-        )
+        raise _too_deep(field)
+
+
+def _too_deep(field: str) -> BadRequestError:
+    return BadRequestError(
+        f"{field} is nested more than {MAX_DEPTH} deep: flatten it, or define parts of a schema"
+        " in $defs",
+        param=field,
+    )

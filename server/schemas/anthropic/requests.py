@@ -33,11 +33,12 @@ class _Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
 
 
 class TextBlock(_Block, frozen=True, tag="text", kw_only=True):
-    """citations: taken as an answer had them, without effect."""
+    """citations, parsed_output: taken as an answer had them, without effect."""
 
     text: str
     cache_control: CacheControl | None = None
     citations: list[Any] | None = None
+    parsed_output: Any = None
 
 
 class Base64Source(

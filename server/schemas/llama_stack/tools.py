@@ -75,7 +75,7 @@ def offered_tools(tools: tuple[Tool, ...], choice: str | None) -> tuple[Tool, ..
 
 
 def stack_calls(calls: Sequence[StackToolCall] | None, field: str) -> tuple[ToolCall, ...]:
-    """The calls of an earlier answer. Raises BadRequestError if arguments are no object."""
+    """The calls of an earlier answer. Raises BadRequestError if arguments are too deep."""
     return tuple(
         ToolCall(call.tool_name, _arguments(call, f"{field}[{i}].arguments"))
         for i, call in enumerate(calls or ())
@@ -118,7 +118,7 @@ def _schema(parameter: StackParameter) -> dict[str, Any]:
     return schema
 
 
-def _arguments(call: StackToolCall, field: str) -> dict[str, Any]:
+def _arguments(call: StackToolCall, field: str) -> dict[str, Any] | str:
     arguments = call.arguments
     # The same check of depth for both spellings.
     text = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()

@@ -35,63 +35,87 @@ class ImageUrl(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     detail: Literal["auto", "low", "high"] | None = None
 
 
-class TextContent(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"
-):
+class _PartOfContent(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What all parts share, without effect: prompts are cached anyway."""
+
+    cache_control: dict[str, Any] | None = None
+
+
+class TextContent(_PartOfContent, frozen=True, tag_field="type", tag="text", kw_only=True):
+    """annotations: as an answer had them, without effect."""
+
     text: str
+    annotations: list[Any] | None = None
 
 
-class OnlyText(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A part where none but texts are taken, so that its type says nothing new."""
+class OnlyText(_PartOfContent, frozen=True, kw_only=True):
+    """A part where only texts are accepted, so its type adds nothing."""
 
     text: str
     type: Literal["text"] = "text"
 
 
-class ImageContent(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="image_url"
-):
+class ImageContent(_PartOfContent, frozen=True, tag_field="type", tag="image_url", kw_only=True):
     image_url: ImageUrl | str
 
 
-class RefusalContent(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="refusal"
-):
-    """What another model said where it refused: text of the conversation like any."""
+class RefusalContent(_PartOfContent, frozen=True, tag_field="type", tag="refusal", kw_only=True):
+    """Another model's refusal: text of the conversation like any."""
 
     refusal: str
 
 
+class ThinkingContent(_PartOfContent, frozen=True, tag_field="type", tag="thinking", kw_only=True):
+    """Another model's thinking, echoed: it is left out of the prompt."""
+
+    thinking: str
+    signature: str | None = None
+
+
+class RedactedThinkingContent(
+    _PartOfContent, frozen=True, tag_field="type", tag="redacted_thinking", kw_only=True
+):
+    """Another model's hidden thinking, echoed: it is left out of the prompt."""
+
+    data: str
+
+
 TextList = Annotated[list[OnlyText], msgspec.Meta(max_length=MAX_PARTS)]
-AnswerList = Annotated[list[TextContent | RefusalContent], msgspec.Meta(max_length=MAX_PARTS)]
+AnswerPart = TextContent | RefusalContent | ThinkingContent | RedactedThinkingContent
+AnswerList = Annotated[list[AnswerPart], msgspec.Meta(max_length=MAX_PARTS)]
 PartList = Annotated[list[TextContent | ImageContent], msgspec.Meta(max_length=MAX_PARTS)]
 
 
-class _Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="role"):
-    """What all roles share; `name` is taken and has no effect."""
+class _Turn(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="role", kw_only=True
+):
+    """What all roles share, without effect."""
 
-
-class SystemMessage(_Turn, frozen=True, tag="system"):
-    content: str | TextList
     name: Name | None = None
+    type: str | None = None
+    cache_control: dict[str, Any] | None = None
 
 
-class DeveloperMessage(_Turn, frozen=True, tag="developer"):
+class SystemMessage(_Turn, frozen=True, tag="system", kw_only=True):
+    content: str | TextList
+
+
+class DeveloperMessage(_Turn, frozen=True, tag="developer", kw_only=True):
     """The newer name of a system message."""
 
     content: str | TextList
-    name: Name | None = None
 
 
-class UserMessage(_Turn, frozen=True, tag="user"):
+class UserMessage(_Turn, frozen=True, tag="user", kw_only=True):
     content: str | PartList
-    name: Name | None = None
 
 
-class AssistantMessage(_Turn, frozen=True, tag="assistant"):
-    """An earlier answer; fields that the SDK echoes back are taken at null.
+class AssistantMessage(_Turn, frozen=True, tag="assistant", kw_only=True):
+    """An earlier answer, with the fields that SDKs add to it, which have no effect.
 
-    content may be null beside tool_calls or a refusal only.
+    content may be null beside tool_calls or a refusal only. parsed: openai's parse(). reasoning,
+    reasoning_content, thinking_blocks, provider_specific_fields: LiteLLM and vLLM.
+    invalid_tool_calls: LangChain.
     """
 
     schema_rules: ClassVar[dict[str, Any]] = any_of(
@@ -101,20 +125,24 @@ class AssistantMessage(_Turn, frozen=True, tag="assistant"):
     )
 
     content: str | AnswerList | None = None
-    name: Name | None = None
     refusal: str | None = None
     audio: None = None
-    annotations: Annotated[list[Any], msgspec.Meta(max_length=0)] | None = None
+    annotations: list[Any] | None = None
     function_call: None = None
     tool_calls: CallList | None = None
+    invalid_tool_calls: list[Any] | None = None
+    parsed: Any = None
+    provider_specific_fields: dict[str, Any] | None = None
+    reasoning: Any = None
+    reasoning_content: str | None = None
+    thinking_blocks: list[Any] | None = None
 
 
-class ToolMessage(_Turn, frozen=True, tag="tool"):
+class ToolMessage(_Turn, frozen=True, tag="tool", kw_only=True):
     """The result of one call of an earlier answer."""
 
     content: str | TextList
     tool_call_id: CallId
-    name: Name | None = None
 
 
 AnyMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
@@ -182,7 +210,12 @@ def _parts(turn: AnyMessage, field: str) -> tuple[Part, ...]:
     if isinstance(turn.content, str):
         text = no_nul(turn.content, field)
         return parts_of_text(text, field) if isinstance(turn, UserMessage) else (TextPart(text),)
-    return tuple(_part(part, f"{field}[{i}]") for i, part in enumerate(turn.content))
+    parts = [
+        _part(part, f"{field}[{i}]")
+        for i, part in enumerate(turn.content)
+        if not isinstance(part, ThinkingContent | RedactedThinkingContent)
+    ]
+    return tuple(parts)
 
 
 def _part(part: OnlyText | TextContent | RefusalContent | ImageContent, field: str) -> Part:

@@ -308,3 +308,23 @@ def test_tools_in_metas_format_are_text():
     pieces = render_as_meta([text("user", "hi")], [Tool("f", "<|eot_id|>")])
     assert [piece.text for piece in pieces if piece.is_template].count("<|eot_id|>") == 1
     assert any("<|eot_id|>" in piece.text for piece in pieces if not piece.is_template)
+
+
+@pytest.mark.parametrize("written", ['{"city": "Zü', "[1]", "<|eot_id|>", '"s0x0e"'])
+def test_arguments_that_are_no_object_are_rendered_as_they_stand(published, metas, written):
+    messages = [text("user", "a"), Message("assistant", (), (ToolCall("f", written),))]
+    for processor in (published, metas):
+        prompt = rendered(processor, messages)
+        assert f'{{"name": "f", "parameters": {written}}}' in prompt
+    plain, marked = (
+        published.prepare([messages[0], Message("assistant", (), (ToolCall("f", one),))], 999)
+        for one in ("x", written)
+    )
+    ends = [one.token_ids.count(SPECIAL_IDS["<|eot_id|>"]) for one in (plain, marked)]
+    assert ends[0] == ends[1]
+    for tool_format, expected in (
+        ("function_tag", f"<function=f>{written}</function>"),
+        ("python_list", f"[f({written})]"),
+    ):
+        pieces = render_as_meta(messages, (), tool_format)
+        assert expected in "".join(piece.text for piece in pieces)
