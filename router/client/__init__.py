@@ -3,6 +3,7 @@
 In the order in which to read the files:
 
     engine_client       one connection to one engine: requests out, tokens in
+    reconnect_pause     how long it waits before it connects again
     replica_pool        several engines with the interface of one; retries on another engine
     replica_chooser     which engine gets a request: by load, and by what it has cached
 """

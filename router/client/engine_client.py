@@ -37,6 +37,7 @@ from ..messages import (
     StepOutputs,
 )
 from ..processes import wire
+from .reconnect_pause import ReconnectPause
 
 logger = logging.getLogger("vlmserve.client")
 
@@ -160,6 +161,7 @@ class EngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
         self._state_changed = asyncio.Event()
+        self._pause = ReconnectPause()
 
     @property
     def is_connected(self) -> bool:
@@ -198,10 +200,15 @@ class EngineClient:
         """Connect, waiting for the engine's socket to appear.
 
         Raises EngineDeadError if nothing listens there after `timeout_s`. The model may still be
-        loading afterwards: see `wait_ready`. May be called again after the engine died.
+        loading afterwards: see `wait_ready`. May be called again after the engine died: then it
+        waits first, longer each time that a connection does not last.
         """
         assert self._writer is None, "this client is already connected"
         deadline = time.monotonic() + timeout_s
+        if pause_s := self._pause.left_s():
+            await asyncio.sleep(min(pause_s, timeout_s))
+            if pause_s > timeout_s:
+                raise EngineDeadError("the engine closes each connection; waiting to try again")
         while True:
             try:
                 reader, writer = await asyncio.open_unix_connection(
@@ -215,6 +222,7 @@ class EngineClient:
                     ) from error
                 await asyncio.sleep(CONNECT_RETRY_S)
         self._writer = writer
+        self._pause.connected()
         self._reader_task = asyncio.create_task(self._read(reader), name="engine-client")
 
     async def wait_ready(self, timeout_s: float | None = None) -> EngineReady:
@@ -320,6 +328,7 @@ class EngineClient:
             # A bug of ours. Reading ends here, so every open request must fail.
             logger.exception("processing an engine's message failed")
         self._reader_task = None
+        self._pause.lost()
         self._disconnect("the engine process ended")
         if self._on_dead is not None:
             self._on_dead()

@@ -57,8 +57,8 @@ class EngineWatchdog:
     async def _pass_interval(self) -> None:
         """Sleep, or try to connect if there is no connection.
 
-        Connects without a pause between attempts, so that an engine that becomes ready and dies at
-        once is still noticed.
+        The client pauses only between connections that did not last, so that an engine that becomes
+        ready and dies at once is still noticed.
         """
         if self._client.is_connected:
             await asyncio.sleep(self._interval_s)
