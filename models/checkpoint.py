@@ -68,6 +68,8 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{file.parent}: {file.name} is missing: not a checkpoint") from None
+    except RecursionError:
+        raise ModelError(f"{file.parent}: {file.name} nests too deeply") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{file.parent}: {file.name} cannot be read: {error}") from None
     if not isinstance(content, dict):

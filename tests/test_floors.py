@@ -51,6 +51,7 @@ SERVER_MAY_IMPORT = {
     # What a worker does with freed bodies: settings of the C library's allocator.
     "vlmserve.models.malloc",
     # Headers of weights, so that a damaged file is refused before torch is imported.
+    "vlmserve.models.weights.config_files",
     "vlmserve.models.weights.safetensors_headers",
     # What a child of the worker compiles grammars with, as the engine does: no tensors.
     "vlmserve.models.grammar",

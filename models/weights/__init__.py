@@ -3,6 +3,7 @@
 In the order in which to read them:
 
     safetensors_headers      names, shapes and sizes of the stored tensors; no torch
+    config_files             the small files: types, sizes and links; no torch
     meta_model               the model without weights, compared with those headers
     device_map               which device each part of the model is on
     quantization             the methods of --quantize

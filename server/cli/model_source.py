@@ -12,6 +12,7 @@ from pathlib import Path
 from ...models.bundled import CHECKPOINT
 from ...models.checkpoint import check_config, check_folder, read_json
 from ...models.errors import ModelError
+from ...models.weights.config_files import check_config_files
 from ...models.weights.safetensors_headers import read_tensors
 
 BUNDLED_NAME = "vlmserve-tiny-vision"
@@ -69,13 +70,12 @@ def _check_files(path: Path) -> None:
     """Raises ModelFilesError for files that the engine or a worker would reject later."""
     try:
         check_folder(path)
+        check_config_files(path)
         read_tensors(path)
     except ModelError as error:
         raise ModelFilesError(_first_line(error)) from error
     except OSError as error:
         raise ModelFilesError(f"{path} cannot be read: {error}") from error
-    if not (path / "tokenizer.json").is_file():
-        raise ModelFilesError(f"{path} has no tokenizer.json: copy it beside the weights")
 
 
 def _download(hub_id: str, revision: str | None, cache_dir: str | None) -> Path:
@@ -98,6 +98,7 @@ def _download(hub_id: str, revision: str | None, cache_dir: str | None) -> Path:
             f"{hub_id} has no weights in safetensors; pickle weights can run code and are never "
             "loaded"
         )
+    _check_files(folder)
     return folder
 
 

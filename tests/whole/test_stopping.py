@@ -153,6 +153,17 @@ DAMAGE = {
     "another model": lambda folder, weights: (folder / "config.json").write_text(
         '{"model_type": "llama"}'
     ),
+    "wrong types": lambda folder, weights: (folder / "config.json").write_text(
+        '{"model_type": "mllama", "text_config": {"hidden_size": "x"}, "vision_config": {}}'
+    ),
+    "cut tokenizer": lambda folder, weights: os.truncate(folder / "tokenizer.json", 1000),
+    "a tokenizer of a gibibyte": lambda folder, weights: os.truncate(
+        folder / "tokenizer.json", 1 << 30
+    ),
+    "a link out of it": lambda folder, weights: (
+        weights.rename(folder.parent / "w"),
+        weights.symlink_to(folder.parent / "w"),
+    ),
     "no tokenizer": lambda folder, weights: (folder / "tokenizer.json").unlink(),
 }
 
