@@ -16,6 +16,10 @@ import msgspec
 from ..tasks import end_tasks
 
 
+class ChildStartError(Exception):
+    """The system cannot start a process now: no process, memory, thread or descriptor is left."""
+
+
 class Child:
     """A process that reads its settings as one line of JSON on stdin.
 
@@ -34,15 +38,22 @@ class Child:
         pass_fds: Sequence[int] = (),
         environment: Mapping[str, str] | None = None,
     ) -> Child:
-        """Start Python with these arguments; the process waits for its settings."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *command,
-            stdin=PIPE,
-            pass_fds=pass_fds,
-            start_new_session=True,
-            env={**os.environ, **(environment or {})},
-        )
+        """Start Python with these arguments; the process waits for its settings.
+
+        Raises ChildStartError.
+        """
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *command,
+                stdin=PIPE,
+                pass_fds=pass_fds,
+                start_new_session=True,
+                env={**os.environ, **(environment or {})},
+            )
+        # RuntimeError: Python 3.11 waits for a process in a thread, which cannot start either.
+        except (OSError, RuntimeError) as error:
+            raise ChildStartError(getattr(error, "strerror", None) or str(error)) from error
         return cls(process)
 
     async def configure(self, settings: msgspec.Struct) -> None:

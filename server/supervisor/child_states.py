@@ -24,7 +24,7 @@ class ChildEvent(Enum):
     """What moves a child. The values are what `docs/states.md` explains."""
 
     READY = "an engine reports that it is ready (again after a lost connection); a worker ran 3 s"
-    END = "the process exits, or shows no progress and is killed"
+    END = "the process exits, hangs and is killed, or the system cannot start it"
     RESTART = "the pause is over, and a new process starts"
     SUSPEND = "the engine used up its restarts, and another engine is not suspended"
     GIVE_UP = "no restart is left, or the first start failed: an error that a restart cannot fix"

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Sequence
 
 from ...router.config import EngineConfig
-from .child import Child
+from .child import Child, ChildStartError
+
+logger = logging.getLogger(__name__)
 
 STANDBY_OPTION = "--standby"
+# Until the next attempt after the system could not start the standby process.
+RETRY_S = 30.0
 
 
 class EngineStarter:
@@ -26,8 +31,13 @@ class EngineStarter:
         self._standby: Child | None = None
         self._preparing: asyncio.Task[None] | None = None
 
+    @property
+    def has_standby(self) -> bool:
+        """Whether a standby process runs."""
+        return self._standby is not None and not self._standby.has_ended
+
     async def start(self, config: EngineConfig) -> Child:
-        """A new engine process with its settings."""
+        """A new engine process with its settings. Raises ChildStartError."""
         child, self._standby = self._standby, None
         if child is None or child.has_ended:
             child = await Child.start(self._command)
@@ -36,14 +46,19 @@ class EngineStarter:
 
     def prepare(self) -> None:
         """Start a standby after the delay, unless there is one or one is being started."""
-        has_standby = self._standby is not None and not self._standby.has_ended
         is_preparing = self._preparing is not None and not self._preparing.done()
-        if self._delay_s is not None and not has_standby and not is_preparing:
+        if self._delay_s is not None and not self.has_standby and not is_preparing:
             self._preparing = asyncio.create_task(self._prepare(self._delay_s))
 
     async def _prepare(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
-        self._standby = await Child.start([*self._command, STANDBY_OPTION])
+        while not self.has_standby:
+            try:
+                self._standby = await Child.start([*self._command, STANDBY_OPTION])
+            except ChildStartError as error:
+                # The server works without it; only a restart takes longer.
+                logger.warning("no standby engine: %s; trying again in %g s", error, RETRY_S)
+                await asyncio.sleep(RETRY_S)
         self._delay_s = 0.0
 
     async def close(self) -> None:

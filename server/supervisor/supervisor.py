@@ -16,10 +16,8 @@ import asyncio
 import contextlib
 import signal
 import socket
-import ssl
 import tempfile
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,21 @@ from ...router.client.engine_client import EngineClient
 from ...router.config import EngineConfig
 from ...router.messages import EngineReady
 from ...router.processes.logs import say
-from ...router.state_table import next_state
 from ..settings import ServerSettings
-from .child import Child
-from .child_states import TRANSITIONS, ChildEvent, ChildState
+from .child import Child, ChildStartError
+from .child_slot import (
+    EXIT_CODES_WITH_REASON_LOGGED,
+    ChildEnd,
+    ChildFailedError,
+    ChildSlot,
+    EngineSlot,
+    too_many_ends,
+    why_not_ready,
+)
+from .child_states import ChildEvent, ChildState
+from .ended_metrics import merge_ended
 from .engine_watchdog import EngineWatchdog
+from .readiness_probe import is_ready
 from .restart_budget import RestartBudget
 from .restart_counter import RestartCounter, RestartReason
 from .settings import SupervisorSettings
@@ -43,8 +51,6 @@ from .worker_liveness import LivenessPipe
 WORKER_COMMAND = ("-m", "vlmserve.server.worker")
 EXIT_OK = 0
 EXIT_FAILED = 1
-# A child that exits with 2 or 3 has logged the reason.
-EXIT_CODES_WITH_REASON_LOGGED = (2, 3)
 # Time to exit after the drain.
 CLOSING_TIME_S = 5.0
 READY_POLL_S = 0.1
@@ -54,33 +60,6 @@ LAST_MESSAGES_S = 1.0
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 # A worker that runs this long counts as serving.
 WORKER_START_S = 3.0
-
-
-class ChildFailedError(Exception):
-    """The supervisor gave up on a child. message: for the operator; None if already logged."""
-
-
-@dataclass(slots=True, kw_only=True)
-class ChildSlot:
-    """One place for a child: its state, its current process and its restarts."""
-
-    name: str
-    restarts: RestartBudget
-    child: Child | None = None
-    state: ChildState = ChildState.STARTING
-
-    def move(self, event: ChildEvent) -> None:
-        """Change the state by the table in `child_states.py`."""
-        self.state = next_state(TRANSITIONS, self.state, event)
-
-
-@dataclass(slots=True, kw_only=True)
-class EngineSlot(ChildSlot):
-    """The place of one engine. info: set once the engine has been ready for the first time."""
-
-    config: EngineConfig
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
-    info: EngineReady | None = None
 
 
 class Supervisor:
@@ -132,7 +111,14 @@ class Supervisor:
         # Without these files SIGHUP keeps its default: closing the terminal stops the server.
         if server.api_key_file is not None or server.tls_certfile is not None:
             loop.add_signal_handler(signal.SIGHUP, self._reload)
-        with tempfile.TemporaryDirectory(prefix="vlmserve-") as folder:
+        try:
+            temporary = tempfile.TemporaryDirectory(prefix="vlmserve-", ignore_cleanup_errors=True)
+        except OSError as error:
+            _say(
+                f"cannot create a temporary folder: {error.strerror}; set TMPDIR to a writable one"
+            )
+            return EXIT_FAILED
+        with temporary as folder:
             try:
                 return await self._supervise(Path(folder))
             finally:
@@ -188,7 +174,9 @@ class Supervisor:
             if failure.args[0] is not None:
                 _say(failure.args[0])
         if failures:
-            await self._stop_children(0.0)
+            # Requests that another engine or worker still answers may end first.
+            has_served = any(engine.info is not None for engine in self._engines)
+            await self._stop_children(self._settings.drain_time_s if has_served else 0.0)
             return EXIT_FAILED
         drain_time_s = self._settings.drain_time_s
         _say(f"stopping; open requests have {drain_time_s:g} s, a second signal stops them now")
@@ -200,21 +188,28 @@ class Supervisor:
     async def _keep_engine(self, slot: EngineSlot) -> None:
         """Run an engine and restart it when it ends. Raises ChildFailedError to give up."""
         while True:
-            child = slot.child = await self._starter.start(slot.config)
-            reason = await self._watch_engine(slot, child)
+            end = await self._run_engine(slot)
             slot.ready.clear()
-            if slot.info is None:
+            if slot.info is None and end.has_started:
                 slot.move(ChildEvent.END)
                 slot.move(ChildEvent.GIVE_UP)
-                raise ChildFailedError(_why_not_started(slot.name, child))
-            if not await self._pause_before_restart(slot, child):
-                await self._suspend(slot, child)
+                raise ChildFailedError(why_not_ready(slot.name, end))
+            if not await self._pause_before_restart(slot, end):
+                await self._suspend(slot, end)
             slot.move(ChildEvent.RESTART)
-            self._restarts.count("engine", reason)
+            self._restarts.count("engine", end.reason)
 
-    async def _suspend(self, slot: EngineSlot, child: Child) -> None:
+    async def _run_engine(self, slot: EngineSlot) -> ChildEnd:
+        """Start an engine and return when it has ended."""
+        try:
+            child = slot.child = await self._starter.start(slot.config)
+        except ChildStartError as error:
+            return ChildEnd.not_started(error)
+        return ChildEnd.of(child, await self._watch_engine(slot, child))
+
+    async def _suspend(self, slot: EngineSlot, end: ChildEnd) -> None:
         """Wait until the restarts no longer count. Raises ChildFailedError for the last engine."""
-        message = _too_many_ends(slot, child)
+        message = too_many_ends(slot, end)
         others = [engine for engine in self._engines if engine is not slot]
         if all(engine.state is ChildState.SUSPENDED for engine in others):
             slot.move(ChildEvent.GIVE_UP)
@@ -248,23 +243,41 @@ class Supervisor:
     async def _keep_worker(self, slot: ChildSlot) -> None:
         """Run an HTTP worker and restart it when it ends. Raises ChildFailedError to give up."""
         while True:
-            with LivenessPipe(self._settings.worker_timeouts) as liveness:
-                child = slot.child = await self._start_worker(liveness)
-                loop = asyncio.get_running_loop()
-                serving = loop.call_later(WORKER_START_S, slot.move, ChildEvent.READY)
-                try:
-                    reason = await _ended(child, slot.name, liveness.until_it_stops())
-                finally:
-                    serving.cancel()
-            if child.exit_code in EXIT_CODES_WITH_REASON_LOGGED:
+            try:
+                end = await self._run_worker(slot)
+            except ChildStartError as error:
+                end = ChildEnd.not_started(error)
+            merge_ended(self._metrics_folder, self._worker_pids())
+            if end.exit_code in EXIT_CODES_WITH_REASON_LOGGED:
                 slot.move(ChildEvent.END)
                 slot.move(ChildEvent.GIVE_UP)
                 raise ChildFailedError(None)
-            if not await self._pause_before_restart(slot, child):
+            if not await self._pause_before_restart(slot, end):
                 slot.move(ChildEvent.GIVE_UP)
-                raise ChildFailedError(f"{_too_many_ends(slot, child)}: giving up")
+                raise ChildFailedError(f"{too_many_ends(slot, end)}: giving up")
             slot.move(ChildEvent.RESTART)
-            self._restarts.count("worker", reason)
+            self._restarts.count("worker", end.reason)
+
+    async def _run_worker(self, slot: ChildSlot) -> ChildEnd:
+        """Start a worker and return when it has ended. Raises ChildStartError."""
+        try:
+            pipe = LivenessPipe(self._settings.worker_timeouts)
+        except OSError as error:
+            raise ChildStartError(error.strerror) from error
+        with pipe as liveness:
+            child = slot.child = await self._start_worker(liveness)
+            loop = asyncio.get_running_loop()
+            serving = loop.call_later(WORKER_START_S, slot.move, ChildEvent.READY)
+            try:
+                reason = await _ended(child, slot.name, liveness.until_it_stops())
+            finally:
+                serving.cancel()
+        return ChildEnd.of(child, reason)
+
+    def _worker_pids(self) -> list[int]:
+        """The workers that run now."""
+        children = [slot.child for slot in self._workers]
+        return [child.pid for child in children if child is not None and not child.has_ended]
 
     async def _start_worker(self, liveness: LivenessPipe) -> Child:
         child = await Child.start(
@@ -287,7 +300,7 @@ class Supervisor:
             drain_time_s=self._settings.drain_time_s,
         )
 
-    async def _pause_before_restart(self, slot: ChildSlot, child: Child) -> bool:
+    async def _pause_before_restart(self, slot: ChildSlot, end: ChildEnd) -> bool:
         """Wait until a child that ended may restart; False at once if no restart is left."""
         has_served = slot.state is ChildState.SERVING
         slot.move(ChildEvent.END)
@@ -295,7 +308,7 @@ class Supervisor:
         if pause_s is None:
             return False
         when = f"in {pause_s:g} s" if pause_s else "now"
-        _say(f"{slot.name} ended ({child.how_it_ended}); starting another {when}")
+        _say(f"{slot.name} ended ({end.cause}); starting another {when}")
         await asyncio.sleep(pause_s)
         return True
 
@@ -304,7 +317,7 @@ class Supervisor:
         for engine in self._engines:
             await engine.ready.wait()
         is_tls = self._server_settings.tls_certfile is not None
-        while not await _is_ready(self._listener, is_tls):  # noqa: ASYNC110 - polls a socket
+        while not await is_ready(self._listener, is_tls):  # noqa: ASYNC110 - polls a socket
             await asyncio.sleep(READY_POLL_S)
         self._on_ready([one.info for one in self._engines if one.info is not None])
 
@@ -331,25 +344,12 @@ class Supervisor:
         await ended
 
     async def _kill_all(self) -> None:
+        children = [slot.child for slot in self._slots]
+        running = [child for child in children if child is not None and not child.has_ended]
+        for child in running:
+            child.kill()
+        await _all_ended(running)
         await self._starter.close()
-        for child in [slot.child for slot in self._slots]:
-            if child is not None and not child.has_ended:
-                child.kill()
-                await child.wait()
-
-
-def _why_not_started(name: str, child: Child) -> str | None:
-    if child.exit_code in EXIT_CODES_WITH_REASON_LOGGED:
-        return None
-    return f"{name} ended ({child.how_it_ended}) before it was ready: giving up"
-
-
-def _too_many_ends(slot: ChildSlot, child: Child) -> str:
-    budget = slot.restarts
-    return (
-        f"{slot.name} ended {budget.max_restarts + 1} times in {budget.window_s:g} s, last by "
-        f"{child.how_it_ended}"
-    )
 
 
 async def _ended(child: Child, name: str, hanging: Coroutine[Any, Any, str]) -> RestartReason:
@@ -366,23 +366,6 @@ async def _ended(child: Child, name: str, hanging: Coroutine[Any, Any, str]) -> 
 async def _all_ended(children: Sequence[Child]) -> None:
     for child in children:
         await child.wait()
-
-
-async def _is_ready(listener: socket.socket, is_tls: bool) -> bool:
-    """Whether GET /v1/health/ready on this socket's address answers 200."""
-    host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    request = b"GET /v1/health/ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    try:
-        # Our own server: any certificate is fine.
-        tls = ssl._create_unverified_context() if is_tls else None
-        reader, writer = await asyncio.open_connection(host, port, ssl=tls)
-        writer.write(request)
-        status_line = await asyncio.wait_for(reader.readline(), 5)
-        writer.close()
-    except (OSError, TimeoutError):
-        return False
-    return status_line.startswith(b"HTTP/1.1 200")
 
 
 def _say(line: str) -> None:

@@ -8,12 +8,14 @@ histograms, except the engine's (`engine_metrics.py`), which all workers report 
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import prometheus_client.values
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -25,8 +27,11 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from ...router.client.replica_pool import MOVE_REASONS, MoveReason, ReplicaState
 from ...router.messages import AddRequest, EngineStats
+from ..supervisor.ended_metrics import reserve, unmerged
 from .engine_metrics import EngineMetrics, ReplicaMetrics, RestartMetrics
 from .request_record import RequestRecord, current_record
+
+logger = logging.getLogger(__name__)
 
 # The creation time of each metric would double the page, and it cannot be summed.
 disable_created_metrics()
@@ -63,6 +68,7 @@ class Metrics:
     """All metrics of one HTTP worker, and those that the engine last reported."""
 
     def __init__(self, num_request_max: int) -> None:
+        _reserve_files()
         self.registry = CollectorRegistry()
         self._engine = EngineMetrics(num_request_max)
         self._replicas: ReplicaMetrics | None = None
@@ -119,7 +125,8 @@ class Metrics:
         summed.register(self._engine)
         if self._replicas is not None:
             summed.register(self._replicas)
-        return generate_latest(summed)
+        with unmerged(Path(folder)):
+            return generate_latest(summed)
 
     def _add_documented_metrics(self) -> None:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests.")
@@ -213,6 +220,19 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(name, text, buckets=buckets, registry=self.registry)
+
+
+def _reserve_files() -> None:
+    """Reserve this worker's files; without room on disk, keep its metrics in memory only."""
+    folder = os.environ.get(METRICS_FOLDER_VARIABLE)
+    if folder is None:
+        return
+    try:
+        reserve(Path(folder), os.getpid())
+    except OSError as error:
+        logger.warning("/metrics of this worker counts its own requests only: %s", error.strerror)
+        del os.environ[METRICS_FOLDER_VARIABLE]
+        prometheus_client.values.ValueClass = prometheus_client.values.MutexValue
 
 
 class RequestTimer:

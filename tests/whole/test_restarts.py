@@ -4,11 +4,15 @@ The supervisor and the HTTP workers are the real ones; the engine hashes instead
 and fails on demand (`support/faulty_engine.py`).
 """
 
+import contextlib
 import os
+import resource
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import psutil
 import pytest
 from support.invariants import (
     CHAT,
@@ -22,7 +26,8 @@ from support.invariants import (
     num_descriptors,
 )
 
-from server_state import descendants, is_running
+from server_state import descendants, is_ready, is_running
+from vlmserve.server.supervisor.ended_metrics import KINDS
 
 QUICK = {"engine_timeouts": {"heartbeat_s": 1.5, "step_s": 1.5}, "has_standby": False}
 
@@ -313,6 +318,64 @@ def test_an_engine_that_dies_again_and_again_ends_the_server_with_one_line(start
     assert "starting another in 0.5 s" in log
     assert "the engine ended 3 times in 300 s, last by exit code 7: giving up" in log
     assert not any(map(is_running, family))
+
+
+@contextlib.contextmanager
+def without_descriptors(pid):
+    """The process can open nothing, and so start no child, within the context."""
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("role", ["worker", "engine"])
+def test_row_60_a_child_that_the_system_cannot_start_is_started_later(
+    start_faulty_server, wait_for, role
+):
+    """Before: the supervisor ended with a traceback, and with it the server."""
+    server = start_faulty_server(supervision={"has_standby": False, "max_restarts": 50})
+    standing = standing_of(server)
+    with without_descriptors(server.process.pid):
+        os.kill(standing.pids(role)[0], signal.SIGKILL)
+        assert wait_for(lambda: "the system cannot start it: Too many open files" in log_of(server))
+        assert server.process.poll() is None
+    assert wait_for(lambda: standing.pids(role))
+    assert wait_for(lambda: is_ready(server.url))
+    assert standing.post(CHAT, body_for(CHAT, max_tokens=3)).status == 200
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0
+
+
+def test_row_60_a_worker_that_can_never_be_started_ends_the_server_without_a_traceback(
+    start_faulty_server, wait_for
+):
+    server = start_faulty_server(supervision={"has_standby": False, "max_restarts": 1})
+    family = descendants(server.process.pid)
+    with without_descriptors(server.process.pid):
+        os.kill(standing_of(server).pids("worker")[0], signal.SIGKILL)
+        assert server.process.wait(60) == 1
+    log = log_of(server)
+    assert "an HTTP worker ended 2 times in 300 s, the system cannot start it: Too many" in log
+    assert "Traceback" not in log
+    assert wait_for(lambda: not any(map(is_running, family)))
+
+
+def test_files_of_metrics_do_not_pile_up(start_faulty_server, wait_for):
+    server = start_faulty_server()
+    standing = standing_of(server)
+    folder = Path(psutil.Process(standing.pids("worker")[0]).environ()["PROMETHEUS_MULTIPROC_DIR"])
+    for _ in range(3):
+        old = standing.pids("worker")
+        os.kill(old[0], signal.SIGKILL)
+        assert wait_for(lambda old=old: standing.pids("worker") not in ([], old))
+        until_whole(standing, wait_for, num_workers=1)
+    names = {file.name for file in folder.glob("*.db")}
+    (pid,) = standing.pids("worker")
+    assert names == {f"{kind}_{owner}.db" for kind in KINDS for owner in ("ended", pid)}
 
 
 def test_a_spare_takes_the_dead_engines_place(start_faulty_server, wait_for):

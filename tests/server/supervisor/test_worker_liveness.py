@@ -114,4 +114,4 @@ def test_restarts_are_counted_by_process_and_reason_and_read_by_others(tmp_path)
 
 def test_a_restart_that_cannot_be_written_ends_nothing(tmp_path, caplog):
     RestartCounter(tmp_path / "gone").count("engine", "ended")
-    assert "a restart is not told at /metrics" in caplog.text
+    assert "/metrics misses a restart" in caplog.text
