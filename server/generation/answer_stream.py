@@ -121,7 +121,8 @@ class ToolCallStream:
 class AnswerStream:
     """Turns the engine's outputs for one choice into events.
 
-    tool_parser: finds calls in the text; None: there are no calls, only text.
+    tool_parser: finds calls in the text; None: there are no calls, only text. keeps_stop: a stop
+    string that ends the answer is its last text.
     """
 
     def __init__(
@@ -132,8 +133,11 @@ class AnswerStream:
         reader: TokenReader,
         choice: int = 0,
         tool_parser: ToolCallParser | None = None,
+        *,
+        keeps_stop: bool = False,
     ) -> None:
         self._choice = choice
+        self._keeps_stop = keeps_stop
         self._text = Detokenizer(processor.tokenizer, processor.special_ids)
         self._stops = StopStrings(stop)
         self._calls = None if tool_parser is None else ToolCallStream(tool_parser, choice)
@@ -169,6 +173,7 @@ class AnswerStream:
             piece = self._cut(self._text.push(token_id))
             text += piece.text
             if piece.stop is not None:
+                text += piece.stop if self._keeps_stop else ""
                 return [*events, *self._delta(text), *self._finish("stop", piece.stop)]
             if self._calls is not None:
                 events += self._delta(text)
@@ -193,7 +198,8 @@ class AnswerStream:
     def _end(self, text: str, output: SequenceOutput) -> list[Event]:
         tail = self._cut(self._text.flush())
         held = self._stops.flush() if tail.stop is None else ""
-        events = self._delta(text + tail.text + held)
+        kept = tail.stop if tail.stop is not None and self._keeps_stop else ""
+        events = self._delta(text + tail.text + held + kept)
         if output.finish_reason == "stop":
             self._count(output, -1)
         if tail.stop is not None:
@@ -208,13 +214,15 @@ class AnswerStream:
             return []
         if self._calls is not None:
             return self._with_logprobs(self._calls.text(text))
-        return [TextDelta(text, self._take_logprobs(), self._choice)]
+        return [TextDelta(text, self._take_logprobs(), self._choice, self._num_tokens)]
 
     def _with_logprobs(self, deltas: Sequence[Delta]) -> list[Event]:
-        """The same deltas, the first with all pending log-probabilities."""
+        """The same deltas, the first with all pending log-probabilities and the count of tokens."""
         if not deltas:
             return []
-        return [replace(deltas[0], logprobs=self._take_logprobs()), *deltas[1:]]
+        logprobs = self._take_logprobs()
+        first = replace(deltas[0], logprobs=logprobs, num_tokens=self._num_tokens)
+        return [first, *deltas[1:]]
 
     def _finish(
         self,

@@ -30,11 +30,13 @@ class TextDelta:
 
     logprobs: of the tokens since the last piece, if requested. A token whose text is still
     buffered (half a character, or the start of a stop string) comes with the next piece.
+    num_tokens: of the choice so far, including buffered ones.
     """
 
     text: str
     logprobs: tuple[TokenEntry, ...] = ()
     choice: int = 0
+    num_tokens: int = 0
 
 
 @dataclass(slots=True, frozen=True)
@@ -56,7 +58,7 @@ class ToolCallDelta:
     """A piece of a call of one choice. is_first: the call starts; the name never changes.
 
     arguments, raw: the next part of each, may be empty. whole: the whole call, in its last
-    piece. logprobs: as in TextDelta.
+    piece. logprobs, num_tokens: as in TextDelta; num_tokens may be 0 in a later piece.
     """
 
     index: int
@@ -68,6 +70,7 @@ class ToolCallDelta:
     whole: AnsweredCall | None = None
     logprobs: tuple[TokenEntry, ...] = ()
     choice: int = 0
+    num_tokens: int = 0
 
 
 FinishReason = Literal["stop", "length", "tool_calls"]

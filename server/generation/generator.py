@@ -195,6 +195,7 @@ class Generator:
                 self._reader,
                 choice,
                 _tool_parser(prepared),
+                keeps_stop=prepared.keeps_stop,
             )
             for choice, (request, answer_id) in enumerate(pairs)
         }

@@ -67,6 +67,7 @@ class PreparedGeneration:
     deadline: float = math.inf
     tool_names: tuple[str, ...] = ()
     max_tool_calls: int | None = None
+    keeps_stop: bool = False
 
     @property
     def answer_ids(self) -> list[str]:
@@ -117,6 +118,7 @@ class Preparer:
             deadline,
             tool_names=tuple(tool.name for tool in request.tools),
             max_tool_calls=request.max_tool_calls,
+            keeps_stop=request.keeps_stop,
         )
 
     async def _added(

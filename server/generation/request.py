@@ -41,6 +41,7 @@ class GenerationRequest:
     num_choices: how many answers to the same prompt; num_prompt_logprobs: how many of
     the likeliest tokens are told beside each token of the prompt. Of requests that wait the one of
     lower priority goes first. timeout_s: from its arrival to the end of its answer.
+    keeps_stop: a stop string that ends the answer stays in its text.
     tools: what the model is told of and may call, in which format; max_tool_calls: the
     answer ends with that many, None for no bound. grammar: what texts the answer may
     be, not compiled yet, and the field that said so.
@@ -55,6 +56,7 @@ class GenerationRequest:
     default_max_tokens: int | None = None
     max_tokens_field: str = "max_tokens"
     stop: tuple[str, ...] = ()
+    keeps_stop: bool = False
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     tenant: str = ""

@@ -9,6 +9,7 @@ from sanic import HTTPResponse, Request
 from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
 from ..api.services import check_model, completion_response, services_of, tenant_of
 from ..api.sse import send_stream
+from ..schemas.answer_parts import RunningUsage
 from ..schemas.openai.chat import ChatCompletionRequest, chat_generation
 from ..schemas.openai.chat_answers import ChatAnswers, ChatCompletion, ChatCompletionChunk
 from . import samples
@@ -50,6 +51,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> HTT
         body.n or 1,
         has_tools=bool(body.tools),
         is_obfuscated=body.is_obfuscated,
+        running_usage=RunningUsage(prepared.num_prompt_tokens) if body.has_running_usage else None,
     )
     if body.stream:
         await send_stream(request, prepared, answers, with_done=True)

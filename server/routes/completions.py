@@ -13,6 +13,7 @@ from ..api.services import check_model, completion_response, services_of, tenant
 from ..api.sse import send_stream
 from ..generation.request import PlainPrompt
 from ..prompts.processor import Processor
+from ..schemas.answer_parts import RunningUsage
 from ..schemas.openai.completion_answers import CompletionAnswers, CompletionChunk, TextCompletion
 from ..schemas.openai.completions import CompletionRequest, completion_generation
 from . import samples
@@ -58,6 +59,7 @@ async def completions(request: Request, body: CompletionRequest) -> HTTPResponse
         is_echo_only=body.is_echo_only,
         include_usage=body.includes_usage,
         is_obfuscated=body.is_obfuscated,
+        running_usage=RunningUsage(prepared.num_prompt_tokens) if body.has_running_usage else None,
     )
     if body.stream:
         await send_stream(request, prepared, answers, with_done=True)

@@ -6,9 +6,17 @@ Owns the keys and their order. Knows nothing of how they are sent.
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass, field
 from typing import NotRequired, TypedDict
 
-from ..generation.events import PromptLogprobs, Usage
+from ..generation.events import (
+    Event,
+    Finish,
+    PromptLogprobs,
+    TextDelta,
+    ToolCallDelta,
+    Usage,
+)
 from ..generation.token_text import PromptCandidate
 
 
@@ -49,6 +57,27 @@ def usage_counts(usage: Usage) -> UsageCounts:
     if usage.cached_tokens:
         counts["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
     return counts
+
+
+@dataclass(slots=True)
+class RunningUsage:
+    """The usage of a stream so far, summed over its choices."""
+
+    prompt_tokens: int
+    _by_choice: dict[int, int] = field(default_factory=dict)
+
+    def add(self, event: Event) -> None:
+        """Count the tokens that an event reports."""
+        if isinstance(event, TextDelta | ToolCallDelta):
+            before = self._by_choice.get(event.choice, 0)
+            self._by_choice[event.choice] = max(before, event.num_tokens)
+        elif isinstance(event, Finish):
+            self._by_choice[event.choice] = event.usage.completion_tokens
+
+    @property
+    def counts(self) -> UsageCounts:
+        """The usage, without cached tokens."""
+        return usage_counts(Usage(self.prompt_tokens, sum(self._by_choice.values())))
 
 
 def obfuscation(text: str) -> str:

@@ -1,8 +1,8 @@
 """Lenient twins of the schemas, which accept unknown fields, and the names of those fields.
 
 Owns both halves of one pass: `lenient` builds a twin of a struct, and `unknown_fields` compares
-what a client sent with what the twin kept. Also decides which unknown name is a misspelt known
-one. Knows no schema.
+what a client sent with what the twin kept. A schema lists as `foreign` the fields of other
+servers. Also decides which unknown name is a misspelt known one. Knows no schema.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import operator
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import msgspec
+
+from .foreign import is_neutral
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -93,7 +95,7 @@ def unknown_fields(raw: Any, value: Any, path: str = "") -> Iterator[UnknownFiel
             if key in names:
                 if (name := names[key]) is not None:
                     yield from unknown_fields(inner, getattr(value, name), place)
-            elif inner is not None:
+            elif not _is_absent(key, inner, type(value)):
                 yield UnknownField(place, key, type(value))
     elif isinstance(value, list):
         for index, (inner, kept) in enumerate(zip(raw, value, strict=True)):
@@ -104,13 +106,23 @@ def unknown_fields(raw: Any, value: Any, path: str = "") -> Iterator[UnknownFiel
             yield from unknown_fields(inner, value[key], f"{path}.{key}")
 
 
+def _is_absent(name: str, value: Any, schema: type[msgspec.Struct]) -> bool:
+    """True if an unknown field changes nothing: it is null, or foreign and neutral."""
+    return value is None or is_neutral(value, _foreign_of(schema).get(name, ()))
+
+
+def _foreign_of(schema: type[msgspec.Struct]) -> Mapping[str, tuple[Any, ...]]:
+    foreign: Mapping[str, tuple[Any, ...]] = getattr(schema, "foreign", {})
+    return foreign
+
+
 @functools.lru_cache(maxsize=4096)
 def meant_name(name: str, schema: type[msgspec.Struct]) -> str | None:
     """The schema's name that is nearest to this unknown one, at one or two edits; or None.
 
     An edit adds, drops or changes a character, or swaps two neighbours.
     """
-    if len(name) > MAX_LENGTH or name in OTHER_NAMES:
+    if len(name) > MAX_LENGTH or name in OTHER_NAMES or name in _foreign_of(schema):
         return None
     for num_edits, min_length in MIN_LENGTH_OF_EDITS.items():
         for known in _names_by_key(schema):

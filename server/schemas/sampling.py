@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
@@ -16,6 +16,7 @@ from ...models.batch import Bias, Penalty, SamplingParams
 from ..errors import BadRequestError
 from ..generation.request import sampling_params
 from .decoding import ModelName, no_nul
+from .foreign import FOREIGN
 from .rules import all_of, given, having, needs
 from .structured import Choices, Form, Guided, ResponseFormat, guided_forms, response_form
 
@@ -23,7 +24,7 @@ INT64 = msgspec.Meta(ge=-(2**63), le=2**63 - 1)
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 MaxTokens = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
-TopK = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1, extra_json_schema={"not": {"const": 0}})]
+TopK = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
 NumTop = Annotated[int, msgspec.Meta(ge=0, le=20)]
 
 # Answers of one request, whatever they are to.
@@ -44,22 +45,34 @@ SHARED_RULES = (
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """include_obfuscation: a chunk carries random characters, by which its size tells less."""
+    """include_obfuscation: a chunk carries random characters, which hide its size.
+
+    continuous_usage_stats: every chunk has the usage so far, as in vLLM.
+    """
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class SharedFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Null leaves a field at its default."""
+    """Null leaves a field at its default. top_k: 0 and -1 are off. top_p: 0 is greedy.
+
+    include_stop_str_in_output, and no_stop_trim, its name in SGLang: a stop string that ends the
+    answer stays in its text.
+    """
+
+    foreign: ClassVar[Mapping[str, tuple[Any, ...]]] = FOREIGN
 
     model: ModelName
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] | None = None
+    top_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
     top_k: TopK | None = None
     seed: Annotated[int, INT64] | None = None
     stop: StopString | Annotated[list[StopString], msgspec.Meta(max_length=16)] | None = None
     stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=1024)] | None = None
+    include_stop_str_in_output: bool | None = None
+    no_stop_trim: bool | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -89,6 +102,16 @@ class SharedFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
+    def has_running_usage(self) -> bool:
+        """Every chunk of a stream has the usage so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+    @property
+    def keeps_stop(self) -> bool:
+        """A stop string that ends the answer stays in its text."""
+        return bool(self.include_stop_str_in_output or self.no_stop_trim)
+
+    @property
     def is_obfuscated(self) -> bool:
         """A stream's chunks carry random characters."""
         return self.stream_options is not None and bool(self.stream_options.include_obfuscation)
@@ -116,8 +139,6 @@ def refuse_unless_neutral(body: msgspec.Struct, fields: Mapping[str, Neutral]) -
 
 def check_shared(body: SharedFields) -> None:
     """What no type says. Raises BadRequestError that names the field."""
-    if body.top_k == 0:
-        raise BadRequestError("top_k is 0: send -1 for off, or at least 1", param="top_k")
     if body.stream_options is not None and not body.stream:
         raise BadRequestError("stream_options needs stream: true", param="stream_options")
     if body.prompt_logprobs is not None and body.stream:
@@ -129,8 +150,10 @@ def check_shared(body: SharedFields) -> None:
 
 def sampling_of(body: SharedFields, num_logprobs: int | None) -> SamplingParams:
     """All that decides which token comes next; null leaves a field at its default."""
+    # A top_p of 0 leaves the likeliest token alone.
+    temperature = 0.0 if body.top_p == 0 else body.temperature
     return msgspec.structs.replace(
-        sampling_params(body.temperature, body.top_p, body.top_k, body.seed),
+        sampling_params(temperature, body.top_p or None, body.top_k, body.seed),
         min_p=body.min_p or 0.0,
         min_tokens=body.min_tokens or 0,
         presence_penalty=body.presence_penalty or 0.0,

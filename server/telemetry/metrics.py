@@ -52,14 +52,16 @@ USUAL_FOREIGN_FIELDS = frozenset(
     {
         "add_generation_prompt", "allowed_token_ids", "bad_words", "best_of", "bootstrap_host",
         "bootstrap_port", "bootstrap_room", "cache_control", "chat_template",
-        "chat_template_kwargs", "data_parallel_rank", "detail", "documents", "ebnf",
-        "enable_thinking", "extra_body", "extra_key", "include_reasoning", "input_ids",
-        "kv_transfer_params", "length_penalty", "logits_processors", "lora_path",
-        "mm_processor_kwargs", "no_stop_trim", "provider", "reasoning", "regex", "request_id",
-        "return_hidden_states", "return_token_ids", "return_tokens_as_token_ids", "rid",
-        "separate_reasoning", "session_params", "skip_special_tokens",
-        "spaces_between_special_tokens", "stop_regex", "stream_reasoning", "thinking",
-        "truncate_prompt_tokens", "typical_p", "use_beam_search", "uuid", "vllm_xargs",
+        "chat_template_kwargs", "continue_final_message", "custom_logit_processor", "custom_params",
+        "data_parallel_rank", "detail", "documents", "early_stopping", "ebnf", "echo",
+        "enable_thinking", "extra_body", "extra_key", "guided_decoding_backend",
+        "guided_whitespace_pattern", "include_reasoning", "input_ids", "kv_transfer_params",
+        "length_penalty", "logits_processors", "lora_path", "mm_processor_kwargs", "provider",
+        "reasoning", "regex", "request_id", "return_cached_tokens_details", "return_hidden_states",
+        "return_prompt_token_ids", "return_routed_experts", "return_token_ids",
+        "return_tokens_as_token_ids", "rid", "separate_reasoning", "session_params",
+        "skip_special_tokens", "spaces_between_special_tokens", "stop_regex", "stream_reasoning",
+        "thinking", "truncate_prompt_tokens", "typical_p", "use_beam_search", "uuid", "vllm_xargs",
     }
 )  # fmt: skip
 

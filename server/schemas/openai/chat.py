@@ -132,6 +132,7 @@ def chat_generation(body: ChatCompletionRequest) -> GenerationRequest:
         max_tokens=_max_tokens(body),
         max_tokens_field=_max_tokens_field(body),
         stop=stops_of(body.stop),
+        keeps_stop=body.keeps_stop,
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         num_choices=body.n or 1,

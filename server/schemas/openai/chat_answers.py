@@ -25,6 +25,7 @@ from ...generation.events import (
 from ...generation.token_text import TokenEntry, TokenLogprob
 from ..answer_parts import (
     PromptCandidates,
+    RunningUsage,
     UsageCounts,
     obfuscation,
     prompt_candidates,
@@ -135,7 +136,8 @@ class ChatCompletionChunk(TypedDict):
     """One frame of a streamed answer.
 
     usage: only with stream_options.include_usage, null in all but the last chunk, whose
-    choices are empty. obfuscation: only with stream_options.include_obfuscation.
+    choices are empty; with continuous_usage_stats every chunk has the usage so far.
+    obfuscation: only with stream_options.include_obfuscation.
     """
 
     id: str
@@ -163,6 +165,7 @@ class ChatAnswers:
     num_choices: int = 1
     has_tools: bool = False
     is_obfuscated: bool = False
+    running_usage: RunningUsage | None = None
     id: str = field(default_factory=_new_id)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -189,6 +192,8 @@ class ChatAnswers:
 
     def chunks(self, event: Event) -> list[ChatCompletionChunk]:
         """The chunks that report one event."""
+        if self.running_usage is not None:
+            self.running_usage.add(event)
         if isinstance(event, TextDelta):
             return [self._chunk(event.choice, {"content": event.text}, event.logprobs)]
         if isinstance(event, ToolCallDelta):
@@ -234,7 +239,9 @@ class ChatAnswers:
             "stop_reason": stop_reason,
         }
         chunk = self._frame([choice])
-        if self.include_usage:
+        if self.running_usage is not None:
+            chunk["usage"] = self.running_usage.counts
+        elif self.include_usage:
             chunk["usage"] = None
         if self.is_obfuscated:
             chunk["obfuscation"] = obfuscation(delta.get("content", ""))

@@ -16,6 +16,7 @@ from ...generation.events import End, Event, Finish, PromptLogprobs, TextDelta, 
 from ...generation.token_text import TokenEntry
 from ..answer_parts import (
     PromptCandidates,
+    RunningUsage,
     UsageCounts,
     obfuscation,
     prompt_candidates,
@@ -62,7 +63,8 @@ class CompletionChunk(TypedDict):
     """One frame of a streamed answer.
 
     usage: only with stream_options.include_usage, null in all but the last chunk, whose
-    choices are empty. obfuscation: only with stream_options.include_obfuscation.
+    choices are empty; with continuous_usage_stats every chunk has the usage so far.
+    obfuscation: only with stream_options.include_obfuscation.
     """
 
     id: str
@@ -96,6 +98,7 @@ class CompletionAnswers:
     is_echo_only: bool = False
     include_usage: bool = False
     is_obfuscated: bool = False
+    running_usage: RunningUsage | None = None
     id: str = field(default_factory=_new_id)
     created: int = field(default_factory=lambda: int(time.time()))
     _columns: dict[int, TokenColumns] = field(default_factory=dict)
@@ -127,6 +130,8 @@ class CompletionAnswers:
 
     def chunks(self, event: Event) -> list[CompletionChunk]:
         """The chunks that report one event."""
+        if self.running_usage is not None:
+            self.running_usage.add(event)
         if isinstance(event, PromptLogprobs):
             return self._echoed(event)
         if isinstance(event, End):
@@ -208,7 +213,9 @@ class CompletionAnswers:
             "stop_reason": stop_reason,
         }
         chunk = self._frame([choice])
-        if self.include_usage:
+        if self.running_usage is not None:
+            chunk["usage"] = self.running_usage.counts
+        elif self.include_usage:
             chunk["usage"] = None
         if self.is_obfuscated:
             chunk["obfuscation"] = obfuscation(text)

@@ -110,6 +110,7 @@ def completion_generation(body: CompletionRequest) -> GenerationRequest:
         max_tokens=1 if body.is_echo_only else body.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
         stop=stops_of(body.stop),
+        keeps_stop=body.keeps_stop,
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         num_choices=body.n or 1,

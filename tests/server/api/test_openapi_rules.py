@@ -81,7 +81,6 @@ BROKEN = {
 
 # Bodies that the code refuses beside the types, and that do not fit the schema either.
 UNFIT = [
-    (CHAT, {"top_k": 0}),
     (CHAT, {"store": True}),
     (CHAT, {"modalities": ["audio"]}),
     ("/v1/completions", {"prompt": []}),

@@ -410,7 +410,6 @@ def test_a_stop_string_ends_one_answer_and_not_the_others(checkpoint):
         ({"max_tokens": 131070}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"top_k": 0}, "top_k"),
         ({"n": 65}, "n"),
         ({"stream_options": {}}, "stream_options"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),

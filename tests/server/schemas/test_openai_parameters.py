@@ -48,6 +48,8 @@ SHARED_CASES = {
     "stop": {"stop": "a"},
     "stop_token_ids": {"stop_token_ids": [5]},
     "ignore_eos": {"ignore_eos": True},
+    "include_stop_str_in_output": {"include_stop_str_in_output": True},
+    "no_stop_trim": {"no_stop_trim": True},
     "min_p": {"min_p": 0.5},
     "min_tokens": {"min_tokens": 5},
     "presence_penalty": {"presence_penalty": 1},
@@ -260,7 +262,8 @@ def test_every_detail_of_an_image_is_taken_or_named():
 
 
 def test_every_stream_option_is_known():
-    assert set(get_type_hints(ChatCompletionStreamOptionsParam)) == set(
+    of_vllm = {"continuous_usage_stats"}
+    assert set(get_type_hints(ChatCompletionStreamOptionsParam)) | of_vllm == set(
         StreamOptions.__struct_fields__
     )
 

@@ -1,0 +1,96 @@
+"""What routers, benchmarks and agents send beside the API: neutral, honoured or reported."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from vlmserve.server.schemas.decoding import decode_with_names
+from vlmserve.server.schemas.foreign import ANY, FOREIGN
+from vlmserve.server.schemas.openai.chat import ChatCompletionRequest, chat_generation
+from vlmserve.server.schemas.openai.completions import CompletionRequest, completion_generation
+from vlmserve.server.telemetry.metrics import USUAL_FOREIGN_FIELDS
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "parameters.md"
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"model": "m", "prompt": "hi"}
+APIS = {
+    "chat": (ChatCompletionRequest, chat_generation, CHAT),
+    "completions": (CompletionRequest, completion_generation, TEXT),
+}
+# As sglang-router 0.3 and vllm-router 0.1 write every request.
+OF_ROUTERS = {
+    "no_stop_trim": False,
+    "continue_final_message": False,
+    "skip_special_tokens": True,
+    "separate_reasoning": True,
+    "stream_reasoning": True,
+    "ignore_eos": False,
+    "return_hidden_states": False,
+    "top_k": 0,
+    "min_p": None,
+    "session_params": None,
+    "lora_path": None,
+    "rid": "abc",
+}
+
+
+def decoded(api, fields, unknown="refuse"):
+    schema, generation, base = APIS[api]
+    body = decode_with_names(json.dumps(base | {"seed": 1} | fields).encode(), schema, unknown)
+    return generation(body.value), body.unknown_fields
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_what_routers_add_to_every_request_changes_nothing(api):
+    """Behind either router every request used to be a 400."""
+    fields = OF_ROUTERS
+    assert decoded(api, fields) == decoded(api, {})
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_field_is_absent_at_its_neutral_values_and_else_reported(api, name):
+    known = set(APIS[api][0].__struct_fields__)
+    for value in FOREIGN[name]:
+        plain = decoded(api, {name: "x" if value is ANY else value})
+        assert name in known or plain == decoded(api, {})
+    if name not in known and ANY not in FOREIGN[name]:
+        _, names = decoded(api, {name: {"other": "value"}}, "report")
+        assert names == [name]
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_beam_search", 0), ("best_of", True), ("length_penalty", 1.5)]
+)
+def test_a_value_that_only_looks_neutral_is_reported(api, name, value):
+    if name not in APIS[api][0].__struct_fields__:
+        assert decoded(api, {name: value}, "report")[1] == [name]
+
+
+def test_a_whole_float_is_the_same_number():
+    assert decoded("chat", {"length_penalty": 1.0}) == decoded("chat", {})
+
+
+def test_every_foreign_field_has_a_label_and_a_row_on_the_page():
+    assert set(FOREIGN) <= USUAL_FOREIGN_FIELDS
+    rows = re.search(r"(?s)## What other servers' clients send\n.*?(?=\n## |\Z)", PAGE.read_text())
+    assert rows is not None
+    listed = set(re.findall(r"`([a-z_]+)`", rows[0]))
+    assert set(FOREIGN) <= listed
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_top_k_0_is_off_and_top_p_0_is_greedy(api):
+    assert decoded(api, {"top_k": 0}) == decoded(api, {"top_k": -1})
+    greedy = decoded(api, {"top_p": 0, "temperature": 0.7})[0].sampling
+    assert (greedy.temperature, greedy.top_p) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("name", ["no_stop_trim", "include_stop_str_in_output"])
+def test_a_stop_string_is_kept_where_asked(api, name):
+    assert decoded(api, {name: True})[0].keeps_stop
+    assert not decoded(api, {name: False})[0].keeps_stop
