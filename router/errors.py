@@ -4,6 +4,7 @@
     ├── EngineError            a request's end, as the worker sees it
     │   ├── EngineDeadError        the engine is gone, stopping or not ready yet
     │   ├── QueueFullError         rejected for now: retry after `retry_after_s`
+    │   ├── TooManyRequestsError   the owner's own limit: retry when an answer of it has ended
     │   ├── InvalidRequestError    can never be served: the message names the remedy
     │   └── EngineInternalError    the step that computed the request failed
     ├── WireError              a peer violated the protocol
@@ -51,6 +52,13 @@ class QueueFullError(EngineError):
         self.retry_after_s: float = retry_after_s
 
 
+class TooManyRequestsError(EngineError):
+    """The owner has as many answers in the engine as its policy allows."""
+
+    kind: FailureKind = "too_many"
+    retry_after_s: float | None = 1.0
+
+
 class InvalidRequestError(EngineError):
     """The request can never be served; the message names the remedy."""
 
@@ -87,6 +95,8 @@ def error_of(failed: RequestFailed) -> EngineError:
     """The exception for a `RequestFailed` message."""
     if failed.kind == "queue_full":
         return QueueFullError(failed.message, failed.retry_after_s or 1.0)
+    if failed.kind == "too_many":
+        return TooManyRequestsError(failed.message)
     if failed.kind == "invalid":
         return InvalidRequestError(failed.message)
     if failed.kind == "engine_dead":

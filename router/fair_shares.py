@@ -38,6 +38,18 @@ class FairShares:
             self._counters[key] = max(self._counters.get(key, floor), floor)
         self._num_active[key] = self._num_active.get(key, 0) + 1
 
+    def lift(self, key: str) -> None:
+        """Raise an active key to the smallest counter of the others.
+
+        For a key that begins to wait: what it left unused while it had little work is no credit.
+        """
+        others = (self._counters[one] for one in self._num_active if one != key)
+        self._counters[key] = max(self._counters[key], min(others, default=0.0))
+
+    def used(self, key: str) -> float:
+        """The counter of an active key."""
+        return self._counters[key]
+
     def leave(self, key: str) -> None:
         """Remove one piece of work of `key`; with its last the key is no longer active.
 

@@ -23,7 +23,23 @@ from ..models.batch import (
 VISION_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 FinishReason = Literal["stop", "length", "abort"]
-FailureKind = Literal["queue_full", "invalid", "internal", "engine_dead"]
+FailureKind = Literal["queue_full", "too_many", "invalid", "internal", "engine_dead"]
+
+
+class OwnerPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """What an API key may do, sent with each of its requests.
+
+    weight: its part of the machine while others wait, relative to theirs. cross_priority: its
+    priorities count against other owners' requests too. max_concurrent: most answers that run or
+    wait in one engine at once; None: no limit.
+    """
+
+    weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    cross_priority: bool = False
+    max_concurrent: Positive | None = None
+
+
+NO_POLICY = OwnerPolicy()
 
 
 class AddRequest(msgspec.Struct, tag="add", kw_only=True):
@@ -31,7 +47,9 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
 
     request_id: made by the server, never taken from a client. choice_ids: the ids of further
     answers to the same prompt, each with its own outputs and end; the prompt and its images are
-    computed once for all. priority: the waiting request with the lower number runs first.
+    computed once for all. owner: a hash of the API key, empty for all clients without a key; owners
+    share the machine by their policies. tenant: requests of one tenant share cached blocks.
+    priority: of an owner's waiting requests, the one with the lower number runs first.
     images[i] belongs to spans[i], in prompt order. grammar: in llguidance's JSON, the texts that
     the answer may have. eos_token_ids: these tokens end the turn, and stop_token_id is None.
     stop_token_ids: these tokens end the answer and are reported as stop_token_id.
@@ -48,6 +66,8 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     eos_token_ids: list[int] = []
     stop_token_ids: list[int] = []
     tenant: str = ""
+    owner: str = ""
+    policy: OwnerPolicy = NO_POLICY
     choice_ids: list[str] = []
     priority: int = 0
     grammar: str | None = None
@@ -129,17 +149,18 @@ class SequenceOutput(msgspec.Struct, kw_only=True):
 
 
 class Rejection(msgspec.Struct, kw_only=True):
-    """The error that a new request of priority 0 would get instead of being queued."""
+    """The error that a new request of this owner and priority 0 would get."""
 
+    owner: str
     message: str
     retry_after_s: float
 
 
 class StepOutputs(msgspec.Struct, tag="step", kw_only=True):
-    """One step's outputs for one worker. rejection: set if the queue is full after the step."""
+    """One step's outputs for one worker. rejections: the owners whose line is full after it."""
 
     outputs: list[SequenceOutput]
-    rejection: Rejection | None = None
+    rejections: list[Rejection] = []
 
 
 class RequestsStarted(msgspec.Struct, tag="started"):

@@ -106,6 +106,10 @@ class TextBlocks(Checked):
         """True if `num_blocks` can be allocated after `shared` are shared. Changes nothing."""
 
     @abstractmethod
+    def num_lacking(self, num_blocks: int, shared: Iterable[int] = ()) -> int:
+        """How many blocks are missing for `can_allocate`; 0 if it is true. Changes nothing."""
+
+    @abstractmethod
     def share(self, block_ids: list[int]) -> None:
         """Add one reference to each block: found just now, or in another handle.
 
@@ -145,6 +149,10 @@ class ImageBlocks(Checked):
     @abstractmethod
     def can_acquire(self, keys: list[ImageKey]) -> bool:
         """True if `acquire` would succeed for these images. Changes nothing."""
+
+    @abstractmethod
+    def num_lacking(self, keys: list[ImageKey]) -> int:
+        """How many blocks are missing for `acquire`; 0 if it would succeed. Changes nothing."""
 
     @abstractmethod
     def acquire(self, keys: list[ImageKey], images: list[ImageTiles]) -> list[ImageEntry]:

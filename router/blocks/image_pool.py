@@ -74,8 +74,11 @@ class ImagePool(ImageBlocks):
         return entry is not None and entry.is_encoded
 
     def can_acquire(self, keys: list[ImageKey]) -> bool:
+        return self.num_lacking(keys) == 0
+
+    def num_lacking(self, keys: list[ImageKey]) -> int:
         wanted = {key for key in keys if key not in self._entries or key in self._unused}
-        return sum(key.num_tiles for key in wanted) <= self.blocks.num_available
+        return max(0, sum(key.num_tiles for key in wanted) - self.blocks.num_available)
 
     def count_lookups(self, keys: list[ImageKey]) -> None:
         """Count each image of a request that starts, once, as a hit or a miss."""

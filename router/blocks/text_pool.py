@@ -39,8 +39,11 @@ class TextPool(TextBlocks):
         return found
 
     def can_allocate(self, num_blocks: int, shared: Iterable[int] = ()) -> bool:
+        return self.num_lacking(num_blocks, shared) == 0
+
+    def num_lacking(self, num_blocks: int, shared: Iterable[int] = ()) -> int:
         num_unused = sum(self._num_references[block_id] == 0 for block_id in shared)
-        return num_unused + num_blocks <= self.blocks.num_available
+        return max(0, num_unused + num_blocks - self.blocks.num_available)
 
     def share(self, block_ids: list[int]) -> None:
         for block_id in block_ids:

@@ -153,7 +153,7 @@ class EngineClient:
         self.may_compile = False
         self.last_heartbeat: float | None = None
         self._on_ready = on_ready
-        self._rejection: Rejection | None = None
+        self._rejections: dict[str, Rejection] = {}
         self._refused_at = 0.0
         self._on_dead = on_dead
         self._max_frame_bytes = max_frame_bytes
@@ -183,13 +183,13 @@ class EngineClient:
             return float("inf")
         return time.monotonic() - self.last_heartbeat
 
-    def rejection(self, priority: int) -> QueueFullError | None:
-        """The error that the engine would return for a new request of this priority, if known.
+    def rejection(self, owner: str, priority: int) -> QueueFullError | None:
+        """The error that the engine would return for a new request of this owner, if known.
 
         A caller need not prepare a request that would be rejected. None: unknown, the engine
         decides.
         """
-        rejection = self._rejection
+        rejection = self._rejections.get(owner)
         if rejection is None or priority < 0 or not self._streams:
             return None
         if time.monotonic() - self._refused_at > REJECTION_S:
@@ -335,7 +335,8 @@ class EngineClient:
 
     def _receive(self, message: FromEngine) -> None:
         if isinstance(message, StepOutputs):
-            self._rejection, self._refused_at = message.rejection, time.monotonic()
+            self._rejections = {one.owner: one for one in message.rejections}
+            self._refused_at = time.monotonic()
             for output in message.outputs:
                 # An output may cross an abort on its way: it is ignored then.
                 if stream := self._streams.get(output.request_id):
@@ -363,7 +364,7 @@ class EngineClient:
         writer, self._writer = self._writer, None
         self.info = self.last_heartbeat = None
         self.stats, self.stall_s = EngineStats(), 0.0
-        self._rejection = None
+        self._rejections = {}
         self._state_changed.set()
         for request_id, stream in self._streams.items():
             if request_id in stream.open_ids:

@@ -144,9 +144,10 @@ class ReplicaPool:
             raise min(rejections, key=lambda error: error.retry_after_s)
         raise EngineDeadError("no replica is ready")
 
-    def rejection(self, priority: int) -> QueueFullError | None:
+    def rejection(self, owner: str, priority: int) -> QueueFullError | None:
         """As `EngineClient.rejection`: an error only if every usable replica would reject."""
-        rejections = [self._clients[number].rejection(priority) for number in self._able(set())]
+        able = self._able(set())
+        rejections = [self._clients[number].rejection(owner, priority) for number in able]
         known = [error for error in rejections if error is not None]
         if not known or len(known) < len(rejections):
             return None

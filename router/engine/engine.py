@@ -32,7 +32,9 @@ from ..config import EngineConfig
 from ..errors import (
     EngineError,
     EngineInternalError,
+    InvalidRequestError,
     QueueFullError,
+    TooManyRequestsError,
     failure_of,
 )
 from ..messages import (
@@ -125,7 +127,8 @@ class Engine:
                 raise DuplicateRequestError(f"request {request_id!r} is open already")
         try:
             check_request(request, self._limits)
-            self._reject_long_wait(request.priority)
+            self._reject_beyond_policy(request)
+            self._reject_long_wait(request.owner, request.policy.weight, request.priority)
             sequences = Sequence.of(worker_id, request)
             self._queue.put(sequences[0])
         except EngineError as error:
@@ -137,14 +140,31 @@ class Engine:
         if request.grammar is not None:
             self._grammar_compiler.start(request, sequences)
 
-    def _reject_long_wait(self, priority: int) -> None:
-        """Raises QueueFullError if a new request would wait longer than the limit."""
+    def _reject_beyond_policy(self, request: AddRequest) -> None:
+        """Raises TooManyRequestsError if the owner has as many answers as it may have at once."""
+        limit, num_more = request.policy.max_concurrent, len(request.answer_ids)
+        if limit is None:
+            return
+        if num_more > limit:
+            raise InvalidRequestError(
+                f"the request asks for {num_more} answers, and this API key may have {limit} at "
+                "once: ask for fewer"
+            )
+        num_open = self._queue.owners.num_open(request.owner)
+        if num_open + num_more > limit:
+            raise TooManyRequestsError(
+                f"this API key has {num_open} answers in progress and may have {limit} at once: "
+                "wait until one of them has ended"
+            )
+
+    def _reject_long_wait(self, owner: str, weight: float, priority: int) -> None:
+        """Raises QueueFullError if a new request of this owner would wait longer than the limit."""
         limit_s = self._config.max_queue_wait_s
         if limit_s is None:
             return
-        num_ahead = self._queue.num_ahead(priority)
         num_places = self._config.max_num_seqs
-        position = num_ahead + 1 - (num_places - self.scheduler.num_running)
+        num_free = num_places - self.scheduler.num_running
+        position = self._queue.position(owner, weight, priority) - num_free
         if position <= 0:
             return
         wait_s = self._wait_estimator.wait_s(position, num_places)
@@ -156,17 +176,25 @@ class Engine:
                 min(max(wait_s - limit_s, SHORTEST_S), LONGEST_S),
             )
 
-    def _rejection(self) -> Rejection | None:
-        """The error that any new request would get now, so that workers need not send it."""
-        if not len(self._queue):
-            return None
+    def _rejections(self) -> list[Rejection]:
+        """The errors that new requests would get now, so that workers need not send them."""
+        errors = ((owner, self._rejection_of(owner)) for owner in self._queue.lines)
+        return [
+            Rejection(owner=owner, message=str(error), retry_after_s=error.retry_after_s)
+            for owner, error in errors
+            if error is not None
+        ]
+
+    def _rejection_of(self, owner: str) -> QueueFullError | None:
+        """The error that any new request of a waiting owner would get."""
+        weight = self._queue.owners.weight(owner)
         try:
-            self._reject_long_wait(0)
+            self._reject_long_wait(owner, weight, 0)
             # A free place in the batch is about to be taken by a waiting request.
             if self.scheduler.num_running == self._config.max_num_seqs:
-                self._queue.reject_if_full()
+                self._queue.reject_if_full(owner, weight)
         except QueueFullError as error:
-            return Rejection(message=str(error), retry_after_s=error.retry_after_s)
+            return error
         return None
 
     def _take_matcher(self, sequences: list[Sequence], result: TokenMatcher | EngineError) -> None:
@@ -281,9 +309,9 @@ class Engine:
                 if sequence.ran_at is not None:
                     self._wait_estimator.record_run(time.monotonic() - sequence.ran_at)
                 self._forget(sequence)
-        rejection = self._rejection() if outputs else None
+        rejections = self._rejections() if outputs else []
         for worker_id, worker_outputs in outputs.items():
-            self._send(worker_id, StepOutputs(outputs=worker_outputs, rejection=rejection))
+            self._send(worker_id, StepOutputs(outputs=worker_outputs, rejections=rejections))
 
     def _report_started(self) -> None:
         """With several engines: report the requests that the next step starts."""

@@ -7,11 +7,32 @@ fork, release. Knows nothing of queues, of budgets or of the order in which sequ
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 from ...models.batch import BlockCopy, PoolSizes
 from ..blocks.image_pool import ImagePool
 from ..blocks.text_pool import TextPool
 from .sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Lack:
+    """How many blocks of both pools a sequence lacks to start."""
+
+    num_text_blocks: int
+    num_image_blocks: int
+
+    @property
+    def is_left(self) -> bool:
+        return self.num_text_blocks > 0 or self.num_image_blocks > 0
+
+    def after(self, victim: Sequence) -> Lack:
+        """What is lacking once `victim` is preempted, if it shares no block."""
+        # One block more: none must stay available for it.
+        return Lack(
+            self.num_text_blocks - len(victim.block_ids) - 1,
+            self.num_image_blocks - sum(len(entry.block_ids) for entry in victim.images),
+        )
 
 
 class BlockManager:
@@ -64,6 +85,14 @@ class BlockManager:
         num_blocks = self.num_blocks(sequence.num_tokens) - len(shared) + num_spare
         return self.text_pool.can_allocate(num_blocks, shared) and self.image_pool.can_acquire(
             sequence.image_keys
+        )
+
+    def lack(self, sequence: Sequence, shared: list[int], num_spare: int) -> Lack:
+        """What `sequence` lacks to start; see `can_start`."""
+        num_blocks = self.num_blocks(sequence.num_tokens) - len(shared) + num_spare
+        return Lack(
+            self.text_pool.num_lacking(num_blocks, shared),
+            self.image_pool.num_lacking(sequence.image_keys),
         )
 
     def start(self, sequence: Sequence, shared: list[int]) -> None:

@@ -1,17 +1,23 @@
 """The sequences that wait for their first step, or for their next step after preemption.
 
-Owns their order (by priority, then first in, first out) and the limits on requests, prompt tokens
-and image bytes. Knows nothing of blocks, steps or workers.
+Owns one line for each owner (by priority, then first in, first out), whose turn it is, and the
+limits on requests, prompt tokens and image bytes. Knows nothing of blocks, steps or workers.
+
+Owners share the limits: the whole queue belongs to an owner that is alone. While others wait, each
+may wait up to its part of a limit by weight, even if the others fill the queue, and at least with
+one request. So `n` owners with equal weights keep at most limit * (1 + 1/2 + ... + 1/n) waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
 import bisect
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from ..errors import QueueFullError
+from .owners import Owners
 from .sequence import Sequence
 from .throughput import WaitEstimator
 
@@ -25,108 +31,222 @@ class QueueLimits:
     max_bytes: int
 
 
+@dataclass(slots=True)
+class Amounts:
+    """How much waits: answers with their followers, tokens, image bytes and images."""
+
+    num_answers: int = 0
+    num_tokens: int = 0
+    num_bytes: int = 0
+    num_images: int = 0
+
+    def add(self, sequence: Sequence, times: int = 1) -> None:
+        """Add what this sequence counts for; times=-1 subtracts it."""
+        self.num_answers += times * (1 + len(sequence.followers))
+        self.num_tokens += times * sequence.num_tokens
+        self.num_bytes += times * sequence.num_image_bytes
+        self.num_images += times * len(sequence.request.images)
+
+
+@dataclass(slots=True)
+class Line:
+    """The waiting sequences of one owner. ready: those that can run, by rank."""
+
+    ready: list[Sequence] = field(default_factory=list)
+    unready: set[Sequence] = field(default_factory=set)
+    amounts: Amounts = field(default_factory=Amounts)
+
+    def __len__(self) -> int:
+        return len(self.ready) + len(self.unready)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self.ready
+        yield from self.unready
+
+
 class RequestQueue:
     """A bounded queue with one asyncio reader.
 
     `put` never waits: it accepts or rejects the request, so the client gets its answer at once. A
     sequence whose grammar is still being compiled counts toward the limits and keeps its place,
     but cannot run before `make_ready`. wait_estimator: gives a rejected client its retry time.
+    owners: the owners of all open sequences, running ones included.
     """
 
     def __init__(self, limits: QueueLimits, wait_estimator: WaitEstimator | None = None) -> None:
         self._limits = limits
         self._wait_estimator = wait_estimator or WaitEstimator()
-        self._ready: list[Sequence] = []  # by rank
-        self._unready: set[Sequence] = set()
+        self._lines: dict[str, Line] = {}
+        self._total = Amounts()
+        self._num_waiting = 0
+        self._num_ready = 0
         self._num_arrivals = 0
         self._has_ready = asyncio.Event()
-        self.num_tokens = 0
-        self.num_bytes = 0
+        self.owners = Owners()
 
     def __len__(self) -> int:
-        return len(self._ready) + len(self._unready)
+        return self._num_waiting
 
     def __iter__(self) -> Iterator[Sequence]:
-        """All waiting sequences: those that can run by rank, then the others."""
-        yield from self._ready
-        yield from self._unready
+        """All waiting sequences, owner by owner: those that can run by rank, then the others."""
+        for line in self._lines.values():
+            yield from line
 
-    def num_ahead(self, priority: int) -> int:
-        """How many waiting answers would run before a new request of this priority."""
-        ahead = (sequence for sequence in self if sequence.request.priority <= priority)
-        return sum(1 + len(sequence.followers) for sequence in ahead)
+    @property
+    def num_tokens(self) -> int:
+        return self._total.num_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        return self._total.num_bytes
+
+    @property
+    def has_ready(self) -> bool:
+        """True if a sequence can run."""
+        return self._num_ready > 0
+
+    @property
+    def lines(self) -> dict[str, Line]:
+        """The owners that wait, with their lines."""
+        return self._lines
+
+    # Adding
 
     def put(self, sequence: Sequence) -> None:
-        """Add `sequence` after all of its priority. Raises QueueFullError, naming the limit.
+        """Add `sequence` after all of its owner's priority. Raises QueueFullError with the limit.
 
-        Its followers count as requests; they join the queue only if they cannot fork. An empty
-        queue accepts any sequence, since a larger one could otherwise never run.
+        Its followers count as requests; they join the queue only if they cannot fork.
         """
-        self.reject_if_full(1 + len(sequence.followers))
-        self._reject_over(
-            "prompt tokens",
-            self.num_tokens + sequence.num_tokens,
-            self._limits.max_tokens,
-            "--max-queue-tokens",
-        )
-        self._reject_over(
-            "image bytes",
-            self.num_bytes + sequence.num_image_bytes,
-            self._limits.max_bytes,
-            "--max-queue-bytes",
-        )
+        self._reject_if_over(sequence)
         self._num_arrivals += 1
         for answer in (sequence, *sequence.followers):
             answer.arrival = self._num_arrivals
+            self.owners.open(answer)
         self.requeue(sequence)
-
-    def reject_if_full(self, num_more: int = 1) -> None:
-        """Raises QueueFullError if this many more requests exceed the limit."""
-        num_waiting = sum(1 + len(sequence.followers) for sequence in self)
-        limit = self._limits.max_requests
-        self._reject_over("requests", num_waiting + num_more, limit, "--max-queue-requests")
 
     def requeue(self, sequence: Sequence) -> None:
         """Add an accepted sequence at its place by rank, whatever the limits."""
-        self.num_tokens += sequence.num_tokens
-        self.num_bytes += sequence.num_image_bytes
+        line = self._lines.get(sequence.owner)
+        if line is None:
+            line = self._lines[sequence.owner] = Line()
+            self.owners.begin_waiting(sequence.owner)
+        line.amounts.add(sequence)
+        self._total.add(sequence)
+        self._num_waiting += 1
         if sequence.lacks_matcher:
-            self._unready.add(sequence)
+            line.unready.add(sequence)
         else:
-            self._add_ready(sequence)
-
-    def peek(self) -> Sequence | None:
-        """The sequence that runs next, or None if none can run yet."""
-        return self._ready[0] if self._ready else None
-
-    def remove(self, sequence: Sequence) -> None:
-        """Remove `sequence`, wherever it is in the queue."""
-        self.num_tokens -= sequence.num_tokens
-        self.num_bytes -= sequence.num_image_bytes
-        if sequence in self._unready:
-            self._unready.remove(sequence)
-            return
-        self._ready.remove(sequence)
-        if not self._ready:
-            self._has_ready.clear()
+            self._add_ready(line, sequence)
 
     def make_ready(self, sequence: Sequence) -> None:
         """Let `sequence` run: it has its matcher now."""
-        self._unready.remove(sequence)
-        self._add_ready(sequence)
+        line = self._lines[sequence.owner]
+        line.unready.remove(sequence)
+        self._add_ready(line, sequence)
+
+    def _add_ready(self, line: Line, sequence: Sequence) -> None:
+        bisect.insort(line.ready, sequence, key=lambda waiting: waiting.rank)
+        self._num_ready += 1
+        self._has_ready.set()
+
+    # Taking
+
+    def peek(self, may_go: Callable[[str], bool] = lambda owner: True) -> Sequence | None:
+        """The sequence that runs next, or None if none can run yet.
+
+        may_go: whether an owner may be chosen. The head of the owner whose turn it is goes first,
+        unless a key that may cross owners gave another head a better priority.
+        """
+        heads = [
+            line.ready[0] for owner, line in self._lines.items() if line.ready and may_go(owner)
+        ]
+        if len(heads) < 2:
+            return heads[0] if heads else None
+        return min(heads, key=self._turn)
+
+    def _turn(self, head: Sequence) -> tuple[float, ...]:
+        return head.level, *self.owners.turn(head.owner), head.arrival
+
+    def remove(self, sequence: Sequence) -> None:
+        """Remove `sequence`, wherever it is in the queue."""
+        line = self._lines[sequence.owner]
+        if sequence in line.unready:
+            line.unready.remove(sequence)
+        else:
+            line.ready.remove(sequence)
+            self._num_ready -= 1
+        line.amounts.add(sequence, times=-1)
+        self._total.add(sequence, times=-1)
+        self._num_waiting -= 1
+        if not line:
+            del self._lines[sequence.owner]
+        if not self._num_ready:
+            self._has_ready.clear()
+
+    def count_ended_follower(self, leader: Sequence) -> None:
+        """A follower of this waiting sequence has ended: it counts no longer."""
+        self._lines[leader.owner].amounts.num_answers -= 1
+        self._total.num_answers -= 1
 
     async def wait(self) -> None:
         """Return when a sequence can run."""
         await self._has_ready.wait()
 
-    def _add_ready(self, sequence: Sequence) -> None:
-        bisect.insort(self._ready, sequence, key=lambda waiting: waiting.rank)
-        self._has_ready.set()
+    # Limits
 
-    def _reject_over(self, what: str, wanted: int, limit: int, option: str) -> None:
-        if len(self) and wanted > limit:
-            raise QueueFullError(
-                f"the queue is full: with this request {wanted:,} {what} would wait, the limit is "
-                f"{limit:,}. Try again later or start the server with a larger {option}",
-                self._wait_estimator.seconds_for(self.num_tokens),
-            )
+    def position(self, owner: str, weight: float, priority: int) -> int:
+        """Where a new request of this owner would stand, from 1, counted in answers.
+
+        Before it run those of its owner's line with its priority or a better one, and meanwhile
+        the other owners' turns by their weights.
+        """
+        own = [one for one in self._lines.get(owner, ()) if one.request.priority <= priority]
+        position = 1 + sum(1 + len(sequence.followers) for sequence in own)
+        turns = position / weight
+        others = (
+            min(line.amounts.num_answers, math.ceil(turns * self.owners.weight(other)))
+            for other, line in self._lines.items()
+            if other != owner
+        )
+        return position + sum(others)
+
+    def reject_if_full(self, owner: str, weight: float = 1.0, num_more: int = 1) -> None:
+        """Raises QueueFullError if this owner may not wait with this many more answers."""
+        own = self._lines.get(owner, Line()).amounts
+        limit = self._limits.max_requests
+        wanted, wanted_own = self._total.num_answers + num_more, own.num_answers + num_more
+        self._reject_over(
+            owner, weight, "requests", wanted, wanted_own, limit, "--max-queue-requests"
+        )
+
+    def _reject_if_over(self, sequence: Sequence) -> None:
+        owner, weight, limits = sequence.owner, sequence.request.policy.weight, self._limits
+        total, own = self._total, self._lines.get(owner, Line()).amounts
+        self.reject_if_full(owner, weight, 1 + len(sequence.followers))
+        more = sequence.num_tokens
+        self._reject_over(
+            owner, weight, "prompt tokens", total.num_tokens + more, own.num_tokens + more,
+            limits.max_tokens, "--max-queue-tokens",
+        )  # fmt: skip
+        more = sequence.num_image_bytes
+        self._reject_over(
+            owner, weight, "image bytes", total.num_bytes + more, own.num_bytes + more,
+            limits.max_bytes, "--max-queue-bytes",
+        )  # fmt: skip
+
+    def _reject_over(
+        self, owner: str, weight: float, what: str, wanted: int, own: int, limit: int, option: str
+    ) -> None:
+        """wanted, own: what would wait with the request, of all owners and of this one."""
+        if wanted <= limit or owner not in self._lines:
+            # An owner without a waiting request may always add one: it could else never run.
+            return
+        others = sum(self.owners.weight(other) for other in self._lines if other != owner)
+        if others and own <= limit * weight / (weight + others):
+            return
+        of_own = f", {own:,} of them of this API key" if others else ""
+        raise QueueFullError(
+            f"the queue is full: with this request {wanted:,} {what} would wait{of_own}, the "
+            f"limit is {limit:,}. Try again later or start the server with a larger {option}",
+            self._wait_estimator.seconds_for(self.num_tokens),
+        )

@@ -2,12 +2,17 @@
 
 Owns the running sequences; `block_manager.py` allocates their blocks. A step is planned in order:
 
-    1. Every running sequence that is one token behind, and waits for no image, gets that token
-       (a decode). If no text block is available, the last running sequence is preempted.
-    2. The rest of the token budget goes to running sequences that are further behind, by rank,
-       in chunks.
-    3. Waiting sequences are admitted by rank (priority, then arrival) while there is budget, a
-       place in the batch, and blocks in both pools.
+    1. An owner (API key) that waits with far fewer places than another gets a place or blocks of
+       it: see `preemption.py`.
+    2. Every running sequence that is one token behind, and waits for no image, gets that token
+       (a decode). If no text block is available, a running sequence is preempted.
+    3. The rest of the token budget goes to running sequences that are further behind, in chunks.
+    4. Waiting sequences are admitted while there is budget, a place in the batch, and blocks in
+       both pools: the owner with the least service first, inside an owner by rank (priority, then
+       arrival). No sequence overtakes one that lacks blocks.
+
+If owners want more tokens than 3 and 4 can give, each gets its part of the step by weight
+(`step_budget.py`), and what one leaves goes to the others. An owner alone gets everything.
 
 A step encodes a few images at most. While streams run, images use the token budget
 (`step_budget.py`). A chunk ends before an image that must wait for another step.
@@ -15,19 +20,25 @@ A step encodes a few images at most. While streams run, images use the token bud
 While a step is computed, the decodes after it can be laid out (`plan_ahead`). This decides
 nothing: the next step is planned when the result is known, and uses the rows that fit.
 
-Why there is no deadlock and no starvation: `running` is ordered by rank, and only its last
-sequence is preempted, so the first always proceeds. A preempted sequence waits before every later
-request. Admission rejects what could not run alone. A sequence gets the blocks of all its known
-tokens and images when it is admitted, so only step 1 can run out of blocks. A continuous stream of
-higher-priority requests can starve lower ones; this is intended.
+Why there is no deadlock: one running sequence is protected (`preemption.py`). It goes first in
+every step and is preempted only if it is alone; admission rejects what could not run alone. So it
+ends, and the next one is protected. A sequence gets the blocks of all its known tokens and images
+when it is admitted, so only step 2 can run out of blocks.
+
+Why there is no starvation: take the request that came first of all open ones. While it waits at
+the head of its owner's line, every other owner that goes before it gets service, so its owner's
+counter becomes the smallest; then nothing is admitted before it, and what runs ends. Once it runs,
+it is protected as soon as nothing of its owner is before it. A preempted sequence waits at its
+place by rank. Two streams can starve others, and both are intended: better priorities of the same
+owner, and those of a key that may cross owners.
 
 A sequence starts behind the cached blocks of its beginning, but always computes its last token,
 to sample from its logits.
 
 Further answers to a prompt (followers) start when their leader has computed it. They fork: they
 share its full blocks, copy its last block, and compute only the prompt's last token. They start
-before waiting requests of any priority, because their request runs already. A follower that finds
-no room, or whose leader ended early, waits like a preempted sequence.
+before waiting requests of their owner, because their request runs already. A follower that finds
+no room, or another owner's turn, or whose leader ended early, waits like a preempted sequence.
 
 `sequence_states.py` lists the states of a sequence and the events that change them.
 """
@@ -36,6 +47,7 @@ from __future__ import annotations
 
 import bisect
 import time
+from collections import Counter
 
 from ...models.batch import (
     BlockCopy,
@@ -50,10 +62,11 @@ from ..blocks.visibility import is_seen
 from .batch_rows import fill, row_of
 from .block_manager import BlockManager
 from .interface import Progress, SchedulerLimits, SchedulerSnapshot
+from .preemption import has_far_less, protected, victim, yielding
 from .request_queue import RequestQueue
 from .sequence import Sequence
 from .sequence_states import SequenceEvent, Status
-from .step_budget import ImageCost, Step
+from .step_budget import Claim, ImageCost, Step, quotas_of
 
 
 class Scheduler:
@@ -70,6 +83,7 @@ class Scheduler:
         self._limits = limits
         self._image_cost = ImageCost(info.image_cost_tokens, info.num_image_layers)
         self.queue = queue
+        self.owners = queue.owners
         self._running: list[Sequence] = []
         self._started: list[Sequence] = []
         self._copies: dict[Sequence, BlockCopy] = {}
@@ -86,7 +100,12 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """True if a sequence runs, or one that waits can run."""
-        return bool(self._running) or self.queue.peek() is not None
+        return bool(self._running) or self.queue.has_ready
+
+    @property
+    def protected(self) -> Sequence | None:
+        """The running sequence that always proceeds."""
+        return protected(self._running) if self._running else None
 
     def snapshot(self) -> SchedulerSnapshot:
         """The state at this moment, for metrics and tests."""
@@ -118,9 +137,14 @@ class Scheduler:
         assert self._step is None, "the last step has no result yet"
         limits = self._limits
         step = Step(limits.max_num_batched_tokens, limits.max_num_batched_images, self._image_cost)
+        self._make_way()
         self._plan_decodes(step)
+        self._share(step)
         self._plan_chunks(step)
         self._admit(step)
+        if step.quotas:
+            step.quotas = {}  # what owners left of their parts
+            self._admit(step)
         if not step.sequences:
             assert not self.has_work, "requests wait, but none can run"
             return None
@@ -143,26 +167,71 @@ class Scheduler:
         targets = {copy.target for copy in batch.copies}
         batch.freed_text_blocks = [block_id for block_id in freed if block_id not in targets]
 
+    def _make_way(self) -> None:
+        """Preempt for the owner whose turn it is, if it has far fewer places than another."""
+        head = self.queue.peek() if len(self.owners) > 1 else None
+        if head is None or not self._running or not has_far_less(head.owner, self.owners):
+            return
+        has_place = len(self._running) < self._limits.max_num_seqs
+        shared = self.blocks.cached_blocks(head, self._limits.max_num_batched_images)
+        # Twice what admission leaves: the decodes of this step take blocks before it.
+        lack = self.blocks.lack(head, shared, num_spare=2 * len(self._running))
+        if not has_place or lack.is_left:
+            for last in yielding(self._running, head, lack, self.owners):
+                self._preempt(last)
+
     def _plan_decodes(self, step: Step) -> None:
         ahead, self._ahead = self._ahead, {}
-        for sequence in list(self._running):
-            # A later sequence of this copy may have been preempted for an earlier one.
-            if sequence.status is Status.RUNNING and sequence.is_decoding:
+        decoding = [sequence for sequence in self._running if sequence.is_decoding]
+        for sequence in decoding:
+            # It may have been preempted for an earlier one.
+            if sequence.status is Status.RUNNING:
                 self._grow(sequence)
-                if sequence.status is Status.RUNNING:
-                    self._plan(step, sequence, ahead.get(sequence))
+        for sequence in decoding:
+            if sequence.status is Status.RUNNING:
+                self._plan(step, sequence, ahead.get(sequence))
         step.has_streams = bool(step.sequences)
 
-    def _plan_chunks(self, step: Step) -> None:
+    def _share(self, step: Step) -> None:
+        """Give each owner its part of the step if owners want more than its budget."""
+        if len(self.owners) < 2:
+            return
+        wanted: Counter[str] = Counter()
+        image_tokens = self._image_cost.num_tokens if step.has_streams else 0
         for sequence in self._running:
-            if step.budget == 0:
-                return
             if not sequence.is_in_step:
+                num_images = sum(not entry.is_encoded for entry in sequence.images)
+                tokens = sequence.num_uncomputed_tokens + num_images * image_tokens
+                wanted[sequence.owner] += tokens
+        if len(self._running) < self._limits.max_num_seqs:
+            for owner, line in self.queue.lines.items():
+                if line.ready:
+                    amounts = line.amounts
+                    wanted[owner] += amounts.num_tokens + amounts.num_images * image_tokens
+        used = Counter(sequence.owner for sequence in step.sequences)
+        weight = self.owners.weight
+        claims = {owner: Claim(weight(owner), used[owner], wanted[owner]) for owner in wanted}
+        step.quotas = quotas_of(claims, step.budget)
+
+    def _plan_chunks(self, step: Step) -> None:
+        behind = [sequence for sequence in self._running if not sequence.is_in_step]
+        if len({sequence.owner for sequence in behind}) > 1:
+            first = protected(self._running)
+            # The runner keeps one partial image: another one would cost it.
+            behind.sort(
+                key=lambda one: (
+                    one is not first,
+                    self._partial not in one.images,
+                    self.owners.turn(one.owner),
+                )
+            )
+        for sequence in behind:
+            if step.room(sequence.owner) > 0:
                 self._plan(step, sequence)
 
     def _admit(self, step: Step) -> None:
         while step.budget > 0 and len(self._running) < self._limits.max_num_seqs:
-            sequence = self.queue.peek()
+            sequence = self.queue.peek(lambda owner: step.room(owner) > 0)
             if sequence is None:
                 return
             max_num_images = self._limits.max_num_batched_images
@@ -171,7 +240,7 @@ class Scheduler:
             # preempt the new sequence at once.
             if not self.blocks.can_start(sequence, shared, num_spare=len(self._running)):
                 return
-            if not step.can_begin_image and not all(
+            if not step.can_begin_image(sequence.owner) and not all(
                 self.blocks.image_pool.has_encoded(key) for key in sequence.image_keys
             ):
                 return  # it would only occupy blocks while its images wait
@@ -185,18 +254,26 @@ class Scheduler:
 
         ahead: the row of its next token, if it was laid out while the last step ran.
         """
-        start = sequence.num_computed_tokens
-        end = start + min(sequence.num_uncomputed_tokens, step.budget)
+        start, owner = sequence.num_computed_tokens, sequence.owner
+        end = start + min(sequence.num_uncomputed_tokens, step.room(owner))
         end = self._plan_images(step, sequence, start, end)
-        end = min(end, start + step.budget)  # images may have used some of it
+        end = min(end, start + step.room(owner))  # images may have used some of it
         if end == start:
             return
         row = ahead or self._row(sequence, start, end)
         fill(row, sequence)
         step.batch.sequences.append(row)
         step.sequences.append(sequence)
-        step.budget -= end - start
+        step.spend(owner, end - start)
+        self._charge(sequence, start, end)
         sequence.is_in_step = True
+
+    def _charge(self, sequence: Sequence, start: int, end: int) -> None:
+        """Count these positions as service of the owner; what a preemption lost counts once."""
+        num_new = end - max(start, sequence.num_charged_tokens)
+        if num_new > 0:
+            self.owners.charge(sequence.owner, num_new)
+            sequence.num_charged_tokens = end
 
     def _row(self, sequence: Sequence, start: int, end: int) -> ScheduledSequence:
         return row_of(sequence, start, end, self.blocks.num_blocks(end))
@@ -207,9 +284,16 @@ class Scheduler:
         Returns where the chunk ends: before the first image that must wait for another step. That
         image may begin before `start` if the tokens up to there came from the prefix cache.
         """
+        owner, num_planned = sequence.owner, len(step.batch.images)
         for entry, span in zip(sequence.images, sequence.request.spans, strict=True):
-            if not entry.is_encoded and is_seen(span, start, end) and not step.encode(entry):
-                return max(span.start, start)
+            is_due = not entry.is_encoded and is_seen(span, start, end)
+            if is_due and not step.encode(entry, owner):
+                end = max(span.start, start)
+                break
+        for image in step.batch.images[num_planned:]:
+            total = self._image_cost.num_layers
+            num_layers = (total if image.end is None else image.end) - image.begin
+            self.owners.charge(owner, self._image_cost.of(num_layers))
         return end
 
     def plan_ahead(self) -> list[ScheduledSequence]:
@@ -253,6 +337,7 @@ class Scheduler:
         if sequence.ran_at is None:
             sequence.ran_at = time.monotonic()
             self._started.append(sequence)
+        self.owners.start(sequence.owner)
         bisect.insort(self._running, sequence, key=lambda running: running.rank)
 
     def _wait(self, sequence: Sequence, event: SequenceEvent) -> None:
@@ -265,7 +350,7 @@ class Scheduler:
         One block stays available for each running sequence, as at admission.
         """
         for follower in _detached(leader):
-            has_place = len(self._running) < self._limits.max_num_seqs
+            has_place = self._has_place_for(follower)
             if not has_place or not self.blocks.can_fork(num_spare=len(self._running)):
                 self._wait(follower, SequenceEvent.DETACH)
                 continue
@@ -274,13 +359,21 @@ class Scheduler:
                 self._copies[follower] = copy
             self._run(follower, SequenceEvent.FORK)
 
-    def _grow(self, sequence: Sequence) -> None:
-        """Allocate a block for the newest token, preempting from the last running sequence on.
+    def _has_place_for(self, follower: Sequence) -> bool:
+        """True if a place is free, and no other owner that waits has its turn before."""
+        if len(self._running) >= self._limits.max_num_seqs:
+            return False
+        owner = follower.owner
+        other = self.queue.peek(lambda waiting: waiting != owner)
+        return other is None or self.owners.turn(owner) <= self.owners.turn(other.owner)
 
-        The last may be `sequence` itself: it then waits.
+    def _grow(self, sequence: Sequence) -> None:
+        """Allocate a block for the newest token of `sequence`, preempting others if needed.
+
+        The one to preempt may be `sequence` itself: it then waits.
         """
         while not self.blocks.can_grow(sequence):
-            last = self._running[-1]
+            last = victim(self._running, self.owners)
             self._preempt(last)
             if last is sequence:
                 return
@@ -300,15 +393,19 @@ class Scheduler:
             self._stop(sequence)
         elif sequence.leader is not None:
             sequence.leader.followers.remove(sequence)
+            if sequence.leader.status is Status.WAITING:
+                self.queue.count_ended_follower(sequence.leader)
         else:
             self.queue.remove(sequence)
         sequence.move(event)
+        self.owners.close(sequence)
         for follower in _detached(sequence):
             self._wait(follower, SequenceEvent.DETACH)
 
     def _stop(self, sequence: Sequence) -> None:
         """Remove a running sequence and release its blocks."""
         self._running.remove(sequence)
+        self.owners.stop(sequence.owner)
         self._copies.pop(sequence, None)
         self.blocks.release(sequence)
 

@@ -40,6 +40,7 @@ class Sequence:
     num_committed_blocks: how many blocks, from the first, the prefix cache knows.
     num_cached_tokens: how many tokens were cached when the sequence first ran.
     arrival: how many requests were queued before its request.
+    num_charged_tokens: how many tokens, from the first, were counted as service of its owner.
     prompt_logprobs: of the prompt's tokens computed so far; preemption keeps them. None if not
     requested, and for followers.
     matcher: its position in the request's grammar; None until the grammar is compiled.
@@ -69,6 +70,7 @@ class Sequence:
     followers: list[Sequence] = field(default_factory=list)
     leader: Sequence | None = None
     arrival: int = 0
+    num_charged_tokens: int = 0
     matcher: TokenMatcher | None = None
     prompt_logprobs: list[PromptLogprobs | None] | None = None
     queued_at: float = field(default_factory=time.monotonic)
@@ -104,9 +106,18 @@ class Sequence:
         return self.request.answer_ids[self.choice]
 
     @property
+    def owner(self) -> str:
+        return self.request.owner
+
+    @property
     def rank(self) -> tuple[int, int, int]:
-        """The order in which sequences run: by priority number, then by arrival."""
+        """The order in which an owner's sequences run: by priority number, then by arrival."""
         return self.request.priority, self.arrival, self.choice
+
+    @property
+    def level(self) -> int:
+        """The priority number against other owners' sequences: 0 unless its key may cross them."""
+        return self.request.priority if self.request.policy.cross_priority else 0
 
     @property
     def num_tokens(self) -> int:

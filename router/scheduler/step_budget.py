@@ -1,6 +1,7 @@
 """One step while it is planned: its sequences and images, and what it may still compute.
 
-Owns the step's budgets. Knows nothing of the order of sequences, nor of how blocks are allocated.
+Owns the step's budgets, and how owners share them (`quotas`). Knows nothing of the order of
+sequences, nor of how blocks are allocated.
 
 While streams run, their next tokens wait for the end of the step. So encoding an image then uses
 the token budget at its cost: a step with images takes no longer than a step with a full chunk of
@@ -37,9 +38,10 @@ class ImageCost:
 class Step:
     """The step being planned or computed.
 
-    budget: how many more tokens it may compute; image_budget: how many more images. has_streams:
-    it has the next token of running streams. due_images: encoded completely in this step. partial:
-    the image that is encoded up to the layer partial_end only.
+    budget: how many more tokens it may compute; image_budget: how many more images. quotas: how
+    many of these tokens each owner may use; empty if they do not share. has_streams: it has the
+    next token of running streams. due_images: encoded completely in this step. partial: the image
+    that is encoded up to the layer partial_end only.
     """
 
     budget: int
@@ -52,19 +54,29 @@ class Step:
     partial: ImageEntry | None = None
     partial_end: int = 0
     copies: dict[Sequence, BlockCopy] = field(default_factory=dict)
+    quotas: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def can_begin_image(self) -> bool:
+    def room(self, owner: str) -> int:
+        """How many more tokens this owner may use."""
+        return min(self.budget, max(0, self.quotas.get(owner, self.budget)))
+
+    def spend(self, owner: str, num_tokens: int) -> None:
+        """Use tokens of the budget, and of the owner's quota if it has one."""
+        self.budget -= num_tokens
+        if owner in self.quotas:
+            self.quotas[owner] -= num_tokens
+
+    def can_begin_image(self, owner: str) -> bool:
         """True if a new image, or a part of it, can be encoded in this step too."""
-        return self._layers_within(self.image_cost.num_layers) > 0
+        return self._layers_within(self.image_cost.num_layers, self.room(owner)) > 0
 
-    def encode(self, entry: ImageEntry) -> bool:
+    def encode(self, entry: ImageEntry, owner: str) -> bool:
         """Plan as much of `entry` as fits; True if this step encodes it completely."""
         if entry in self.due_images:
             return True
         total = self.image_cost.num_layers
         begin = entry.num_layers
-        num_layers = self._layers_within(total - begin)
+        num_layers = self._layers_within(total - begin, self.room(owner))
         if num_layers == 0:
             return False
         assert entry.image is not None, "only an encoded image drops its tiles"
@@ -74,7 +86,7 @@ class Step:
         )
         self.image_budget -= 1
         if self.has_streams:
-            self.budget -= min(self.budget, self.image_cost.of(num_layers))
+            self.spend(owner, min(self.budget, self.image_cost.of(num_layers)))
         if end < total:
             self.partial, self.partial_end = entry, end
             self.image_budget = 0
@@ -82,11 +94,43 @@ class Step:
         self.due_images.append(entry)
         return True
 
-    def _layers_within(self, num_left: int) -> int:
-        """How many of an image's last `num_left` layers this step may compute."""
+    def _layers_within(self, num_left: int, budget: int) -> int:
+        """How many of an image's last `num_left` layers this step may compute for `budget`."""
         if self.image_budget == 0:
             return 0
-        if not self.has_streams or self.image_cost.of(num_left) <= self.budget:
+        if not self.has_streams or self.image_cost.of(num_left) <= budget:
             return num_left
         # A part goes alone: the runner keeps only one partial image between steps.
-        return 0 if self.batch.images else max(1, self.image_cost.layers_for(self.budget))
+        return 0 if self.batch.images else max(1, self.image_cost.layers_for(budget))
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one owner could use of a step: its weight, the tokens it has already, those it wants."""
+
+    weight: float
+    num_used: int
+    num_wanted: int
+
+    def at(self, level: float) -> int:
+        """The tokens that bring the owner to `level` tokens per weight, at most those it wants."""
+        return min(self.num_wanted, max(0, int(level * self.weight) - self.num_used))
+
+
+def quotas_of(claims: dict[str, Claim], budget: int) -> dict[str, int]:
+    """Each owner's part of the budget: max-min fair by weight; no quotas if all claims fit.
+
+    What an owner uses for its running answers counts as its part. Each owner gets at least one
+    token. Found by bisection, to less than one token for each owner.
+    """
+    if len(claims) < 2 or sum(claim.num_wanted for claim in claims.values()) <= budget:
+        return {}
+    low, high = 0.0, max((c.num_used + c.num_wanted + 1) / c.weight for c in claims.values())
+    least = min(claim.weight for claim in claims.values())
+    while (high - low) * least > 0.5 / len(claims):
+        level = (low + high) / 2
+        if sum(claim.at(level) for claim in claims.values()) <= budget:
+            low = level
+        else:
+            high = level
+    return {owner: max(1, claim.at(low)) for owner, claim in claims.items()}

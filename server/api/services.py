@@ -6,6 +6,7 @@ Owns no endpoint. Knows nothing of any API's shapes.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import hashlib
 import time
@@ -17,9 +18,11 @@ import msgspec
 import orjson
 from sanic import HTTPResponse, Request
 
+from ...router.messages import NO_POLICY, OwnerPolicy
 from ..errors import ModelNotFoundError
 from ..generation.completion import Completion
 from ..generation.generator import Engine, Generator
+from ..generation.request import GenerationRequest
 from ..prompts.processor import Processor
 from ..schemas.decoding import decode_with_names
 from ..schemas.json_text import INLINE_BYTES
@@ -115,6 +118,28 @@ def tenant_of(request: Request, cache_salt: str | None = None) -> str:
     # The key's digest has a fixed length, so that no key and salt pass for others.
     salt = (cache_salt or "").encode(errors="surrogatepass")
     return hashlib.sha256(owner.ljust(32, b"\0") + salt).hexdigest()
+
+
+def owner_of(request: Request) -> str:
+    """Which API key's share of the machine this request uses; empty without a key.
+
+    Unlike the tenant it ignores cache_salt: a client cannot take a second share by a new salt.
+    """
+    owner: bytes = getattr(request.ctx, "key_owner", b"")
+    return hashlib.sha256(owner.ljust(32, b"\0") + b"owner").hexdigest() if owner else ""
+
+
+def as_client(
+    request: Request, generation: GenerationRequest, cache_salt: str | None = None
+) -> GenerationRequest:
+    """The same generation, on behalf of the client: its tenant, its owner and the key's policy."""
+    policy: OwnerPolicy = getattr(request.ctx, "key_policy", NO_POLICY)
+    return dataclasses.replace(
+        generation,
+        tenant=tenant_of(request, cache_salt),
+        owner=owner_of(request),
+        policy=policy,
+    )
 
 
 def check_model(request: Request, name: str) -> None:

@@ -53,7 +53,7 @@ class Engine(Health, Protocol):
     def stats(self) -> EngineStats: ...
     def generate(self, *requests: AddRequest) -> AsyncGenerator[SequenceOutput, None]: ...
     def leave(self, request_id: str) -> None: ...
-    def rejection(self, priority: int) -> QueueFullError | None: ...
+    def rejection(self, owner: str, priority: int) -> QueueFullError | None: ...
 
 
 class Generator:
@@ -102,7 +102,8 @@ class Generator:
         if info is None or not self._engine.is_ready:
             raise NotReadyError("Service is not ready.", retry_after_s=1.0)
         # Before any work: else images would be fetched, decoded and sent for nothing.
-        if (rejection := self._engine.rejection(request.priority)) is not None:
+        rejection = self._engine.rejection(request.owner, request.priority)
+        if rejection is not None:
             self._metrics.fail_early()
             raise api_error_of(rejection)
         return await self._preparer.prepare(request, info, deadline)

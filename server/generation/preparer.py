@@ -141,6 +141,8 @@ class Preparer:
             else self._processor.eos_token_ids,
             stop_token_ids=list(request.stop_token_ids),
             tenant=request.tenant,
+            owner=request.owner,
+            policy=request.policy,
             choice_ids=[uuid.uuid4().hex for _ in range(1, request.num_choices)],
             priority=request.priority,
             num_prompt_logprobs=request.num_prompt_logprobs,

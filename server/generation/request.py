@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...models.batch import SamplingParams
-from ...router.messages import EngineReady
+from ...router.messages import NO_POLICY, EngineReady, OwnerPolicy
 from ..errors import BadRequestError
 from ..prompts.conversation import Message, Tool, ToolFormat
 
@@ -38,6 +38,7 @@ class GenerationRequest:
     has_seed: the client gave one, which then holds for each of several prompts.
     add_special_tokens: a plain text begins with `<|begin_of_text|>`.
     tenant: only with requests of the same tenant are cached pictures and texts shared.
+    owner, policy: the API key's hash and what it may do; owners share the machine.
     num_choices: how many answers to the same prompt; num_prompt_logprobs: how many of
     the likeliest tokens are told beside each token of the prompt. Of requests that wait the one of
     lower priority goes first. timeout_s: from its arrival to the end of its answer.
@@ -60,6 +61,8 @@ class GenerationRequest:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     tenant: str = ""
+    owner: str = ""
+    policy: OwnerPolicy = NO_POLICY
     num_choices: int = 1
     num_prompt_logprobs: int | None = None
     prompt_logprobs_field: str = "prompt_logprobs"

@@ -5,18 +5,17 @@ Models are listed under the prefixes alone: without one, the path is OpenAI's.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from urllib.parse import unquote
 
 from sanic import HTTPResponse, Request
 
 from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
 from ..api.services import (
+    as_client,
     check_model,
     completion_response,
     json_response,
     services_of,
-    tenant_of,
 )
 from ..api.sse import send_stream
 from ..schemas.llama_stack.answers import (
@@ -80,7 +79,7 @@ async def chat_completion_new(request: Request, body: StackChatRequest) -> HTTPR
 async def _complete(request: Request, body: StackChatRequest, is_new: bool) -> HTTPResponse | None:
     check_model(request, stack_model(body))
     generator = services_of(request).generator
-    generation = replace(stack_generation(body), tenant=tenant_of(request))
+    generation = as_client(request, stack_generation(body))
     prepared = await generator.prepare(generation)
     answers = StackAnswers(is_new, has_tools=bool(body.tools))
     if body.stream:

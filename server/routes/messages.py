@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from dataclasses import replace
 
 from sanic import HTTPResponse, Request
 
 from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
 from ..api.services import (
+    as_client,
     check_model,
     completion_response,
     json_response,
     services_of,
-    tenant_of,
 )
 from ..api.sse import send_stream
 from ..errors import BadRequestError
@@ -58,7 +57,7 @@ async def messages(request: Request, body: MessagesRequest) -> HTTPResponse | No
     """One answer to a conversation, in Anthropic's form."""
     check_model(request, body.model)
     generator = services_of(request).generator
-    generation = replace(messages_generation(body), tenant=tenant_of(request))
+    generation = as_client(request, messages_generation(body))
     prepared = await generator.prepare(generation)
     answers = MessageAnswers(body.model, prepared.num_prompt_tokens)
     if body.stream:

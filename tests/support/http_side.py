@@ -202,7 +202,7 @@ class ScriptedEngine:
                 for request_id in request.answer_ids:
                     self.leave(request_id)
 
-    def rejection(self, priority: int) -> QueueFullError | None:
+    def rejection(self, owner: str, priority: int) -> QueueFullError | None:
         """What a test says."""
         return self.refused
 

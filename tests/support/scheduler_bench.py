@@ -91,9 +91,8 @@ class Bench:
                 self.scheduler.make_ready(self.sequences[request_id], AnyText())
 
     def plan(self) -> StepBatch | None:
-        """The next step. Asserts that the first of those who run proceeds in it, or its image."""
-        running = self.scheduler.snapshot().running
-        first = self.sequences[running[0]] if running else None
+        """The next step. Asserts that the protected sequence proceeds in it, or its image."""
+        first = self.scheduler.protected
         batch = self.scheduler.schedule()
         for one in batch.sequences if batch else ():
             assert not self.sequences[one.request_id].lacks_matcher
@@ -179,4 +178,6 @@ class Bench:
         assert self.scheduler.snapshot().text.used == 0
         assert self.scheduler.snapshot().images.used == 0
         assert len(self.queue) == self.queue.num_tokens == self.queue.num_bytes == 0
+        assert len(self.queue.lines) == len(self.queue.owners) == 0
+        assert self.queue.owners.num_remembered == self.queue.owners.num_running.total() == 0
         self.scheduler.check()

@@ -149,12 +149,12 @@ def test_a_refusal_that_no_step_renews_is_forgotten(tmp_path, monkeypatch):
             client = await connected(engine)
             task = asyncio.create_task(tokens_of(client, request_of()))
             await until(lambda: bool(engine.received))
-            refusal = Rejection(message="full", retry_after_s=2.0)
-            engine.say(StepOutputs(outputs=[], rejection=refusal))
-            await until(lambda: client.rejection(0) is not None)
-            assert client.rejection(0).retry_after_s == 2.0
+            refusal = Rejection(owner="", message="full", retry_after_s=2.0)
+            engine.say(StepOutputs(outputs=[], rejections=[refusal]))
+            await until(lambda: client.rejection("", 0) is not None)
+            assert client.rejection("", 0).retry_after_s == 2.0
             monkeypatch.setattr("vlmserve.router.client.engine_client.REJECTION_S", 0.0)
-            await until(lambda: client.rejection(0) is None)
+            await until(lambda: client.rejection("", 0) is None)
             task.cancel()
             await client.close()
 

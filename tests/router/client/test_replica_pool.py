@@ -255,15 +255,15 @@ def test_a_request_moves_once_if_its_replica_dies_before_it_begins_and_past_full
 def test_a_pool_is_known_to_be_full_where_all_that_could_be_asked_are():
     late, soon = ScriptedClient(END), ScriptedClient(END)
     pool, _ = pool_of(late, soon)
-    assert pool.rejection(0) is None
-    late.rejection = lambda priority: FULL
-    assert pool.rejection(0) is None
-    soon.rejection = lambda priority: QueueFullError("full", 3.0)
-    assert pool.rejection(0).retry_after_s == 3.0
+    assert pool.rejection("", 0) is None
+    late.rejection = lambda owner, priority: FULL
+    assert pool.rejection("", 0) is None
+    soon.rejection = lambda owner, priority: QueueFullError("full", 3.0)
+    assert pool.rejection("", 0).retry_after_s == 3.0
     soon.is_there = False
-    assert pool.rejection(0) is FULL
+    assert pool.rejection("", 0) is FULL
     late.is_there = False
-    assert pool.rejection(0) is None, "that no replica is ready is another error"
+    assert pool.rejection("", 0) is None, "that no replica is ready is another error"
 
 
 def test_a_worker_that_stops_sends_nothing_to_another_replica():

@@ -305,18 +305,18 @@ def test_a_step_tells_workers_that_have_something_open_that_a_newcomer_would_be_
             running = asyncio.create_task(tokens_of(client, request_of("r", max_tokens=5_000)))
             await until(lambda: rig.engine.stats().num_running == 1)
             waiting = asyncio.create_task(tokens_of(client, request_of("w", max_tokens=5_000)))
-            await until(lambda: client.rejection(0) is not None)
-            rejection = client.rejection(1)
+            await until(lambda: client.rejection("", 0) is not None)
+            rejection = client.rejection("", 1)
             assert isinstance(rejection, QueueFullError)
             assert "--max-queue-requests" in str(rejection)
             assert rejection.retry_after_s >= 1
-            assert client.rejection(-1) is None
-            assert idle.rejection(0) is None
+            assert client.rejection("", -1) is None
+            assert idle.rejection("", 0) is None
             waiting.cancel()
-            await until(lambda: client.rejection(0) is None)
+            await until(lambda: client.rejection("", 0) is None)
             running.cancel()
             await asyncio.gather(running, waiting, return_exceptions=True)
-            assert client.rejection(0) is None
+            assert client.rejection("", 0) is None
 
     asyncio.run(scenario())
 

@@ -140,7 +140,7 @@ def test_those_of_a_better_or_equal_priority_are_ahead_of_a_newcomer():
     queue = queue_of()
     for name, priority in (("a", 0), ("b", 5), ("c", 1)):
         queue.put(sequence_of(name, priority=priority))
-    assert [queue.num_ahead(priority) for priority in (-1, 0, 1, 5)] == [0, 1, 2, 3]
+    assert [queue.position("", 1.0, priority) for priority in (-1, 0, 1, 5)] == [1, 2, 3, 4]
 
 
 def test_a_preempted_sequence_is_taken_back_by_a_full_queue():

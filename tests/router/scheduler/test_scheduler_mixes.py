@@ -19,7 +19,13 @@ from support.fake_runner import (
 from support.scheduler_bench import Bench
 
 from vlmserve.models.batch import ImageSpan, PoolSizes, SamplingParams, StepBatch
-from vlmserve.router.messages import AddRequest
+from vlmserve.router.messages import AddRequest, OwnerPolicy
+
+POLICIES = {
+    "": OwnerPolicy(),
+    "x": OwnerPolicy(weight=3.0),
+    "y": OwnerPolicy(weight=0.5, cross_priority=True),
+}
 
 
 @st.composite
@@ -46,6 +52,8 @@ def requests(draw, request_id: str, max_model_len: int, num_image_blocks: int) -
             st.sampled_from([[], [], [f"{request_id}b"], [f"{request_id}b", f"{request_id}c"]])
         ),
         priority=draw(st.sampled_from([0, 0, 0, -1])),
+        owner=(owner := draw(st.sampled_from(["", "", "x", "y"]))),
+        policy=POLICIES[owner],
         num_prompt_logprobs=draw(st.sampled_from([None, None, 0])),
         # Compiled after so many steps.
         grammar=draw(st.sampled_from([None, None, None, "0", "3", "8"])),
