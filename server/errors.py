@@ -7,6 +7,7 @@
     |  `- ModelNotFoundError   404  the model is not served here
     |- UnsupportedMediaError   415  the body is compressed
     |- OverloadedError         429  a queue is full; retry after Retry-After seconds
+    |- RateLimitError          429  the API key's own limit; retry after Retry-After seconds
     |- InternalError           500  a model step failed
     |- NotReadyError           503  no engine is connected, or it is loading
     `- DeadlineError           504  the request's time is over
@@ -93,6 +94,12 @@ class OverloadedError(ApiError):
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
+
+
+class RateLimitError(ApiError):
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
 
 
 class InternalError(ApiError):

@@ -24,7 +24,7 @@ class SequenceEvent(Enum):
     FORK = "its leader computed the prompt, and there is room: it shares the leader's blocks"
     DETACH = "its leader ended early, or there is no room to fork: it computes the prompt itself"
     ADMIT = "the scheduler takes it from the queue and allocates its blocks"
-    PREEMPT = "a sequence before it needs a block: its own blocks are released"
+    PREEMPT = "another sequence needs a block or its place: its own blocks are released"
     FINISH = "it generated a stop token or reached its maximum length"
     ABORT = "the client cancelled it, its worker disconnected or its grammar failed to compile"
     FAIL = "the step that computed it failed"

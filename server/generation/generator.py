@@ -19,6 +19,7 @@ from ...router.errors import (
     EngineError,
     InvalidRequestError,
     QueueFullError,
+    TooManyRequestsError,
 )
 from ...router.messages import AddRequest, EngineReady, EngineStats, SequenceOutput
 from ..errors import (
@@ -28,6 +29,7 @@ from ..errors import (
     InternalError,
     NotReadyError,
     OverloadedError,
+    RateLimitError,
 )
 from ..prompts.processor import Processor
 from ..structured_output.compile_checks import GrammarChecks
@@ -254,6 +256,8 @@ def _total(usages: dict[int, Usage], num_prompts: int) -> Usage:
 
 def api_error_of(error: EngineError) -> ApiError:
     """The API error for an engine's error."""
+    if isinstance(error, TooManyRequestsError):
+        return RateLimitError(str(error), retry_after_s=error.retry_after_s)
     if isinstance(error, QueueFullError):
         return OverloadedError(str(error), retry_after_s=error.retry_after_s)
     if isinstance(error, InvalidRequestError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -12,6 +11,7 @@ from sanic import HTTPResponse, Request
 from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
 from ..api.response_store import ResponseStore, StoredResponse
 from ..api.services import (
+    as_client,
     check_model,
     json_response,
     services_of,
@@ -63,7 +63,7 @@ async def responses(request: Request, body: ResponsesRequest) -> HTTPResponse | 
     store = _store_for(body, services.responses)
     owner = tenant_of(request)
     earlier = await _earlier_items(body.previous_response_id, services.responses, owner)
-    generation = replace(responses_generation(body, earlier), tenant=owner)
+    generation = as_client(request, responses_generation(body, earlier))
     prepared = await services.generator.prepare(generation)
     answers = ResponseAnswers(body, is_stored=store is not None)
 
