@@ -5,11 +5,13 @@ In the order in which to read the files:
     admission           which requests can never run
     sequence_states     the states of a sequence, as a table
     sequence            the tokens of one answer, and how far they are computed
+    owners              what each API key's requests have used, and whose turn it is
     request_queue       which sequences wait, in which order, and how many may
     throughput          the estimated wait of a rejected request
     interface           the scheduler's limits, its progress, its snapshot
     scheduler           the plan of each step, and what its result changes
     step_budget         what one step may still compute
     block_manager       which blocks each running sequence uses
+    preemption          which sequence loses its place and blocks when another needs them
     batch_rows          a sequence's part of a step, as the runner gets it
 """
