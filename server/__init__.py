@@ -15,7 +15,7 @@ In the order in which to read it:
     telemetry/              metrics, the request log, traces
     child_sandbox           what all killable children of a worker share
     tasks                   cancelling asyncio tasks
-    bench/                  the load generator
+    bench/, batch/          the load generator; many requests from a file
 
 Imports the router's client side and the torch-free parts of models/ only.
 """

@@ -1,4 +1,4 @@
-"""The command line: `vlmserve serve`, `vlmserve bench` and `vlmserve version`.
+"""The command line: `vlmserve serve`, `run-batch`, `bench` and `version`.
 
 Parses, builds the settings, opens the socket and runs the supervisor. Never imports torch.
 """
@@ -20,6 +20,7 @@ from ...models.settings.option_parser import GroupedHelp, command_of
 from ...router.config import EngineConfig
 from ...router.messages import EngineReady
 from ...router.processes.logs import say, set_up_logging
+from ..batch.command import run_batch
 from ..bench.command import app as bench_app
 from ..settings import ServerSettings
 from ..supervisor.settings import SupervisorSettings
@@ -43,6 +44,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(bench_app, name="bench")
+app.command()(run_batch)
 
 
 @app.callback()
