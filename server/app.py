@@ -24,6 +24,11 @@ from sanic.exceptions import SanicException
 
 from .. import __version__
 from ..router.client.replica_pool import ReplicaPool
+from .admission.bytes_in_flight import (
+    BytesInFlight,
+    release_current_reservation,
+    set_current_reservation,
+)
 from .api.ignored_fields import name_ignored
 from .api.openapi import document
 from .api.response_store import IN_MEMORY, ResponseStore
@@ -62,7 +67,7 @@ from .telemetry.event_loop_lag import watch_lag
 from .telemetry.metrics import Metrics
 from .telemetry.recorded_app import RecordedApp
 from .telemetry.request_log import RequestLog
-from .telemetry.request_record import record_of
+from .telemetry.request_record import RequestRecord, record_of
 
 if TYPE_CHECKING:
     from .telemetry.tracing import Tracer
@@ -113,13 +118,15 @@ def build_app(
     app.config.update(_sanic_config(settings))
     components = Components(settings, fetcher, images, engine_client)
     services = app.ctx.services = components.services(now)
+    app.ctx.bytes_in_flight = _bytes_in_flight(settings)
     app.ctx.connection_places = ConnectionPlaces(
         settings.max_connections, NUM_RESERVED_PLACES, MAX_LINGERING
     )
     app.ctx.head_limits = HeadLimits(settings.max_head_bytes, settings.max_headers)
     app.ctx.access = access
     tracer = _tracer_of(settings)
-    app.ctx.on_closed = RequestLog(settings.log_requests, services.metrics, tracer).add
+    log = RequestLog(settings.log_requests, services.metrics, tracer)
+    app.ctx.on_closed = functools.partial(_close_request, log)
     app.before_server_start(components.open)
     app.after_server_start(components.await_signal)
     app.after_server_stop(components.close)
@@ -131,6 +138,22 @@ def build_app(
     _add_middleware(app, settings, access)
     app.exception(Exception)(answer_error)
     return app
+
+
+def _close_request(log: RequestLog, record: RequestRecord) -> None:
+    release_current_reservation()
+    log.add(record)
+
+
+def _bytes_in_flight(settings: ServerSettings) -> BytesInFlight:
+    """Raises ValueError if the bound leaves no room for a body of the largest size."""
+    limit, body = settings.max_bytes_in_flight, settings.max_body_bytes
+    if limit < 2 * body:
+        raise ValueError(
+            f"--max-bytes-in-flight is {limit:,}, and one API key gets at most half of it: set it"
+            f" to twice --max-body-bytes ({body:,}) or more"
+        )
+    return BytesInFlight(limit)
 
 
 def _tracer_of(settings: ServerSettings) -> Tracer | None:
@@ -318,6 +341,8 @@ def _add_middleware(app: Sanic[Any, Any], settings: ServerSettings, access: Acce
     @app.signal("http.routing.before")
     async def admit(request: Request) -> None:
         access.check(request)
+        owner: bytes = getattr(request.ctx, "key_owner", b"")
+        set_current_reservation(app.ctx.bytes_in_flight.reserve(owner.hex()))
         await receive_body(request, settings.request_timeout_s)
         await check_json_text(request.body)
 

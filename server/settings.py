@@ -150,6 +150,14 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Annotated[int, msgspec.Meta(ge=1_024)],
         Option("Maximum bytes of a request's body; above it, 413.", HTTP),
     ] = 67_108_864
+    max_bytes_in_flight: Annotated[
+        Positive,
+        Option(
+            "Maximum bytes of bodies and images that the open requests of a worker keep; above "
+            "it, 429. One API key gets at most half.",
+            HTTP,
+        ),
+    ] = 2_147_483_648
     max_num_seqs: Positive = 64
     request_timeout_s: Annotated[
         Annotated[float, msgspec.Meta(ge=0.1)],

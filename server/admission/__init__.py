@@ -2,5 +2,6 @@
 
 Read in this order:
 
-    fair_lane    places that keys share: one line a key, bounded in number and in time
+    fair_lane        places that keys share: one line a key, bounded in number and in time
+    bytes_in_flight  the bytes of bodies and downloads that open requests keep, shared by keys
 """

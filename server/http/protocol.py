@@ -23,6 +23,7 @@ from sanic.http import Http, Stage
 from sanic.server import HttpProtocol
 
 from ...router.state_table import next_state
+from ..admission.bytes_in_flight import keep_bytes
 from ..errors import ApiError, NotReadyError, error_body
 from ..settings import ServerSettings
 from .auth import OPEN_PATHS
@@ -91,6 +92,9 @@ class StrictHttp(Http):  # type: ignore[misc]
         self.recv_buffer[: len(head)] = canonical(head, read)
         self.chunks = ChunkReader(limits) if read.is_chunked else None
         await super().http1_request_header()
+        # Sanic keeps the request in the task's context, and so in each copy of it: an idle
+        # connection and every cancelled timer would keep a body of up to 64 MiB.
+        Request._current.set(None)  # type: ignore[arg-type]
         if self.chunks:
             # Sanic leaves the last line end of the head for its own reader of chunks.
             del self.recv_buffer[:2]
@@ -350,7 +354,8 @@ async def receive_body(request: Request, timeout_s: float) -> None:
 
     timeout_s: the time limit for a small body. Bytes that have arrived extend it, at
     `MIN_BYTES_PER_S`, so that a large body may take longer.
-    Raises SlowBodyError, BadRequestError for broken framing, or PayloadTooLarge.
+    Raises SlowBodyError, BadRequestError for broken framing, PayloadTooLarge, or OverloadedError
+    if open requests keep too many bytes already.
     """
     stream = request.stream
     if not isinstance(stream, Http) or not stream.request_body:
@@ -362,6 +367,7 @@ async def receive_body(request: Request, timeout_s: float) -> None:
     try:
         async with asyncio.timeout_at(deadline) as timer:
             async for piece in stream:
+                keep_bytes(len(piece))
                 body += piece
                 deadline += len(piece) / MIN_BYTES_PER_S
                 timer.reschedule(deadline)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ...models.batch import ImageTiles
+from ..admission.bytes_in_flight import keep_bytes
 from ..tasks import run_together
 from .decoders import DecoderPool
 from .fetch import ImageFetcher
@@ -33,13 +34,18 @@ class RequestBudget:
         self._pixels_left = settings.max_request_pixels
 
     def spend_bytes(self, num_bytes: int) -> None:
-        """Count bytes that arrived. Raises ImageError once they are over the limit."""
+        """Count bytes that arrived.
+
+        Raises ImageError once they are over the request's limit, OverloadedError if all open
+        requests keep too many.
+        """
         self._bytes_left -= num_bytes
         if self._bytes_left < 0:
             raise ImageError(
                 f"the request's images have over {self._settings.max_request_bytes / MEBI:g} MiB "
                 "together, the limit: send fewer or smaller ones"
             )
+        keep_bytes(num_bytes)
 
     def spend_pixels(self, data: bytes) -> None:
         """Check an image's header and count the pixels that it declares.

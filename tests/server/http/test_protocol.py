@@ -4,8 +4,10 @@ Raw bytes against the real server, on every route that takes a body. The single 
 heads and chunks, and the pieces in which they come, are `test_http_head`'s.
 """
 
+import gc
 import gzip
 import json
+import socket
 import ssl
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -14,9 +16,12 @@ from pathlib import Path
 import pytest
 from support.http_side import MODEL, all_routes
 from support.invariants import BODY_ROUTES, CHAT, SLACK, assert_error, body_for, peak_bytes
+from support.polling import wait_until
 from support.raw_http import answers_in, exchange, only_answer
 from support.request_heads import BROKEN_CHUNKS, TWO_READINGS
 from support.threaded import server_in_thread
+
+from vlmserve.server.http.protocol import LenientRequest
 
 TLS_FILE = Path(__file__).resolve().parents[2] / "data" / "tls_test_only.pem"
 LIVE = b"GET /v1/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -242,6 +247,27 @@ def test_row_04_a_large_body_is_not_a_slow_one(checkpoint):
     with server_in_thread(checkpoint, request_timeout_s=0.4) as port:
         answer = only_answer(exchange(port, head, *pieces, pause_s=0.1))
     assert answer.status == 200
+
+
+def test_an_idle_connection_keeps_nothing_of_its_last_request(checkpoint):
+    """Each of 1,000 kept a body of up to 64 MiB for as long as it was kept itself."""
+    body = BODY[:-1] + b',"user":"' + b"a" * 1_000_000 + b'"}'
+    head = head_of(CHAT, b"Content-Length: %d" % len(body))
+    with (
+        server_in_thread(checkpoint) as port,
+        socket.create_connection(("127.0.0.1", port), 30) as client,
+    ):
+        client.sendall(head + body)
+        assert client.recv(65_536).startswith(b"HTTP/1.1 200 ")
+        assert wait_until(lambda: not bodies_alive()), "the request is over"
+
+
+def bodies_alive() -> list[LenientRequest]:
+    return [
+        one
+        for one in gc.get_objects()
+        if isinstance(one, LenientRequest) and len(one.body) > 500_000
+    ]
 
 
 def test_row_05_a_compressed_body_is_a_415(standing):
