@@ -90,12 +90,6 @@ def sampling_params(
 
 def check_against(info: EngineReady, request: GenerationRequest) -> None:
     """Refuse what the loaded model cannot do, before any work."""
-    if request.tools and any(message.images for message in request.messages):
-        raise BadRequestError(
-            "tools and images cannot share a request: the model's published prompt has no place"
-            " for an image beside tools. Leave one out, or ask about the image first",
-            param="tools",
-        )
     if request.max_tokens is not None and request.max_tokens >= info.max_model_len:
         field = request.max_tokens_field
         raise BadRequestError(

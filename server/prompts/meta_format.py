@@ -63,6 +63,22 @@ def render_as_meta(
     return [*pieces, _header("assistant")] if add_generation_prompt else pieces
 
 
+def with_tools_in_system(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
+    """The same messages, the tools in JSON at the head of the system message.
+
+    That message is made where it is missing. For conversations with pictures: the published
+    template has no place for tools beside them, and a picture stays next to its question.
+    """
+    is_first = bool(messages) and messages[0].role == "system"
+    system = messages[0] if is_first else Message("system", ())
+    listed = TextPart(_tools_text(tools) + system.text.strip())
+    return [Message("system", (listed, *system.images)), *messages[is_first:]]
+
+
+def _tools_text(tools: Sequence[Tool]) -> str:
+    return JSON_TASK + "".join(f"{_json(tool.definition, indent=4)}\n\n" for tool in tools)
+
+
 def _place_of_tools(messages: Sequence[Message], role: str) -> int:
     """The message that holds the tools, or before which one is made for them."""
     roles = [message.role for message in messages]
@@ -89,8 +105,7 @@ def _meta_part(part: TextPart | ImagePart) -> RenderedPiece:
 def _tools(tools: Sequence[Tool], tool_format: ToolFormat) -> list[RenderedPiece]:
     """What the model is told of its tools. Their words are the client's, so they are text."""
     if tool_format == "json":
-        listed = "".join(f"{_json(tool.definition, indent=4)}\n\n" for tool in tools)
-        return [_text(JSON_TASK + listed)]
+        return [_text(_tools_text(tools))]
     functions = [tool.definition["function"] for tool in tools]
     if tool_format == "function_tag":
         listed = "".join(f"{_json(function)}\n\n" for function in functions)

@@ -30,7 +30,7 @@ from .conversation import (
     with_images_in_front,
     with_joined_texts,
 )
-from .meta_format import render_as_meta
+from .meta_format import render_as_meta, with_tools_in_system
 from .placeholders import RenderedPiece
 
 logger = logging.getLogger(__name__)
@@ -128,6 +128,8 @@ class Processor:
         Raises PromptTooLongError.
         """
         arranged = [with_joined_texts(self._arrange(message)) for message in messages]
+        if tools and tool_format == "json" and any(message.images for message in arranged):
+            arranged, tools = with_tools_in_system(arranged, tools), ()
         self._check_size(_texts_of(arranged, tools), max_tokens)
         pieces = self._render(arranged, tools, tool_format, add_generation_prompt)
         token_ids = self._encode(pieces)

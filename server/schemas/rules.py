@@ -69,7 +69,6 @@ TOOL_NAMES = "Tools have different names, none of them auto, none or required."
 PARAMETERS = "A tool's parameters are a schema of an object, of 64 KiB and 64 levels at most."
 NAMED_TOOL = "A tool_choice names one of the tools, or needs some where it asks for calls."
 ARGUMENTS = "The arguments of an earlier call nest 64 levels at most."
-NO_TOOLS_BESIDE_PICTURES = "Tools and pictures do not share a request."
 VOCABULARY = "Token ids are the model's."
 NUM_ANSWERS = "All answers of a request are not more than the server runs at once, and 128 at most."
 PROMPT_ENTRIES = "prompt_logprobs are not asked for of more than the server's limit of tokens."
@@ -92,6 +91,6 @@ OF_CONVERSATIONS = (NO_NUL, RESULTS, ARGUMENTS, TOOL_NAMES, PARAMETERS)
 OF_GENERATIONS = (NO_NUL, CONTEXT, ONE_FORM, COMPILED)
 OF_CHATS = (
     *OF_GENERATIONS,
-    *(PICTURES, ARGUMENTS, TOOL_NAMES, PARAMETERS, NAMED_TOOL, NO_TOOLS_BESIDE_PICTURES),
+    *(PICTURES, ARGUMENTS, TOOL_NAMES, PARAMETERS, NAMED_TOOL),
 )
 OF_SAMPLING = (MINIMUM, VOCABULARY, NUM_ANSWERS, PROMPT_ENTRIES)

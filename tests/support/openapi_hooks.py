@@ -42,8 +42,7 @@ TOLD = {
     "A tool_choice names one of the tools, or needs some where it asks for calls.": (
         r"tool_choice names .* none of tools|tool_choice needs tools"
     ),
-    "The arguments of a call are a JSON object, as text.": r"is not a JSON object",
-    "Tools and pictures do not share a request.": r"tools and images cannot share",
+    "The arguments of an earlier call nest 64 levels at most.": r"nested more than",
     "Token ids are the model's.": r"the vocabulary ends at",
     "All answers of a request are not more than the server runs at once, and 128 at most.": (
         r"answers at once|a request has at most \d+ answers"

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from PIL import Image
+
+from vlmserve.models.bundled.pictures import data_url
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "tool-calls.md"
 MODEL = "vlmserve-tiny-vision"
@@ -134,3 +137,22 @@ def test_the_documented_curl_gets_its_call(server):
     (call,) = choice["message"]["tool_calls"]
     assert call["function"]["name"] == "turn"
     assert json.loads(call["function"]["arguments"])["to"] in SIDES
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}])
+def test_a_required_call_beside_a_picture_fits_its_schema(server, choice):
+    picture = {
+        "type": "image_url",
+        "image_url": {"url": data_url(Image.new("RGB", (64, 64), "red"))},
+    }
+    turns = [{"role": "user", "content": [picture, {"type": "text", "text": "Look at it."}]}]
+    later = [
+        *turns,
+        {"role": "assistant", "content": "A circle."},
+        {"role": "user", "content": "?"},
+    ]
+    for messages in (turns, later):
+        fields = {"tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
+        (one,) = ask(server, messages=messages, seed=1, **fields).json()["choices"]
+        (call,) = one["message"]["tool_calls"]
+        check_call(call["function"]["name"], json.loads(call["function"]["arguments"]))

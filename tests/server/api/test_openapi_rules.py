@@ -55,12 +55,13 @@ BROKEN = {
             "messages": [
                 {
                     "role": "assistant",
-                    "tool_calls": [CALL | {"function": {"name": "f", "arguments": "no"}}],
+                    "tool_calls": [
+                        CALL | {"function": {"name": "f", "arguments": "[" * 70 + "]" * 70}}
+                    ],
                 }
             ]
         },
     ),
-    rules.NO_TOOLS_BESIDE_PICTURES: (CHAT, {"messages": [SENT_PICTURE], "tools": [TOOL]}),
     rules.VOCABULARY: (CHAT, {"stop_token_ids": [2**31 - 1]}),
     rules.NUM_ANSWERS: (CHAT, {"n": 128}),
     rules.PROMPT_ENTRIES: (

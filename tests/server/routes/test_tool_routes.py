@@ -286,19 +286,43 @@ def test_every_token_of_a_call_has_its_logprob(checkpoint):
     assert sum(len(part) for part in events if part) == len(entries)
 
 
-def test_tools_with_an_image_are_refused_and_say_why(checkpoint):
-    image = {"type": "image_url", "image_url": {"url": "https://host/a.png"}}
-    body = BODY | {"messages": [{"role": "user", "content": [image]}]}
-    stack_image = {"type": "image", "image": {"url": {"uri": "https://host/a.png"}}}
-    stack = STACK_BODY | {"messages": [{"role": "user", "content": [stack_image]}]}
-    for path, one in ((CHAT, body), (OLD, stack), (NEW, stack)):
-        (answer,), engine = post(checkpoint, says("x"), one, path=path)
-        error = answer.json()["error"]
-        assert (answer.status_code, error["param"]) == (400, "tools")
-        assert "image" in error["message"]
-        assert engine.requests == []
-    (answer,), _ = post(checkpoint, says("x"), body | {"tool_choice": "none"})
-    assert answer.status_code == 200
+IMAGE = {"type": "image_url", "image_url": {"url": "https://host/a.png"}}
+PICTURED = {"role": "user", "content": [{"type": "text", "text": "What is this?"}, IMAGE]}
+LATER = [
+    PICTURED,
+    {"role": "assistant", "content": "A field."},
+    {"role": "user", "content": "Hot?"},
+]
+
+
+@pytest.mark.parametrize("turns", [[PICTURED], LATER])
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_tools_beside_a_picture_stand_in_the_system_message(checkpoint, turns, system):
+    """Tools and pictures in one request used to be a 400, with advice that did not work."""
+    body = BODY | {"messages": [{"role": "system", "content": system}][: bool(system)] + turns}
+    (plain, streamed), engine = post(checkpoint, says(JSON_REPLY), body, body | {"stream": True})
+    (call,) = plain.json()["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert accumulated([one["choices"][0]["delta"] for one in frames_of(streamed)])[1]
+    request = engine.requests[0]
+    assert len(request.images) == len(request.spans) == 1
+    prompt = TOKENIZER.decode(request.prompt_token_ids, skip_special_tokens=False)
+    head, rest = prompt.split("<|eot_id|>", 1)
+    assert head.count("<|start_header_id|>system") == 1
+    assert '"name": "get_weather"' in head
+    assert head.endswith(system)
+    assert "user<|end_header_id|>\n\n<|image|>What is this?" in rest
+    assert "get_weather" not in rest
+
+
+def test_llama_stacks_tools_beside_a_picture_are_served(checkpoint):
+    image = {"type": "image", "image": {"url": {"uri": "https://host/a.png"}}}
+    body = STACK_BODY | {"messages": [{"role": "user", "content": [image]}]}
+    for path in (OLD, NEW):
+        (answer,), engine = post(checkpoint, says(JSON_REPLY), body, path=path)
+        assert answer.status_code == 200
+        assert answer.json()["completion_message"]["tool_calls"]
+        assert len(engine.requests[0].images) == 1
 
 
 @pytest.mark.parametrize("path", [OLD, NEW])
