@@ -29,6 +29,7 @@ from .admission.bytes_in_flight import (
     release_current_reservation,
     set_current_reservation,
 )
+from .admission.rate_limits import RateLimits
 from .api.ignored_fields import name_ignored
 from .api.openapi import document
 from .api.response_store import IN_MEMORY, ResponseStore
@@ -119,6 +120,7 @@ def build_app(
     components = Components(settings, fetcher, images, engine_client)
     services = app.ctx.services = components.services(now)
     app.ctx.bytes_in_flight = _bytes_in_flight(settings)
+    services = app.ctx.services = components.services(now, access.rate_limits)
     app.ctx.connection_places = ConnectionPlaces(
         settings.max_connections, NUM_RESERVED_PLACES, MAX_LINGERING
     )
@@ -198,7 +200,7 @@ class Components:
         self._images = images or self._make_images(fetcher)
         self._responses = _response_store_of(settings)
 
-    def services(self, now: Clock | None) -> Services:
+    def services(self, now: Clock | None, rate_limits: RateLimits) -> Services:
         """The components as the routes use them."""
         settings = self._settings
         folder = Path(settings.model)
@@ -213,6 +215,7 @@ class Components:
             settings.image_deadline_s,
             settings.max_request_time_s,
             grammar_checks=self._grammar_checks,
+            max_answers=settings.max_answers_per_request,
         )
         return Services(
             settings,
@@ -221,6 +224,7 @@ class Components:
             metrics,
             processor,
             _context_of(folder),
+            rate_limits,
             self._responses,
         )
 

@@ -63,8 +63,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     api_key_file: Annotated[
         str | None,
         Option(
-            "File of more API keys, one per line; lines that start with # are comments. Reread on "
-            "SIGHUP.",
+            "File of more API keys, one per line, each with its weight and limits; see "
+            "docs/how-to/limits-by-key.md. Reread on SIGHUP.",
             ACCESS,
         ),
     ] = None
@@ -159,6 +159,14 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ),
     ] = 2_147_483_648
     max_num_seqs: Positive = 64
+    max_answers_per_request: Annotated[
+        Positive | None,
+        Option(
+            "Maximum answers of one request: n, times the prompts of a completion; above it, 400. "
+            "Default: a quarter of --max-num-seqs, at least 1.",
+            HTTP,
+        ),
+    ] = None
     request_timeout_s: Annotated[
         Annotated[float, msgspec.Meta(ge=0.1)],
         Option(

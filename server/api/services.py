@@ -18,10 +18,13 @@ import msgspec
 import orjson
 from sanic import HTTPResponse, Request
 
-from ...router.messages import NO_POLICY, OwnerPolicy
-from ..errors import ModelNotFoundError
+from ...router.messages import NO_POLICY
+from ..admission.key_file import ApiKey
+from ..admission.rate_limits import RateLimits
+from ..errors import ModelNotFoundError, RateLimitError
 from ..generation.completion import Completion
 from ..generation.generator import Engine, Generator
+from ..generation.preparer import PreparedGeneration
 from ..generation.request import GenerationRequest
 from ..prompts.processor import Processor
 from ..schemas.decoding import decode_with_names
@@ -47,6 +50,7 @@ class Services:
     metrics: Metrics
     processor: Processor
     configured_model_len: int
+    rate_limits: RateLimits
     responses: ResponseStore | None = None
     started: int = field(default_factory=lambda: int(time.time()))
 
@@ -133,13 +137,37 @@ def as_client(
     request: Request, generation: GenerationRequest, cache_salt: str | None = None
 ) -> GenerationRequest:
     """The same generation, on behalf of the client: its tenant, its owner and the key's policy."""
-    policy: OwnerPolicy = getattr(request.ctx, "key_policy", NO_POLICY)
+    key: ApiKey | None = getattr(request.ctx, "key", None)
     return dataclasses.replace(
         generation,
         tenant=tenant_of(request, cache_salt),
         owner=owner_of(request),
-        policy=policy,
+        policy=NO_POLICY if key is None else key.policy,
     )
+
+
+async def prepare(
+    request: Request, generation: GenerationRequest, cache_salt: str | None = None
+) -> PreparedGeneration:
+    """As `Generator.prepare`, on behalf of the client and within the rates of its key.
+
+    Raises RateLimitError too.
+    """
+    services = services_of(request)
+    limits = services.rate_limits
+    key: ApiKey | None = getattr(request.ctx, "key", None)
+    if key is None:
+        return await services.generator.prepare(as_client(request, generation, cache_salt))
+    try:
+        limits.take_request(key)
+    except RateLimitError:
+        services.metrics.fail_early()
+        raise
+    prepared = await services.generator.prepare(as_client(request, generation, cache_salt))
+    limits.take_tokens(key, prepared.num_prompt_tokens)
+    if key.tokens_per_minute is None:
+        return prepared
+    return dataclasses.replace(prepared, on_tokens=functools.partial(limits.take_tokens, key))
 
 
 def check_model(request: Request, name: str) -> None:

@@ -71,13 +71,14 @@ class Generator:
         max_request_time_s: float = math.inf,
         *,
         grammar_checks: GrammarChecks,
+        max_answers: int | None = None,
     ) -> None:
         self._processor = processor
         self._reader = TokenReader(processor.tokenizer)
         self._engine = engine
         self._metrics = metrics
         self._max_request_time_s = max_request_time_s
-        self._preparer = Preparer(processor, images, image_deadline_s, grammar_checks)
+        self._preparer = Preparer(processor, images, image_deadline_s, grammar_checks, max_answers)
         self.is_draining = False
         self.num_open = 0
 
@@ -159,6 +160,7 @@ class Generator:
         while streams:
             output = await _next_output(outputs, prepared.deadline)
             timer.tokens(output.request_id, len(output.token_ids), output.queue_s)
+            prepared.on_tokens(len(output.token_ids))
             if output.prompt_logprobs is not None:
                 yield self._prompt_logprobs(prepared, output)
             for event in streams[output.request_id].take(output):

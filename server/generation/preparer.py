@@ -12,7 +12,7 @@ import math
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,7 @@ from .request import (
     GenerationRequest,
     PlainPrompt,
     check_against,
+    check_answers,
     check_min_tokens,
     check_prompt_logprobs,
     check_token_ids,
@@ -46,6 +47,10 @@ MAX_PROMPT_TOKENS = 524_288
 IMAGE_RETRY_S = 5.0
 
 
+# Without --max-answers-per-request, a request may ask for this part of --max-num-seqs.
+ANSWERS_PART = 4
+
+
 class Images(Protocol):
     """What is used of `images.loader.ImageLoader`."""
 
@@ -54,12 +59,17 @@ class Images(Protocol):
     ) -> list[ImageTiles]: ...
 
 
+def _ignore(num_tokens: int) -> None:
+    """Count nothing."""
+
+
 @dataclass(slots=True, frozen=True)
 class PreparedGeneration:
     """A request that passed every check but the engine's own.
 
     requests: one for each prompt, all with as many answers. deadline: when it is given up, in the
-    loop's time; infinite where it never is.
+    loop's time; infinite where it never is. on_tokens: called with the number of generated tokens
+    as they come.
     """
 
     requests: tuple[AddRequest, ...]
@@ -68,6 +78,7 @@ class PreparedGeneration:
     tool_names: tuple[str, ...] = ()
     max_tool_calls: int | None = None
     keeps_stop: bool = False
+    on_tokens: Callable[[int], None] = _ignore
 
     @property
     def answer_ids(self) -> list[str]:
@@ -88,11 +99,13 @@ class Preparer:
         images: Images,
         image_deadline_s: float,
         grammar_checks: GrammarChecks,
+        max_answers: int | None = None,
     ) -> None:
         self._processor = processor
         self._images = images
         self._image_deadline_s = image_deadline_s
         self._grammar_checks = grammar_checks
+        self._max_answers = max_answers
 
     async def prepare(
         self, request: GenerationRequest, info: EngineReady, deadline: float
@@ -102,6 +115,7 @@ class Preparer:
         Raises BadRequestError, or NotReadyError while the server stops.
         """
         check_against(info, request)
+        check_answers(request, self._max_answers or max(1, info.max_num_seqs // ANSWERS_PART))
         prompts = await self._prompts(request, info)
         check_prompt_logprobs(request, sum(len(prompt.token_ids) for prompt in prompts))
         # Before any work: what each prompt leaves room for.

@@ -108,6 +108,28 @@ def check_against(info: EngineReady, request: GenerationRequest) -> None:
         check_token_ids(info, token_ids, field)
 
 
+def check_answers(request: GenerationRequest, limit: int) -> None:
+    """Raises BadRequestError if the request asks for more answers than a request, or its key, may.
+
+    Each of several prompts counts its answers.
+    """
+    num_answers = request.num_choices * max(1, len(request.prompts))
+    is_by_n = num_answers == request.num_choices
+    asked = f"n is {num_answers}" if is_by_n else f"n times the prompts are {num_answers} answers"
+    field = "n" if is_by_n else request.prompts[0].field.partition("[")[0]
+    most = request.policy.max_concurrent
+    if most is not None and num_answers > most:
+        raise BadRequestError(
+            f"{asked}; this API key may have {most} at once: ask for fewer", param=field
+        )
+    if num_answers > limit:
+        raise BadRequestError(
+            f"{asked}; a request may ask for {limit}: ask for fewer or start the server with a "
+            "larger --max-answers-per-request",
+            param=field,
+        )
+
+
 def check_token_ids(info: EngineReady, token_ids: Sequence[int], field: str) -> None:
     """Raises BadRequestError if the model has no such token."""
     if token_ids and max(token_ids) >= info.vocab_size:

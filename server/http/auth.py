@@ -1,13 +1,12 @@
 """What a request's head must carry before its body is read: host, API key, plain encoding.
 
-Owns the API keys and their file, the allowed hosts, CORS, and the order of these checks. All
+Owns the valid API keys, the allowed hosts, CORS, and the order of these checks. All
 run before routing, so a new route needs a key unless OPEN_PATHS names it. Knows nothing of how
 a head is parsed, of bodies, or of what a route does.
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import logging
 import re
@@ -17,6 +16,8 @@ from urllib.parse import urlsplit
 
 from sanic import HTTPResponse, Request
 
+from ..admission.key_file import ApiKey, KeyFileError, digest_of, read_key_file
+from ..admission.rate_limits import FOLDER_NAME, RateLimits
 from ..errors import AuthenticationError, BadRequestError, UnsupportedMediaError
 from ..settings import ServerSettings
 
@@ -41,12 +42,13 @@ KEYLESS_PATHS = OPEN_PATHS | DOCS_PATHS
 
 PREFLIGHT_MAX_AGE_S = 600
 ALLOWED_METHODS = "GET, HEAD, POST"
-EXPOSED_HEADERS = "X-Request-Id, X-Ignored-Fields, Retry-After"
+RATE_HEADERS = [
+    f"X-RateLimit-{part}-{what}"
+    for what in ("Requests", "Tokens")
+    for part in ("Limit", "Remaining", "Reset")
+]
+EXPOSED_HEADERS = ", ".join(["X-Request-Id", "X-Ignored-Fields", "Retry-After", *RATE_HEADERS])
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+(?:\s*,\s*[A-Za-z0-9!#$%&'*+.^_`|~-]+)*")
-
-
-class KeyFileError(ValueError):
-    """The key file is unusable; the message is one line for the operator and contains no key."""
 
 
 class PreflightAnswer(Exception):
@@ -60,16 +62,16 @@ class PreflightAnswer(Exception):
 class ApiKeys:
     """The valid API keys: given ones, and those of a file, which `reload` reads again.
 
-    Stores digests only. With a file, requests need a key even if the file is empty.
+    Stores digests only. With a file, requests need a key even if the file is empty. A key that is
+    given and also in the file has the file's attributes.
     """
 
     def __init__(self, keys: Sequence[str], file: Path | None = None) -> None:
         """Raises KeyFileError."""
-        self._given = _digests(keys)
+        self._given = [ApiKey(digest_of(key)) for key in keys]
         self._file = file
-        self._of_file: tuple[bytes, ...] = ()
-        if file is not None:
-            self._of_file = _digests(read_key_file(file))
+        self._known: dict[bytes, ApiKey] = {}
+        self._set([] if file is None else read_key_file(file))
 
     @property
     def are_needed(self) -> bool:
@@ -80,14 +82,18 @@ class ApiKeys:
         if self._file is None:
             return
         try:
-            self._of_file = _digests(read_key_file(self._file))
+            keys = read_key_file(self._file)
         except KeyFileError as error:
             logger.error("kept the present API keys: %s", error)
             return
-        logger.info("reloaded the API key file: %d keys", len(self._of_file))
+        self._set(keys)
+        logger.info("reloaded the API key file: %d keys", len(keys))
 
-    def owner_of(self, request: Request) -> bytes | None:
-        """The digest of the request's key; None if the key is missing or unknown.
+    def _set(self, keys: Iterable[ApiKey]) -> None:
+        self._known = {key.digest: key for key in (*self._given, *keys)}
+
+    def find(self, request: Request) -> ApiKey | None:
+        """The request's key; None if it is missing or unknown.
 
         Compares the digests of all keys completely. So the response time shows neither which
         key was nearly right nor how long the valid ones are.
@@ -96,9 +102,9 @@ class ApiKeys:
         if not scheme:
             # Anthropic's clients.
             scheme, key = "bearer", request.headers.getone("x-api-key", "")
-        digest = _digest(key.strip())
-        matches = [hmac.compare_digest(digest, known) for known in (*self._given, *self._of_file)]
-        return digest if any(matches) and scheme.lower() == "bearer" else None
+        digest = digest_of(key.strip())
+        matches = [hmac.compare_digest(digest, known) for known in self._known]
+        return self._known[digest] if any(matches) and scheme.lower() == "bearer" else None
 
 
 class Access:
@@ -108,14 +114,15 @@ class Access:
         """Raises KeyFileError."""
         file = None if settings.api_key_file is None else Path(settings.api_key_file)
         self.keys = ApiKeys(settings.api_keys, file)
+        self.rate_limits = RateLimits(_shared_folder(settings))
         self._hosts = [host.lower() for host in settings.allowed_hosts]
         self._origins = frozenset(origin.lower() for origin in settings.cors_origins)
 
     def check(self, request: Request) -> None:
         """Check host, key and encoding by the head alone, for every path.
 
-        Sets `request.ctx.key_owner` where a key is needed. The connection closes after an
-        error, because the body was not read.
+        Sets `request.ctx.key` where a key is needed, and `key_owner`, its digest. The connection
+        closes after an error, because the body was not read.
         Raises BadRequestError, PreflightAnswer, AuthenticationError or UnsupportedMediaError.
         """
         if request.path not in OPEN_PATHS:
@@ -126,16 +133,20 @@ class Access:
         _check_encoding(request)
 
     def _check_key(self, request: Request) -> None:
-        owner = self.keys.owner_of(request)
-        if owner is None:
+        key = self.keys.find(request)
+        if key is None:
             raise AuthenticationError(
                 "a valid API key is required: send it as 'Authorization: Bearer KEY' or as"
                 " 'X-Api-Key: KEY'"
             )
-        request.ctx.key_owner = owner
+        request.ctx.key = key
+        request.ctx.key_owner = key.digest
 
     def mark(self, request: Request, response: HTTPResponse) -> None:
-        """Add the headers that let a page of an allowed origin read this answer or error."""
+        """Add what is left of the key's rates, and the headers that let a page read the answer."""
+        key: ApiKey | None = getattr(request.ctx, "key", None)
+        if key is not None:
+            response.headers.update(self.rate_limits.headers(key))
         if not self._origins:
             return
         if "*" not in self._origins:
@@ -182,36 +193,11 @@ class Access:
         return origin if origin.lower() in self._origins else None
 
 
-def read_key_file(file: Path) -> list[str]:
-    """The keys of a file, one per line. Blank lines and lines starting with # are skipped.
-
-    Raises KeyFileError, which names the line number and never its text.
-    """
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise KeyFileError(f"the API key file cannot be read: {reason}") from error
-    keys = []
-    for number, line in enumerate(lines, 1):
-        key = line.strip()
-        if not key or key.startswith("#"):
-            continue
-        if len(key.split()) > 1:
-            raise KeyFileError(f"line {number} of the API key file has a blank inside its key")
-        keys.append(key)
-    if not keys:
-        raise KeyFileError("the API key file contains no key: write one per line")
-    return keys
-
-
-def _digests(keys: Iterable[str]) -> tuple[bytes, ...]:
-    return tuple(map(_digest, keys))
-
-
-def _digest(key: str) -> bytes:
-    # The header's own bytes: Sanic decodes them with surrogateescape too.
-    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+def _shared_folder(settings: ServerSettings) -> Path | None:
+    """The folder of the rates, beside the engine's socket; None for a worker without an engine."""
+    if not settings.engine_socket:
+        return None
+    return Path(settings.engine_socket).parent / FOLDER_NAME
 
 
 def _host_of(authority: str) -> str:

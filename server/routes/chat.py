@@ -5,7 +5,7 @@ from __future__ import annotations
 from sanic import HTTPResponse, Request
 
 from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
-from ..api.services import as_client, check_model, completion_response, services_of
+from ..api.services import check_model, completion_response, prepare, services_of
 from ..api.sse import send_stream
 from ..schemas.answer_parts import RunningUsage
 from ..schemas.openai.chat import ChatCompletionRequest, chat_generation
@@ -41,8 +41,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> HTT
     """One answer to a conversation, in OpenAI's form."""
     check_model(request, body.model)
     generator = services_of(request).generator
-    generation = as_client(request, chat_generation(body), body.cache_salt)
-    prepared = await generator.prepare(generation)
+    prepared = await prepare(request, chat_generation(body), body.cache_salt)
     answers = ChatAnswers(
         body.model,
         body.includes_usage,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from sanic import HTTPResponse, Request
 
 from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
-from ..api.services import as_client, check_model, completion_response, services_of
+from ..api.services import check_model, completion_response, prepare, services_of
 from ..api.sse import send_stream
 from ..generation.request import PlainPrompt
 from ..prompts.processor import Processor
@@ -46,8 +46,8 @@ async def completions(request: Request, body: CompletionRequest) -> HTTPResponse
     """The continuation of one text or of several, in OpenAI's form."""
     check_model(request, body.model)
     services = services_of(request)
-    generation = as_client(request, completion_generation(body), body.cache_salt)
-    prepared = await services.generator.prepare(generation)
+    generation = completion_generation(body)
+    prepared = await prepare(request, generation, body.cache_salt)
     answers = CompletionAnswers(
         model=body.model,
         num_answers=body.n or 1,

@@ -11,10 +11,10 @@ from sanic import HTTPResponse, Request
 
 from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
 from ..api.services import (
-    as_client,
     check_model,
     completion_response,
     json_response,
+    prepare,
     services_of,
 )
 from ..api.sse import send_stream
@@ -79,8 +79,7 @@ async def chat_completion_new(request: Request, body: StackChatRequest) -> HTTPR
 async def _complete(request: Request, body: StackChatRequest, is_new: bool) -> HTTPResponse | None:
     check_model(request, stack_model(body))
     generator = services_of(request).generator
-    generation = as_client(request, stack_generation(body))
-    prepared = await generator.prepare(generation)
+    prepared = await prepare(request, stack_generation(body))
     answers = StackAnswers(is_new, has_tools=bool(body.tools))
     if body.stream:
         # Never [DONE]: every client of Llama Stack raises on it.

@@ -9,10 +9,10 @@ from sanic import HTTPResponse, Request
 
 from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
 from ..api.services import (
-    as_client,
     check_model,
     completion_response,
     json_response,
+    prepare,
     services_of,
 )
 from ..api.sse import send_stream
@@ -57,8 +57,7 @@ async def messages(request: Request, body: MessagesRequest) -> HTTPResponse | No
     """One answer to a conversation, in Anthropic's form."""
     check_model(request, body.model)
     generator = services_of(request).generator
-    generation = as_client(request, messages_generation(body))
-    prepared = await generator.prepare(generation)
+    prepared = await prepare(request, messages_generation(body))
     answers = MessageAnswers(body.model, prepared.num_prompt_tokens)
     if body.stream:
         await send_stream(request, prepared, answers, is_named=True, failure=error_event)

@@ -11,9 +11,9 @@ from sanic import HTTPResponse, Request
 from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
 from ..api.response_store import ResponseStore, StoredResponse
 from ..api.services import (
-    as_client,
     check_model,
     json_response,
+    prepare,
     services_of,
     tenant_of,
 )
@@ -63,8 +63,7 @@ async def responses(request: Request, body: ResponsesRequest) -> HTTPResponse | 
     store = _store_for(body, services.responses)
     owner = tenant_of(request)
     earlier = await _earlier_items(body.previous_response_id, services.responses, owner)
-    generation = as_client(request, responses_generation(body, earlier))
-    prepared = await services.generator.prepare(generation)
+    prepared = await prepare(request, responses_generation(body, earlier))
     answers = ResponseAnswers(body, is_stored=store is not None)
 
     async def keep(response: Response) -> None:

@@ -51,7 +51,7 @@ BLOCKS = {"pools": PoolSizes(300, 8, 4), "max_num_seqs": 64, "max_num_batched_to
 
 @pytest.mark.parametrize("options", [PLACES, BLOCKS], ids=["places", "blocks"])
 @pytest.mark.parametrize("num_prompt", [4, 100])
-def test_a_flood_of_one_owner_at_most_doubles_the_steps_to_anothers_first_token(
+def test_row_70_a_flood_of_one_owner_at_most_doubles_the_steps_to_anothers_first_token(
     options, num_prompt
 ):
     alone = Bench(max_model_len=400, **options)

@@ -146,7 +146,7 @@ def test_row_42_digests_of_bytes_are_compared_to_the_end_of_the_list(monkeypatch
         compared.clear()
         asked = Asked()
         asked.headers = OneHeader(f"Bearer {given}")
-        assert (keys.owner_of(asked) is not None) is is_known
+        assert (keys.find(asked) is not None) is is_known
         assert len(compared) == 3, "a match ends nothing early"
         assert all(type(x) is bytes and len(x) == 32 for pair in compared for x in pair)
 
@@ -331,7 +331,7 @@ def test_a_key_file_that_does_not_serve_never_opens_the_server(key_file, content
     keys.reload()
     assert keys.are_needed
     asked = type("Asked", (), {"headers": OneHeader("Bearer first")})
-    assert keys.owner_of(asked) is not None, "the keys stay as they were"
+    assert keys.find(asked) is not None, "the keys stay as they were"
     assert "kept the present API keys" in caplog.text
     assert "words" not in caplog.text
     with pytest.raises(KeyFileError):
