@@ -118,9 +118,8 @@ def build_app(
     )
     app.config.update(_sanic_config(settings))
     components = Components(settings, fetcher, images, engine_client)
-    services = app.ctx.services = components.services(now)
-    app.ctx.bytes_in_flight = _bytes_in_flight(settings)
     services = app.ctx.services = components.services(now, access.rate_limits)
+    app.ctx.bytes_in_flight = _bytes_in_flight(settings)
     app.ctx.connection_places = ConnectionPlaces(
         settings.max_connections, NUM_RESERVED_PLACES, MAX_LINGERING
     )
