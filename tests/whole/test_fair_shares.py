@@ -98,7 +98,8 @@ def test_row_70_weights_of_3_to_1_divide_the_tokens_of_a_whole_server_within_a_t
             try:
                 num_tokens = ask(server, key, f"{key} {number}", 24)
             except urllib.error.HTTPError as error:
-                assert error.code == 503, "the second worker has not found its engine yet"
+                if error.code != 503:  # the second worker has not found its engine yet
+                    raise
                 continue
             with lock:
                 counts[key] += num_tokens
