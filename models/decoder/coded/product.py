@@ -1,0 +1,99 @@
+"""Launches the fused product of few rows and a coded weight.
+
+Owns the shape of a launch; tiles and splits are those of the int8 product. Knows nothing of layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...kernels.triton_support import MIN_DOT, operand_of, power_of_2
+from ..int8.product import MAX_BLOCK_M, MIN_SPLIT, TILES, Tiles, choose_splits
+from . import coded_kernels as kernels
+from .layout import Coding
+from .weight import CodedWeight, quantize_fp8
+
+_CODINGS = {
+    Coding.INT8: kernels.INT8,
+    Coding.FP8: kernels.FP8,
+    Coding.INT4: kernels.INT4,
+    Coding.TABLE4: kernels.TABLE4,
+}
+
+
+def fused_product(rows: Tensor, weight: CodedWeight, tiles: Tiles = TILES) -> Tensor:
+    """rows [n, in], columns in the weight's stored order, times the weight: [n, out]."""
+    num_rows, (num_out, num_in) = len(rows), weight.shape
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    block_m = min(MAX_BLOCK_M, max(MIN_DOT, power_of_2(num_rows)))
+    columns, lines = -(-num_out // tiles.block_n), -(-num_rows // block_m)
+    num_splits = choose_splits(columns * lines, num_in, tiles.num_programs)
+    per_split = -(-num_in // (num_splits * tiles.block_k)) * tiles.block_k
+    num_splits = -(-num_in // per_split)
+    dtype = rows.dtype if num_splits == 1 else torch.float32
+    output = torch.empty((num_splits, num_rows, num_out), dtype=dtype, device=rows.device)
+    kernels.coded_product_kernel[columns, lines, num_splits](
+        rows,
+        weight.codes,
+        weight.scales,
+        weight.scales if weight.zeros is None else weight.zeros,
+        weight.scales if weight.table is None else weight.table,
+        output,
+        num_rows,
+        rows.stride(0),
+        OUT=num_out,
+        IN=num_in,
+        GROUP=weight.group,
+        CODING=_CODINGS[weight.coding],
+        HAS_ZEROS=weight.zeros is not None,
+        BLOCK_M=block_m,
+        BLOCK_N=tiles.block_n,
+        BLOCK_K=tiles.block_k,
+        PER_SPLIT=per_split,
+        OPERAND=operand_of(rows),
+        ROUNDED=kernels.type_of(rows.dtype),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    return output[0] if num_splits == 1 else output.sum(0).to(rows.dtype)
+
+
+def random_weight(
+    coding: Coding, num_out: int, num_in: int, groups: int, seed: int = 0, has_zeros: bool = False
+) -> CodedWeight:
+    """A random coded weight: for a trial of the kernel, and for tests."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = (0.5 + torch.rand(num_out, groups, generator=generator)) / num_in**0.5
+    table, zeros = None, None
+    if coding is Coding.FP8:
+        codes = quantize_fp8(torch.randn(num_out, num_in, generator=generator)).codes
+        scales /= 64
+    elif coding is Coding.INT8:
+        codes = torch.randint(-128, 128, (num_out, num_in), generator=generator, dtype=torch.int8)
+        scales /= 64
+    else:
+        sizes = (num_out, num_in // 2)
+        codes = torch.randint(0, 256, sizes, generator=generator, dtype=torch.uint8)
+        scales /= 4
+    if coding is Coding.TABLE4:
+        table = torch.randn(16, generator=generator)
+    if has_zeros:
+        zeros = torch.randint(-8, 8, scales.shape, generator=generator, dtype=torch.int16)
+    return CodedWeight(coding, codes, scales, zeros, table)
+
+
+def trial_pairs(
+    coding: Coding, device: torch.device, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """The kernel's and torch's results for one row and for the most rows of a program."""
+    num_in = 2 * MIN_SPLIT
+    has_zeros = coding is Coding.INT4
+    weight = random_weight(coding, 3 * TILES.block_n, num_in, num_in // 128, has_zeros=has_zeros)
+    generator, pairs = torch.Generator().manual_seed(1), []
+    for num_rows in (1, MAX_BLOCK_M):
+        rows = torch.randn(num_rows, num_in, generator=generator).to(dtype)
+        expected = rows.float() @ weight.decode(dtype=torch.float32).T
+        actual = fused_product(rows.to(device), weight.to(device))
+        pairs.append((actual.cpu(), expected))
+    return pairs
