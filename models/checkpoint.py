@@ -20,14 +20,15 @@ def check_folder(folder: Path) -> None:
         raise ModelError(
             f"{folder}: adapters are not supported; merge the adapter into the weights first"
         )
-    if (folder / "model.safetensors.index.json").is_file():
-        _check_shards(folder)
-    elif not (folder / "model.safetensors").is_file():
+    if (folder / "model.safetensors").is_file():
+        return  # the index, if there is one, may be of an earlier save
+    if not (folder / "model.safetensors.index.json").is_file():
         _refuse_without_safetensors(folder)
+    _check_shards(folder)
 
 
 def check_config(config: dict[str, Any], source: str) -> None:
-    """Raise ModelError unless a config.json describes an unquantized Mllama.
+    """Raise ModelError unless a config.json describes a Mllama.
 
     source: the folder or hub id, for messages.
     """
@@ -36,8 +37,6 @@ def check_config(config: dict[str, Any], source: str) -> None:
         names = architectures if isinstance(architectures, list) else [architectures]
         found = ", ".join(map(str, names)) or config.get("model_type") or "model of an unknown type"
         raise ModelError(f"{source}: the checkpoint is a {found}; only {ARCHITECTURE} is served")
-    if config.get("quantization_config"):
-        raise ModelError(f"{source}: the checkpoint is quantized; use the unquantized one")
 
 
 def _check_shards(folder: Path) -> None:
@@ -53,6 +52,11 @@ def _check_shards(folder: Path) -> None:
 
 
 def _refuse_without_safetensors(folder: Path) -> None:
+    if any(folder.glob("*.gguf")):
+        raise ModelError(
+            f"{folder}: the checkpoint is in GGUF, the format of llama.cpp and Ollama, which is "
+            "not served; use the model's safetensors"
+        )
     pickles = [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))]
     if pickles:
         raise ModelError(

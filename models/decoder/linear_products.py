@@ -2,6 +2,7 @@
 
 nn.Linear       weights joined; packed if the CPU has bfloat16 products
 Int8Linear      codes and scales joined: each output channel keeps its scale
+CodedLinear     the same, if coding, groups, tables and orders are equal
 SummedLinear    a rank's product, summed over the ranks; then the addend, once
 """
 
@@ -16,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tensor_parallel.layers import SummedLinear
+from .coded.linear import CodedLinear
+from .coded.weight import can_join as can_join_weights
+from .coded.weight import join
 from .int8.linear import Int8Linear
 from .int8.quantizer import Int8Weight
 from .packed_linear import PackedWeight, can_pack
@@ -76,6 +80,32 @@ class Int8Product(LinearProduct):
         return product
 
 
+class CodedProduct(LinearProduct):
+    """Of coded weights."""
+
+    def __init__(self, linears: Sequence[CodedLinear]) -> None:
+        super().__init__()
+        first = linears[0]
+        self._linear = first
+        if len(linears) > 1:
+            self._linear = CodedLinear(join([linear.weight for linear in linears]), first.dtype)
+
+    def forward(self, states: Tensor) -> Tensor:
+        product: Tensor = self._linear(states)
+        return product
+
+
+class SeparateProducts(LinearProduct):
+    """Of layers whose weights cannot be joined: a product each, side by side."""
+
+    def __init__(self, linears: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self._products = nn.ModuleList(product_of([linear]) for linear in linears)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.cat([product(states) for product in self._products], dim=-1)
+
+
 class SummedProduct(LinearProduct):
     """Of a layer that is cut along its inputs; all ranks get the sum."""
 
@@ -89,7 +119,7 @@ class SummedProduct(LinearProduct):
 
 
 def product_of(linears: Sequence[nn.Module]) -> LinearProduct:
-    """The product of layers of one kind, for which `can_join` is true.
+    """The product of layers for which `can_join` is true.
 
     Several layers' weights are copied: drop the layers to free them.
     """
@@ -97,9 +127,22 @@ def product_of(linears: Sequence[nn.Module]) -> LinearProduct:
     if isinstance(first, SummedLinear):
         assert len(linears) == 1, "a sum over ranks cannot be joined"
         return SummedProduct(first)
+    if len(linears) > 1 and not _are_alike(linears):
+        return SeparateProducts(linears)
+    if isinstance(first, CodedLinear):
+        return CodedProduct(cast(Sequence[CodedLinear], linears))
     if isinstance(first, Int8Linear):
         return Int8Product(cast(Sequence[Int8Linear], linears))
     return PlainProduct(cast(Sequence[nn.Linear], linears))
+
+
+def _are_alike(linears: Sequence[nn.Module]) -> bool:
+    """Whether weights can be joined: of one kind, coded weights of equal groups."""
+    if len({type(linear) for linear in linears}) > 1:
+        return False
+    if not isinstance(linears[0], CodedLinear):
+        return True
+    return can_join_weights([cast(CodedLinear, linear).weight for linear in linears])
 
 
 def can_join(linear: nn.Module) -> bool:
@@ -108,4 +151,4 @@ def can_join(linear: nn.Module) -> bool:
         return not linear.has_bias and can_join(linear.inner)
     # exact types: layers of bitsandbytes are subclasses with other weights
     layer: Any = linear
-    return type(linear) in (nn.Linear, Int8Linear) and layer.bias is None
+    return type(linear) in (nn.Linear, Int8Linear, CodedLinear) and layer.bias is None

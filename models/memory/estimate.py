@@ -28,6 +28,7 @@ from ..vision.encoder import MAX_IMAGES_PER_PASS
 from ..vision.image_cost import kv_width
 from ..vision.layered_encoder import padded_patches
 from ..weights.device_map import EMBEDDING, HEAD, PROJECTOR, TEXT, VISION
+from ..weights.formats.coded_tensor import CodedTensor
 from ..weights.quantization import is_quantized, quantized_bytes
 from ..weights.safetensors_headers import StoredTensor
 from ..weights.tensor_loader import WHOLE, RankShare
@@ -65,7 +66,9 @@ def part_bytes(
         if part is None:  # the file has tensors that the model does not use
             continue
         size = tensor.num_elements * dtype.itemsize
-        if quantize is not None and is_quantized(name):
+        if isinstance(tensor, CodedTensor) and is_quantized(name):
+            size = tensor.kept_bytes
+        elif quantize is not None and is_quantized(name):
             size = quantized_bytes(quantize, tensor.shape)
         sizes[part] += size // share.size if name.rpartition(".")[0] in share.sides else size
     return sizes

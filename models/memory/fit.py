@@ -209,6 +209,6 @@ def _smaller_steps(plan: Plan) -> Iterator[tuple[str, Plan]]:
 
 
 def _quantized(plan: Plan) -> Iterator[tuple[str, Plan]]:
-    for method in METHODS:
+    for method in () if plan.checkpoint.is_coded else METHODS:
         if method != plan.quantize:
             yield f"--quantize {method}", replace(plan, quantize=method)

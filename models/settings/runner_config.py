@@ -49,10 +49,10 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     quantize: Annotated[
-        Literal["int8", "bitsandbytes", "bitsandbytes-nf4"] | None,
+        Literal["int8", "fp8", "bitsandbytes", "bitsandbytes-nf4"] | None,
         Option(
-            "Quantize the decoder's weights: 8 bits (int8, or bitsandbytes for LLM.int8) or 4 bits "
-            "(bitsandbytes-nf4).",
+            "Quantize the decoder's weights: 8 bits (int8, fp8, or bitsandbytes for LLM.int8) or 4 "
+            "bits (bitsandbytes-nf4). Quantized checkpoints need no option.",
             MODEL,
         ),
     ] = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,13 +30,15 @@ from ..kv_cache.paged_cache import ATTENTION_NAME
 from ..malloc import large_buffers_mapped
 from ..tensor_parallel.group import Group
 from ..tensor_parallel.layers import connect
-from ..tensor_parallel.plan import check_size, cut_linears
+from ..tensor_parallel.plan import Side, check_size, cut_linears
 from ..vision.encoder import ImageNormalization, read_normalization
 from . import progress
 from .device_map import VISION, Placement, on_one_device
+from .formats.coded_tensor import CodedTensor
+from .formats.recognition import read_weights
 from .meta_model import build_meta_model, one_line
-from .quantization import WEIGHT_ONLY, is_quantized, quantization_config, settle
-from .safetensors_headers import StoredTensor, read_tensors
+from .quantization import OWN_METHODS, is_quantized, quantization_config, settle
+from .safetensors_headers import StoredTensor
 from .tensor_loader import WHOLE, Opened, RankShare, Recipe, load_tensors, open_tensors
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,6 +59,11 @@ class Checkpoint:
     meta_model: MllamaForConditionalGeneration
     dtype: torch.dtype
     draw: Callable[[torch.device], Opened] | None = None
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the files have weights in 8 or 4 bits."""
+        return any(isinstance(tensor, CodedTensor) for tensor in self.tensors.values())
 
 
 @dataclass(slots=True, frozen=True)
@@ -129,7 +137,7 @@ def open_checkpoint(folder: str | Path, dtype: torch.dtype) -> Checkpoint:
     folder = Path(folder)
     check_folder(folder)
     normalization = read_normalization(folder)
-    tensors = read_tensors(folder)
+    tensors = read_weights(folder)
     return Checkpoint(
         folder, normalization, tensors, build_meta_model(folder, tensors, dtype), dtype
     )
@@ -156,12 +164,14 @@ def load(
         )
     share = share_with(checkpoint, group)
     _check_together(placement, quantize, share)
+    check_coded(checkpoint, placement, quantize, share)
     _check_drawn(checkpoint, placement, quantize)
-    is_tensor_wise = quantize == WEIGHT_ONLY or share.size > 1 or checkpoint.draw is not None
+    is_own = quantize in OWN_METHODS or checkpoint.is_coded
+    is_tensor_wise = is_own or share.size > 1 or checkpoint.draw is not None
     sizes = {name: tensor.num_bytes for name, tensor in checkpoint.tensors.items()}
-    with large_buffers_mapped() if quantize else nullcontext():
+    with large_buffers_mapped() if quantize or checkpoint.is_coded else nullcontext():
         if is_tensor_wise:
-            model = _load_tensor_wise(checkpoint, placement, quantize == WEIGHT_ONLY, share)
+            model = _load_tensor_wise(checkpoint, placement, quantize, share)
         else:
             with progress.shown(sizes):
                 model = _read_weights(checkpoint, placement, quantization)
@@ -201,42 +211,69 @@ def share_with(checkpoint: Checkpoint, group: Group | None) -> RankShare:
 def _check_together(placement: Placement, quantize: str | None, share: RankShare) -> None:
     """Raise ModelError for options that do not work together."""
     is_split = placement.single is None
-    if quantize == WEIGHT_ONLY and is_split:
+    if quantize in OWN_METHODS and is_split:
         raise ModelError(
-            "--quantize int8 does not work with a --device-map over several devices: use "
+            f"--quantize {quantize} does not work with a --device-map over several devices: use "
             "--tensor-parallel-size, or --quantize bitsandbytes"
         )
     if share.size > 1 and is_split:
         raise ModelError(
             "--tensor-parallel-size and --device-map both split the model: use only one of them"
         )
-    if share.size > 1 and quantize not in (None, WEIGHT_ONLY):
+    if share.size > 1 and quantize not in (None, *OWN_METHODS):
         raise ModelError(
             f"--quantize {quantize} works on one rank only: with --tensor-parallel-size use "
-            f"--quantize {WEIGHT_ONLY}"
+            f"--quantize {' or '.join(OWN_METHODS)}"
         )
+
+
+def check_coded(
+    checkpoint: Checkpoint, placement: Placement, quantize: str | None, share: RankShare
+) -> None:
+    """Raise ModelError for options that do not work with a checkpoint in 8 or 4 bits."""
+    if not checkpoint.is_coded:
+        return
+    if quantize is not None:
+        raise ModelError(
+            f"{checkpoint.folder}: the checkpoint is quantized already: remove --quantize "
+            f"{quantize}"
+        )
+    if placement.single is None:
+        raise ModelError(
+            f"{checkpoint.folder}: a quantized checkpoint does not work with a --device-map over "
+            "several devices: use --tensor-parallel-size"
+        )
+    for tensor in checkpoint.tensors.values():
+        side = share.sides.get(tensor.name.removesuffix(".weight"))
+        if isinstance(tensor, CodedTensor) and side is Side.IN and is_quantized(tensor.name):
+            reason = tensor.layout.why_not_cut(tensor.shape[1], share.size)
+            if reason is not None:
+                raise ModelError(
+                    f"{checkpoint.folder}: {tensor.name} cannot be split over {share.size} ranks: "
+                    f"{reason}; use a smaller --tensor-parallel-size"
+                )
 
 
 def _check_drawn(checkpoint: Checkpoint, placement: Placement, quantize: str | None) -> None:
     """Raise ModelError if random weights need transformers' loader, which reads files."""
     if checkpoint.draw is not None and (
-        placement.single is None or quantize not in (None, WEIGHT_ONLY)
+        placement.single is None or quantize not in (None, *OWN_METHODS)
     ):
         raise ModelError(
             f"{checkpoint.folder} work on one device only, in the compute dtype or with --quantize "
-            f"{WEIGHT_ONLY}"
+            f"{' or '.join(OWN_METHODS)}"
         )
 
 
 def _load_tensor_wise(
-    checkpoint: Checkpoint, placement: Placement, is_int8: bool, share: RankShare
+    checkpoint: Checkpoint, placement: Placement, quantize: str | None, share: RankShare
 ) -> MllamaForConditionalGeneration:
     """The model on its one device, loaded by `tensor_loader.py`."""
     recipe = Recipe(
         device=placement.main,
         dtype=checkpoint.dtype,
         share=share,
-        quantizes=lambda name: is_int8 and is_quantized(f"{name}.weight"),
+        quantize=quantize,
     )
     shown = progress.ByteProgress(sum(t.num_bytes for t in checkpoint.tensors.values()))
     config, folder = checkpoint.meta_model.config, checkpoint.folder
@@ -312,6 +349,7 @@ def _read_weights(
     try:
         model, report = read(
             folder,
+            config=deepcopy(checkpoint.meta_model.config),  # without a stale quantization_config
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,

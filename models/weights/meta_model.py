@@ -31,7 +31,7 @@ def build_meta_model(
     Raises ModelError, one line, if configuration and weights disagree.
     """
     try:
-        config = MllamaConfig.from_pretrained(folder, local_files_only=True)
+        config = without_quantization(MllamaConfig.from_pretrained(folder, local_files_only=True))
         _check_depths(folder, config, tensors)
         model: Any = empty_model(config, dtype)
     except ModelError:
@@ -42,6 +42,15 @@ def build_meta_model(
         ) from error
     _check_shapes(folder, model, tensors)
     return cast(MllamaForConditionalGeneration, model)
+
+
+def without_quantization(config: MllamaConfig) -> MllamaConfig:
+    """The configuration without quantization settings: the headers say how weights are stored."""
+    for part in (config, config.text_config, config.vision_config):
+        for key in ("quantization_config", "compression_config"):
+            if hasattr(part, key):
+                delattr(part, key)
+    return config
 
 
 def empty_model(config: MllamaConfig, dtype: torch.dtype) -> MllamaForConditionalGeneration:

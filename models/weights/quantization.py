@@ -2,9 +2,10 @@
 
 Owns the methods' names, the modules that stay in the compute dtype, and bitsandbytes' settings.
 bitsandbytes is an extra, imported only for its own methods; transformers then quantizes while it
-loads. `int8` is this project's own (models/decoder/int8/).
+loads. `int8` and `fp8` are this project's own (models/decoder/int8/, models/decoder/coded/).
 
     int8               int8 weights by row; products in the compute dtype
+    fp8                FP8 E4M3 weights by row; products in the compute dtype
     bitsandbytes       LLM.int8 (Dettmers et al., 2022): int8 weights by row, outlier columns of the
                        activations in the compute dtype
     bitsandbytes-nf4   NF4 (Dettmers et al., 2023): 4 bits in blocks of 64 weights
@@ -24,8 +25,10 @@ from transformers import BitsAndBytesConfig
 
 from ..errors import ModelError
 
-WEIGHT_ONLY, INT8, NF4 = "int8", "bitsandbytes", "bitsandbytes-nf4"
-METHODS = (WEIGHT_ONLY, INT8, NF4)
+WEIGHT_ONLY, FP8, INT8, NF4 = "int8", "fp8", "bitsandbytes", "bitsandbytes-nf4"
+METHODS = (WEIGHT_ONLY, FP8, INT8, NF4)
+# made by this project while it loads, on any device and by any number of ranks
+OWN_METHODS = (WEIGHT_ONLY, FP8)
 # gates, norms and the embedding are not linear layers, so they are never quantized
 KEPT_MODULES = ("model.vision_model", "model.multi_modal_projector", "lm_head")
 NF4_BLOCK = 64
@@ -38,7 +41,7 @@ def quantization_config(method: str | None, dtype: torch.dtype) -> BitsAndBytesC
         return None
     if method not in METHODS:
         raise ModelError(f"quantization {method!r} is unknown: use one of {', '.join(METHODS)}")
-    if method == WEIGHT_ONLY:
+    if method in OWN_METHODS:
         return None
     if find_spec("bitsandbytes") is None:
         raise ModelError(
@@ -65,7 +68,7 @@ def is_quantized(name: str) -> bool:
 def quantized_bytes(method: str, shape: Sequence[int]) -> int:
     """Bytes of a quantized weight of that shape, with its float32 scales."""
     rows, count = shape[0], math.prod(shape)
-    if method in (WEIGHT_ONLY, INT8):
+    if method in (*OWN_METHODS, INT8):
         return count + 4 * rows
     return -(-count // 2) + 4 * -(-count // NF4_BLOCK)
 

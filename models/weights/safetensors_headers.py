@@ -11,6 +11,7 @@ so that the server can check a checkpoint before it starts an engine.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 from ..checkpoint import read_json
 from ..errors import ModelError
 
+logger = logging.getLogger(__name__)
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # the format's own limit
 MAX_HEADER_BYTES = 100_000_000
@@ -26,7 +29,10 @@ _LENGTH_BYTES = 8
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+    "F8_E8M0": 8, "F4": 4,
 }  # fmt: skip
+# what PEFT leaves in front of the names of merged weights
+PEFT_PREFIX = "base_model.model."
 # names in checkpoints published before transformers 4.52 -> names now
 _RENAMED = {
     "language_model.lm_head.": "lm_head.",
@@ -38,12 +44,18 @@ _RENAMED = {
 
 @dataclass(slots=True, frozen=True)
 class StoredTensor:
-    """One tensor of a file. name: its name in the module; num_bytes: in the file."""
+    """One tensor of a file. name: its name in the module; num_bytes: in the file.
+
+    dtype: as the format names it, such as "BF16", "" if there is no file. start: its first byte in
+    the file.
+    """
 
     name: str
     file: str
     shape: tuple[int, ...]
     num_bytes: int
+    dtype: str = ""
+    start: int = 0
 
     @property
     def num_elements(self) -> int:
@@ -53,10 +65,13 @@ class StoredTensor:
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by its name in the module.
 
-    Reads headers only. Raises ModelError, one line, for a damaged file, and for a tensor that is in
-    the index but not in its shard.
+    Reads headers only. A whole file is loaded even if there is also an index, as transformers
+    does: the index may be of an earlier save. Raises ModelError, one line, for a damaged file, and
+    for a tensor that is in the index but not in its shard.
     """
-    if not (folder / INDEX).is_file():
+    if (folder / SINGLE).is_file():
+        if (folder / INDEX).is_file():
+            logger.info("%s: %s is loaded, %s is ignored", folder, SINGLE, INDEX)
         return {tensor.name: tensor for tensor in _read_header(folder / SINGLE)}
     shards: dict[str, str] = read_json(folder / INDEX)["weight_map"]
     found = {
@@ -76,6 +91,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def module_name(source: str) -> str:
     """The name in the module of a tensor named `source` in a file."""
+    source = source.removeprefix(PEFT_PREFIX)
     for old, new in _RENAMED.items():
         if source.startswith(old):
             return new + source.removeprefix(old)
@@ -94,26 +110,28 @@ def _read_header(file: Path) -> list[StoredTensor]:
     try:
         entries = json.loads(raw)
         entries.pop("__metadata__", None)
-        tensors = [_tensor(file, name, entry) for name, entry in entries.items()]
+        data = _LENGTH_BYTES + header_bytes
+        tensors = [_tensor(file, name, entry, data) for name, entry in entries.items()]
         ends = [entry["data_offsets"][1] for entry in entries.values()]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         raise _damaged(file, "its header is unreadable") from None
-    expected = _LENGTH_BYTES + header_bytes + max(ends, default=0)
+    expected = data + max(ends, default=0)
     if size != expected:
         what = "it is cut short" if size < expected else "it is too long"
         raise _damaged(file, f"{what} ({size:,} bytes of {expected:,})")
     return tensors
 
 
-def _tensor(file: Path, name: str, entry: dict[str, Any]) -> StoredTensor:
-    """Raises ValueError if shape, type and offsets disagree."""
+def _tensor(file: Path, name: str, entry: dict[str, Any], data: int) -> StoredTensor:
+    """data: where the file's data starts. Raises ValueError if shape, type and offsets disagree."""
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, end)):
         raise ValueError("a size is not a number")
     if (end - begin) * 8 != math.prod(shape) * _BITS[entry["dtype"]]:
         raise ValueError("shape and offsets disagree")
-    return StoredTensor(module_name(name), file.name, shape, end - begin)
+    dtype = entry["dtype"]
+    return StoredTensor(module_name(name), file.name, shape, end - begin, dtype, data + begin)
 
 
 def _damaged(file: Path, why: str) -> ModelError:

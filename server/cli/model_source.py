@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...models.bundled import CHECKPOINT
-from ...models.checkpoint import check_config, check_folder, read_json
+from ...models.checkpoint import check_folder, read_json
 from ...models.errors import ModelError
 from ...models.weights.config_files import check_config_files
-from ...models.weights.safetensors_headers import read_tensors
+from ...models.weights.formats.recognition import check_hub_config, read_weights
 
 BUNDLED_NAME = "vlmserve-tiny-vision"
 # Only files that serving reads: no pickle weights, no code.
@@ -71,7 +71,7 @@ def _check_files(path: Path) -> None:
     try:
         check_folder(path)
         check_config_files(path)
-        read_tensors(path)
+        read_weights(path)
     except ModelError as error:
         raise ModelFilesError(_first_line(error)) from error
     except OSError as error:
@@ -83,7 +83,7 @@ def _download(hub_id: str, revision: str | None, cache_dir: str | None) -> Path:
 
     try:
         config = hf_hub_download(hub_id, "config.json", revision=revision, cache_dir=cache_dir)
-        check_config(read_json(Path(config)), hub_id)
+        check_hub_config(read_json(Path(config)), hub_id)
         folder = Path(
             snapshot_download(
                 hub_id, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_PATTERNS

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Coding as numbers that a kernel can compare
+# Coding as numbers that a kernel can compare, those of 4 bits last
 INT8, FP8, INT4, TABLE4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
@@ -51,7 +51,7 @@ def coded_product_kernel(
     inner = split * PER_SPLIT + tl.arange(0, BLOCK_K)
     row_at = rows + row.to(tl.int64)[:, None] * row_stride
     GROUPS: tl.constexpr = IN // GROUP
-    IS_NIBBLE: tl.constexpr = CODING == INT4 or CODING == TABLE4
+    IS_NIBBLE: tl.constexpr = CODING >= INT4
     PER_ROW: tl.constexpr = IN // 2 if IS_NIBBLE else IN
     code_at = codes + channel.to(tl.int64)[:, None] * PER_ROW
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

@@ -58,6 +58,15 @@ class Layout:
         order = _ORDER_BYTES * num_in if self.has_order else 0
         return codes + num_out * self.num_groups(num_in) * scale + order
 
+    def why_not_cut(self, num_in: int, num_ranks: int) -> str | None:
+        """Why ranks cannot share a weight's inputs; None if they can."""
+        if self.has_order and num_ranks > 1:
+            return "its columns are stored in another order (act-order)"
+        unit = max(self.group or 1, 8 // self.coding.bits)
+        if num_in % (num_ranks * unit):
+            return f"{num_in} inputs in groups of {unit} do not divide by {num_ranks}"
+        return None
+
     def why_whole(self, shape: Sequence[int]) -> str | None:
         """Why a weight of that shape cannot stay coded; None if it can."""
         num_in = shape[-1]

@@ -40,6 +40,7 @@ class CodedLinear(nn.Module):
     table: Tensor | None
     order: Tensor | None
     bias: Tensor | None
+    _pairs: Tensor | None
 
     def __init__(self, weight: CodedWeight, dtype: torch.dtype) -> None:
         """dtype: the compute type."""
@@ -50,6 +51,7 @@ class CodedLinear(nn.Module):
             self.register_buffer(name, getattr(weight, name))
         self.register_buffer("_pairs", weight.pairs(), persistent=False)
         self.bias = None
+        self.dtype = dtype
         self._has_kernel = has_kernel(weight.coding, weight.codes.device, dtype)
 
     @property

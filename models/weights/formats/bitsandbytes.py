@@ -12,6 +12,7 @@ itself is not needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -46,16 +47,19 @@ def read(module: Module) -> CodedTensor:
         raise module.error("its quant_state, absmax or quant_map is missing")
     state = module.content_json(state_name)
     shape, block = state.get("shape"), state.get("blocksize")
-    is_matrix = isinstance(shape, list) and len(shape) == 2 and isinstance(block, int)
-    if not is_matrix or shape[0] * shape[1] != 2 * module.parts[WEIGHT].num_elements:
+    if not isinstance(shape, list) or len(shape) != 2 or not isinstance(block, int):
+        raise module.error("its quant_state has no shape or blocksize")
+    if shape[0] * shape[1] != 2 * module.parts[WEIGHT].num_elements:
         raise module.error("its quant_state does not fit its weight")
     if NESTED_ABSMAX in module.parts and not isinstance(state.get("nested_blocksize"), int):
         raise module.error("its quant_state has no nested_blocksize")
     return module.coded(
         (shape[0], shape[1]),
-        Layout(Coding.TABLE4, block),
+        # a block may reach into the next row: groups are then parts of blocks
+        Layout(Coding.TABLE4, math.gcd(block, shape[1])),
         build,
         [WEIGHT, ABSMAX, TABLE, NESTED_ABSMAX, NESTED_TABLE],
+        block=block,
         nested_block=state.get("nested_blocksize"),
         nested_offset=float(state.get("nested_offset") or 0.0),
     )
@@ -73,6 +77,8 @@ def _read_8bit(module: Module) -> CodedTensor:
 
 def build(tensor: CodedTensor, found: Mapping[str, Any]) -> CodedWeight:
     """The weight in 4 bits."""
+    import torch
+
     from ...decoder.coded.weight import CodedWeight
 
     num_out, num_in = tensor.shape
@@ -82,7 +88,9 @@ def build(tensor: CodedTensor, found: Mapping[str, Any]) -> CodedWeight:
         table = found[NESTED_TABLE].float()
         blocks = found[NESTED_ABSMAX].float().repeat_interleave(tensor.facts["nested_block"])
         scales = table[scales.long()] * blocks[: len(scales)] + tensor.facts["nested_offset"]
-    scales = scales.float().reshape(num_out, tensor.layout.num_groups(num_in)).contiguous()
+    num_groups = tensor.layout.num_groups(num_in)
+    first = torch.arange(num_out * num_groups, device=scales.device) * (num_in // num_groups)
+    scales = scales.float()[first // tensor.facts["block"]].reshape(num_out, num_groups)
     codes = ((packed & 15) << 4) | (packed >> 4)
     return CodedWeight(Coding.TABLE4, codes, scales, table=found[TABLE].float())
 

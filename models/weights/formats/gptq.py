@@ -43,7 +43,9 @@ def read(module: Module, config: Mapping[str, Any]) -> CodedTensor:
     packing = packing_of(config)
     num_in = rows if packing == AWQ else rows * 32 // bits
     if (columns * 32 // bits if packing == AWQ else columns) != num_out:
-        raise module.error(f"its qweight {[rows, columns]} is not packed as {packing} packs {bits} bits")
+        raise module.error(
+            f"its qweight {[rows, columns]} is not packed as {packing} packs {bits} bits"
+        )
     if num_in % num_groups:
         raise module.error(f"its {num_in} inputs have {num_groups} groups")
     is_symmetric = packing == GPTQ and bool(config.get("sym", False))

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...checkpoint import check_config, read_json
 from ...errors import ModelError
-from ..safetensors_headers import StoredTensor
+from ..safetensors_headers import StoredTensor, read_tensors
 from . import bitsandbytes, compressed_tensors, gptq
 from .coded_tensor import Module
 
@@ -84,6 +85,24 @@ def check_method(settings: Mapping[str, Any], source: str) -> None:
     bits = settings.get("bits") or settings.get("w_bit")
     if method in ("gptq", "auto-round", "awq") and bits is not None and bits not in (4, 8):
         raise ModelError(f"{what} in {bits} bits; served are 4 and 8 bits; {REMEDY}")
+
+
+def check_hub_config(config: dict[str, Any], source: str) -> None:
+    """Raise ModelError for a config.json whose weights are not worth a download.
+
+    A key of bitsandbytes may be stale, and its form is served anyway.
+    """
+    check_config(config, source)
+    if (settings := quantization_of(config)) is not None:
+        check_method(settings, source)
+
+
+def read_weights(folder: Path) -> dict[str, StoredTensor]:
+    """A checkpoint's weights by their names in the module, from config.json and headers.
+
+    Raises ModelError, one line, for damaged files and for a form that is not served.
+    """
+    return logical_tensors(folder, read_json(folder / "config.json"), read_tensors(folder))
 
 
 def logical_tensors(

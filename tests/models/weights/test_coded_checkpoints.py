@@ -1,0 +1,123 @@
+"""Quantized checkpoints: the same answers as their dequantized weights, and no more memory."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support.coded_checkpoints import FORMS, Form, bnb4, set_config, write
+from support.oracle import BLOCK_SIZE, PROMPTS, checkpoint, prefill_logits
+
+from vlmserve.models.batch import PoolSizes
+from vlmserve.models.decoder.decoder import is_fused
+from vlmserve.models.errors import ModelError
+from vlmserve.models.execution.runner import ModelRunner
+from vlmserve.models.kv_cache.pool_sizes import PoolPlan
+from vlmserve.models.memory.estimate import part_bytes
+from vlmserve.models.weights.device_map import parts_of
+from vlmserve.models.weights.loader import LoadedModel, load_model, open_checkpoint
+
+TINY = Path(checkpoint("tiny"))
+
+
+def logits_of(loaded: LoadedModel, name: str) -> torch.Tensor:
+    runner = ModelRunner(loaded, PoolPlan(PoolSizes(200, 40, BLOCK_SIZE), 800))
+    return prefill_logits(runner, [PROMPTS[name]()], chunk=5)[name]
+
+
+@functools.cache
+def plain_logits(name: str) -> torch.Tensor:
+    return logits_of(load_model(TINY, "cpu", "float32"), name)
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def written(request, tmp_path_factory) -> tuple[Path, Path]:
+    """A quantized checkpoint and its dequantized one."""
+    return write(TINY, FORMS[request.param], tmp_path_factory.mktemp(request.param))
+
+
+def test_logits_equal_those_of_the_dequantized_weights(written) -> None:
+    coded, dequantized = written
+    model = load_model(coded, "cpu", "float32")
+    assert is_fused(model.model.model.language_model)
+    plain = load_model(dequantized, "cpu", "float32")
+    for name in ("text", "one", "apart"):
+        torch.testing.assert_close(
+            logits_of(model, name), logits_of(plain, name), atol=1e-4, rtol=1e-4
+        )
+    assert (logits_of(plain, "one") - plain_logits("one")).abs().max() > 1e-3
+
+
+def test_weights_take_what_the_arithmetic_says(written) -> None:
+    coded, _ = written
+    opened = open_checkpoint(coded, torch.float32)
+    counted = part_bytes(parts_of(opened.meta_model), opened.tensors, torch.float32)
+    layers = load_model(coded, "cpu", "float32").model.model.language_model.layers
+    kept = sum(one.nbytes for one in [*layers.parameters(), *layers.buffers()])
+    # both values of a byte, 2 kB a product, and tables weigh much in a model this small
+    tables = sum(b.nbytes for n, b in layers.named_buffers() if n.endswith(("_pairs", ".table")))
+    expected = sum(size for part, size in counted.items() if ".layers." in part)
+    assert kept - tables == pytest.approx(expected, rel=0.1)
+    plain = open_checkpoint(TINY, torch.float32)
+    whole = part_bytes(parts_of(plain.meta_model), plain.tensors, torch.float32)
+    assert expected < 0.5 * sum(size for part, size in whole.items() if ".layers." in part)
+
+
+@pytest.mark.parametrize("name", ["nf4-dynamic", "fp8-channel", "w4a16-zeros"])
+def test_names_of_before_transformers_4_52_load(name, tmp_path) -> None:
+    coded, dequantized = write(TINY, FORMS[name], tmp_path, has_old_names=True)
+    model, plain = (load_model(folder, "cpu", "float32") for folder in (coded, dequantized))
+    torch.testing.assert_close(
+        logits_of(model, "one"), logits_of(plain, "one"), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["fp8-channel", "w8a8", "gptq-act-order", "nf4-nested"])
+def test_a_bfloat16_model_answers_as_its_dequantized_weights_in_bfloat16(name, tmp_path) -> None:
+    coded, dequantized = write(TINY, FORMS[name], tmp_path)
+    model, plain = (load_model(folder, "cpu", "bfloat16") for folder in (coded, dequantized))
+    difference = (logits_of(model, "one") - logits_of(plain, "one")).float().square().mean().sqrt()
+    assert difference < 0.03 * logits_of(plain, "one").float().square().mean().sqrt()
+
+
+def test_a_stale_key_over_plain_weights_is_ignored(tmp_path, caplog) -> None:
+    """Fine-tunes keep the key of the 4-bit model that they started from."""
+    folder = tmp_path / "stale"
+    shutil.copytree(TINY, folder)
+    set_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with caplog.at_level("INFO", logger="vlmserve"):
+        model = load_model(folder, "cpu", "float32")
+    assert "quantization_config (bitsandbytes) is ignored" in caplog.text
+    assert torch.equal(
+        logits_of(model, "one"), logits_of(load_model(TINY, "cpu", "float32"), "one")
+    )
+    quantized = load_model(folder, "cpu", "float32", quantize="int8")
+    assert logits_of(quantized, "text").isfinite().all()
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path) -> None:
+    coded, _ = write(TINY, FORMS["fp8-channel"], tmp_path)
+    with pytest.raises(ModelError, match="quantized already: remove --quantize int8"):
+        load_model(coded, "cpu", "float32", quantize="int8")
+
+
+def test_fp8_is_made_while_loading() -> None:
+    model = load_model(TINY, "cpu", "float32", quantize="fp8")
+    exact = logits_of(load_model(TINY, "cpu", "float32"), "one")
+    error = (logits_of(model, "one") - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert 0 < error < 0.15
+
+
+def test_a_damaged_layer_is_named_before_a_weight_is_read(tmp_path) -> None:
+    def without_table(weight):
+        parts, whole = bnb4("nf4", nested=False)(weight)
+        del parts["weight.quant_map"]
+        return parts, whole
+
+    form = Form(without_table, FORMS["nf4"].settings)
+    coded, _ = write(TINY, form, tmp_path)
+    with pytest.raises(ModelError, match=r"down_proj cannot be read as quantized: its quant_state"):
+        open_checkpoint(coded, torch.float32)
