@@ -73,6 +73,7 @@ def write_index(shard: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         index = {"metadata": {}, "weight_map": {"lm_head.weight": shard}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "model.safetensors").unlink()
 
     return write
 
@@ -123,10 +124,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit(f / "config.json", architectures=["MllamaForCausalLM"]),
         "is a MllamaForCausalLM",
     ),
-    "quantized": (
-        lambda f: edit(f / "config.json", quantization_config={"quant_method": "bitsandbytes"}),
-        "quantized",
-    ),
     "weights cut short": (
         lambda f: (f / "model.safetensors").write_bytes(b"\x08" + b"\0" * 7),
         "model.safetensors is damaged: it is cut short, inside its header",
@@ -134,7 +131,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a weight too few": (drop_a_weight, "1 weights are missing"),
     "a weight of a wrong shape": (
         reshape_a_weight,
-        r"has the shape \[3\], and config.json makes it \[96, 64\]",
+        r"has the shape \[3\], but config.json gives \[96, 64\]",
     ),
 }
 
