@@ -202,8 +202,8 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "weights 19.9 GiB (vision 1.7 GiB, decoder 16.3 GiB, embedding and head 2.0 GiB) + KV "
             "cache of at least 456.1 MiB (2,048 text tokens, 4 image tiles) + activations of a "
             "step 4.8 GiB = 25.2 GiB, and 17.6 GiB are available (as a test says): use --quantize "
-            "int8 (17.0 GiB in all), or --quantize fp8 (17.0 GiB in all), or --quantize bitsandbytes (17.0 GiB in all), or --quantize "
-            "bitsandbytes-nf4 (13.5 GiB in all), or "
+            "int8 (17.0 GiB in all), or --quantize fp8 (17.0 GiB in all), or --quantize "
+            "bitsandbytes (17.0 GiB in all), or --quantize bitsandbytes-nf4 (13.5 GiB in all), or "
             "--device-map auto, which offloads the weights that do not fit",
         ),
         (
