@@ -52,7 +52,7 @@ SERVER_MAY_IMPORT = {
     "vlmserve.models.malloc",
     # Headers of weights, so that a damaged file is refused before torch is imported.
     "vlmserve.models.weights.config_files",
-    "vlmserve.models.weights.safetensors_headers",
+    "vlmserve.models.weights.formats.recognition",
     # What a child of the worker compiles grammars with, as the engine does: no tensors.
     "vlmserve.models.grammar",
     # Which tokens end a turn: one rule for prompts and grammars.

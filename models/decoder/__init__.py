@@ -8,5 +8,6 @@ In the order in which to read them:
     operations                           norms, rotation, gated MLP, sums: by torch or by Triton
     kernel_launch, fused_kernels         the Triton kernels of these operations
     int8/                                linear layers with int8 weights
+    coded/                               linear layers with FP8, 8-bit and 4-bit weights in groups
     multi_device                         a model whose layers are on several devices
 """

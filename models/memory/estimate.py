@@ -29,8 +29,8 @@ from ..vision.image_cost import kv_width
 from ..vision.layered_encoder import padded_patches
 from ..weights.device_map import EMBEDDING, HEAD, PROJECTOR, TEXT, VISION
 from ..weights.formats.coded_tensor import CodedTensor
+from ..weights.formats.safetensors_headers import StoredTensor
 from ..weights.quantization import is_quantized, quantized_bytes
-from ..weights.safetensors_headers import StoredTensor
 from ..weights.tensor_loader import WHOLE, RankShare
 from .peak_step import StepLimits
 

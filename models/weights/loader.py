@@ -36,9 +36,9 @@ from . import progress
 from .device_map import VISION, Placement, on_one_device
 from .formats.coded_tensor import CodedTensor
 from .formats.recognition import read_weights
+from .formats.safetensors_headers import StoredTensor
 from .meta_model import build_meta_model, one_line
 from .quantization import OWN_METHODS, is_quantized, quantization_config, settle
-from .safetensors_headers import StoredTensor
 from .tensor_loader import WHOLE, Opened, RankShare, Recipe, load_tensors, open_tensors
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -14,7 +14,7 @@ import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from ..errors import ModelError
-from .safetensors_headers import StoredTensor
+from .formats.safetensors_headers import StoredTensor
 
 _STACKS = {
     "text_config.num_hidden_layers": r"model\.language_model\.layers\.(\d+)\.",

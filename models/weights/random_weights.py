@@ -19,9 +19,9 @@ from transformers import MllamaConfig
 
 from ..tensor_parallel.plan import Side, rank_slice
 from ..vision.encoder import ImageNormalization
+from .formats.safetensors_headers import StoredTensor
 from .loader import Checkpoint
 from .meta_model import empty_model
-from .safetensors_headers import StoredTensor
 from .tensor_loader import RankShare, Read
 
 STD = 0.02

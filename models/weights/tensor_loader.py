@@ -27,8 +27,8 @@ from ..decoder.int8.quantizer import Int8Weight, quantize
 from ..errors import ModelError
 from ..tensor_parallel.plan import Side, narrow, rank_slice
 from .formats.coded_tensor import CodedTensor
+from .formats.safetensors_headers import StoredTensor, module_name
 from .quantization import FP8, is_quantized
-from .safetensors_headers import StoredTensor, module_name
 
 
 @dataclass(slots=True, frozen=True)

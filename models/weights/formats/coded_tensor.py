@@ -13,7 +13,7 @@ from typing import Any
 
 from ...decoder.coded.layout import Layout
 from ...errors import ModelError
-from ..safetensors_headers import StoredTensor
+from .safetensors_headers import StoredTensor
 
 # makes a decoder.coded.CodedWeight of a weight's tensors by their suffixes
 Build = Callable[["CodedTensor", Mapping[str, Any]], Any]

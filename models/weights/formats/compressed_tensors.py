@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...decoder.coded.layout import Coding, Layout
-from ..safetensors_headers import StoredTensor
 from .coded_tensor import CodedTensor, Module
+from .safetensors_headers import StoredTensor
 
 if TYPE_CHECKING:
     from ...decoder.coded.weight import CodedWeight

@@ -14,9 +14,9 @@ from typing import Any
 
 from ...checkpoint import check_config, read_json
 from ...errors import ModelError
-from ..safetensors_headers import StoredTensor, read_tensors
 from . import bitsandbytes, compressed_tensors, gptq
 from .coded_tensor import Module
+from .safetensors_headers import StoredTensor, read_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import read_json
-from ..errors import ModelError
+from ...checkpoint import read_json
+from ...errors import ModelError
 
 logger = logging.getLogger(__name__)
 

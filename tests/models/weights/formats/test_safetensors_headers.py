@@ -16,8 +16,8 @@ from support.oracle import checkpoint, loaded
 from vlmserve.models.errors import ModelError
 from vlmserve.models.weights import loader
 from vlmserve.models.weights.device_map import given_map
+from vlmserve.models.weights.formats.safetensors_headers import module_name, read_tensors
 from vlmserve.models.weights.loader import load_model, open_checkpoint
-from vlmserve.models.weights.safetensors_headers import module_name, read_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
