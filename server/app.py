@@ -29,6 +29,7 @@ from .admission.bytes_in_flight import (
     release_current_reservation,
     set_current_reservation,
 )
+from .admission.lanes import GRAMMARS, IMAGE_DECODERS, IMAGE_FETCHES, NAME_LOOKUPS, Lanes
 from .admission.rate_limits import RateLimits
 from .api.ignored_fields import name_ignored
 from .api.openapi import document
@@ -45,6 +46,7 @@ from .http.protocol import LenientRequest, receive_body
 from .images.decoders import DecoderPool
 from .images.fetch import ImageFetcher
 from .images.loader import ImageLoader
+from .images.names import MAX_LOOKUPS
 from .images.tiling import TilingConfig
 from .prompts.chat_template import Clock
 from .prompts.processor import Processor
@@ -62,7 +64,7 @@ from .routes import (
 from .schemas.anthropic.answers import message_error_body
 from .schemas.json_text import check_json_text
 from .settings import ServerSettings
-from .structured_output.compile_checks import GrammarChecks
+from .structured_output.compile_checks import NUM_CHILDREN, GrammarChecks
 from .tasks import end_tasks
 from .telemetry.event_loop_lag import watch_lag
 from .telemetry.metrics import Metrics
@@ -189,12 +191,16 @@ class Components:
         self._pool: ReplicaPool | None = None
         self._own_fetcher: ImageFetcher | None = None
         self._decoders: DecoderPool | None = None
-        self._grammar_checks = GrammarChecks(settings.model)
         self._drain: Drain | None = None
         self._generator: Generator | None = None
         self._lag: asyncio.Task[None] | None = None
         num_replicas = 1 + len(settings.replica_sockets)
         self._metrics = Metrics(settings.max_num_seqs * num_replicas)
+        self._lanes = Lanes(settings.max_queue_wait_s, self._metrics.count_refusal)
+        self._grammar_checks = GrammarChecks(
+            settings.model, lane=self._lanes.lane(GRAMMARS, NUM_CHILDREN)
+        )
+        self._threads = self._lanes.threads()
         self._engine = engine or self._make_engine()
         self._images = images or self._make_images(fetcher)
         self._responses = _response_store_of(settings)
@@ -215,6 +221,7 @@ class Components:
             settings.max_request_time_s,
             grammar_checks=self._grammar_checks,
             max_answers=settings.max_answers_per_request,
+            threads=self._threads,
         )
         return Services(
             settings,
@@ -225,6 +232,7 @@ class Components:
             _context_of(folder),
             rate_limits,
             self._responses,
+            threads=self._threads,
         )
 
     async def open(self, app: Sanic[Any, Any]) -> None:
@@ -304,10 +312,14 @@ class Components:
     def _make_images(self, fetcher: ImageFetcher | None) -> ImageLoader:
         limits = self._settings.images
         if fetcher is None:
-            fetcher = self._own_fetcher = ImageFetcher(limits)
+            places = limits.max_concurrent_fetches
+            fetches = self._lanes.lane(IMAGE_FETCHES, places)
+            names = self._lanes.lane(NAME_LOOKUPS, MAX_LOOKUPS)
+            fetcher = self._own_fetcher = ImageFetcher(limits, lane=fetches, names_lane=names)
         tiling = TilingConfig.from_checkpoint(self._settings.model)
-        self._decoders = DecoderPool(limits, tiling)
-        return ImageLoader(limits, fetcher, self._decoders)
+        decoders = self._lanes.lane(IMAGE_DECODERS, limits.num_decoders)
+        self._decoders = DecoderPool(limits, tiling, decoders)
+        return ImageLoader(limits, fetcher, self._decoders, self._threads)
 
 
 def answer_error(request: Request, error: Exception) -> HTTPResponse:

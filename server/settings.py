@@ -167,6 +167,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             HTTP,
         ),
     ] = None
+    max_queue_wait_s: Annotated[float, msgspec.Meta(ge=0.001)] | None = None
     request_timeout_s: Annotated[
         Annotated[float, msgspec.Meta(ge=0.1)],
         Option(

@@ -9,14 +9,18 @@ lane delays another key by at most the rest of one piece of work.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ...router.fair_shares import FairShares
 from ..errors import OverloadedError
+
+T = TypeVar("T")
 
 # What a piece of work is taken to last before any has ended.
 FIRST_GUESS_S = 0.1
@@ -26,15 +30,39 @@ NEWEST = 0.2
 
 @dataclass(frozen=True, slots=True)
 class LaneLimits:
-    """num_places: work done at once. num_waiting: most that wait, of all keys and of one.
+    """num_places: work done at once. max_waiting: most that wait, of all keys and of one.
 
-    max_wait_s: refuse who would wait longer, by the mean duration of work; None for any time.
+    max_wait_s: refuse work that would wait longer, by the mean duration of work, and work that has
+    waited so long; None for any time.
+    keeps_room: a key takes a place only while it has fewer than are free. One key then gets half
+    of the places, and `n` keys get 1 / (n + 1) each, so that a new key starts at once. For work
+    that mostly waits (downloads, name lookups). Source: Choudhury and Hahne (1998), "Dynamic
+    Queue Length Thresholds for Shared-Memory Packet Switches", with alpha 1.
     """
 
     num_places: int
     max_waiting: int = 4096
     max_waiting_by_key: int = 1024
     max_wait_s: float | None = None
+    keeps_room: bool = False
+
+
+class Place:
+    """A place in a lane, until `free`."""
+
+    __slots__ = ("_charged_s", "_key", "_lane", "_started")
+
+    def __init__(self, lane: FairLane, key: str, charged_s: float) -> None:
+        self._lane: FairLane | None = lane
+        self._key = key
+        self._charged_s = charged_s
+        self._started = lane.clock()
+
+    def free(self) -> None:
+        """Give the place to the next. Does nothing the second time."""
+        lane, self._lane = self._lane, None
+        if lane is not None:
+            lane.give_back(self._key, lane.clock() - self._started, self._charged_s)
 
 
 class FairLane:
@@ -54,17 +82,17 @@ class FairLane:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
+        self.clock = clock
         self._limits = limits
         self._shares = FairShares(weight_of)
         self._on_refusal = on_refusal
-        self._clock = clock
         self._lines: dict[str, deque[asyncio.Future[float]]] = {}
-        self._num_running = 0
+        self._running: Counter[str] = Counter()
         self._mean_s = FIRST_GUESS_S
 
     @property
     def num_running(self) -> int:
-        return self._num_running
+        return self._running.total()
 
     @property
     def num_waiting(self) -> int:
@@ -76,42 +104,73 @@ class FairLane:
         return len(self._shares)
 
     @asynccontextmanager
-    async def place(self, key: str) -> AsyncIterator[None]:
-        """Wait for a place, keep it for the block, free it. Cancelling while waiting costs nothing.
+    async def place(self, key: str, *, is_bounded: bool = True) -> AsyncIterator[None]:
+        """Wait for a place, keep it for the block, free it. Raises as `take` does."""
+        taken = await self.take(key, is_bounded=is_bounded)
+        try:
+            yield
+        finally:
+            taken.free()
 
-        Raises OverloadedError at once where the line is full or the wait would be too long.
+    async def run_in_thread(self, key: str, function: Callable[[], T]) -> T:
+        """The result of a function that a thread runs. Raises as `take` does.
+
+        A cancelled caller returns at once; the place is taken until the thread ends.
         """
-        self._refuse_if_full(key)
+        taken = await self.take(key)
+        context = contextvars.copy_context()
+        job = asyncio.get_running_loop().run_in_executor(None, context.run, function)
+        job.add_done_callback(lambda done: _end(done, taken))
+        return await asyncio.shield(job)
+
+    async def take(self, key: str, *, is_bounded: bool = True) -> Place:
+        """Wait for a place, which the caller frees. Cancelling while waiting costs nothing.
+
+        is_bounded: max_wait_s applies. The second and later pieces of work of one request set it
+        to False: the request was admitted with its first.
+        Raises OverloadedError at once if the line is full or the wait would be too long, and later
+        if it becomes too long.
+        """
+        limit_s = self._limits.max_wait_s if is_bounded else None
+        if not self._can_start(key):
+            self._refuse_if_full(key, limit_s)
         self._shares.join(key)
         try:
-            guess_s = await self._take(key)
-            started = self._clock()
-            try:
-                yield
-            finally:
-                used_s = self._clock() - started
-                self._mean_s += NEWEST * (used_s - self._mean_s)
-                self._free(key, used_s - guess_s)
-        finally:
+            return Place(self, key, await self._wait(key, limit_s))
+        except BaseException:
             self._shares.leave(key)
+            raise
 
-    def _refuse_if_full(self, key: str) -> None:
-        limits, line = self._limits, self._lines.get(key, ())
-        if self._num_running < limits.num_places:
-            return
+    def give_back(self, key: str, used_s: float, charged_s: float) -> None:
+        """End a piece of work: correct what its key was charged, and start the next."""
+        self._mean_s += NEWEST * (used_s - self._mean_s)
+        self._free(key, used_s - charged_s)
+        self._shares.leave(key)
+
+    def _can_start(self, key: str) -> bool:
+        num_free = self._limits.num_places - self.num_running
+        if self._limits.keeps_room:
+            return self._running[key] < num_free
+        return num_free > 0
+
+    def _refuse_if_full(self, key: str, limit_s: float | None) -> None:
+        limits, num_own = self._limits, len(self._lines.get(key, ()))
         wait_s = self._wait_s(key)
-        if len(line) >= limits.max_waiting_by_key:
-            reason = f"{len(line):,} of this key wait"
-        elif self.num_waiting >= limits.max_waiting:
-            reason = f"{self.num_waiting:,} wait"
-        elif limits.max_wait_s is not None and wait_s > limits.max_wait_s:
-            reason = f"the wait would be about {wait_s:.1f} s, the limit is {limits.max_wait_s:g} s"
-        else:
-            return
+        if num_own >= limits.max_waiting_by_key:
+            raise self._refusal(f"{num_own:,} of this key wait", wait_s)
+        if self.num_waiting >= limits.max_waiting:
+            raise self._refusal(f"{self.num_waiting:,} wait", wait_s)
+        if limit_s is not None and wait_s > limit_s:
+            raise self._refusal(
+                f"the wait would be about {wait_s:.1f} s, the limit is {limit_s:g} s", wait_s
+            )
+
+    def _refusal(self, reason: str, retry_after_s: float) -> OverloadedError:
+        """The error for work that is refused, which is counted."""
         self._on_refusal(self.name)
-        raise OverloadedError(
+        return OverloadedError(
             f"too much work waits for {self.name}: {reason}. Try again later",
-            retry_after_s=wait_s,
+            retry_after_s=retry_after_s,
         )
 
     def _wait_s(self, key: str) -> float:
@@ -120,10 +179,18 @@ class FairLane:
         others = sum(min(len(line), own) for other, line in self._lines.items() if other != key)
         return (own + others) * self._mean_s / self._limits.num_places
 
-    async def _take(self, key: str) -> float:
-        """Return with a place; the seconds that `key` was charged for it in advance."""
-        if self._num_running < self._limits.num_places:
+    async def _wait(self, key: str, limit_s: float | None) -> float:
+        """Return with a place: the seconds that `key` was charged for it in advance."""
+        if self._can_start(key):
             return self._start(key)
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self._stand_in_line(key)
+        except TimeoutError:
+            reason = f"it waited {limit_s:g} s, the limit"
+            raise self._refusal(reason, self._wait_s(key)) from None
+
+    async def _stand_in_line(self, key: str) -> float:
         turn: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         line = self._lines.setdefault(key, deque())
         line.append(turn)
@@ -147,17 +214,26 @@ class FairLane:
 
         Without it one key would get every place that comes free before its first work ends.
         """
-        self._num_running += 1
+        self._running[key] += 1
         self._shares.charge(key, self._mean_s)
         return self._mean_s
 
     def _free(self, key: str, correction_s: float) -> None:
-        """Give back a place, correct the charge of `key`, and start who is next."""
-        self._num_running -= 1
+        """Give back a place, correct the charge of `key`, and start the keys that are next."""
+        self._running[key] -= 1
+        if not self._running[key]:
+            del self._running[key]
         self._shares.charge(key, correction_s)
-        while self._lines and self._num_running < self._limits.num_places:
-            chosen = self._shares.next_key(self._lines)
+        while ready := [one for one in self._lines if self._can_start(one)]:
+            chosen = self._shares.next_key(ready)
             turn = self._lines[chosen][0]
             self._leave_line(chosen, turn)
             if not turn.cancelled():  # else its task is about to notice
                 turn.set_result(self._start(chosen))
+
+
+def _end(job: asyncio.Future[T], taken: Place) -> None:
+    """Free the place of a thread's work, which may have no caller any more."""
+    taken.free()
+    if not job.cancelled():
+        job.exception()

@@ -19,7 +19,9 @@ import orjson
 from sanic import HTTPResponse, Request
 
 from ...router.messages import NO_POLICY
+from ..admission.fair_lane import FairLane
 from ..admission.key_file import ApiKey
+from ..admission.lanes import Lanes
 from ..admission.rate_limits import RateLimits
 from ..errors import ModelNotFoundError, RateLimitError
 from ..generation.completion import Completion
@@ -42,7 +44,7 @@ MAX_INLINE_LOGPROBS = 2_000
 
 @dataclass(slots=True)
 class Services:
-    """One worker's parts, as `app.ctx.services`."""
+    """One worker's parts, as `app.ctx.services`. threads: the lane of work that threads do."""
 
     settings: ServerSettings
     engine: Engine
@@ -52,6 +54,7 @@ class Services:
     configured_model_len: int
     rate_limits: RateLimits
     responses: ResponseStore | None = None
+    threads: FairLane = field(default_factory=lambda: Lanes().threads())
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property

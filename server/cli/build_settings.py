@@ -43,6 +43,7 @@ def build_settings(values: Mapping[str, Any]) -> AllSettings:
         model=model,
         engine_socket="",
         served_model_names=_names(values["served_model_name"]) or [folder.name],
+        max_queue_wait_s=values["max_queue_wait"],
         hub_id=folder.name if "/" in folder.name else None,
         api_key_file=absolute(values["api_key_file"]),
         tls_certfile=absolute(values["tls_certfile"]),

@@ -22,6 +22,8 @@ from ...router.errors import (
     TooManyRequestsError,
 )
 from ...router.messages import AddRequest, EngineReady, EngineStats, SequenceOutput
+from ..admission.fair_lane import FairLane
+from ..admission.lanes import Lanes
 from ..errors import (
     ApiError,
     BadRequestError,
@@ -72,13 +74,21 @@ class Generator:
         *,
         grammar_checks: GrammarChecks,
         max_answers: int | None = None,
+        threads: FairLane | None = None,
     ) -> None:
         self._processor = processor
         self._reader = TokenReader(processor.tokenizer)
         self._engine = engine
         self._metrics = metrics
         self._max_request_time_s = max_request_time_s
-        self._preparer = Preparer(processor, images, image_deadline_s, grammar_checks, max_answers)
+        self._preparer = Preparer(
+            processor,
+            images,
+            image_deadline_s,
+            grammar_checks,
+            max_answers,
+            threads=threads or Lanes().threads(),
+        )
         self.is_draining = False
         self.num_open = 0
 

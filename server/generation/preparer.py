@@ -20,6 +20,7 @@ import msgspec
 
 from ...models.batch import ImageTiles
 from ...router.messages import AddRequest, EngineReady
+from ..admission.fair_lane import FairLane
 from ..errors import BadRequestError, DeadlineError, NotReadyError
 from ..images.settings import ImageError, ImageRequest, PoolClosed
 from ..prompts.conversation import ImagePart
@@ -100,12 +101,16 @@ class Preparer:
         image_deadline_s: float,
         grammar_checks: GrammarChecks,
         max_answers: int | None = None,
+        *,
+        threads: FairLane,
     ) -> None:
+        """threads: the lane of prompts too long for the event loop."""
         self._processor = processor
         self._images = images
         self._image_deadline_s = image_deadline_s
         self._grammar_checks = grammar_checks
         self._max_answers = max_answers
+        self._threads = threads
 
     async def prepare(
         self, request: GenerationRequest, info: EngineReady, deadline: float
@@ -145,7 +150,7 @@ class Preparer:
         return AddRequest(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=prompt.token_ids,
-            images=await self._tiles(prompt.images, request.tenant),
+            images=await self._tiles(prompt.images, request),
             spans=prompt.spans,
             sampling=request.sampling,
             max_tokens=max_tokens,
@@ -168,7 +173,7 @@ class Preparer:
         if request.grammar is None:
             return None
         return await self._grammar_checks.check(
-            request.grammar, request.grammar_field, request.tenant
+            request.grammar, request.grammar_field, request.tenant, request.owner
         )
 
     async def _prompts(
@@ -179,7 +184,7 @@ class Preparer:
         prepare = functools.partial(self._plain_prompts, request, info)
         if sum(len(prompt.content) for prompt in request.prompts) <= MAX_INLINE_CHARS:
             return prepare()
-        return await asyncio.to_thread(prepare)
+        return await self._threads.run_in_thread(request.owner, prepare)
 
     async def _conversation(self, request: GenerationRequest, max_model_len: int) -> PreparedPrompt:
         num_chars = sum(message.num_chars for message in request.messages)
@@ -194,7 +199,7 @@ class Preparer:
         try:
             if num_chars <= MAX_INLINE_CHARS and not has_json:
                 return prepare()
-            return await asyncio.to_thread(prepare)
+            return await self._threads.run_in_thread(request.owner, prepare)
         except PromptTooLongError as error:
             raise BadRequestError(str(error), param="messages") from error
 
@@ -245,13 +250,18 @@ class Preparer:
                 param=field,
             )
 
-    async def _tiles(self, images: Sequence[ImagePart], tenant: str) -> list[ImageTiles]:
+    async def _tiles(
+        self, images: Sequence[ImagePart], request: GenerationRequest
+    ) -> list[ImageTiles]:
         if not images:
             return []
         record = current_record()
         record.num_images += len(images)
         record.images_started = record.images_started or time.monotonic()
-        wanted = [ImageRequest(image.url, image.max_tiles, tenant) for image in images]
+        wanted = [
+            ImageRequest(image.url, image.max_tiles, request.tenant, request.owner)
+            for image in images
+        ]
         deadline = asyncio.get_running_loop().time() + self._image_deadline_s
         try:
             return await self._images.load(wanted, deadline)

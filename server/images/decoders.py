@@ -20,6 +20,8 @@ from pathlib import Path
 import msgspec
 
 from ...models.batch import ImageTiles
+from ..admission.fair_lane import FairLane, LaneLimits
+from ..admission.lanes import IMAGE_DECODERS
 from ..child_sandbox import child_environment, end_child
 from ..errors import NotReadyError
 from ..tasks import end_tasks, run_together
@@ -165,11 +167,14 @@ class DecoderPool:
     """At least two decoder children, each of which decodes one image at a time.
 
     Open it before use and close it afterwards, in the same event loop, or use it as an async
-    context manager.
+    context manager. lane: which key decodes next, with num_decoders places.
     """
 
-    def __init__(self, settings: ImageSettings, tiling: TilingConfig) -> None:
+    def __init__(
+        self, settings: ImageSettings, tiling: TilingConfig, lane: FairLane | None = None
+    ) -> None:
         self._settings = settings
+        self._lane = lane or FairLane(IMAGE_DECODERS, LaneLimits(settings.num_decoders))
         self._config = DecoderConfig(settings, tiling, os.getpid())
         self._children: set[DecoderChild] = set()
         # None means that the pool is closed. Each waiting task that takes it returns it.
@@ -212,17 +217,33 @@ class DecoderPool:
         """How many images the children are decoding."""
         return len(self._jobs)
 
-    async def decode(self, data: bytes, max_tiles: int | None = None) -> ImageTiles:
-        """The tiles of one encoded image, as soon as a child is free.
+    async def decode(
+        self,
+        data: bytes,
+        max_tiles: int | None = None,
+        owner: str = "",
+        *,
+        is_first: bool = True,
+    ) -> ImageTiles:
+        """The tiles of one encoded image, as soon as a child is free and it is `owner`'s turn.
+
+        is_first: of its request; the lane refuses only that one for the length of its wait.
 
         Raises ImageError if the image is rejected, damaged, crashes its decoder or takes more CPU
-        time than decode_timeout_s; NotReadyError if the decoder got no CPU time or the system
-        killed it. If the caller is cancelled, the child finishes its image (within the same
-        limits), so that requests and replies in its pipes stay paired.
+        time than decode_timeout_s; OverloadedError if the lane refuses; NotReadyError if the
+        decoder got no CPU time or the system killed it. If the caller is cancelled, the child
+        finishes its image (within the same limits), so that requests and replies in its pipes stay
+        paired.
         """
         check_header(read_header(data), self._settings)
-        child = await self._take_idle()
+        place = await self._lane.take(owner, is_bounded=is_first)
+        try:
+            child = await self._take_idle()
+        except BaseException:
+            place.free()
+            raise
         job = asyncio.create_task(self._run(child, data, max_tiles))
+        job.add_done_callback(lambda done: place.free())
         self._jobs.add(job)
         job.add_done_callback(self._jobs.discard)
         reply = await self._wait_for(job)

@@ -20,6 +20,8 @@ from urllib.parse import urljoin
 
 import httpcore2
 
+from ..admission.fair_lane import FairLane, LaneLimits
+from ..admission.lanes import IMAGE_FETCHES
 from .addresses import Address, is_allowed, parse_literal
 from .names import UNRESOLVED, DnsResolver, NameLookups, Resolver
 from .settings import ImageError, ImageSettings
@@ -146,15 +148,22 @@ class ImageFetcher:
         resolver: Resolver | None = None,
         connector: Connector | None = None,
         ssl_context: ssl.SSLContext | None = None,
+        lane: FairLane | None = None,
+        names_lane: FairLane | None = None,
     ) -> None:
+        """lane: which key downloads next, with max_concurrent_fetches places.
+
+        names_lane: the same of name lookups.
+        """
         self._settings = settings
+        limits = LaneLimits(settings.max_concurrent_fetches, keeps_room=True)
+        self._lane = lane or FairLane(IMAGE_FETCHES, limits)
         self._own_resolver = DnsResolver()
         self._backend = GuardedBackend(
-            NameLookups(resolver or self._own_resolver),
+            NameLookups(resolver or self._own_resolver, names_lane),
             connector or TcpConnector(),
             settings.allow_private_addresses,
         )
-        self._slots = asyncio.Semaphore(settings.max_concurrent_fetches)
         # Connections are not reused: their address was checked for an older answer of the name.
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=ssl_context or httpcore2.default_ssl_context(),
@@ -172,11 +181,14 @@ class ImageFetcher:
         self,
         source: RemoteImage,
         spend: Callable[[int], None] | None = None,
-        tenant: str = "",
+        owner: str = "",
+        *,
+        is_first: bool = True,
     ) -> bytes:
         """The body behind a URL, after at most max_redirects.
 
         spend: called with the length of each chunk as it arrives; it may raise.
+        owner, is_first: as `DecoderPool.decode` has them.
         Raises ImageError for every failure of the URL or its server, which has fetch_timeout_s
         for all hops together. Waiting for name servers or for a place among the downloads does
         not count. Raises DeadlineError or OverloadedError if a name server or a place is missing.
@@ -184,8 +196,9 @@ class ImageFetcher:
         loop = asyncio.get_running_loop()
         left_s = self._settings.fetch_timeout_s
         for _ in range(self._settings.max_redirects + 1):
-            await self._backend.look_up(source.host, source.port, tenant)
-            async with self._slots:
+            await self._backend.look_up(source.host, source.port, owner)
+            async with self._lane.place(owner, is_bounded=is_first):
+                is_first = False
                 started = loop.time()
                 found = await self._get_within(source, spend or _free, left_s)
             left_s -= loop.time() - started

@@ -8,11 +8,14 @@ or models.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ...models.batch import ImageTiles
 from ..admission.bytes_in_flight import keep_bytes
+from ..admission.fair_lane import FairLane
+from ..admission.lanes import Lanes
 from ..tasks import run_together
 from .decoders import DecoderPool
 from .fetch import ImageFetcher
@@ -32,6 +35,13 @@ class RequestBudget:
         self._settings = settings
         self._bytes_left = settings.max_request_bytes
         self._pixels_left = settings.max_request_pixels
+        self._work_seen: set[str] = set()
+
+    def is_first(self, work: str) -> bool:
+        """Whether this is the request's first piece of this work; the others are admitted."""
+        is_first = work not in self._work_seen
+        self._work_seen.add(work)
+        return is_first
 
     def spend_bytes(self, num_bytes: int) -> None:
         """Count bytes that arrived.
@@ -66,8 +76,14 @@ class ImageLoader:
     """Loads the images of requests; one per worker."""
 
     def __init__(
-        self, settings: ImageSettings, fetcher: ImageFetcher, decoders: DecoderPool
+        self,
+        settings: ImageSettings,
+        fetcher: ImageFetcher,
+        decoders: DecoderPool,
+        threads: FairLane | None = None,
     ) -> None:
+        """threads: the lane of long data URLs."""
+        self._threads = threads or Lanes().threads()
         self._settings = settings
         self._fetcher = fetcher
         self._decoders = decoders
@@ -97,18 +113,19 @@ class ImageLoader:
         sources = []
         for index, image in enumerate(images):
             with _blaming(index):
-                source = await self._parse(image.url)
+                source = await self._parse(image)
                 if isinstance(source, InlineImage):
                     budget.spend_bytes(len(source.data))
                     budget.spend_pixels(source.data)
             sources.append(source)
         return sources
 
-    async def _parse(self, url: str) -> InlineImage | RemoteImage:
+    async def _parse(self, image: ImageRequest) -> InlineImage | RemoteImage:
         """Parse a URL; megabytes of base64 in a thread, so that the event loop is not blocked."""
-        if len(url) <= MAX_INLINE_CHARS:
-            return parse_source(url, self._settings)
-        return await asyncio.to_thread(parse_source, url, self._settings)
+        if len(image.url) <= MAX_INLINE_CHARS:
+            return parse_source(image.url, self._settings)
+        parse = functools.partial(parse_source, image.url, self._settings)
+        return await self._threads.run_in_thread(image.owner, parse)
 
     async def _load_all(
         self,
@@ -133,16 +150,20 @@ class ImageLoader:
             if isinstance(source, InlineImage):
                 data = source.data
             else:
-                data = await self._fetcher.fetch(source, budget.spend_bytes, image.tenant)
+                data = await self._fetcher.fetch(
+                    source, budget.spend_bytes, image.owner, is_first=budget.is_first("fetch")
+                )
                 budget.spend_pixels(data)
-            return await self._decode(data, image)
+            return await self._decode(data, image, budget)
 
-    async def _decode(self, data: bytes, image: ImageRequest) -> ImageTiles:
+    async def _decode(self, data: bytes, image: ImageRequest, budget: RequestBudget) -> ImageTiles:
         """The tiles of checked bytes, from the cache or from a decoder."""
         key = await self._cache.key_of(data, image.max_tiles, image.tenant)
         tiles = self._cache.get(key)
         if tiles is None:
-            tiles = await self._decoders.decode(data, image.max_tiles)
+            tiles = await self._decoders.decode(
+                data, image.max_tiles, image.owner, is_first=budget.is_first("decode")
+            )
             self._cache.put(key, tiles)
         return tiles
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ..admission.fair_lane import FairLane, LaneLimits
+from ..admission.lanes import NAME_LOOKUPS
 from ..errors import DeadlineError
 from .settings import ImageError
 
@@ -84,13 +85,18 @@ class DnsResolver:
 class NameLookups:
     """Lookups with a time limit, which keys share fairly.
 
-    clock: seconds, monotonic.
+    lane: which key looks up next, with MAX_LOOKUPS places. clock: seconds, monotonic.
     """
 
-    def __init__(self, resolver: Resolver, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        resolver: Resolver,
+        lane: FairLane | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._resolver = resolver
         self._clock = clock
-        self._lane = FairLane("image host names", LaneLimits(MAX_LOOKUPS))
+        self._lane = lane or FairLane(NAME_LOOKUPS, LaneLimits(MAX_LOOKUPS, keeps_room=True))
         # host -> when it failed, and whether the name does not exist.
         self._failures: OrderedDict[str, tuple[float, bool]] = OrderedDict()
 

@@ -43,12 +43,13 @@ class ImageRequest:
 
     url: a data: URL with base64, or an http(s) URL. max_tiles: maximum number of tiles (1 for
     `detail: low`); None means the checkpoint's limit. tenant: decoded tiles are shared only
-    between images of the same tenant.
+    between images of the same tenant. owner: the API key that waits in the lanes, as a hash.
     """
 
     url: str
     max_tiles: int | None = None
     tenant: str = ""
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,9 @@ class ImageSettings:
     max_aspect: Annotated[int, Limit("Maximum ratio of an image's longer to shorter side.")] = 200
     fetch_timeout_s: Annotated[float, Limit("Maximum seconds to download one image.")] = 10.0
     max_redirects: Annotated[int, Limit("Maximum redirects per download.")] = 3
-    max_concurrent_fetches: Annotated[int, Limit("Maximum parallel downloads.")] = 32
+    max_concurrent_fetches: Annotated[
+        int, Limit("Maximum parallel downloads, of which one API key gets half.")
+    ] = 64
     allow_private_addresses: Annotated[
         bool,
         Option(

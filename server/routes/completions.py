@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from sanic import HTTPResponse, Request
 
 from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
-from ..api.services import check_model, completion_response, prepare, services_of
+from ..api.services import check_model, completion_response, owner_of, prepare, services_of
 from ..api.sse import send_stream
 from ..generation.request import PlainPrompt
-from ..prompts.processor import Processor
 from ..schemas.answer_parts import RunningUsage
 from ..schemas.openai.completion_answers import CompletionAnswers, CompletionChunk, TextCompletion
 from ..schemas.openai.completions import CompletionRequest, completion_generation
@@ -51,7 +49,7 @@ async def completions(request: Request, body: CompletionRequest) -> HTTPResponse
     answers = CompletionAnswers(
         model=body.model,
         num_answers=body.n or 1,
-        echoes=await _echoes(services.processor, generation.prompts) if body.echo else None,
+        echoes=await _echoes(request, generation.prompts) if body.echo else None,
         num_top=body.logprobs,
         num_prompt_top=body.prompt_logprobs,
         is_echo_only=body.is_echo_only,
@@ -65,8 +63,10 @@ async def completions(request: Request, body: CompletionRequest) -> HTTPResponse
     return await completion_response(answers.plain, await services.generator.answer(prepared))
 
 
-async def _echoes(processor: Processor, prompts: Sequence[PlainPrompt]) -> list[str]:
+async def _echoes(request: Request, prompts: Sequence[PlainPrompt]) -> list[str]:
     """The prompts as texts: as they were sent, or as answers would read."""
+    services = services_of(request)
+    processor = services.processor
 
     def texts() -> list[str]:
         return [
@@ -74,4 +74,4 @@ async def _echoes(processor: Processor, prompts: Sequence[PlainPrompt]) -> list[
             for one in prompts
         ]
 
-    return await asyncio.to_thread(texts)
+    return await services.threads.run_in_thread(owner_of(request), texts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 
 from sanic import HTTPResponse, Request
@@ -12,6 +11,7 @@ from ..api.services import (
     check_model,
     completion_response,
     json_response,
+    owner_of,
     prepare,
     services_of,
 )
@@ -84,7 +84,8 @@ async def count_tokens(request: Request, body: CountTokensRequest) -> HTTPRespon
         offered_tools(body),
     )
     try:
-        prompt = await asyncio.to_thread(prepare)
+        threads = services_of(request).threads
+        prompt = await threads.run_in_thread(owner_of(request), prepare)
     except PromptTooLongError as error:
         raise BadRequestError(
             f"the conversation has {error.num_tokens:,} tokens; at most {MAX_TOKENS:,} are counted:"

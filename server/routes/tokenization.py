@@ -5,13 +5,12 @@ They need no engine: the tokenizer is the worker's own.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 
 from sanic import HTTPResponse, Request
 
 from ..api.endpoint import Reply, Routes
-from ..api.services import check_model, json_response, services_of
+from ..api.services import check_model, json_response, owner_of, services_of
 from ..errors import BadRequestError
 from ..prompts.processor import Processor, PromptTooLongError
 from ..schemas.openai.tokenization import (
@@ -61,7 +60,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> HTTPResponse:
         check_model(request, body.model)
     encode = functools.partial(_token_ids, services.processor, body)
     try:
-        token_ids = await asyncio.to_thread(encode)
+        token_ids = await services.threads.run_in_thread(owner_of(request), encode)
     except PromptTooLongError as error:
         raise BadRequestError(
             f"the text has {error.num_tokens} tokens; at most {MAX_TOKENS:,} can be returned:"
@@ -70,7 +69,8 @@ async def tokenize(request: Request, body: TokenizeRequest) -> HTTPResponse:
         ) from error
     names = None
     if body.return_token_strs:
-        names = await asyncio.to_thread(services.processor.names_of, token_ids)
+        name_all = functools.partial(services.processor.names_of, token_ids)
+        names = await services.threads.run_in_thread(owner_of(request), name_all)
     answer: Tokenized = {
         "count": len(token_ids),
         "max_model_len": services.max_model_len,
@@ -99,7 +99,8 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> HTTPResponse:
             f"tokens holds {max(body.tokens)}; the vocabulary ends at {processor.last_token_id}",
             param="tokens",
         )
-    text = await asyncio.to_thread(processor.text_of, body.tokens, skip_special_tokens=False)
+    read = functools.partial(processor.text_of, body.tokens, skip_special_tokens=False)
+    text = await services.threads.run_in_thread(owner_of(request), read)
     answer: Detokenized = {"prompt": text}
     return json_response(answer)
 

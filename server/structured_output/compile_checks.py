@@ -1,14 +1,17 @@
 """Checks in child processes whether a client's grammar compiles.
 
-Owns the children, their deadline, and a bounded cache of their verdicts. Knows nothing of the
-meaning of a grammar.
+Owns the children, their lane and deadlines, and a bounded cache of their verdicts. A child counts
+its own processor time, so a busy machine makes no grammar too slow. Knows nothing of the meaning
+of a grammar.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
+import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import OrderedDict
@@ -16,75 +19,129 @@ from pathlib import Path
 
 import msgspec
 
+from ..admission.fair_lane import FairLane, LaneLimits, Place
+from ..admission.lanes import GRAMMARS
 from ..child_sandbox import child_environment, end_child
-from ..errors import BadRequestError, InternalError
-from .compile_child import LENGTH_BYTES, Verdict
+from ..errors import BadRequestError, InternalError, NotReadyError
+from ..tasks import end_tasks
+from .compile_child import LENGTH_BYTES, QUESTION_HEAD, Verdict
 
 MODULE = "vlmserve.server.structured_output.compile_child"
 NUM_CHILDREN = 2
 START_TIMEOUT_S = 60.0
+# Wall time of a compile in terms of its processor time: beyond it the machine is at fault.
+WALL_FACTOR = 15
 # A verdict holds a grammar of 64 KiB or a little more: some 20 MiB at most.
 MAX_VERDICTS = 256
+TOO_MUCH_MEMORY = "it takes too much memory to compile: simplify it"
 _ANSWER_LIMIT = 1 << 20
 _LOST = (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError)
+# Signals that end a child because of the grammar: its timer, and a failed allocation.
+_TOO_SLOW, _OUT_OF_MEMORY = -signal.SIGPROF, -signal.SIGABRT
 
 
 class GrammarChecks:
-    """At most two children, started when the first grammars come."""
+    """Two children at work, started when the first grammars come, and one that replaces a dead one.
 
-    def __init__(self, folder: str | Path, timeout_s: float = 2.0) -> None:
-        """folder: the checkpoint's, for its tokenizer."""
+    lane: who may compile next, with NUM_CHILDREN places.
+    """
+
+    def __init__(
+        self, folder: str | Path, timeout_s: float = 2.0, lane: FairLane | None = None
+    ) -> None:
+        """folder: the checkpoint's, for its tokenizer. timeout_s: of processor time."""
         self._folder = str(folder)
         self._timeout_s = timeout_s
-        self._free = asyncio.Semaphore(NUM_CHILDREN)
+        self._lane = lane or FairLane(GRAMMARS, LaneLimits(NUM_CHILDREN))
         self._idle: list[Process] = []
+        self._jobs: set[asyncio.Task[Verdict]] = set()
+        self._spare: asyncio.Task[None] | None = None
         self._verdicts: OrderedDict[tuple[str, bytes], Verdict] = OrderedDict()
 
-    async def check(self, grammar: str, field: str, tenant: str) -> str:
+    async def check(self, grammar: str, field: str, tenant: str, owner: str = "") -> str:
         """The grammar as the engine takes it. Raises BadRequestError, naming `field`.
 
-        The cache is separate for each `tenant`, so response times reveal nothing of other tenants.
+        owner: the key that waits in the lane. The cache is separate for each `tenant`, so response
+        times reveal nothing of other tenants.
+        Raises OverloadedError if the lane refuses, NotReadyError if the machine was too slow.
         """
         key = (tenant, hashlib.sha256(grammar.encode()).digest())
-        verdict = self._verdicts.get(key)
-        if verdict is None:
-            verdict = self._verdicts[key] = await self._judge(grammar, field)
-            while len(self._verdicts) > MAX_VERDICTS:
-                self._verdicts.popitem(last=False)
-        self._verdicts.move_to_end(key)
+        verdict = self._verdicts.get(key) or await self._judge(grammar, key, owner)
         if verdict.grammar is None:
             raise BadRequestError(f"{field} cannot be compiled: {verdict.error}", param=field)
         return verdict.grammar
 
     async def close(self) -> None:
-        """Stop the idle children."""
+        """Stop the children."""
+        await end_tasks(*self._jobs, *([] if self._spare is None else [self._spare]))
         idle, self._idle = self._idle, []
         for process in idle:
             await end_child(process)
 
-    async def _judge(self, grammar: str, field: str) -> Verdict:
-        """The verdict of a child. Timeouts are not cached, because the machine may be busy."""
-        async with self._free:
-            process = await self._take_idle() or await self._start()
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    verdict = await _ask(process, grammar.encode())
-            except TimeoutError:
-                await end_child(process)
-                raise BadRequestError(
-                    f"{field} takes longer than {self._timeout_s:g} s to compile: simplify it",
-                    param=field,
-                ) from None
-            except _LOST:
-                await end_child(process)
-                raise BadRequestError(
-                    f"{field} takes too much memory to compile: simplify it", param=field
-                ) from None
-            except BaseException:
-                await end_child(process)
-                raise
-            self._idle.append(process)
-            return verdict
+    async def _judge(self, grammar: str, key: tuple[str, bytes], owner: str) -> Verdict:
+        """The verdict of a child. If the caller is cancelled, the child finishes the grammar.
+
+        Ending the child instead would let one key cost a start of a child with each cancel.
+        """
+        place = await self._lane.take(owner)
+        job = asyncio.create_task(self._run(grammar, key))
+        self._jobs.add(job)
+        job.add_done_callback(lambda done: self._end(done, place))
+        return await asyncio.shield(job)
+
+    def _end(self, job: asyncio.Task[Verdict], place: Place) -> None:
+        self._jobs.discard(job)
+        place.free()
+        if not job.cancelled():
+            job.exception()  # it may have no caller any more
+
+    async def _run(self, grammar: str, key: tuple[str, bytes]) -> Verdict:
+        known = self._verdicts.get(key)  # a request before this one may have had the same
+        verdict = self._verdicts[key] = known or await self._ask_child(grammar)
+        self._verdicts.move_to_end(key)
+        while len(self._verdicts) > MAX_VERDICTS:
+            self._verdicts.popitem(last=False)
+        return verdict
+
+    async def _ask_child(self, grammar: str) -> Verdict:
+        """A child's verdict, or that the grammar ended it. The machine's faults are errors."""
+        process = await self._take_idle() or await self._start()
+        try:
+            async with asyncio.timeout(WALL_FACTOR * self._timeout_s):
+                verdict = await _ask(process, grammar.encode(), self._timeout_s)
+        except TimeoutError:
+            await self._end_child(process)
+            raise _lost_child() from None
+        except _LOST:
+            with contextlib.suppress(TimeoutError):  # of the signal that ended it, the exit code
+                await asyncio.wait_for(process.wait(), 1.0)
+            await self._end_child(process)
+            return self._fatal(process.returncode)
+        except BaseException:
+            await end_child(process)
+            raise
+        self._idle.append(process)
+        return verdict
+
+    def _fatal(self, exit_code: int | None) -> Verdict:
+        """Why a grammar ended its child. Raises NotReadyError if the grammar did not."""
+        if exit_code == _TOO_SLOW:
+            return Verdict(
+                error=f"it takes longer than {self._timeout_s:g} s to compile: simplify it"
+            )
+        if exit_code == _OUT_OF_MEMORY:
+            return Verdict(error=TOO_MUCH_MEMORY)
+        raise _lost_child()
+
+    async def _end_child(self, process: Process) -> None:
+        """End a child that is of no use, and start the next before somebody waits for it."""
+        await end_child(process)
+        if self._spare is None or self._spare.done():
+            self._spare = asyncio.create_task(self._add_spare())
+
+    async def _add_spare(self) -> None:
+        with contextlib.suppress(InternalError, OSError):  # the next request starts its own
+            self._idle.append(await self._start())
 
     async def _take_idle(self) -> Process | None:
         """An idle child that is still alive, or None."""
@@ -115,9 +172,10 @@ class GrammarChecks:
         return process
 
 
-async def _ask(process: Process, question: bytes) -> Verdict:
+async def _ask(process: Process, question: bytes, timeout_s: float) -> Verdict:
     assert process.stdin is not None
-    process.stdin.write(len(question).to_bytes(LENGTH_BYTES, "big") + question)
+    head = QUESTION_HEAD.pack(max(1, round(timeout_s * 1e6)), len(question))
+    process.stdin.write(head + question)
     await process.stdin.drain()
     return await _read(process)
 
@@ -126,3 +184,10 @@ async def _read(process: Process) -> Verdict:
     assert process.stdout is not None
     length = int.from_bytes(await process.stdout.readexactly(LENGTH_BYTES), "big")
     return msgspec.json.decode(await process.stdout.readexactly(length), type=Verdict)
+
+
+def _lost_child() -> NotReadyError:
+    return NotReadyError(
+        "the grammar could not be checked now: the server is short of processor time or memory",
+        retry_after_s=1.0,
+    )

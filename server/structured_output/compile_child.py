@@ -1,16 +1,20 @@
-"""A process that checks whether a client's grammar compiles; its parent kills it at a deadline.
+"""A process that checks whether a client's grammar compiles, within limits of time and memory.
 
-    stdin, stdout    length (4 bytes, big-endian) and that many bytes: an answer for each question,
-                     and one before the first, when the tokenizer is read
+    stdin     u64 microseconds of processor time   u32 length   the grammar
+    stdout    u32 length   an answer; the first when the tokenizer is read, then one a grammar
 
-Owns the check and its memory limit. Knows nothing of requests. A question is a grammar as
-`grammar_text.py` writes it; an answer is JSON: the grammar ready for the engine, or why it is none.
+Integers are big-endian. Owns the check and its limits: SIGPROF ends the process when it has used
+its processor time, however busy the machine is, and an allocation beyond MAX_MEMORY_BYTES fails.
+Knows nothing of requests. A grammar is as `grammar_text.py` writes it; an answer is JSON: the
+grammar ready for the engine, or why it is none.
 """
 
 from __future__ import annotations
 
 import os
 import resource
+import signal
+import struct
 import sys
 import time
 from typing import BinaryIO
@@ -25,6 +29,7 @@ MAX_MEMORY_BYTES = 2 << 30
 # Of processor time, for the first token: a step of the model waits for it, and its neighbours too.
 MAX_MASK_S = 0.25
 LENGTH_BYTES = 4
+QUESTION_HEAD = struct.Struct(">QI")
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -68,9 +73,15 @@ def main() -> None:
     # Nothing that a library prints may pass for an answer.
     os.dup2(2, 1)
     _write(sink, Verdict())
-    while len(head := source.read(LENGTH_BYTES)) == LENGTH_BYTES:
-        question = source.read(int.from_bytes(head, "big")).decode()
-        _write(sink, judge(question, grammars))
+    # Its default action ends the process, also inside of a library that checks no flag.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    while len(head := source.read(QUESTION_HEAD.size)) == QUESTION_HEAD.size:
+        microseconds, length = QUESTION_HEAD.unpack(head)
+        question = source.read(length).decode()
+        signal.setitimer(signal.ITIMER_PROF, microseconds / 1e6)
+        verdict = judge(question, grammars)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _write(sink, verdict)
 
 
 def _write(sink: BinaryIO, verdict: Verdict) -> None:

@@ -27,6 +27,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from ...router.client.replica_pool import MOVE_REASONS, MoveReason, ReplicaState
 from ...router.messages import AddRequest, EngineStats
+from ..admission.lanes import LANE_NAMES
 from ..supervisor.ended_metrics import reserve, unmerged
 from .engine_metrics import EngineMetrics, ReplicaMetrics, RestartMetrics
 from .request_record import RequestRecord, current_record
@@ -87,6 +88,10 @@ class Metrics:
         """Count a request that failed before the engine: over its deadline or no room."""
         self.request_failure.inc()
         self.request_finish.labels("error").inc()
+
+    def count_refusal(self, lane: str) -> None:
+        """Count work that a lane refused. lane: one of LANE_NAMES."""
+        self.lane_refusals.labels(lane.replace(" ", "_")).inc()
 
     def watch_replicas(self, states: Callable[[], Sequence[ReplicaState]]) -> None:
         """Report each replica by itself too."""
@@ -201,6 +206,13 @@ class Metrics:
         )
 
     def _add_http_metrics(self) -> None:
+        self.lane_refusals = self._counter(
+            "vlmserve_lane_refusals",
+            "Work before the engine that was rejected with 429, by the lane that was full.",
+            ["lane"],
+        )
+        for lane in LANE_NAMES:
+            self.lane_refusals.labels(lane.replace(" ", "_"))
         self.http_requests = self._counter(
             "vlmserve_http_requests",
             "HTTP requests that ended. status=499: the client closed the connection.",

@@ -1,6 +1,7 @@
 """Places that keys share: in turn, bounded, and free again whatever happens."""
 
 import asyncio
+import threading
 
 import pytest
 
@@ -173,6 +174,107 @@ def test_work_that_fails_frees_its_place():
         with pytest.raises(ValueError, match="broken"):
             async with work.lane.place("a"):
                 raise ValueError("broken")
+        assert (work.lane.num_running, work.lane.num_keys) == (0, 0)
+
+    run(scenario)
+
+
+def test_waiting_work_is_refused_once_it_has_waited_too_long():
+    """The mean of past work says nothing of work that never ends."""
+
+    async def scenario():
+        work = Work(max_wait_s=0.15)
+        endless = work.begin("a", "endless")
+        await settle()
+        with pytest.raises(OverloadedError, match="it waited 0.15 s, the limit"):
+            async with work.lane.place("b"):
+                pass
+        assert work.refusals == ["image fetches"]
+        assert (work.lane.num_running, work.lane.num_waiting) == (1, 0)
+        await work.end("endless")
+        await endless
+        assert work.lane.num_keys == 0
+
+    run(scenario)
+
+
+def test_later_work_of_an_admitted_request_is_not_refused_for_its_wait():
+    """A request alone on a server was else refused for the time of its own pictures."""
+
+    async def scenario():
+        work = Work(max_wait_s=0.01)
+        first = work.begin("a", "first")
+        await settle()
+        second = asyncio.create_task(work.lane.take("a", is_bounded=False))
+        await settle()
+        assert work.lane.num_waiting == 1
+        await work.end("first")
+        (await second).free()
+        await first
+        assert (work.lane.num_running, work.lane.num_keys, work.refusals) == (0, 0, [])
+
+    run(scenario)
+
+
+def test_a_lane_that_keeps_room_lets_a_new_key_start_at_once():
+    async def scenario():
+        work = Work(num_places=8, keeps_room=True)
+        tasks = [work.begin("flood", f"a{number}") for number in range(20)]
+        await settle()
+        assert work.started == ["a0", "a1", "a2", "a3"]
+        tasks += [work.begin("other", f"b{number}") for number in range(20)]
+        await settle()
+        assert work.started[4:] == ["b0", "b1"]
+        tasks.append(work.begin("third", "c"))
+        await settle()
+        assert work.started[6:] == ["c"]
+        await work.end("a0")  # four keep a place, so the flood waits until others have theirs
+        assert "a4" not in work.started
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (work.lane.num_running, work.lane.num_waiting, work.lane.num_keys) == (0, 0, 0)
+
+    run(scenario)
+
+
+def test_a_thread_keeps_its_place_when_its_caller_leaves():
+    """Else a key that cancels its requests would get any number of threads."""
+
+    async def scenario():
+        work = Work()
+        go_on = threading.Event()
+        caller = asyncio.create_task(work.lane.run_in_thread("a", go_on.wait))
+        await settle()
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        assert work.lane.num_running == 1
+        go_on.set()
+        assert await work.lane.run_in_thread("b", lambda: 7) == 7
+        assert (work.lane.num_running, work.lane.num_keys) == (0, 0)
+
+    run(scenario)
+
+
+def test_an_error_in_a_thread_is_the_caller_s_and_frees_the_place():
+    async def scenario():
+        work = Work()
+        with pytest.raises(ZeroDivisionError):
+            await work.lane.run_in_thread("a", lambda: 1 // 0)
+        assert (work.lane.num_running, work.lane.num_keys) == (0, 0)
+
+    run(scenario)
+
+
+def test_a_place_is_freed_once():
+    async def scenario():
+        work = Work(num_places=2)
+        first, second = await work.lane.take("a"), await work.lane.take("a")
+        first.free()
+        first.free()
+        assert work.lane.num_running == 1
+        second.free()
         assert (work.lane.num_running, work.lane.num_keys) == (0, 0)
 
     run(scenario)

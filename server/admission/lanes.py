@@ -1,0 +1,49 @@
+"""The lanes of one worker: work before and after the engine that its clients' keys share.
+
+Owns which kinds of work have a lane, how many places each has, and how long work may wait. The
+engine's own queue is in `router/`. Knows nothing of what the work is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from .fair_lane import FairLane, LaneLimits
+
+THREADS = "worker threads"
+IMAGE_FETCHES = "image fetches"
+NAME_LOOKUPS = "name lookups"
+IMAGE_DECODERS = "image decoders"
+GRAMMARS = "grammars"
+LANE_NAMES = (THREADS, IMAGE_FETCHES, NAME_LOOKUPS, IMAGE_DECODERS, GRAMMARS)
+# Places whose work mostly waits for another machine: half of them stay free for other keys.
+WAITING_WORK = (IMAGE_FETCHES, NAME_LOOKUPS)
+
+
+class Lanes:
+    """Makes the worker's lanes. Each name has one lane.
+
+    max_wait_s: --max-queue-wait, None for any time. on_refusal: called with a lane's name for each
+    piece of work that it refuses.
+    """
+
+    def __init__(
+        self,
+        max_wait_s: float | None = None,
+        on_refusal: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self._max_wait_s = max_wait_s
+        self._on_refusal = on_refusal
+
+    def lane(self, name: str, num_places: int) -> FairLane:
+        """A lane of so many places. name: one of LANE_NAMES."""
+        assert name in LANE_NAMES, f"{name} is not a lane of the worker"
+        limits = LaneLimits(
+            num_places, max_wait_s=self._max_wait_s, keeps_room=name in WAITING_WORK
+        )
+        return FairLane(name, limits, on_refusal=self._on_refusal)
+
+    def threads(self) -> FairLane:
+        """Long prompts and large bodies, which threads read: one for each core, at least two."""
+        return self.lane(THREADS, max(2, len(os.sched_getaffinity(0))))
