@@ -121,7 +121,10 @@ class FairLane:
         context = contextvars.copy_context()
         job = asyncio.get_running_loop().run_in_executor(None, context.run, function)
         job.add_done_callback(lambda done: _end(done, taken))
-        return await asyncio.shield(job)
+        try:
+            return await asyncio.shield(job)
+        finally:
+            del job  # a failure refers to this frame: no cycle may keep what the function reads
 
     async def take(self, key: str, *, is_bounded: bool = True) -> Place:
         """Wait for a place, which the caller frees. Cancelling while waiting costs nothing.

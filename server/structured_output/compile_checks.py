@@ -87,7 +87,10 @@ class GrammarChecks:
         job = asyncio.create_task(self._run(grammar, key))
         self._jobs.add(job)
         job.add_done_callback(lambda done: self._end(done, place))
-        return await asyncio.shield(job)
+        try:
+            return await asyncio.shield(job)
+        finally:
+            del job  # a failure refers to this frame: no cycle
 
     def _end(self, job: asyncio.Task[Verdict], place: Place) -> None:
         self._jobs.discard(job)

@@ -28,7 +28,7 @@ PICTURE = encoded(picture(8, 8))
 class OnePicture:
     """A fetcher that has the same picture behind every URL."""
 
-    async def fetch(self, source, spend=None, tenant="") -> bytes:
+    async def fetch(self, source, spend=None, *_, **__) -> bytes:
         return PICTURE
 
     async def close(self) -> None:

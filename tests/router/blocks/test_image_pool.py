@@ -306,7 +306,7 @@ class CountingDecoders:
 class OneFileFetcher:
     """Serves the same picture for every URL."""
 
-    async def fetch(self, source: RemoteImage, on_bytes: Any, tenant: str = "") -> bytes:
+    async def fetch(self, source: RemoteImage, on_bytes: Any, *_: Any, **__: Any) -> bytes:
         on_bytes(len(PNG))
         return PNG
 

@@ -186,7 +186,7 @@ def test_waiting_work_is_refused_once_it_has_waited_too_long():
         work = Work(max_wait_s=0.15)
         endless = work.begin("a", "endless")
         await settle()
-        with pytest.raises(OverloadedError, match="it waited 0.15 s, the limit"):
+        with pytest.raises(OverloadedError, match=r"it waited 0\.15 s, the limit"):
             async with work.lane.place("b"):
                 pass
         assert work.refusals == ["image fetches"]

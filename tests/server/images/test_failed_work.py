@@ -52,7 +52,9 @@ class CountedFetcher(ImageFetcher):
         self,
         source: RemoteImage,
         spend: Callable[[int], None] | None = None,
-        tenant: str = "",
+        owner: str = "",
+        *,
+        is_first: bool = True,
     ) -> bytes:
         body = Body(self._file)
         await asyncio.sleep(0)

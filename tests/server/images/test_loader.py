@@ -32,7 +32,9 @@ class ScriptedFetcher(ImageFetcher):
         self,
         source: RemoteImage,
         spend: Callable[[int], None] | None = None,
-        tenant: str = "",
+        owner: str = "",
+        *,
+        is_first: bool = True,
     ) -> bytes:
         self.fetched.append(source.host)
         found = self._files[source.host]
