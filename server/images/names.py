@@ -25,7 +25,8 @@ LOOKUP_TIMEOUT_S = 2.0
 # c-ares doubles the time of the second try.
 FIRST_TRY_S = 0.7
 NUM_TRIES = 2
-MAX_LOOKUPS = 64
+# Of which one key gets half.
+MAX_LOOKUPS = 128
 FAILURE_AGE_S = 5.0
 MAX_FAILURES = 1_000
 UNRESOLVED = "image URL's host name cannot be resolved"
