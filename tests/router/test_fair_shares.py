@@ -72,3 +72,17 @@ def test_a_charge_after_the_last_work_of_a_key_is_dropped():
     shares.leave("a")
     shares.charge("a", 5.0)
     assert len(shares) == 0
+
+
+def test_a_key_that_begins_to_wait_is_lifted_to_the_least_of_the_others():
+    """One key ran little while another ran much: that was a credit for the first."""
+    shares = of("light", "heavy")
+    shares.charge("heavy", 1_000.0)
+    shares.lift("light")
+    assert shares.used("light") == shares.used("heavy") == 1_000.0
+    shares.charge("light", 50.0)
+    shares.lift("light")
+    assert shares.used("light") == 1_050.0, "lifting never lowers"
+    alone = of("a")
+    alone.lift("a")
+    assert alone.used("a") == 0.0

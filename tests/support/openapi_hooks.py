@@ -44,8 +44,8 @@ TOLD = {
     ),
     "The arguments of an earlier call nest 64 levels at most.": r"nested more than",
     "Token ids are the model's.": r"the vocabulary ends at",
-    "All answers of a request are not more than the server runs at once, and 128 at most.": (
-        r"answers at once|a request has at most \d+ answers"
+    "All answers of a request are at most --max-answers-per-request, and 128 at most.": (
+        r"answers at once|a request has at most \d+ answers|a request may ask for \d+"
     ),
     "best_of is 1 or n where it is given.": r"best_of is \d+ and n is",
     "model and model_id are equal where both are given.": r"model and model_id differ",

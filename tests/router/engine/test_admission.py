@@ -25,7 +25,7 @@ from support.step_gate import StepGate
 
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine.engine import Engine
-from vlmserve.router.messages import AddRequest, FromEngine, RequestFailed
+from vlmserve.router.messages import AddRequest, FromEngine, OwnerPolicy, RequestFailed
 from vlmserve.router.scheduler.throughput import WaitEstimator
 
 REFUSAL_S = 0.05
@@ -182,3 +182,80 @@ def test_row_32_counters_are_back_whatever_becomes_of_the_requests(tmp_path, rou
 def body_timeout(route):
     """Fields by which a request of this route may ask for less time."""
     return {"timeout_s"} if route.endswith("completions") else set()
+
+
+def engine_with(received: dict[str, RequestFailed], **options) -> Engine:
+    """An engine that is not run; keeps why requests failed."""
+
+    def receive(worker_id: int, message: FromEngine) -> None:
+        if isinstance(message, RequestFailed):
+            received[message.request_id] = message
+
+    config = EngineConfig(model="fake", socket_path="", **options)
+    return Engine(FakeRunner(), config, receive)
+
+
+def test_an_owner_has_at_most_its_answers_at_once_over_all_workers():
+    failed: dict[str, RequestFailed] = {}
+    engine = engine_with(failed)
+
+    def add(worker_id: int, name: str, *choice_ids: str, owner="limited", limit=3) -> None:
+        policy = OwnerPolicy(max_concurrent=limit)
+        engine.add(
+            worker_id,
+            AddRequest(
+                request_id=name, prompt_token_ids=[1], max_tokens=9,
+                choice_ids=list(choice_ids), owner=owner, policy=policy,
+            ),
+        )  # fmt: skip
+
+    add(1, "a")
+    add(2, "b", "b2")
+    add(1, "c")
+    add(1, "other", owner="other")
+    add(2, "d", "d2", "d3", "d4")
+    assert {name: one.kind for name, one in failed.items()} == {"c": "too_many"} | dict.fromkeys(
+        ["d", "d2", "d3", "d4"], "invalid"
+    )
+    assert "may have 3 at once" in failed["c"].message
+    engine.abort(2, ["b2"])
+    failed.clear()
+    add(1, "e")
+    assert not failed
+    engine.drop_worker(2)
+    add(1, "f")
+    add(1, "g")
+    assert list(failed) == ["g"], "what a lost worker had counts no longer"
+    engine.drop_worker(1)
+    assert len(engine.scheduler.owners) == 0
+
+
+def test_each_step_reports_the_full_owners_and_no_other():
+    engine = engine_with({}, max_num_seqs=2, max_queue_requests=4)
+    for number in range(6):
+        for owner in "ab":
+            name = f"{owner}{number}"
+            request = AddRequest(request_id=name, prompt_token_ids=[1], max_tokens=9, owner=owner)
+            if owner == "a" or number < 1:
+                engine.add(1, request)
+        if number == 1:
+            assert engine.scheduler.schedule() is not None
+    rejections = engine._rejections()
+    assert [one.owner for one in rejections] == ["a"]
+    assert "--max-queue-requests" in rejections[0].message
+
+
+def test_a_long_line_of_one_owner_is_no_long_wait_for_another():
+    failed: dict[str, RequestFailed] = {}
+    engine = engine_with(failed, max_num_seqs=1, max_queue_wait_s=10.0)
+    engine.add(1, AddRequest(request_id="running", prompt_token_ids=[1], max_tokens=9, owner="a"))
+    assert engine.scheduler.schedule() is not None
+    for number in range(50):
+        request = AddRequest(request_id=f"a{number}", prompt_token_ids=[1], max_tokens=9, owner="a")
+        engine.add(1, request)
+    for _ in range(4):
+        engine._wait_estimator.record_run(4.0)
+    engine.add(1, AddRequest(request_id="more", prompt_token_ids=[1], max_tokens=9, owner="a"))
+    engine.add(1, AddRequest(request_id="b", prompt_token_ids=[1], max_tokens=9, owner="b"))
+    assert list(failed) == ["more"]
+    assert "--max-queue-wait" in failed["more"].message
