@@ -106,7 +106,7 @@ class HeldImages(OneTileImages):
         return await super().load(images, deadline)
 
 
-def test_a_key_that_fills_the_worker_gets_429_and_another_is_answered(tmp_path):
+def test_row_03_a_key_that_fills_the_worker_gets_429_and_another_is_answered(tmp_path):
     """Bodies and downloads of one client took a worker's memory without a bound."""
     tokenizer = meta_like_tokenizer()
     settings = ServerSettings(

@@ -93,7 +93,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_failed_image_requests_free_their_bodies_without_a_garbage_collection(tmp_path, way):
+def test_row_49_failed_image_requests_free_their_bodies_without_a_garbage_collection(tmp_path, way):
     """72 requests of 16 oversized pictures, each a correct 400, took the worker to 6.2 GB."""
     file, limits, more = WAYS[way]
     images = ImageSettings(tile_cache_bytes=0, **limits)
@@ -124,7 +124,7 @@ def test_failed_image_requests_free_their_bodies_without_a_garbage_collection(tm
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_memory_after_failed_image_requests_is_that_after_the_first_tenth(tmp_path, count):
+def test_row_49_memory_after_failed_image_requests_is_that_after_the_first_tenth(tmp_path, count):
     """Freed bodies of many sizes stayed in the allocator's heap: 16 MB a request of 16 pictures."""
 
     async def serve_pictures(stack: contextlib.AsyncExitStack) -> int:

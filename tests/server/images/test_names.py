@@ -153,7 +153,7 @@ def silent_fetches(fetcher: ImageFetcher, count: int) -> list[asyncio.Task[bytes
     ]
 
 
-def test_48_silent_names_of_one_key_cost_another_key_nothing(
+def test_row_17_48_silent_names_of_one_key_cost_another_key_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every picture by URL failed for 90 s, with a 400 that blamed the client."""
