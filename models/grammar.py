@@ -28,6 +28,8 @@ from .errors import GrammarError
 MAX_COMPILED = 64
 MAX_COMPILED_BYTES = 786_432
 SILENT = 0
+# How llguidance names a text that is not complete and that no token can extend.
+DEAD_END = "NoExtensionBias"
 _LIMITS = LLParserLimits(max_lexer_states=20_000)
 
 
@@ -39,8 +41,13 @@ class Matcher:
 
     @property
     def has_failed(self) -> bool:
-        """True after the matcher reached a limit or got a token that the grammar forbids."""
+        """True after the matcher reached a limit or a dead end, or got a forbidden token."""
         return bool(self.inner.is_error())
+
+    @property
+    def is_in_dead_end(self) -> bool:
+        """True if it failed because no token can follow, though the text is not complete."""
+        return self.has_failed and self.inner.get_error().startswith(DEAD_END)
 
     def accept(self, token_id: int) -> None:
         """Advance past this token, which the mask allowed."""
@@ -124,10 +131,10 @@ class Grammars:
     def fill(self, matchers: Sequence[Matcher]) -> NDArray[np.uint8]:
         """Which tokens may come next, a bit each, uint8 [num_matchers, ceil(vocab_size / 8)].
 
-        Token i is bit i % 8 of byte i // 8, lowest bit first. A failed matcher allows all tokens:
-        its request ends with this step. Every row allows some token: a complete text may end.
+        Token i is bit i % 8 of byte i // 8, lowest bit first. A row that would allow no token,
+        because its matcher failed, allows one end token alone: its request ends with this step.
         """
-        masks = np.full((len(matchers), -(-self._mask_size // 32)), -1, dtype=np.int32)
+        masks = np.zeros((len(matchers), -(-self._mask_size // 32)), dtype=np.int32)
         at = [(m.inner, row) for row, m in enumerate(matchers) if not m.has_failed]
         if self._executor is None:
             self._executor = LLExecutor()
@@ -137,7 +144,9 @@ class Grammars:
         allowed = masks.view(np.uint8)[:, :num_bytes]
         if num_odd:
             allowed[:, -1] &= (1 << num_odd) - 1
-        allowed[~allowed.any(axis=1)] = 0xFF
+        ends = [one for one in self._end_token_ids if one < self._vocab_size] or [0]
+        if self._vocab_size:
+            allowed[~allowed.any(axis=1), ends[0] // 8] = 1 << ends[0] % 8
         return allowed
 
 

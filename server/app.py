@@ -34,7 +34,7 @@ from .admission.rate_limits import RateLimits
 from .api.ignored_fields import name_ignored
 from .api.openapi import document
 from .api.response_store import IN_MEMORY, ResponseStore
-from .api.services import Services, json_response
+from .api.services import Services, json_response, services_of
 from .errors import ApiError, InternalError, error_body, type_of_status
 from .generation.engine_connection import EngineConnection
 from .generation.generator import Engine, Generator, Images
@@ -366,7 +366,7 @@ def _add_middleware(app: Sanic[Any, Any], settings: ServerSettings, access: Acce
         record = record_of(request)
         if record is not None:
             response.headers["X-Request-Id"] = record.request_id
-        name_ignored(request, response)
+        name_ignored(request, response, services_of(request).metrics.count_ignored_field)
         access.mark(request, response)
 
 

@@ -2,6 +2,7 @@
 
     ApiError
     |- BadRequestError         400  the client's own mistake
+    |  `- DeadEndError           the form of the answer cannot be completed
     |- AuthenticationError     401  the API key is missing or wrong
     |- NotFoundError           404  nothing of that id is kept here
     |  `- ModelNotFoundError   404  the model is not served here
@@ -67,6 +68,19 @@ class ApiError(Exception):
 class BadRequestError(ApiError):
     status = 400
     type = "invalid_request_error"
+
+
+class DeadEndError(BadRequestError):
+    """No token can follow the answer so far, though the form that `field` asks for wants more."""
+
+    code = "form_dead_end"
+
+    def __init__(self, field: str) -> None:
+        super().__init__(
+            f"{field} has a dead end: no token can follow the answer so far, and it is not complete"
+            " yet. Change the form so that every text that it begins can be completed",
+            param=field,
+        )
 
 
 class AuthenticationError(ApiError):

@@ -12,6 +12,9 @@ from urllib.parse import quote
 
 from sanic import HTTPResponse, Request
 
+from ..schemas.decoding import MAX_NAMED_FIELDS
+from ..telemetry.request_record import record_of
+
 logger = logging.getLogger(__name__)
 
 HEADER = "X-Ignored-Fields"
@@ -26,7 +29,8 @@ def report_ignored(request: Request, fields: Sequence[str], count: Callable[[str
 
     fields: paths such as `messages[0].foo`. count: called with the name of each.
     """
-    request.ctx.ignored_fields = fields
+    known = getattr(request.ctx, "ignored_fields", ())
+    request.ctx.ignored_fields = [*known, *fields][:MAX_NAMED_FIELDS]
     for field in fields:
         name = _INDEX.sub("[]", field)
         count(name.rpartition(".")[2])
@@ -37,8 +41,15 @@ def report_ignored(request: Request, fields: Sequence[str], count: Callable[[str
             )
 
 
-def name_ignored(request: Request, response: HTTPResponse) -> None:
-    """Name in the answer's header the fields that this request had and the server dropped."""
+def name_ignored(request: Request, response: HTTPResponse, count: Callable[[str], None]) -> None:
+    """Name in the answer's header the fields that this request had and the server dropped.
+
+    Those of a form are reported here, as they are found when its grammar is made.
+    """
+    record = record_of(request)
+    if record is not None and record.ignored_fields:
+        report_ignored(request, record.ignored_fields[:MAX_NAMED_FIELDS], count)
+        record.ignored_fields = []
     fields = getattr(request.ctx, "ignored_fields", ())
     if fields:
         # A name may hold any character; a header may not.

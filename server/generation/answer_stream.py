@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ...router.messages import AddRequest, SequenceOutput
-from ..errors import InternalError
+from ..errors import DeadEndError, InternalError
 from ..prompts.processor import Processor
 from .detokenizer import Detokenizer, Piece, StopStrings
 from .events import (
@@ -122,7 +122,7 @@ class AnswerStream:
     """Turns the engine's outputs for one choice into events.
 
     tool_parser: finds calls in the text; None: there are no calls, only text. keeps_stop: a stop
-    string that ends the answer is its last text.
+    string that ends the answer is its last text. form: the field of the form that it must have.
     """
 
     def __init__(
@@ -135,7 +135,9 @@ class AnswerStream:
         tool_parser: ToolCallParser | None = None,
         *,
         keeps_stop: bool = False,
+        form: str = "",
     ) -> None:
+        self._form = form
         self._choice = choice
         self._keeps_stop = keeps_stop
         self._text = Detokenizer(processor.tokenizer, processor.special_ids)
@@ -155,8 +157,11 @@ class AnswerStream:
 
         The token that completes a stop string, or the last allowed call, ends the answer: later
         tokens of the same output are neither returned nor counted.
-        Raises InternalError if the engine aborted the request.
+        Raises DeadEndError if no token can follow in its form; InternalError if the engine aborted
+        the request.
         """
+        if output.finish_reason == "abort" and self._form:
+            raise DeadEndError(self._form)
         if output.finish_reason == "abort":
             raise InternalError("the engine aborted the request")
         self._num_cached += output.num_cached_tokens  # reported once, with the first output

@@ -27,6 +27,7 @@ from ..admission.lanes import Lanes
 from ..errors import (
     ApiError,
     BadRequestError,
+    DeadEndError,
     DeadlineError,
     InternalError,
     NotReadyError,
@@ -141,6 +142,11 @@ class Generator:
         except EngineError as error:
             timer.fail()
             raise api_error_of(error) from error
+        except DeadEndError as error:
+            timer.fail()
+            self._metrics.form_dead_ends.inc()
+            logger.warning("a request failed: %s", error.message)
+            raise
         except DeadlineError:
             timer.fail()
             raise
@@ -211,6 +217,7 @@ class Generator:
                 choice,
                 _tool_parser(prepared),
                 keeps_stop=prepared.keeps_stop,
+                form=prepared.form,
             )
             for choice, (request, answer_id) in enumerate(pairs)
         }

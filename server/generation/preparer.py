@@ -80,6 +80,7 @@ class PreparedGeneration:
     max_tool_calls: int | None = None
     keeps_stop: bool = False
     on_tokens: Callable[[int], None] = _ignore
+    form: str = ""
 
     @property
     def answer_ids(self) -> list[str]:
@@ -138,6 +139,7 @@ class Preparer:
             tool_names=tuple(tool.name for tool in request.tools),
             max_tool_calls=request.max_tool_calls,
             keeps_stop=request.keeps_stop,
+            form=request.grammar_field,
         )
 
     async def _added(
@@ -172,9 +174,16 @@ class Preparer:
         """The request's grammar as the engine takes it. Raises BadRequestError."""
         if request.grammar is None:
             return None
-        return await self._grammar_checks.check(
-            request.grammar, request.grammar_field, request.tenant, request.owner
-        )
+        current_record().ignored_fields += request.ignored_fields
+        whose = (request.tenant, request.owner)
+        check = self._grammar_checks.check
+        try:
+            return await check(request.grammar, request.grammar_field, *whose)
+        except BadRequestError:
+            # Of several schemas, such as those of tools, the error names the one at fault.
+            for grammar, field in request.grammar_parts:
+                await check(grammar, field, *whose)
+            raise
 
     async def _prompts(
         self, request: GenerationRequest, info: EngineReady

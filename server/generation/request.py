@@ -45,7 +45,8 @@ class GenerationRequest:
     keeps_stop: a stop string that ends the answer stays in its text.
     tools: what the model is told of and may call, in which format; max_tool_calls: the
     answer ends with that many, None for no bound. grammar: what texts the answer may
-    be, not compiled yet, and the field that said so.
+    be, not compiled yet, and the field that said so. grammar_parts: schemas within it,
+    each alone, with their fields. ignored_fields: of the form, those that it does not obey.
     """
 
     sampling: SamplingParams
@@ -73,6 +74,8 @@ class GenerationRequest:
     max_tool_calls: int | None = None
     grammar: str | None = None
     grammar_field: str = ""
+    grammar_parts: tuple[tuple[str, str], ...] = ()
+    ignored_fields: tuple[str, ...] = ()
 
 
 def sampling_params(

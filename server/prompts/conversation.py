@@ -61,7 +61,7 @@ class Tool:
         """The JSON schema of the arguments, an object in any case."""
         if self.parameters is None:
             return {"type": "object", "properties": {}, "additionalProperties": False}
-        return {"type": "object"} | self.parameters
+        return self.parameters | {"type": "object"}
 
 
 @dataclass(slots=True, frozen=True)

@@ -20,6 +20,7 @@ from ..structured_output.grammar_text import (
     json_schema_grammar,
     regex_grammar,
 )
+from ..structured_output.plain_schema import plain_schema
 from ..structured_output.tool_call_grammar import calls_grammar
 
 ONE_TEXT = msgspec.Meta(extra_json_schema={"minProperties": 1, "maxProperties": 1})
@@ -76,10 +77,16 @@ class Guided(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Form(msgspec.Struct, frozen=True):
-    """A grammar, not compiled yet, and the field that it came in."""
+    """A grammar, not compiled yet, and the field that it came in.
+
+    parts: schemas within it, each as a grammar with its field. ignored: paths of keywords that it
+    does not obey.
+    """
 
     grammar: str
     field: str
+    parts: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 def response_form(response_format: ResponseFormat | None) -> list[Form]:
@@ -88,19 +95,20 @@ def response_form(response_format: ResponseFormat | None) -> list[Form]:
         return [Form(json_object_grammar(), "response_format")]
     if isinstance(response_format, JsonSchemaFormat):
         field = "response_format.json_schema.schema"
-        return [Form(_schema_grammar(response_format.json_schema.schema, field), field)]
+        return [schema_form(response_format.json_schema.schema, field)]
     return []
 
 
 def guided_forms(guided: Guided, prefix: str = "") -> list[Form]:
     """What the guided fields ask for, one form for each that is set."""
     makers: dict[str, Callable[[Any, str], str]] = {
-        "guided_json": _guided_json,
         "guided_regex": regex_grammar,
         "guided_choice": choice_grammar,
         "guided_grammar": ebnf_grammar,
     }
     forms = []
+    if guided.guided_json is not None:
+        forms.append(_guided_json(guided.guided_json, f"{prefix}guided_json"))
     for name, make in makers.items():
         value = getattr(guided, name)
         if value is not None:
@@ -112,7 +120,7 @@ def stack_form(response_format: StackFormat | None) -> list[Form]:
     """What Llama Stack's field asks for: nothing or one form."""
     if isinstance(response_format, StackSchemaFormat):
         field = "response_format.json_schema"
-        return [Form(json_schema_grammar(response_format.json_schema, field), field)]
+        return [schema_form(response_format.json_schema, field)]
     if isinstance(response_format, StackGrammarFormat):
         field, bnf = "response_format.bnf", response_format.bnf
         texts = [bnf] if isinstance(bnf, str) else list(bnf.values())
@@ -127,12 +135,25 @@ def call_form(
     choice: str | None,
     max_calls: int | None = None,
     tool_format: ToolFormat = "json",
+    schema_field: str = "tools[{}].function.parameters",
 ) -> list[Form]:
-    """The form of calls where tool_choice asks for some: of any tool, or of the named one."""
+    """The form of calls where tool_choice asks for some: of any tool, or of the named one.
+
+    schema_field: where the schema of each tool stands, by its number.
+    """
     if choice in (None, "auto", "none"):
         return []
-    named = [tool for tool in tools if choice in ("required", tool.name)]
-    return [Form(calls_grammar(named, max_calls, tool_format), "tool_choice")]
+    named = [(i, tool) for i, tool in enumerate(tools) if choice in ("required", tool.name)]
+    parts = [schema_form(tool.schema, schema_field.format(i)) for i, tool in named]
+    grammar = calls_grammar([tool for _, tool in named], max_calls, tool_format)
+    return [
+        Form(
+            grammar,
+            "tool_choice",
+            tuple((part.grammar, part.field) for part in parts),
+            tuple(path for part in parts for path in part.ignored),
+        )
+    ]
 
 
 def only_form(forms: list[Form]) -> Form | None:
@@ -146,18 +167,22 @@ def only_form(forms: list[Form]) -> Form | None:
     return forms[0] if forms else None
 
 
-def _guided_json(value: str | dict[str, Any], field: str) -> str:
+def _guided_json(value: str | dict[str, Any], field: str) -> Form:
     if isinstance(value, dict):
-        return json_schema_grammar(value, field)
+        return schema_form(value, field)
     try:
-        return _schema_grammar(msgspec.json.decode(value, type=dict[str, Any] | bool), field)
+        return schema_form(msgspec.json.decode(value, type=dict[str, Any] | bool), field)
     except (msgspec.MsgspecError, RecursionError):
         raise BadRequestError(
             f"{field} is not a JSON schema: send an object", param=field
         ) from None
 
 
-def _schema_grammar(schema: dict[str, Any] | bool, field: str) -> str:
+def schema_form(schema: dict[str, Any] | bool, field: str) -> Form:
+    """The form of the JSON texts that a schema describes. Raises BadRequestError."""
     if schema is False:
         raise BadRequestError(f"{field} is false, which no answer fulfils", param=field)
-    return json_schema_grammar({} if schema is True else schema, field)
+    whole = {} if schema is True else schema
+    grammar = json_schema_grammar(whole, field)
+    _, ignored = plain_schema(whole, field)
+    return Form(grammar, field, ignored=tuple(ignored))

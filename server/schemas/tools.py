@@ -123,7 +123,8 @@ def tool_of(
 
 def check_schema(parameters: dict[str, Any], field: str) -> None:
     """Raises BadRequestError if the schema is no object's, too long or too deep."""
-    if parameters.get("type", "object") != "object":
+    kind = parameters.get("type") or "object"
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         raise BadRequestError(f'{field}.type is not "object": arguments have names', param=field)
     _check_depth(parameters, field)
     num_bytes = len(msgspec.json.encode(parameters))

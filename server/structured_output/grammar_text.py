@@ -16,6 +16,8 @@ import msgspec
 
 from ..errors import BadRequestError
 from .json_depth import nests_deeper_than
+from .plain_schema import plain_schema
+from .regex_dialect import lark_with_ascii_classes
 
 MAX_GRAMMAR_BYTES = 65_536
 MAX_CHOICES = 1_024
@@ -43,7 +45,8 @@ def json_schema_grammar(schema: dict[str, Any], field: str = "schema") -> str:
             f"{field} is nested more than {MAX_SCHEMA_DEPTH} deep: define parts of it in $defs",
             param=field,
         )
-    return _one_grammar("json_schema", with_bounded_blanks(schema, field, field), field)
+    plain, _ = plain_schema(schema)
+    return _one_grammar("json_schema", with_bounded_blanks(plain, field, field), field)
 
 
 def with_bounded_blanks(schema: dict[str, Any], name: str, field: str) -> dict[str, Any]:
@@ -68,6 +71,7 @@ def regex_grammar(regex: str, field: str = "regex") -> str:
     if not regex:
         raise BadRequestError(f"{field} is empty: leave it out", param=field)
     _check_text(regex, field)
+    # Translated by `lark_grammar`, like every regex of a grammar.
     return lark_grammar(f"start: /{_in_slashes(regex)}/", field)
 
 
@@ -102,7 +106,7 @@ def _checked_lark_grammar(text: str, field: str) -> str:
             ' if you mean its letters, as in "<b>"',
             param=field,
         )
-    return _one_grammar("lark_grammar", text, field)
+    return _one_grammar("lark_grammar", lark_with_ascii_classes(text), field)
 
 
 def ebnf_grammar(text: str, field: str = "grammar") -> str:

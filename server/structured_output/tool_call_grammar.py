@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from ..prompts.conversation import Tool, ToolFormat
 from .grammar_text import lark_grammar, quoted, with_bounded_blanks
+from .plain_schema import plain_schema
 
 # So that a model which sees no end comes to one.
 MAX_CALLS = 16
@@ -47,4 +48,5 @@ def _around(tool: Tool, is_tagged: bool) -> tuple[str, str]:
 
 
 def _schema(tool: Tool) -> str:
-    return json.dumps(with_bounded_blanks(tool.schema, f"the parameters of {tool.name}", "tools"))
+    plain, _ = plain_schema(tool.schema)
+    return json.dumps(with_bounded_blanks(plain, f"the parameters of {tool.name}", "tools"))

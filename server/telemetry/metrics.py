@@ -218,6 +218,10 @@ class Metrics:
             "HTTP requests that ended. status=499: the client closed the connection.",
             ["method", "route", "status"],
         )
+        self.form_dead_ends = self._counter(
+            "vlmserve_form_dead_ends",
+            "Answers that failed because no token could follow in their form.",
+        )
         self.ignored_fields = self._counter(
             "vlmserve_ignored_fields",
             "Unknown request fields that the server dropped. field=other: a name that is not in "

@@ -32,6 +32,7 @@ class RequestRecord:
     route: the pattern of the route, never the requested path. traceparent, tracestate: as the
     client sent them, used for the trace only. queue_s: measured by the engine. A request of
     several prompts sums tokens and images, and keeps the first queue time and first token.
+    ignored_fields: of a form that could not be obeyed in full.
     """
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -53,6 +54,7 @@ class RequestRecord:
     completion_tokens: int = 0
     num_images: int = 0
     finish_reasons: list[str] = field(default_factory=list)
+    ignored_fields: list[str] = field(default_factory=list)
     is_handled: bool = False
 
     @classmethod

@@ -216,7 +216,9 @@ def messages_generation(body: MessagesRequest) -> GenerationRequest:
     refuse_unless_neutral(body, REFUSED)
     tools = offered_tools(body)
     max_calls = 1 if getattr(body.tool_choice, "disable_parallel_tool_use", None) else None
-    form = only_form(call_form(tools, _choice_of(body), max_calls))
+    form = only_form(
+        call_form(tools, _choice_of(body), max_calls, schema_field="tools[{}].input_schema")
+    )
     # top_p 0 keeps the most likely token alone: greedy.
     temperature = 0.0 if body.top_p == 0 else body.temperature
     return GenerationRequest(
@@ -224,6 +226,8 @@ def messages_generation(body: MessagesRequest) -> GenerationRequest:
         tools=tools,
         grammar=form.grammar if form else None,
         grammar_field=form.field if form else "",
+        grammar_parts=form.parts if form else (),
+        ignored_fields=form.ignored if form else (),
         max_tool_calls=max_calls,
         sampling=sampling_params(temperature, body.top_p or None, body.top_k, None),
         max_tokens=body.max_tokens,

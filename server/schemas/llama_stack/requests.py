@@ -168,13 +168,15 @@ def stack_generation(body: StackChatRequest) -> GenerationRequest:
     one_setting(body.tool_prompt_format, config.tool_prompt_format, "tool_prompt_format", "json")
     tool_format = config.tool_prompt_format or body.tool_prompt_format or "json"
     tools = offered_tools(stack_tools(body.tools), choice)
-    call = call_form(tools, choice, tool_format=tool_format)
+    call = call_form(tools, choice, tool_format=tool_format, schema_field="tools[{}].parameters")
     form = only_form([*stack_form(body.response_format), *call])
     return GenerationRequest(
         messages=messages,
         tools=tools,
         grammar=form.grammar if form else None,
         grammar_field=form.field if form else "",
+        grammar_parts=form.parts if form else (),
+        ignored_fields=form.ignored if form else (),
         tool_format=tool_format,
         sampling=msgspec.structs.replace(
             _sampling(params),

@@ -127,6 +127,8 @@ def chat_generation(body: ChatCompletionRequest) -> GenerationRequest:
         tools=tools,
         grammar=form.grammar if form else None,
         grammar_field=form.field if form else "",
+        grammar_parts=form.parts if form else (),
+        ignored_fields=form.ignored if form else (),
         max_tool_calls=max_calls,
         sampling=sampling_of(body, _num_logprobs(body)),
         max_tokens=_max_tokens(body),

@@ -105,6 +105,8 @@ def completion_generation(body: CompletionRequest) -> GenerationRequest:
         has_seed=body.seed is not None,
         grammar=form.grammar if form else None,
         grammar_field=form.field if form else "",
+        grammar_parts=form.parts if form else (),
+        ignored_fields=form.ignored if form else (),
         sampling=sampling_of(body, body.logprobs),
         # The engine generates at least one token, which is then not told of.
         max_tokens=1 if body.is_echo_only else body.max_tokens,

@@ -14,12 +14,12 @@ import msgspec
 from ...errors import BadRequestError
 from ...generation.request import GenerationRequest, sampling_params
 from ...prompts.conversation import ImagePart, Message, Part, Role, TextPart, Tool, ToolCall
-from ...structured_output.grammar_text import json_object_grammar, json_schema_grammar
+from ...structured_output.grammar_text import json_object_grammar
 from .. import rules
 from ..decoding import ModelName, no_nul
 from ..rules import all_of
 from ..sampling import MaxTokens, Neutral, NumTop, only_neutral, refuse_unless_neutral
-from ..structured import Form, call_form, only_form
+from ..structured import Form, call_form, only_form, schema_form
 from ..tools import (
     MAX_TOOLS,
     CallId,
@@ -180,6 +180,7 @@ REFUSED: dict[str, Neutral] = {
     "truncation": Neutral(("disabled",), "shorten the input yourself"),
 }
 WITHOUT_EFFECT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "user"})
+_SCHEMA_FIELD = "tools[{}].parameters"
 LOGPROBS = "message.output_text.logprobs"
 
 
@@ -255,7 +256,10 @@ def responses_generation(
     refuse_unless_neutral(body, REFUSED)
     tools = _offered_tools(body)
     max_calls = 1 if body.parallel_tool_calls is False else body.max_tool_calls
-    forms = [*_text_forms(body.text), *call_form(tools, _choice_of(body), max_calls)]
+    forms = [
+        *_text_forms(body.text),
+        *call_form(tools, _choice_of(body), max_calls, schema_field=_SCHEMA_FIELD),
+    ]
     form = only_form(forms)
     # top_p 0 keeps the most likely token alone: greedy.
     temperature = 0.0 if body.top_p == 0 else body.temperature
@@ -265,6 +269,8 @@ def responses_generation(
         tools=tools,
         grammar=form.grammar if form else None,
         grammar_field=form.field if form else "",
+        grammar_parts=form.parts if form else (),
+        ignored_fields=form.ignored if form else (),
         max_tool_calls=max_calls,
         sampling=msgspec.structs.replace(sampling, num_logprobs=body.num_logprobs),
         max_tokens=body.max_output_tokens,
@@ -278,7 +284,7 @@ def _text_forms(text: TextSettings | None) -> list[Form]:
         return [Form(json_object_grammar(), "text.format")]
     if isinstance(wanted, JsonSchemaOfResponse):
         field = "text.format.schema"
-        return [Form(json_schema_grammar(wanted.schema, field), field)]
+        return [schema_form(wanted.schema, field)]
     return []
 
 

@@ -301,12 +301,23 @@ def test_copies_of_a_matcher_go_their_own_ways():
     assert not (allowed_by(one, first) == before).all()
 
 
-def test_a_token_that_the_grammar_forbids_fails_the_matcher_and_masks_nothing_after():
+def test_a_token_that_the_grammar_forbids_fails_the_matcher_and_allows_no_text_after():
     one = grammars()
     matcher = one.compile(regex_grammar("a"), EOS)
     matcher.accept(int(np.flatnonzero(~allowed_by(one, matcher))[0]))
     assert matcher.has_failed
-    assert allowed_by(one, matcher).all()
+    assert not matcher.is_in_dead_end
+    assert np.flatnonzero(allowed_by(one, matcher)).tolist() == EOS[:1]
+
+
+@pytest.mark.parametrize("grammar", ["a[^\\s\\S]", "[^\\s\\S]"])
+def test_a_dead_end_allows_no_text(grammar):
+    """An empty mask used to allow every token."""
+    one = grammars()
+    matcher = one.compile(regex_grammar(grammar), EOS)
+    assert np.flatnonzero(allowed_by(one, matcher)).tolist() == EOS[:1]
+    assert matcher.has_failed
+    assert matcher.is_in_dead_end
 
 
 def test_a_grammar_that_does_not_compile_says_why_in_one_line():
