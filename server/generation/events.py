@@ -6,7 +6,7 @@ and one Finish for each choice, then one End. Knows nothing of prompts, images o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .token_text import PromptEntries, TokenEntry, TokenText
@@ -36,7 +36,7 @@ class TextDelta:
     text: str
     logprobs: tuple[TokenEntry, ...] = ()
     choice: int = 0
-    num_tokens: int = 0
+    num_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,7 +70,7 @@ class ToolCallDelta:
     whole: AnsweredCall | None = None
     logprobs: tuple[TokenEntry, ...] = ()
     choice: int = 0
-    num_tokens: int = 0
+    num_tokens: int = field(default=0, compare=False)
 
 
 FinishReason = Literal["stop", "length", "tool_calls"]

@@ -33,7 +33,7 @@ BODY = {"model": MODEL, "messages": [{"role": "user", "content": "What"}]}
 def no_grammar_is_compiled(monkeypatch):
     """The small tokenizer takes none. Those that name `bad` do not compile."""
 
-    async def check(self, grammar, field, tenant):
+    async def check(self, grammar, field, *_):
         if "bad" in grammar:
             raise BadRequestError(f"{field} cannot be compiled", param=field)
         return grammar

@@ -127,7 +127,7 @@ async def errors_of(form):
     try:
         for grammar, field in ((form.grammar, form.field), *form.parts):
             try:
-                await checks.check(grammar, field, "")
+                await checks.check(grammar, field, "", "")
             except BadRequestError as error:
                 errors.append(error.param)
     finally:
