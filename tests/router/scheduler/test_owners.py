@@ -106,6 +106,21 @@ def test_weights_of_3_to_1_divide_the_tokens_of_a_thousand_requests_3_to_1():
     bench.assert_all_free()
 
 
+def test_shares_cost_at_most_three_percent_of_the_steps():
+    def num_steps(owners: str) -> int:
+        bench = Bench(pools=PoolSizes(4096, 8, 4), max_num_seqs=16, max_num_batched_tokens=64)
+        for number in range(300):
+            bench.add(request_of(f"r{number}", owners[number % len(owners)], 4 + number % 9, 20))
+        count = 0
+        while bench.step() is not None:
+            count += 1
+        return count
+
+    alone = num_steps("a")
+    for owners in ("ab", "abbb", "abcdefgh"):
+        assert num_steps(owners) <= 1.03 * alone
+
+
 def test_an_owner_of_many_small_requests_gets_no_more_than_one_of_few_large_ones():
     bench = Bench(pools=PoolSizes(4096, 8, 4), max_num_seqs=8, max_num_batched_tokens=32)
     for number in range(600):
