@@ -277,7 +277,8 @@ class ModelInfo:
     """What the router needs to know about a loaded model.
 
     image_cost_tokens: how many prompt tokens take as long to compute as one image to encode; 0 if
-    unknown. num_image_layers: in how many parts an image can be encoded.
+    unknown. num_image_layers: in how many parts an image can be encoded. max_memory_bytes: memory
+    of the process, requests that wait not included; 0 if unknown.
     """
 
     vocab_size: int
@@ -289,3 +290,4 @@ class ModelInfo:
     pools: PoolSizes
     image_cost_tokens: int = 0
     num_image_layers: int = 1
+    max_memory_bytes: int = 0

@@ -21,12 +21,13 @@ from .execution.graphs.eligibility import why_not
 from .execution.graphs.recorder import CudaRecorder
 from .execution.runner import ModelRunner, set_threads
 from .kv_cache.paged_cache import tile_bytes, token_bytes
-from .kv_cache.pool_sizes import PoolRequest, wanted_len
-from .malloc import keep_freed_buffers
+from .kv_cache.pool_sizes import PoolPlan, PoolRequest, wanted_len
+from .malloc import SLACK_BYTES, keep_freed_buffers, private_bytes
 from .memory.available import AvailableMemory, AvailableMemoryOf, available_memory
 from .memory.fit import Plan, check_fits, needs_of
 from .memory.peak_step import StepLimits
 from .memory.sizing import MemoryReadings, size_pools
+from .settings.byte_text import shown_bytes
 from .settings.runner_config import RunnerConfig
 from .tensor_parallel.group import Group
 from .weights.device_map import (
@@ -99,7 +100,23 @@ def create_runner(
     if reason is not None:
         logger.info("decode graphs: none (%s)", reason)
     keep_freed_buffers()  # last, because pools take memory only when they are written
+    if loaded.device.type == "cpu":
+        runner.bound_memory(_most_bytes(plan, sized))
     return runner
+
+
+def _most_bytes(plan: Plan, sized: PoolPlan) -> int:
+    """The memory of a CPU's process: what it has now, both pools in full, a step, and a slack."""
+    sizes, pools = sized.sizes, plan.pools
+    text_bytes = sizes.num_text_blocks * sizes.block_size * pools.token_bytes
+    image_bytes = sizes.num_image_blocks * pools.tile_bytes
+    now, step = private_bytes(), needs_of(plan).peak.most
+    logger.info(
+        "this process takes at most %s: %s now, caches %s, a step %s, others %s",
+        *map(shown_bytes, (now + text_bytes + image_bytes + step + SLACK_BYTES, now,
+                           text_bytes + image_bytes, step, SLACK_BYTES)),
+    )  # fmt: skip
+    return now + text_bytes + image_bytes + step + SLACK_BYTES
 
 
 def _record_graphs(runner: ModelRunner, max_num_seqs: int, device: torch.device) -> str | None:

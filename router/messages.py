@@ -115,7 +115,10 @@ class EngineStats(msgspec.Struct, kw_only=True):
 
 
 class EngineReady(msgspec.Struct, tag="ready", kw_only=True):
-    """Sent to every worker when it connects and the model is loaded."""
+    """Sent to every worker when it connects and the model is loaded.
+
+    max_memory_bytes: what the engine's process takes of the machine's memory at most; 0 if unknown.
+    """
 
     pid: int
     max_model_len: Positive
@@ -125,6 +128,7 @@ class EngineReady(msgspec.Struct, tag="ready", kw_only=True):
     dtype: str
     num_text_tokens: NonNegative
     num_image_tiles: NonNegative
+    max_memory_bytes: NonNegative = 0
 
 
 class SequenceOutput(msgspec.Struct, kw_only=True):

@@ -31,6 +31,7 @@ from .admission.bytes_in_flight import (
 )
 from .admission.lanes import GRAMMARS, IMAGE_DECODERS, IMAGE_FETCHES, NAME_LOOKUPS, Lanes
 from .admission.rate_limits import RateLimits
+from .admission.worker_memory import WorkerMemory
 from .api.ignored_fields import name_ignored
 from .api.openapi import document
 from .api.response_store import IN_MEMORY, ResponseStore
@@ -138,7 +139,8 @@ def build_app(
     for group in ROUTES:
         app.blueprint(group.blueprint())
     app.ctx.document = functools.cache(lambda: _document(settings))
-    _add_middleware(app, settings, access)
+    memory = WorkerMemory(settings.max_memory_bytes, lambda: services.generator.num_open)
+    _add_middleware(app, settings, access, memory)
     app.exception(Exception)(answer_error)
     return app
 
@@ -351,14 +353,20 @@ def _of_sanic(error: SanicException) -> ApiError:
     return converted
 
 
-def _add_middleware(app: Sanic[Any, Any], settings: ServerSettings, access: Access) -> None:
+def _add_middleware(
+    app: Sanic[Any, Any], settings: ServerSettings, access: Access, memory: WorkerMemory
+) -> None:
     # Before routing, so that the head is judged before any byte of the body is kept.
     @app.signal("http.routing.before")
     async def admit(request: Request) -> None:
         access.check(request)
         owner: bytes = getattr(request.ctx, "key_owner", b"")
         set_current_reservation(app.ctx.bytes_in_flight.reserve(owner.hex()))
-        await receive_body(request, settings.request_timeout_s)
+        if request.method == "POST":
+            with memory.receiving(int(request.headers.get("content-length", 0))):
+                await receive_body(request, settings.request_timeout_s)
+        else:
+            await receive_body(request, settings.request_timeout_s)
         await check_json_text(request.body)
 
     @app.on_response

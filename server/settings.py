@@ -158,6 +158,16 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             HTTP,
         ),
     ] = 2_147_483_648
+    max_memory_bytes: Annotated[
+        Positive | None,
+        Option(
+            "Memory of a worker above which new requests get a 503, such as 2GiB. Default: 15 % of "
+            "the memory that is available at the start, divided by --workers; at least 1 GiB.",
+            HTTP,
+            name="max-memory-worker",
+            metavar="BYTES",
+        ),
+    ] = None
     max_num_seqs: Positive = 64
     max_answers_per_request: Annotated[
         Positive | None,

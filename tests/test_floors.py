@@ -48,6 +48,9 @@ SERVER_MAY_IMPORT = {
     # Whether a config.json is of a model that is served: known before weights are downloaded.
     "vlmserve.models.checkpoint",
     "vlmserve.models.errors",
+    # What the machine and its control groups leave, for a worker's limit: no tensors.
+    "vlmserve.models.memory",
+    "vlmserve.models.memory.host_memory",
     # What a worker does with freed bodies: settings of the C library's allocator.
     "vlmserve.models.malloc",
     # Headers of weights, so that a damaged file is refused before torch is imported.

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -46,6 +47,7 @@ from ..kv_cache.paged_cache import (
 )
 from ..kv_cache.pool_sizes import PoolPlan
 from ..kv_cache.step_inputs import PreparedRows, StepInputs, image_slots, pack
+from ..malloc import KeptMemory
 from ..sampling.logprobs import RawLogprobs, prompt_logprobs
 from ..sampling.sampler import Masks, Sampled, sample
 from ..vision.encoder import VisionEncoder
@@ -92,6 +94,7 @@ class ModelRunner:
         self.grammars = Grammars(loaded.folder, config.vocab_size)
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._prepared: PreparedRows | None = None
+        self._kept_memory: KeptMemory | None = None
         self._num_embeddings = self._text_model.embed_tokens.num_embeddings
         self.pools: KVPools = allocate_pools(
             config,
@@ -112,6 +115,11 @@ class ModelRunner:
             image_cost_tokens=image_cost_tokens(self.config),
             num_image_layers=self._vision.num_layers,
         )
+
+    def bound_memory(self, limit_bytes: int) -> None:
+        """From now on return freed memory while the process has more than this, and report it."""
+        self._kept_memory = KeptMemory(limit_bytes)
+        self.info = replace(self.info, max_memory_bytes=limit_bytes)
 
     @property
     def num_layers_started(self) -> int:
@@ -164,10 +172,13 @@ class ModelRunner:
         its blocks are then undefined. Raises DeviceLostError if no later step can be computed.
         """
         try:
-            return self._execute(batch, on_launch)
+            result = self._execute(batch, on_launch)
         except Exception as error:
             raise_if_lost(self._loaded.placement.devices(), error)
             raise
+        if self._kept_memory is not None:
+            self._kept_memory.after_step()
+        return result
 
     def _execute(self, batch: StepBatch, on_launch: OnLaunch) -> StepResult:
         prepared, self._prepared = self._prepared, None

@@ -2,6 +2,7 @@
 
 In the order in which to read them:
 
+    host_memory  how much memory the machine and its control groups leave; no torch
     available    how much memory a device has for this process
     estimate     bytes of the weights and of one step, by arithmetic
     fit          compares both before a weight is read, and gives advice

@@ -356,7 +356,13 @@ class Engine:
             dtype=info.dtype,
             num_text_tokens=info.pools.num_text_blocks * info.pools.block_size,
             num_image_tiles=info.pools.num_image_blocks,
+            max_memory_bytes=self._most_bytes(),
         )
+
+    def _most_bytes(self) -> int:
+        """With the images of all requests that may wait; 0 if the runner's part is unknown."""
+        runner_bytes = self._runner.info.max_memory_bytes
+        return runner_bytes + self._config.max_queue_bytes if runner_bytes else 0
 
     def stats(self) -> EngineStats:
         """Counts at this moment, for metrics."""

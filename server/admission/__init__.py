@@ -7,4 +7,5 @@ Read in this order:
     bytes_in_flight  the bytes of bodies and downloads that open requests keep, shared by keys
     key_file         the API keys, and what each may do
     rate_limits      requests and tokens a minute of each key
+    worker_memory    no admission while the worker uses too much memory
 """

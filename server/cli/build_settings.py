@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
+from ...models.memory.host_memory import available_cpu_memory
 from ...models.settings.option_parser import settings_from
 from ...router.config import EngineConfig
 from ..settings import ServerSettings
@@ -17,6 +20,10 @@ from ..supervisor.settings import SupervisorSettings
 from .model_source import resolve_model
 from .start_options import StartOptions
 from .startup_checks import absolute, check_access, check_files, trace_settings
+
+# An engine on a CPU takes 80 % (models/memory/available.py); the rest is for decoders and others.
+WORKERS_SHARE = 0.15
+LEAST_WORKER_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +59,17 @@ def build_settings(values: Mapping[str, Any]) -> AllSettings:
     )
     check_access(server)
     check_files(server)
-    return AllSettings(start, engine, server, settings_from(SupervisorSettings, values))
+    supervisor = settings_from(SupervisorSettings, values)
+    if server.max_memory_bytes is None:
+        limit = default_worker_memory(supervisor.num_workers)
+        server = msgspec.structs.replace(server, max_memory_bytes=limit)
+    return AllSettings(start, engine, server, supervisor)
+
+
+def default_worker_memory(num_workers: int) -> int:
+    """The bytes at which a worker ends admission, unless the option sets them."""
+    available = available_cpu_memory().num_bytes
+    return max(LEAST_WORKER_BYTES, int(available * WORKERS_SHARE) // num_workers)
 
 
 def _names(given: Sequence[str] | None) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import typer
 
 from ... import __version__
+from ...models.settings.byte_text import shown_bytes
 from ...models.settings.option_parser import GroupedHelp, command_of
 from ...router.config import EngineConfig
 from ...router.messages import EngineReady
@@ -81,14 +82,15 @@ def serve(values: dict[str, Any]) -> None:
     url = f"{scheme}://{_shown_host(settings.start.host)}:{listener.getsockname()[1]}"
     with listener:
         supervisor = Supervisor(
-            settings.engine, settings.server, listener, partial(_say_ready, url, name),
+            settings.engine, settings.server, listener, partial(_say_ready, url, settings.server),
             settings.supervisor,
         )  # fmt: skip
         raise typer.Exit(asyncio.run(supervisor.run()))
 
 
-def _say_ready(url: str, name: str, infos: Sequence[EngineReady]) -> None:
-    """Log the URL, and the device and cache size of each engine."""
+def _say_ready(url: str, settings: ServerSettings, infos: Sequence[EngineReady]) -> None:
+    """Log what the processes may take, the URL, and the device and cache size of each engine."""
+    say(f"vlmserve: {memory_line(settings, infos)}")
     shown = [
         f"{one.device} {one.dtype}, context {one.max_model_len:,}, room for "
         f"{one.num_text_tokens:,} text tokens and {one.num_image_tiles:,} image tiles"
@@ -96,7 +98,19 @@ def _say_ready(url: str, name: str, infos: Sequence[EngineReady]) -> None:
     ]
     if len(shown) > 1:
         shown = [f"replica {number}: {text}" for number, text in enumerate(shown)]
-    say(f"vlmserve is ready on {url} (model {name}, {'; '.join(shown)})")
+    say(f"vlmserve is ready on {url} (model {settings.model_name}, {'; '.join(shown)})")
+
+
+def memory_line(settings: ServerSettings, infos: Sequence[EngineReady]) -> str:
+    """How much of the machine's memory each process may take at most."""
+    known = [shown_bytes(one.max_memory_bytes) for one in infos if one.max_memory_bytes]
+    engines = [f"each engine {' and '.join(known)}, full queue included"] if known else []
+    workers = settings.max_memory_bytes
+    limits = [] if workers is None else [f"an HTTP worker {shown_bytes(workers)}"]
+    images = settings.images
+    decoders = f"each of its {images.num_decoders} image decoders"
+    decoders += f" {shown_bytes(images.decoder_memory_bytes)} beyond its start"
+    return "memory at most: " + "; ".join([*engines, *limits, decoders])
 
 
 def _shown_host(host: str) -> str:
