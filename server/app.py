@@ -224,6 +224,7 @@ class Components:
             grammar_checks=self._grammar_checks,
             max_answers=settings.max_answers_per_request,
             threads=self._threads,
+            max_answer_logprobs=settings.max_answer_logprobs,
         )
         return Services(
             settings,

@@ -12,6 +12,7 @@ from ..models.settings.runner_config import MODEL
 from ..router.client.engine_client import HealthThresholds
 from ..router.config import LOG
 from ..router.processes.logs import LogFormat, LogLevel
+from .generation.request import MAX_ANSWER_LOGPROBS
 from .images.settings import HTTP, ImageSettings
 
 ACCESS = "Access"
@@ -178,6 +179,14 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ),
     ] = None
     max_queue_wait_s: Annotated[float, msgspec.Meta(ge=0.001)] | None = None
+    max_answer_logprobs: Annotated[
+        Positive,
+        Option(
+            "Maximum log-probabilities in an answer that is not streamed: tokens times answers "
+            "times (1 + top_logprobs); above it, 400.",
+            HTTP,
+        ),
+    ] = MAX_ANSWER_LOGPROBS
     request_timeout_s: Annotated[
         Annotated[float, msgspec.Meta(ge=0.1)],
         Option(

@@ -5,8 +5,9 @@ Knows nothing of how answers are generated or sent.
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import AsyncIterable
 from dataclasses import dataclass
 
 from .events import (
@@ -17,7 +18,6 @@ from .events import (
     Finish,
     PromptLogprobs,
     TextDelta,
-    ToolCallDelta,
     Usage,
 )
 from .token_text import TokenEntry
@@ -48,19 +48,19 @@ class Completion:
     prompts: tuple[PromptLogprobs, ...] = ()
 
     @classmethod
-    def of_events(cls, events: Iterable[Event]) -> Completion:
-        """Join all events of one request, which end with an End."""
-        choices: defaultdict[int, list[ChoiceEvent]] = defaultdict(list)
+    async def collect(cls, events: AsyncIterable[Event]) -> Completion:
+        """Join all events of one request, which end with an End, as they come."""
+        choices: defaultdict[int, _Choice] = defaultdict(_Choice)
         prompts: list[PromptLogprobs] = []
-        for event in events:
+        async for event in events:
             if isinstance(event, End):
-                answers = tuple(_answer(choices[choice]) for choice in sorted(choices))
+                answers = tuple(choices[choice].answer() for choice in sorted(choices))
                 prompts.sort(key=lambda logprobs: logprobs.prompt)
                 return cls(answers, event.usage, tuple(prompts))
             if isinstance(event, PromptLogprobs):
                 prompts.append(event)
             else:
-                choices[event.choice].append(event)
+                choices[event.choice].add(event)
         raise AssertionError("the events of a request end with an End")
 
     @property
@@ -73,16 +73,27 @@ class Completion:
         return of_answers + of_prompts
 
 
-def _answer(events: list[ChoiceEvent]) -> Answer:
-    finish = events[-1]
-    assert isinstance(finish, Finish), "each choice has a Finish before the End"
-    return Answer(
-        "".join(event.text for event in events if isinstance(event, TextDelta)),
-        finish,
-        tuple(entry for event in events for entry in event.logprobs),
-        tuple(
-            event.whole
-            for event in events
-            if isinstance(event, ToolCallDelta) and event.whole is not None
-        ),
-    )
+class _Choice:
+    """The answer of one choice as it grows: no event is kept, and the text is one buffer."""
+
+    __slots__ = ("_calls", "_finish", "_logprobs", "_text")
+
+    def __init__(self) -> None:
+        self._text = io.StringIO()
+        self._logprobs: list[TokenEntry] = []
+        self._calls: list[AnsweredCall] = []
+        self._finish: Finish | None = None
+
+    def add(self, event: ChoiceEvent) -> None:
+        self._logprobs += event.logprobs
+        if isinstance(event, TextDelta):
+            self._text.write(event.text)
+        elif isinstance(event, Finish):
+            self._finish = event
+        elif event.whole is not None:
+            self._calls.append(event.whole)
+
+    def answer(self) -> Answer:
+        assert self._finish is not None, "each choice has a Finish before the End"
+        text = self._text.getvalue()
+        return Answer(text, self._finish, tuple(self._logprobs), tuple(self._calls))

@@ -42,7 +42,7 @@ from .completion import Completion
 from .deadlines import deadline_error, until
 from .events import End, Event, Finish, PromptLogprobs, Usage
 from .preparer import Images, PreparedGeneration, Preparer
-from .request import GenerationRequest
+from .request import MAX_ANSWER_LOGPROBS, GenerationRequest
 from .token_text import TokenReader
 from .tool_calls.parser import ToolCallParser
 
@@ -76,6 +76,7 @@ class Generator:
         grammar_checks: GrammarChecks,
         max_answers: int | None = None,
         threads: FairLane | None = None,
+        max_answer_logprobs: int = MAX_ANSWER_LOGPROBS,
     ) -> None:
         self._processor = processor
         self._reader = TokenReader(processor.tokenizer)
@@ -89,6 +90,7 @@ class Generator:
             grammar_checks,
             max_answers,
             threads=threads or Lanes().threads(),
+            max_answer_logprobs=max_answer_logprobs,
         )
         self.is_draining = False
         self.num_open = 0
@@ -239,7 +241,7 @@ class Generator:
     async def answer(self, prepared: PreparedGeneration) -> Completion:
         """The whole answers: all events of `stream`, joined. Raises as `stream` does."""
         async with contextlib.aclosing(self.stream(prepared)) as events:
-            return Completion.of_events([event async for event in events])
+            return await Completion.collect(events)
 
 
 def _tool_parser(prepared: PreparedGeneration) -> ToolCallParser | None:

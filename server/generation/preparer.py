@@ -28,9 +28,11 @@ from ..prompts.processor import PreparedPrompt, Processor, PromptTooLongError
 from ..structured_output.compile_checks import GrammarChecks
 from ..telemetry.request_record import current_record
 from .request import (
+    MAX_ANSWER_LOGPROBS,
     GenerationRequest,
     PlainPrompt,
     check_against,
+    check_answer_logprobs,
     check_answers,
     check_min_tokens,
     check_prompt_logprobs,
@@ -104,6 +106,7 @@ class Preparer:
         max_answers: int | None = None,
         *,
         threads: FairLane,
+        max_answer_logprobs: int = MAX_ANSWER_LOGPROBS,
     ) -> None:
         """threads: the lane of prompts too long for the event loop."""
         self._processor = processor
@@ -112,6 +115,7 @@ class Preparer:
         self._grammar_checks = grammar_checks
         self._max_answers = max_answers
         self._threads = threads
+        self._max_answer_logprobs = max_answer_logprobs
 
     async def prepare(
         self, request: GenerationRequest, info: EngineReady, deadline: float
@@ -126,6 +130,7 @@ class Preparer:
         check_prompt_logprobs(request, sum(len(prompt.token_ids) for prompt in prompts))
         # Before any work: what each prompt leaves room for.
         rooms = [room(request, len(one.token_ids), info.max_model_len) for one in prompts]
+        rooms = check_answer_logprobs(request, rooms, self._max_answer_logprobs)
         check_min_tokens(request.sampling.min_tokens, min(rooms))
         grammar = await self._grammar(request)
         added = [

@@ -17,6 +17,8 @@ from ..prompts.conversation import Message, Tool, ToolFormat
 
 # Log-probabilities of a prompt in one answer: about 5 MB of JSON, a tenth of a second to write.
 MAX_PROMPT_ENTRIES = 65_536
+# Log-probabilities of an answer that is not streamed: about 20 MB of JSON.
+MAX_ANSWER_LOGPROBS = 262_144
 
 
 @dataclass(slots=True, frozen=True)
@@ -38,6 +40,7 @@ class GenerationRequest:
     has_seed: the client gave one, which then holds for each of several prompts.
     add_special_tokens: a plain text begins with `<|begin_of_text|>`.
     tenant: only with requests of the same tenant are cached pictures and texts shared.
+    is_streamed: the answer is sent as it comes, so its length takes no memory.
     owner, policy: the API key's hash and what it may do; owners share the machine.
     num_choices: how many answers to the same prompt; num_prompt_logprobs: how many of
     the likeliest tokens are told beside each token of the prompt. Of requests that wait the one of
@@ -62,6 +65,7 @@ class GenerationRequest:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     tenant: str = ""
+    is_streamed: bool = False
     owner: str = ""
     policy: OwnerPolicy = NO_POLICY
     num_choices: int = 1
@@ -147,14 +151,43 @@ def check_prompt_logprobs(request: GenerationRequest, num_prompt: int) -> None:
     if request.num_prompt_logprobs is None:
         return
     field = request.prompt_logprobs_field
-    num_entries = num_prompt * (1 + request.num_prompt_logprobs)
+    # Each answer to a plain prompt has its prompt's entries beside it.
+    num_copies = request.num_choices if request.prompts else 1
+    num_entries = num_copies * num_prompt * (1 + request.num_prompt_logprobs)
     if num_entries > MAX_PROMPT_ENTRIES:
         raise BadRequestError(
-            f"{field} {request.num_prompt_logprobs} of {num_prompt:,} prompt tokens are"
-            f" {num_entries:,} log-probabilities, the limit is {MAX_PROMPT_ENTRIES:,}: ask for"
+            f"{field} {request.num_prompt_logprobs} of {num_copies * num_prompt:,} prompt tokens"
+            f" are {num_entries:,} log-probabilities, the limit is {MAX_PROMPT_ENTRIES:,}: ask for"
             " fewer or shorten the prompt",
             param=field,
         )
+
+
+def check_answer_logprobs(
+    request: GenerationRequest, rooms: Sequence[int], max_entries: int
+) -> list[int]:
+    """The rooms, within the log-probabilities that an answer may have if it is not streamed.
+
+    rooms: the tokens that each prompt leaves for an answer. Without max_tokens they are lowered to
+    the limit. Raises BadRequestError if max_tokens asks for more.
+    """
+    num_top = request.sampling.num_logprobs
+    if num_top is None or request.is_streamed:
+        return list(rooms)
+    num_entries = sum(rooms) * request.num_choices * (1 + num_top)
+    if num_entries <= max_entries:
+        return list(rooms)
+    num_answers = len(rooms) * request.num_choices
+    most = max_entries // (num_answers * (1 + num_top))
+    if request.max_tokens is None and most:
+        return [min(one, most) for one in rooms]
+    field = request.max_tokens_field
+    raise BadRequestError(
+        f"{field} {max(rooms):,} of {num_answers:,} answers with {1 + num_top} log-probabilities a"
+        f" token are {num_entries:,} log-probabilities, the limit of an answer that is not streamed"
+        f" is {max_entries:,}: stream it, or ask for fewer",
+        param=field,
+    )
 
 
 def check_min_tokens(min_tokens: int, max_tokens: int) -> None:

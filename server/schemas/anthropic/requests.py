@@ -222,6 +222,7 @@ def messages_generation(body: MessagesRequest) -> GenerationRequest:
     # top_p 0 keeps the most likely token alone: greedy.
     temperature = 0.0 if body.top_p == 0 else body.temperature
     return GenerationRequest(
+        is_streamed=bool(body.stream),
         messages=conversation_of(body),
         tools=tools,
         grammar=form.grammar if form else None,

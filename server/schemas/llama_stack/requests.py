@@ -171,6 +171,7 @@ def stack_generation(body: StackChatRequest) -> GenerationRequest:
     call = call_form(tools, choice, tool_format=tool_format, schema_field="tools[{}].parameters")
     form = only_form([*stack_form(body.response_format), *call])
     return GenerationRequest(
+        is_streamed=bool(body.stream),
         messages=messages,
         tools=tools,
         grammar=form.grammar if form else None,

@@ -123,6 +123,7 @@ def chat_generation(body: ChatCompletionRequest) -> GenerationRequest:
     call = call_form(tools, choice_of(body.tool_choice), max_calls)
     form = only_form([*forms_of(body), *call])
     return GenerationRequest(
+        is_streamed=bool(body.stream),
         messages=conversation_of(body.messages),
         tools=tools,
         grammar=form.grammar if form else None,

@@ -100,6 +100,7 @@ def completion_generation(body: CompletionRequest) -> GenerationRequest:
     num_echoed = body.logprobs if body.echo else None
     asked = [num for num in (body.prompt_logprobs, num_echoed) if num is not None]
     return GenerationRequest(
+        is_streamed=bool(body.stream),
         prompts=prompts,
         add_special_tokens=body.add_special_tokens is not False,
         has_seed=body.seed is not None,

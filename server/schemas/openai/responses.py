@@ -265,6 +265,7 @@ def responses_generation(
     temperature = 0.0 if body.top_p == 0 else body.temperature
     sampling = sampling_params(temperature, body.top_p or None, None, None)
     return GenerationRequest(
+        is_streamed=bool(body.stream),
         messages=_conversation_of(body, earlier),
         tools=tools,
         grammar=form.grammar if form else None,
