@@ -12,7 +12,6 @@ from ..models.settings.runner_config import MODEL
 from ..router.client.engine_client import HealthThresholds
 from ..router.config import LOG
 from ..router.processes.logs import LogFormat, LogLevel
-from .generation.request import MAX_ANSWER_LOGPROBS
 from .images.settings import HTTP, ImageSettings
 
 ACCESS = "Access"
@@ -186,7 +185,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "times (1 + top_logprobs); above it, 400.",
             HTTP,
         ),
-    ] = MAX_ANSWER_LOGPROBS
+    ] = 262_144
     request_timeout_s: Annotated[
         Annotated[float, msgspec.Meta(ge=0.1)],
         Option(
