@@ -228,7 +228,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Positive, Limit("Bytes of an answer that the kernel buffers for a slow client.")
     ] = 524_288
     image_deadline_s: Annotated[
-        Seconds, Limit("Maximum seconds to load all images of a request; after that, 400.")
+        Seconds, Limit("Maximum seconds to load all images of a request; after that, 504.")
     ] = 30.0
     images: ImageSettings = msgspec.field(default_factory=ImageSettings)
     log_level: LogLevel = "info"

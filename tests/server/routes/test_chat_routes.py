@@ -405,14 +405,17 @@ def test_a_bad_image_is_a_400_that_names_its_part(checkpoint):
     assert "not an image" in error["message"]
 
 
-def test_images_that_take_too_long_are_a_400(checkpoint):
+def test_images_that_wait_too_long_for_this_server_are_a_504(checkpoint):
+    """It was a 400 that asked for fewer or smaller images."""
+
     class Slow:
         async def load(self, images, deadline=None):
             async with asyncio.timeout_at(deadline):
                 await asyncio.Event().wait()
 
     response = post(checkpoint, with_image(), images=Slow(), image_deadline_s=0.05)
-    assert "0.05 s" in error_of(response, 400)["message"]
+    assert "0.05 s" in error_of(response, 504)["message"]
+    assert response.headers["retry-after"] == "5"
 
 
 def test_images_that_wait_while_the_server_stops_are_a_503(checkpoint):
