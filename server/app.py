@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 from sanic import HTTPResponse, Request, Sanic
-from sanic.exceptions import SanicException
+from sanic.exceptions import NotFound, SanicException
 
 from .. import __version__
 from ..router.client.replica_pool import ReplicaPool
@@ -44,6 +44,7 @@ from .http.connection_places import MAX_LINGERING, NUM_RESERVED_PLACES, Connecti
 from .http.drain import Drain
 from .http.head import HeadLimits
 from .http.protocol import LenientRequest, receive_body
+from .http.targets import not_found
 from .images.decoders import DecoderPool
 from .images.fetch import ImageFetcher
 from .images.loader import ImageLoader
@@ -332,7 +333,7 @@ def answer_error(request: Request, error: Exception) -> HTTPResponse:
     headers: dict[str, str] = {}
     if isinstance(error, SanicException):
         headers |= {name: str(value) for name, value in error.headers.items()}
-        error = _of_sanic(error)
+        error = _of_sanic(error, request.path)
     if not isinstance(error, ApiError):
         # The traceback goes to the log, never to the client.
         logger.error("a request failed", exc_info=error)
@@ -345,10 +346,11 @@ def answer_error(request: Request, error: Exception) -> HTTPResponse:
     return json_response(body(error), error.status, headers)
 
 
-def _of_sanic(error: SanicException) -> ApiError:
+def _of_sanic(error: SanicException, path: str) -> ApiError:
     """Sanic's own errors (404, 405, 408, 413, ...) as errors of the API."""
     status = error.status_code or 500
-    converted = ApiError(str(error)[:300] if status < 500 else "the server could not answer")
+    message = not_found(path) if isinstance(error, NotFound) else str(error)[:300]
+    converted = ApiError(message if status < 500 else "the server could not answer")
     converted.status = status
     converted.type = type_of_status(status)
     return converted

@@ -31,6 +31,7 @@ from .chunked import ChunkReader
 from .connection_places import ConnectionPlaces
 from .connection_states import TRANSITIONS, ConnectionEvent, ConnectionState
 from .head import HeadLimits, canonical, end_of_head, read_head
+from .targets import plain_url
 
 logger = logging.getLogger(__name__)
 
@@ -330,6 +331,7 @@ class LenientRequest(Request):
 
     To answer a head that it could not read, Sanic creates an empty request (method NONE) with
     the same URL. That would fail a second time, and close the connection without an answer.
+    Doubled slashes of a path, and slashes at its end, count as absent.
     """
 
     def __init__(
@@ -341,6 +343,7 @@ class LenientRequest(Request):
         *args: Any,
         **kwargs: Any,
     ) -> None:
+        url_bytes = plain_url(url_bytes)
         try:
             super().__init__(url_bytes, headers, version, method, *args, **kwargs)
         except BadURL:

@@ -20,6 +20,7 @@ from urllib.parse import urljoin
 
 import httpcore2
 
+from ... import __version__
 from ..admission.fair_lane import FairLane, LaneLimits
 from ..admission.lanes import IMAGE_FETCHES
 from .addresses import Address, is_allowed, parse_literal
@@ -27,7 +28,8 @@ from .names import UNRESOLVED, DnsResolver, NameLookups, Resolver
 from .settings import ImageError, ImageSettings
 from .sources import RemoteImage, parse_remote_url, too_large
 
-USER_AGENT = b"vlmserve (image fetch for a vision-language model)"
+# Some hosts, such as Wikimedia, refuse agents without a version and a page of their own.
+USER_AGENT = f"vlmserve/{__version__} (+https://pypi.org/project/vlmserve/; images)".encode()
 REDIRECTS = {301, 302, 303, 307, 308}
 MAX_ADDRESSES = 4
 # Per address, so that an address that does not answer leaves time for the next.

@@ -22,6 +22,14 @@ HOST = re.compile(
 # No user, and a port in digits: the parser would accept "@h" and ":+80".
 AUTHORITY = re.compile(r"([^@:\[\]]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{0,5})?")
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}(?=:)")
+HTTP_SCHEME = re.compile(r"https?:", re.IGNORECASE)
+BLANK = re.compile(r"\s")
+# A file of this machine or of the client's, by its start or by its name.
+FILE_PATH = re.compile(r"file:|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|/(?![/9])", re.IGNORECASE)
+IMAGE_NAME = re.compile(r"^[^:?]*\.(?:png|jpe?g|gif|webp|bmp|tiff?|heic|avif)$", re.IGNORECASE)
+MAX_PATH_CHARS = 1024
+# The first characters that JPEG, PNG, GIF, WebP and BMP files have in base64, or a long run of it.
+BARE_BASE64 = re.compile(r"/9j/|iVBORw0|R0lGOD|UklGR|Qk0|[A-Za-z0-9+/_-]{64}")
 MAX_DATA_URL_LABEL = 256
 # A multiple of four: each slice is base64 by itself.
 BASE64_SLICE_CHARS = 262_144
@@ -75,20 +83,27 @@ def parse_source(url: str, settings: ImageSettings) -> InlineImage | RemoteImage
 
 
 def parse_data_url(url: str, max_bytes: int) -> InlineImage:
-    """The bytes of `data:<label>;base64,<base64>`. The label is ignored, base64 is strict."""
+    """The bytes of `data:<label>;base64,<base64>`. The label is ignored.
+
+    Line breaks, blanks and missing padding are accepted, as other readers of base64 do.
+    """
     comma = url.find(",", 0, MAX_DATA_URL_LABEL)
     if comma < 0 or not url[:comma].lower().endswith(";base64"):
         raise ImageError("data URL must look like data:image/png;base64,<the file in base64>")
-    num_chars = len(url) - comma - 1
+    text, start = url, comma + 1
+    if BLANK.search(url, start):
+        text, start = "".join(url[start:].split()), 0
+    num_chars = len(text) - start
     if num_chars // 4 * 3 > max_bytes + 2:
         raise ImageError(too_large(num_chars // 4 * 3, max_bytes))
     try:
-        data = _decode_base64(url, comma + 1)
+        data = _decode_base64(text, start)
     except ValueError:  # binascii.Error is one, and non-ASCII characters raise it too
-        raise ImageError(
-            "data URL is not valid base64: use the standard alphabet with padding, and no spaces "
-            "or line breaks"
-        ) from None
+        if text.find("-", start) >= 0 or text.find("_", start) >= 0:
+            raise ImageError(
+                "data URL is URL-safe base64, with - and _: use the standard alphabet, with + and /"
+            ) from None
+        raise ImageError("data URL is not valid base64: use the standard alphabet") from None
     if len(data) > max_bytes:
         raise ImageError(too_large(len(data), max_bytes))
     if not data:
@@ -99,10 +114,15 @@ def parse_data_url(url: str, max_bytes: int) -> InlineImage:
 def _decode_base64(text: str, start: int) -> bytes:
     """The bytes of text[start:], decoded in slices: one call would block every thread.
 
-    Raises ValueError unless it is plain base64 with padding at its end only.
+    Raises ValueError unless it is plain base64 with padding at its end only, or without.
     """
-    if (len(text) - start) % 4 or text.find("=", start, len(text) - 2) >= 0:
-        raise ValueError("no padding at the end, or some before it")
+    num_missing = -(len(text) - start) % 4
+    if num_missing:
+        if num_missing == 3 or text.find("=", start) >= 0:
+            raise ValueError("no length that base64 can have")
+        text += "=" * num_missing
+    if text.find("=", start, len(text) - 2) >= 0:
+        raise ValueError("padding before the end")
     places = range(start, len(text), BASE64_SLICE_CHARS)
     slices = (text[place : place + BASE64_SLICE_CHARS] for place in places)
     return b"".join(binascii.a2b_base64(part, strict_mode=True) for part in slices)
@@ -110,6 +130,8 @@ def _decode_base64(text: str, start: int) -> bytes:
 
 def parse_remote_url(url: str, max_chars: int) -> RemoteImage:
     """Parse a plain http(s) URL: no user, no odd characters, an allowed port."""
+    if not HTTP_SCHEME.match(url):
+        _refuse_what_is_no_url(url)
     if len(url) > max_chars:
         raise ImageError(f"image URL has {len(url):,} characters; the limit is {max_chars:,}")
     if FORBIDDEN_IN_URL.search(url):
@@ -130,6 +152,17 @@ def parse_remote_url(url: str, max_chars: int) -> RemoteImage:
     found = _from_parsed(_parse(url))
     # Non-ASCII dots and digits were mapped to ASCII ones: parse and check the result again.
     return found if url.isascii() else parse_remote_url(found.url, max_chars * MAX_ESCAPE_CHARS)
+
+
+def _refuse_what_is_no_url(url: str) -> None:
+    """Raise ImageError, with what to put in front, for bare base64 and for a file's path."""
+    if FILE_PATH.match(url) or (len(url) <= MAX_PATH_CHARS and IMAGE_NAME.search(url)):
+        raise ImageError(
+            "image URL is the path of a file, which the server does not read: send the file itself "
+            "as data:image/png;base64,<the file in base64>"
+        )
+    if BARE_BASE64.match(url):
+        raise ImageError("image URL has no scheme: put data:image/png;base64, before the base64")
 
 
 def check_authority(authority: str) -> None:

@@ -17,6 +17,7 @@ ROUTES = Routes("chat", "Chat")
 
 @ROUTES.post(
     "/v1/chat/completions",
+    "/v1/openai/v1/chat/completions",
     body=ChatCompletionRequest,
     examples={
         "picture": samples.CHAT_REQUEST,

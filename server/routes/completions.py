@@ -20,6 +20,7 @@ ROUTES = Routes("completions", "Completions")
 
 @ROUTES.post(
     "/v1/completions",
+    "/v1/openai/v1/completions",
     body=CompletionRequest,
     examples={
         "text": {"model": samples.MODEL, "prompt": "The sky is", "max_tokens": 8},

@@ -62,6 +62,7 @@ async def live(request: Request) -> HTTPResponse:
 
 @ROUTES.get(
     "/v1/models",
+    "/v1/openai/v1/models",
     replies=[
         Reply(
             type=ModelList,

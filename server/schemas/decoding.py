@@ -6,6 +6,7 @@ of unknown fields. First `decode_body`, then how an error is worded. Knows no sc
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import math
 import re
@@ -61,6 +62,7 @@ def decode_with_names(body: bytes, schema: type[T], unknown: UnknownFields) -> L
 
     Raises BadRequestError whose `param` is the path of the field.
     """
+    body = without_bom(body)
     try:
         return LenientBody(msgspec.json.decode(body, type=schema))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -163,6 +165,17 @@ def _split(error: msgspec.ValidationError) -> tuple[str, str]:
     if not at or not path.endswith("`"):
         return str(error), ""
     return problem, path[:-1].removeprefix(".")
+
+
+def without_bom(body: bytes) -> bytes:
+    """The body without UTF-8's byte order mark. Raises BadRequestError for UTF-16 and UTF-32."""
+    if body.startswith(codecs.BOM_UTF8):
+        return body[len(codecs.BOM_UTF8) :]
+    is_wide = body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    # JSON begins with an ASCII character: a zero byte beside it is half of a UTF-16 one.
+    if is_wide or b"\0" in body[:2]:
+        raise BadRequestError("the body is UTF-16 or UTF-32: send it in UTF-8")
+    return body
 
 
 def _reason(error: Exception) -> str:

@@ -263,6 +263,18 @@ def test_the_documented_list_is_taken_without_effect():
     )
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8"])
+def test_a_byte_order_mark_is_skipped(encoding):
+    body = json.dumps({"model": "m", "messages": [TURN]}).encode(encoding)
+    assert parse(body).messages[0].content == "hi"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_another_encoding_is_named(encoding):
+    body = json.dumps({"model": "m", "messages": [TURN]}).encode(encoding)
+    assert "send it in UTF-8" in refused(parse, body).message
+
+
 def test_unknown_fields_are_dropped_when_asked():
     turn = {"role": "user", "content": [{"type": "text", "text": "a", "b": 1}], "c": 2}
     body = {"model": "m", "messages": [TURN, turn], "d": 3}
