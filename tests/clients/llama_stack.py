@@ -343,7 +343,7 @@ def test_the_raw_response_is_the_documented_one(client, model):
     [
         ({"messages": []}, "messages"),
         ({"sampling_params": LINE.strategy("top_p", temperature=9.0)}, "temperature"),
-        ({"extra_body": {"no_such_field": 1}}, "no_such_field"),
+        ({"extra_body": {"mesages": 1}}, "did you mean messages"),
         ({"logprobs": {"top_k": 99}}, "logprobs.top_k"),
         ({"response_format": {"type": "grammar", "bnf": {"a": "not a grammar"}}}, "bnf"),
         ({"tools": [TOOL, TOOL]}, "turn"),

@@ -261,7 +261,7 @@ def test_text_is_completed_plain_streamed_and_as_token_ids(client, model):
     [
         ({"temperature": 3}, "temperature", "temperature"),
         ({"messages": []}, "messages", "messages"),
-        ({"extra_body": {"no_such_field": 1}}, "no_such_field", "no_such_field"),
+        ({"extra_body": {"temprature": 1}}, "temprature", "did you mean temperature"),
         ({"max_tokens": 10**6}, "max_tokens", "max_model_len"),
         ({"top_logprobs": 3}, "top_logprobs", "logprobs"),
         ({"tools": [TOOL] * 2}, "tools", "turn"),
@@ -354,3 +354,45 @@ def test_a_call_of_the_models_own_accord_makes_the_round_trip(scripted, scripted
     second = scripted.chat.completions.create(model=scripted_model, messages=messages, tools=[TOOL])
     assert second.choices[0].finish_reason == "stop"
     assert second.choices[0].message.content == "It is done."
+
+
+@pytest.mark.skipif(not hasattr(openai.OpenAI, "responses"), reason="an SDK before responses")
+def test_responses_see_the_picture_of_the_response_they_continue(client, model, shapes):
+    [(first, answer), (second, _), *_] = shapes.answers.items()
+    content = [
+        {"type": "input_image", "image_url": shapes.url, "detail": "auto"},
+        {"type": "input_text", "text": first},
+    ]
+    call = {"model": model, "temperature": 0, "max_output_tokens": 48}
+    described = client.responses.create(input=[{"role": "user", "content": content}], **call)
+    assert described.output_text == answer
+    counted = client.responses.create(input=second, previous_response_id=described.id, **call)
+    echoed = client.responses.create(
+        input=[
+            {"role": "user", "content": content},
+            *described.output,
+            {"role": "user", "content": second},
+        ],
+        **call,
+    )
+    assert counted.output_text == echoed.output_text
+    stream = client.responses.create(
+        input=[{"role": "user", "content": content}], stream=True, store=False, **call
+    )
+    events = list(stream)
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == events[-1].response.output_text == answer
+
+
+@pytest.mark.skipif(not hasattr(openai.OpenAI, "responses"), reason="an SDK before responses")
+def test_calls_of_responses_go_round(scripted, scripted_model):
+    tool = {"type": "function", "strict": False, **TOOL["function"]}
+    call = {"model": scripted_model, "tools": [tool]}
+    asked = scripted.responses.create(input="Call", **call)
+    [item] = asked.output
+    assert (item.name, json.loads(item.arguments)) == ("turn", {"to": "left"})
+    result = {"type": "function_call_output", "call_id": item.call_id, "output": "turned"}
+    done = scripted.responses.create(input=[result], previous_response_id=asked.id, **call)
+    assert done.output_text == "It is done."
+    with pytest.raises(openai.RateLimitError):
+        scripted.responses.create(input="Busy", **call)

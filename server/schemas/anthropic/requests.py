@@ -14,12 +14,13 @@ import msgspec
 from ...errors import BadRequestError
 from ...generation.request import GenerationRequest, sampling_params
 from ...prompts.conversation import ImagePart, Message, Part, TextPart, Tool, ToolCall
+from ...structured_output.grammar_text import json_schema_grammar
 from .. import rules
 from ..decoding import ModelName, no_nul
 from ..openai.chat_messages import bounded
 from ..rules import all_of
 from ..sampling import MaxTokens, Neutral, StopString, only_neutral, refuse_unless_neutral, stops_of
-from ..structured import call_form, only_form
+from ..structured import Form, call_form, only_form
 from ..tools import MAX_TOOLS, CallId, ToolName, check_choice, check_names, tool_of
 
 MAX_BLOCKS = 2048
@@ -156,15 +157,40 @@ class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     user_id: str | None = None
 
 
+class JsonOutput(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"
+):
+    """The answer is JSON that fits the schema."""
+
+    schema: dict[str, Any]
+
+
+class OutputConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """effort: taken without effect."""
+
+    format: JsonOutput | None = None
+    effort: str | None = None
+
+
 # What fields may hold besides null that are not supported.
 REFUSED: dict[str, Neutral] = {
     "container": Neutral(()),
     "context_management": Neutral(({},)),
     "mcp_servers": Neutral(([],), "call the servers yourself and offer their tools as tools"),
     "service_tier": Neutral(("auto", "standard_only")),
+    "speed": Neutral(("standard",)),
     "thinking": Neutral(({"type": "disabled"},), "this model does not reason. Leave it out"),
 }
-WITHOUT_EFFECT = frozenset({"metadata", "cache_control"})
+WITHOUT_EFFECT = frozenset(
+    {
+        "cache_control",
+        "diagnostics",
+        "inference_geo",
+        "metadata",
+        "user_profile_id",
+        "workspace_id",
+    }
+)
 
 
 class _Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -177,13 +203,17 @@ class _Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     system: str | TextBlocks | None = None
     tools: Annotated[list[ToolDefinition], msgspec.Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: AutoChoice | AnyChoice | ToolChoiceByName | NoneChoice | None = None
+    output_config: OutputConfig | None = None
     # Taken at their neutral values only.
     container: str | dict[str, Any] | None = None
     context_management: dict[str, Any] | None = None
     mcp_servers: list[Any] | None = None
+    speed: str | None = None
     thinking: dict[str, Any] | None = None
     # Taken without effect.
     cache_control: CacheControl | None = None
+    user_profile_id: str | None = None
+    workspace_id: str | None = None
 
 
 class MessagesRequest(_Prompt, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -199,6 +229,9 @@ class MessagesRequest(_Prompt, frozen=True, forbid_unknown_fields=True, kw_only=
     stop_sequences: Annotated[list[StopString], msgspec.Meta(max_length=16)] | None = None
     stream: bool | None = None
     service_tier: str | None = None
+    # Taken without effect.
+    diagnostics: dict[str, Any] | None = None
+    inference_geo: str | None = None
     metadata: Metadata | None = None
 
 
@@ -216,9 +249,8 @@ def messages_generation(body: MessagesRequest) -> GenerationRequest:
     refuse_unless_neutral(body, REFUSED)
     tools = offered_tools(body)
     max_calls = 1 if getattr(body.tool_choice, "disable_parallel_tool_use", None) else None
-    form = only_form(
-        call_form(tools, _choice_of(body), max_calls, schema_field="tools[{}].input_schema")
-    )
+    calls = call_form(tools, _choice_of(body), max_calls, schema_field="tools[{}].input_schema")
+    form = only_form([*_output_forms(body), *calls])
     # top_p 0 keeps the most likely token alone: greedy.
     temperature = 0.0 if body.top_p == 0 else body.temperature
     return GenerationRequest(
@@ -234,6 +266,13 @@ def messages_generation(body: MessagesRequest) -> GenerationRequest:
         max_tokens=body.max_tokens,
         stop=stops_of(body.stop_sequences),
     )
+
+
+def _output_forms(body: MessagesRequest) -> list[Form]:
+    if body.output_config is None or body.output_config.format is None:
+        return []
+    field = "output_config.format.schema"
+    return [Form(json_schema_grammar(body.output_config.format.schema, field), field)]
 
 
 def offered_tools(body: _Prompt) -> tuple[Tool, ...]:

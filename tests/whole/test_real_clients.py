@@ -39,6 +39,7 @@ STACK = "llama_stack.py"
 CLIENTS = {
     "openai": "openai_sdk.py",
     "openai-1": "openai_sdk.py",
+    "anthropic": "anthropic_sdk.py",
     "langchain": "langchain_chat.py",
     "llama-stack-0.0.50": STACK,
     "llama-stack-0.0.61": STACK,
