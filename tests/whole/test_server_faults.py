@@ -42,6 +42,8 @@ SEED = 20_261_126
 OFTEN = {"heartbeat_interval_s": 0.05}
 # Until a small picture has come to a decoder.
 DECODING_S = 0.3
+# What the log has of an answer that was cut.
+CUT = r"with (\d+) bytes unsent: its client reads nothing"
 
 
 def picture_url(number: int) -> str:
@@ -262,7 +264,7 @@ def test_row_30_a_client_that_does_not_read_is_cut_and_its_blocks_are_freed(hast
 
 def kept_for_deaf_clients(server) -> list[int]:
     """How many bytes were unsent of each answer that was cut."""
-    return [int(one) for one in re.findall(r"reads nothing.* with (\d+)", server.log.read_text())]
+    return [int(one) for one in re.findall(CUT, server.log.read_text())]
 
 
 @contextlib.contextmanager

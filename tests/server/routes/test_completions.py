@@ -416,7 +416,7 @@ def test_a_stop_string_ends_one_answer_and_not_the_others(checkpoint):
         ({"prompt": "a " * 4000, "echo": True, "logprobs": 20}, "logprobs"),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
         ({"logit_bias": {"128264": 1}}, "logit_bias"),
-        ({"tools": []}, "tools"),
+        ({"max_token": 9}, "max_token"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_a_400_that_names_the_field(checkpoint, body, param):
