@@ -12,11 +12,13 @@ import urllib.request
 
 import pytest
 from support.invariants import Standing
+from support.running import serving
 
 from server_state import descendants, is_running
 
 VLMSERVE = [sys.executable, "-m", "vlmserve.server"]
 MODEL = "vlmserve-tiny-vision"
+NAME = "my-model"
 OPTIONS = [
     "--host",
     "--port",
@@ -30,14 +32,21 @@ OPTIONS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """A server of the bundled model under another name; its tests leave it ready."""
+    with serving(tmp_path_factory.mktemp("named"), "--served-model-name", NAME) as running:
+        yield running
+
+
 def engine_pid(server) -> int:
     return Standing(server).engine_pid
 
 
-def open_stream(server):
+def open_stream(server, model=MODEL):
     """A stream that goes on for long: the end of the turn does not stop it."""
     body = {
-        "model": MODEL,
+        "model": model,
         "messages": [{"role": "user", "content": "Who are you?"}],
         "temperature": 0,
         "max_tokens": 8000,
@@ -52,9 +61,7 @@ def open_stream(server):
     return urllib.request.urlopen(request, timeout=60)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_whole_tree_with_exit_code_0(start_server, wait_for, signum):
-    server = start_server()
+def assert_the_signal_ends_the_tree(server, wait_for, signum):
     family = descendants(server.process.pid)
     assert len(family) >= 4, "expected an engine, a worker and two decoders"
     server.process.send_signal(signum)
@@ -62,32 +69,32 @@ def test_a_signal_ends_the_whole_tree_with_exit_code_0(start_server, wait_for, s
     assert wait_for(lambda: not any(is_running(pid) for pid in family))
 
 
+def test_sigterm_ends_the_whole_tree_with_exit_code_0(start_server, wait_for):
+    assert_the_signal_ends_the_tree(start_server(), wait_for, signal.SIGTERM)
+
+
+def test_sigint_ends_the_whole_tree_with_exit_code_0(start_faulty_server, wait_for):
+    assert_the_signal_ends_the_tree(start_faulty_server(), wait_for, signal.SIGINT)
+
+
 def test_an_engine_that_dies_ends_open_requests_with_an_error_and_another_takes_over(
-    start_server, wait_for
+    named, wait_for
 ):
     """The whole server ended with it."""
-    server = start_server()
-    streams = [open_stream(server) for _ in range(3)]
+    streams = [open_stream(named, NAME) for _ in range(3)]
     for stream in streams:
         stream.readline()
-    os.kill(engine_pid(server), signal.SIGKILL)
+    os.kill(engine_pid(named), signal.SIGKILL)
     for stream in streams:
         frames = [line for line in stream.read().decode().split("\n") if line.startswith("data: ")]
         assert frames[-1] == "data: [DONE]"
         error = json.loads(frames[-2].removeprefix("data: "))["error"]
         assert error["message"]
         assert error["type"]
-    assert wait_for(lambda: "the engine ended (signal SIGKILL)" in server.log.read_text())
-    assert wait_for(lambda: status_of(server, "/v1/health/ready") == 200, 180)
-    Standing(server).probe()
-
-
-def test_a_killed_supervisor_leaves_nothing_running(start_server, wait_for):
-    server = start_server()
-    family = descendants(server.process.pid)
-    server.process.kill()
-    server.process.wait(30)
-    assert wait_for(lambda: not any(is_running(pid) for pid in family))
+    assert wait_for(lambda: "the engine ended (signal SIGKILL)" in named.log.read_text())
+    assert wait_for(lambda: status_of(named, "/v1/health/ready") == 200, 180)
+    with open_stream(named, NAME) as stream:
+        assert stream.readline().startswith(b"data: ")
 
 
 def test_a_port_in_use_is_one_clear_line():
@@ -142,18 +149,18 @@ def test_pickle_weights_are_refused_before_they_are_read(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_ready_is_503_until_the_model_is_loaded(start_server, wait_for):
-    """The first answer of /v1/health/ready while the engine loads, then 200."""
-    server = start_server()
-    body = json.loads(server.get("/v1/health/ready"))
+def test_ready_is_503_while_the_engine_stands_still(named, wait_for):
+    assert wait_for(lambda: status_of(named, "/v1/health/ready") == 200)
+    body = json.loads(named.get("/v1/health/ready"))
     assert body == {"object": "health.response", "message": "Service is ready."}
-    os.kill(engine_pid(server), signal.SIGSTOP)
+    stopped = engine_pid(named)
+    os.kill(stopped, signal.SIGSTOP)
     try:
-        assert wait_for(lambda: status_of(server, "/v1/health/ready") == 503)
-        assert status_of(server, "/v1/health/live") == 200
+        assert wait_for(lambda: status_of(named, "/v1/health/ready") == 503)
+        assert status_of(named, "/v1/health/live") == 200
     finally:
-        os.kill(engine_pid(server), signal.SIGCONT)
-    assert wait_for(lambda: status_of(server, "/v1/health/ready") == 200)
+        os.kill(stopped, signal.SIGCONT)
+    assert wait_for(lambda: status_of(named, "/v1/health/ready") == 200)
 
 
 def status_of(server, path: str) -> int:
@@ -164,13 +171,12 @@ def status_of(server, path: str) -> int:
         return error.code
 
 
-def test_the_ready_line_names_the_url_and_the_model(start_server, wait_for):
-    server = start_server("--served-model-name", "my-model")
-    assert wait_for(lambda: "vlmserve is ready on" in server.log.read_text())
-    (line,) = [x for x in server.log.read_text().splitlines() if "vlmserve is ready on" in x]
-    assert server.url in line
-    assert "my-model" in line
-    assert [m["id"] for m in json.loads(server.get("/v1/models"))["data"]] == ["my-model"]
+def test_the_ready_line_names_the_url_and_the_model(named, wait_for):
+    assert wait_for(lambda: "vlmserve is ready on" in named.log.read_text())
+    (line,) = [x for x in named.log.read_text().splitlines() if "vlmserve is ready on" in x]
+    assert named.url in line
+    assert NAME in line
+    assert [m["id"] for m in json.loads(named.get("/v1/models"))["data"]] == [NAME]
 
 
 def test_help_groups_and_explains_every_option():
