@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import msgspec
 import numpy
 from support.polling import wait_until
+from support.running import START_TIMEOUT_S
 
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.bundled.dataset.questions import describe
@@ -112,7 +113,7 @@ def start_engine(socket_path: str) -> subprocess.Popen:
 
 
 def wait_ready() -> None:
-    assert wait_until(is_ready), "the server under test did not become ready"
+    assert wait_until(is_ready, START_TIMEOUT_S), "the server under test did not become ready"
 
 
 def is_ready() -> bool:

@@ -25,7 +25,7 @@ def printed() -> dict:
     if not can_unshare():
         pytest.skip("needs curl and network namespaces (unshare -rn)")
     done = subprocess.run(
-        ["unshare", "-rn", sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=240
+        ["unshare", "-rn", sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
