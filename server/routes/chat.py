@@ -48,6 +48,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> HTT
         body.includes_usage,
         body.n or 1,
         has_tools=bool(body.tools),
+        is_call=prepared.form == "tool_choice",
         is_obfuscated=body.is_obfuscated,
         running_usage=RunningUsage(prepared.num_prompt_tokens) if body.has_running_usage else None,
     )

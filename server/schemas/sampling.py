@@ -18,7 +18,16 @@ from ..generation.request import sampling_params
 from .decoding import ModelName, no_nul
 from .foreign import FOREIGN
 from .rules import all_of, given, having, needs
-from .structured import Choices, Form, Guided, ResponseFormat, guided_forms, response_form
+from .structured import (
+    Choices,
+    Form,
+    Guided,
+    ResponseFormat,
+    StructuredOutputs,
+    guided_forms,
+    response_form,
+    structured_forms,
+)
 
 INT64 = msgspec.Meta(ge=-(2**63), le=2**63 - 1)
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
@@ -91,6 +100,7 @@ class SharedFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
     nvext: Guided | None = None
+    structured_outputs: StructuredOutputs | None = None
     timeout_s: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
     prompt_logprobs: NumTop | None = None
     # Taken without effect.
@@ -174,6 +184,8 @@ def forms_of(body: SharedFields) -> list[Form]:
     )
     inner = body.nvext or Guided()
     forms = [*guided_forms(top), *guided_forms(inner, "nvext.")]
+    if body.structured_outputs is not None:
+        forms += structured_forms(body.structured_outputs)
     return [*response_form(body.response_format), *forms]
 
 

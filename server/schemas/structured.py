@@ -6,8 +6,8 @@ response_format. Knows nothing of how a grammar is written (`grammar_text.py`) o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
@@ -76,6 +76,22 @@ class Guided(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     guided_grammar: str | None = None
 
 
+class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """vLLM's present names for the guided fields. json_object: any JSON object."""
+
+    foreign: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "disable_any_whitespace": (False, True),
+        "disable_additional_properties": (False,),
+        "disable_fallback": (False, True),
+    }
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class Form(msgspec.Struct, frozen=True):
     """A grammar, not compiled yet, and the field that it came in.
 
@@ -113,6 +129,23 @@ def guided_forms(guided: Guided, prefix: str = "") -> list[Form]:
         value = getattr(guided, name)
         if value is not None:
             forms.append(Form(make(value, prefix + name), prefix + name))
+    return forms
+
+
+def structured_forms(wanted: StructuredOutputs) -> list[Form]:
+    """What vLLM's field asks for, one form for each of its fields that is set."""
+    guided = Guided(
+        guided_json=wanted.json,
+        guided_regex=wanted.regex,
+        guided_choice=wanted.choice,
+        guided_grammar=wanted.grammar,
+    )
+    forms = [
+        msgspec.structs.replace(form, field=form.field.replace("guided_", ""))
+        for form in guided_forms(guided, "structured_outputs.")
+    ]
+    if wanted.json_object:
+        forms.append(Form(json_object_grammar(), "structured_outputs.json_object"))
     return forms
 
 

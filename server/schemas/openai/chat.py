@@ -46,7 +46,8 @@ REFUSED: dict[str, Neutral] = {
     "moderation": Neutral(()),
     "prediction": Neutral(()),
     "prompt_cache_options": Neutral(
-        ({}, {"mode": "implicit"}), "prompts are cached by themselves. Leave it out"
+        ({}, {"mode": "implicit"}, {"ttl": "30m"}, {"mode": "implicit", "ttl": "30m"}),
+        "prompts are cached by themselves. Leave it out",
     ),
     "prompt_cache_retention": Neutral(
         ("in_memory",), "prompts are kept while there is room. Leave it out"

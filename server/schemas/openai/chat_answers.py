@@ -118,7 +118,7 @@ class ChatDelta(TypedDict):
     """The new part: first the role, then pieces of text or calls, empty in the last chunk."""
 
     role: NotRequired[Literal["assistant"]]
-    content: NotRequired[str]
+    content: NotRequired[str | None]
     tool_calls: NotRequired[list[PartOfCall]]
 
 
@@ -157,13 +157,15 @@ def _new_id() -> str:
 class ChatAnswers:
     """The answers to one request; all have the same id and time.
 
-    has_tools: the request has tools, so its messages have tool_calls.
+    has_tools: the request has tools, so its messages have tool_calls. is_call: the answer must be
+    calls, so no stream of it opens with an empty text.
     """
 
     model: str
     include_usage: bool = False
     num_choices: int = 1
     has_tools: bool = False
+    is_call: bool = False
     is_obfuscated: bool = False
     running_usage: RunningUsage | None = None
     id: str = field(default_factory=_new_id)
@@ -187,7 +189,7 @@ class ChatAnswers:
 
     def first(self) -> list[ChatCompletionChunk]:
         """The chunks before any text, one a choice."""
-        delta: ChatDelta = {"role": "assistant", "content": ""}
+        delta: ChatDelta = {"role": "assistant", "content": None if self.is_call else ""}
         return [self._chunk(choice, delta) for choice in range(self.num_choices)]
 
     def chunks(self, event: Event) -> list[ChatCompletionChunk]:
@@ -244,7 +246,7 @@ class ChatAnswers:
         elif self.include_usage:
             chunk["usage"] = None
         if self.is_obfuscated:
-            chunk["obfuscation"] = obfuscation(delta.get("content", ""))
+            chunk["obfuscation"] = obfuscation(delta.get("content") or "")
         return chunk
 
     def _usage_chunk(self, usage: Usage) -> ChatCompletionChunk:

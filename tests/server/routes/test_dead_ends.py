@@ -103,3 +103,13 @@ def test_an_error_names_the_tool_whose_schema_does_not_compile(checkpoint):
     bad = {"type": "function", "function": {"name": "c", "parameters": {"title": "bad"}}}
     answer, _ = sent(checkpoint, {"tools": [*TOOLS, bad], "tool_choice": "required"})
     assert error_of(answer, 400)["param"] == "tools[2].function.parameters"
+
+
+@pytest.mark.parametrize(("choice", "content"), [("required", None), ("auto", "")])
+def test_a_forced_call_streams_without_an_empty_text(checkpoint, choice, content):
+    """Clients that show each text part used to show an empty one before the call."""
+    body = {"tools": TOOLS, "tool_choice": choice, "stream": True}
+    script = list(tokens_one_by_one(TOKENIZER, '{"name": "a", "parameters": {}}'))
+    first, *_ = frames_of(sent(checkpoint, body, script=script)[0])
+    delta = {"role": "assistant", "content": content}
+    assert json.loads(first)["choices"][0]["delta"] == delta

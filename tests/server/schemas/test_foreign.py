@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from vlmserve.server.errors import BadRequestError
 from vlmserve.server.schemas.decoding import decode_with_names
 from vlmserve.server.schemas.foreign import ANY, FOREIGN
 from vlmserve.server.schemas.openai.chat import ChatCompletionRequest, chat_generation
@@ -94,3 +95,30 @@ def test_top_k_0_is_off_and_top_p_0_is_greedy(api):
 def test_a_stop_string_is_kept_where_asked(api, name):
     assert decoded(api, {name: True})[0].keeps_stop
     assert not decoded(api, {name: False})[0].keeps_stop
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ({"guided_json": {"type": "object"}}, {"json": {"type": "object"}}),
+        ({"guided_regex": "a"}, {"regex": "a", "disable_any_whitespace": False}),
+        ({"guided_choice": ["a", "b"]}, {"choice": ["a", "b"]}),
+        ({"guided_grammar": 'root ::= "a"'}, {"grammar": 'root ::= "a"'}),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+    ],
+)
+def test_structured_outputs_is_the_newer_name_of_the_guided_fields(api, older, newer):
+    first, second = decoded(api, older)[0], decoded(api, {"structured_outputs": newer})[0]
+    assert first.grammar == second.grammar
+    assert second.grammar_field.startswith("structured_outputs.")
+
+
+def test_two_forms_are_named_in_structured_outputs_too():
+    with pytest.raises(BadRequestError, match=r"structured_outputs\.regex and"):
+        decoded("chat", {"structured_outputs": {"regex": "a", "choice": ["b"]}})
+
+
+def test_the_default_lifetime_of_cached_prompts_is_neutral():
+    for options in ({"ttl": "30m"}, {"mode": "implicit", "ttl": "30m"}):
+        assert decoded("chat", {"prompt_cache_options": options}) == decoded("chat", {})

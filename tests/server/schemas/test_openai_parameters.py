@@ -64,6 +64,7 @@ SHARED_CASES = {
     "guided_choice": {"guided_choice": ["a"]},
     "guided_grammar": {"guided_grammar": 'root ::= "a"'},
     "nvext": {"nvext": {"guided_regex": "a"}},
+    "structured_outputs": {"structured_outputs": {"regex": "a"}},
     "timeout_s": {"timeout_s": 5},
     "prompt_logprobs": {"prompt_logprobs": 1},
 }
