@@ -24,6 +24,7 @@ from .kv_cache.paged_cache import tile_bytes, token_bytes
 from .kv_cache.pool_sizes import PoolPlan, PoolRequest, wanted_len
 from .malloc import SLACK_BYTES, keep_freed_buffers, private_bytes
 from .memory.available import AvailableMemory, AvailableMemoryOf, available_memory
+from .memory.estimate import peak_bytes
 from .memory.fit import Plan, check_fits, needs_of
 from .memory.peak_step import StepLimits
 from .memory.sizing import MemoryReadings, size_pools
@@ -110,7 +111,9 @@ def _most_bytes(plan: Plan, sized: PoolPlan) -> int:
     sizes, pools = sized.sizes, plan.pools
     text_bytes = sizes.num_text_blocks * sizes.block_size * pools.token_bytes
     image_bytes = sizes.num_image_blocks * pools.tile_bytes
-    now, step = private_bytes(), needs_of(plan).peak.most
+    limits = replace(plan.limits, max_model_len=sized.max_model_len)
+    config, dtype = plan.checkpoint.meta_model.config, plan.checkpoint.dtype
+    now, step = private_bytes(), peak_bytes(config, limits, dtype).most
     logger.info(
         "this process takes at most %s: %s now, caches %s, a step %s, others %s",
         *map(shown_bytes, (now + text_bytes + image_bytes + step + SLACK_BYTES, now,
