@@ -27,7 +27,7 @@ def told_of(raw: RawLogprobs, token_ids: Tensor) -> dict[int, TokenLogprobs]:
     return raw.of([tensor.numpy() for tensor in raw.tensors(token_ids)])
 
 
-NUM_DRAWS = 8_000
+NUM_DRAWS = 20_000
 
 
 def chi_square_is_plausible(counts: np.ndarray, expected: np.ndarray) -> bool:
