@@ -19,6 +19,7 @@ PRIVATE_NAMES = {
     "_initialized": "Pillow: no plugin is loaded beside the allowed ones",
     "_receive_more": "sanic.http.Http: reads the next bytes of a connection",
     "_send": "sanic.http.Http: writes to a connection",
+    "_task": "sanic HttpProtocol: the task of a connection, cancelled to evict it",
 }
 STRUCT_NAMES = {"__struct_config__"}
 # Members of Sanic's classes that server/http replaces; none is in Sanic's documented API.
