@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Private attributes that server/ reads and no module of server/, router/ or models/ defines.
 PRIVATE_NAMES = {
     "_create_unverified_context": "ssl: health checks of the server's own port",
+    "_current": "sanic.Request: the current request of a context; forgotten when it is answered",
     "_initialized": "Pillow: no plugin is loaded beside the allowed ones",
     "_receive_more": "sanic.http.Http: reads the next bytes of a connection",
     "_send": "sanic.http.Http: writes to a connection",
