@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,13 +19,11 @@ from .errors import ModelError
 from .execution.graphs.eligibility import why_not
 from .execution.graphs.recorder import CudaRecorder
 from .execution.runner import ModelRunner, set_threads
-from .kv_cache.paged_cache import tile_bytes, token_bytes
-from .kv_cache.pool_sizes import PoolPlan, PoolRequest, wanted_len
+from .kv_cache.pool_sizes import PoolPlan
 from .malloc import SLACK_BYTES, keep_freed_buffers, private_bytes
 from .memory.available import AvailableMemory, AvailableMemoryOf, available_memory
 from .memory.estimate import peak_bytes
-from .memory.fit import Plan, check_fits, needs_of
-from .memory.peak_step import StepLimits
+from .memory.fit import Plan, check_fits, needs_of, plan_of
 from .memory.sizing import MemoryReadings, size_pools
 from .settings.byte_text import shown_bytes
 from .settings.runner_config import RunnerConfig
@@ -51,7 +48,6 @@ from .weights.loader import (
     share_with,
 )
 from .weights.meta_model import one_line
-from .weights.tensor_loader import RankShare
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +75,7 @@ def create_runner(
     else:
         checkpoint = open_checkpoint(model, choose_dtype(config.dtype, chosen))
     share = share_with(checkpoint, group)
-    plan = _plan(checkpoint, config, share)
+    plan = plan_of(checkpoint, config, share)
     available = available or partial(
         available_memory,
         gpu_memory_utilization=config.gpu_memory_utilization,
@@ -137,31 +133,6 @@ def _record_graphs(runner: ModelRunner, max_num_seqs: int, device: torch.device)
         time.monotonic() - start,
     )
     return None
-
-
-def _plan(checkpoint: Checkpoint, config: RunnerConfig, share: RankShare) -> Plan:
-    """The limits of a step and the request for pools, from a rank's share and the settings."""
-    model_config: Any = checkpoint.meta_model.config
-    text = model_config.text_config
-    num_patches = int(checkpoint.meta_model.model.vision_model.num_patches)
-    pools = PoolRequest(
-        context_len=text.max_position_embeddings,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_tiles=model_config.vision_config.max_num_tiles,
-        block_size=config.block_size or 1,
-        num_text_blocks=config.num_text_blocks,
-        num_image_blocks=config.num_image_blocks,
-        token_bytes=token_bytes(text, checkpoint.dtype) // share.size,
-        tile_bytes=tile_bytes(text, num_patches, checkpoint.dtype) // share.size,
-    )
-    limits = StepLimits(
-        config.max_num_seqs,
-        config.max_num_batched_tokens,
-        config.max_num_batched_images,
-        wanted_len(pools),
-    )
-    return Plan(checkpoint, limits, pools, config.quantize, config.kv_cache_bytes, share)
 
 
 def _bounded(

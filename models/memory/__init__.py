@@ -6,6 +6,7 @@ In the order in which to read them:
     available    how much memory a device has for this process
     estimate     bytes of the weights and of one step, by arithmetic
     fit          compares both before a weight is read, and gives advice
+    fit_report   the tables of `vlmserve check`, as JSON
     peak_step    the largest step, measured on a GPU
     sizing       what is left becomes the pools
 """

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
-from ..kv_cache.pool_sizes import PoolRequest
+from ..kv_cache.paged_cache import tile_bytes, token_bytes
+from ..kv_cache.pool_sizes import PoolRequest, wanted_len
 from ..settings.byte_text import shown_bytes
+from ..settings.runner_config import RunnerConfig
 from ..weights.device_map import HEAD, TEXT, VISION, Placement, parts_of
 from ..weights.loader import Checkpoint
 from ..weights.quantization import METHODS
@@ -39,6 +41,31 @@ class Plan:
     quantize: str | None = None
     kv_cache_bytes: int | None = None
     share: RankShare = WHOLE
+
+
+def plan_of(checkpoint: Checkpoint, config: RunnerConfig, share: RankShare) -> Plan:
+    """The limits of a step and the request for pools, from a rank's share and the settings."""
+    model_config: Any = checkpoint.meta_model.config
+    text = model_config.text_config
+    num_patches = int(checkpoint.meta_model.model.vision_model.num_patches)
+    pools = PoolRequest(
+        context_len=text.max_position_embeddings,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_tiles=model_config.vision_config.max_num_tiles,
+        block_size=config.block_size or 1,
+        num_text_blocks=config.num_text_blocks,
+        num_image_blocks=config.num_image_blocks,
+        token_bytes=token_bytes(text, checkpoint.dtype) // share.size,
+        tile_bytes=tile_bytes(text, num_patches, checkpoint.dtype) // share.size,
+    )
+    limits = StepLimits(
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        config.max_num_batched_images,
+        wanted_len(pools),
+    )
+    return Plan(checkpoint, limits, pools, config.quantize, config.kv_cache_bytes, share)
 
 
 @dataclass(slots=True, frozen=True)

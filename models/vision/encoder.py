@@ -48,13 +48,15 @@ class ImageNormalization:
 def read_normalization(folder: Path) -> ImageNormalization:
     """The normalisation in a checkpoint's folder. Raises ModelError.
 
-    From preprocessor_config.json, or the `image_processor` of a newer processor_config.json.
+    From preprocessor_config.json, or the `image_processor` of a newer processor_config.json;
+    without both the values of the published checkpoint.
     """
     file = folder / "preprocessor_config.json"
-    if not file.is_file() and (folder / "processor_config.json").is_file():
-        settings = read_json(folder / "processor_config.json").get("image_processor", {})
-    else:
+    settings: dict[str, Any] = {}
+    if file.is_file():
         settings = read_json(file)
+    elif (folder / "processor_config.json").is_file():
+        settings = read_json(folder / "processor_config.json").get("image_processor", {})
     try:
         return _normalization(settings)
     except (TypeError, ValueError, AttributeError) as error:

@@ -27,6 +27,9 @@ from ..errors import ModelError
 
 WEIGHT_ONLY, FP8, INT8, NF4 = "int8", "fp8", "bitsandbytes", "bitsandbytes-nf4"
 METHODS = (WEIGHT_ONLY, FP8, INT8, NF4)
+# a checkpoint in 4 bits with groups of 128 weights: for estimates only
+INT4 = "int4"
+INT4_GROUP = 128
 # made by this project while it loads, on any device and by any number of ranks
 OWN_METHODS = (WEIGHT_ONLY, FP8)
 # gates, norms and the embedding are not linear layers, so they are never quantized
@@ -70,7 +73,8 @@ def quantized_bytes(method: str, shape: Sequence[int]) -> int:
     rows, count = shape[0], math.prod(shape)
     if method in (*OWN_METHODS, INT8):
         return count + 4 * rows
-    return -(-count // 2) + 4 * -(-count // NF4_BLOCK)
+    block = INT4_GROUP if method == INT4 else NF4_BLOCK
+    return -(-count // 2) + 4 * -(-count // block)
 
 
 def settle(model: nn.Module, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `vlmserve serve`, `run-batch`, `bench` and `version`.
+"""The command line: `vlmserve serve`, `check`, `run-batch`, `bench` and `version`.
 
 Parses, builds the settings, opens the socket and runs the supervisor. Never imports torch.
 """
@@ -28,6 +28,7 @@ from ..supervisor.settings import SupervisorSettings
 from ..supervisor.supervisor import Supervisor
 from .build_settings import build_settings
 from .byte_sizes import parse_bytes, parse_max_memory
+from .check import check
 from .environment import VariableError, adopt, without_effect
 from .listener import ListenError, listen
 from .model_source import ModelFilesError
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.command()(run_batch)
+app.command()(check)
 
 
 @app.callback()

@@ -68,9 +68,9 @@ class TilingConfig:
         """The tiling of the checkpoint in `folder`.
 
         Reads preprocessor_config.json, or the `image_processor` part of
-        processor_config.json, where transformers 5 writes it. Raises
-        FileNotFoundError if both are missing, ValueError if Mllama's processor does not
-        accept the settings.
+        processor_config.json, where transformers 5 writes it; without both the sizes in
+        config.json. Raises FileNotFoundError if all are missing, ValueError if Mllama's
+        processor does not accept the settings.
         """
         root = Path(folder)
         combined = root / "processor_config.json"
@@ -81,6 +81,10 @@ class TilingConfig:
         plain = root / "preprocessor_config.json"
         if plain.is_file():
             return cls.from_dict(json.loads(plain.read_text("utf-8")))
+        if (root / "config.json").is_file():
+            vision = json.loads((root / "config.json").read_text("utf-8")).get("vision_config")
+            if vision and "image_size" in vision:
+                return cls(vision["image_size"], vision.get("max_num_tiles", 4))
         raise FileNotFoundError(
             f"{root} has no preprocessor_config.json and no image_processor in "
             "processor_config.json: the tile size of the checkpoint is unknown"

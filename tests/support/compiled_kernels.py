@@ -33,6 +33,10 @@ from triton.runtime.jit import JITFunction, mangle_type
 from vlmserve.models.attention import PagedRows, triton_kernels
 from vlmserve.models.attention.triton_paged import TritonBackend
 from vlmserve.models.decoder import fused_kernels, kernel_launch
+from vlmserve.models.decoder.coded import coded_kernels
+from vlmserve.models.decoder.coded import product as coded_product
+from vlmserve.models.decoder.coded.layout import Coding
+from vlmserve.models.decoder.coded.weight import CodedWeight
 from vlmserve.models.decoder.decoder import (
     FusedCrossLayer,
     FusedDecoder,
@@ -117,7 +121,7 @@ def main() -> None:
         for capability in sys.argv[1:]
         for launch in launches.values()
     ]
-    kernels = [fused_kernels, triton_kernels, int8_kernels]
+    kernels = [fused_kernels, triton_kernels, int8_kernels, coded_kernels]
     names = sorted(
         name
         for module in kernels
@@ -136,6 +140,9 @@ def record(launches: dict[str, Launch]) -> None:
 
     kernel_launch.fused_kernels = recorders(fused_kernels)  # type: ignore[assignment]
     product.int8_kernels = recorders(int8_kernels)  # type: ignore[assignment]
+    coded_product.kernels = SimpleNamespace(  # type: ignore[assignment]
+        **vars(coded_kernels) | vars(recorders(coded_kernels))
+    )
     decoder, pools = model_and_pools()
     for splits in (1, 2, 32):
         backend = TritonBackend(splits)
@@ -149,6 +156,23 @@ def record(launches: dict[str, Launch]) -> None:
             rows = torch.empty(num_rows, num_in, dtype=DTYPE, device=META)
             codes = torch.empty(num_out, num_in, dtype=torch.int8, device=META)
             product.fused_product(rows, codes, torch.empty(num_out, dtype=DTYPE, device=META))
+            launch_coded(rows, num_out, num_in)
+
+
+def launch_coded(rows: torch.Tensor, num_out: int, num_in: int) -> None:
+    """Products of each coding: FP8 by channel, the others in groups, INT4 with zero points too."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device=META)
+
+    for coding in Coding:
+        groups = 1 if coding is Coding.FP8 else num_in // (64 if coding is Coding.TABLE4 else 128)
+        dtype = torch.int8 if coding is Coding.INT8 else torch.uint8
+        codes = meta(num_out, num_in * coding.bits // 8, dtype=dtype)
+        zeros = meta(num_out, groups, dtype=torch.int16) if coding is Coding.INT4 else None
+        table = meta(16) if coding is Coding.TABLE4 else None
+        weight = CodedWeight(coding, codes, meta(num_out, groups), zeros, table)
+        coded_product.fused_product(rows, weight)
 
 
 def model_and_pools() -> tuple[FusedDecoder, KVPools]:

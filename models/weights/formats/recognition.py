@@ -58,7 +58,7 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def method_of(settings: Mapping[str, Any]) -> str:
     """The method's name, as `SERVED` has it if it is served."""
-    method = str(settings.get("quant_method") or "of no name").lower()
+    method = str(settings.get("quant_method") or "a method without a name").lower()
     if settings.get("quant_method") is None and (
         settings.get("load_in_4bit") or settings.get("load_in_8bit")
     ):
