@@ -3,6 +3,7 @@
 In reading order: `main.py` (the commands), `start_options.py` (options that belong to no other
 settings), `build_settings.py` (from values to settings), `environment.py` (variables),
 `model_source.py` (finds or downloads the model), `check.py` (`vlmserve check`),
-`startup_checks.py`, `listener.py`, `byte_sizes.py`. Options are declared on the fields of the settings classes;
-`models/settings/option_parser.py` builds the command from them. Imports neither torch nor Sanic.
+`startup_checks.py`, `listener.py`, `byte_sizes.py`. Options are declared on the fields of the
+settings classes; `models/settings/option_parser.py` builds the command from them. Imports neither
+torch nor Sanic.
 """
