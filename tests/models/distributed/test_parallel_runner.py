@@ -19,6 +19,7 @@ import numpy
 import openai
 import pytest
 import torch
+from support.coded_checkpoints import FORMS, write
 from support.oracle import (
     BLOCK_SIZE,
     checkpoint,
@@ -194,6 +195,27 @@ def test_two_ranks_with_int8_weights_are_as_near_as_one() -> None:
         exact = oracle_logits("tiny", request)
         error = (logits[request.request_id] - exact).square().mean() / exact.square().mean()
         assert 0 < error.sqrt() < 0.05
+
+
+@pytest.mark.parametrize("form", ["fp8-channel", "w4a16-channel", "w8a8", "nf4-dynamic"])
+def test_two_ranks_share_a_quantized_checkpoint_exactly(form, tmp_path) -> None:
+    """Its scales are the files', so the logits are those of the dequantized weights."""
+    coded, dequantized = write(Path(checkpoint("tiny")), FORMS[form], tmp_path)
+
+    def compute(group=None, folder=coded):
+        with BUILDING:
+            model = load_model(folder, "cpu", "float32", group=group)
+        return prefill_logits(ModelRunner(model, PoolPlan(SIZES, 800)), requests(), chunk=5)
+
+    expected = compute(folder=dequantized)
+    if form == "nf4-dynamic":  # down_proj's 96 inputs are groups of 32, which 2 does not divide
+        with pytest.raises(ModelError, match="weight cannot be split over 2 ranks"):
+            on_ranks(2, compute)
+        return
+    first, second = on_ranks(2, compute)
+    for name, logits in expected.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_rank_holds_half_of_the_cut_weights_and_half_of_the_cache() -> None:

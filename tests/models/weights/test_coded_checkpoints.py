@@ -121,3 +121,42 @@ def test_a_damaged_layer_is_named_before_a_weight_is_read(tmp_path) -> None:
     coded, _ = write(TINY, form, tmp_path)
     with pytest.raises(ModelError, match=r"down_proj cannot be read as quantized: its quant_state"):
         open_checkpoint(coded, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+        {"load_in_8bit": True},
+    ],
+    ids=["nf4", "fp4", "int8"],
+)
+def test_what_bitsandbytes_itself_saves_answers_as_its_dequantized_weights(
+    settings, tmp_path
+) -> None:
+    """Through transformers, with the vision encoder in fewer bits too, as Unsloth's forms have."""
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import BitsAndBytesConfig, MllamaForConditionalGeneration
+
+    config = BitsAndBytesConfig(**settings, llm_int8_skip_modules=["lm_head"])
+    model = MllamaForConditionalGeneration.from_pretrained(
+        TINY, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    shutil.copytree(TINY, coded := tmp_path / "coded", ignore=shutil.ignore_patterns("model*"))
+    model.save_pretrained(coded)
+    whole = MllamaForConditionalGeneration.from_pretrained(TINY)
+    for name, parameter in model.named_parameters():
+        target = whole.get_parameter(name).data
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            target.copy_(dequantize_4bit(parameter.data, state).view(target.shape))
+        elif (scale := getattr(parameter, "SCB", None)) is not None:
+            target.copy_(parameter.data.float() * scale[:, None] / 127)
+    shutil.copytree(TINY, plain := tmp_path / "plain", ignore=shutil.ignore_patterns("model*"))
+    whole.save_pretrained(plain)
+    for name in ("text", "one"):
+        logits, expected = (
+            logits_of(load_model(folder, "cpu", "float32"), name) for folder in (coded, plain)
+        )
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
