@@ -123,7 +123,14 @@ def test_row_49_failed_image_requests_free_their_bodies_without_a_garbage_collec
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count",
+    [
+        60,
+        pytest.param(1_000, marks=pytest.mark.slow),
+        pytest.param(10_000, marks=pytest.mark.torture),
+    ],
+)
 def test_row_49_memory_after_failed_image_requests_is_that_after_the_first_tenth(tmp_path, count):
     """Freed bodies of many sizes stayed in the allocator's heap: 16 MB a request of 16 pictures."""
 
