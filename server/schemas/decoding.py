@@ -16,6 +16,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import msgspec
 
 from ..errors import BadRequestError
+from .foreign import REJECTED
 from .lenient import UnknownField, lenient, unknown_fields
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -69,6 +70,9 @@ def decode_with_names(body: bytes, schema: type[T], unknown: UnknownFields) -> L
         # decode_leniently finds out what is wrong, and accepts 256.0 as an integer.
         pass
     lenient_body = decode_leniently(body, schema)
+    for name in lenient_body.unknown_fields:
+        if name in REJECTED:
+            raise BadRequestError(f"{name} is not supported: {REJECTED[name]}", param=name)
     if lenient_body.unknown_fields and unknown in ("refuse", "error"):
         raise _not_fields(lenient_body)
     if lenient_body.misspelt and unknown == "report":

@@ -61,6 +61,12 @@ FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "vllm_xargs": ({},),
 }
 
+# Never dropped: without it the model would read another prompt than the client means, and with it
+# a client could run code in the server.
+REJECTED: Mapping[str, str] = {
+    "chat_template": "the server's own template is used. Leave it out",
+}
+
 
 def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
     """True if the value changes nothing. neutral: the values that FOREIGN lists for the field."""

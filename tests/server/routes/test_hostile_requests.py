@@ -193,14 +193,22 @@ def test_row_21_what_a_text_spells_is_text(checkpoint):
      "continue_final_message", "bos_token", "mm_processor_kwargs"],
 )  # fmt: skip
 def test_row_22_a_template_or_its_arguments_are_no_part_of_a_request(checkpoint, field):
+    """They are dropped by name, or refused; the prompt is the same in any case."""
     value = "{{ ''.__class__.__mro__ }}" if field.endswith("template") else {"tokenize": False}
     routes = [*TEXT_ROUTES, *TOKENIZE_ROUTES]
     bodies = [(route, plain_body(route) | {field: value}) for route in routes]
-    answers, requests = ask(checkpoint, bodies)
-    for answer in answers:
-        assert answer.status_code == 400
-        assert answer.json()["param"] == field
+    refused, requests = ask(checkpoint, bodies, unknown_fields="refuse")
+    assert {(one.status_code, one.json()["param"]) for one in refused} == {(400, field)}
     assert requests == []
+    if field == "chat_template":
+        answers, requests = ask(checkpoint, bodies)
+        assert {(one.status_code, one.json()["param"]) for one in answers} == {(400, field)}
+        assert requests == []
+        return
+    answers, requests = ask(checkpoint, bodies)
+    _, plain = ask(checkpoint, [(route, plain_body(route)) for route in routes])
+    assert {(one.status_code, one.headers["x-ignored-fields"]) for one in answers} == {(200, field)}
+    assert [one.prompt_token_ids for one in requests] == [one.prompt_token_ids for one in plain]
 
 
 LONG_TEXTS = {
