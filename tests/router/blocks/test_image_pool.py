@@ -296,7 +296,7 @@ class CountingDecoders:
         self.num_decoded = 0
         self.fails = False
 
-    async def decode(self, data: bytes, max_tiles: int | None) -> ImageTiles:
+    async def decode(self, data: bytes, max_tiles: int | None, *_: Any, **__: Any) -> ImageTiles:
         self.num_decoded += 1
         if self.fails:
             raise ImageError("broken")
