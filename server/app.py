@@ -7,6 +7,7 @@ Knows nothing of processes or of where the listening socket comes from.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import logging
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 from sanic import HTTPResponse, Request, Sanic
-from sanic.exceptions import NotFound, SanicException
+from sanic.exceptions import MethodNotAllowed, NotFound, SanicException
 
 from .. import __version__
 from ..router.client.replica_pool import ReplicaPool
@@ -333,6 +334,8 @@ def answer_error(request: Request, error: Exception) -> HTTPResponse:
     headers: dict[str, str] = {}
     if isinstance(error, SanicException):
         headers |= {name: str(value) for name, value in error.headers.items()}
+        if isinstance(error, MethodNotAllowed):
+            headers["Allow"] = ", ".join(_allowed_methods(request))
         error = _of_sanic(error, request.path)
     if not isinstance(error, ApiError):
         # The traceback goes to the log, never to the client.
@@ -344,6 +347,16 @@ def answer_error(request: Request, error: Exception) -> HTTPResponse:
         headers["WWW-Authenticate"] = "Bearer"
     body = message_error_body if request.path.startswith(MESSAGES_PATH) else error_body
     return json_response(body(error), error.status, headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """The methods that the path has. Sanic names none for a path with a parameter."""
+    allowed = []
+    for method in ("GET", "HEAD", "POST", "DELETE"):
+        with contextlib.suppress(SanicException):
+            request.app.router.get(request.path, method, None)
+            allowed.append(method)
+    return allowed
 
 
 def _of_sanic(error: SanicException, path: str) -> ApiError:

@@ -83,7 +83,8 @@ STORED = (
 ITEMS = (
     "An item of the input has what its type needs: a message a role and a content, a function_call"
     " call_id, name and arguments that are a JSON object, a function_call_output the call_id of an"
-    " earlier call. Only a user's message has pictures. No item is an item_reference."
+    " earlier call. Only a user's message has pictures. No item is an item_reference. One item at"
+    " least is a message or a call, unless there are instructions."
 )
 BEST_OF = "best_of is 1 or n where it is given."
 

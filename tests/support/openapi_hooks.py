@@ -40,7 +40,7 @@ TOLD = {
         r'\.type is not "object"|nested more than|bytes; the limit is'
     ),
     "A tool_choice names one of the tools, or needs some where it asks for calls.": (
-        r"tool_choice names .* none of tools|tool_choice needs tools"
+        r"tool_choice.* none of tools|tool_choice needs tools"
     ),
     "The arguments of an earlier call nest 64 levels at most.": r"nested more than",
     "Token ids are the model's.": r"the vocabulary ends at",
@@ -57,8 +57,10 @@ TOLD = {
     ),
     "An item of the input has what its type needs: a message a role and a content, a function_call"
     " call_id, name and arguments that are a JSON object, a function_call_output the call_id of an"
-    " earlier call. Only a user's message has pictures. No item is an item_reference.": (
-        r"is required$|is an item_reference|has a picture|is not a JSON object|nested more than"
+    " earlier call. Only a user's message has pictures. No item is an item_reference. One item at"
+    " least is a message or a call, unless there are instructions.": (
+        r"is required$|has no message|is an item_reference|has a picture|is not a JSON object"
+        r"|nested more than"
     ),
     "prompt_logprobs are not asked for of more than the server's limit of tokens.": (
         r"log-probabilities, the limit is"

@@ -157,11 +157,11 @@ class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     user_id: str | None = None
 
 
-class JsonOutput(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"
-):
+class JsonOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The answer is JSON that fits the schema."""
 
+    # No tag: a tag may be absent where a field has one type only.
+    type: Literal["json_schema"]
     schema: dict[str, Any]
 
 
@@ -238,7 +238,11 @@ class MessagesRequest(_Prompt, frozen=True, forbid_unknown_fields=True, kw_only=
 class CountTokensRequest(_Prompt, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The same conversation without what an answer needs."""
 
-    prose_rules: ClassVar[tuple[str, ...]] = (*rules.OF_CONVERSATIONS, rules.CONTEXT)
+    prose_rules: ClassVar[tuple[str, ...]] = (
+        *rules.OF_CONVERSATIONS,
+        rules.NAMED_TOOL,
+        rules.CONTEXT,
+    )
 
 
 def messages_generation(body: MessagesRequest) -> GenerationRequest:
@@ -342,7 +346,7 @@ def _user_messages(turn: UserTurn, field: str, call_ids: set[str]) -> Iterator[M
             parts += [part for part in result if isinstance(part, ImagePart)]
         else:
             parts.append(_part(block, place))
-    if parts:
+    if parts or not turn.content:
         yield Message("user", tuple(parts))
 
 

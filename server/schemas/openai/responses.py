@@ -331,6 +331,8 @@ def _conversation_of(body: ResponsesRequest, earlier: Sequence[InputItem]) -> tu
                for i in range(len(body.items))]  # fmt: skip
     items = [*earlier, *body.items]
     messages += _messages(list(zip(items, places, strict=True)))
+    if not messages:
+        raise BadRequestError("input has no message: send at least one", param="input")
     return bounded(messages)
 
 

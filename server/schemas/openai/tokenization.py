@@ -47,7 +47,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 class DetokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Token ids; the names of special tokens are part of their text."""
 
-    prose_rules: ClassVar[tuple[str, ...]] = (rules.VOCABULARY,)
+    prose_rules: ClassVar[tuple[str, ...]] = (rules.NO_NUL, rules.VOCABULARY)
 
     tokens: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_TOKENS)]
     model: ModelName | None = None

@@ -87,6 +87,23 @@ def test_an_answer_has_anthropic_s_shape(checkpoint):
     assert answer["usage"]["output_tokens"] > 0
 
 
+def test_a_turn_without_blocks_is_an_empty_one(checkpoint):
+    """It was a 500: the conversation had no message."""
+    turns = [
+        ask(checkpoint, BODY | {"messages": [{"role": "user", "content": content}]})
+        for content in ([], "")
+    ]
+    assert [response.status_code for response, _ in turns] == [200, 200]
+    prompts = [prompt_of(requests[0]) for _, requests in turns]
+    assert prompts[0] == prompts[1]
+
+
+def test_an_output_format_without_its_type_is_a_400(checkpoint):
+    response, _ = ask(checkpoint, BODY | {"output_config": {"format": {"schema": {}}}})
+    assert response.status_code == 400
+    assert "output_config.format.type" in response.json()["error"]["message"]
+
+
 def test_streamed_events_joined_are_the_plain_answer(checkpoint):
     response, requests = ask(checkpoint, BODY | {"stream": True})
     first, *between, delta, last = events_of(response)

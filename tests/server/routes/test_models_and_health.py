@@ -168,6 +168,14 @@ def test_unknown_routes_and_methods_are_json_errors(checkpoint):
     assert wrong.json()["object"] == "error"
 
 
+def test_a_path_with_a_parameter_names_all_its_methods(checkpoint):
+    async def use(client, engine):
+        return await client.put("/v1/responses/resp_1")
+
+    answer = serve(checkpoint, use)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD, DELETE")
+
+
 def test_metrics_count_requests_under_the_documented_names(checkpoint):
     async def use(client, engine):
         await client.post(CHAT, json=BODY)

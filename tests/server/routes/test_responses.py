@@ -323,6 +323,7 @@ def test_a_stream_that_fails_ends_with_a_failed_response(checkpoint):
         ({"input": [{"type": "function_call_output", "call_id": "x", "output": "y"}]}, "input[0]"),
         ({"input": [{"content": "x"}]}, "input[0].role"),
         ({"input": []}, "input"),
+        ({"input": [{"type": "reasoning"}]}, "input"),
     ],
 )
 def test_what_is_not_served_is_a_400_that_names_the_field(checkpoint, fields, param):
