@@ -54,8 +54,16 @@ COMPLETIONS = "/v1/completions"
 # Every route whose body reaches the engine.
 TEXT_ROUTES = [*GENERATION_ROUTES, COMPLETIONS]
 TOKENIZE_ROUTES = ["/tokenize", "/v1/tokenize"]
+MESSAGES_ROUTES = ["/v1/messages", "/v1/messages/count_tokens"]
+RESPONSES = "/v1/responses"
+# The same handlers as without the prefix.
+OPENAI_PREFIX = "/v1/openai"
+PREFIXED_ROUTES = [OPENAI_PREFIX + CHAT, OPENAI_PREFIX + COMPLETIONS]
 # Every route that takes a body.
-BODY_ROUTES = [*TEXT_ROUTES, *TOKENIZE_ROUTES, "/detokenize", "/v1/detokenize"]
+BODY_ROUTES = [
+    *(*TEXT_ROUTES, *PREFIXED_ROUTES, RESPONSES, *MESSAGES_ROUTES, *TOKENIZE_ROUTES),
+    *("/detokenize", "/v1/detokenize"),
+]
 # A 2 x 2 picture: enough to start decoders and to take an image block.
 PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQV"
@@ -117,6 +125,7 @@ def body_for(
     **more: Any,
 ) -> dict[str, Any]:
     """A body that `route` takes. images: URLs. more: fields in the route's own names."""
+    route = route.removeprefix(OPENAI_PREFIX)
     if route in STACK_ROUTES:
         parts: list[Any] = [{"type": "text", "text": text}]
         parts += [{"type": "image", "image": {"url": {"uri": url}}} for url in images or []]
@@ -129,6 +138,13 @@ def body_for(
         return {"model": MODEL, "prompt": text} | limits | more
     if route.endswith("/detokenize"):
         return {"model": MODEL, "tokens": [max_tokens]} | more
+    if route == RESPONSES:
+        limits = {"temperature": 0, "max_output_tokens": max_tokens}
+        return {"model": MODEL, "input": text} | limits | more
+    if route in MESSAGES_ROUTES:
+        limits = {"max_tokens": max_tokens} if route == MESSAGES_ROUTES[0] else {}
+        turns = [{"role": "user", "content": text}]
+        return {"model": MODEL, "messages": turns} | limits | more
     assert route == CHAT, f"body_for does not know {route}: add it"
     parts = [{"type": "text", "text": text}]
     parts += [{"type": "image_url", "image_url": {"url": url}} for url in images or []]
@@ -162,7 +178,9 @@ def assert_error(answer: Answer, *statuses: int) -> dict[str, Any]:
     assert content["message"]
     assert content["type"]
     error: dict[str, Any] = content["error"]
-    assert (error["message"], error["type"]) == (content["message"], content["type"])
+    assert error["message"] == content["message"]
+    # Anthropic's clients look for "error" at the top.
+    assert content["type"] in (error["type"], "error")
     assert "Traceback" not in answer.body.decode()
     return error
 

@@ -252,8 +252,8 @@ for _ in range(80):
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
         ({"guided_regex": "a", "nvext": {"guided_regex": "a"}}, "nvext.guided_regex"),
         ({"response_format": {"type": "structural_tag"}}, "response_format.type"),
-        ({"nvext": {"unheard": 1}}, "nvext.unheard"),
-        ({"guided_whitespace_pattern": "a"}, "guided_whitespace_pattern"),
+        ({"nvext": {"guided_jsno": {}}}, "nvext.guided_jsno"),
+        ({"guided_regexp": "a"}, "guided_regexp"),
     ],
 )
 def test_a_form_that_cannot_be_is_a_400_that_names_its_field(server, fields, param):

@@ -33,7 +33,9 @@ SOME_READINGS = list(TWO_READINGS.values())[::5]
 
 
 def test_row_01_every_route_that_takes_a_body_is_among_those_that_are_tested(checkpoint):
-    assert {path for method, path in all_routes(checkpoint) if method == "POST"} == set(BODY_ROUTES)
+    posted = {path for method, path in all_routes(checkpoint) if method == "POST"}
+    # A cancel has no body.
+    assert posted - {"/v1/responses/x/cancel"} == set(BODY_ROUTES)
 
 
 def head_of(route: str, *lines: bytes, method: bytes = b"POST") -> bytes:

@@ -149,11 +149,11 @@ def test_either_model_key_is_taken_on_every_path(checkpoint):
 
 
 def test_validation_errors_are_400_in_the_common_form(checkpoint):
-    bodies = [(prefix + path, BODY | {"foo": 1}) for prefix in PREFIXES for path in OLD + NEW]
+    bodies = [(prefix + path, BODY | {"stream": "a"}) for prefix in PREFIXES for path in OLD + NEW]
     answers, engine = post_all(checkpoint, bodies)
     for answer in answers:
         assert answer.status_code == 400
-        assert answer.json()["error"]["param"] == "foo"
+        assert answer.json()["error"]["param"] == "stream"
     assert engine.requests == []
 
 

@@ -29,7 +29,9 @@ from support.polling import until
 from vlmserve.router.errors import EngineInternalError, QueueFullError
 from vlmserve.router.messages import SequenceOutput
 from vlmserve.router.processes.logs import EventFormatter, StrayLines, escaped, request_id_of_task
+from vlmserve.server.admission.lanes import LANE_NAMES
 from vlmserve.server.images.settings import ImageError
+from vlmserve.server.telemetry.metrics import USUAL_FOREIGN_FIELDS
 
 TOKENIZER = meta_like_tokenizer()
 CERTIFICATE = Path(__file__).resolve().parents[2] / "data" / "tls_test_only.pem"
@@ -418,7 +420,11 @@ def test_row_46_no_secret_of_a_run_is_in_its_log(secret_run):
     statuses = {status for status, _ in secret_run["headers"]}
     assert {200, 400, 404} <= statuses
     assert not {status for status in statuses if status >= 500}
+    # An operator reads there which fields clients send in vain.
+    assert f"ignored the unknown field {SECRETS['field']!r}" in secret_run["log"]
     for name, secret in SECRETS.items():
+        if name == "field":
+            continue
         for form in (secret, urllib.parse.quote(secret), secret.lower()):
             assert form not in secret_run["log"], name
     assert "127.0.0.2" not in secret_run["log"]
@@ -438,9 +444,11 @@ def test_row_48_no_label_takes_its_value_from_a_client(secret_run):
         for sample in family.samples:
             for name, value in sample.labels.items():
                 labels.setdefault(name, set()).add(value)
-    fixed = {"le", "finished_reason", "process", "reason"}
+    fixed = {"le", "finished_reason", "process", "reason", "lane", "field"}
     assert set(labels) == fixed | {"method", "route", "status"}
     assert labels["process"] == {"engine", "worker"}
+    assert labels["lane"] == {name.replace(" ", "_") for name in LANE_NAMES}
+    assert labels["field"] <= {"other", *USUAL_FOREIGN_FIELDS}
     assert labels["reason"] == {"ended", "hung"}
     assert labels["finished_reason"] == {"stop", "length", "tool_calls", "abort", "error"}
     assert labels["method"] <= {"GET", "HEAD", "POST", "other"}
