@@ -260,9 +260,11 @@ def test_ranks_size_their_pools_together_by_the_one_with_the_least_room(monkeypa
     def size(group: ThreadGroup):
         room = AvailableMemory((16, 512)[group.rank] << 20, "as a test says")
         config = RunnerConfig(**(options | limits))
-        return create_runner(
+        info = create_runner(
             checkpoint("tiny"), config, available=lambda device: room, group=group
         ).info
+        # what a process holds differs from one moment to the next
+        return dataclasses.replace(info, max_memory_bytes=0)
 
     first, second = on_ranks(2, size)
     assert first == second
