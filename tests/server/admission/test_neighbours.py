@@ -122,7 +122,8 @@ def test_row_54_a_caller_that_leaves_frees_no_place_before_its_grammar_ends():
             assert checks._lane.num_running == 1
             with pytest.raises(BadRequestError, match="longer than"):  # remembered all the same
                 await checks.check(slow, "field", "t", FLOOD)
-            assert checks._lane.num_keys == 0
+            # Two children compiled it at the same time; the abandoned one may end last.
+            await until(lambda: checks._lane.num_keys == 0)
         finally:
             await checks.close()
 
