@@ -37,6 +37,7 @@ from .ignored_fields import report_ignored
 from .response_store import ResponseStore
 
 T = TypeVar("T", bound=msgspec.Struct)
+R = TypeVar("R")
 
 # Of so many the JSON is made in about ten milliseconds.
 MAX_INLINE_LOGPROBS = 2_000
@@ -92,10 +93,15 @@ def json_response(
 async def completion_response(
     plain: Callable[[Completion], Any], completion: Completion
 ) -> HTTPResponse:
-    """The JSON that `plain` makes of whole answers; in a thread where they tell of many tokens."""
+    """The JSON that `plain` makes of whole answers."""
+    return await made_of(completion, lambda: json_response(plain(completion)))
+
+
+async def made_of(completion: Completion, make: Callable[[], R]) -> R:
+    """What `make` makes of whole answers; in a thread if they have many log-probabilities."""
     if completion.num_logprobs <= MAX_INLINE_LOGPROBS:
-        return json_response(plain(completion))
-    return await asyncio.to_thread(lambda: json_response(plain(completion)))
+        return make()
+    return await asyncio.to_thread(make)
 
 
 async def read_body(request: Request, schema: type[T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from ..api.response_store import ResponseStore, StoredResponse
 from ..api.services import (
     check_model,
     json_response,
+    made_of,
     prepare,
     services_of,
     tenant_of,
@@ -68,7 +70,8 @@ async def responses(request: Request, body: ResponsesRequest) -> HTTPResponse | 
 
     async def keep(response: Response) -> None:
         if store is not None:
-            await store.put(owner, _stored(body, response))
+            # In a thread: the input may hold many megabytes of pictures.
+            await store.put(owner, await asyncio.to_thread(_stored, body, response))
 
     if body.stream:
 
@@ -85,9 +88,10 @@ async def responses(request: Request, body: ResponsesRequest) -> HTTPResponse | 
             before_chunks=keep_at_end,
         )
         return None
-    response = answers.plain(await services.generator.answer(prepared))
+    completion = await services.generator.answer(prepared)
+    response = await made_of(completion, lambda: answers.plain(completion))
     await keep(response)
-    return json_response(response)
+    return await made_of(completion, lambda: json_response(response))
 
 
 @ROUTES.get(
