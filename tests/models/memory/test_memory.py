@@ -206,9 +206,20 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("step", STEPS)
+# Each phase has its turn on the tiny model in every run, and an image's and a row's on the others.
+MODELS = [("tiny", "float32"), ("m100", "bfloat16"), ("vision-heavy", "bfloat16")]
+QUICK = ("one picture", "many rows that see a picture")
+
+
 @pytest.mark.parametrize(
-    ("layout", "dtype"), [("tiny", "float32"), ("m100", "bfloat16"), ("vision-heavy", "bfloat16")]
+    ("layout", "dtype", "step"),
+    [
+        pytest.param(
+            *model, step, marks=() if model[0] == "tiny" or step in QUICK else pytest.mark.slow
+        )
+        for model in MODELS
+        for step in STEPS
+    ],
 )
 def test_the_computed_peak_is_no_less_than_the_measured_one_and_not_twice_it(
     layout: str, dtype: str, step: str
