@@ -97,7 +97,16 @@ class RedactedThinkingBlock(_Block, frozen=True, tag="redacted_thinking", kw_onl
     data: str
 
 
-TextBlocks = Annotated[list[TextBlock], msgspec.Meta(max_length=MAX_BLOCKS)]
+class SystemBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A text of `system`. Not a tagged type: a tag may be absent where only one type fits."""
+
+    type: Literal["text"]
+    text: str
+    cache_control: CacheControl | None = None
+    citations: list[Any] | None = None
+
+
+SystemBlocks = Annotated[list[SystemBlock], msgspec.Meta(max_length=MAX_BLOCKS)]
 UserBlocks = Annotated[
     list[TextBlock | ImageBlock | ToolResultBlock], msgspec.Meta(max_length=MAX_BLOCKS)
 ]
@@ -200,7 +209,7 @@ class _Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     messages: Annotated[
         list[UserTurn | AssistantTurn], msgspec.Meta(min_length=1, max_length=MAX_TURNS)
     ]
-    system: str | TextBlocks | None = None
+    system: str | SystemBlocks | None = None
     tools: Annotated[list[ToolDefinition], msgspec.Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: AutoChoice | AnyChoice | ToolChoiceByName | NoneChoice | None = None
     output_config: OutputConfig | None = None
@@ -363,10 +372,12 @@ def _result_parts(block: ToolResultBlock, field: str, call_ids: set[str]) -> tup
     return tuple(_part(inner, f"{field}.content[{i}]") for i, inner in enumerate(content))
 
 
-def _text_parts(content: str | Sequence[TextBlock], field: str) -> tuple[Part, ...]:
+def _text_parts(content: str | Sequence[SystemBlock], field: str) -> tuple[Part, ...]:
     if isinstance(content, str):
         return (TextPart(no_nul(content, field)),)
-    return tuple(_part(block, f"{field}[{i}]") for i, block in enumerate(content))
+    return tuple(
+        TextPart(no_nul(block.text, f"{field}[{i}].text")) for i, block in enumerate(content)
+    )
 
 
 def _part(block: TextBlock | ImageBlock, field: str) -> Part:

@@ -98,10 +98,17 @@ def test_a_turn_without_blocks_is_an_empty_one(checkpoint):
     assert prompts[0] == prompts[1]
 
 
-def test_an_output_format_without_its_type_is_a_400(checkpoint):
-    response, _ = ask(checkpoint, BODY | {"output_config": {"format": {"schema": {}}}})
+@pytest.mark.parametrize(
+    ("fields", "missing"),
+    [
+        ({"output_config": {"format": {"schema": {}}}}, "output_config.format.type"),
+        ({"system": [{"text": "Be short."}]}, "system[0].type"),
+    ],
+)
+def test_a_part_without_its_type_is_a_400(checkpoint, fields, missing):
+    response, _ = ask(checkpoint, BODY | fields)
     assert response.status_code == 400
-    assert "output_config.format.type" in response.json()["error"]["message"]
+    assert missing in response.json()["error"]["message"]
 
 
 def test_streamed_events_joined_are_the_plain_answer(checkpoint):
