@@ -268,7 +268,7 @@ def bodies_alive() -> list[LenientRequest]:
     return [
         one
         for one in gc.get_objects()
-        if isinstance(one, LenientRequest) and len(one.body) > 500_000
+        if issubclass(type(one), LenientRequest) and len(one.body) > 500_000
     ]
 
 
