@@ -10,8 +10,13 @@ from argparse import ArgumentParser
 from typing import Any
 
 import gevent
+import locust.stats
 from locust import events
 from locust.env import Environment
+
+# Locust writes its figures in steps of this, and not once more at the end.
+locust.stats.CSV_STATS_INTERVAL_SEC = 0.02
+locust.stats.CSV_STATS_FLUSH_INTERVAL_SEC = 0
 
 
 @events.init_command_line_parser.add_listener
@@ -28,6 +33,12 @@ def count(environment: Environment, **_: Any) -> None:
             return
         if next(numbers) == environment.parsed_options.end_after:
             # apart from the user, whose request has just ended and whom this stops
-            gevent.spawn(environment.runner.quit)
+            gevent.spawn(_end, environment.runner)
 
     environment.events.request.add_listener(end_after_the_last)
+
+
+def _end(runner: Any) -> None:
+    runner.stop()
+    gevent.sleep(50 * locust.stats.CSV_STATS_INTERVAL_SEC)
+    runner.quit()

@@ -96,14 +96,14 @@ def test_row_70_weights_of_3_to_1_divide_the_tokens_of_a_whole_server_within_a_t
         """Ask again and again, so that each key always has requests waiting."""
         while not is_over.is_set():
             try:
-                num_tokens = ask(server, key, f"{key} {number}", 24)
+                num_tokens = ask(server, key, f"{key} {number}", 200)
             except urllib.error.HTTPError as error:
                 if error.code != 503:  # the second worker has not found its engine yet
                     raise
                 continue
             with lock:
                 counts[key] += num_tokens
-                if sum(counts.values()) >= 24 * 400:
+                if sum(counts.values()) >= 200 * 160:
                     is_over.set()
 
     with ThreadPoolExecutor(48) as pool:
