@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels.triton_support import MIN_DOT, operand_of, power_of_2
-from ..int8.product import MAX_BLOCK_M, MIN_SPLIT, TILES, Tiles, choose_splits
+from ...kernels.triton_support import operand_of
+from ..int8.product import MAX_BLOCK_M, MIN_SPLIT, TILES, Launch, Tiles
 from . import coded_kernels as kernels
 from .layout import Coding
 from .weight import CodedWeight, quantize_fp8
@@ -26,20 +26,14 @@ def fused_product(rows: Tensor, weight: CodedWeight, tiles: Tiles = TILES) -> Te
     """rows [n, in], columns in the weight's stored order, times the weight: [n, out]."""
     num_rows, (num_out, num_in) = len(rows), weight.shape
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    block_m = min(MAX_BLOCK_M, max(MIN_DOT, power_of_2(num_rows)))
-    columns, lines = -(-num_out // tiles.block_n), -(-num_rows // block_m)
-    num_splits = choose_splits(columns * lines, num_in, tiles.num_programs)
-    per_split = -(-num_in // (num_splits * tiles.block_k)) * tiles.block_k
-    num_splits = -(-num_in // per_split)
-    dtype = rows.dtype if num_splits == 1 else torch.float32
-    output = torch.empty((num_splits, num_rows, num_out), dtype=dtype, device=rows.device)
-    kernels.coded_product_kernel[columns, lines, num_splits](
+    launch = Launch.of(rows, num_out, tiles)
+    kernels.coded_product_kernel[launch.grid](
         rows,
         weight.codes,
         weight.scales,
         weight.scales if weight.zeros is None else weight.zeros,
         weight.scales if weight.table is None else weight.table,
-        output,
+        launch.output,
         num_rows,
         rows.stride(0),
         OUT=num_out,
@@ -47,16 +41,16 @@ def fused_product(rows: Tensor, weight: CodedWeight, tiles: Tiles = TILES) -> Te
         GROUP=weight.group,
         CODING=_CODINGS[weight.coding],
         HAS_ZEROS=weight.zeros is not None,
-        BLOCK_M=block_m,
+        BLOCK_M=launch.block_m,
         BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k,
-        PER_SPLIT=per_split,
+        PER_SPLIT=launch.per_split,
         OPERAND=operand_of(rows),
         ROUNDED=kernels.type_of(rows.dtype),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    return output[0] if num_splits == 1 else output.sum(0).to(rows.dtype)
+    return launch.result(rows.dtype)
 
 
 def random_weight(

@@ -33,36 +33,60 @@ class Tiles:
 TILES = Tiles()
 
 
+@dataclass(slots=True, frozen=True)
+class Launch:
+    """One launch: its grid [columns, lines, splits] and the parts of the output.
+
+    output: [splits, rows, out], in the rows' dtype, or float32 where parts are summed.
+    """
+
+    grid: tuple[int, int, int]
+    block_m: int
+    per_split: int
+    output: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, num_out: int, tiles: Tiles) -> Launch:
+        """The launch for rows [n, in] and a weight of `num_out` channels."""
+        num_rows, num_in = rows.shape
+        block_m = min(MAX_BLOCK_M, max(MIN_DOT, power_of_2(num_rows)))
+        columns, lines = -(-num_out // tiles.block_n), -(-num_rows // block_m)
+        num_splits = choose_splits(columns * lines, num_in, tiles.num_programs)
+        per_split = -(-num_in // (num_splits * tiles.block_k)) * tiles.block_k
+        num_splits = -(-num_in // per_split)
+        dtype = rows.dtype if num_splits == 1 else torch.float32
+        output = torch.empty((num_splits, num_rows, num_out), dtype=dtype, device=rows.device)
+        return cls((columns, lines, num_splits), block_m, per_split, output)
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        """The sum of the parts: [n, out]."""
+        return self.output[0] if len(self.output) == 1 else self.output.sum(0).to(dtype)
+
+
 def fused_product(rows: Tensor, codes: Tensor, scales: Tensor, tiles: Tiles = TILES) -> Tensor:
     """rows [n, in] times codes int8 [out, in] by scales [out]: [n, out] in the rows' dtype."""
     num_rows, num_in = rows.shape
     num_out = len(codes)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    block_m = min(MAX_BLOCK_M, max(MIN_DOT, power_of_2(num_rows)))
-    columns, lines = -(-num_out // tiles.block_n), -(-num_rows // block_m)
-    num_splits = choose_splits(columns * lines, num_in, tiles.num_programs)
-    per_split = -(-num_in // (num_splits * tiles.block_k)) * tiles.block_k
-    num_splits = -(-num_in // per_split)
-    dtype = rows.dtype if num_splits == 1 else torch.float32
-    output = torch.empty((num_splits, num_rows, num_out), dtype=dtype, device=rows.device)
-    int8_kernels.int8_product_kernel[columns, lines, num_splits](
+    launch = Launch.of(rows, num_out, tiles)
+    int8_kernels.int8_product_kernel[launch.grid](
         rows,
         codes,
         scales,
-        output,
+        launch.output,
         num_rows,
         rows.stride(0),
         OUT=num_out,
         IN=num_in,
-        BLOCK_M=block_m,
+        BLOCK_M=launch.block_m,
         BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k,
-        PER_SPLIT=per_split,
+        PER_SPLIT=launch.per_split,
         OPERAND=operand_of(rows),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    return output[0] if num_splits == 1 else output.sum(0).to(rows.dtype)
+    return launch.result(rows.dtype)
 
 
 def choose_splits(num_tiles: int, num_in: int, num_programs: int = TILES.num_programs) -> int:
