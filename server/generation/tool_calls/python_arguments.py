@@ -18,7 +18,13 @@ MAX_DEPTH = 32
 MAX_CHARS = 65_536
 
 _JSON_WORDS = {"true": True, "false": False, "null": None}
-_STRINGS = re.compile(r"""\"(?:\\.|[^"\\])*+\"|'(?:\\.|[^'\\])*+'""", re.DOTALL)
+# Strings, and the names before an equals sign.
+_STRING_OR_NAME = re.compile(
+    r"""\"(?:\\.|[^"\\])*+\"|'(?:\\.|[^'\\])*+'|(?<!\w)(?P<name>[^\W\d]\w*+)(?=\s*+=(?!=))""",
+    re.DOTALL,
+)
+# Put before each name: a parameter of a tool may be named as a word of Python, such as `from`.
+_NAME_PREFIX = "k_"
 _LINE_ENDS = re.compile(r"\\.|[\r\n]", re.DOTALL)
 _ESCAPED = {"\n": r"\n", "\r": r"\r"}
 
@@ -34,9 +40,12 @@ def json_of_arguments(text: str) -> str:
     """
     values: dict[str, Any] = {}
     for keyword in _keywords(text):
-        if keyword.arg is None or keyword.arg in values:
-            raise NotLiteralError("an argument has no name, or comes twice")
-        values[keyword.arg] = _value(keyword.value, 0)
+        if keyword.arg is None or not keyword.arg.startswith(_NAME_PREFIX):
+            raise NotLiteralError("an argument has no plain name")
+        name = keyword.arg.removeprefix(_NAME_PREFIX)
+        if name in values:
+            raise NotLiteralError("an argument comes twice")
+        values[name] = _value(keyword.value, 0)
     return json.dumps(values, ensure_ascii=False)
 
 
@@ -47,7 +56,7 @@ def _keywords(text: str) -> list[ast.keyword]:
         with warnings.catch_warnings():
             # Python warns of escapes that it does not know, such as \q.
             warnings.simplefilter("ignore")
-            call = ast.parse(f"f({_STRINGS.sub(_on_one_line, text)})", mode="eval").body
+            call = ast.parse(f"f({_STRING_OR_NAME.sub(_plain, text)})", mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         # The parser raises MemoryError for nesting that is too deep for it.
         raise NotLiteralError("not Python") from error
@@ -57,9 +66,11 @@ def _keywords(text: str) -> list[ast.keyword]:
     return call.keywords
 
 
-def _on_one_line(string: re.Match[str]) -> str:
-    """The string with its line ends escaped: models write them as they are."""
-    return _LINE_ENDS.sub(lambda part: _ESCAPED.get(part[0], part[0]), string[0])
+def _plain(found: re.Match[str]) -> str:
+    """A name with its prefix, or a string with its line ends escaped: models write them so."""
+    if found["name"] is not None:
+        return _NAME_PREFIX + found[0]
+    return _LINE_ENDS.sub(lambda part: _ESCAPED.get(part[0], part[0]), found[0])
 
 
 def _value(node: ast.expr, depth: int) -> Any:

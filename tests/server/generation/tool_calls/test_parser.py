@@ -42,6 +42,7 @@ CALLS = [
     (f"Wait.{TAG}f(); f.call()", "Wait.", [("f", "{}")] * 2),
     (TAG + '{"name": "f", "parameters": {}}', "", [("f", "{}")]),
     ('[f(a="\\"]\'"), get_weather()]', "", [("f", '{"a": "\\"]\'"}'), ("get_weather", "{}")]),
+    ('[get_weather(from="A", in=1)]', "", [("get_weather", '{"from": "A", "in": 1}')]),
     ('{"name": "f", "parameters": {}} done', " done", [("f", "{}")]),
     ('{"name": "f", "parameters": {}, "x": 1}', ', "x": 1}', [("f", "{}")]),
 ]  # fmt: skip
@@ -220,7 +221,8 @@ def test_row_25_a_megabyte_of_hostile_output_stays_text_or_calls():
      "a=...", "a=-'x'", "a=-True", "a=1, a=2", "**{}", "a=1) + g(b=2", "a=1)(b=2", "a=1).g(b=2",
      "a=" + "-" * 9_000 + "1", "a=" + "not " * 9_000 + "1", "a=" + "lambda:" * 9_000 + "1",
      "a=" + "1+" * 9_000 + "1", "a=" + "b." * 9_000 + "c", "a=" + "9" * 9_000,
-     "a=[" + "1," * MAX_CHARS + "]"],
+     "a=[" + "1," * MAX_CHARS + "]", "a=from", "a.from=1", "from=1, from=2", "from==1",
+     "a=b=1", "a" * MAX_CHARS, "a " * (MAX_CHARS // 2)],
 )  # fmt: skip
 def test_what_is_no_literal_is_refused(text):
     with pytest.raises(NotLiteralError):
@@ -242,6 +244,10 @@ def test_what_is_no_literal_is_refused(text):
         ("a=1_000, b=0x1, c=1., d=-2.5", {"a": 1000, "b": 1, "c": 1.0, "d": -2.5}),
         ("a='x\ny',\nb=\"c\\\\\n\"", {"a": "x\ny", "b": "c\\\n"}),
         ("größe=1", {"größe": 1}),
+        (
+            "from=\"A\", in = 1, class='from=2', None=True, k_a=3, lambda=null",
+            {"from": "A", "in": 1, "class": "from=2", "None": True, "k_a": 3, "lambda": None},
+        ),
     ],
 )
 def test_literals_become_json(text, expected):
