@@ -16,6 +16,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import msgspec
 
 from ..errors import BadRequestError
+from .allowed_values import choice_at, shown
 from .foreign import REJECTED
 from .lenient import UnknownField, lenient, unknown_fields
 
@@ -88,11 +89,12 @@ def decode_leniently(body: bytes, schema: type[T]) -> LenientBody[T]:
     """
     if not body:
         raise BadRequestError("the request has no body: send a JSON object")
+    raw: Any = None
     try:
         raw = _any_json(body)
         value = msgspec.convert(raw, lenient(schema))
     except msgspec.ValidationError as error:
-        raise _named(error) from None
+        raise _named(error, schema, raw) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequestError(f"the body is not valid JSON: {_reason(error)}") from None
     found = list(itertools.islice(unknown_fields(raw, value), MAX_COMPARED_FIELDS))
@@ -149,14 +151,20 @@ def _misspelt(path: str, meant: str) -> BadRequestError:
     return BadRequestError(f"{path} is not a field of this API: did you mean {meant}?", param=path)
 
 
-def _named(error: msgspec.ValidationError) -> BadRequestError:
-    """The error in plain words, with the field's path as `param`."""
+def _named(
+    error: msgspec.ValidationError, schema: type[msgspec.Struct], raw: Any
+) -> BadRequestError:
+    """The error in plain words, with the field's path as `param`, and what the field takes."""
     problem, path = _split(error)
     if missing := _MISSING.match(problem):
         field = f"{path}.{missing['field']}" if path else missing["field"]
-        return BadRequestError(f"{field} is required", param=field)
+        choice = choice_at(schema, raw, field)
+        remedy = f": {choice.remedy}" if choice else ""
+        return BadRequestError(f"{field} is required{remedy}", param=field)
     if not path:
         return BadRequestError(f"the body is invalid: {problem}")
+    if choice := choice_at(schema, raw, path):
+        return BadRequestError(f"{path} is {shown(choice.value)}: {choice.remedy}", param=path)
     return BadRequestError(f"{path}: {problem[:300]}", param=path)
 
 

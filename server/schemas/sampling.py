@@ -15,6 +15,7 @@ import msgspec
 from ...models.batch import Bias, Penalty, SamplingParams
 from ..errors import BadRequestError
 from ..generation.request import sampling_params
+from .allowed_values import or_list, quoted
 from .decoding import ModelName, no_nul
 from .foreign import FOREIGN
 from .rules import all_of, given, having, needs
@@ -144,7 +145,11 @@ def refuse_unless_neutral(body: msgspec.Struct, fields: Mapping[str, Neutral]) -
     for field, neutral in fields.items():
         value = getattr(body, field)
         if value is not None and value not in neutral.values:
-            raise BadRequestError(f"{field} is not supported: {neutral.remedy}", param=field)
+            may_be = or_list([*map(quoted, neutral.values)])
+            accepted = f". It may be {may_be}" if may_be else ""
+            raise BadRequestError(
+                f"{field} is not supported: {neutral.remedy}{accepted}", param=field
+            )
 
 
 def check_shared(body: SharedFields) -> None:

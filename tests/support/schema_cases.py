@@ -1,4 +1,4 @@
-"""Bad bodies made from a schema: each field missing, null, of a wrong type, out of range, unknown.
+"""Bad bodies made from a schema: each field missing, null, of a wrong type or value, unknown.
 
 Walks msgspec's own description of the types. Knows no endpoint and no server.
 """
@@ -6,7 +6,7 @@ Walks msgspec's own description of the types. Knows no endpoint and no server.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +29,15 @@ Samples = Mapping[str, dict[str, Any]]
 class Case:
     """A body, and the field that is wrong in it.
 
-    kind: missing, null, type, range or unknown. is_neutral: null is taken there.
+    kind: missing, null, type, range, choice or unknown. is_neutral: null is taken there.
+    choices: the values that the field may have, if it is one of a few.
     """
 
     kind: str
     field: str
     body: Any
     is_neutral: bool = False
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +119,35 @@ def _of_value(info: inspect.Type, place: _Place, samples: Samples) -> Iterator[C
         for value in _out_of_range(member, samples):
             yield Case("range", place.path, place.holding(value))
         yield from _inside(member, place, samples)
+    literals = [one for one in members if isinstance(one, inspect.LiteralType)]
+    if literals and not any(isinstance(one, inspect.StrType) for one in members):
+        values = tuple(str(value) for one in literals for value in one.values)
+        yield Case("choice", place.path, place.holding(KINDS["str"]), choices=values)
+    yield from _wrong_tags(members, place, samples)
+
+
+def _wrong_tags(members: Iterable[inspect.Type], place: _Place, samples: Samples) -> Iterator[Case]:
+    """A body with a wrong tag, if there is a choice of objects by their tags."""
+    structs = [one for one in members if isinstance(one, inspect.StructType) and one.tag_field]
+    if len(structs) < 2:
+        return
+    tag_field = structs[0].tag_field
+    assert tag_field is not None
+    tags = tuple(str(one.tag) for one in structs)
+    wrong = sample_of(structs[0], samples) | {tag_field: KINDS["str"]}
+    inner = place.inside(tag_field, wrong)
+    yield Case("choice", inner.path, place.holding(wrong), choices=tags)
+    without = {key: value for key, value in wrong.items() if key != tag_field}
+    yield Case("choice", inner.path, place.holding(without), choices=tags)
 
 
 def _inside(member: inspect.Type, place: _Place, samples: Samples) -> Iterator[Case]:
     if isinstance(member, inspect.StructType):
         yield from _of_struct(member, sample_of(member, samples), place, samples)
     elif isinstance(member, inspect.ListType):
-        for one in map(_plain, _members(member.item_type)):
+        items = [_plain(one) for one in _members(member.item_type)]
+        yield from _wrong_tags(items, place.inside(0, [{}]), samples)
+        for one in items:
             item = place.inside(0, [sample_of(one, samples)])
             if isinstance(one, inspect.StructType):
                 yield from _of_struct(one, sample_of(one, samples), item, samples)

@@ -16,6 +16,7 @@ from ...generation.request import GenerationRequest, sampling_params
 from ...prompts.conversation import ImagePart, Message, Part, TextPart, Tool, ToolCall
 from ...structured_output.grammar_text import json_schema_grammar
 from .. import rules
+from ..allowed_values import ANY_VALUE, IMAGES_OF_USERS, Notes
 from ..decoding import ModelName, no_nul
 from ..openai.chat_messages import bounded
 from ..rules import all_of
@@ -100,6 +101,8 @@ class RedactedThinkingBlock(_Block, frozen=True, tag="redacted_thinking", kw_onl
 class SystemBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A text of `system`. Not a tagged type: a tag may be absent where only one type fits."""
 
+    notes: ClassVar[Notes] = IMAGES_OF_USERS
+
     type: Literal["text"]
     text: str
     cache_control: CacheControl | None = None
@@ -119,17 +122,29 @@ AssistantBlocks = Annotated[
 class UserTurn(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="role", tag="user"
 ):
+    notes: ClassVar[Notes] = {
+        "type": {
+            "document": "Send the pages of a document as images",
+            "image_url": 'An image is {"type": "image", "source": ...}',
+            "file": "Send the file itself in base64",
+        }
+    }
+
     content: str | UserBlocks
 
 
 class AssistantTurn(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="role", tag="assistant"
 ):
+    notes: ClassVar[Notes] = IMAGES_OF_USERS
+
     content: str | AssistantBlocks
 
 
 class ToolDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A tool of the client. Anthropic's own tools, which it runs itself, are not served."""
+
+    notes: ClassVar[Notes] = {"type": {ANY_VALUE: "This server runs no tools"}}
 
     name: ToolName
     input_schema: dict[str, Any]
@@ -204,6 +219,8 @@ WITHOUT_EFFECT = frozenset(
 
 class _Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a message and a count of its tokens share."""
+
+    notes: ClassVar[Notes] = {"role": {"system": "Its text goes into the field system"}}
 
     model: ModelName
     messages: Annotated[

@@ -12,6 +12,7 @@ from ...errors import BadRequestError
 from ...generation.request import GenerationRequest
 from ...prompts.conversation import Tool
 from .. import rules
+from ..allowed_values import Notes
 from ..rules import all_of, needs
 from ..sampling import (
     SHARED_RULES,
@@ -63,6 +64,10 @@ REFUSED: dict[str, Neutral] = {
 class ChatCompletionRequest(SharedFields, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The body. Fields of `REFUSED` are taken at their neutral values only."""
 
+    notes: ClassVar[Notes] = {
+        "role": {"function": 'The result of a call has the role "tool"'},
+        "type": {"custom": "Describe the tool as a function"},
+    }
     prose_rules: ClassVar[tuple[str, ...]] = (
         *rules.OF_CHATS,
         *rules.OF_SAMPLING,

@@ -14,6 +14,7 @@ import msgspec
 
 from ...errors import BadRequestError
 from ...prompts.conversation import ImagePart, Message, Part, Role, TextPart
+from ..allowed_values import IMAGES_OF_USERS, Notes
 from ..decoding import no_nul
 from ..rules import any_of, given, having
 from ..tools import CallId, CallList, calls_of
@@ -91,6 +92,8 @@ class _Turn(
 ):
     """What all roles share, without effect."""
 
+    notes: ClassVar[Notes] = IMAGES_OF_USERS
+
     name: Name | None = None
     type: str | None = None
     cache_control: dict[str, Any] | None = None
@@ -107,6 +110,17 @@ class DeveloperMessage(_Turn, frozen=True, tag="developer", kw_only=True):
 
 
 class UserMessage(_Turn, frozen=True, tag="user", kw_only=True):
+    notes: ClassVar[Notes] = {
+        "type": {
+            "file": "Send the pages of a file as images",
+            "image": 'An image is {"type": "image_url", "image_url": {"url": ...}}',
+            "input_audio": "This model does not hear",
+            "input_image": "That is a part of /v1/responses",
+            "input_text": "That is a part of /v1/responses",
+            "video_url": "Send frames of the video as images",
+        }
+    }
+
     content: str | PartList
 
 

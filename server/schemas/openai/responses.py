@@ -16,6 +16,7 @@ from ...generation.request import GenerationRequest, sampling_params
 from ...prompts.conversation import ImagePart, Message, Part, Role, TextPart, Tool, ToolCall
 from ...structured_output.grammar_text import json_object_grammar
 from .. import rules
+from ..allowed_values import ANY_VALUE, Notes, choice_at
 from ..decoding import ModelName, no_nul
 from ..rules import all_of
 from ..sampling import MaxTokens, Neutral, NumTop, only_neutral, refuse_unless_neutral
@@ -82,6 +83,15 @@ class InputItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     call_id and output. item_reference: id. reasoning: another model's, left out of the prompt.
     """
 
+    notes: ClassVar[Notes] = {
+        "type": {
+            "image_url": 'An image is {"type": "input_image", "image_url": ...}',
+            "input_audio": "This model does not hear",
+            "input_file": "Send the pages of a file as images",
+            "text": "A text is input_text in input, and output_text in an answer",
+        }
+    }
+
     type: (
         Literal["message", "function_call", "function_call_output", "item_reference", "reasoning"]
         | None
@@ -101,6 +111,8 @@ class InputItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 class FunctionToolOfResponse(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A function of the client. OpenAI's own tools, which it runs itself, are not served."""
+
+    notes: ClassVar[Notes] = {"type": {ANY_VALUE: "This server runs no tools"}}
 
     name: ToolName
     type: Literal["function"]
@@ -157,6 +169,8 @@ class TextSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Reasoning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """This model does not reason: effort is none."""
+
+    notes: ClassVar[Notes] = {"effort": {ANY_VALUE: "This model does not reason"}}
 
     effort: Literal["none"] | None = None
     summary: str | None = None
@@ -400,7 +414,9 @@ def _result_parts(item: InputItem, field: str, call_ids: set[str]) -> tuple[Part
 def _message(item: InputItem, field: str) -> Message:
     role: Role = {"developer": "system"}.get(item.role or "", item.role)  # type: ignore[assignment]
     if role is None:
-        raise BadRequestError(f"{field}.role is required", param=f"{field}.role")
+        choice = choice_at(InputItem, {}, "role")
+        assert choice is not None, "a role is one of a few"
+        raise BadRequestError(f"{field}.role is required: {choice.remedy}", param=f"{field}.role")
     place = f"{field}.content"
     content = _needed(item.content, place)
     if isinstance(content, str):

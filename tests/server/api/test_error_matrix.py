@@ -58,7 +58,7 @@ REFUSED_NULLS = {
     "StackChatRequest": r"model_id|messages\[0\]\.(content|context)(\[0\])?\.(text|image\.uri)",
 }
 ANTHROPIC = ("MessagesRequest", "CountTokensRequest")
-KINDS = ("missing", "null", "type", "range", "unknown")
+KINDS = ("missing", "null", "type", "range", "choice", "unknown")
 POSTS = [one for group in ROUTES for one in group.endpoints if one.body is not None]
 # The first path of each body takes every case, the others a sample of them.
 FIRST = {one.body: one.path for one in reversed(POSTS)}
@@ -80,6 +80,8 @@ def test_every_post_route_is_in_the_matrix():
         cases = list(cases_of(body, BASES[body.__name__], SAMPLES))
         assert {case.kind for case in cases} >= {"null", "type", "unknown"}
         assert {case.field for case in cases} >= set(body.__struct_fields__)
+        has_choices = body.__name__ not in ("CompletionRequest", "DetokenizeRequest")
+        assert not has_choices or len([case for case in cases if case.kind == "choice"]) > 2
 
 
 def completed(schema, case):
@@ -157,7 +159,11 @@ def problem_of(schema, case, answer):
     if param != case.field and not param.startswith((f"{case.field}.", f"{case.field}[")):
         return f"param {param}: {message}"
     name = case.field.rpartition(".")[2].partition("[")[0]
-    return None if name in message else f"not named: {message}"
+    if name not in message:
+        return f"not named: {message}"
+    # Of an enum, and of parts by their type, the error lists what is taken.
+    missed = [value for value in case.choices if f'"{value}"' not in error["message"]]
+    return f"not listed: {missed}" if missed else None
 
 
 @pytest.mark.parametrize("kind", KINDS)
