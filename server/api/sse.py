@@ -1,7 +1,7 @@
 """Sends an answer in pieces: server-sent events with comments to fill silence.
 
 Owns framing, headers, keep-alive comments and what a stream does with an error.
-Knows nothing of any API's shapes: those come as an `Answers`.
+Knows nothing of any API's shapes: those come as `StreamedAnswers`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import orjson
 from sanic import HTTPResponse, Request
 
-from ..errors import ApiError, InternalError, nested_body
+from ..errors import ApiError, InternalError
 from ..generation.events import Event
 from ..generation.generator import PreparedGeneration
+from ..schemas.streamed_answers import StreamedAnswers
 from ..tasks import end_tasks
 from .services import services_of
 
@@ -28,38 +28,16 @@ DONE = b"data: [DONE]\n\n"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-class Answers(Protocol):
-    """The shapes of one API's chunks."""
-
-    def first(self) -> Sequence[Mapping[str, object]]: ...
-    def chunks(self, event: Event) -> Sequence[Mapping[str, object]]: ...
-
-
-async def _nothing(event: Event) -> None:
-    """Do nothing before an event's chunks."""
-
-
 async def send_stream(
-    request: Request,
-    prepared: PreparedGeneration,
-    answers: Answers,
-    *,
-    with_done: bool = False,
-    is_named: bool = False,
-    failure: Callable[[ApiError], Mapping[str, object]] = nested_body,
-    before_chunks: Callable[[Event], Awaitable[None]] = _nothing,
+    request: Request, prepared: PreparedGeneration, answers: StreamedAnswers
 ) -> None:
     """Answer with a stream of `data:` frames.
 
-    with_done: end it by `data: [DONE]`, which OpenAI's clients wait for and
-    Llama Stack's raise on. is_named: each frame has an `event:` line with its content's type.
-    failure: the content of the frame that reports an error. before_chunks: called with each event
-    before its chunks are sent.
     Raises ApiError while nothing has been sent: the engine's refusal has a status.
     """
     services = services_of(request)
     settings = services.settings
-    framed = named_frame if is_named else frame
+    framed = named_frame if answers.is_named else frame
     async with (
         contextlib.aclosing(services.generator.stream(prepared)) as events,
         _first_of(events, settings.first_output_wait_s) as first,
@@ -67,10 +45,10 @@ async def send_stream(
         response = await request.respond(headers=_HEADERS, content_type="text/event-stream")
         assert response is not None, "sanic gives a response to fill"
         async with _pings(response, settings.stream_ping_interval_s):
-            async for chunks in _chunks(answers, first, events, failure, before_chunks):
+            async for chunks in _chunks(answers, first, events):
                 if chunks:
                     await response.send(b"".join(map(framed, chunks)))
-        if with_done:
+        if answers.has_done:
             await response.send(DONE)
         await response.eof()
 
@@ -92,24 +70,20 @@ def named_frame(content: Mapping[str, object]) -> bytes:
 
 
 async def _chunks(
-    answers: Answers,
-    first: asyncio.Task[Event],
-    events: AsyncIterator[Event],
-    failure: Callable[[ApiError], Mapping[str, object]],
-    before_chunks: Callable[[Event], Awaitable[None]],
+    answers: StreamedAnswers, first: asyncio.Task[Event], events: AsyncIterator[Event]
 ) -> AsyncIterator[Sequence[Mapping[str, object]]]:
     """The chunks of every event, as they come; an error becomes the last one."""
     try:
         yield answers.first()
         async for event in _all_of(first, events):
             chunks = answers.chunks(event)
-            await before_chunks(event)
+            await answers.store(event)
             yield chunks
     except ApiError as error:
-        yield [failure(error)]
+        yield [answers.failure(error)]
     except Exception:
         logger.exception("a stream failed")
-        yield [failure(InternalError("internal error"))]
+        yield [answers.failure(InternalError("internal error"))]
 
 
 @contextlib.asynccontextmanager

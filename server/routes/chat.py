@@ -7,7 +7,7 @@ from sanic import HTTPResponse, Request
 from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
 from ..api.services import check_model, completion_response, prepare, services_of
 from ..api.sse import send_stream
-from ..schemas.answer_parts import RunningUsage
+from ..schemas.openai.answer_frames import frames_of
 from ..schemas.openai.chat import ChatCompletionRequest, chat_generation
 from ..schemas.openai.chat_answers import ChatAnswers, ChatCompletion, ChatCompletionChunk
 from . import samples
@@ -44,15 +44,12 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> HTT
     generator = services_of(request).generator
     prepared = await prepare(request, chat_generation(body), body.cache_salt)
     answers = ChatAnswers(
-        body.model,
-        body.includes_usage,
-        body.n or 1,
+        **frames_of(body, prepared.num_prompt_tokens),
+        num_choices=body.n or 1,
         has_tools=bool(body.tools),
         is_call=prepared.form == "tool_choice",
-        is_obfuscated=body.is_obfuscated,
-        running_usage=RunningUsage(prepared.num_prompt_tokens) if body.has_running_usage else None,
     )
     if body.stream:
-        await send_stream(request, prepared, answers, with_done=True)
+        await send_stream(request, prepared, answers)
         return None
     return await completion_response(answers.plain, await generator.answer(prepared))

@@ -10,7 +10,7 @@ from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
 from ..api.services import check_model, completion_response, owner_of, prepare, services_of
 from ..api.sse import send_stream
 from ..generation.request import PlainPrompt
-from ..schemas.answer_parts import RunningUsage
+from ..schemas.openai.answer_frames import frames_of
 from ..schemas.openai.completion_answers import CompletionAnswers, CompletionChunk, TextCompletion
 from ..schemas.openai.completions import CompletionRequest, completion_generation
 from . import samples
@@ -48,18 +48,15 @@ async def completions(request: Request, body: CompletionRequest) -> HTTPResponse
     generation = completion_generation(body)
     prepared = await prepare(request, generation, body.cache_salt)
     answers = CompletionAnswers(
-        model=body.model,
+        **frames_of(body, prepared.num_prompt_tokens),
         num_answers=body.n or 1,
         echoes=await _echoes(request, generation.prompts) if body.echo else None,
         num_top=body.logprobs,
         num_prompt_top=body.prompt_logprobs,
         is_echo_only=body.is_echo_only,
-        include_usage=body.includes_usage,
-        is_obfuscated=body.is_obfuscated,
-        running_usage=RunningUsage(prepared.num_prompt_tokens) if body.has_running_usage else None,
     )
     if body.stream:
-        await send_stream(request, prepared, answers, with_done=True)
+        await send_stream(request, prepared, answers)
         return None
     return await completion_response(answers.plain, await services.generator.answer(prepared))
 

@@ -82,8 +82,7 @@ async def _complete(request: Request, body: StackChatRequest, is_new: bool) -> H
     prepared = await prepare(request, stack_generation(body))
     answers = StackAnswers(is_new, has_tools=bool(body.tools))
     if body.stream:
-        # Never [DONE]: every client of Llama Stack raises on it.
-        await send_stream(request, prepared, answers, with_done=False)
+        await send_stream(request, prepared, answers)
         return None
     return await completion_response(answers.plain, await generator.answer(prepared))
 

@@ -23,7 +23,6 @@ from ..schemas.anthropic.answers import (
     MessageAnswers,
     MessageEvent,
     TokenCount,
-    error_event,
 )
 from ..schemas.anthropic.requests import (
     CountTokensRequest,
@@ -60,7 +59,7 @@ async def messages(request: Request, body: MessagesRequest) -> HTTPResponse | No
     prepared = await prepare(request, messages_generation(body))
     answers = MessageAnswers(body.model, prepared.num_prompt_tokens)
     if body.stream:
-        await send_stream(request, prepared, answers, is_named=True, failure=error_event)
+        await send_stream(request, prepared, answers)
         return None
     return await completion_response(answers.plain, await generator.answer(prepared))
 

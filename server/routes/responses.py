@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import Any
 
 import msgspec
@@ -21,7 +22,6 @@ from ..api.services import (
 )
 from ..api.sse import send_stream
 from ..errors import BadRequestError, NotFoundError
-from ..generation.events import End, Event
 from ..schemas.openai.response_answers import (
     DeletedResponse,
     InputItems,
@@ -66,31 +66,15 @@ async def responses(request: Request, body: ResponsesRequest) -> HTTPResponse | 
     owner = tenant_of(request)
     earlier = await _earlier_items(body.previous_response_id, services.responses, owner)
     prepared = await prepare(request, responses_generation(body, earlier))
-    answers = ResponseAnswers(body, is_stored=store is not None)
-
-    async def keep(response: Response) -> None:
-        if store is not None:
-            # In a thread: the input may hold many megabytes of pictures.
-            await store.put(owner, await asyncio.to_thread(_stored, body, response))
-
+    keep = None if store is None else functools.partial(_keep, store, owner, body)
+    answers = ResponseAnswers(body, keep)
     if body.stream:
-
-        async def keep_at_end(event: Event) -> None:
-            if isinstance(event, End):
-                await keep(answers.ended(event.usage))
-
-        await send_stream(
-            request,
-            prepared,
-            answers,
-            is_named=True,
-            failure=answers.failure,
-            before_chunks=keep_at_end,
-        )
+        await send_stream(request, prepared, answers)
         return None
     completion = await services.generator.answer(prepared)
     response = await made_of(completion, lambda: answers.plain(completion))
-    await keep(response)
+    if keep is not None:
+        await keep(response)
     return await made_of(completion, lambda: json_response(response))
 
 
@@ -181,6 +165,13 @@ async def _earlier_items(
     for stored in chain:
         items += orjson.loads(stored.input) + orjson.loads(stored.response)["output"]
     return msgspec.convert(items, list[InputItem])
+
+
+async def _keep(
+    store: ResponseStore, owner: str, body: ResponsesRequest, response: Response
+) -> None:
+    # In a thread: the input may hold many megabytes of pictures.
+    await store.put(owner, await asyncio.to_thread(_stored, body, response))
 
 
 def _stored(body: ResponsesRequest, response: Response) -> StoredResponse:

@@ -9,7 +9,7 @@ Read in this order:
     openai, llama_stack, anthropic   the requests and answers of each API
     sampling, structured, tools      the fields that these share
     rules                            conditions between fields, for the API's document
-    answer_parts                     what several answers share
+    streamed_answers                 what a stream needs of each API's answers
     model_answers, service_answers   the answers of the other routes
 
 Each request becomes a `GenerationRequest`. Knows nothing of HTTP.

@@ -108,24 +108,9 @@ class SharedFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     user: str | None = None
 
     @property
-    def includes_usage(self) -> bool:
-        """A stream ends with a chunk that tells the usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    @property
-    def has_running_usage(self) -> bool:
-        """Every chunk of a stream has the usage so far."""
-        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
-
-    @property
     def keeps_stop(self) -> bool:
         """A stop string that ends the answer stays in its text."""
         return bool(self.include_stop_str_in_output or self.no_stop_trim)
-
-    @property
-    def is_obfuscated(self) -> bool:
-        """A stream's chunks carry random characters."""
-        return self.stream_options is not None and bool(self.stream_options.include_obfuscation)
 
 
 class Neutral(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, ClassVar, Literal, NotRequired, TypedDict
 
 import msgspec
 
@@ -23,6 +23,7 @@ from ...generation.events import (
     ToolCallDelta,
     Usage,
 )
+from ..streamed_answers import StreamedAnswers
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
@@ -115,11 +116,13 @@ class TokenCount(TypedDict):
 
 
 @dataclass(slots=True)
-class MessageAnswers:
+class MessageAnswers(StreamedAnswers):
     """The answer to one request, whole or as events.
 
     num_prompt_tokens: which a stream reports before its first token.
     """
+
+    is_named: ClassVar[bool] = True
 
     model: str
     num_prompt_tokens: int
@@ -156,6 +159,10 @@ class MessageAnswers:
             }
             return [*self._stop(), end]
         return [{"type": "message_stop"}] if isinstance(event, End) else []
+
+    def failure(self, error: ApiError) -> Mapping[str, object]:
+        """The event of a stream that failed."""
+        return {"type": "error", "error": message_error_body(error)["error"]}
 
     def _call_events(self, event: ToolCallDelta) -> list[MessageEvent]:
         events: list[MessageEvent] = []
@@ -206,11 +213,6 @@ def message_error_body(error: ApiError) -> ErrorBody:
     body["type"] = "error"
     body["error"]["type"] = ERROR_TYPES.get(error.status, "api_error")
     return body
-
-
-def error_event(error: ApiError) -> Mapping[str, object]:
-    """The event of a stream that failed."""
-    return {"type": "error", "error": message_error_body(error)["error"]}
 
 
 def _reasons(finish: Finish) -> EventDelta:

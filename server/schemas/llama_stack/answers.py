@@ -23,6 +23,7 @@ from ...generation.events import (
     ToolCallDelta,
 )
 from ...generation.token_text import TokenEntry
+from ..streamed_answers import StreamedAnswers
 
 EventType = Literal["start", "progress", "complete"]
 StopReason = Literal["end_of_turn", "end_of_message", "out_of_tokens"]
@@ -109,7 +110,7 @@ class NewStackChunk(TypedDict):
 
 
 @dataclass(slots=True, frozen=True)
-class StackAnswers:
+class StackAnswers(StreamedAnswers):
     """The answers to one request.
 
     is_new: the request came on a /v1/ path. has_tools: the request has tools, so messages have

@@ -5,7 +5,6 @@ Owns the keys and their order. Knows nothing of how they are sent.
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,11 +22,11 @@ from ...generation.events import (
     Usage,
 )
 from ...generation.token_text import TokenEntry, TokenLogprob
-from ..answer_parts import (
+from .answer_frames import (
+    OpenAIAnswers,
+    OpenAIChunk,
     PromptCandidates,
-    RunningUsage,
     UsageCounts,
-    obfuscation,
     prompt_candidates,
     usage_counts,
 )
@@ -132,7 +131,7 @@ class ChatChunkChoice(TypedDict):
     stop_reason: str | int | None
 
 
-class ChatCompletionChunk(TypedDict):
+class ChatCompletionChunk(OpenAIChunk):
     """One frame of a streamed answer.
 
     usage: only with stream_options.include_usage, null in all but the last chunk, whose
@@ -140,36 +139,26 @@ class ChatCompletionChunk(TypedDict):
     obfuscation: only with stream_options.include_obfuscation.
     """
 
-    id: str
     object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
-    usage: NotRequired[UsageCounts | None]
-    obfuscation: NotRequired[str]
 
 
 def _new_id() -> str:
     return f"chat-{uuid.uuid4().hex}"
 
 
-@dataclass(slots=True, frozen=True)
-class ChatAnswers:
-    """The answers to one request; all have the same id and time.
+@dataclass(slots=True, kw_only=True)
+class ChatAnswers(OpenAIAnswers):
+    """The answers to one conversation.
 
     has_tools: the request has tools, so its messages have tool_calls. is_call: the answer must be
     calls, so no stream of it opens with an empty text.
     """
 
-    model: str
-    include_usage: bool = False
     num_choices: int = 1
     has_tools: bool = False
     is_call: bool = False
-    is_obfuscated: bool = False
-    running_usage: RunningUsage | None = None
     id: str = field(default_factory=_new_id)
-    created: int = field(default_factory=lambda: int(time.time()))
 
     def plain(self, completion: Completion) -> ChatCompletion:
         """The whole answers, in the form of api-reference.txt."""
@@ -194,8 +183,7 @@ class ChatAnswers:
 
     def chunks(self, event: Event) -> list[ChatCompletionChunk]:
         """The chunks that report one event."""
-        if self.running_usage is not None:
-            self.running_usage.add(event)
+        self._count(event)
         if isinstance(event, TextDelta):
             return [self._chunk(event.choice, {"content": event.text}, event.logprobs)]
         if isinstance(event, ToolCallDelta):
@@ -241,12 +229,7 @@ class ChatAnswers:
             "stop_reason": stop_reason,
         }
         chunk = self._frame([choice])
-        if self.running_usage is not None:
-            chunk["usage"] = self.running_usage.counts
-        elif self.include_usage:
-            chunk["usage"] = None
-        if self.is_obfuscated:
-            chunk["obfuscation"] = obfuscation(delta.get("content") or "")
+        self._complete(chunk, delta.get("content") or "")
         return chunk
 
     def _usage_chunk(self, usage: Usage) -> ChatCompletionChunk:

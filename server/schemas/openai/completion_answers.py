@@ -5,20 +5,19 @@ Owns the keys and their order. Knows nothing of how they are sent.
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, TypedDict
 
 from ...generation.completion import Answer, Completion
 from ...generation.events import End, Event, Finish, PromptLogprobs, TextDelta, Usage
 from ...generation.token_text import TokenEntry
-from ..answer_parts import (
+from .answer_frames import (
+    OpenAIAnswers,
+    OpenAIChunk,
     PromptCandidates,
-    RunningUsage,
     UsageCounts,
-    obfuscation,
     prompt_candidates,
     usage_counts,
 )
@@ -59,7 +58,7 @@ class CompletionChunkChoice(TypedDict):
     stop_reason: str | int | None
 
 
-class CompletionChunk(TypedDict):
+class CompletionChunk(OpenAIChunk):
     """One frame of a streamed answer.
 
     usage: only with stream_options.include_usage, null in all but the last chunk, whose
@@ -67,13 +66,8 @@ class CompletionChunk(TypedDict):
     obfuscation: only with stream_options.include_obfuscation.
     """
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[CompletionChunkChoice]
-    usage: NotRequired[UsageCounts | None]
-    obfuscation: NotRequired[str]
 
 
 def _new_id() -> str:
@@ -81,8 +75,8 @@ def _new_id() -> str:
 
 
 @dataclass(slots=True, kw_only=True)
-class CompletionAnswers:
-    """The answers to one request: all carry the same id and time.
+class CompletionAnswers(OpenAIAnswers):
+    """The answers to the prompts of one request.
 
     num_answers: answers to each prompt. echoes: the texts of the prompts, if the answers start
     with them. num_top: how many likeliest tokens to list for each token; None: no
@@ -90,17 +84,12 @@ class CompletionAnswers:
     prompt.
     """
 
-    model: str
     num_answers: int = 1
     echoes: Sequence[str] | None = None
     num_top: int | None = None
     num_prompt_top: int | None = None
     is_echo_only: bool = False
-    include_usage: bool = False
-    is_obfuscated: bool = False
-    running_usage: RunningUsage | None = None
     id: str = field(default_factory=_new_id)
-    created: int = field(default_factory=lambda: int(time.time()))
     _columns: dict[int, TokenColumns] = field(default_factory=dict)
 
     def plain(self, completion: Completion) -> TextCompletion:
@@ -130,8 +119,7 @@ class CompletionAnswers:
 
     def chunks(self, event: Event) -> list[CompletionChunk]:
         """The chunks that report one event."""
-        if self.running_usage is not None:
-            self.running_usage.add(event)
+        self._count(event)
         if isinstance(event, PromptLogprobs):
             return self._echoed(event)
         if isinstance(event, End):
@@ -213,12 +201,7 @@ class CompletionAnswers:
             "stop_reason": stop_reason,
         }
         chunk = self._frame([choice])
-        if self.running_usage is not None:
-            chunk["usage"] = self.running_usage.counts
-        elif self.include_usage:
-            chunk["usage"] = None
-        if self.is_obfuscated:
-            chunk["obfuscation"] = obfuscation(text)
+        self._complete(chunk, text)
         return chunk
 
     def _usage(self, usage: Usage) -> UsageCounts:

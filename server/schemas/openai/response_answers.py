@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, ClassVar, Literal, NotRequired, TypedDict
 
 import msgspec
 
@@ -17,6 +17,7 @@ from ...errors import ApiError
 from ...generation.completion import Completion
 from ...generation.events import AnsweredCall, End, Event, Finish, TextDelta, ToolCallDelta, Usage
 from ...generation.token_text import TokenEntry, TokenLogprob
+from ..streamed_answers import StreamedAnswers
 from .responses import ResponsesRequest
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
@@ -185,11 +186,16 @@ class InputItems(TypedDict):
 
 
 @dataclass(slots=True)
-class ResponseAnswers:
-    """The answer to one request, whole or as events. is_stored: as the response reports it."""
+class ResponseAnswers(StreamedAnswers):
+    """The answer to one request, whole or as events.
+
+    keep: called with the whole response where it is stored, before its client reads that it ended.
+    """
+
+    is_named: ClassVar[bool] = True
 
     body: ResponsesRequest
-    is_stored: bool
+    keep: Callable[[Response], Awaitable[None]] | None = None
     id: str = field(default_factory=lambda: f"resp_{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
     _sequence: int = -1
@@ -234,13 +240,17 @@ class ResponseAnswers:
         response["error"] = {"code": error.code or error.type, "message": error.message}
         return self._event("response.failed", response=response)
 
-    def ended(self, usage: Usage) -> Response:
-        """The response after the last event of a stream."""
+    async def store(self, event: Event) -> None:
+        """Keep the whole response."""
+        if isinstance(event, End) and self.keep is not None:
+            await self.keep(self._ended_stream(event.usage))
+
+    def _ended_stream(self, usage: Usage) -> Response:
         assert self._finish is not None, "a choice has a Finish before the End"
         return self._ended(self._items, self._finish, usage)
 
     def _end_event(self, usage: Usage) -> ResponseEvent:
-        response = self.ended(usage)
+        response = self._ended_stream(usage)
         kind = "response.completed" if response["status"] == "completed" else "response.incomplete"
         return self._event(kind, response=response)
 
@@ -353,7 +363,7 @@ class ResponseAnswers:
             "previous_response_id": body.previous_response_id,
             "reasoning": {"effort": None, "summary": None},
             "service_tier": "default",
-            "store": self.is_stored,
+            "store": self.keep is not None,
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": text,
             "tool_choice": _plain(body.tool_choice or "auto"),

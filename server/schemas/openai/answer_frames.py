@@ -1,4 +1,4 @@
-"""What the answers of OpenAI's APIs share: usage, log-probabilities of a prompt, obfuscation.
+"""What the answers of chat and text completions share: usage, prompts, the ends of chunks.
 
 Owns the keys and their order. Knows nothing of how they are sent.
 """
@@ -6,10 +6,11 @@ Owns the keys and their order. Knows nothing of how they are sent.
 from __future__ import annotations
 
 import secrets
+import time
 from dataclasses import dataclass, field
-from typing import NotRequired, TypedDict
+from typing import ClassVar, NotRequired, TypedDict
 
-from ..generation.events import (
+from ...generation.events import (
     Event,
     Finish,
     PromptLogprobs,
@@ -17,7 +18,9 @@ from ..generation.events import (
     ToolCallDelta,
     Usage,
 )
-from ..generation.token_text import PromptCandidate
+from ...generation.token_text import PromptCandidate
+from ..sampling import SharedFields, StreamOptions
+from ..streamed_answers import StreamedAnswers
 
 
 class PromptToken(TypedDict):
@@ -107,4 +110,66 @@ def _by_token_id(entry: tuple[PromptCandidate, ...], num_top: int | None) -> dic
             "decoded_token": token.text,
         }
         for token in (entry[0], *others)
+    }
+
+
+class OpenAIChunk(TypedDict):
+    """What the chunks of both streams share. id, created: the same in all of a stream."""
+
+    id: str
+    created: int
+    model: str
+    usage: NotRequired[UsageCounts | None]
+    obfuscation: NotRequired[str]
+
+
+@dataclass(slots=True, kw_only=True)
+class OpenAIAnswers(StreamedAnswers):
+    """The answers to one request; all have the same id and time.
+
+    include_usage: a stream ends with a chunk of the usage. running_usage: every chunk has the
+    usage so far. is_obfuscated: every chunk has random characters.
+    """
+
+    has_done: ClassVar[bool] = True
+
+    model: str
+    include_usage: bool = False
+    is_obfuscated: bool = False
+    running_usage: RunningUsage | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def _count(self, event: Event) -> None:
+        """Count the tokens of an event, before its chunks are made."""
+        if self.running_usage is not None:
+            self.running_usage.add(event)
+
+    def _complete(self, chunk: OpenAIChunk, text: str) -> None:
+        """Add what every chunk ends with. text: the chunk's."""
+        if self.running_usage is not None:
+            chunk["usage"] = self.running_usage.counts
+        elif self.include_usage:
+            chunk["usage"] = None
+        if self.is_obfuscated:
+            chunk["obfuscation"] = obfuscation(text)
+
+
+class FrameOptions(TypedDict):
+    """What a body says of all chunks: the arguments of OpenAIAnswers."""
+
+    model: str
+    include_usage: bool
+    is_obfuscated: bool
+    running_usage: RunningUsage | None
+
+
+def frames_of(body: SharedFields, num_prompt_tokens: int) -> FrameOptions:
+    """The options that a body asks for. num_prompt_tokens: of all its prompts."""
+    options = body.stream_options or StreamOptions()
+    has_running_usage = bool(options.continuous_usage_stats)
+    return {
+        "model": body.model,
+        "include_usage": bool(options.include_usage),
+        "is_obfuscated": bool(options.include_obfuscation),
+        "running_usage": RunningUsage(num_prompt_tokens) if has_running_usage else None,
     }
