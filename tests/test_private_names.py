@@ -25,6 +25,7 @@ PRIVATE_NAMES = {
 STRUCT_NAMES = {"__struct_config__"}
 # Members of Sanic's classes that server/http replaces; none is in Sanic's documented API.
 OVERRIDDEN = {
+    "AnswerWriter": {"http1_response_header"},
     "StrictHttp": {
         "HEADER_CEILING",
         "HEADER_MAX_SIZE",
@@ -43,7 +44,7 @@ OVERRIDDEN = {
         "resume_writing",
     },
 }
-BASES = {"StrictHttp": Http, "StrictProtocol": HttpProtocol}
+BASES = {"AnswerWriter": Http, "StrictHttp": Http, "StrictProtocol": HttpProtocol}
 
 
 def sources() -> list[Path]:

@@ -6,6 +6,7 @@ Read in this order:
     services        the parts of a worker that routes use, and JSON answers
     ignored_fields  reports fields of a request that the server dropped
     response_store  responses that are kept for /v1/responses
+    whole_answer    answers that are not streamed, sent in parts
     sse             streams of server-sent events
     openapi         the API's document, from the declarations
     pages           the page at /docs

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -24,7 +23,6 @@ from ..admission.key_file import ApiKey
 from ..admission.lanes import Lanes
 from ..admission.rate_limits import RateLimits
 from ..errors import ModelNotFoundError, RateLimitError
-from ..generation.completion import Completion
 from ..generation.generator import Engine, Generator
 from ..generation.preparer import PreparedGeneration
 from ..generation.request import GenerationRequest
@@ -37,10 +35,6 @@ from .ignored_fields import report_ignored
 from .response_store import ResponseStore
 
 T = TypeVar("T", bound=msgspec.Struct)
-R = TypeVar("R")
-
-# Of so many the JSON is made in about ten milliseconds.
-MAX_INLINE_LOGPROBS = 2_000
 
 
 @dataclass(slots=True)
@@ -88,20 +82,6 @@ def json_response(
     return HTTPResponse(
         orjson.dumps(content), status=status, headers=headers, content_type="application/json"
     )
-
-
-async def completion_response(
-    plain: Callable[[Completion], Any], completion: Completion
-) -> HTTPResponse:
-    """The JSON that `plain` makes of whole answers."""
-    return await made_of(completion, lambda: json_response(plain(completion)))
-
-
-async def made_of(completion: Completion, make: Callable[[], R]) -> R:
-    """What `make` makes of whole answers; in a thread if they have many log-probabilities."""
-    if completion.num_logprobs <= MAX_INLINE_LOGPROBS:
-        return make()
-    return await asyncio.to_thread(make)
 
 
 async def read_body(request: Request, schema: type[T]) -> T:

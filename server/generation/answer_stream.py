@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from ...router.messages import AddRequest, SequenceOutput
 from ..errors import DeadEndError, InternalError
 from ..prompts.processor import Processor
+from .completion import EntryLog
 from .detokenizer import Detokenizer, Piece, StopStrings
 from .events import (
     AnsweredCall,
@@ -123,6 +124,7 @@ class AnswerStream:
 
     tool_parser: finds calls in the text; None: there are no calls, only text. keeps_stop: a stop
     string that ends the answer is its last text. form: the field of the form that it must have.
+    log: where log-probabilities go; None: with the events.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class AnswerStream:
         *,
         keeps_stop: bool = False,
         form: str = "",
+        log: EntryLog | None = None,
     ) -> None:
         self._form = form
         self._choice = choice
@@ -150,6 +153,7 @@ class AnswerStream:
         self._min_tokens = request.sampling.min_tokens
         self._num_tokens = 0
         self._num_cached = 0
+        self._log = log
         self._pending_logprobs: list[TokenEntry] = []
 
     def take(self, output: SequenceOutput) -> list[Event]:
@@ -191,8 +195,11 @@ class AnswerStream:
     def _count(self, output: SequenceOutput, place: int) -> None:
         self._num_tokens += 1
         if output.logprobs:
-            token_id, logprobs = output.token_ids[place], output.logprobs[place]
-            self._pending_logprobs.append(self._reader.entry(token_id, logprobs))
+            entry = self._reader.entry(output.token_ids[place], output.logprobs[place])
+            if self._log is None:
+                self._pending_logprobs.append(entry)
+            else:
+                self._log.add((entry,))
 
     def _cut(self, text: str) -> Piece:
         """The certain part of the text; the first min_tokens tokens match no stop string."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from .events import (
     AnsweredCall,
@@ -23,17 +24,35 @@ from .events import (
 from .token_text import TokenEntry
 
 
+class EntryLog(Protocol):
+    """The log-probabilities of a growing answer, in an API's JSON from the start.
+
+    A token with 20 candidates takes 2 KB as objects, three times its JSON.
+    """
+
+    @property
+    def num_entries(self) -> int: ...
+    def add(self, entries: Sequence[TokenEntry]) -> None: ...
+    def as_json(self) -> Any: ...
+
+
 @dataclass(slots=True, frozen=True)
 class Answer:
     """The whole answer of one choice.
 
-    logprobs: one entry for each token that usage counts, if requested.
+    logprobs: the log of each token that usage counts; None if not requested.
     """
 
     text: str
     finish: Finish
-    logprobs: tuple[TokenEntry, ...] = ()
+    logprobs: EntryLog | None = None
     tool_calls: tuple[AnsweredCall, ...] = ()
+
+    @property
+    def logged_entries(self) -> Any:
+        """What the log contains, for the API's JSON; None without an entry."""
+        log = self.logprobs
+        return None if log is None or not log.num_entries else log.as_json()
 
 
 @dataclass(slots=True, frozen=True)
@@ -48,13 +67,21 @@ class Completion:
     prompts: tuple[PromptLogprobs, ...] = ()
 
     @classmethod
-    async def collect(cls, events: AsyncIterable[Event]) -> Completion:
-        """Join all events of one request, which end with an End, as they come."""
+    async def collect(
+        cls, events: AsyncIterable[Event], logs: Mapping[int, EntryLog] | None = None
+    ) -> Completion:
+        """Join all events of one request, which end with an End, as they come.
+
+        logs: each choice's log, which the stream has filled; the events have no entries then.
+        """
+        logs = logs or {}
         choices: defaultdict[int, _Choice] = defaultdict(_Choice)
         prompts: list[PromptLogprobs] = []
         async for event in events:
             if isinstance(event, End):
-                answers = tuple(choices[choice].answer() for choice in sorted(choices))
+                answers = tuple(
+                    choices[choice].answer(logs.get(choice)) for choice in sorted(choices)
+                )
                 prompts.sort(key=lambda logprobs: logprobs.prompt)
                 return cls(answers, event.usage, tuple(prompts))
             if isinstance(event, PromptLogprobs):
@@ -64,28 +91,22 @@ class Completion:
         raise AssertionError("the events of a request end with an End")
 
     @property
-    def num_logprobs(self) -> int:
-        """How many log-probabilities the answers and prompts have, all candidates included."""
-        of_answers = sum(1 + len(entry.top) for answer in self.answers for entry in answer.logprobs)
-        of_prompts = sum(
-            len(entry or ()) for logprobs in self.prompts for entry in logprobs.entries
-        )
-        return of_answers + of_prompts
+    def num_prompt_logprobs(self) -> int:
+        """How many log-probabilities the prompts have, all candidates included."""
+        return sum(len(entry or ()) for logprobs in self.prompts for entry in logprobs.entries)
 
 
 class _Choice:
     """The answer of one choice as it grows: no event is kept, and the text is one buffer."""
 
-    __slots__ = ("_calls", "_finish", "_logprobs", "_text")
+    __slots__ = ("_calls", "_finish", "_text")
 
     def __init__(self) -> None:
         self._text = io.StringIO()
-        self._logprobs: list[TokenEntry] = []
         self._calls: list[AnsweredCall] = []
         self._finish: Finish | None = None
 
     def add(self, event: ChoiceEvent) -> None:
-        self._logprobs += event.logprobs
         if isinstance(event, TextDelta):
             self._text.write(event.text)
         elif isinstance(event, Finish):
@@ -93,7 +114,6 @@ class _Choice:
         elif event.whole is not None:
             self._calls.append(event.whole)
 
-    def answer(self) -> Answer:
+    def answer(self, log: EntryLog | None) -> Answer:
         assert self._finish is not None, "each choice has a Finish before the End"
-        text = self._text.getvalue()
-        return Answer(text, self._finish, tuple(self._logprobs), tuple(self._calls))
+        return Answer(self._text.getvalue(), self._finish, log, tuple(self._calls))

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import Protocol
 
 from ...router.client.engine_client import Health
@@ -38,7 +38,7 @@ from ..prompts.processor import Processor
 from ..structured_output.compile_checks import GrammarChecks
 from ..telemetry.metrics import Metrics, RequestTimer
 from .answer_stream import AnswerStream
-from .completion import Completion
+from .completion import Completion, EntryLog
 from .deadlines import deadline_error, until
 from .events import End, Event, Finish, PromptLogprobs, Usage
 from .preparer import Images, PreparedGeneration, Preparer
@@ -124,10 +124,13 @@ class Generator:
             raise api_error_of(rejection)
         return await self._preparer.prepare(request, info, deadline)
 
-    async def stream(self, prepared: PreparedGeneration) -> AsyncGenerator[Event, None]:
+    async def stream(
+        self, prepared: PreparedGeneration, logs: Mapping[int, EntryLog] | None = None
+    ) -> AsyncGenerator[Event, None]:
         """Pieces of the answers, a Finish for each choice, then an End. Closing it aborts all.
 
-        The log-probabilities of a prompt come before all pieces of its answers.
+        The log-probabilities of a prompt come before all pieces of its answers. logs: by choice,
+        where those of the answers go; without them, they come with the events.
         Raises ApiError, before the first event if the engine rejects the request.
         """
         timer = self._metrics.start(prepared.requests)
@@ -137,7 +140,7 @@ class Generator:
         try:
             async with (
                 contextlib.aclosing(self._engine.generate(*prepared.requests)) as outputs,
-                contextlib.aclosing(self._events(prepared, outputs, timer)) as events,
+                contextlib.aclosing(self._events(prepared, outputs, timer, logs or {})) as events,
             ):
                 async for event in events:
                     yield event
@@ -172,8 +175,9 @@ class Generator:
         prepared: PreparedGeneration,
         outputs: AsyncGenerator[SequenceOutput, None],
         timer: RequestTimer,
+        logs: Mapping[int, EntryLog],
     ) -> AsyncGenerator[Event, None]:
-        streams = self._answer_streams(prepared)
+        streams = self._answer_streams(prepared, logs)
         usages: dict[int, Usage] = {}
         while streams:
             output = await _next_output(outputs, prepared.deadline)
@@ -203,7 +207,9 @@ class Generator:
 
         return asyncio.get_running_loop().call_at(prepared.deadline, leave)
 
-    def _answer_streams(self, prepared: PreparedGeneration) -> dict[str, AnswerStream]:
+    def _answer_streams(
+        self, prepared: PreparedGeneration, logs: Mapping[int, EntryLog]
+    ) -> dict[str, AnswerStream]:
         """The unfinished answers by their ids in the engine."""
         pairs = [
             (request, answer_id)
@@ -220,6 +226,7 @@ class Generator:
                 _tool_parser(prepared),
                 keeps_stop=prepared.keeps_stop,
                 form=prepared.form,
+                log=logs.get(choice),
             )
             for choice, (request, answer_id) in enumerate(pairs)
         }
@@ -238,10 +245,18 @@ class Generator:
             self._reader.prompt_entries(output.prompt_logprobs),
         )
 
-    async def answer(self, prepared: PreparedGeneration) -> Completion:
-        """The whole answers: all events of `stream`, joined. Raises as `stream` does."""
-        async with contextlib.aclosing(self.stream(prepared)) as events:
-            return await Completion.collect(events)
+    async def answer(
+        self, prepared: PreparedGeneration, new_log: Callable[[], EntryLog] | None = None
+    ) -> Completion:
+        """The whole answers: all events of `stream`, joined. Raises as `stream` does.
+
+        new_log: makes the log of one answer's log-probabilities; None: no answer has any.
+        """
+        logs = {}
+        if new_log is not None:
+            logs = {choice: new_log() for choice in range(len(prepared.answer_ids))}
+        async with contextlib.aclosing(self.stream(prepared, logs)) as events:
+            return await Completion.collect(events, logs)
 
 
 def _tool_parser(prepared: PreparedGeneration) -> ToolCallParser | None:

@@ -7,6 +7,7 @@ Read in this order:
     head               the grammar and the limits of a request's head
     chunked            the chunked transfer coding of a body
     targets            other spellings of a path; what a 404 tells about routes
+    answer_writer      writes answers: large bodies in parts, streams for HTTP/1.0
     protocol           one connection: reads requests through the three above, closes softly
     auth               what a head must carry: host, API key, CORS, no compressed body
     tls                the certificate, and how it is reloaded

@@ -18,14 +18,14 @@ import orjson
 from sanic import Request
 from sanic.compat import Header
 from sanic.exceptions import BadURL, PayloadTooLarge, RequestTimeout
-from sanic.headers import format_http1_response
-from sanic.http import Http, Stage
+from sanic.http import Http
 from sanic.server import HttpProtocol
 
 from ...router.state_table import next_state
 from ..admission.bytes_in_flight import keep_bytes
 from ..errors import ApiError, NotReadyError, error_body
 from ..settings import ServerSettings
+from .answer_writer import AnswerWriter
 from .auth import OPEN_PATHS
 from .chunked import ChunkReader
 from .connection_places import ConnectionPlaces
@@ -58,7 +58,7 @@ class SlowBodyError(ApiError):
     type = "invalid_request_error"
 
 
-class StrictHttp(Http):  # type: ignore[misc]
+class StrictHttp(AnswerWriter):
     """The requests of one connection, one after the other."""
 
     # `HeadLimits` is the limit; Sanic's own would apply before it.
@@ -178,27 +178,7 @@ class StrictHttp(Http):  # type: ignore[misc]
             self.expecting_continue = False
             self.keep_alive = False
             self._connection.advance(ConnectionEvent.REJECTED)
-        if not end_stream and self.request is not None and self.request.version == "1.0":
-            await self._stream_until_close(data)
-        else:
-            await super().http1_response_header(data, end_stream)
-
-    async def _stream_until_close(self, data: bytes) -> None:
-        """HTTP/1.0 has no chunks: a stream ends where its connection does (RFC 9112, 6.1)."""
-        self.keep_alive = False
-        response = self.response
-        response.headers["connection"] = "close"
-        self.response_func = self._send_until_close
-        head = format_http1_response(response.status, response.processed_headers)
-        await self._send(head + data)
-        self.stage = Stage.RESPONSE
-
-    async def _send_until_close(self, data: bytes, end_stream: bool) -> None:
-        if data:
-            await self._send(data)
-        if end_stream:
-            self.response_func = None  # type: ignore[assignment]
-            self.stage = Stage.IDLE
+        await super().http1_response_header(data, end_stream)
 
 
 class StrictProtocol(HttpProtocol):  # type: ignore[misc]

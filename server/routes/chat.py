@@ -5,8 +5,9 @@ from __future__ import annotations
 from sanic import HTTPResponse, Request
 
 from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
-from ..api.services import check_model, completion_response, prepare, services_of
+from ..api.services import check_model, prepare
 from ..api.sse import send_stream
+from ..api.whole_answer import send_whole
 from ..schemas.openai.answer_frames import frames_of
 from ..schemas.openai.chat import ChatCompletionRequest, chat_generation
 from ..schemas.openai.chat_answers import ChatAnswers, ChatCompletion, ChatCompletionChunk
@@ -41,7 +42,6 @@ ROUTES = Routes("chat", "Chat")
 async def chat_completions(request: Request, body: ChatCompletionRequest) -> HTTPResponse | None:
     """One answer to a conversation, in OpenAI's form."""
     check_model(request, body.model)
-    generator = services_of(request).generator
     prepared = await prepare(request, chat_generation(body), body.cache_salt)
     answers = ChatAnswers(
         **frames_of(body, prepared.num_prompt_tokens),
@@ -52,4 +52,4 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> HTT
     if body.stream:
         await send_stream(request, prepared, answers)
         return None
-    return await completion_response(answers.plain, await generator.answer(prepared))
+    return await send_whole(request, prepared, answers.plain, answers.new_log)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from sanic import HTTPResponse, Request
 
 from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
-from ..api.services import check_model, completion_response, owner_of, prepare, services_of
+from ..api.services import check_model, owner_of, prepare, services_of
 from ..api.sse import send_stream
+from ..api.whole_answer import send_whole
 from ..generation.request import PlainPrompt
 from ..schemas.openai.answer_frames import frames_of
 from ..schemas.openai.completion_answers import CompletionAnswers, CompletionChunk, TextCompletion
@@ -44,7 +45,6 @@ ROUTES = Routes("completions", "Completions")
 async def completions(request: Request, body: CompletionRequest) -> HTTPResponse | None:
     """The continuation of one text or of several, in OpenAI's form."""
     check_model(request, body.model)
-    services = services_of(request)
     generation = completion_generation(body)
     prepared = await prepare(request, generation, body.cache_salt)
     answers = CompletionAnswers(
@@ -58,7 +58,7 @@ async def completions(request: Request, body: CompletionRequest) -> HTTPResponse
     if body.stream:
         await send_stream(request, prepared, answers)
         return None
-    return await completion_response(answers.plain, await services.generator.answer(prepared))
+    return await send_whole(request, prepared, answers.plain, answers.new_log)
 
 
 async def _echoes(request: Request, prompts: Sequence[PlainPrompt]) -> list[str]:

@@ -12,12 +12,12 @@ from sanic import HTTPResponse, Request
 from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
 from ..api.services import (
     check_model,
-    completion_response,
     json_response,
     prepare,
     services_of,
 )
 from ..api.sse import send_stream
+from ..api.whole_answer import send_whole
 from ..schemas.llama_stack.answers import (
     NewStackChunk,
     OldStackChunk,
@@ -78,13 +78,12 @@ async def chat_completion_new(request: Request, body: StackChatRequest) -> HTTPR
 
 async def _complete(request: Request, body: StackChatRequest, is_new: bool) -> HTTPResponse | None:
     check_model(request, stack_model(body))
-    generator = services_of(request).generator
     prepared = await prepare(request, stack_generation(body))
     answers = StackAnswers(is_new, has_tools=bool(body.tools))
     if body.stream:
         await send_stream(request, prepared, answers)
         return None
-    return await completion_response(answers.plain, await generator.answer(prepared))
+    return await send_whole(request, prepared, answers.plain, answers.new_log)
 
 
 @ROUTES.get(

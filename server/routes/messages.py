@@ -9,13 +9,13 @@ from sanic import HTTPResponse, Request
 from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
 from ..api.services import (
     check_model,
-    completion_response,
     json_response,
     owner_of,
     prepare,
     services_of,
 )
 from ..api.sse import send_stream
+from ..api.whole_answer import send_whole
 from ..errors import BadRequestError
 from ..prompts.processor import PromptTooLongError
 from ..schemas.anthropic.answers import (
@@ -55,13 +55,12 @@ ROUTES = Routes("messages", "Messages")
 async def messages(request: Request, body: MessagesRequest) -> HTTPResponse | None:
     """One answer to a conversation, in Anthropic's form."""
     check_model(request, body.model)
-    generator = services_of(request).generator
     prepared = await prepare(request, messages_generation(body))
     answers = MessageAnswers(body.model, prepared.num_prompt_tokens)
     if body.stream:
         await send_stream(request, prepared, answers)
         return None
-    return await completion_response(answers.plain, await generator.answer(prepared))
+    return await send_whole(request, prepared, answers.plain)
 
 
 @ROUTES.post(

@@ -15,13 +15,14 @@ from ..api.response_store import ResponseStore, StoredResponse
 from ..api.services import (
     check_model,
     json_response,
-    made_of,
     prepare,
     services_of,
     tenant_of,
 )
 from ..api.sse import send_stream
+from ..api.whole_answer import send_parts
 from ..errors import BadRequestError, NotFoundError
+from ..schemas.json_parts import json_parts
 from ..schemas.openai.response_answers import (
     DeletedResponse,
     InputItems,
@@ -71,11 +72,14 @@ async def responses(request: Request, body: ResponsesRequest) -> HTTPResponse | 
     if body.stream:
         await send_stream(request, prepared, answers)
         return None
-    completion = await services.generator.answer(prepared)
-    response = await made_of(completion, lambda: answers.plain(completion))
-    if keep is not None:
-        await keep(response)
-    return await made_of(completion, lambda: json_response(response))
+
+    async def parts() -> list[bytes]:
+        response = answers.plain(await services.generator.answer(prepared, answers.new_log))
+        if keep is not None:
+            await keep(response)
+        return json_parts(response)
+
+    return await send_parts(request, await parts())
 
 
 @ROUTES.get(
@@ -182,7 +186,10 @@ def _stored(body: ResponsesRequest, response: Response) -> StoredResponse:
         content.setdefault("id", f"item_{response['id'].removeprefix('resp_')}_{index}")
         items.append(content)
     return StoredResponse(
-        response["id"], body.previous_response_id, orjson.dumps(items), orjson.dumps(response)
+        response["id"],
+        body.previous_response_id,
+        orjson.dumps(items),
+        b"".join(json_parts(response)),
     )
 
 

@@ -9,6 +9,7 @@ Read in this order:
     openai, llama_stack, anthropic   the requests and answers of each API
     sampling, structured, tools      the fields that these share
     rules                            conditions between fields, for the API's document
+    json_parts                       JSON that is encoded and sent in parts
     streamed_answers                 what a stream needs of each API's answers
     model_answers, service_answers   the answers of the other routes
 

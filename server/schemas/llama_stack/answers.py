@@ -23,6 +23,7 @@ from ...generation.events import (
     ToolCallDelta,
 )
 from ...generation.token_text import TokenEntry
+from ..json_parts import EntryTexts
 from ..streamed_answers import StreamedAnswers
 
 EventType = Literal["start", "progress", "complete"]
@@ -139,7 +140,11 @@ class StackAnswers(StreamedAnswers):
         }
         if self.is_new or self.has_tools:
             message["tool_calls"] = [call for call in calls if call is not None]
-        return {"completion_message": message, "logprobs": _logprobs(answer.logprobs)}
+        return {"completion_message": message, "logprobs": answer.logged_entries}
+
+    def new_log(self) -> EntryTexts:
+        """For the answer's log-probabilities."""
+        return EntryTexts(_token_logprobs)
 
     def first(self) -> list[dict[str, Any]]:
         """The frame before any text: an OldStackChunk or a NewStackChunk, like all that follow."""
@@ -214,14 +219,14 @@ def _logprobs(entries: Sequence[TokenEntry]) -> list[StackTokenLogprobs] | None:
     """
     if not entries:
         return None
-    return [{"logprobs_by_token": _by_token(entry)} for entry in entries]
+    return [_token_logprobs(entry) for entry in entries]
 
 
-def _by_token(entry: TokenEntry) -> dict[str, float]:
+def _token_logprobs(entry: TokenEntry) -> StackTokenLogprobs:
     by_token: dict[str, float] = {}
     for candidate in (*entry.top, entry.chosen):
         by_token.setdefault(candidate.token.text, candidate.logprob)
-    return by_token
+    return {"logprobs_by_token": by_token}
 
 
 def _stop_reason(finish: Finish) -> StopReason:

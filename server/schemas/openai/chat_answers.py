@@ -22,6 +22,7 @@ from ...generation.events import (
     Usage,
 )
 from ...generation.token_text import TokenEntry, TokenLogprob
+from ..json_parts import EntryTexts
 from .answer_frames import (
     OpenAIAnswers,
     OpenAIChunk,
@@ -176,6 +177,10 @@ class ChatAnswers(OpenAIAnswers):
             "prompt_logprobs": prompt_candidates(prompt),
         }
 
+    def new_log(self) -> EntryTexts:
+        """For one answer's log-probabilities."""
+        return EntryTexts(_chosen)
+
     def first(self) -> list[ChatCompletionChunk]:
         """The chunks before any text, one a choice."""
         delta: ChatDelta = {"role": "assistant", "content": None if self.is_call else ""}
@@ -248,10 +253,11 @@ class ChatAnswers(OpenAIAnswers):
 
 
 def _choice(index: int, answer: Answer, has_tools: bool) -> ChatChoice:
+    logged = answer.logged_entries
     return {
         "index": index,
         "message": _message(answer, has_tools),
-        "logprobs": _logprobs(answer.logprobs),
+        "logprobs": None if logged is None else {"content": logged},
         "finish_reason": answer.finish.reason,
         "stop_reason": answer.finish.stop_reason,
     }

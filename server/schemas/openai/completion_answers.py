@@ -8,7 +8,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from ...generation.completion import Answer, Completion
 from ...generation.events import End, Event, Finish, PromptLogprobs, TextDelta, Usage
@@ -21,7 +21,7 @@ from .answer_frames import (
     prompt_candidates,
     usage_counts,
 )
-from .logprob_columns import TokenColumns, TokenLists
+from .logprob_columns import ColumnTexts, TokenColumns, TokenLists
 
 Reason = Literal["stop", "length"]
 
@@ -107,6 +107,10 @@ class CompletionAnswers(OpenAIAnswers):
             "usage": self._usage(completion.usage),
         }
 
+    def new_log(self) -> ColumnTexts:
+        """For one answer's log-probabilities."""
+        return ColumnTexts(self.num_top or 0)
+
     def first(self) -> list[CompletionChunk]:
         """The echoes, unless they must wait for log-probabilities."""
         if self.echoes is None or self.num_top is not None:
@@ -135,24 +139,29 @@ class CompletionAnswers(OpenAIAnswers):
     def _choice(
         self, index: int, answer: Answer, prompt: PromptLogprobs | None
     ) -> CompletionChoice:
-        columns = self._columns_of(index)
         text = "" if self.echoes is None else self.echoes[index // self.num_answers]
-        if self.echoes is not None and prompt is not None and self.num_top is not None:
-            columns.add_prompt(prompt)
         if not self.is_echo_only:
             text += answer.text
-            columns.add(answer.logprobs)
         candidates = None
         if self.num_prompt_top is not None:
             candidates = prompt_candidates(prompt, self.num_prompt_top)
         return {
             "index": index,
             "text": text,
-            "logprobs": None if self.num_top is None else columns.take(),
+            "logprobs": None if self.num_top is None else self._logged(answer, prompt),
             "finish_reason": self._reason(answer.finish),
             "stop_reason": None if self.is_echo_only else answer.finish.stop_reason,
             "prompt_logprobs": candidates,
         }
+
+    def _logged(self, answer: Answer, prompt: PromptLogprobs | None) -> Any:
+        """The lists of the prompt, if it is echoed, and of the answer."""
+        columns = self.new_log()
+        if self.echoes is not None and prompt is not None:
+            columns.add_prompt(prompt)
+        if not self.is_echo_only and isinstance(answer.logprobs, ColumnTexts):
+            columns.append(answer.logprobs)
+        return columns.as_json()
 
     def _echoed(self, prompt: PromptLogprobs) -> list[CompletionChunk]:
         """The prompt, if it is echoed with its log-probabilities."""

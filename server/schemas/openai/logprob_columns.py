@@ -6,11 +6,13 @@ Owns the lists and the offset of each token's text. Knows nothing of choices or 
 from __future__ import annotations
 
 import codecs
+from array import array
 from collections.abc import Iterable, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from ...generation.events import PromptLogprobs
 from ...generation.token_text import TokenEntry, TokenText
+from ..json_parts import JsonList
 
 
 class TokenLists(TypedDict):
@@ -33,7 +35,7 @@ class TokenColumns:
         self._num_top = num_top
         # A token may end inside a character; the character then starts at that token.
         self._reader = codecs.getincrementaldecoder("utf-8")("replace")
-        self._num_chars = 0
+        self.num_chars = 0
         self._lists = _no_lists()
 
     def add_prompt(self, logprobs: PromptLogprobs) -> None:
@@ -46,6 +48,10 @@ class TokenColumns:
             top = [candidate for candidate in entry[1:] if candidate.rank <= self._num_top]
             likeliest = _by_text((token.text, token.logprob) for token in (entry[0], *top))
             self._add(token, entry[0].logprob, likeliest)
+
+    def end_text(self) -> None:
+        """What follows is read by itself: half a character at the end counts as one."""
+        self.num_chars += len(self._reader.decode(b"", final=True))
 
     def add(self, entries: Sequence[TokenEntry]) -> None:
         """Add the next tokens of the answer."""
@@ -64,8 +70,52 @@ class TokenColumns:
         self._lists["tokens"].append(token.text)
         self._lists["token_logprobs"].append(logprob)
         self._lists["top_logprobs"].append(likeliest)
-        self._lists["text_offset"].append(self._num_chars)
-        self._num_chars += len(self._reader.decode(token.text_bytes or b""))
+        self._lists["text_offset"].append(self.num_chars)
+        self.num_chars += len(self._reader.decode(token.text_bytes or b""))
+
+
+class ColumnTexts:
+    """The same lists as JSON text from the start, for an answer that is not streamed."""
+
+    def __init__(self, num_top: int) -> None:
+        self._columns = TokenColumns(num_top)
+        self._texts = {name: JsonList() for name in ("tokens", "token_logprobs", "top_logprobs")}
+        # Numbers, as an echoed prompt moves them.
+        self._offsets = array("Q")
+
+    @property
+    def num_entries(self) -> int:
+        return len(self._offsets)
+
+    def add_prompt(self, logprobs: PromptLogprobs) -> None:
+        """Add the tokens of the prompt, before all others."""
+        self._columns.add_prompt(logprobs)
+        self._columns.end_text()
+        self._keep()
+
+    def add(self, entries: Sequence[TokenEntry]) -> None:
+        """Add the next tokens of the answer."""
+        self._columns.add(entries)
+        self._keep()
+
+    def append(self, later: ColumnTexts) -> None:
+        """Add all tokens of `later`, whose offsets start at 0."""
+        for name, text in self._texts.items():
+            text.append(later._texts[name])
+        start = self._columns.num_chars
+        self._offsets.extend(start + offset for offset in later._offsets)
+
+    def as_json(self) -> Any:
+        """The lists as values of a document for `json_parts`."""
+        lists: dict[str, Any] = {name: text.as_json() for name, text in self._texts.items()}
+        return lists | {"text_offset": self._offsets.tolist()}
+
+    def _keep(self) -> None:
+        lists = self._columns.take()
+        self._texts["tokens"].extend(lists["tokens"])
+        self._texts["token_logprobs"].extend(lists["token_logprobs"])
+        self._texts["top_logprobs"].extend(lists["top_logprobs"])
+        self._offsets.extend(lists["text_offset"])
 
 
 def _by_text(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:

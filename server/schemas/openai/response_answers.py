@@ -17,6 +17,7 @@ from ...errors import ApiError
 from ...generation.completion import Completion
 from ...generation.events import AnsweredCall, End, Event, Finish, TextDelta, ToolCallDelta, Usage
 from ...generation.token_text import TokenEntry, TokenLogprob
+from ..json_parts import EntryTexts
 from ..streamed_answers import StreamedAnswers
 from .responses import ResponsesRequest
 
@@ -209,9 +210,13 @@ class ResponseAnswers(StreamedAnswers):
         items: list[ResponseItem] = []
         is_cut = answer.finish.reason == "length"
         if answer.text or not answer.tool_calls:
-            items.append(_message_item(answer.text, answer.logprobs, is_cut))
+            items.append(_message_item(answer.text, answer.logged_entries or [], is_cut))
         items += [_call_item(call) for call in answer.tool_calls]
         return self._ended(items, answer.finish, completion.usage)
+
+    def new_log(self) -> EntryTexts:
+        """For the answer's log-probabilities."""
+        return EntryTexts(_logprob)
 
     def first(self) -> list[ResponseEvent]:
         """The events before any item."""
@@ -276,7 +281,7 @@ class ResponseAnswers(StreamedAnswers):
         return events
 
     def _start_message(self) -> list[ResponseEvent]:
-        events = self._start(_message_item("", (), is_cut=False))
+        events = self._start(_message_item("", [], is_cut=False))
         item = self._items[-1]
         item["status"] = "in_progress"
         place = self._place(content_index=0)
@@ -376,12 +381,12 @@ class ResponseAnswers(StreamedAnswers):
         }
 
 
-def _message_item(text: str, logprobs: Sequence[TokenEntry], is_cut: bool) -> ResponseItem:
+def _message_item(text: str, logprobs: list[ResponseLogprob], is_cut: bool) -> ResponseItem:
     part: ResponsePart = {
         "type": "output_text",
         "text": text,
         "annotations": [],
-        "logprobs": [_logprob(entry) for entry in logprobs],
+        "logprobs": logprobs,
     }
     return {
         "id": f"msg_{uuid.uuid4().hex}",

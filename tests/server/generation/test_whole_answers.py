@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 from support.http_side import (
@@ -15,8 +17,13 @@ from support.http_side import (
     tokens_one_by_one,
 )
 
+from vlmserve.models.batch import TokenLogprobs
+from vlmserve.router.messages import AddRequest, SequenceOutput
+from vlmserve.server.api.whole_answer import made_of
+from vlmserve.server.generation.answer_stream import AnswerStream
 from vlmserve.server.generation.completion import Completion
-from vlmserve.server.generation.events import End, Finish, TextDelta, Usage
+from vlmserve.server.generation.events import End, Finish, PromptLogprobs, TextDelta, Usage
+from vlmserve.server.generation.token_text import PromptCandidate, TokenReader, TokenText
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LIMIT = 2 * 10 * 21
@@ -73,6 +80,59 @@ def test_row_57_an_answer_without_log_probabilities_has_no_such_bound(checkpoint
     body = {"model": MODEL, "messages": [TURN], "max_tokens": 1_000}
     response, rooms = asked(checkpoint, CHAT, **body)
     assert (response.status_code, rooms) == (200, [1_000])
+
+
+class Counted:
+    """A log that counts its entries."""
+
+    def __init__(self):
+        self.num_entries = 0
+
+    def add(self, entries):
+        self.num_entries += len(entries)
+
+    def as_json(self):
+        raise AssertionError("nothing is made into JSON here")
+
+
+def test_row_57_tokens_without_text_wait_in_the_log_too():
+    """Special tokens give no event: their entries were kept as objects until the answer's end."""
+    events, log = [], Counted()
+    request = AddRequest(request_id="r", prompt_token_ids=[1], max_tokens=100)
+    checkpoint_parts = SimpleNamespace(
+        tokenizer=TOKENIZER, special_ids={128009}, end_of_message_id=None, python_tag_id=None
+    )
+    reader = TokenReader(TOKENIZER)
+    stream = AnswerStream(request, (), checkpoint_parts, reader, log=log)
+    logprobs = TokenLogprobs(logprob=-1.0, top_token_ids=[], top_logprobs=[])
+    for number in range(100):
+        reason = "length" if number == 99 else None
+        output = SequenceOutput(
+            request_id="r", token_ids=[128009], finish_reason=reason, logprobs=[logprobs]
+        )
+        events += stream.take(output)
+    assert log.num_entries == 100
+    assert [type(event) for event in events] == [Finish]
+    assert events[0].logprobs == ()
+
+
+def test_many_entries_of_prompts_are_written_beside_the_event_loop():
+    """Their JSON used to hold up everybody's streams."""
+    threads = []
+
+    def make():
+        threads.append(threading.current_thread())
+
+    async def run():
+        entry = (PromptCandidate(1, "a", -1.0, 1),) * 21
+        for count in (10, 1_000):
+            prompt = PromptLogprobs(0, (TokenText("a", b"a"),) * count, (entry,) * count)
+            await made_of(Completion((), Usage(1, 1), (prompt,)), make)
+
+    asyncio.run(run())
+    few, many = threads
+    assert few is threading.main_thread()
+    assert many is not few
 
 
 @pytest.mark.parametrize("count", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 from pathlib import Path
 
 import httpx2
@@ -33,10 +32,6 @@ from vlmserve.router.errors import (
     QueueFullError,
 )
 from vlmserve.router.messages import SequenceOutput
-from vlmserve.server.api.services import completion_response
-from vlmserve.server.generation.completion import Answer, Completion
-from vlmserve.server.generation.events import Finish, Usage
-from vlmserve.server.generation.token_text import TokenEntry, TokenLogprob, TokenText
 from vlmserve.server.images.settings import ImageError, PoolClosed
 from vlmserve.server.settings import ServerSettings
 
@@ -54,29 +49,6 @@ def says(text, finish_reason="stop", before=()):
 
 def fails(*script):
     return lambda request: script
-
-
-def test_an_answer_that_tells_of_many_tokens_is_written_beside_the_event_loop():
-    """Its JSON used to hold up everybody's streams: a second for 64 answers with 20 candidates."""
-    token = TokenText("a", b"a")
-    entry = TokenEntry(TokenLogprob(token, -1.0), (TokenLogprob(token, -1.0),) * 20)
-    finish = Finish("stop", None, Usage(1, 1))
-    threads = []
-
-    def plain(completion):
-        threads.append(threading.current_thread())
-        return {"num": completion.num_logprobs}
-
-    async def run():
-        for count in (10, 1_000):
-            completion = Completion((Answer("", finish, (entry,) * count),), Usage(1, 1))
-            answer = await completion_response(plain, completion)
-            assert json.loads(answer.body) == {"num": 21 * count}
-
-    asyncio.run(run())
-    few, many = threads
-    assert few is threading.main_thread()
-    assert many is not few
 
 
 def with_image(url="https://host/a.png"):
