@@ -7,11 +7,8 @@ Knows nothing of processes or of where the listening socket comes from.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import json
-import logging
-import math
 import os
 import signal
 import threading
@@ -21,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 from sanic import HTTPResponse, Request, Sanic
-from sanic.exceptions import MethodNotAllowed, NotFound, SanicException
 
 from .. import __version__
 from ..router.client.replica_pool import ReplicaPool
@@ -33,19 +29,18 @@ from .admission.bytes_in_flight import (
 from .admission.lanes import GRAMMARS, IMAGE_DECODERS, IMAGE_FETCHES, NAME_LOOKUPS, Lanes
 from .admission.rate_limits import RateLimits
 from .admission.worker_memory import WorkerMemory
+from .api.error_answers import answer_error
 from .api.ignored_fields import name_ignored
 from .api.openapi import document
 from .api.response_store import IN_MEMORY, ResponseStore
-from .api.services import Services, json_response, services_of
-from .errors import ApiError, InternalError, error_body, type_of_status
+from .api.services import Services, services_of
 from .generation.engine_connection import EngineConnection
 from .generation.generator import Engine, Generator, Images
-from .http.auth import KEYLESS_PATHS, Access, PreflightAnswer
+from .http.auth import KEYLESS_PATHS, Access
 from .http.connection_places import MAX_LINGERING, NUM_RESERVED_PLACES, ConnectionPlaces
 from .http.drain import Drain
 from .http.head import HeadLimits
 from .http.protocol import LenientRequest, receive_body
-from .http.targets import not_found
 from .images.decoders import DecoderPool
 from .images.fetch import ImageFetcher
 from .images.loader import ImageLoader
@@ -64,7 +59,6 @@ from .routes import (
     service,
     tokenization,
 )
-from .schemas.anthropic.answers import message_error_body
 from .schemas.json_text import check_json_text
 from .settings import ServerSettings
 from .structured_output.compile_checks import NUM_CHILDREN, GrammarChecks
@@ -78,8 +72,6 @@ from .telemetry.request_record import RequestRecord, record_of
 if TYPE_CHECKING:
     from .telemetry.tracing import Tracer
 
-logger = logging.getLogger(__name__)
-
 ROUTES = (
     chat.ROUTES,
     completions.ROUTES,
@@ -91,9 +83,6 @@ ROUTES = (
     service.ROUTES,
     docs.ROUTES,
 )
-
-# Where errors have Anthropic's types.
-MESSAGES_PATH = "/v1/messages"
 
 DAY_S = 24 * 3600
 # For connections to send their last bytes after every request has ended.
@@ -325,48 +314,6 @@ class Components:
         decoders = self._lanes.lane(IMAGE_DECODERS, limits.num_decoders)
         self._decoders = DecoderPool(limits, tiling, decoders)
         return ImageLoader(limits, fetcher, self._decoders, self._threads)
-
-
-def answer_error(request: Request, error: Exception) -> HTTPResponse:
-    """The answer to any exception: the JSON error that the API documents."""
-    if isinstance(error, PreflightAnswer):
-        return HTTPResponse(status=204, headers=error.headers)
-    headers: dict[str, str] = {}
-    if isinstance(error, SanicException):
-        headers |= {name: str(value) for name, value in error.headers.items()}
-        if isinstance(error, MethodNotAllowed):
-            headers["Allow"] = ", ".join(_allowed_methods(request))
-        error = _of_sanic(error, request.path)
-    if not isinstance(error, ApiError):
-        # The traceback goes to the log, never to the client.
-        logger.error("a request failed", exc_info=error)
-        error = InternalError("internal error")
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    body = message_error_body if request.path.startswith(MESSAGES_PATH) else error_body
-    return json_response(body(error), error.status, headers)
-
-
-def _allowed_methods(request: Request) -> list[str]:
-    """The methods that the path has. Sanic names none for a path with a parameter."""
-    allowed = []
-    for method in ("GET", "HEAD", "POST", "DELETE"):
-        with contextlib.suppress(SanicException):
-            request.app.router.get(request.path, method, None)
-            allowed.append(method)
-    return allowed
-
-
-def _of_sanic(error: SanicException, path: str) -> ApiError:
-    """Sanic's own errors (404, 405, 408, 413, ...) as errors of the API."""
-    status = error.status_code or 500
-    message = not_found(path) if isinstance(error, NotFound) else str(error)[:300]
-    converted = ApiError(message if status < 500 else "the server could not answer")
-    converted.status = status
-    converted.type = type_of_status(status)
-    return converted
 
 
 def _add_middleware(

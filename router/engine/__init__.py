@@ -5,6 +5,7 @@ In the order in which to read the files:
     process             the process: settings from stdin, signals, exit codes
     server              its Unix socket: workers connect, heartbeats go out
     engine              its loop: requests in, steps computed, messages out
+    gate                which requests may wait for a place
     runner_protocol     what it expects of the code that computes a step
     grammar_compiler    the thread that compiles grammars
     step_watchdog       how long the running step has made no progress

@@ -32,9 +32,6 @@ from ..config import EngineConfig
 from ..errors import (
     EngineError,
     EngineInternalError,
-    InvalidRequestError,
-    QueueFullError,
-    TooManyRequestsError,
     failure_of,
 )
 from ..messages import (
@@ -43,7 +40,6 @@ from ..messages import (
     EngineReady,
     EngineStats,
     FromEngine,
-    Rejection,
     RequestsStarted,
     SequenceOutput,
     StepOutputs,
@@ -53,7 +49,8 @@ from ..scheduler.interface import Progress, SchedulerLimits, SchedulerSnapshot
 from ..scheduler.request_queue import QueueLimits, RequestQueue
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.sequence import Sequence
-from ..scheduler.throughput import LONGEST_S, SHORTEST_S, WaitEstimator
+from ..scheduler.throughput import WaitEstimator
+from .gate import Gate
 from .grammar_compiler import GrammarCompiler
 from .runner_protocol import Runner
 from .step_watchdog import StepWatchdog
@@ -105,6 +102,9 @@ class Engine:
         self._wait_estimator = wait_estimator or WaitEstimator()
         self._queue = RequestQueue(_queue_limits(config), self._wait_estimator)
         self.scheduler = Scheduler(runner.info, self._scheduler_limits(), self._queue)
+        self._gate = Gate(
+            self._queue, self._wait_estimator, config, lambda: self.scheduler.num_running
+        )
         self._open: dict[tuple[int, str], Sequence] = {}
         self._grammar_compiler = GrammarCompiler(runner.compile_grammar, self._take_matcher)
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -127,8 +127,7 @@ class Engine:
                 raise DuplicateRequestError(f"request {request_id!r} is open already")
         try:
             check_request(request, self._limits)
-            self._reject_beyond_policy(request)
-            self._reject_long_wait(request.owner, request.policy.weight, request.priority)
+            self._gate.check(request)
             sequences = Sequence.of(worker_id, request)
             self._queue.put(sequences[0])
         except EngineError as error:
@@ -139,63 +138,6 @@ class Engine:
             self._open[worker_id, sequence.request_id] = sequence
         if request.grammar is not None:
             self._grammar_compiler.start(request, sequences)
-
-    def _reject_beyond_policy(self, request: AddRequest) -> None:
-        """Raises TooManyRequestsError if the owner has as many answers as it may have at once."""
-        limit, num_more = request.policy.max_concurrent, len(request.answer_ids)
-        if limit is None:
-            return
-        if num_more > limit:
-            raise InvalidRequestError(
-                f"the request asks for {num_more} answers, and this API key may have {limit} at "
-                "once: ask for fewer"
-            )
-        num_open = self._queue.owners.num_open(request.owner)
-        if num_open + num_more > limit:
-            raise TooManyRequestsError(
-                f"this API key has {num_open} answers in progress and may have {limit} at once: "
-                "wait until one of them has ended"
-            )
-
-    def _reject_long_wait(self, owner: str, weight: float, priority: int) -> None:
-        """Raises QueueFullError if a new request of this owner would wait longer than the limit."""
-        limit_s = self._config.max_queue_wait_s
-        if limit_s is None:
-            return
-        num_places = self._config.max_num_seqs
-        num_free = num_places - self.scheduler.num_running
-        position = self._queue.position(owner, weight, priority) - num_free
-        if position <= 0:
-            return
-        wait_s = self._wait_estimator.wait_s(position, num_places)
-        if wait_s is not None and wait_s > limit_s:
-            raise QueueFullError(
-                f"the request would wait about {wait_s:.1f} s before it starts, the limit is "
-                f"{limit_s:g} s. Try again later or start the server with a larger "
-                "--max-queue-wait",
-                min(max(wait_s - limit_s, SHORTEST_S), LONGEST_S),
-            )
-
-    def _rejections(self) -> list[Rejection]:
-        """The errors that new requests would get now, so that workers need not send them."""
-        errors = ((owner, self._rejection_of(owner)) for owner in self._queue.lines)
-        return [
-            Rejection(owner=owner, message=str(error), retry_after_s=error.retry_after_s)
-            for owner, error in errors
-            if error is not None
-        ]
-
-    def _rejection_of(self, owner: str) -> QueueFullError | None:
-        """The error that any new request of a waiting owner would get."""
-        weight = self._queue.owners.weight(owner)
-        try:
-            self._reject_long_wait(owner, weight, 0)
-            # A free place in the batch is about to be taken by a waiting request.
-            if self.scheduler.num_running == self._config.max_num_seqs:
-                self._queue.reject_if_full(owner, weight)
-        except QueueFullError as error:
-            return error
-        return None
 
     def _take_matcher(self, sequences: list[Sequence], result: TokenMatcher | EngineError) -> None:
         """Let these answers of one request run, or end them with an error."""
@@ -309,7 +251,7 @@ class Engine:
                 if sequence.ran_at is not None:
                     self._wait_estimator.record_run(time.monotonic() - sequence.ran_at)
                 self._forget(sequence)
-        rejections = self._rejections() if outputs else []
+        rejections = self._gate.rejections() if outputs else []
         for worker_id, worker_outputs in outputs.items():
             self._send(worker_id, StepOutputs(outputs=worker_outputs, rejections=rejections))
 

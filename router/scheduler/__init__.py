@@ -12,6 +12,7 @@ In the order in which to read the files:
     scheduler           the plan of each step, and what its result changes
     step_budget         what one step may still compute
     block_manager       which blocks each running sequence uses
+    lifecycle           starts, preempts and ends sequences
     preemption          which sequence loses its place and blocks when another needs them
     batch_rows          a sequence's part of a step, as the runner gets it
 """

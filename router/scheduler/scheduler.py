@@ -1,6 +1,7 @@
 """Decides which tokens run next. Knows nothing of tensors, text or workers.
 
-Owns the running sequences; `block_manager.py` allocates their blocks. A step is planned in order:
+`lifecycle.py` starts, preempts and ends sequences; `block_manager.py` allocates their blocks.
+A step is planned in order:
 
     1. An owner (API key) that waits with far fewer places than another gets a place or blocks of
        it: see `preemption.py`.
@@ -34,23 +35,13 @@ owner, and those of a key that may cross owners.
 
 A sequence starts behind the cached blocks of its beginning, but always computes its last token,
 to sample from its logits.
-
-Further answers to a prompt (followers) start when their leader has computed it. They fork: they
-share its full blocks, copy its last block, and compute only the prompt's last token. They start
-before waiting requests of their owner, because their request runs already. A follower that finds
-no room, or another owner's turn, or whose leader ended early, waits like a preempted sequence.
-
-`sequence_states.py` lists the states of a sequence and the events that change them.
 """
 
 from __future__ import annotations
 
-import bisect
-import time
 from collections import Counter
 
 from ...models.batch import (
-    BlockCopy,
     ModelInfo,
     ScheduledSequence,
     StepBatch,
@@ -62,7 +53,8 @@ from ..blocks.visibility import is_seen
 from .batch_rows import fill, row_of
 from .block_manager import BlockManager
 from .interface import Progress, SchedulerLimits, SchedulerSnapshot
-from .preemption import has_far_less, protected, victim, yielding
+from .lifecycle import Lifecycle
+from .preemption import has_far_less, protected, yielding
 from .request_queue import RequestQueue
 from .sequence import Sequence
 from .sequence_states import SequenceEvent, Status
@@ -78,15 +70,13 @@ class Scheduler:
         )
         if limits.poison_freed_blocks:
             self.blocks.record_freed()
-        self._num_preemptions = 0
         self._num_images_encoded = 0
         self._limits = limits
         self._image_cost = ImageCost(info.image_cost_tokens, info.num_image_layers)
         self.queue = queue
         self.owners = queue.owners
-        self._running: list[Sequence] = []
-        self._started: list[Sequence] = []
-        self._copies: dict[Sequence, BlockCopy] = {}
+        self._lifecycle = Lifecycle(self.blocks, queue, limits.max_num_seqs)
+        self._running = self._lifecycle.running
         self._step: Step | None = None
         # The rows that `plan_ahead` made for the decodes after the running step.
         self._ahead: dict[Sequence, ScheduledSequence] = {}
@@ -117,7 +107,7 @@ class Scheduler:
             waiting_bytes=self.queue.num_bytes,
             text=self.blocks.text_pool.snapshot(),
             images=self.blocks.image_pool.snapshot(),
-            num_preemptions=self._num_preemptions,
+            num_preemptions=self._lifecycle.num_preemptions,
             num_images_encoded=self._num_images_encoded,
             prefix_tokens_queried=self.blocks.num_prefix_tokens_queried,
             prefix_tokens_hit=self.blocks.num_prefix_tokens_hit,
@@ -148,7 +138,7 @@ class Scheduler:
         if not step.sequences:
             assert not self.has_work, "requests wait, but none can run"
             return None
-        step.copies, self._copies = self._copies, {}
+        step.copies = self._lifecycle.take_copies()
         step.batch.copies = list(step.copies.values())
         if limits.poison_freed_blocks:
             self._poison_freed(step.batch)
@@ -157,8 +147,7 @@ class Scheduler:
 
     def take_started(self) -> list[Sequence]:
         """The sequences that ran for the first time since the last call."""
-        started, self._started = self._started, []
-        return started
+        return self._lifecycle.take_started()
 
     def _poison_freed(self, batch: StepBatch) -> None:
         """Let the step overwrite the blocks that were freed since the last one."""
@@ -178,7 +167,7 @@ class Scheduler:
         lack = self.blocks.lack(head, shared, num_spare=2 * len(self._running))
         if not has_place or lack.is_left:
             for last in yielding(self._running, head, lack, self.owners):
-                self._preempt(last)
+                self._lifecycle.preempt(last)
 
     def _plan_decodes(self, step: Step) -> None:
         ahead, self._ahead = self._ahead, {}
@@ -186,7 +175,7 @@ class Scheduler:
         for sequence in decoding:
             # It may have been preempted for an earlier one.
             if sequence.status is Status.RUNNING:
-                self._grow(sequence)
+                self._lifecycle.grow(sequence)
         for sequence in decoding:
             if sequence.status is Status.RUNNING:
                 self._plan(step, sequence, ahead.get(sequence))
@@ -246,7 +235,7 @@ class Scheduler:
                 return  # it would only occupy blocks while its images wait
             self.queue.remove(sequence)
             self.blocks.start(sequence, shared)
-            self._run(sequence, SequenceEvent.ADMIT)
+            self._lifecycle.run(sequence, SequenceEvent.ADMIT)
             self._plan(step, sequence)
 
     def _plan(self, step: Step, sequence: Sequence, ahead: ScheduledSequence | None = None) -> None:
@@ -329,85 +318,8 @@ class Scheduler:
         if sequence.is_in_step:
             sequence.is_aborted = True
             return None
-        self._finish(sequence, SequenceEvent.ABORT)
+        self._lifecycle.finish(sequence, SequenceEvent.ABORT)
         return Progress(sequence, [], "abort")
-
-    def _run(self, sequence: Sequence, event: SequenceEvent) -> None:
-        sequence.move(event)
-        if sequence.ran_at is None:
-            sequence.ran_at = time.monotonic()
-            self._started.append(sequence)
-        self.owners.start(sequence.owner)
-        bisect.insort(self._running, sequence, key=lambda running: running.rank)
-
-    def _wait(self, sequence: Sequence, event: SequenceEvent) -> None:
-        sequence.move(event)
-        self.queue.requeue(sequence)
-
-    def _fork(self, leader: Sequence) -> None:
-        """Start the followers of `leader`, which has just computed its prompt.
-
-        One block stays available for each running sequence, as at admission.
-        """
-        for follower in _detached(leader):
-            has_place = self._has_place_for(follower)
-            if not has_place or not self.blocks.can_fork(num_spare=len(self._running)):
-                self._wait(follower, SequenceEvent.DETACH)
-                continue
-            copy = self.blocks.fork(leader, follower)
-            if copy is not None:
-                self._copies[follower] = copy
-            self._run(follower, SequenceEvent.FORK)
-
-    def _has_place_for(self, follower: Sequence) -> bool:
-        """True if a place is free, and no other owner that waits has its turn before."""
-        if len(self._running) >= self._limits.max_num_seqs:
-            return False
-        owner = follower.owner
-        other = self.queue.peek(lambda waiting: waiting != owner)
-        return other is None or self.owners.turn(owner) <= self.owners.turn(other.owner)
-
-    def _grow(self, sequence: Sequence) -> None:
-        """Allocate a block for the newest token of `sequence`, preempting others if needed.
-
-        The one to preempt may be `sequence` itself: it then waits.
-        """
-        while not self.blocks.can_grow(sequence):
-            last = victim(self._running, self.owners)
-            self._preempt(last)
-            if last is sequence:
-                return
-        self.blocks.grow(sequence)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        assert not sequence.is_in_step, "a planned sequence is never preempted"
-        self._stop(sequence)
-        sequence.num_computed_tokens = 0
-        sequence.num_preemptions += 1
-        self._num_preemptions += 1
-        self._wait(sequence, SequenceEvent.PREEMPT)
-
-    def _finish(self, sequence: Sequence, event: SequenceEvent) -> None:
-        """End a sequence in any state. Its followers, if any, compute the prompt themselves."""
-        if sequence.status is Status.RUNNING:
-            self._stop(sequence)
-        elif sequence.leader is not None:
-            sequence.leader.followers.remove(sequence)
-            if sequence.leader.status is Status.WAITING:
-                self.queue.count_ended_follower(sequence.leader)
-        else:
-            self.queue.remove(sequence)
-        sequence.move(event)
-        self.owners.close(sequence)
-        for follower in _detached(sequence):
-            self._wait(follower, SequenceEvent.DETACH)
-
-    def _stop(self, sequence: Sequence) -> None:
-        """Remove a running sequence and release its blocks."""
-        self._running.remove(sequence)
-        self.owners.stop(sequence.owner)
-        self._copies.pop(sequence, None)
-        self.blocks.release(sequence)
 
     # Applying results
 
@@ -446,10 +358,10 @@ class Scheduler:
                 entry.num_layers = 0
         self._partial, self._ahead = None, {}
         for sequence in step.sequences:
-            self._finish(sequence, SequenceEvent.FAIL)
+            self._lifecycle.finish(sequence, SequenceEvent.FAIL)
         for sequence in step.copies:
             if sequence.status is Status.RUNNING:
-                self._preempt(sequence)
+                self._lifecycle.preempt(sequence)
         return step.sequences
 
     def _end_step(self) -> Step:
@@ -467,9 +379,9 @@ class Scheduler:
         if planned.prompt is not None and sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs += result.prompt_logprobs[sequence.sequence_id]
         if planned.sampling is not None:
-            self._fork(sequence)
+            self._lifecycle.fork(sequence)
         if sequence.is_aborted:
-            self._finish(sequence, SequenceEvent.ABORT)
+            self._lifecycle.finish(sequence, SequenceEvent.ABORT)
             return Progress(sequence, [], "abort")
         if planned.sampling is None:
             return None
@@ -478,14 +390,6 @@ class Scheduler:
         finish_reason = sequence.append(token_id, self._limits.max_model_len)
         if finish_reason is None:
             return Progress(sequence, [token_id], logprobs=logprobs)
-        self._finish(sequence, SequenceEvent.FINISH)
+        self._lifecycle.finish(sequence, SequenceEvent.FINISH)
         stop_token_id = sequence.matched_stop_token_id()
         return Progress(sequence, [token_id], finish_reason, stop_token_id, logprobs)
-
-
-def _detached(leader: Sequence) -> list[Sequence]:
-    """The followers of `leader`, which follow it no longer."""
-    followers, leader.followers = leader.followers, []
-    for follower in followers:
-        follower.leader = None
-    return followers

@@ -4,6 +4,7 @@ Read in this order:
 
     endpoint        how a route declares its request and its answers
     services        the parts of a worker that routes use, and JSON answers
+    error_answers   the answer to any exception
     ignored_fields  reports fields of a request that the server dropped
     response_store  responses that are kept for /v1/responses
     whole_answer    answers that are not streamed, sent in parts

@@ -23,14 +23,10 @@ from ..api.sse import send_stream
 from ..api.whole_answer import send_parts
 from ..errors import BadRequestError, NotFoundError
 from ..schemas.json_parts import json_parts
-from ..schemas.openai.response_answers import (
-    DeletedResponse,
-    InputItems,
-    Response,
-    ResponseAnswers,
-    ResponseEvent,
-)
-from ..schemas.openai.responses import InputItem, ResponsesRequest, responses_generation
+from ..schemas.openai.response_answers import ResponseAnswers
+from ..schemas.openai.response_items import InputItem
+from ..schemas.openai.response_types import DeletedResponse, InputItems, Response, ResponseEvent
+from ..schemas.openai.responses import ResponsesRequest, responses_generation
 from . import samples
 
 ROUTES = Routes("responses", "Responses")

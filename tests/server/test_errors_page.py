@@ -14,7 +14,7 @@ from vlmserve.server import app
 from vlmserve.server.errors import ApiError, type_of_status
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
-# Sanic raises these itself; `app.answer_error` gives them the API's form.
+# Sanic raises these itself; `answer_error` gives them the API's form.
 OF_SANIC = (NotFound, MethodNotAllowed, PayloadTooLarge, HeaderExpectationFailed)
 
 

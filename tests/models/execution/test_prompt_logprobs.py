@@ -167,7 +167,7 @@ def test_a_preempted_request_tells_each_token_once(num_steps, prefix_cache):
     engine.add(request)
     for _ in range(num_steps):
         engine.step()
-    engine.scheduler._preempt(engine.sequences["a"])
+    engine.scheduler._lifecycle.preempt(engine.sequences["a"])
     engine.run()
     assert_told(engine, request)
     engine.assert_all_free()

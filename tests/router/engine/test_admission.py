@@ -240,7 +240,7 @@ def test_each_step_reports_the_full_owners_and_no_other():
                 engine.add(1, request)
         if number == 1:
             assert engine.scheduler.schedule() is not None
-    rejections = engine._rejections()
+    rejections = engine._gate.rejections()
     assert [one.owner for one in rejections] == ["a"]
     assert "--max-queue-requests" in rejections[0].message
 
