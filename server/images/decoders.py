@@ -13,7 +13,6 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 from asyncio.subprocess import PIPE, Process
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import msgspec
 from ...models.batch import ImageTiles
 from ..admission.fair_lane import FairLane, LaneLimits
 from ..admission.lanes import IMAGE_DECODERS
-from ..child_sandbox import child_environment, end_child
+from ..child_processes import ChildStartError, child_environment, end_child, start_python
 from ..errors import NotReadyError
 from ..tasks import end_tasks, run_together
 from .decoder_child import DecoderConfig
@@ -70,11 +69,10 @@ class DecoderChild:
 
     @classmethod
     async def start(cls, config: DecoderConfig) -> DecoderChild:
-        """A child that is ready for images. Raises DecoderLost if it ends before."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-W", "ignore", "-m", MODULE),
-            msgspec.json.encode(config).decode(),
-            stdin=PIPE, stdout=PIPE, limit=STREAM_LIMIT, env=child_environment(),
+        """A child that is ready for images. Raises DecoderLost or ChildStartError."""
+        process = await start_python(
+            ("-P", "-W", "ignore", "-m", MODULE, msgspec.json.encode(config).decode()),
+            child_environment(), stdout=PIPE, limit=STREAM_LIMIT,
         )  # fmt: skip
         child = cls(process)
         try:
@@ -184,7 +182,7 @@ class DecoderPool:
         self._is_closed = False
 
     async def open(self) -> None:
-        """Start all children and wait until they are ready. Raises DecoderLost if one fails."""
+        """Start all children and wait for them. Raises DecoderLost or ChildStartError."""
         starts = [self._add_child() for _ in range(self._settings.num_decoders)]
         try:
             await run_together(starts)
@@ -305,7 +303,7 @@ class DecoderPool:
         while not self._is_closed:
             try:
                 return await self._add_child()
-            except (DecoderLost, OSError) as error:
+            except (DecoderLost, ChildStartError) as error:
                 logger.error("cannot start an image decoder: %s", error)
                 await asyncio.sleep(RESTART_PAUSE_S)
 

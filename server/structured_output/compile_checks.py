@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import os
 import signal
-import sys
 from asyncio.subprocess import PIPE, Process
 from collections import OrderedDict
 from pathlib import Path
@@ -21,10 +21,12 @@ import msgspec
 
 from ..admission.fair_lane import FairLane, LaneLimits, Place
 from ..admission.lanes import GRAMMARS
-from ..child_sandbox import child_environment, end_child
-from ..errors import BadRequestError, InternalError, NotReadyError
+from ..child_processes import ChildStartError, child_environment, end_child, start_python
+from ..errors import BadRequestError, NotReadyError
 from ..tasks import end_tasks
 from .compile_child import LENGTH_BYTES, QUESTION_HEAD, Verdict
+
+logger = logging.getLogger(__name__)
 
 MODULE = "vlmserve.server.structured_output.compile_child"
 NUM_CHILDREN = 2
@@ -41,7 +43,7 @@ _TOO_SLOW, _OUT_OF_MEMORY = -signal.SIGPROF, -signal.SIGABRT
 
 
 class GrammarChecks:
-    """Two children at work, started when the first grammars come, and one that replaces a dead one.
+    """At most NUM_CHILDREN children, started when the first grammars come.
 
     lane: who may compile next, with NUM_CHILDREN places.
     """
@@ -108,7 +110,7 @@ class GrammarChecks:
 
     async def _ask_child(self, grammar: str) -> Verdict:
         """A child's verdict, or that the grammar ended it. The machine's faults are errors."""
-        process = await self._take_idle() or await self._start()
+        process = await self._take_child()
         try:
             async with asyncio.timeout(WALL_FACTOR * self._timeout_s):
                 verdict = await _ask(process, grammar.encode(), self._timeout_s)
@@ -143,8 +145,18 @@ class GrammarChecks:
             self._spare = asyncio.create_task(self._add_spare())
 
     async def _add_spare(self) -> None:
-        with contextlib.suppress(InternalError, OSError):  # the next request starts its own
+        with contextlib.suppress(NotReadyError):  # the next request starts its own
             self._idle.append(await self._start())
+
+    async def _take_child(self) -> Process:
+        """An idle child, the one that is being started to replace a dead one, or a new one."""
+        while (process := await self._take_idle()) is None:
+            if self._spare is None:
+                return await self._start()
+            # Taken by this job alone: NUM_CHILDREN is never exceeded.
+            spare, self._spare = self._spare, None
+            await spare
+        return process
 
     async def _take_idle(self) -> Process | None:
         """An idle child that is still alive, or None."""
@@ -156,19 +168,22 @@ class GrammarChecks:
         return None
 
     async def _start(self) -> Process:
-        """Start a child and wait until it has read the tokenizer."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-W", "ignore", "-m", MODULE, str(os.getpid()), self._folder),
-            stdin=PIPE, stdout=PIPE, limit=_ANSWER_LIMIT, env=child_environment(),
-        )  # fmt: skip
+        """Start a child and wait until it has read the tokenizer. Raises NotReadyError."""
+        try:
+            process = await start_python(
+                ("-P", "-W", "ignore", "-m", MODULE, str(os.getpid()), self._folder),
+                child_environment(), stdout=PIPE, limit=_ANSWER_LIMIT,
+            )  # fmt: skip
+        except ChildStartError as error:
+            logger.error("cannot start a process that checks grammars: %s", error)
+            raise _lost_child() from None
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await _read(process)
-        except (TimeoutError, *_LOST) as error:
+        except (TimeoutError, *_LOST):
             await end_child(process)
-            raise InternalError(
-                "grammars cannot be checked: their process did not start"
-            ) from error
+            logger.error("a process that checks grammars ended at its start")
+            raise _lost_child() from None
         except BaseException:
             await end_child(process)
             raise

@@ -6,18 +6,14 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import Process
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
+from ..child_processes import start_python
 from ..tasks import end_tasks
-
-
-class ChildStartError(Exception):
-    """The system cannot start a process now: no process, memory, thread or descriptor is left."""
 
 
 class Child:
@@ -42,19 +38,10 @@ class Child:
 
         Raises ChildStartError.
         """
-        try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *command,
-                stdin=PIPE,
-                pass_fds=pass_fds,
-                start_new_session=True,
-                env={**os.environ, **(environment or {})},
-            )
-        # RuntimeError: Python 3.11 waits for a process in a thread, which cannot start either.
-        except (OSError, RuntimeError) as error:
-            raise ChildStartError(getattr(error, "strerror", None) or str(error)) from error
-        return cls(process)
+        variables = {**os.environ, **(environment or {})}
+        return cls(
+            await start_python(command, variables, pass_fds=pass_fds, start_new_session=True)
+        )
 
     async def configure(self, settings: msgspec.Struct) -> None:
         """Send the settings; does nothing if the child has already ended."""

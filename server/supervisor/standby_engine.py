@@ -8,7 +8,8 @@ import logging
 from collections.abc import Sequence
 
 from ...router.config import EngineConfig
-from .child import Child, ChildStartError
+from ..child_processes import ChildStartError
+from .child import Child
 
 logger = logging.getLogger(__name__)
 

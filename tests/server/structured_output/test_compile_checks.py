@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import signal
 import time
+from asyncio.subprocess import PIPE, Process
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +15,11 @@ from tokenizers import Tokenizer
 
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.grammar import Grammars
-from vlmserve.server.errors import BadRequestError
-from vlmserve.server.structured_output.compile_child import judge
+from vlmserve.server.child_processes import ChildStartError
+from vlmserve.server.errors import BadRequestError, NotReadyError
+from vlmserve.server.structured_output import compile_checks
+from vlmserve.server.structured_output.compile_checks import NUM_CHILDREN, GrammarChecks
+from vlmserve.server.structured_output.compile_child import Verdict, judge
 from vlmserve.server.structured_output.grammar_text import (
     MAX_GRAMMAR_BYTES,
     choice_grammar,
@@ -110,3 +117,65 @@ def test_row_08_a_grammar_is_looked_through_once(text: str) -> None:
     with contextlib.suppress(BadRequestError):
         ebnf_grammar(text)
     assert time.process_time() - began < LINEAR_S
+
+
+def test_row_60_a_grammar_waits_for_the_child_that_replaces_a_dead_one(monkeypatch) -> None:
+    """It started a child of its own beside that, so three ran where two are promised."""
+    children: list[int] = []
+    counts: list[int] = []
+
+    async def start(checks: GrammarChecks) -> SimpleNamespace:
+        child = SimpleNamespace(returncode=None, stdin=None)
+        child.kill = lambda: None
+        child.wait = lambda: asyncio.sleep(0)
+        children.append(child)
+        counts.append(sum(one.returncode is None for one in children))
+        await asyncio.sleep(0.01)
+        return child
+
+    async def ask(process: SimpleNamespace, question: bytes, timeout_s: float) -> Verdict:
+        await asyncio.sleep(0)
+        if b"die" in question:
+            process.returncode = -signal.SIGPROF
+            raise ConnectionError
+        return Verdict(grammar=question.decode())
+
+    monkeypatch.setattr(GrammarChecks, "_start", start)
+    monkeypatch.setattr(compile_checks, "_ask", ask)
+
+    async def scenario() -> None:
+        checks = GrammarChecks(CHECKPOINT)
+        asked = [f"{kind} {number}" for number in range(20) for kind in ("die", "die", "live")]
+        calls = [checks.check(text, "f", "t", owner=text) for text in asked]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert sum(isinstance(one, BadRequestError) for one in results) == 40
+        assert sum(isinstance(one, str) for one in results) == 20
+        await checks.close()
+
+    asyncio.run(scenario())
+    assert max(counts) == NUM_CHILDREN
+
+
+@pytest.mark.parametrize("problem", [ChildStartError("no process is left"), None])
+def test_row_60_a_grammar_whose_process_cannot_start_is_a_503(monkeypatch, problem) -> None:
+    """It was a 500, and another was never tried."""
+
+    async def start_python(*arguments: object, **options: object) -> Process:
+        if problem is not None:
+            raise problem
+        return await asyncio.create_subprocess_exec("true", stdin=PIPE, stdout=PIPE)
+
+    monkeypatch.setattr(compile_checks, "start_python", start_python)
+
+    async def scenario() -> None:
+        checks = GrammarChecks(CHECKPOINT)
+        for _ in range(2):
+            with pytest.raises(NotReadyError, match="short of processor time or memory"):
+                await checks.check("{}", "f", "t")
+        monkeypatch.undo()
+        try:
+            assert await checks.check(choice_grammar(["a"]), "f", "t")
+        finally:
+            await checks.close()
+
+    asyncio.run(scenario())
