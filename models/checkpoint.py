@@ -8,23 +8,37 @@ from typing import Any
 
 from .errors import ModelError
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ARCHITECTURE = "MllamaForConditionalGeneration"
+MERGE_REMEDY = "merge it into its base model (peft: merge_and_unload) and save that"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def check_folder(folder: Path) -> None:
     """Raise ModelError unless the folder has a Mllama checkpoint in safetensors."""
+    check_no_adapter(folder)
     check_config(read_json(folder / "config.json"), str(folder))
-    if (folder / "adapter_config.json").exists():
-        # transformers would download its base model, and read adapter weights of any format
-        raise ModelError(
-            f"{folder}: adapters are not supported; merge the adapter into the weights first"
-        )
-    if (folder / "model.safetensors").is_file():
+    if (folder / SINGLE).is_file():
         return  # the index, if there is one, may be of an earlier save
-    if not (folder / "model.safetensors.index.json").is_file():
+    if not (folder / INDEX).is_file():
         _refuse_without_safetensors(folder)
     _check_shards(folder)
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raise ModelError for a folder of PEFT, which has an adapter's weights beside a base model's.
+
+    transformers would download the base model, and read adapter weights of any format.
+    """
+    file = folder / "adapter_config.json"
+    if file.exists():
+        settings = read_json(file)
+        kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
+        what = f"a {kind} adapter" if isinstance(kind, str) else "an adapter"
+        of = f" of {base}" if isinstance(base, str) and base else ""
+        is_whole = any((folder / name).is_file() for name in (SINGLE, INDEX))
+        remedy = f"if the weights are merged, remove {file.name}" if is_whole else MERGE_REMEDY
+        raise ModelError(f"{folder}: this is {what}{of}, and adapters are not served; {remedy}")
 
 
 def check_config(config: dict[str, Any], source: str) -> None:
@@ -41,9 +55,9 @@ def check_config(config: dict[str, Any], source: str) -> None:
 
 def _check_shards(folder: Path) -> None:
     """Raise ModelError unless every shard of the index is a safetensors file of this folder."""
-    shards = read_json(folder / "model.safetensors.index.json").get("weight_map")
+    shards = read_json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict):
-        raise ModelError(f"{folder}: model.safetensors.index.json has no weight_map")
+        raise ModelError(f"{folder}: {INDEX} has no weight_map")
     for name in sorted(set(map(str, shards.values()))):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ModelError(f"{folder}: the index names {name!r}, not a safetensors file")
@@ -63,7 +77,7 @@ def _refuse_without_safetensors(folder: Path) -> None:
             f"{folder}: {pickles[0]} is a pickle file, which can run code, so it is not loaded; "
             "convert the weights to model.safetensors"
         )
-    raise ModelError(f"{folder}: model.safetensors is missing")
+    raise ModelError(f"{folder}: {SINGLE} is missing")
 
 
 def read_json(file: Path) -> dict[str, Any]:

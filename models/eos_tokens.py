@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -18,9 +19,22 @@ def end_token_ids(tokenizer: Tokenizer, configured: Iterable[int]) -> list[int]:
 
 
 def configured_end_ids(folder: Path) -> list[int]:
-    """The ids in the folder's generation_config.json; empty without that file."""
-    file = folder / "generation_config.json"
-    value = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.exists() else None
-    if value is None:
-        return []
+    """The ids in the folder's generation_config.json, else in config.json; empty without both.
+
+    transformers generates with the same: without the file it takes the text model's.
+    """
+    config = _read(folder / "config.json")
+    text = config.get("text_config")
+    candidates = (
+        _read(folder / "generation_config.json"),
+        text if isinstance(text, dict) else {},
+        config,
+    )
+    found = (one.get("eos_token_id") for one in candidates)
+    value: Any = next((one for one in found if one is not None), [])
     return value if isinstance(value, list) else [value]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    return content if isinstance(content, dict) else {}

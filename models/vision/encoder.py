@@ -23,6 +23,12 @@ from .layered_encoder import LayeredVision, PartialImage, can_be_cut
 
 # transformers' defaults, for values that a checkpoint's file omits
 _DEFAULT_MEAN = _DEFAULT_STD = (0.5, 0.5, 0.5)
+# preprocessor_config.json of meta-llama/Llama-3.2-11B-Vision-Instruct
+_PUBLISHED = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "rescale_factor": 0.00392156862745098,
+}
 # every image is padded to the same number of tiles, so four images are a large pass
 MAX_IMAGES_PER_PASS = 4
 
@@ -48,15 +54,13 @@ class ImageNormalization:
 def read_normalization(folder: Path) -> ImageNormalization:
     """The normalisation in a checkpoint's folder. Raises ModelError.
 
-    From preprocessor_config.json, or the `image_processor` of a newer processor_config.json;
-    without both the values of the published checkpoint.
+    From the `image_processor` of a newer processor_config.json, else preprocessor_config.json, as
+    transformers chooses; without both the values of the published checkpoint.
     """
-    file = folder / "preprocessor_config.json"
-    settings: dict[str, Any] = {}
-    if file.is_file():
-        settings = read_json(file)
-    elif (folder / "processor_config.json").is_file():
-        settings = read_json(folder / "processor_config.json").get("image_processor", {})
+    plain, combined = folder / "preprocessor_config.json", folder / "processor_config.json"
+    settings = read_json(combined).get("image_processor") if combined.is_file() else None
+    if settings is None:
+        settings = read_json(plain) if plain.is_file() else _PUBLISHED
     try:
         return _normalization(settings)
     except (TypeError, ValueError, AttributeError) as error:

@@ -6,6 +6,7 @@ each weight straight to its device, and never runs code from a checkpoint.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -33,11 +34,11 @@ from ..tensor_parallel.layers import connect
 from ..tensor_parallel.plan import Side, check_size, cut_linears
 from ..vision.encoder import ImageNormalization, read_normalization
 from . import progress
-from .device_map import VISION, Placement, on_one_device
+from .device_map import EMBEDDING, VISION, Placement, on_one_device
 from .formats.coded_tensor import CodedTensor
 from .formats.recognition import read_weights
-from .formats.safetensors_headers import StoredTensor
-from .meta_model import build_meta_model, one_line
+from .formats.safetensors_headers import PEFT_PREFIX, StoredTensor
+from .meta_model import build_meta_model, is_short, one_line
 from .quantization import OWN_METHODS, is_quantized, quantization_config, settle
 from .tensor_loader import WHOLE, Opened, RankShare, Recipe, load_tensors, open_tensors
 
@@ -64,6 +65,12 @@ class Checkpoint:
     def is_coded(self) -> bool:
         """Whether the files have weights in 8 or 4 bits."""
         return any(isinstance(tensor, CodedTensor) for tensor in self.tensors.values())
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether the embedding lacks Mllama's rows beyond the vocabulary."""
+        rows = self.tensors[f"{EMBEDDING}.weight"].shape[0]
+        return is_short(f"{EMBEDDING}.weight", rows, self.meta_model.config)
 
 
 @dataclass(slots=True, frozen=True)
@@ -165,8 +172,8 @@ def load(
     share = share_with(checkpoint, group)
     _check_together(placement, quantize, share)
     check_coded(checkpoint, placement, quantize, share)
-    _check_drawn(checkpoint, placement, quantize)
-    is_own = quantize in OWN_METHODS or checkpoint.is_coded
+    _check_readable(checkpoint, placement, quantize)
+    is_own = quantize in OWN_METHODS or checkpoint.is_coded or checkpoint.is_resized
     is_tensor_wise = is_own or share.size > 1 or checkpoint.draw is not None
     sizes = {name: tensor.num_bytes for name, tensor in checkpoint.tensors.items()}
     with large_buffers_mapped() if quantize or checkpoint.is_coded else nullcontext():
@@ -254,15 +261,18 @@ def check_coded(
                 )
 
 
-def _check_drawn(checkpoint: Checkpoint, placement: Placement, quantize: str | None) -> None:
-    """Raise ModelError if random weights need transformers' loader, which reads files."""
-    if checkpoint.draw is not None and (
-        placement.single is None or quantize not in (None, *OWN_METHODS)
-    ):
-        raise ModelError(
-            f"{checkpoint.folder} work on one device only, in the compute dtype or with --quantize "
-            f"{' or '.join(OWN_METHODS)}"
-        )
+def _check_readable(checkpoint: Checkpoint, placement: Placement, quantize: str | None) -> None:
+    """Raise ModelError for weights that transformers' loader cannot read, if it would have to.
+
+    It reads files, and only an embedding with Mllama's rows beyond the vocabulary.
+    """
+    if placement.single is not None and quantize in (None, *OWN_METHODS):
+        return
+    only = f"on one device only, in the compute dtype or with --quantize {' or '.join(OWN_METHODS)}"
+    if checkpoint.draw is not None:
+        raise ModelError(f"{checkpoint.folder} work {only}")
+    if checkpoint.is_resized:
+        raise ModelError(f"{checkpoint.folder}: the vocabulary was resized, which works {only}")
 
 
 def _load_tensor_wise(
@@ -355,6 +365,7 @@ def _read_weights(
             trust_remote_code=False,
             dtype=checkpoint.dtype,
             quantization_config=quantization,
+            key_mapping={f"^{re.escape(PEFT_PREFIX)}": ""},
             device_map=placement.device_map,
             output_loading_info=True,
         )

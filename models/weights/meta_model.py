@@ -13,8 +13,14 @@ from typing import Any, cast
 import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
+from ..checkpoint import INDEX, SINGLE
 from ..errors import ModelError
+from .device_map import EMBEDDING, HEAD
 from .formats.safetensors_headers import StoredTensor
+
+MATRIX = 2
+# Mllama's embedding has eight rows beyond the vocabulary, `<|image|>` first
+NUM_EXTRA_ROWS = 8
 
 _STACKS = {
     "text_config.num_hidden_layers": r"model\.language_model\.layers\.(\d+)\.",
@@ -34,13 +40,14 @@ def build_meta_model(
         config = without_quantization(MllamaConfig.from_pretrained(folder, local_files_only=True))
         _check_depths(folder, config, tensors)
         model: Any = empty_model(config, dtype)
-    except ModelError:
-        raise
+        _check_vocabulary(folder, config, tensors)
+        _check_shapes(folder, model, tensors)
+    except ModelError as error:
+        raise ModelError(f"{error}{_of_two(folder)}") from None
     except Exception as error:  # a wrong value raises anything in transformers or torch
         raise ModelError(
             f"{folder}: config.json does not describe a Mllama: {one_line(error)}"
         ) from error
-    _check_shapes(folder, model, tensors)
     return cast(MllamaForConditionalGeneration, model)
 
 
@@ -73,6 +80,43 @@ def _check_depths(folder: Path, config: MllamaConfig, tensors: Mapping[str, Stor
             )
 
 
+def is_short(name: str, rows: int, config: MllamaConfig) -> bool:
+    """Whether a weight is an embedding without Mllama's rows beyond the vocabulary.
+
+    transformers' resize_token_embeddings leaves out those rows. They are zeros in the model.
+    """
+    text: Any = config.text_config
+    return bool(name == f"{EMBEDDING}.weight" and rows == text.vocab_size)
+
+
+def _check_vocabulary(
+    folder: Path, config: MllamaConfig, tensors: Mapping[str, StoredTensor]
+) -> None:
+    """Reject a head or an embedding with other rows than a resized vocabulary would give."""
+    text: Any = config.text_config
+    size, image = text.vocab_size, config.image_token_index
+    rows = {part: _rows(tensors.get(f"{part}.weight")) for part in (EMBEDDING, HEAD)}
+    if rows[HEAD] not in (None, size):
+        raise ModelError(
+            f"{folder}: {HEAD}.weight has {rows[HEAD]} rows, but config.json has the vocab_size "
+            f"{size}: if the vocabulary was resized, set text_config.vocab_size to {rows[HEAD]}"
+        )
+    if rows[EMBEDDING] not in (None, size, size + NUM_EXTRA_ROWS):
+        raise ModelError(
+            f"{folder}: {EMBEDDING}.weight has {rows[EMBEDDING]} rows, but a vocab_size of {size} "
+            f"needs {size + NUM_EXTRA_ROWS}, or {size} of a resized vocabulary"
+        )
+    if (found := rows[EMBEDDING]) is not None and image >= found:
+        raise ModelError(
+            f"{folder}: {EMBEDDING}.weight has {found} rows, and none for the token of images, "
+            f"image_token_index {image}: resize the vocabulary to more tokens"
+        )
+
+
+def _rows(tensor: StoredTensor | None) -> int | None:
+    return tensor.shape[0] if tensor is not None and len(tensor.shape) == MATRIX else None
+
+
 def _check_shapes(
     folder: Path, model: MllamaForConditionalGeneration, tensors: Mapping[str, StoredTensor]
 ) -> None:
@@ -80,11 +124,19 @@ def _check_shapes(
     if missing := sorted(set(shapes) - set(tensors)):
         raise ModelError(f"{folder}: {len(missing)} weights are missing, {missing[0]} among them")
     for name, shape in shapes.items():
-        if tensors[name].shape != shape:
+        found = tensors[name].shape
+        if found != shape and not is_short(name, found[0] if found else 0, model.config):
             raise ModelError(
-                f"{folder}: {name} has the shape {list(tensors[name].shape)}, but config.json "
+                f"{folder}: {name} has the shape {list(found)}, but config.json "
                 f"gives {list(shape)}: the files belong to different models"
             )
+
+
+def _of_two(folder: Path) -> str:
+    """The remedy if the folder has a whole file and an index; else nothing."""
+    if not ((folder / SINGLE).is_file() and (folder / INDEX).is_file()):
+        return ""
+    return f"; {SINGLE} is read and {INDEX} is not: if {SINGLE} is of an earlier save, remove it"
 
 
 def one_line(error: BaseException) -> str:

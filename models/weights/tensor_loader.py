@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
@@ -28,6 +29,7 @@ from ..errors import ModelError
 from ..tensor_parallel.plan import Side, narrow, rank_slice
 from .formats.coded_tensor import CodedTensor
 from .formats.safetensors_headers import StoredTensor, module_name
+from .meta_model import NUM_EXTRA_ROWS, is_short
 from .quantization import FP8, is_quantized
 
 
@@ -158,6 +160,8 @@ def _place(model: nn.Module, stored: StoredTensor, read: Read, recipe: Recipe, s
             return _replace(model, module_path, quantized_layer(value, recipe))
     except ValueError as error:
         raise ModelError(f"{source}: {name} cannot be quantized: {error}") from None
+    if is_short(name, len(value), cast(MllamaConfig, model.config)):
+        value = F.pad(value, (0, 0, 0, NUM_EXTRA_ROWS))
     set_module_tensor_to_device(
         model, name, recipe.device, value, dtype=recipe.dtype, clear_cache=False
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...models.bundled import CHECKPOINT
-from ...models.checkpoint import check_folder, read_json
+from ...models.checkpoint import check_folder, check_no_adapter, read_json
 from ...models.errors import ModelError
 from ...models.weights.config_files import check_config_files
 from ...models.weights.formats.recognition import check_hub_config, read_weights
@@ -60,6 +60,10 @@ def resolve_model(
 
 
 def _local_folder(path: Path) -> ModelFolder:
+    try:
+        check_no_adapter(path)
+    except ModelError as error:
+        raise ModelFilesError(_first_line(error)) from error
     if not (path / "config.json").is_file():
         raise ModelFilesError(f"{path} has no config.json: it is not a model folder")
     _check_files(path)
@@ -116,7 +120,7 @@ def _why_not(hub_id: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, errors.HFValidationError):
         return f"{hub_id!r} is not a hub id: {_first_line(error)}"
     if isinstance(error, errors.RemoteEntryNotFoundError):
-        return f"{hub_id} has no config.json: it is not a model"
+        return f"{hub_id} has no config.json: it is not a model, or an adapter without one"
     if status == UNAUTHORIZED:
         return f"the hub rejects the token in HF_TOKEN for {hub_id}: create a new token"
     if status is not None:

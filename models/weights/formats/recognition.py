@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint import check_config, read_json
+from ...checkpoint import MERGE_REMEDY, check_config, read_json
 from ...errors import ModelError
 from . import bitsandbytes, compressed_tensors, gptq
 from .coded_tensor import Module
@@ -112,6 +112,7 @@ def logical_tensors(
 
     Raises ModelError, one line, for a form that is not served.
     """
+    _check_merged(folder, tensors)
     settings = quantization_of(config)
     odd = [one for one in tensors.values() if one.dtype and one.dtype not in PLAIN_TYPES]
     modules = _modules(folder, tensors)
@@ -132,6 +133,17 @@ def logical_tensors(
             f"{REMEDY}"
         )
     return _with_coded(tensors, coded, settings)
+
+
+def _check_merged(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise ModelError for weights beside an adapter's: both would have to be added."""
+    marks = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".base_layer.", ".modules_to_save.")
+    found = next((name for name in tensors if any(mark in name for mark in marks)), None)
+    if found is not None:
+        raise ModelError(
+            f"{folder}: the weights have a LoRA adapter that is not merged ({found}); "
+            f"{MERGE_REMEDY}"
+        )
 
 
 def _with_coded(

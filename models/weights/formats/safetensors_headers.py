@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint import read_json
+from ...checkpoint import INDEX, SINGLE, read_json
 from ...errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # the format's own limit
 MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8

@@ -95,7 +95,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a shard that is a pickle": (write_index("pytorch_model.bin"), "not a safetensors file"),
     "a shard elsewhere": (write_index("../x.safetensors"), "not a safetensors file"),
     "a shard that is missing": (write_index("x.safetensors"), "x.safetensors is missing"),
-    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapters are not"),
+    "an adapter": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        "adapters are not served",
+    ),
     "normalisation of two channels": (
         lambda f: edit(f / "preprocessor_config.json", image_mean=[0.5, 0.5]),
         "2 values for 3 channels",
@@ -110,10 +113,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-    "no processor": (
-        lambda f: (f / "preprocessor_config.json").unlink(),
-        "preprocessor_config.json is missing",
-    ),
     "config that is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
     "config that is a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
     "another architecture": (

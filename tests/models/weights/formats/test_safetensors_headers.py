@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_before_a_weight_is_read(
 
 LIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "width": ("text_config", {"intermediate_size": 97}, r"\[96, 64\], but config.json gives"),
-    "vocabulary": ("text_config", {"vocab_size": 770}, r"\[776, 64\], but config.json gives"),
+    "vocabulary": ("text_config", {"vocab_size": 770}, "set text_config.vocab_size to 768"),
     "KV heads": ("text_config", {"num_key_value_heads": 4}, "but config.json gives"),
     "layers": ("text_config", {"num_hidden_layers": 7}, "num_hidden_layers 7 .* weights have 6"),
     "a million layers": (
