@@ -30,10 +30,10 @@ NUM_TOP = 20
 FINISH = Finish("stop", None, Usage(1, 1))
 BODY = msgspec.convert({"model": "m", "input": "a", "top_logprobs": NUM_TOP}, ResponsesRequest)
 APIS = {
-    "chat": lambda: ChatAnswers("m"),
+    "chat": lambda: ChatAnswers(model="m"),
     "completions": lambda: CompletionAnswers(model="m", num_top=NUM_TOP),
     "llama-stack": lambda: StackAnswers(is_new=True),
-    "responses": lambda: ResponseAnswers(BODY, is_stored=False),
+    "responses": lambda: ResponseAnswers(BODY),
 }
 
 
