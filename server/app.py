@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from .api.error_answers import answer_error
 from .api.ignored_fields import name_ignored
 from .api.openapi import document
 from .api.response_store import IN_MEMORY, ResponseStore
-from .api.services import Services, services_of
+from .api.services import Services, check_text, services_of
 from .generation.engine_connection import EngineConnection
 from .generation.generator import Engine, Generator, Images
 from .http.auth import KEYLESS_PATHS, Access
@@ -59,7 +60,6 @@ from .routes import (
     service,
     tokenization,
 )
-from .schemas.json_text import check_json_text
 from .settings import ServerSettings
 from .structured_output.compile_checks import NUM_CHILDREN, GrammarChecks
 from .tasks import end_tasks
@@ -111,7 +111,7 @@ def build_app(
         request_class=LenientRequest,
     )
     app.config.update(_sanic_config(settings))
-    components = Components(settings, fetcher, images, engine_client)
+    components = Components(settings, fetcher, images, engine_client, access.keys.weight_of)
     services = app.ctx.services = components.services(now, access.rate_limits)
     app.ctx.bytes_in_flight = _bytes_in_flight(settings)
     app.ctx.connection_places = ConnectionPlaces(
@@ -178,7 +178,9 @@ class Components:
         fetcher: ImageFetcher | None,
         images: Images | None,
         engine: Engine | None,
+        weight_of: Callable[[str], float],
     ) -> None:
+        """weight_of: the weight of an API key, by its owner."""
         self._settings = settings
         self._links: list[EngineConnection] = []
         self._pool: ReplicaPool | None = None
@@ -189,7 +191,7 @@ class Components:
         self._lag: asyncio.Task[None] | None = None
         num_replicas = 1 + len(settings.replica_sockets)
         self._metrics = Metrics(settings.max_num_seqs * num_replicas)
-        self._lanes = Lanes(settings.max_queue_wait_s, self._metrics.count_refusal)
+        self._lanes = Lanes(settings.max_queue_wait_s, self._metrics.count_refusal, weight_of)
         self._grammar_checks = GrammarChecks(
             settings.model, lane=self._lanes.lane(GRAMMARS, NUM_CHILDREN)
         )
@@ -330,7 +332,7 @@ def _add_middleware(
                 await receive_body(request, settings.request_timeout_s)
         else:
             await receive_body(request, settings.request_timeout_s)
-        await check_json_text(request.body)
+        await check_text(request)
 
     @app.on_response
     async def add_headers(request: Request, response: HTTPResponse) -> None:

@@ -50,25 +50,25 @@ class LaneLimits:
 class Place:
     """A place in a lane, until `free`."""
 
-    __slots__ = ("_charged_s", "_key", "_lane", "_started")
+    __slots__ = ("_key", "_lane", "_started")
 
-    def __init__(self, lane: FairLane, key: str, charged_s: float) -> None:
+    def __init__(self, lane: FairLane, key: str) -> None:
         self._lane: FairLane | None = lane
         self._key = key
-        self._charged_s = charged_s
         self._started = lane.clock()
 
     def free(self) -> None:
         """Give the place to the next. Does nothing the second time."""
         lane, self._lane = self._lane, None
         if lane is not None:
-            lane.give_back(self._key, lane.clock() - self._started, self._charged_s)
+            lane.give_back(self._key, lane.clock() - self._started)
 
 
 class FairLane:
     """Places that keys share. `async with lane.place(key):` waits for one and frees it.
 
-    name: what the lane is for, in errors and metrics. on_refusal: called with the name when a
+    name: what the lane is for, in errors and metrics. weight_of: a key's part, where several wait.
+    on_refusal: called with the name when a
     piece of work is refused. clock: seconds, monotonic.
     """
 
@@ -84,9 +84,10 @@ class FairLane:
         self.name = name
         self.clock = clock
         self._limits = limits
+        self._weight_of = weight_of
         self._shares = FairShares(weight_of)
         self._on_refusal = on_refusal
-        self._lines: dict[str, deque[asyncio.Future[float]]] = {}
+        self._lines: dict[str, deque[asyncio.Future[None]]] = {}
         self._running: Counter[str] = Counter()
         self._mean_s = FIRST_GUESS_S
 
@@ -112,12 +113,14 @@ class FairLane:
         finally:
             taken.free()
 
-    async def run_in_thread(self, key: str, function: Callable[[], T]) -> T:
-        """The result of a function that a thread runs. Raises as `take` does.
+    async def run_in_thread(
+        self, key: str, function: Callable[[], T], *, is_bounded: bool = True
+    ) -> T:
+        """The result of a function that a thread runs. Arguments and errors are those of `take`.
 
         A cancelled caller returns at once; the place is taken until the thread ends.
         """
-        taken = await self.take(key)
+        taken = await self.take(key, is_bounded=is_bounded)
         context = contextvars.copy_context()
         job = asyncio.get_running_loop().run_in_executor(None, context.run, function)
         job.add_done_callback(lambda done: _end(done, taken))
@@ -139,15 +142,17 @@ class FairLane:
             self._refuse_if_full(key, limit_s)
         self._shares.join(key)
         try:
-            return Place(self, key, await self._wait(key, limit_s))
+            await self._wait(key, limit_s)
+            return Place(self, key)
         except BaseException:
             self._shares.leave(key)
             raise
 
-    def give_back(self, key: str, used_s: float, charged_s: float) -> None:
-        """End a piece of work: correct what its key was charged, and start the next."""
+    def give_back(self, key: str, used_s: float) -> None:
+        """End a piece of work: charge its key, and start the next."""
         self._mean_s += NEWEST * (used_s - self._mean_s)
-        self._free(key, used_s - charged_s)
+        self._shares.charge(key, used_s)
+        self._free(key)
         self._shares.leave(key)
 
     def _can_start(self, key: str) -> bool:
@@ -179,60 +184,65 @@ class FairLane:
     def _wait_s(self, key: str) -> float:
         """Seconds until a newcomer of `key` starts, behind its own line and others' turns."""
         own = len(self._lines.get(key, ())) + 1
-        others = sum(min(len(line), own) for other, line in self._lines.items() if other != key)
+        turns = own / self._weight_of(key)
+        others = sum(
+            min(len(line), turns * self._weight_of(other))
+            for other, line in self._lines.items()
+            if other != key
+        )
         return (own + others) * self._mean_s / self._limits.num_places
 
-    async def _wait(self, key: str, limit_s: float | None) -> float:
-        """Return with a place: the seconds that `key` was charged for it in advance."""
+    async def _wait(self, key: str, limit_s: float | None) -> None:
+        """Return with a place."""
         if self._can_start(key):
-            return self._start(key)
+            self._running[key] += 1
+            return
         try:
             async with asyncio.timeout(limit_s):
-                return await self._stand_in_line(key)
+                await self._stand_in_line(key)
         except TimeoutError:
             reason = f"it waited {limit_s:g} s, the limit"
             raise self._refusal(reason, self._wait_s(key)) from None
 
-    async def _stand_in_line(self, key: str) -> float:
-        turn: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+    async def _stand_in_line(self, key: str) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         line = self._lines.setdefault(key, deque())
         line.append(turn)
         try:
-            return await turn
+            await turn
         except asyncio.CancelledError:
             if not turn.cancelled():  # the place came in the same moment
-                self._free(key, -turn.result())
+                self._free(key)
             elif turn in self._lines.get(key, ()):
                 self._leave_line(key, turn)
             raise
 
-    def _leave_line(self, key: str, turn: asyncio.Future[float]) -> None:
+    def _leave_line(self, key: str, turn: asyncio.Future[None]) -> None:
         line = self._lines[key]
         line.remove(turn)
         if not line:
             del self._lines[key]
 
-    def _start(self, key: str) -> float:
-        """Take a place, charged by the mean until its time is known; what was charged.
+    def _expected(self, key: str) -> float:
+        """What a key has used, with its running work taken to last as long as the mean.
 
-        Without it one key would get every place that comes free before its first work ends.
+        Without it one key would get every place that comes free before its first work ends. It is
+        not charged in advance: a key that joins meanwhile would start at what is then given back.
         """
-        self._running[key] += 1
-        self._shares.charge(key, self._mean_s)
-        return self._mean_s
+        return self._shares.used(key) + self._running[key] * self._mean_s / self._weight_of(key)
 
-    def _free(self, key: str, correction_s: float) -> None:
-        """Give back a place, correct the charge of `key`, and start the keys that are next."""
+    def _free(self, key: str) -> None:
+        """Give back a place, and start the keys that are next."""
         self._running[key] -= 1
         if not self._running[key]:
             del self._running[key]
-        self._shares.charge(key, correction_s)
         while ready := [one for one in self._lines if self._can_start(one)]:
-            chosen = self._shares.next_key(ready)
+            chosen = min(ready, key=self._expected)
             turn = self._lines[chosen][0]
             self._leave_line(chosen, turn)
             if not turn.cancelled():  # else its task is about to notice
-                turn.set_result(self._start(chosen))
+                self._running[chosen] += 1
+                turn.set_result(None)
 
 
 def _end(job: asyncio.Future[T], taken: Place) -> None:

@@ -75,6 +75,14 @@ def digest_of(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
 
 
+def owner_of_digest(digest: bytes) -> str:
+    """The name of a key's share of the machine: the same in the worker's lanes and the engine.
+
+    Empty for requests without a key. The engine has no use for the digest itself.
+    """
+    return hashlib.sha256(digest + b"owner").hexdigest() if digest else ""
+
+
 def _key_of(words: list[str], where: str) -> ApiKey:
     values: dict[str, str] = {}
     for word in words[1:]:

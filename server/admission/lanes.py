@@ -25,16 +25,18 @@ class Lanes:
     """Makes the worker's lanes. Each name has one lane.
 
     max_wait_s: --max-queue-wait, None for any time. on_refusal: called with a lane's name for each
-    piece of work that it refuses.
+    piece of work that it refuses. weight_of: the weight of a key, which its lanes are named by.
     """
 
     def __init__(
         self,
         max_wait_s: float | None = None,
         on_refusal: Callable[[str], None] = lambda name: None,
+        weight_of: Callable[[str], float] = lambda key: 1.0,
     ) -> None:
         self._max_wait_s = max_wait_s
         self._on_refusal = on_refusal
+        self._weight_of = weight_of
 
     def lane(self, name: str, num_places: int) -> FairLane:
         """A lane of so many places. name: one of LANE_NAMES."""
@@ -42,7 +44,7 @@ class Lanes:
         limits = LaneLimits(
             num_places, max_wait_s=self._max_wait_s, keeps_room=name in WAITING_WORK
         )
-        return FairLane(name, limits, on_refusal=self._on_refusal)
+        return FairLane(name, limits, weight_of=self._weight_of, on_refusal=self._on_refusal)
 
     def threads(self) -> FairLane:
         """Long prompts and large bodies, which threads read: one for each core, at least two."""

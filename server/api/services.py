@@ -5,7 +5,6 @@ Owns no endpoint. Knows nothing of any API's shapes.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import functools
 import hashlib
@@ -19,7 +18,7 @@ from sanic import HTTPResponse, Request
 
 from ...router.messages import NO_POLICY
 from ..admission.fair_lane import FairLane
-from ..admission.key_file import ApiKey
+from ..admission.key_file import ApiKey, owner_of_digest
 from ..admission.lanes import Lanes
 from ..admission.rate_limits import RateLimits
 from ..errors import ModelNotFoundError, RateLimitError
@@ -28,7 +27,7 @@ from ..generation.preparer import PreparedGeneration
 from ..generation.request import GenerationRequest
 from ..prompts.processor import Processor
 from ..schemas.decoding import decode_with_names
-from ..schemas.json_text import INLINE_BYTES
+from ..schemas.json_text import INLINE_BYTES, check_now
 from ..settings import ServerSettings
 from ..telemetry.metrics import Metrics
 from .ignored_fields import report_ignored
@@ -84,6 +83,20 @@ def json_response(
     )
 
 
+async def check_text(request: Request) -> None:
+    """Check the text of a body; a large one in a thread, in its key's turn.
+
+    This is plain Python, so the event loop goes on meanwhile.
+    Raises BadRequestError, or OverloadedError if too many texts wait.
+    """
+    text = request.body
+    if len(text) <= INLINE_BYTES:
+        check_now(text)
+        return
+    lane = services_of(request).threads
+    await lane.run_in_thread(owner_of(request), lambda: check_now(text))
+
+
 async def read_body(request: Request, schema: type[T]) -> T:
     """The request's body as a `schema`; fields that were dropped are reported.
 
@@ -93,8 +106,15 @@ async def read_body(request: Request, schema: type[T]) -> T:
     decode = functools.partial(
         decode_with_names, request.body, schema, services.settings.unknown_fields
     )
-    is_short = len(request.body) <= INLINE_BYTES
-    body = decode() if is_short else await asyncio.to_thread(decode)
+    if len(request.body) <= INLINE_BYTES:
+        body = decode()
+    else:
+        # The request was admitted with the check of its text.
+        lane = services.threads
+        body = await lane.run_in_thread(owner_of(request), decode, is_bounded=False)
+    # What was counted as the body's bytes are its strings from now on.
+    request.body = b""
+    del decode
     if body.unknown_fields:
         report_ignored(request, body.unknown_fields, services.metrics.count_ignored_field)
     return body.value
@@ -119,7 +139,7 @@ def owner_of(request: Request) -> str:
     Unlike the tenant it ignores cache_salt: a client cannot take a second share by a new salt.
     """
     owner: bytes = getattr(request.ctx, "key_owner", b"")
-    return hashlib.sha256(owner.ljust(32, b"\0") + b"owner").hexdigest() if owner else ""
+    return owner_of_digest(owner)
 
 
 def as_client(

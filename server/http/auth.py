@@ -16,7 +16,13 @@ from urllib.parse import urlsplit
 
 from sanic import HTTPResponse, Request
 
-from ..admission.key_file import ApiKey, KeyFileError, digest_of, read_key_file
+from ..admission.key_file import (
+    ApiKey,
+    KeyFileError,
+    digest_of,
+    owner_of_digest,
+    read_key_file,
+)
 from ..admission.rate_limits import FOLDER_NAME, RateLimits
 from ..errors import AuthenticationError, BadRequestError, UnsupportedMediaError
 from ..settings import ServerSettings
@@ -71,6 +77,7 @@ class ApiKeys:
         self._given = [ApiKey(digest_of(key)) for key in keys]
         self._file = file
         self._known: dict[bytes, ApiKey] = {}
+        self._by_owner: dict[str, ApiKey] = {}
         self._set([] if file is None else read_key_file(file))
 
     @property
@@ -91,6 +98,12 @@ class ApiKeys:
 
     def _set(self, keys: Iterable[ApiKey]) -> None:
         self._known = {key.digest: key for key in (*self._given, *keys)}
+        self._by_owner = {owner_of_digest(key.digest): key for key in self._known.values()}
+
+    def weight_of(self, owner: str) -> float:
+        """The weight of an owner; 1 for requests without a key, or with a key that is gone."""
+        key = self._by_owner.get(owner)
+        return 1.0 if key is None else key.policy.weight
 
     def find(self, request: Request) -> ApiKey | None:
         """The request's key; None if it is missing or unknown.

@@ -6,7 +6,6 @@ decoder's to refuse. Knows no schema.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from typing import Any
 
@@ -14,7 +13,7 @@ import msgspec
 
 from ..errors import BadRequestError
 
-# Larger texts are looked through in a thread: this is plain Python, so the event loop goes on.
+# Larger texts are looked through in a thread.
 INLINE_BYTES = 64 * 1024
 SLICE_BYTES = 1024 * 1024
 # Of a text of any size: decoding so many numbers, or so many strings and objects, takes some tens
@@ -29,16 +28,11 @@ _COLON = re.compile(rb"[ \t\r\n]*:")
 _RUN = re.compile(rb'(?:[^"\\]++|\\(?!u0000)[\s\S]){0,50000}+')
 
 
-async def check_json_text(text: bytes) -> None:
-    """Raises BadRequestError for a text that says one thing twice, or too many things."""
-    if len(text) <= INLINE_BYTES:
-        check_now(text)
-    else:
-        await asyncio.to_thread(check_now, text)
-
-
 def check_now(text: bytes) -> None:
-    """The same at once, in time linear in the text's length."""
+    """Check a text in time linear in its length.
+
+    Raises BadRequestError for a text that says one thing twice, or too many things.
+    """
     _check_commas(text)
     _check_names(text)
 

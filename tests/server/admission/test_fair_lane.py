@@ -22,13 +22,14 @@ class Clock:
 class Work:
     """Pieces of work that end when the test says; `started` lists their names in order."""
 
-    def __init__(self, num_places: int = 1, **limits) -> None:
+    def __init__(self, num_places: int = 1, weights=None, **limits) -> None:
         self.clock = Clock()
         self.refusals: list[str] = []
         self.lane = FairLane(
             "image fetches",
             LaneLimits(num_places, **limits),
             clock=self.clock,
+            weight_of=lambda key: (weights or {}).get(key, 1.0),
             on_refusal=self.refusals.append,
         )
         self.started: list[str] = []
@@ -89,6 +90,68 @@ def test_keys_get_equal_time_not_equal_turns():
             seconds[name.split()[0]] += lasts_s
             await work.end(name, lasts_s)
         assert abs(seconds["long"] - seconds["short"]) <= 20
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(scenario)
+
+
+def test_a_key_that_joins_while_long_work_runs_waits_for_none_of_the_short_work_behind_it():
+    """Running work was charged in advance and given back at its end. A key that joined meanwhile
+    stood behind all that was given back: 20 short pieces of a key whose first two were long."""
+
+    async def scenario():
+        work = Work(num_places=2)
+        tasks = [work.begin("flood", f"a{number}") for number in range(30)]
+        await settle()
+        for name in ("a0", "a1"):
+            await work.end(name, 100.0)  # the mean is high from now on
+        tasks.append(work.begin("other", "b0"))
+        await settle()
+        await work.end("a2", 0.01)
+        assert work.started[-1] == "b0"
+        await work.end("b0", 0.01)
+        tasks.append(work.begin("other", "b1"))
+        await settle()
+        for name in ("a3", "a4"):
+            await work.end(name, 0.01)
+        assert "b1" in work.started
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(scenario)
+
+
+def test_keys_get_time_by_their_weights():
+    """A key's weight held in the engine only: before it, all keys got the same."""
+
+    async def scenario():
+        work = Work(weights={"heavy": 3.0})
+        tasks = [work.begin(key, f"{key}{n}") for n in range(40) for key in ("heavy", "light")]
+        await settle()
+        for _ in range(32):
+            await work.end(work.started[-1])
+        counts = [sum(name.startswith(key) for name in work.started) for key in ("heavy", "light")]
+        assert counts[0] + counts[1] == 33
+        assert 23 <= counts[0] <= 26
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(scenario)
+
+
+def test_the_wait_that_is_refused_counts_the_turns_of_heavier_keys():
+    async def scenario():
+        work = Work(weights={"heavy": 4.0}, max_wait_s=0.4)
+        tasks = [work.begin("heavy", f"a{number}") for number in range(5)]
+        await settle()
+        # Work is taken to last 0.1 s: 1 of its own, and 4 that wait before it.
+        with pytest.raises(OverloadedError) as refusal:
+            await work.lane.take("light")
+        assert refusal.value.retry_after_s == pytest.approx(0.5)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
