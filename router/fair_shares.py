@@ -12,7 +12,7 @@ no credit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 
 def _equal_weights(key: str) -> float:
@@ -73,10 +73,6 @@ class FairShares:
         """
         if key in self._counters:
             self._counters[key] += service / self._weight_of(key)
-
-    def next_key(self, keys: Iterable[str]) -> str:
-        """The key with the smallest counter; of equal ones the first given. All must be active."""
-        return min(keys, key=self._counters.__getitem__)
 
     def _floor(self) -> float:
         return min((self._counters[key] for key in self._num_active), default=0.0)

@@ -9,7 +9,7 @@ def serve(shares: FairShares, keys: list[str], num_turns: int, cost=lambda key: 
     """Turns in which all keys always have work; the service that each got."""
     served = dict.fromkeys(keys, 0.0)
     for _ in range(num_turns):
-        key = shares.next_key(keys)
+        key = min(keys, key=shares.used)
         shares.charge(key, cost(key))
         served[key] += cost(key)
     return served
