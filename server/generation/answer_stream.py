@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from ...router.messages import AddRequest, SequenceOutput
 from ..errors import DeadEndError, InternalError
@@ -25,6 +26,7 @@ from .events import (
     ToolCallDelta,
     Usage,
 )
+from .request import TEXT_AS_USUAL, TextOptions
 from .token_text import TokenEntry, TokenReader
 from .tool_calls.parser import ToolCallParser
 from .tool_calls.pieces import CallPiece, ParsedPiece, TextPiece
@@ -119,12 +121,19 @@ class ToolCallStream:
         )
 
 
+class _Pending(NamedTuple):
+    """Of the tokens since the last event, each only if requested."""
+
+    logprobs: tuple[TokenEntry, ...]
+    token_ids: tuple[int, ...]
+
+
 class AnswerStream:
     """Turns the engine's outputs for one choice into events.
 
-    tool_parser: finds calls in the text; None: there are no calls, only text. keeps_stop: a stop
-    string that ends the answer is its last text. form: the field of the form that it must have.
-    log: where log-probabilities go; None: with the events.
+    tool_parser: finds calls in the text; None: there are no calls, only text. options: how tokens
+    become text. form: the field of the form that it must have. log: where log-probabilities go;
+    None: with the events.
     """
 
     def __init__(
@@ -136,14 +145,17 @@ class AnswerStream:
         choice: int = 0,
         tool_parser: ToolCallParser | None = None,
         *,
-        keeps_stop: bool = False,
+        options: TextOptions = TEXT_AS_USUAL,
         form: str = "",
         log: EntryLog | None = None,
     ) -> None:
         self._form = form
         self._choice = choice
-        self._keeps_stop = keeps_stop
-        self._text = Detokenizer(processor.tokenizer, processor.special_ids)
+        self._keeps_stop = options.keeps_stop
+        self._has_token_ids = options.has_token_ids
+        self._text = Detokenizer(
+            processor.tokenizer, processor.special_ids, shows_special=options.shows_special
+        )
         self._stops = StopStrings(stop)
         self._calls = None if tool_parser is None else ToolCallStream(tool_parser, choice)
         self._reader = reader
@@ -155,6 +167,7 @@ class AnswerStream:
         self._num_cached = 0
         self._log = log
         self._pending_logprobs: list[TokenEntry] = []
+        self._pending_ids: list[int] = []
 
     def take(self, output: SequenceOutput) -> list[Event]:
         """Add an output; return the pieces that are now certain, then a Finish at the end.
@@ -169,7 +182,7 @@ class AnswerStream:
         if output.finish_reason == "abort":
             raise InternalError("the engine aborted the request")
         self._num_cached += output.num_cached_tokens  # reported once, with the first output
-        num_shown = len(output.token_ids) - (output.finish_reason == "stop")
+        num_shown = len(output.token_ids) - self._hides_last(output)
         events: list[Event] = []
         text = ""
         for place in range(num_shown):
@@ -192,10 +205,17 @@ class AnswerStream:
         rest = self._delta(text) if output.finish_reason is None else self._end(text, output)
         return [*events, *rest]
 
+    def _hides_last(self, output: SequenceOutput) -> bool:
+        """The output's last token ended the answer and is no part of its text."""
+        return output.finish_reason == "stop" and not self._keeps_stop
+
     def _count(self, output: SequenceOutput, place: int) -> None:
         self._num_tokens += 1
+        token_id = output.token_ids[place]
+        if self._has_token_ids:
+            self._pending_ids.append(token_id)
         if output.logprobs:
-            entry = self._reader.entry(output.token_ids[place], output.logprobs[place])
+            entry = self._reader.entry(token_id, output.logprobs[place])
             if self._log is None:
                 self._pending_logprobs.append(entry)
             else:
@@ -212,7 +232,7 @@ class AnswerStream:
         held = self._stops.flush() if tail.stop is None else ""
         kept = tail.stop if tail.stop is not None and self._keeps_stop else ""
         events = self._delta(text + tail.text + held + kept)
-        if output.finish_reason == "stop":
+        if self._hides_last(output):
             self._count(output, -1)
         if tail.stop is not None:
             return [*events, *self._finish("stop", tail.stop)]
@@ -226,14 +246,17 @@ class AnswerStream:
             return []
         if self._calls is not None:
             return self._with_logprobs(self._calls.text(text))
-        return [TextDelta(text, self._take_logprobs(), self._choice, self._num_tokens)]
+        logprobs, token_ids = self._take_pending()
+        return [TextDelta(text, logprobs, self._choice, self._num_tokens, token_ids)]
 
     def _with_logprobs(self, deltas: Sequence[Delta]) -> list[Event]:
-        """The same deltas, the first with all pending log-probabilities and the count of tokens."""
+        """The same deltas, the first with all that is known of the tokens since the last one."""
         if not deltas:
             return []
-        logprobs = self._take_logprobs()
-        first = replace(deltas[0], logprobs=logprobs, num_tokens=self._num_tokens)
+        logprobs, token_ids = self._take_pending()
+        first = replace(
+            deltas[0], logprobs=logprobs, token_ids=token_ids, num_tokens=self._num_tokens
+        )
         return [first, *deltas[1:]]
 
     def _finish(
@@ -249,12 +272,21 @@ class AnswerStream:
             if reason == "stop" and self._calls.has_called:
                 reason = "tool_calls"
         usage = Usage(self._num_prompt, self._num_tokens, self._num_cached)
-        logprobs = self._take_logprobs()
-        end = Finish(reason, stop_reason, usage, is_end_of_message, logprobs, self._choice)
+        pending = self._take_pending()
+        end = Finish(
+            reason,
+            stop_reason,
+            usage,
+            is_end_of_message,
+            pending.logprobs,
+            self._choice,
+            pending.token_ids,
+        )
         return [*events, end]
 
-    def _take_logprobs(self) -> tuple[TokenEntry, ...]:
-        """Return and clear the pending log-probabilities."""
-        entries = tuple(self._pending_logprobs)
+    def _take_pending(self) -> _Pending:
+        """Return and clear what no event has reported yet."""
+        pending = _Pending(tuple(self._pending_logprobs), tuple(self._pending_ids))
         self._pending_logprobs.clear()
-        return entries
+        self._pending_ids.clear()
+        return pending

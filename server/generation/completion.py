@@ -40,13 +40,15 @@ class EntryLog(Protocol):
 class Answer:
     """The whole answer of one choice.
 
-    logprobs: the log of each token that usage counts; None if not requested.
+    logprobs: the log of each token that usage counts; None if not requested. token_ids: of the same
+    tokens, if requested.
     """
 
     text: str
     finish: Finish
     logprobs: EntryLog | None = None
     tool_calls: tuple[AnsweredCall, ...] = ()
+    token_ids: tuple[int, ...] = ()
 
     @property
     def logged_entries(self) -> Any:
@@ -99,14 +101,16 @@ class Completion:
 class _Choice:
     """The answer of one choice as it grows: no event is kept, and the text is one buffer."""
 
-    __slots__ = ("_calls", "_finish", "_text")
+    __slots__ = ("_calls", "_finish", "_text", "_token_ids")
 
     def __init__(self) -> None:
         self._text = io.StringIO()
+        self._token_ids: list[int] = []
         self._calls: list[AnsweredCall] = []
         self._finish: Finish | None = None
 
     def add(self, event: ChoiceEvent) -> None:
+        self._token_ids += event.token_ids
         if isinstance(event, TextDelta):
             self._text.write(event.text)
         elif isinstance(event, Finish):
@@ -116,4 +120,5 @@ class _Choice:
 
     def answer(self, log: EntryLog | None) -> Answer:
         assert self._finish is not None, "each choice has a Finish before the End"
-        return Answer(self._text.getvalue(), self._finish, log, tuple(self._calls))
+        calls, token_ids = tuple(self._calls), tuple(self._token_ids)
+        return Answer(self._text.getvalue(), self._finish, log, calls, token_ids)

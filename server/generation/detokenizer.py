@@ -65,15 +65,22 @@ class StopStrings:
 
 
 class Detokenizer:
-    """The text of one growing sequence; special tokens have none.
+    """The text of one growing sequence; special tokens have none unless shows_special.
 
     special_ids: the tokenizer's, so that a run of them costs nothing.
     """
 
-    def __init__(self, tokenizer: Tokenizer, special_ids: Container[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        special_ids: Container[int] = frozenset(),
+        *,
+        shows_special: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
-        self._special_ids = special_ids
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._special_ids = frozenset() if shows_special else special_ids
+        self._skips = not shows_special
+        self._stream = DecodeStream(skip_special_tokens=self._skips)
         self._unread: list[int] = []
 
     def push(self, token_id: int) -> str:
@@ -90,7 +97,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The tail: a character that never became whole (as U+FFFD)."""
-        tail: str = self._tokenizer.decode(self._unread, skip_special_tokens=True)
+        tail: str = self._tokenizer.decode(self._unread, skip_special_tokens=self._skips)
         self._unread.clear()
         return tail
 
@@ -106,7 +113,7 @@ class Detokenizer:
         """The text of bytes that are no characters: a stream of them would be decoded
         from its beginning with each token. The last few may still become one."""
         settled, open_end = self._unread[:-3], self._unread[-3:]
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=self._skips)
         self._unread.clear()
-        text: str = self._tokenizer.decode(settled, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(settled, skip_special_tokens=self._skips)
         return text + "".join(map(self._step, open_end))

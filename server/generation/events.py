@@ -30,13 +30,15 @@ class TextDelta:
 
     logprobs: of the tokens since the last piece, if requested. A token whose text is still
     buffered (half a character, or the start of a stop string) comes with the next piece.
-    num_tokens: of the choice so far, including buffered ones.
+    token_ids: of the same tokens, if requested. num_tokens: of the choice so far, including
+    buffered ones.
     """
 
     text: str
     logprobs: tuple[TokenEntry, ...] = ()
     choice: int = 0
     num_tokens: int = field(default=0, compare=False)
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,7 +60,7 @@ class ToolCallDelta:
     """A piece of a call of one choice. is_first: the call starts; the name never changes.
 
     arguments, raw: the next part of each, may be empty. whole: the whole call, in its last
-    piece. logprobs, num_tokens: as in TextDelta; num_tokens may be 0 in a later piece.
+    piece. logprobs, token_ids, num_tokens: as in TextDelta; num_tokens may be 0 in a later piece.
     """
 
     index: int
@@ -71,6 +73,7 @@ class ToolCallDelta:
     logprobs: tuple[TokenEntry, ...] = ()
     choice: int = 0
     num_tokens: int = field(default=0, compare=False)
+    token_ids: tuple[int, ...] = ()
 
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -82,8 +85,8 @@ class Finish:
 
     reason: tool_calls if all calls are complete and the answer was not cut by max_tokens.
     stop_reason: None at an end of turn, else the stop string or token id that matched.
-    is_end_of_message: the turn ended with `<|eom_id|>`. logprobs: of the tokens after the last
-    piece, including the stopping token. usage: of this choice.
+    is_end_of_message: the turn ended with `<|eom_id|>`. logprobs, token_ids: of the tokens after
+    the last piece, including the stopping token. usage: of this choice.
     """
 
     reason: FinishReason
@@ -92,6 +95,7 @@ class Finish:
     is_end_of_message: bool = False
     logprobs: tuple[TokenEntry, ...] = ()
     choice: int = 0
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, frozen=True)

@@ -42,7 +42,7 @@ from .completion import Completion, EntryLog
 from .deadlines import deadline_error, until
 from .events import End, Event, Finish, PromptLogprobs, Usage
 from .preparer import Images, PreparedGeneration, Preparer
-from .request import MAX_ANSWER_LOGPROBS, GenerationRequest
+from .request import MAX_ANSWER_LOGPROBS, GenerationRequest, TextOptions
 from .token_text import TokenReader
 from .tool_calls.parser import ToolCallParser
 
@@ -79,7 +79,7 @@ class Generator:
         max_answer_logprobs: int = MAX_ANSWER_LOGPROBS,
     ) -> None:
         self._processor = processor
-        self._reader = TokenReader(processor.tokenizer)
+        self._readers = _Readers(processor)
         self._engine = engine
         self._metrics = metrics
         self._max_request_time_s = max_request_time_s
@@ -221,10 +221,10 @@ class Generator:
                 request,
                 prepared.stop,
                 self._processor,
-                self._reader,
+                self._readers.of(prepared.text),
                 choice,
                 _tool_parser(prepared),
-                keeps_stop=prepared.keeps_stop,
+                options=prepared.text,
                 form=prepared.form,
                 log=logs.get(choice),
             )
@@ -239,10 +239,11 @@ class Generator:
         ids = [request.request_id for request in prepared.requests]
         prompt = ids.index(output.request_id)
         token_ids = prepared.requests[prompt].prompt_token_ids
+        reader = self._readers.of(prepared.text)
         return PromptLogprobs(
             prompt,
-            tuple(map(self._reader.read, token_ids)),
-            self._reader.prompt_entries(output.prompt_logprobs),
+            tuple(map(reader.read, token_ids)),
+            reader.prompt_entries(output.prompt_logprobs),
         )
 
     async def answer(
@@ -257,6 +258,24 @@ class Generator:
             logs = {choice: new_log() for choice in range(len(prepared.answer_ids))}
         async with contextlib.aclosing(self.stream(prepared, logs)) as events:
             return await Completion.collect(events, logs)
+
+
+class _Readers:
+    """A token reader for each way to name tokens; each remembers the tokens that it read."""
+
+    def __init__(self, processor: Processor) -> None:
+        self._tokenizer = processor.tokenizer
+        self._by_options: dict[tuple[bool, bool], TokenReader] = {}
+
+    def of(self, options: TextOptions) -> TokenReader:
+        key = (options.shows_special, options.names_by_id)
+        if key not in self._by_options:
+            self._by_options[key] = TokenReader(
+                self._tokenizer,
+                shows_special=options.shows_special,
+                names_by_id=options.names_by_id,
+            )
+        return self._by_options[key]
 
 
 def _tool_parser(prepared: PreparedGeneration) -> ToolCallParser | None:

@@ -24,19 +24,22 @@ from ..admission.fair_lane import FairLane
 from ..errors import BadRequestError, DeadlineError, NotReadyError
 from ..images.settings import ImageError, ImageRequest, PoolClosed
 from ..prompts.conversation import ImagePart
-from ..prompts.processor import PreparedPrompt, Processor, PromptTooLongError
+from ..prompts.processor import PreparedPrompt, Processor, PromptTooLongError, image_spans
 from ..structured_output.compile_checks import GrammarChecks
 from ..telemetry.request_record import current_record
 from .request import (
     MAX_ANSWER_LOGPROBS,
+    TEXT_AS_USUAL,
     GenerationRequest,
     PlainPrompt,
+    TextOptions,
     check_against,
     check_answer_logprobs,
     check_answers,
     check_min_tokens,
     check_prompt_logprobs,
     check_token_ids,
+    cut_to,
     room,
 )
 
@@ -80,7 +83,7 @@ class PreparedGeneration:
     deadline: float = math.inf
     tool_names: tuple[str, ...] = ()
     max_tool_calls: int | None = None
-    keeps_stop: bool = False
+    text: TextOptions = TEXT_AS_USUAL
     on_tokens: Callable[[int], None] = _ignore
     form: str = ""
 
@@ -90,8 +93,13 @@ class PreparedGeneration:
         return [answer_id for request in self.requests for answer_id in request.answer_ids]
 
     @property
+    def prompts(self) -> list[list[int]]:
+        """The token ids of each prompt."""
+        return [request.prompt_token_ids for request in self.requests]
+
+    @property
     def num_prompt_tokens(self) -> int:
-        return sum(len(request.prompt_token_ids) for request in self.requests)
+        return sum(map(len, self.prompts))
 
 
 class Preparer:
@@ -143,7 +151,7 @@ class Preparer:
             deadline,
             tool_names=tuple(tool.name for tool in request.tools),
             max_tool_calls=request.max_tool_calls,
-            keeps_stop=request.keeps_stop,
+            text=request.text,
             form=request.grammar_field,
         )
 
@@ -203,19 +211,44 @@ class Preparer:
     async def _conversation(self, request: GenerationRequest, max_model_len: int) -> PreparedPrompt:
         num_chars = sum(message.num_chars for message in request.messages)
         has_json = bool(request.tools) or any(one.tool_calls for one in request.messages)
+        most = max_model_len - 1
+        num_kept = cut_to(request, max_model_len)
         prepare = functools.partial(
             self._processor.prepare,
             request.messages,
-            max_model_len - 1,
+            most if num_kept is None else max(MAX_PROMPT_TOKENS, most),
             request.tools,
             request.tool_format,
         )
         try:
             if num_chars <= MAX_INLINE_CHARS and not has_json:
-                return prepare()
-            return await self._threads.run_in_thread(request.owner, prepare)
+                prompt = prepare()
+            else:
+                prompt = await self._threads.run_in_thread(request.owner, prepare)
         except PromptTooLongError as error:
             raise BadRequestError(str(error), param="messages") from error
+        return self._cut(prompt, num_kept, most, "messages")
+
+    def _cut(
+        self, prompt: PreparedPrompt, num_kept: int | None, most: int, field: str
+    ) -> PreparedPrompt:
+        """The end of the prompt. Raises BadRequestError if it lacks an image, or is too long."""
+        num_cut = len(prompt.token_ids) - (num_kept or len(prompt.token_ids))
+        if num_cut <= 0:
+            return prompt
+        if any(span.start < num_cut for span in prompt.spans):
+            raise BadRequestError(
+                f"truncate_prompt_tokens keeps {num_kept:,} of {len(prompt.token_ids):,} prompt"
+                " tokens, without all images: raise it, or send fewer images",
+                param="truncate_prompt_tokens",
+            )
+        token_ids = prompt.token_ids[num_cut:]
+        if len(token_ids) > most:
+            error = PromptTooLongError(f"{len(token_ids):,}", most)
+            raise BadRequestError(str(error), param=field)
+        return PreparedPrompt(
+            token_ids, image_spans(token_ids, self._processor.image_id), prompt.images
+        )
 
     def _plain_prompts(
         self, request: GenerationRequest, info: EngineReady
@@ -225,24 +258,28 @@ class Preparer:
         prompts = []
         num_tokens = 0
         for prompt in request.prompts:
-            token_ids = self._plain_prompt(prompt, request.add_special_tokens, info)
+            token_ids = self._plain_prompt(prompt, request, info)
             num_tokens += len(token_ids)
             if num_tokens > limit:
                 raise BadRequestError(
                     f"the prompts have over {limit:,} tokens together: send fewer in one request",
                     param=prompt.field,
                 )
-            prompts.append(PreparedPrompt(token_ids, [], []))
+            whole = PreparedPrompt(token_ids, [], [])
+            num_kept = cut_to(request, info.max_model_len)
+            prompts.append(self._cut(whole, num_kept, info.max_model_len - 1, prompt.field))
         return prompts
 
     def _plain_prompt(
-        self, prompt: PlainPrompt, add_special_tokens: bool, info: EngineReady
+        self, prompt: PlainPrompt, request: GenerationRequest, info: EngineReady
     ) -> list[int]:
         field, most = prompt.field, info.max_model_len - 1
+        if request.num_kept_tokens is not None:
+            most = max(MAX_PROMPT_TOKENS, most)
         try:
             if isinstance(prompt.content, str):
                 token_ids = self._processor.prepare_text(
-                    prompt.content, most, add_special_tokens=add_special_tokens
+                    prompt.content, most, add_special_tokens=request.add_special_tokens
                 )
             else:
                 token_ids = list(prompt.content)

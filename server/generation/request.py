@@ -33,6 +33,24 @@ class PlainPrompt:
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
+class TextOptions:
+    """How tokens are reported and become text.
+
+    keeps_stop: a stop string or token that ends the answer stays in its text. shows_special:
+    special tokens are text, by their names. has_token_ids: events have the ids of their tokens.
+    names_by_id: log-probabilities name tokens `token_id:ID`.
+    """
+
+    keeps_stop: bool = False
+    shows_special: bool = False
+    has_token_ids: bool = False
+    names_by_id: bool = False
+
+
+TEXT_AS_USUAL = TextOptions()
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
 class GenerationRequest:
     """What to generate, however it was asked for: from one conversation, or from plain prompts.
 
@@ -45,7 +63,8 @@ class GenerationRequest:
     num_choices: how many answers to the same prompt; num_prompt_logprobs: how many of
     the likeliest tokens are told beside each token of the prompt. Of requests that wait the one of
     lower priority goes first. timeout_s: from its arrival to the end of its answer.
-    keeps_stop: a stop string that ends the answer stays in its text.
+    num_kept_tokens: of a longer prompt only so many tokens at its end are read; -1: as many as
+    leave room for the answer, None: all.
     tools: what the model is told of and may call, in which format; max_tool_calls: the
     answer ends with that many, None for no bound. grammar: what texts the answer may
     be, not compiled yet, and the field that said so. grammar_parts: schemas within it,
@@ -61,7 +80,8 @@ class GenerationRequest:
     default_max_tokens: int | None = None
     max_tokens_field: str = "max_tokens"
     stop: tuple[str, ...] = ()
-    keeps_stop: bool = False
+    text: TextOptions = TEXT_AS_USUAL
+    num_kept_tokens: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     tenant: str = ""
@@ -197,6 +217,13 @@ def check_min_tokens(min_tokens: int, max_tokens: int) -> None:
             " lower it or raise max_tokens",
             param="min_tokens",
         )
+
+
+def cut_to(request: GenerationRequest, max_model_len: int) -> int | None:
+    """How many tokens at the end of each prompt are read; None for all."""
+    if request.num_kept_tokens == -1:
+        return max(1, max_model_len - (request.max_tokens or 1))
+    return request.num_kept_tokens
 
 
 def room(request: GenerationRequest, num_prompt: int, max_model_len: int) -> int:

@@ -18,7 +18,7 @@ class TokenText:
     """A token by itself.
 
     text_bytes: what it adds to the answer in UTF-8, so that those of all tokens joined are the
-    answer; None for special tokens, which add nothing. text: the same as a string, and
+    answer; None for special tokens that add nothing. text: the same as a string, and
     `bytes:\\xe2\\x82` where it holds a part of a character.
     """
 
@@ -57,10 +57,18 @@ PromptEntries = tuple[tuple[PromptCandidate, ...] | None, ...]
 
 
 class TokenReader:
-    """Reads token ids of one tokenizer, each by itself."""
+    """Reads token ids of one tokenizer, each by itself.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    shows_special: special tokens are text of the answer. names_by_id: every token is named
+    `token_id:ID`.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, shows_special: bool = False, names_by_id: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
+        self._shows_special = shows_special
+        self._names_by_id = names_by_id
         self._added = tokenizer.get_added_tokens_decoder()
         self._is_byte_level = "ByteLevel" in repr(tokenizer.decoder)
         # No longer than the vocabulary.
@@ -95,7 +103,10 @@ class TokenReader:
         """The token's text and bytes."""
         known = self._known.get(token_id)
         if known is None:
-            known = self._known[token_id] = self._read(token_id)
+            known = self._read(token_id)
+            if self._names_by_id:
+                known = TokenText(f"token_id:{token_id}", known.text_bytes)
+            self._known[token_id] = known
         return known
 
     def _read(self, token_id: int) -> TokenText:
@@ -105,7 +116,8 @@ class TokenReader:
             return TokenText(f"token_id:{token_id}", None)
         added = self._added.get(token_id)
         if added is not None:
-            return TokenText(name, None if added.special else name.encode())
+            is_hidden = added.special and not self._shows_special
+            return TokenText(name, None if is_hidden else name.encode())
         if self._is_byte_level and all(character in _BYTES for character in name):
             return _text_of(bytes(_BYTES[character] for character in name))
         text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)

@@ -10,7 +10,7 @@ from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
 from ..api.services import check_model, owner_of, prepare, services_of
 from ..api.sse import send_stream
 from ..api.whole_answer import send_whole
-from ..generation.request import PlainPrompt
+from ..generation.request import GenerationRequest
 from ..schemas.openai.answer_frames import frames_of
 from ..schemas.openai.completion_answers import CompletionAnswers, CompletionChunk, TextCompletion
 from ..schemas.openai.completions import CompletionRequest, completion_generation
@@ -48,9 +48,9 @@ async def completions(request: Request, body: CompletionRequest) -> HTTPResponse
     generation = completion_generation(body)
     prepared = await prepare(request, generation, body.cache_salt)
     answers = CompletionAnswers(
-        **frames_of(body, prepared.num_prompt_tokens),
+        **frames_of(body, prepared.prompts),
         num_answers=body.n or 1,
-        echoes=await _echoes(request, generation.prompts) if body.echo else None,
+        echoes=await _echoes(request, generation, prepared.prompts) if body.echo else None,
         num_top=body.logprobs,
         num_prompt_top=body.prompt_logprobs,
         is_echo_only=body.is_echo_only,
@@ -61,15 +61,20 @@ async def completions(request: Request, body: CompletionRequest) -> HTTPResponse
     return await send_whole(request, prepared, answers.plain, answers.new_log)
 
 
-async def _echoes(request: Request, prompts: Sequence[PlainPrompt]) -> list[str]:
-    """The prompts as texts: as they were sent, or as answers would read."""
+async def _echoes(
+    request: Request, generation: GenerationRequest, prompts: Sequence[list[int]]
+) -> list[str]:
+    """The prompts as texts: as they were sent, or as answers would read if they were cut."""
     services = services_of(request)
-    processor = services.processor
+    skips = not generation.text.shows_special
+    is_whole = generation.num_kept_tokens is None
 
     def texts() -> list[str]:
         return [
-            one.content if isinstance(one.content, str) else processor.text_of(one.content)
-            for one in prompts
+            sent.content
+            if is_whole and isinstance(sent.content, str)
+            else services.processor.text_of(token_ids, skip_special_tokens=skips)
+            for sent, token_ids in zip(generation.prompts, prompts, strict=True)
         ]
 
     return await services.threads.run_in_thread(owner_of(request), texts)

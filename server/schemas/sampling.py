@@ -14,7 +14,7 @@ import msgspec
 
 from ...models.batch import Bias, Penalty, SamplingParams
 from ..errors import BadRequestError
-from ..generation.request import sampling_params
+from ..generation.request import TextOptions, sampling_params
 from .allowed_values import or_list, quoted
 from .decoding import ModelName, no_nul
 from .foreign import FOREIGN
@@ -26,6 +26,7 @@ from .structured import (
     ResponseFormat,
     StructuredOutputs,
     guided_forms,
+    renamed_forms,
     response_form,
     structured_forms,
 )
@@ -36,6 +37,9 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 MaxTokens = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 TopK = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
 NumTop = Annotated[int, msgspec.Meta(ge=0, le=20)]
+
+# SGLang's names of the guided fields.
+SGLANG_NAMES = {"guided_json": "json_schema", "guided_regex": "regex", "guided_grammar": "ebnf"}
 
 # Answers of one request, whatever they are to.
 MAX_ANSWERS = 128
@@ -68,8 +72,12 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class SharedFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Null leaves a field at its default. top_k: 0 and -1 are off. top_p: 0 is greedy.
 
-    include_stop_str_in_output, and no_stop_trim, its name in SGLang: a stop string that ends the
-    answer stays in its text.
+    include_stop_str_in_output, and no_stop_trim, its name in SGLang: a stop string or token that
+    ends the answer stays in its text. skip_special_tokens false: special tokens are text.
+    return_token_ids: of prompts and answers. return_tokens_as_token_ids: log-probabilities name
+    tokens by their ids. truncate_prompt_tokens: only so many tokens at a prompt's end are read; -1:
+    as many as leave room for the answer; 0: all. regex, ebnf, json_schema: SGLang's names of
+    guided_regex, guided_grammar and guided_json.
     """
 
     foreign: ClassVar[Mapping[str, tuple[Any, ...]]] = FOREIGN
@@ -83,6 +91,10 @@ class SharedFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=1024)] | None = None
     include_stop_str_in_output: bool | None = None
     no_stop_trim: bool | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -100,6 +112,9 @@ class SharedFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     guided_regex: str | None = None
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    json_schema: str | dict[str, Any] | None = None
     nvext: Guided | None = None
     structured_outputs: StructuredOutputs | None = None
     timeout_s: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
@@ -108,9 +123,14 @@ class SharedFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     user: str | None = None
 
     @property
-    def keeps_stop(self) -> bool:
-        """A stop string that ends the answer stays in its text."""
-        return bool(self.include_stop_str_in_output or self.no_stop_trim)
+    def text_options(self) -> TextOptions:
+        """How tokens are reported and become text."""
+        return TextOptions(
+            keeps_stop=bool(self.include_stop_str_in_output or self.no_stop_trim),
+            shows_special=self.skip_special_tokens is False,
+            has_token_ids=bool(self.return_token_ids),
+            names_by_id=bool(self.return_tokens_as_token_ids),
+        )
 
 
 class Neutral(msgspec.Struct, frozen=True):
@@ -172,8 +192,12 @@ def forms_of(body: SharedFields) -> list[Form]:
         guided_choice=body.guided_choice,
         guided_grammar=body.guided_grammar,
     )
+    of_sglang = Guided(
+        guided_json=body.json_schema, guided_regex=body.regex, guided_grammar=body.ebnf
+    )
     inner = body.nvext or Guided()
     forms = [*guided_forms(top), *guided_forms(inner, "nvext.")]
+    forms += renamed_forms(of_sglang, SGLANG_NAMES)
     if body.structured_outputs is not None:
         forms += structured_forms(body.structured_outputs)
     return [*response_form(body.response_format), *forms]

@@ -117,6 +117,11 @@ def response_form(response_format: ResponseFormat | None) -> list[Form]:
 
 def guided_forms(guided: Guided, prefix: str = "") -> list[Form]:
     """What the guided fields ask for, one form for each that is set."""
+    return renamed_forms(guided, {name: prefix + name for name in Guided.__struct_fields__})
+
+
+def renamed_forms(guided: Guided, names: Mapping[str, str]) -> list[Form]:
+    """The same where the fields have other names. names: those, by the names here."""
     makers: dict[str, Callable[[Any, str], str]] = {
         "guided_regex": regex_grammar,
         "guided_choice": choice_grammar,
@@ -124,11 +129,11 @@ def guided_forms(guided: Guided, prefix: str = "") -> list[Form]:
     }
     forms = []
     if guided.guided_json is not None:
-        forms.append(_guided_json(guided.guided_json, f"{prefix}guided_json"))
+        forms.append(_guided_json(guided.guided_json, names["guided_json"]))
     for name, make in makers.items():
         value = getattr(guided, name)
         if value is not None:
-            forms.append(Form(make(value, prefix + name), prefix + name))
+            forms.append(Form(make(value, names[name]), names[name]))
     return forms
 
 
@@ -140,10 +145,10 @@ def structured_forms(wanted: StructuredOutputs) -> list[Form]:
         guided_choice=wanted.choice,
         guided_grammar=wanted.grammar,
     )
-    forms = [
-        msgspec.structs.replace(form, field=form.field.replace("guided_", ""))
-        for form in guided_forms(guided, "structured_outputs.")
-    ]
+    names = {
+        name: "structured_outputs." + name[len("guided_") :] for name in Guided.__struct_fields__
+    }
+    forms = renamed_forms(guided, names)
     if wanted.json_object:
         forms.append(Form(json_object_grammar(), "structured_outputs.json_object"))
     return forms

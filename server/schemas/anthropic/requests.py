@@ -6,7 +6,7 @@ nothing of tokens or of the answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -18,6 +18,7 @@ from ...structured_output.grammar_text import json_schema_grammar
 from .. import rules
 from ..allowed_values import ANY_VALUE, IMAGES_OF_USERS, Notes
 from ..decoding import ModelName, no_nul
+from ..foreign import FOREIGN_ELSEWHERE
 from ..openai.chat_messages import bounded
 from ..rules import all_of
 from ..sampling import MaxTokens, Neutral, StopString, only_neutral, refuse_unless_neutral, stops_of
@@ -221,6 +222,7 @@ class _Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """What a message and a count of its tokens share."""
 
     notes: ClassVar[Notes] = {"role": {"system": "Its text goes into the field system"}}
+    foreign: ClassVar[Mapping[str, tuple[Any, ...]]] = FOREIGN_ELSEWHERE
 
     model: ModelName
     messages: Annotated[

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NotRequired, TypedDict
 
@@ -128,7 +129,8 @@ class OpenAIAnswers(StreamedAnswers):
     """The answers to one request; all have the same id and time.
 
     include_usage: a stream ends with a chunk of the usage. running_usage: every chunk has the
-    usage so far. is_obfuscated: every chunk has random characters.
+    usage so far. is_obfuscated: every chunk has random characters. prompts: token ids of each
+    prompt, if the answers have those of tokens.
     """
 
     has_done: ClassVar[bool] = True
@@ -137,6 +139,7 @@ class OpenAIAnswers(StreamedAnswers):
     include_usage: bool = False
     is_obfuscated: bool = False
     running_usage: RunningUsage | None = None
+    prompts: Sequence[list[int]] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def _count(self, event: Event) -> None:
@@ -161,15 +164,19 @@ class FrameOptions(TypedDict):
     include_usage: bool
     is_obfuscated: bool
     running_usage: RunningUsage | None
+    prompts: Sequence[list[int]] | None
 
 
-def frames_of(body: SharedFields, num_prompt_tokens: int) -> FrameOptions:
-    """The options that a body asks for. num_prompt_tokens: of all its prompts."""
+def frames_of(body: SharedFields, prompts: Sequence[list[int]]) -> FrameOptions:
+    """The options that a body asks for. prompts: their token ids."""
     options = body.stream_options or StreamOptions()
-    has_running_usage = bool(options.continuous_usage_stats)
+    running_usage = None
+    if options.continuous_usage_stats:
+        running_usage = RunningUsage(sum(map(len, prompts)))
     return {
         "model": body.model,
         "include_usage": bool(options.include_usage),
         "is_obfuscated": bool(options.include_obfuscation),
-        "running_usage": RunningUsage(num_prompt_tokens) if has_running_usage else None,
+        "running_usage": running_usage,
+        "prompts": prompts if body.return_token_ids else None,
     }

@@ -13,6 +13,7 @@ from typing import Literal, NotRequired, TypedDict
 from ...generation.completion import Answer, Completion
 from ...generation.events import (
     AnsweredCall,
+    ChoiceEvent,
     End,
     Event,
     FinishReason,
@@ -77,17 +78,21 @@ class ChatMessage(TypedDict):
 
 
 class ChatChoice(TypedDict):
-    """stop_reason: the stop string or token id that ended the answer."""
+    """stop_reason: the stop string or token id that ended the answer.
+
+    token_ids: only with return_token_ids, one for each token that usage counts.
+    """
 
     index: int
     message: ChatMessage
     logprobs: ChoiceLogprobs | None
     finish_reason: FinishReason
     stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]
 
 
 class ChatCompletion(TypedDict):
-    """The whole answer."""
+    """The whole answer. prompt_token_ids: only with return_token_ids."""
 
     id: str
     object: Literal["chat.completion"]
@@ -96,6 +101,7 @@ class ChatCompletion(TypedDict):
     choices: list[ChatChoice]
     usage: UsageCounts
     prompt_logprobs: PromptCandidates | None
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class PartOfFunction(TypedDict):
@@ -123,13 +129,17 @@ class ChatDelta(TypedDict):
 
 
 class ChatChunkChoice(TypedDict):
-    """finish_reason and stop_reason come with the choice's last chunk."""
+    """finish_reason and stop_reason come with the choice's last chunk.
+
+    token_ids: only with return_token_ids, of the tokens since the last chunk.
+    """
 
     index: int
     delta: ChatDelta
     logprobs: ChoiceLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]
 
 
 class ChatCompletionChunk(OpenAIChunk):
@@ -137,11 +147,13 @@ class ChatCompletionChunk(OpenAIChunk):
 
     usage: only with stream_options.include_usage, null in all but the last chunk, whose
     choices are empty; with continuous_usage_stats every chunk has the usage so far.
-    obfuscation: only with stream_options.include_obfuscation.
+    obfuscation: only with stream_options.include_obfuscation. prompt_token_ids: only with
+    return_token_ids, in the first chunk.
     """
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
+    prompt_token_ids: NotRequired[list[int]]
 
 
 def _new_id() -> str:
@@ -164,18 +176,18 @@ class ChatAnswers(OpenAIAnswers):
     def plain(self, completion: Completion) -> ChatCompletion:
         """The whole answers, in the form of api-reference.txt."""
         prompt = completion.prompts[0] if completion.prompts else None
-        return {
+        answer: ChatCompletion = {
             "id": self.id,
             "object": "chat.completion",
             "created": self.created,
             "model": self.model,
-            "choices": [
-                _choice(index, answer, self.has_tools)
-                for index, answer in enumerate(completion.answers)
-            ],
+            "choices": [self._choice(index, one) for index, one in enumerate(completion.answers)],
             "usage": usage_counts(completion.usage),
             "prompt_logprobs": prompt_candidates(prompt),
         }
+        if self.prompts is not None:
+            answer["prompt_token_ids"] = self.prompts[0]
+        return answer
 
     def new_log(self) -> EntryTexts:
         """For one answer's log-probabilities."""
@@ -184,13 +196,16 @@ class ChatAnswers(OpenAIAnswers):
     def first(self) -> list[ChatCompletionChunk]:
         """The chunks before any text, one a choice."""
         delta: ChatDelta = {"role": "assistant", "content": None if self.is_call else ""}
-        return [self._chunk(choice, delta) for choice in range(self.num_choices)]
+        chunks = [self._chunk(choice, delta) for choice in range(self.num_choices)]
+        if self.prompts is not None:
+            chunks[0]["prompt_token_ids"] = self.prompts[0]
+        return chunks
 
     def chunks(self, event: Event) -> list[ChatCompletionChunk]:
         """The chunks that report one event."""
         self._count(event)
         if isinstance(event, TextDelta):
-            return [self._chunk(event.choice, {"content": event.text}, event.logprobs)]
+            return [self._chunk(event.choice, {"content": event.text}, event)]
         if isinstance(event, ToolCallDelta):
             return self._call_chunks(event)
         if isinstance(event, PromptLogprobs):
@@ -198,12 +213,12 @@ class ChatAnswers(OpenAIAnswers):
             return []
         if isinstance(event, End):
             return [self._usage_chunk(event.usage)] if self.include_usage else []
-        return [self._chunk(event.choice, {}, event.logprobs, event.reason, event.stop_reason)]
+        return [self._chunk(event.choice, {}, event, event.reason, event.stop_reason)]
 
     def _call_chunks(self, event: ToolCallDelta) -> list[ChatCompletionChunk]:
         """First the name, then the text of the arguments as it comes."""
         chunks = []
-        logprobs = event.logprobs
+        tokens: ToolCallDelta | None = event
         if event.is_first:
             first: PartOfCall = {
                 "index": event.index,
@@ -211,31 +226,47 @@ class ChatAnswers(OpenAIAnswers):
                 "type": "function",
                 "function": {"name": event.name, "arguments": ""},
             }
-            chunks.append(self._chunk(event.choice, {"tool_calls": [first]}, logprobs))
-            logprobs = ()
-        if event.arguments or logprobs:
+            chunks.append(self._chunk(event.choice, {"tool_calls": [first]}, event))
+            tokens = None
+        if event.arguments or (tokens and (tokens.logprobs or tokens.token_ids)):
             part: PartOfCall = {"index": event.index, "function": {"arguments": event.arguments}}
-            chunks.append(self._chunk(event.choice, {"tool_calls": [part]}, logprobs))
+            chunks.append(self._chunk(event.choice, {"tool_calls": [part]}, tokens))
         return chunks
 
     def _chunk(
         self,
         index: int,
         delta: ChatDelta,
-        logprobs: Sequence[TokenEntry] = (),
+        tokens: ChoiceEvent | None = None,
         finish_reason: FinishReason | None = None,
         stop_reason: str | int | None = None,
     ) -> ChatCompletionChunk:
+        """tokens: the event whose tokens the chunk reports."""
         choice: ChatChunkChoice = {
             "index": index,
             "delta": delta,
-            "logprobs": _logprobs(logprobs),
+            "logprobs": _logprobs(tokens.logprobs if tokens else ()),
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }
+        if self.prompts is not None:
+            choice["token_ids"] = list(tokens.token_ids) if tokens else []
         chunk = self._frame([choice])
         self._complete(chunk, delta.get("content") or "")
         return chunk
+
+    def _choice(self, index: int, answer: Answer) -> ChatChoice:
+        logged = answer.logged_entries
+        choice: ChatChoice = {
+            "index": index,
+            "message": _message(answer, self.has_tools),
+            "logprobs": None if logged is None else {"content": logged},
+            "finish_reason": answer.finish.reason,
+            "stop_reason": answer.finish.stop_reason,
+        }
+        if self.prompts is not None:
+            choice["token_ids"] = list(answer.token_ids)
+        return choice
 
     def _usage_chunk(self, usage: Usage) -> ChatCompletionChunk:
         chunk = self._frame([])
@@ -250,17 +281,6 @@ class ChatAnswers(OpenAIAnswers):
             "model": self.model,
             "choices": choices,
         }
-
-
-def _choice(index: int, answer: Answer, has_tools: bool) -> ChatChoice:
-    logged = answer.logged_entries
-    return {
-        "index": index,
-        "message": _message(answer, has_tools),
-        "logprobs": None if logged is None else {"content": logged},
-        "finish_reason": answer.finish.reason,
-        "stop_reason": answer.finish.stop_reason,
-    }
 
 
 def _message(answer: Answer, has_tools: bool) -> ChatMessage:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from ...generation.completion import Answer, Completion
 from ...generation.events import End, Event, Finish, PromptLogprobs, TextDelta, Usage
@@ -27,7 +27,11 @@ Reason = Literal["stop", "length"]
 
 
 class CompletionChoice(TypedDict):
-    """stop_reason: the stop string or token id that ended the text."""
+    """stop_reason: the stop string or token id that ended the text.
+
+    token_ids, prompt_token_ids: only with return_token_ids; token_ids has one for each token that
+    usage counts.
+    """
 
     index: int
     text: str
@@ -35,6 +39,8 @@ class CompletionChoice(TypedDict):
     finish_reason: Reason
     stop_reason: str | int | None
     prompt_logprobs: PromptCandidates | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class TextCompletion(TypedDict):
@@ -49,13 +55,19 @@ class TextCompletion(TypedDict):
 
 
 class CompletionChunkChoice(TypedDict):
-    """finish_reason and stop_reason come with the choice's last chunk."""
+    """finish_reason and stop_reason come with the choice's last chunk.
+
+    token_ids, prompt_token_ids: only with return_token_ids; of the tokens since the last chunk, and
+    of the prompt in the choice's first chunk.
+    """
 
     index: int
     text: str
     logprobs: TokenLists | None
     finish_reason: Reason | None
     stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class CompletionChunk(OpenAIChunk):
@@ -91,6 +103,8 @@ class CompletionAnswers(OpenAIAnswers):
     is_echo_only: bool = False
     id: str = field(default_factory=_new_id)
     _columns: dict[int, TokenColumns] = field(default_factory=dict)
+    # The choices whose stream has started.
+    _started: set[int] = field(default_factory=set)
 
     def plain(self, completion: Completion) -> TextCompletion:
         """The whole answers, in the order of the prompts."""
@@ -131,9 +145,8 @@ class CompletionAnswers(OpenAIAnswers):
         if isinstance(event, Finish):
             return [self._last(event)]
         if isinstance(event, TextDelta) and not self.is_echo_only:
-            return [
-                self._chunk(event.choice, event.text, self._lists(event.choice, event.logprobs))
-            ]
+            lists = self._lists(event.choice, event.logprobs)
+            return [self._chunk(event.choice, event.text, lists, token_ids=event.token_ids)]
         return []
 
     def _choice(
@@ -145,7 +158,7 @@ class CompletionAnswers(OpenAIAnswers):
         candidates = None
         if self.num_prompt_top is not None:
             candidates = prompt_candidates(prompt, self.num_prompt_top)
-        return {
+        choice: CompletionChoice = {
             "index": index,
             "text": text,
             "logprobs": None if self.num_top is None else self._logged(answer, prompt),
@@ -153,6 +166,10 @@ class CompletionAnswers(OpenAIAnswers):
             "stop_reason": None if self.is_echo_only else answer.finish.stop_reason,
             "prompt_logprobs": candidates,
         }
+        if self.prompts is not None:
+            choice["token_ids"] = [] if self.is_echo_only else list(answer.token_ids)
+            choice["prompt_token_ids"] = self.prompts[index // self.num_answers]
+        return choice
 
     def _logged(self, answer: Answer, prompt: PromptLogprobs | None) -> Any:
         """The lists of the prompt, if it is echoed, and of the answer."""
@@ -179,7 +196,10 @@ class CompletionAnswers(OpenAIAnswers):
         if self.is_echo_only:
             return self._chunk(event.choice, "", None, "length")
         lists = self._lists(event.choice, event.logprobs)
-        return self._chunk(event.choice, "", lists, self._reason(event), event.stop_reason)
+        reason = self._reason(event)
+        return self._chunk(
+            event.choice, "", lists, reason, event.stop_reason, token_ids=event.token_ids
+        )
 
     def _reason(self, finish: Finish) -> Reason:
         return "length" if self.is_echo_only or finish.reason == "length" else "stop"
@@ -201,6 +221,8 @@ class CompletionAnswers(OpenAIAnswers):
         logprobs: TokenLists | None = None,
         finish_reason: Reason | None = None,
         stop_reason: str | int | None = None,
+        *,
+        token_ids: Sequence[int] = (),
     ) -> CompletionChunk:
         choice: CompletionChunkChoice = {
             "index": index,
@@ -209,6 +231,11 @@ class CompletionAnswers(OpenAIAnswers):
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }
+        if self.prompts is not None:
+            choice["token_ids"] = list(token_ids)
+            if index not in self._started:
+                self._started.add(index)
+                choice["prompt_token_ids"] = self.prompts[index // self.num_answers]
         chunk = self._frame([choice])
         self._complete(chunk, text)
         return chunk

@@ -6,7 +6,7 @@ Owns names, ranges and spellings of the request, and how it becomes a `Generatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -18,6 +18,7 @@ from ...structured_output.grammar_text import json_object_grammar
 from .. import rules
 from ..allowed_values import ANY_VALUE, Notes
 from ..decoding import ModelName, no_nul
+from ..foreign import FOREIGN_ELSEWHERE
 from ..rules import all_of
 from ..sampling import MaxTokens, Neutral, NumTop, only_neutral, refuse_unless_neutral
 from ..structured import Form, call_form, only_form, schema_form
@@ -138,6 +139,8 @@ class ResponsesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         rules.STORED,
     )
     schema_rules: ClassVar[dict[str, Any]] = all_of(only_neutral(REFUSED))
+
+    foreign: ClassVar[Mapping[str, tuple[Any, ...]]] = FOREIGN_ELSEWHERE
 
     model: ModelName
     input: str | Annotated[list[InputItem], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)]

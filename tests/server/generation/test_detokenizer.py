@@ -206,3 +206,12 @@ def test_an_end_of_message_is_told_from_an_end_of_turn():
 def test_a_request_that_the_engine_aborted_is_an_error():
     with pytest.raises(InternalError):
         growing().take(output([], "abort"))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(100_000, 100_255) | st.sampled_from([EOT, 128008]), max_size=30))
+def test_special_tokens_that_are_shown_read_as_in_the_plain_decoding(token_ids):
+    known = [i for i in token_ids if TOKENIZER.id_to_token(i) is not None]
+    text = Detokenizer(TOKENIZER, {EOT, 128008}, shows_special=True)
+    joined = "".join(map(text.push, known)) + text.flush()
+    assert joined == TOKENIZER.decode(known, skip_special_tokens=False)

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from vlmserve.server.errors import BadRequestError
+from vlmserve.server.schemas.anthropic.requests import MessagesRequest
 from vlmserve.server.schemas.decoding import REJECTED, decode_with_names
-from vlmserve.server.schemas.foreign import ANY, FOREIGN
+from vlmserve.server.schemas.foreign import ANY, FOREIGN, FOREIGN_ELSEWHERE
 from vlmserve.server.schemas.openai.chat import ChatCompletionRequest, chat_generation
 from vlmserve.server.schemas.openai.completions import CompletionRequest, completion_generation
+from vlmserve.server.schemas.openai.responses import ResponsesRequest
 from vlmserve.server.telemetry.metrics import USUAL_FOREIGN_FIELDS
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "parameters.md"
@@ -19,6 +21,10 @@ TEXT = {"model": "m", "prompt": "hi"}
 APIS = {
     "chat": (ChatCompletionRequest, chat_generation, CHAT),
     "completions": (CompletionRequest, completion_generation, TEXT),
+}
+OTHER_APIS = {
+    "responses": (ResponsesRequest, {"model": "m", "input": "hi"}),
+    "messages": (MessagesRequest, CHAT | {"max_tokens": 1}),
 }
 # As sglang-router 0.3 and vllm-router 0.1 write every request.
 OF_ROUTERS = {
@@ -94,8 +100,8 @@ def test_top_k_0_is_off_and_top_p_0_is_greedy(api):
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("name", ["no_stop_trim", "include_stop_str_in_output"])
 def test_a_stop_string_is_kept_where_asked(api, name):
-    assert decoded(api, {name: True})[0].keeps_stop
-    assert not decoded(api, {name: False})[0].keeps_stop
+    assert decoded(api, {name: True})[0].text.keeps_stop
+    assert not decoded(api, {name: False})[0].text.keeps_stop
 
 
 @pytest.mark.parametrize("api", APIS)
@@ -113,6 +119,38 @@ def test_structured_outputs_is_the_newer_name_of_the_guided_fields(api, older, n
     first, second = decoded(api, older)[0], decoded(api, {"structured_outputs": newer})[0]
     assert first.grammar == second.grammar
     assert second.grammar_field.startswith("structured_outputs.")
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize(
+    ("ours", "theirs", "value"),
+    [
+        ("guided_json", "json_schema", '{"type": "object"}'),
+        ("guided_regex", "regex", "a"),
+        ("guided_grammar", "ebnf", 'root ::= "a"'),
+    ],
+)
+def test_sglangs_names_of_the_guided_fields_are_honoured(api, ours, theirs, value):
+    first, second = decoded(api, {ours: value})[0], decoded(api, {theirs: value})[0]
+    assert first.grammar == second.grammar
+    assert (first.grammar_field, second.grammar_field) == (ours, theirs)
+    with pytest.raises(BadRequestError, match=f"{theirs} both say"):
+        decoded(api, {ours: value, theirs: value})
+
+
+@pytest.mark.parametrize("name", FOREIGN_ELSEWHERE)
+@pytest.mark.parametrize("api", ["responses", "messages"])
+def test_what_completions_honour_is_neutral_elsewhere(api, name):
+    schema, base = OTHER_APIS[api]
+    known = set(schema.__struct_fields__)
+    for value in FOREIGN_ELSEWHERE[name]:
+        body = base | {name: "x" if value is ANY else value}
+        decode_with_names(
+            json.dumps(base | ({} if name in known else body)).encode(), schema, "refuse"
+        )
+    if name not in known and name not in REJECTED and ANY not in FOREIGN_ELSEWHERE[name]:
+        body = json.dumps(base | {name: {"other": "value"}}).encode()
+        assert decode_with_names(body, schema, "report").unknown_fields == [name]
 
 
 def test_two_forms_are_named_in_structured_outputs_too():
