@@ -199,7 +199,11 @@ def assert_stream_error(answer: Answer) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Snapshot:
-    """A server's state. children and descriptors are counted by kind of process."""
+    """A server's state. children are counted by kind of process.
+
+    descriptors: the most of any process of a kind. Of several alike, only those that have
+    worked have opened everything.
+    """
 
     engines: set[int]
     children: Counter[str]
@@ -297,7 +301,7 @@ class Standing:
         figures = self.metrics()
         descriptors: Counter[str] = Counter()
         for pid, kind in processes.items():
-            descriptors[kind] += num_descriptors(pid)
+            descriptors[kind] = max(descriptors[kind], num_descriptors(pid))
         # The pipe on which a spare waits for its settings.
         descriptors["supervisor"] -= passing[SPARE]
         descriptors["worker"] -= passing[GRAMMARS] * PIPES_OF_GRAMMARS

@@ -5,6 +5,7 @@ In one process, where the engine's own counts can be read;
 """
 
 import asyncio
+import contextlib
 import socket
 
 import httpx2
@@ -86,19 +87,18 @@ def test_row_30_a_client_that_does_not_read_is_cut_and_its_blocks_are_freed(
 
 def test_row_30_a_client_that_reads_slowly_is_served_to_the_end(tmp_path, caplog):
     async def scenario(url, engine):
-        more = {"ignore_eos": True, "max_tokens": 600}
-        client = await deaf_client(url, CHAT, **more)
+        more = {"ignore_eos": True, "max_tokens": 1_200}
         loop = asyncio.get_running_loop()
         received = b""
         began = loop.time()
-        async with asyncio.timeout(ROUNDS_S):
-            while b"[DONE]" not in received:
-                # Slower than the tokens come, and the pauses are far shorter than the timeout.
-                received += await loop.sock_recv(client, 2_048)
-                await asyncio.sleep(SLOW_READER_TIMEOUT_S / 50)
+        with contextlib.closing(await deaf_client(url, CHAT, **more)) as client:
+            async with asyncio.timeout(ROUNDS_S):
+                while b"[DONE]" not in received:
+                    # Slower than the tokens come, and the pauses are far shorter than the timeout.
+                    received += await loop.sock_recv(client, 2_048)
+                    await asyncio.sleep(SLOW_READER_TIMEOUT_S / 50)
         assert loop.time() - began > SLOW_READER_TIMEOUT_S, "it was not slow"
         assert b'"error"' not in received
-        client.close()
 
     serve(tmp_path, scenario, SLOW_READER_TIMEOUT_S)
     assert "reads nothing" not in caplog.text
