@@ -109,12 +109,30 @@ REJECTED: Mapping[str, str] = {
 }
 
 
+# A member of an object at one of these counts as absent.
+EMPTY: tuple[Any, ...] = (None, False, [], {})
+
+
 def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """True if the value changes nothing. neutral: the values that FOREIGN lists for the field."""
-    return any(
-        one is ANY or (type(one) is type(value) and one == value) or _is_same_number(one, value)
-        for one in neutral
-    )
+    """True if the value changes nothing. neutral: the values that do not, such as FOREIGN lists.
+
+    An object is neutral if each of its members is empty, or as in a neutral object.
+    """
+    return any(one is ANY or _is_like(one, value) for one in neutral)
+
+
+def _is_like(neutral: Any, value: Any) -> bool:
+    if isinstance(neutral, dict) and isinstance(value, dict):
+        return all(
+            _is_empty(one) or (name in neutral and neutral[name] == one)
+            for name, one in value.items()
+        )
+    is_same = type(neutral) is type(value) and neutral == value
+    return is_same or _is_same_number(neutral, value)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, list | dict) and not value)
 
 
 def _is_same_number(one: Any, value: Any) -> bool:

@@ -86,6 +86,7 @@ ITEMS = (
     " earlier call. Only a user's message has pictures. No item is an item_reference. One item at"
     " least is a message or a call, unless there are instructions."
 )
+CUT = "truncate_prompt_tokens leaves all images in the prompt."
 BEST_OF = "best_of is 1 or n where it is given."
 
 OF_CONVERSATIONS = (NO_NUL, RESULTS, ARGUMENTS, TOOL_NAMES, PARAMETERS)
@@ -94,4 +95,4 @@ OF_CHATS = (
     *OF_GENERATIONS,
     *(PICTURES, ARGUMENTS, TOOL_NAMES, PARAMETERS, NAMED_TOOL),
 )
-OF_SAMPLING = (MINIMUM, VOCABULARY, NUM_ANSWERS, PROMPT_ENTRIES)
+OF_SAMPLING = (MINIMUM, VOCABULARY, NUM_ANSWERS, PROMPT_ENTRIES, CUT)

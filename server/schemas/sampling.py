@@ -17,7 +17,7 @@ from ..errors import BadRequestError
 from ..generation.request import TextOptions, sampling_params
 from .allowed_values import or_list, quoted
 from .decoding import ModelName, no_nul
-from .foreign import FOREIGN
+from .foreign import EMPTY, FOREIGN, is_neutral
 from .rules import all_of, given, having, needs
 from .structured import (
     Choices,
@@ -51,9 +51,16 @@ _BY_TOKEN_ID = msgspec.Meta(
     extra_json_schema={"propertyNames": {"pattern": f"^({_TOKEN_ID.pattern})$"}},
 )
 
+STREAM_OPTIONS = ("include_usage", "include_obfuscation", "continuous_usage_stats")
+
 # What `check_shared` refuses, for the API's document.
 SHARED_RULES = (
-    needs("stream_options", {"type": "object"}, "stream", {"const": True}),
+    needs(
+        "stream_options",
+        {"anyOf": [having(name, {"const": True}) for name in STREAM_OPTIONS]},
+        "stream",
+        {"const": True},
+    ),
     {"not": all_of(given("prompt_logprobs"), having("stream", {"const": True}))},
 )
 
@@ -67,6 +74,11 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
     continuous_usage_stats: bool | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """An option is true, so the answer must be a stream."""
+        return any(getattr(self, name) for name in STREAM_OPTIONS)
 
 
 class SharedFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -134,22 +146,40 @@ class SharedFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class Neutral(msgspec.Struct, frozen=True):
-    """What a field that is refused may hold besides null, and what to do instead."""
+    """What a field that is refused may hold besides null, and what to do instead.
+
+    An object among the values stands for each object of some of its members.
+    """
 
     values: tuple[Any, ...]
     remedy: str = "leave it out"
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The values, for the API's document."""
+        objects = [_some_members(one) for one in self.values if isinstance(one, dict)]
+        plain = {"enum": [one for one in self.values if not isinstance(one, dict)] + [None]}
+        return {"anyOf": [plain, *objects]} if objects else plain
+
+
+def _some_members(neutral: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {name: {"enum": [one, *EMPTY]} for name, one in neutral.items()},
+        "additionalProperties": {"enum": list(EMPTY)},
+    }
+
 
 def only_neutral(fields: Mapping[str, Neutral]) -> dict[str, Any]:
     """What `refuse_unless_neutral` takes, for the API's document."""
-    return {"properties": {name: {"enum": [*one.values, None]} for name, one in fields.items()}}
+    return {"properties": {name: one.schema for name, one in fields.items()}}
 
 
 def refuse_unless_neutral(body: msgspec.Struct, fields: Mapping[str, Neutral]) -> None:
     """Raises BadRequestError at the first field that asks for what is not supported."""
     for field, neutral in fields.items():
         value = getattr(body, field)
-        if value is not None and value not in neutral.values:
+        if value is not None and not is_neutral(value, neutral.values):
             may_be = or_list([*map(quoted, neutral.values)])
             accepted = f". It may be {may_be}" if may_be else ""
             raise BadRequestError(
@@ -159,7 +189,7 @@ def refuse_unless_neutral(body: msgspec.Struct, fields: Mapping[str, Neutral]) -
 
 def check_shared(body: SharedFields) -> None:
     """What no type says. Raises BadRequestError that names the field."""
-    if body.stream_options is not None and not body.stream:
+    if body.stream_options is not None and body.stream_options.is_set and not body.stream:
         raise BadRequestError("stream_options needs stream: true", param="stream_options")
     if body.prompt_logprobs is not None and body.stream:
         raise BadRequestError(

@@ -31,7 +31,7 @@ TOLD = {
     " tool_choice that asks for calls.": r"both say what form the answer must have",
     "JSON schemas, patterns, choices and grammars can be compiled, and are not false.": (
         r"cannot be compiled|is false, which no|is not a JSON schema|to compile: simplify"
-        r"|guided_choice|guided_grammar|guided_regex"
+        r"|guided_choice|guided_grammar|guided_regex|structured_outputs\.|^(regex|ebnf|json_schema)\b"
     ),
     "Tools have different names, none of them auto, none or required.": (
         r"by which tool_choice means|is a second tool named"
@@ -59,9 +59,10 @@ TOLD = {
     " call_id, name and arguments that are a JSON object, a function_call_output the call_id of an"
     " earlier call. Only a user's message has pictures. No item is an item_reference. One item at"
     " least is a message or a call, unless there are instructions.": (
-        r"is required$|has no message|is an item_reference|has a picture|is not a JSON object"
+        r"is required(:|$)|has no message|is an item_reference|has a picture|is not a JSON object"
         r"|nested more than"
     ),
+    "truncate_prompt_tokens leaves all images in the prompt.": r"without all images",
     "prompt_logprobs are not asked for of more than the server's limit of tokens.": (
         r"log-probabilities, the limit is"
     ),

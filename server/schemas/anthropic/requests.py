@@ -173,7 +173,7 @@ class ToolChoiceByName(_Choice, frozen=True, tag="tool"):
 
 
 class NoneChoice(_Choice, frozen=True, tag="none"):
-    pass
+    foreign: ClassVar[Mapping[str, tuple[Any, ...]]] = {"disable_parallel_tool_use": (False, True)}
 
 
 class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -199,7 +199,7 @@ class OutputConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 # What fields may hold besides null that are not supported.
 REFUSED: dict[str, Neutral] = {
-    "container": Neutral(()),
+    "container": Neutral(({},)),
     "context_management": Neutral(({},)),
     "mcp_servers": Neutral(([],), "call the servers yourself and offer their tools as tools"),
     "service_tier": Neutral(("auto", "standard_only")),

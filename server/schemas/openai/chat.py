@@ -40,14 +40,14 @@ from .chat_messages import MessageList, conversation_of
 
 # What fields may hold besides null that are not supported.
 REFUSED: dict[str, Neutral] = {
-    "audio": Neutral((), "this model answers in text. Leave it out"),
-    "function_call": Neutral(("none", "auto"), "use tool_choice"),
+    "audio": Neutral(({},), "this model answers in text. Leave it out"),
+    "function_call": Neutral(("none", "auto", {}), "use tool_choice"),
     "functions": Neutral(([],), "use tools"),
     "modalities": Neutral(([], ["text"]), "this model answers in text. Leave it out"),
-    "moderation": Neutral(()),
-    "prediction": Neutral(()),
+    "moderation": Neutral(({},)),
+    "prediction": Neutral(({},)),
     "prompt_cache_options": Neutral(
-        ({}, {"mode": "implicit"}, {"ttl": "30m"}, {"mode": "implicit", "ttl": "30m"}),
+        ({"mode": "implicit", "ttl": "30m"},),
         "prompts are cached by themselves. Leave it out",
     ),
     "prompt_cache_retention": Neutral(

@@ -113,9 +113,9 @@ class ResponseStreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=T
 # What fields may hold besides null that are not supported.
 REFUSED: dict[str, Neutral] = {
     "background": Neutral((False,), "send the request without it and read the answer"),
-    "conversation": Neutral((), "use previous_response_id"),
-    "prompt": Neutral((), "send its text as instructions and input"),
-    "prompt_cache_options": Neutral(({}, {"mode": "implicit"})),
+    "conversation": Neutral(({},), "use previous_response_id"),
+    "prompt": Neutral(({},), "send its text as instructions and input"),
+    "prompt_cache_options": Neutral(({"mode": "implicit", "ttl": "30m"},)),
     "prompt_cache_retention": Neutral(("in_memory",)),
     "service_tier": Neutral(("auto", "default")),
     "truncation": Neutral(("disabled",), "shorten the input yourself"),

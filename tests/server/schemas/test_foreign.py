@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from vlmserve.server.errors import BadRequestError
-from vlmserve.server.schemas.anthropic.requests import MessagesRequest
+from vlmserve.server.schemas.anthropic.requests import MessagesRequest, messages_generation
 from vlmserve.server.schemas.decoding import REJECTED, decode_with_names
 from vlmserve.server.schemas.foreign import ANY, FOREIGN, FOREIGN_ELSEWHERE
 from vlmserve.server.schemas.openai.chat import ChatCompletionRequest, chat_generation
 from vlmserve.server.schemas.openai.completions import CompletionRequest, completion_generation
-from vlmserve.server.schemas.openai.responses import ResponsesRequest
+from vlmserve.server.schemas.openai.responses import ResponsesRequest, responses_generation
 from vlmserve.server.telemetry.metrics import USUAL_FOREIGN_FIELDS
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "parameters.md"
@@ -159,5 +159,45 @@ def test_two_forms_are_named_in_structured_outputs_too():
 
 
 def test_the_default_lifetime_of_cached_prompts_is_neutral():
-    for options in ({"ttl": "30m"}, {"mode": "implicit", "ttl": "30m"}):
+    for options in ({}, {"ttl": "30m"}, {"mode": "implicit", "ttl": "30m"}, {"ttl": None}):
         assert decoded("chat", {"prompt_cache_options": options}) == decoded("chat", {})
+    for options in ({"ttl": "1h"}, {"mode": "explicit", "ttl": "30m"}, {"other": 0}):
+        with pytest.raises(BadRequestError, match="prompt_cache_options is not supported"):
+            decoded("chat", {"prompt_cache_options": options})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("audio", {"voice": None, "format": None}),
+        ("prediction", {"content": []}),
+        ("stream_options", {}),
+        ("stream_options", {"include_usage": False, "include_obfuscation": None}),
+        ("chat_template_kwargs", {"enable_thinking": False, "documents": []}),
+        ("mm_processor_kwargs", {"min_pixels": None}),
+        ("nvext", {"guided_json": None, "guided_regex": None}),
+        ("structured_outputs", {"json": None, "json_object": False}),
+        ("response_format", None),
+    ],
+)
+def test_an_object_of_nothing_is_absent(name, value):
+    """Clients write whole objects whose members are at their defaults."""
+    assert decoded("chat", {name: value}) == decoded("chat", {})
+
+
+@pytest.mark.parametrize(
+    ("api", "fields"),
+    [
+        ("messages", {"thinking": {"type": "disabled", "budget_tokens": None}}),
+        ("messages", {"context_management": {"edits": []}}),
+        ("messages", {"tool_choice": {"type": "none", "disable_parallel_tool_use": False}}),
+        ("responses", {"prompt_cache_options": {"mode": "implicit", "ttl": "30m"}}),
+        ("responses", {"reasoning": {"effort": None, "summary": None}, "text": {"format": None}}),
+        ("responses", {"conversation": {}, "stream_options": {}, "prompt": {"id": None}}),
+    ],
+)
+def test_nested_neutral_values_are_taken_by_every_api(api, fields):
+    schema, base = OTHER_APIS[api]
+    body = decode_with_names(json.dumps(base | fields).encode(), schema, "refuse").value
+    generate = messages_generation if api == "messages" else responses_generation
+    generate(body)
