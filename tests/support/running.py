@@ -66,8 +66,13 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(folder: Path, *options: str, model: str | None = None) -> Iterator[RunningServer]:
-    """`vlmserve serve` on a free port until the block ends; ready when the block starts."""
+    """`vlmserve serve` on a free port until the block ends; ready when the block starts.
+
+    Without a standby engine unless the options ask for one: its imports take seconds of a core.
+    """
     port = free_port()
+    if "--spare-engine" not in options:
+        options = (*options, "--no-spare-engine")
     command = [sys.executable, "-m", "vlmserve.server", "serve", *([model] if model else [])]
     command += ["--port", str(port), *options]
     with running_command(command, port, folder) as server:

@@ -124,7 +124,7 @@ def test_the_stand_in_for_varlen_attn_has_torchs_own_signature() -> None:
     [
         FlashAttnBackend(FLASH_ATTN),
         VarlenBackend(varlen_attn_of("FA2"), "FA2"),
-        TritonBackend(),
+        pytest.param(TritonBackend(), marks=pytest.mark.slow),
         TritonBackend(num_splits=2),
     ],
     ids=lambda backend: backend.name,

@@ -251,7 +251,7 @@ seeded = settings(
 
 
 @given(mixes())
-@settings(seeded, max_examples=25)
+@settings(seeded, max_examples=12)
 def test_every_logit_of_any_mix_on_any_model_is_the_oracles(mix) -> None:
     run_mix(*mix)
 
