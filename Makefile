@@ -59,7 +59,7 @@ $(VENV)/.docs: $(VENV)/.base requirements/docs.txt
 	@touch $@
 
 serve: setup ## serve the bundled model on port 8000 (PORT=, HOST=, MODEL=, ARGS= change it)
-	@exec $(BIN)/vlmserve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+	@exec $(BIN)/python deploy/foreground.py $(BIN)/vlmserve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 $(TYPING): | $(VENV)/.test
 	@mkdir -p $(TYPING)
