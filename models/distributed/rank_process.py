@@ -6,6 +6,7 @@ inherited end of a socket pair; see `wire.py`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -75,7 +76,8 @@ def _frames_of(connection: socket.socket) -> queue.SimpleQueue[bytes]:
 
 
 def _exit(status: int) -> NoReturn:
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk
+        sys.stderr.flush()
     os._exit(status)
 
 

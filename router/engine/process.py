@@ -12,6 +12,7 @@ used, 3 if the model cannot be loaded. Before 2 and 3 it writes the reason to st
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -163,7 +164,8 @@ def _report(message: str, exit_code: int) -> int:
 
 def _exit(exit_code: int) -> NoReturn:
     """Exit now: the thread of a step that never ends would otherwise block the exit."""
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk
+        sys.stderr.flush()
     os._exit(exit_code)
 
 

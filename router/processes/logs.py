@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from .log_stream import LogStream
+
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 
@@ -28,6 +30,8 @@ LogFormat = Literal["text", "json"]
 request_id_of_task: ContextVar[str | None] = ContextVar("request_id_of_task", default=None)
 
 MAX_FRAMES = 12
+# A full disk or a slow reader of stderr loses lines, and nothing else.
+STREAM = LogStream()
 # Libraries whose messages quote URLs, addresses and content from clients.
 TALKATIVE = frozenset({"sanic", "asyncio", "httpcore2", "httpx2", "PIL"})
 # Characters that start a line, control a terminal, change text direction or cannot be encoded.
@@ -36,7 +40,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\
 
 def set_up_logging(level: LogLevel, form: LogFormat, process: str) -> None:
     """Write this process's log to stderr from now on. process: its name in every line."""
-    handler = logging.StreamHandler(sys.__stderr__)
+    handler = LogHandler(STREAM)
     handler.setFormatter(EventFormatter(form, process, shows_all=level == "debug"))
     root = logging.getLogger()
     for old in list(root.handlers):
@@ -48,6 +52,8 @@ def set_up_logging(level: LogLevel, form: LogFormat, process: str) -> None:
     threading.excepthook = _log_uncaught_of_thread
     if form == "json":
         sys.stderr = StrayLines()
+    elif sys.stderr is sys.__stderr__:
+        sys.stderr = STREAM
     if level != "debug":
         # Sanic logs every start, every stop and every cancelled request.
         logging.getLogger("sanic").setLevel(logging.WARNING)
@@ -62,6 +68,21 @@ def say(line: str, level: int = logging.INFO) -> None:
             handler.handle(record)
             return
     sys.stderr.write(f"{line}\n")
+    report_lost_lines()
+
+
+def report_lost_lines() -> None:
+    """Log how many lines were lost, once lines can be written again."""
+    if lost := STREAM.take_num_lost():
+        logging.getLogger("vlmserve.log").warning("%d lines of this log were lost", lost)
+
+
+class LogHandler(logging.StreamHandler[LogStream]):
+    """Writes each record, and then how many lines were lost before it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        report_lost_lines()
 
 
 class StrayLines(io.TextIOBase):
