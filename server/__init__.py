@@ -6,7 +6,7 @@ In the order in which to read it:
     settings                a worker's settings
     supervisor/             starts, watches, restarts and stops the processes
     worker, app             one HTTP worker: its process, its Sanic application
-    http/, admission/       protocol and keys; who may use a bounded resource, and when
+    http/, admission/       protocol and keys; access to bounded resources
     routes/, api/           the endpoints; how they are declared and documented
     schemas/, errors        the JSON of requests, answers and errors
     prompts/, images/       from messages to model inputs

@@ -78,7 +78,7 @@ class DeadEndError(BadRequestError):
     def __init__(self, field: str) -> None:
         super().__init__(
             f"{field} has a dead end: no token can follow the answer so far, and it is not complete"
-            " yet. Change the form so that every text that it begins can be completed",
+            " yet. Change the form so that every start of a text can be completed",
             param=field,
         )
 

@@ -1,4 +1,4 @@
-"""Who may use a bounded resource of the worker, and when.
+"""Access to the bounded resources of a worker.
 
 Read in this order:
 

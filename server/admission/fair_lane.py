@@ -1,7 +1,7 @@
 """Places for work that keys share: one line a key, served in turn.
 
-Owns the places of one resource (image fetches, decoders, grammar compiles), who waits for them,
-and the bounds on waiting. Knows nothing of what the work is. The order between keys is
+Owns the places of one resource (image fetches, decoders, grammar compiles), which requests wait for
+them, and the bounds on waiting. Knows nothing of what the work is. The order between keys is
 `router/fair_shares.py`: the key that has used the least time goes first, so one key that fills a
 lane delays another key by at most the rest of one piece of work.
 """

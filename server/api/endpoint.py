@@ -1,7 +1,7 @@
-"""Routes that say what they take and answer: declared once, beside their handlers.
+"""Declarations of routes, with their requests and answers, next to their handlers.
 
-Owns the declaration and how it becomes Sanic's route; `..openapi` tells it to clients. The
-declared type of a body is the one that reads it, so the two cannot differ. Knows no endpoint.
+Owns the declaration and its conversion to Sanic's routes; `openapi.py` makes the API's document
+from it. The declared type of a body also decodes it, so they cannot differ. Knows no endpoint.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ BodyHandler = Callable[[Request, T], Coroutine[Any, Any, HTTPResponse | None]]
 JSON = "application/json"
 EVENTS = "text/event-stream"
 
-# What an endpoint may refuse with that generates: beside what any may.
+# Error statuses of endpoints that generate, beside those of every endpoint.
 GENERATION_REFUSALS = (404, 429, 503, 504)
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class Reply:
-    """One kind of answer. type: what its body holds, in a stream what each frame holds.
+    """One kind of answer. type: of its body; in a stream, of each frame.
 
-    links: OpenAPI's, by their names: what the answer is good for in another request.
+    links: OpenAPI's links by name: how to use the answer in another request.
     """
 
     type: Any
@@ -47,8 +47,8 @@ class Reply:
 class Endpoint:
     """One method of one path. refusals: statuses of error bodies beside those of every route.
 
-    path: in Sanic's form. parameters: the meaning of each name in the path. examples:
-    bodies by their names.
+    path: in Sanic's notation. parameters: the meaning of each name in the path. examples:
+    bodies by name.
     """
 
     method: str
@@ -63,7 +63,7 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        """A name that no other endpoint has, from method and path."""
+        """A unique name, from method and path."""
         return f"{self.method.lower()}{re.sub(r'[^a-z0-9]+', '_', self.path)}".rstrip("_")
 
 
@@ -93,7 +93,7 @@ class Routes:
         examples: Mapping[str, Any] | None = None,
         refusals: Sequence[int] = (),
     ) -> Callable[[BodyHandler[T]], BodyHandler[T]]:
-        """Declare the handler of POST under these paths; it is called with the body, read."""
+        """Declare the handler of POST under these paths; it gets the decoded body."""
 
         def declare(handler: BodyHandler[T]) -> BodyHandler[T]:
             reading = _reading(body, handler)
@@ -165,7 +165,7 @@ class Routes:
         routes = Blueprint(self._name)
         for one in self.endpoints:
             methods = ["GET", "HEAD"] if one.method == "GET" else [one.method]
-            # The format is named, as Sanic would parse each handler's source to guess it.
+            # Otherwise Sanic parses each handler's source to guess the format.
             routes.add_route(
                 one.handler, one.path, methods=methods, name=one.name, error_format="json"
             )

@@ -52,5 +52,5 @@ def name_ignored(request: Request, response: HTTPResponse, count: Callable[[str]
         record.ignored_fields = []
     fields = getattr(request.ctx, "ignored_fields", ())
     if fields:
-        # A name may hold any character; a header may not.
+        # A name may have any character; a header may not.
         response.headers[HEADER] = ", ".join(quote(field, safe="[].$:@/ ") for field in fields)

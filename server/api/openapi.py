@@ -1,8 +1,8 @@
 """The API's document: OpenAPI 3.1, made from what the routes declare.
 
-Owns its shape, and what of a server's settings it tells: the model's names, whether keys are
-asked for, what becomes of unknown fields. Knows no endpoint; schemas come from the types
-that validate requests and that type checkers hold the answers to.
+Owns its structure, and which settings it shows: the model's names, whether keys are required, how
+unknown fields are handled. Knows no endpoint. Schemas come from the types that validate requests
+and that type checkers check answers against.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from .endpoint import EVENTS, Endpoint, Reply
 REFERENCE = "#/components/schemas/"
 KEY_SCHEME = "key"
 
-# What any route may answer beside its own replies, by the guards before it and by accident.
+# Error answers of any route beside its own replies.
 REFUSALS = {
-    400: "The request holds something that it must not; `param` names the field.",
+    400: "The request is invalid; `param` names the field.",
     401: "No API key, or a wrong one.",
-    404: "There is no such model, or no such path.",
-    408: "The request did not come in time.",
+    404: "The model or the path does not exist.",
+    408: "The request did not arrive in time.",
     413: "The body is too large.",
     414: "The path and its query are too long.",
     415: "The body is compressed.",
-    429: "The queue is full; Retry-After says when to come again.",
+    429: "The queue is full. Retry after the seconds in Retry-After.",
     431: "The request's head is too large.",
     500: "The server or a model step failed.",
-    503: "The engine is gone, or it is loading its model.",
-    504: "The request's time was over before its answer was complete.",
+    503: "The engine is not running, or is loading its model.",
+    504: "The request timed out before its answer was complete.",
 }
 OF_EVERY_ROUTE = (400, 408, 414, 431, 500)
 OF_BODIES = (413, 415)
@@ -48,7 +48,7 @@ def document(
 ) -> dict[str, Any]:
     """The document of a server with these endpoints and settings.
 
-    open_paths: those that ask for no key where there are keys.
+    open_paths: paths that never require a key.
     """
     schemas = Schemas(endpoints, settings)
     content: dict[str, Any] = {
@@ -89,30 +89,30 @@ class Schemas:
             if part.get("title") == SERVED_MODEL:
                 part["enum"] = list(settings.served_model_names)
             if isinstance(part.get("pattern"), str):
-                # Python's end of a text, in the words of JSON schema.
+                # Python's end of a text, in JSON Schema's notation.
                 part["pattern"] = part["pattern"].replace(r"\Z", "$")
         if settings.unknown_fields in ("report", "ignore"):
             self._open(self.of(body) for body in bodies)
 
     def of(self, one: Any) -> dict[str, Any]:
-        """The schema of one of those types, mostly a reference."""
+        """The schema of one of these types, usually a reference."""
         return self._by_type[id(one)]
 
     def _add_rules(self, info: Any, seen: set[type]) -> None:
-        """Add what the structs of a body say of their fields together, to those not seen yet."""
+        """Add the constraints between fields of a body's structs to their schemas, once each."""
         if isinstance(info, msgspec.inspect.StructType):
             if info.cls in seen:
                 return
             seen.add(info.cls)
             rules = vars(info.cls).get("schema_rules", {})
             component = self.components[info.cls.__name__]
-            assert not rules.keys() & component.keys(), "rules stand beside what the type says"
+            assert not rules.keys() & component.keys(), "rules replace keys of the type's schema"
             component |= rules
         for inner in _inner_types(info):
             self._add_rules(inner, seen)
 
     def _open(self, schemas: Iterable[dict[str, Any]]) -> None:
-        """Let these schemas, and all that they refer to, hold unknown fields."""
+        """Allow unknown fields in these schemas and in all that they refer to."""
         seen: set[str] = set()
         waiting = list(schemas)
         while waiting:
@@ -127,7 +127,7 @@ class Schemas:
 
 _HEADERS = {
     "X-Request-Id": {
-        "description": "The request's own id where it is harmless, else a new one.",
+        "description": "The request's X-Request-Id if it is valid, else a new id.",
         "schema": {"type": "string"},
     },
     "X-Ignored-Fields": {
@@ -136,7 +136,7 @@ _HEADERS = {
         "schema": {"type": "string"},
     },
     "Retry-After": {
-        "description": "Seconds until it is worth to come again.",
+        "description": "Seconds to wait before a retry.",
         "schema": {"type": "integer", "minimum": 1},
     },
     "WWW-Authenticate": {"description": "Always Bearer.", "schema": {"type": "string"}},
@@ -153,7 +153,7 @@ def _info(version: str) -> dict[str, Any]:
     return {
         "title": "vlmserve",
         "version": version,
-        "description": "Llama-3.2-Vision under OpenAI's and Llama Stack's API.",
+        "description": "Llama-3.2-Vision behind the APIs of OpenAI, Anthropic and Llama Stack.",
         "license": {"name": "Apache 2.0", "identifier": "Apache-2.0"},
     }
 
@@ -255,7 +255,7 @@ def _reply_content(reply: Reply, schemas: Schemas, model: str) -> dict[str, Any]
 
 
 def _event_of(frame: dict[str, Any]) -> dict[str, Any]:
-    """One server-sent event, whose data is JSON of such a frame, or the mark of a stream's end."""
+    """One server-sent event: its data is a frame as JSON, or the end mark of the stream."""
     frames = {"anyOf": [frame, {"$ref": f"{REFERENCE}NestedError"}]}
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": frames}
     return {
@@ -267,7 +267,7 @@ def _event_of(frame: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_bodies(operation: dict[str, Any]) -> dict[str, Any]:
-    """The same operation by HEAD: the same statuses and headers."""
+    """The operation by HEAD: the same statuses and headers."""
     responses = {
         status: {
             "description": REFUSALS.get(int(status), "As with GET, without a body."),
@@ -298,7 +298,7 @@ def _headers_of(status: int) -> dict[str, Any]:
 
 
 def _with_model(example: Any, model: str) -> Any:
-    """The example as this server would see or say it."""
+    """The example with this server's model name."""
     if isinstance(example, dict):
         return {
             key: model if key in ("model", "model_id") else _with_model(inner, model)

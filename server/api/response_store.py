@@ -1,8 +1,8 @@
-"""Responses kept for their owners: bounded in bytes and in time, in SQLite.
+"""Stores responses for their owners in SQLite, bounded in bytes and in time.
 
 Owns the database, in memory or in a file that several workers share. An owner is a key's digest:
-nobody else can read, continue or delete a response. Knows nothing of a response's shape: input
-items and the response are JSON.
+other keys cannot read, continue or delete a response. Knows nothing of a response's content:
+input items and the response are JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 IN_MEMORY = ":memory:"
-# Of a conversation: the most responses that are followed back.
+# Maximum number of earlier responses in a conversation.
 MAX_CHAIN = 1_000
 BUSY_TIMEOUT_S = 10.0
 
@@ -40,7 +40,7 @@ CREATE INDEX IF NOT EXISTS by_expiry ON responses (expires);
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """input: the JSON list of its own input items. response: the JSON of the whole response."""
+    """input: the request's input items as JSON. response: the whole response as JSON."""
 
     id: str
     previous: str | None
@@ -59,8 +59,8 @@ class StoreError(Exception):
 class ResponseStore:
     """Responses by owner and id. Every call runs in a thread.
 
-    file: the database, IN_MEMORY for one that ends with the process. max_bytes: of all responses;
-    above it the owner who keeps the most loses the oldest. ttl_s: how long one is kept.
+    file: the database; IN_MEMORY lasts as long as the process. max_bytes: limit for all responses;
+    above it, the oldest response of the largest owner is deleted. ttl_s: lifetime of a response.
     """
 
     def __init__(
@@ -86,23 +86,23 @@ class ResponseStore:
             ) from error
 
     async def put(self, owner: str, stored: StoredResponse) -> bool:
-        """Keep a response; False if it is larger than the whole store, which then keeps nothing."""
+        """Store a response; False if it is larger than max_bytes and was not stored."""
         return await self._run(lambda: self._put(owner, stored))
 
     async def get(self, owner: str, response_id: str) -> StoredResponse | None:
-        """The response, None if this owner has none of this id, or no more."""
+        """The response; None if this owner has no such response, or no longer."""
         return await self._run(lambda: self._get(owner, response_id))
 
     async def chain(self, owner: str, response_id: str) -> list[StoredResponse] | None:
-        """The response and all before it, the first one first; None if one of them is missing."""
+        """The response and all before it, oldest first; None if one of them is missing."""
         return await self._run(lambda: self._chain(owner, response_id))
 
     async def delete(self, owner: str, response_id: str) -> bool:
-        """Forget a response; whether there was one."""
+        """Delete a response. Returns whether it existed."""
         return await self._run(lambda: self._delete(owner, response_id))
 
     async def num_bytes(self) -> int:
-        """What all responses take."""
+        """The size of all responses."""
         return await self._run(self._num_bytes)
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ class ResponseStore:
         return True
 
     def _evict(self, newest: str) -> None:
-        """Forget the oldest response of the owner who keeps the most bytes, never the newest."""
+        """Delete the oldest response of the owner with the most bytes, never the newest."""
         self._db.execute(
             "DELETE FROM responses WHERE rowid = (SELECT rowid FROM responses WHERE id != ? AND"
             " owner = (SELECT owner FROM responses WHERE id != ? GROUP BY owner"

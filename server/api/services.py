@@ -121,7 +121,7 @@ async def read_body(request: Request, schema: type[T]) -> T:
 
 
 def tenant_of(request: Request, cache_salt: str | None = None) -> str:
-    """Who shares cached pictures and texts with this request: same API key, same cache_salt.
+    """The tenant: requests of one API key and cache_salt share cached images and texts.
 
     A hash, as the engine has no use for the key itself; empty without a key and a salt.
     """

@@ -69,7 +69,7 @@ class RequestFile:
             if request.custom_id in first:
                 raise BatchError(
                     f"request {number} of {self.file} has the custom_id {request.custom_id!r} of"
-                    f" request {first[request.custom_id]}: results could not be told apart"
+                    f" request {first[request.custom_id]}: the results would be ambiguous"
                 )
             first[request.custom_id] = number
         if not number:

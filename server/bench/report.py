@@ -1,4 +1,4 @@
-"""Shows levels as a table that grows while they run. Knows nothing of how figures come about."""
+"""Shows the levels of a run as a live table. Knows nothing of how figures are computed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .settings import Level
 from .summary import Summary
 
 REFRESHES_PER_S = 2.0
-# Columns of text where stderr is no terminal.
+# Width in characters if stderr is not a terminal.
 FILE_WIDTH = 120
-# In 80 columns, where a terminal has no more.
+# Fits a terminal of 80 columns.
 COLUMNS = (
     "load",
     "ok",
@@ -33,11 +33,10 @@ COLUMNS = (
 
 
 class LiveTable:
-    """A table on stderr: a row a finished level, and one of the level that runs.
+    """A table on stderr: one row per finished level, and one for the running level.
 
-    token ms is the time between two tokens, total ms from the request to the answer's end.
-
-    Where stderr is no terminal, the table is written once, at the end.
+    token ms: between two tokens. total ms: from the request to the end of the answer. If stderr is
+    not a terminal, the table is written once, at the end.
     """
 
     def __init__(self, console: Console, title: str) -> None:
@@ -82,7 +81,7 @@ class LiveTable:
         self._tokens += sample.completion_tokens
 
     def finish(self, summary: Summary) -> None:
-        """Put the level's figures in its place."""
+        """Replace the running row with the level's figures."""
         self._level = None
         self._summaries.append(summary)
 
@@ -135,21 +134,21 @@ def _short(milliseconds: float | None) -> str:
 
 
 def warnings(summary: Summary, max_tokens: int) -> list[str]:
-    """What a reader of a level's figures must know before he trusts them."""
-    level, said = Level(summary.concurrency, summary.request_rate), []
+    """Reasons not to trust a level's figures as they are."""
+    level, notes = Level(summary.concurrency, summary.request_rate), []
     if not summary.is_equal_length and summary.requests:
         shortest, longest = summary.output_lengths[0], summary.output_lengths[-1]
-        said.append(
-            f"{level}: answers have {shortest} to {longest} tokens, {max_tokens} were asked for: "
+        notes.append(
+            f"{level}: answers have {shortest} to {longest} tokens instead of {max_tokens}: "
             "compare only with runs of the same lengths"
         )
     if not summary.is_counted_by_server:
-        said.append(f"{level}: the server sends no usage: pieces of text are counted as tokens")
+        notes.append(f"{level}: the server sends no usage, so each piece of text counts as a token")
     if summary.client_cpu > 0.8:
-        said.append(
-            f"{level}: this client took {summary.client_cpu:.0%} of a core: its own speed may be "
-            "what was measured; offer less, or several clients"
+        notes.append(
+            f"{level}: this client used {summary.client_cpu:.0%} of a core, so it may limit the "
+            "figures: send less, or use several clients"
         )
     for kind, count in summary.errors_by_kind.items():
-        said.append(f"{level}: {count} of {summary.requests + summary.errors} failed: {kind}")
-    return said
+        notes.append(f"{level}: {count} of {summary.requests + summary.errors} failed: {kind}")
+    return notes

@@ -1,10 +1,10 @@
-"""Decides when each request is sent: so many at once, or at random times of a given rate.
+"""Decides when each request is sent: at a fixed concurrency, or at random times of a given rate.
 
-Owns arrival times and the client's own share of a processor. Knows nothing of what requests hold.
+Owns arrival times and the client's CPU time. Knows nothing of the content of requests.
 
 At a given rate a request is due at its time whether or not earlier ones have ended, and its
-latencies count from then: a server that falls behind cannot slow the questions down, and a client
-that falls behind cannot hide it (coordinated omission).
+latencies count from then. So a slow server cannot slow down the requests, and a slow client shows
+in the latencies (this avoids coordinated omission).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .settings import Level
 
 
 class Chat(Protocol):
-    """What sends a body: `Client`, or a stand-in."""
+    """Sends a body: `Client`, or a test double."""
 
     async def chat(self, body: bytes, due: float | None = None) -> Sample:
-        """The sample of one request, which never raises for a failure."""
+        """Return the sample of one request. Never raises for a failed request."""
 
 
 @dataclass(slots=True)
 class Run:
-    """A level's samples; seconds from its start to its last end, and the client's CPU time."""
+    """A level's samples, its wall time in seconds, and the client's CPU time."""
 
     samples: list[Sample]
     seconds: float
@@ -41,13 +41,13 @@ OnSample = Callable[[Sample], None]
 
 
 def ignore(sample: Sample) -> None:
-    """Nobody watches."""
+    """Do nothing."""
 
 
 async def run_level(
     client: Chat, bodies: Sequence[bytes], level: Level, seed: int = 0, on_sample: OnSample = ignore
 ) -> Run:
-    """Send every body once, as the level says; on_sample is told of each that ended."""
+    """Send every body once, at the level's load. on_sample: called after each request."""
     samples: list[Sample] = []
 
     def keep(sample: Sample) -> None:
@@ -66,8 +66,8 @@ async def run_level(
 def poisson_arrivals(rate: float, count: int, seed: int) -> np.ndarray:
     """[count] times in seconds of a Poisson process with `rate` arrivals a second; the first is 0.
 
-    Gaps are drawn from an exponential distribution and scaled to the mean that was asked for, so
-    that short runs offer their rate too.
+    Gaps are drawn from an exponential distribution and scaled to the requested mean, so
+    that short runs have that rate too.
     """
     gaps = np.random.default_rng([seed, 2]).exponential(1.0, count - 1)
     scale = (count - 1) / (rate * gaps.sum()) if count > 1 else 0.0

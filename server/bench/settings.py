@@ -28,7 +28,7 @@ Milliseconds = Annotated[float, msgspec.Meta(ge=0.0)]
 
 
 class BenchError(Exception):
-    """The load cannot be offered; the message is one line that says what to do."""
+    """The load cannot be sent. The message is one line with the remedy."""
 
 
 @dataclass(slots=True, frozen=True)

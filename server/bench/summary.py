@@ -1,7 +1,7 @@
-"""Sums samples up: percentiles, rates, errors by kind, and goodput at an SLO.
+"""Summarizes samples: percentiles, rates, errors by kind, and goodput at an SLO.
 
-Owns what the figures mean. Latencies count from when a request was due; rates count what
-succeeded, over the whole time of the level; a failed request is an error and never a fast one.
+Owns the definitions of the figures. Latencies count from when a request was due. Rates count
+successful requests over the whole time of the level; failed requests count as errors only.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .settings import Level, Slo
 class Summary:
     """Figures of one level; None where nothing was measured.
 
-    requests: those that succeeded. inter_token: between two pieces of one answer.
-    output_lengths: every length that occurred, and is_equal_length whether it is only the one
-    that was asked for. goodput_per_s: requests a second that kept the SLO.
-    client_cpu: the client's share of one core; send_lag: how late requests left.
+    requests: successful requests. inter_token: between two pieces of one answer. output_lengths:
+    every length that occurred. is_equal_length: every answer has the requested length.
+    goodput_per_s: requests per second within the SLO. client_cpu: the client's share of one core.
+    send_lag: delay between a request's due time and its sending.
     """
 
     concurrency: int | None
@@ -59,14 +59,14 @@ def ttft_s(sample: Sample) -> float | None:
 
 
 def mean_inter_token_s(sample: Sample) -> float | None:
-    """Seconds a token behind the first; None below two tokens or two pieces."""
+    """Seconds per token after the first; None below two tokens or two pieces."""
     if len(sample.chunk_times) < 2 or sample.completion_tokens < 2:
         return None
     return (sample.chunk_times[-1] - sample.chunk_times[0]) / (sample.completion_tokens - 1)
 
 
 def summarize(level: Level, run: Run, max_tokens: int, slo: Slo | None = None) -> Summary:
-    """What a level's run amounts to; max_tokens: the length that was asked for."""
+    """The figures of a level's run. max_tokens: the requested length."""
     good = [sample for sample in run.samples if sample.error is None]
     kinds = Counter(sample.error for sample in run.samples if sample.error is not None)
     times = [sample.chunk_times for sample in good]
@@ -107,7 +107,7 @@ def _goodput(good: Sequence[Sample], slo: Slo, seconds: float) -> float:
 
 
 def is_within(sample: Sample, slo: Slo) -> bool:
-    """Whether a request that succeeded kept the SLO; what was not measured was not kept."""
+    """True if a successful request met the SLO; an unmeasured time counts as missed."""
     pairs = ((slo.ttft_ms, ttft_s(sample)), (slo.itl_ms, mean_inter_token_s(sample)))
     return all(
         limit is None or (value is not None and 1000 * value <= limit) for limit, value in pairs
@@ -115,12 +115,12 @@ def is_within(sample: Sample, slo: Slo) -> bool:
 
 
 def percentile_ms(values: Sequence[float], rank: int) -> float | None:
-    """The rank-th percentile of seconds, in milliseconds; None of nothing."""
+    """The rank-th percentile of seconds, in milliseconds; None without values."""
     return round(1000 * float(np.percentile(values, rank)), 3) if values else None
 
 
 def median_summary(runs: Sequence[Summary]) -> dict[str, object]:
-    """The median of each figure over several runs of one level; counts are summed up."""
+    """The median of each figure over several runs of one level; counts are summed."""
     merged: dict[str, object] = asdict(
         replace(
             runs[0],

@@ -1,6 +1,6 @@
 """Runs a sweep: finds the model, warms up, then runs level after level.
 
-Owns the order of things and the document that comes of it. Knows nothing of options or terminals.
+Owns the order of the steps and the result document. Knows nothing of options or terminals.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from .runner import run_level
 from .settings import BenchError, Level, Load, Slo, Sweep
 from .summary import Summary, summarize
 
-# Requests of a level where none are given: so many a user, or so many seconds of a rate.
+# Default number of requests of a level: per concurrent request, or seconds of a request rate.
 REQUESTS_A_USER = 4
 SECONDS_OF_A_RATE = 30.0
 MIN_REQUESTS = 8
 WARM_UP_TOKENS = 8
 WARM_UP_CONCURRENCY = 2
-# Seeds of one run lie apart by these, so that no level sees a picture of another.
+# Added to the seed, so that no level repeats a picture of another.
 WARM_UP_SEED = 1_000_003
 PROBE_SEED = 2_000_003
 
 
 class Watcher(Protocol):
-    """Is told how a sweep gets on."""
+    """Receives the progress of a sweep."""
 
     def start(self, level: Level, num_requests: int) -> None:
-        """A level begins."""
+        """A level starts."""
 
     def take(self, sample: Sample) -> None:
         """One of its requests ended."""
 
     def finish(self, summary: Summary) -> None:
-        """It is summed up."""
+        """The level has ended."""
 
 
 @dataclass(slots=True)
 class Result:
-    """A sweep's figures, with what was found out on the way."""
+    """A sweep's figures, and what the sweep found out about the server."""
 
     model: str
     is_eos_ignored: bool
@@ -56,7 +56,7 @@ class Result:
     summaries: list[Summary]
 
     def document(self, sweep: Sweep, command: str) -> dict[str, object]:
-        """Everything a figure must be read with, as JSON takes it."""
+        """The result as a JSON document: figures, load, client and command."""
         load = asdict(replace(sweep.load, ignore_eos=self.is_eos_ignored))
         del load["num_requests"]  # each level has its own
         return {
@@ -75,7 +75,7 @@ class Result:
 async def run_sweep(sweep: Sweep, watcher: Watcher) -> Result:
     """Run every level in order.
 
-    Raises BenchError if the server does not answer, or not one request of the warm-up succeeds.
+    Raises BenchError if the server does not answer, or if every request of the warm-up fails.
     """
     _allow_many_connections()
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -105,7 +105,7 @@ async def run_load(
     slo: Slo | None = None,
     on_sample: Callable[[Sample], None] = lambda sample: None,
 ) -> Summary:
-    """One level: its bodies are drawn, then sent, then summed up."""
+    """Run one level: draw its bodies, send them, summarize."""
     bodies = request_bodies(load, model)
     run = await run_level(client, bodies, level, load.seed, on_sample)
     return summarize(level, run, load.max_tokens, slo)
@@ -156,13 +156,13 @@ async def _takes_ignore_eos(client: Client, model: str, sweep: Sweep) -> bool:
 
 
 def _allow_many_connections() -> None:
-    """Take the file descriptors that the system allows: an open loop needs one a request."""
+    """Raise the limit of file descriptors: an open loop needs one per request."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def client_machine() -> dict[str, object]:
-    """The machine that the load came from."""
+    """The machine that sent the load."""
     return {
         "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),

@@ -229,9 +229,9 @@ class AnswerStream:
 
     def _end(self, text: str, output: SequenceOutput) -> list[Event]:
         tail = self._cut(self._text.flush())
-        held = self._stops.flush() if tail.stop is None else ""
+        rest = self._stops.flush() if tail.stop is None else ""
         kept = tail.stop if tail.stop is not None and self._keeps_stop else ""
-        events = self._delta(text + tail.text + held + kept)
+        events = self._delta(text + tail.text + rest + kept)
         if self._hides_last(output):
             self._count(output, -1)
         if tail.stop is not None:

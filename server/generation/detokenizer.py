@@ -1,8 +1,8 @@
 """Turns one request's token ids into text, piece by piece.
 
-Owns half characters and stop strings. A piece never holds a part of a
-character, nor text that may still become a stop string; all pieces joined are
-the plain answer. Knows nothing of requests or of HTTP.
+Owns incomplete characters and stop strings. A piece has no part of a character, and no text that
+may still become a stop string. All pieces joined are the whole answer. Knows nothing of requests
+or HTTP.
 """
 
 from __future__ import annotations
@@ -13,61 +13,61 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-# No character is as long; only bytes that never become text are.
+# Longer than any character: more bytes never become text.
 MAX_UNREAD = 64
 
 
 @dataclass(slots=True, frozen=True)
 class Piece:
-    """Text that is due now; stop is the stop string that ended the answer, if one did."""
+    """Text to send now. stop: the stop string that ended the answer, if any."""
 
     text: str
     stop: str | None = None
 
 
 class StopStrings:
-    """Holds text back while it may still be the start of a stop string."""
+    """Buffers text while it may still be the start of a stop string."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._longest = max(map(len, self._stops), default=0)
-        self._held = ""
+        self._buffer = ""
 
     def push(self, text: str) -> Piece:
-        """The text that may go out now, cut before the earliest stop string."""
+        """The text to send now, cut before the earliest stop string."""
         if not self._stops:
             return Piece(text)
-        self._held += text
+        self._buffer += text
         stop = self._earliest()
         if stop is not None:
-            return Piece(self._held[: self._held.index(stop)], stop)
-        return Piece(self._release(self._num_held_back()))
+            return Piece(self._buffer[: self._buffer.index(stop)], stop)
+        return Piece(self._release(self._num_undecided()))
 
     def flush(self) -> str:
-        """What is still held: the answer ended and no stop string came of it."""
+        """The buffered text, at the end of the answer."""
         return self._release(0)
 
     def _earliest(self) -> str | None:
-        found = [(self._held.index(stop), stop) for stop in self._stops if stop in self._held]
+        found = [(self._buffer.index(stop), stop) for stop in self._stops if stop in self._buffer]
         return min(found, key=lambda hit: hit[0])[1] if found else None
 
-    def _num_held_back(self) -> int:
-        """The length of the longest tail that begins a stop string."""
-        for length in range(min(self._longest - 1, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
+    def _num_undecided(self) -> int:
+        """The length of the longest tail that starts a stop string."""
+        for length in range(min(self._longest - 1, len(self._buffer)), 0, -1):
+            if any(stop.startswith(self._buffer[-length:]) for stop in self._stops):
                 return length
         return 0
 
     def _release(self, num_kept: int) -> str:
-        cut = len(self._held) - num_kept
-        text, self._held = self._held[:cut], self._held[cut:]
+        cut = len(self._buffer) - num_kept
+        text, self._buffer = self._buffer[:cut], self._buffer[cut:]
         return text
 
 
 class Detokenizer:
     """The text of one growing sequence; special tokens have none unless shows_special.
 
-    special_ids: the tokenizer's, so that a run of them costs nothing.
+    special_ids: the tokenizer's, so that they are skipped at once.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class Detokenizer:
         self._unread: list[int] = []
 
     def push(self, token_id: int) -> str:
-        """The text that is complete with this token.
+        """The text that this token completes.
 
-        Tokens that end inside a character wait in `_unread` for the rest of it.
+        Tokens that end inside a character wait in `_unread` for the rest.
         """
         if token_id in self._special_ids:
             return ""
@@ -96,7 +96,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """The tail: a character that never became whole (as U+FFFD)."""
+        """The rest: an incomplete character, as U+FFFD."""
         tail: str = self._tokenizer.decode(self._unread, skip_special_tokens=self._skips)
         self._unread.clear()
         return tail
@@ -110,8 +110,10 @@ class Detokenizer:
         return text
 
     def _give_up_on_unread(self) -> str:
-        """The text of bytes that are no characters: a stream of them would be decoded
-        from its beginning with each token. The last few may still become one."""
+        """The text of bytes that are no characters; the last few may still become one.
+
+        Otherwise each further token would decode all of them again.
+        """
         settled, open_end = self._unread[:-3], self._unread[-3:]
         self._stream = DecodeStream(skip_special_tokens=self._skips)
         self._unread.clear()

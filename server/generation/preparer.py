@@ -1,7 +1,6 @@
-"""From what is asked for to what the engine is asked: every check before it, and all its input.
+"""Turns a request into the engine's input: all checks, prompts, the grammar, images.
 
-Owns the order of those: what the model can do, prompts, grammar, images. Knows nothing of HTTP,
-of the engine's work or of answers.
+Owns the order of these steps. Knows nothing of HTTP, of the engine's work or of answers.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ from .request import (
     room,
 )
 
-# Longer texts are tokenized in a thread, so that the event loop goes on.
+# Longer texts are tokenized in a thread, so that the event loop continues.
 MAX_INLINE_CHARS = 4_000
-# Of all prompts of one request, so that no body keeps a thread for seconds: four long contexts.
+# Of all prompts of a request, so that no body occupies a thread for seconds: four long contexts.
 MAX_PROMPT_TOKENS = 524_288
 
 
@@ -53,12 +52,12 @@ MAX_PROMPT_TOKENS = 524_288
 IMAGE_RETRY_S = 5.0
 
 
-# Without --max-answers-per-request, a request may ask for this part of --max-num-seqs.
+# Without --max-answers-per-request, the limit is --max-num-seqs divided by this.
 ANSWERS_PART = 4
 
 
 class Images(Protocol):
-    """What is used of `images.loader.ImageLoader`."""
+    """The used part of `images.loader.ImageLoader`."""
 
     async def load(
         self, images: Sequence[ImageRequest], deadline: float | None = None
@@ -66,16 +65,16 @@ class Images(Protocol):
 
 
 def _ignore(num_tokens: int) -> None:
-    """Count nothing."""
+    """Do nothing."""
 
 
 @dataclass(slots=True, frozen=True)
 class PreparedGeneration:
-    """A request that passed every check but the engine's own.
+    """A request that passed every check except the engine's.
 
-    requests: one for each prompt, all with as many answers. deadline: when it is given up, in the
-    loop's time; infinite where it never is. on_tokens: called with the number of generated tokens
-    as they come.
+    requests: one per prompt, all with the same number of answers. deadline: when the request is
+    cancelled, in the loop's time; infinite without a limit. on_tokens: called with each number of
+    newly generated tokens.
     """
 
     requests: tuple[AddRequest, ...]
@@ -128,7 +127,7 @@ class Preparer:
     async def prepare(
         self, request: GenerationRequest, info: EngineReady, deadline: float
     ) -> PreparedGeneration:
-        """What the engine is asked: the prompts are checked before any image is fetched.
+        """The engine's input. Prompts are checked before any image is fetched.
 
         Raises BadRequestError, or NotReadyError while the server stops.
         """
@@ -136,7 +135,7 @@ class Preparer:
         check_answers(request, self._max_answers or max(1, info.max_num_seqs // ANSWERS_PART))
         prompts = await self._prompts(request, info)
         check_prompt_logprobs(request, sum(len(prompt.token_ids) for prompt in prompts))
-        # Before any work: what each prompt leaves room for.
+        # Before any work: the tokens that each prompt leaves for an answer.
         rooms = [room(request, len(one.token_ids), info.max_model_len) for one in prompts]
         rooms = check_answer_logprobs(request, rooms, self._max_answer_logprobs)
         check_min_tokens(request.sampling.min_tokens, min(rooms))
@@ -169,7 +168,7 @@ class Preparer:
             spans=prompt.spans,
             sampling=request.sampling,
             max_tokens=max_tokens,
-            # A grammar says itself where an answer may end.
+            # A grammar decides where an answer may end.
             eos_token_ids=[]
             if request.ignore_eos and not grammar
             else self._processor.eos_token_ids,
@@ -184,7 +183,7 @@ class Preparer:
         )
 
     async def _grammar(self, request: GenerationRequest) -> str | None:
-        """The request's grammar as the engine takes it. Raises BadRequestError."""
+        """The request's grammar in the engine's form. Raises BadRequestError."""
         if request.grammar is None:
             return None
         current_record().ignored_fields += request.ignored_fields
@@ -193,7 +192,7 @@ class Preparer:
         try:
             return await check(request.grammar, request.grammar_field, *whose)
         except BadRequestError:
-            # Of several schemas, such as those of tools, the error names the one at fault.
+            # With several schemas, such as those of tools, name the wrong one.
             for grammar, field in request.grammar_parts:
                 await check(grammar, field, *whose)
             raise
@@ -253,7 +252,7 @@ class Preparer:
     def _plain_prompts(
         self, request: GenerationRequest, info: EngineReady
     ) -> Sequence[PreparedPrompt]:
-        """Raises BadRequestError that names the first prompt which cannot be."""
+        """Raises BadRequestError that names the first unusable prompt."""
         limit = max(MAX_PROMPT_TOKENS, info.max_model_len)
         prompts = []
         num_tokens = 0
@@ -296,8 +295,8 @@ class Preparer:
         check_token_ids(info, token_ids, field)
         if self._processor.image_id in token_ids:
             raise BadRequestError(
-                f"{field} holds {self._processor.image_id}, the token of an image, and no image"
-                " goes with it: ask /v1/chat/completions about images",
+                f"{field} contains {self._processor.image_id}, the token of an image, without an"
+                " image: send images to /v1/chat/completions",
                 param=field,
             )
 
@@ -333,7 +332,7 @@ class Preparer:
 
 
 def _with_seeds(request: GenerationRequest, added: Sequence[AddRequest]) -> tuple[AddRequest, ...]:
-    """The same, each prompt with a seed of its own where the client gave none."""
+    """The same requests; without a seed of the client, each prompt gets its own seed."""
     if request.has_seed:
         return tuple(added)
     for one in added[1:]:

@@ -1,7 +1,7 @@
-"""What is to be generated, in the one form that every API's request becomes.
+"""A request to generate, in one form for all APIs.
 
-Owns the request and what of it the loaded model can do. Knows nothing of HTTP, of
-prompts or of the engine's work.
+Owns the request and its checks against the loaded model. Knows nothing of HTTP, prompts or the
+engine's work.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_ANSWER_LOGPROBS = 262_144
 
 @dataclass(slots=True, frozen=True)
 class PlainPrompt:
-    """A prompt that is no conversation: a text, or token ids as they are.
+    """A prompt without a conversation: a text, or token ids.
 
     field: its place in the client's body, for errors.
     """
@@ -105,7 +105,7 @@ class GenerationRequest:
 def sampling_params(
     temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None
 ) -> SamplingParams:
-    """The API's defaults where a field is None; a random seed where none is given."""
+    """Sampling with the API's default for each None, and a random seed if seed is None."""
     return SamplingParams(
         temperature=1.0 if temperature is None else temperature,
         top_p=1.0 if top_p is None else top_p,
@@ -116,7 +116,7 @@ def sampling_params(
 
 
 def check_against(info: EngineReady, request: GenerationRequest) -> None:
-    """Refuse what the loaded model cannot do, before any work."""
+    """Raises BadRequestError for what the loaded model cannot do, before any work."""
     if request.max_tokens is not None and request.max_tokens >= info.max_model_len:
         field = request.max_tokens_field
         raise BadRequestError(
@@ -161,17 +161,17 @@ def check_token_ids(info: EngineReady, token_ids: Sequence[int], field: str) -> 
     """Raises BadRequestError if the model has no such token."""
     if token_ids and max(token_ids) >= info.vocab_size:
         raise BadRequestError(
-            f"{field} holds {max(token_ids)}; the vocabulary ends at {info.vocab_size - 1}",
+            f"{field} contains {max(token_ids)}; the vocabulary ends at {info.vocab_size - 1}",
             param=field,
         )
 
 
 def check_prompt_logprobs(request: GenerationRequest, num_prompt: int) -> None:
-    """A long prompt with twenty candidates a token would be an answer of hundreds of megabytes."""
+    """Raises BadRequestError if the prompt's log-probabilities would be too many."""
     if request.num_prompt_logprobs is None:
         return
     field = request.prompt_logprobs_field
-    # Each answer to a plain prompt has its prompt's entries beside it.
+    # Each answer to a plain prompt repeats the prompt's entries.
     num_copies = request.num_choices if request.prompts else 1
     num_entries = num_copies * num_prompt * (1 + request.num_prompt_logprobs)
     if num_entries > MAX_PROMPT_ENTRIES:
@@ -227,7 +227,7 @@ def cut_to(request: GenerationRequest, max_model_len: int) -> int | None:
 
 
 def room(request: GenerationRequest, num_prompt: int, max_model_len: int) -> int:
-    """How many tokens may be generated.
+    """The number of tokens that may be generated.
 
     Raises BadRequestError if prompt and max_tokens do not fit the context.
     """

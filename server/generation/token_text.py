@@ -1,7 +1,7 @@
-"""How a token and its log-probability read for a client.
+"""Tokens and their log-probabilities as clients read them.
 
 Owns the text and bytes of single tokens, which may be parts of a character. Knows nothing of
-requests, nor of any API's shape.
+requests, or any API's format.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PromptCandidate:
     rank: int
 
 
-# For each token of a prompt what stands there, then the likeliest; None where nothing is known.
+# For each token of a prompt: the token itself, then the likeliest ones. None: not known.
 PromptEntries = tuple[tuple[PromptCandidate, ...] | None, ...]
 
 
@@ -75,7 +75,7 @@ class TokenReader:
         self._known: dict[int, TokenText] = {}
 
     def entry(self, token_id: int, logprobs: TokenLogprobs) -> TokenEntry:
-        """What the model said at the place of a chosen token."""
+        """The log-probabilities at the place of a chosen token."""
         top = zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
         return TokenEntry(
             TokenLogprob(self.read(token_id), logprobs.logprob),
@@ -83,7 +83,7 @@ class TokenReader:
         )
 
     def prompt_entries(self, prompt: list[PromptLogprobs | None]) -> PromptEntries:
-        """What the model said at each place of a prompt."""
+        """The log-probabilities at each place of a prompt."""
         return tuple(None if one is None else self._prompt_candidates(one) for one in prompt)
 
     def _prompt_candidates(self, one: PromptLogprobs) -> tuple[PromptCandidate, ...]:
@@ -133,7 +133,7 @@ def _text_of(text_bytes: bytes) -> TokenText:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Which byte each character of a byte-level vocabulary stands for.
+    """The byte of each character of a byte-level vocabulary.
 
     Bytes that print stand for themselves, the others follow from U+0100 on.
     Source: bytes_to_unicode of GPT-2's encoder.py.

@@ -6,7 +6,7 @@ Read in this order:
     connection_places  which connection is closed when there are too many
     head               the grammar and the limits of a request's head
     chunked            the chunked transfer coding of a body
-    targets            other spellings of a path; what a 404 tells about routes
+    targets            other spellings of a path; the message of a 404
     answer_writer      writes answers: large bodies in parts, streams for HTTP/1.0
     protocol           one connection: reads requests through the three above, closes softly
     auth               what a head must carry: host, API key, CORS, no compressed body

@@ -37,7 +37,7 @@ class ConnectionPlaces:
         self._open: set[Connection] = set()
         self._reserved: set[Connection] = set()
         self._lingering: set[Connection] = set()
-        # In the order in which they began to owe the server a request, or the next part of it.
+        # Ordered by when the server started to wait for a request, or for its next part.
         self._waiting: dict[Connection, None] = {}
 
     def enter(self, connection: Connection) -> bool:

@@ -1,4 +1,4 @@
-"""Requests for routes that do not exist: what the 404 says, and how paths are spelled.
+"""Requests for routes that do not exist: the message of the 404, and the spelling of paths.
 
 Owns the sentences for routes of other servers. Knows no route of this one.
 """

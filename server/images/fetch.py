@@ -80,7 +80,7 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
     async def look_up(self, host: str, port: int, tenant: str) -> None:
         """Look up and check the addresses to which this task connects next.
 
-        It needs no place among the downloads: a name that is not answered delays nobody else.
+        It needs no place among the downloads: a name without an answer delays no other request.
         Raises ImageError if any address is not allowed, and as `NameLookups.look_up`.
         """
         _looked_up.set((host, await self._checked_addresses(host, port, tenant)))
@@ -270,7 +270,7 @@ class ImageFetcher:
 
 
 def _free(_: int) -> None:
-    """The budget of a fetch without a limit of its own."""
+    """The budget of a fetch without its own limit."""
 
 
 def _target(source: RemoteImage) -> httpcore2.URL:

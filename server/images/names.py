@@ -50,7 +50,7 @@ class Resolver(Protocol):
 
 
 class DnsResolver:
-    """Asks the system's name servers over sockets of its own; knows /etc/hosts too.
+    """Asks the system's name servers directly; also reads /etc/hosts.
 
     getaddrinfo would block a thread of the worker's pool for each silent name.
     nameservers: `address:port` of others, for tests.

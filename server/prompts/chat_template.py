@@ -48,11 +48,10 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
     ) -> list[RenderedPiece]:
-        """The prompt in pieces, up to and with the assistant's header where it is asked for.
+        """The prompt in pieces; with add_generation_prompt, it ends with the assistant's header.
 
-        Raises TemplateRefusedError where the template cannot take the
-        conversation (the published one refuses a system message with an image,
-        and several calls in one turn).
+        Raises TemplateRefusedError if the template cannot render the conversation (the published
+        one rejects a system message with an image, and several calls in one turn).
         """
         self._check_tools(messages, tools)
         sentinels = Sentinels()
@@ -69,19 +68,19 @@ class ChatTemplate:
         except LostTextError as error:
             raise TemplateRefusedError(str(error)) from error
         except Exception as error:
-            # A template is a program of the checkpoint's: it may fail in any way.
+            # A template is a program from the checkpoint: it may fail in any way.
             raise TemplateRefusedError(f"{type(error).__name__}: {error}") from error
         _check_images(pieces, sum(len(message.images) for message in messages))
         return pieces
 
     def _check_tools(self, messages: Sequence[Message], tools: Sequence[Tool]) -> None:
-        """Refuse what a template would lose or put into another's mouth, without a word."""
+        """Reject what a template would silently drop, or put into the wrong turn."""
         uses_tools = any(message.tool_calls or message.role == "tool" for message in messages)
         if (tools or uses_tools) and not self._takes_tools:
-            raise TemplateRefusedError("the template knows no tools")
+            raise TemplateRefusedError("the template does not support tools")
         first = next((message for message in messages if message.role != "system"), None)
         if tools and (first is None or first.role != "user"):
-            raise TemplateRefusedError("tools stand in the first user message: there is none")
+            raise TemplateRefusedError("tools go into the first user message: there is none")
 
     def _compile(self, source: str) -> Template:
         environment = ImmutableSandboxedEnvironment(
@@ -97,7 +96,7 @@ class ChatTemplate:
 
 
 def _as_template_turn(message: Message, sentinels: Sentinels) -> dict[str, Any]:
-    """The message as templates expect it: a string, or a list where it has images."""
+    """The message as templates expect it: a string, or a list if it has images."""
     if message.role == "tool":
         return {"role": "tool", "content": sentinels.hide(message.text)}
     if not message.images:
@@ -115,7 +114,7 @@ def _as_template_turn(message: Message, sentinels: Sentinels) -> dict[str, Any]:
 
 
 def _as_template_calls(message: Message, sentinels: Sentinels) -> dict[str, Any]:
-    # Templates ask whether the key is there at all.
+    # Templates check whether the key exists.
     if not message.tool_calls:
         return {}
     functions = [

@@ -39,7 +39,7 @@ Part = TextPart | ImagePart
 class Tool:
     """A function that the model may ask the client to call.
 
-    parameters: a JSON schema of an object; None means that it takes none.
+    parameters: a JSON schema of an object; None: no parameters.
     """
 
     name: str
@@ -66,9 +66,9 @@ class Tool:
 
 @dataclass(slots=True, frozen=True)
 class ToolCall:
-    """A call that an earlier answer made; its result is a later message of the role tool.
+    """A call in an earlier answer; its result is a later message of the role tool.
 
-    arguments: text where the model wrote no JSON object; the prompt has it as it stands.
+    arguments: text if the model wrote no JSON object; it goes unchanged into the prompt.
     """
 
     name: str
@@ -84,10 +84,10 @@ class ToolCall:
 
 @dataclass(slots=True, frozen=True)
 class Message:
-    """One turn: its parts in the order in which the model is to read them.
+    """One turn: its parts in the order of the prompt.
 
-    tool_calls: what an assistant asked for, behind its text. A message of the
-    role tool holds one call's result.
+    tool_calls: the assistant's calls, after its text. A message of the role tool is the result of
+    one call.
     """
 
     role: Role
@@ -101,7 +101,7 @@ class Message:
 
     @property
     def num_chars(self) -> int:
-        """How long its texts are together."""
+        """The total length of its texts."""
         return sum(len(part.text) for part in self.parts if isinstance(part, TextPart))
 
     @property
@@ -120,7 +120,7 @@ def with_joined_texts(message: Message) -> Message:
     parts: list[Part] = []
     for is_text, run in itertools.groupby(message.parts, lambda part: isinstance(part, TextPart)):
         if is_text:
-            # In one go: joining two by two would copy what is there again and again.
+            # At once: joining pairs would copy the text again and again.
             parts.append(TextPart("".join(part.text for part in run if isinstance(part, TextPart))))
         else:
             parts += run

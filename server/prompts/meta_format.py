@@ -1,4 +1,4 @@
-"""Renders a conversation in Meta's own format, where a chat template cannot.
+"""Renders a conversation in Meta's own format, if a chat template cannot.
 
 Owns the headers, and the three formats of tools and calls that Llama 3 was trained on. Knows
 nothing of token ids or templates.
@@ -42,9 +42,8 @@ def render_as_meta(
 ) -> list[RenderedPiece]:
     """The prompt in Meta's ChatFormat: no preamble, no date, every role with images.
 
-    Tools in JSON stand at the head of the first user message, as in the
-    published template; those of the other formats at the head of the system
-    message. Either message is made where it is missing.
+    Tools in JSON go to the start of the first user message, as in the published template; tools in
+    other formats to the start of the system message. A missing message is added.
     """
     role = "user" if tool_format == "json" else "system"
     place = _place_of_tools(messages, role) if tools else None
@@ -64,10 +63,10 @@ def render_as_meta(
 
 
 def with_tools_in_system(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
-    """The same messages, the tools in JSON at the head of the system message.
+    """The same messages, with the tools in JSON at the start of the system message.
 
-    That message is made where it is missing. For conversations with pictures: the published
-    template has no place for tools beside them, and a picture stays next to its question.
+    A missing system message is added. For conversations with images: the published template has
+    no place for tools beside images, and an image stays next to its question.
     """
     is_first = bool(messages) and messages[0].role == "system"
     system = messages[0] if is_first else Message("system", ())
@@ -80,7 +79,7 @@ def _tools_text(tools: Sequence[Tool]) -> str:
 
 
 def _place_of_tools(messages: Sequence[Message], role: str) -> int:
-    """The message that holds the tools, or before which one is made for them."""
+    """The index of the message with the tools, or where such a message is added."""
     roles = [message.role for message in messages]
     if role == "system":
         return 0
@@ -103,7 +102,7 @@ def _meta_part(part: TextPart | ImagePart) -> RenderedPiece:
 
 
 def _tools(tools: Sequence[Tool], tool_format: ToolFormat) -> list[RenderedPiece]:
-    """What the model is told of its tools. Their words are the client's, so they are text."""
+    """The prompt's list of tools. The client wrote them, so they are text, not template."""
     if tool_format == "json":
         return [_text(_tools_text(tools))]
     functions = [tool.definition["function"] for tool in tools]

@@ -18,21 +18,21 @@ _WORD = re.compile(r"[A-Za-z0-9_-]*")
 
 @dataclass(slots=True, frozen=True)
 class RenderedPiece:
-    """A part of a prompt; is_template says that its special tokens are special."""
+    """A part of a prompt. is_template: names of special tokens in it become such tokens."""
 
     text: str
     is_template: bool
 
 
 class LostTextError(Exception):
-    """A text that had to come once, in its order, did not."""
+    """A text that must occur once, in order, did not."""
 
 
 class Sentinels:
     """The words of one rendering.
 
-    Letters and digits only, so that no filter of a template changes them. A word
-    that passed through `tojson` is marked: its text comes back escaped for JSON.
+    Letters and digits only, so that no filter of a template changes them. `tojson` marks
+    a word, so that its text is escaped for JSON.
     """
 
     _NONCE = secrets.token_hex(16)
@@ -45,7 +45,7 @@ class Sentinels:
         self._required: list[int] = []
 
     def hide(self, text: str) -> str:
-        """The word for a text that must come once, in order; an empty text needs none."""
+        """The word for a text that must occur once, in order; an empty text needs none."""
         if not text:
             return ""
         self._required.append(len(self._texts))
@@ -56,7 +56,7 @@ class Sentinels:
         return self._word(text, "r")
 
     def hide_all(self, value: Any) -> Any:
-        """A JSON value, a word for each of its strings, keys too; they may come in any order."""
+        """A JSON value with a word for each string and key; they may occur in any order."""
         if isinstance(value, str):
             return value if _WORD.fullmatch(value) else self._word(value)
         if isinstance(value, list):

@@ -43,9 +43,9 @@ SLICE_SLACK = 16
 
 
 class PromptTooLongError(Exception):
-    """The prompt has more tokens than it may, by default those that leave room for an answer.
+    """The prompt has more tokens than the limit, which by default leaves room for an answer.
 
-    num_tokens: how many in words, as the count may have ended early.
+    num_tokens: as text, because the count may have stopped early.
     """
 
     def __init__(self, num_tokens: str, max_tokens: int) -> None:
@@ -59,7 +59,7 @@ class PromptTooLongError(Exception):
 
 @dataclass(slots=True, frozen=True)
 class PreparedPrompt:
-    """A prompt as the engine takes it: one `<|image|>` token an image.
+    """A prompt in the engine's form: one `<|image|>` token per image.
 
     spans and images run in parallel, in prompt order.
     """
@@ -122,9 +122,8 @@ class Processor:
     ) -> PreparedPrompt:
         """The prompt's token ids, its image spans, and its images in prompt order.
 
-        max_tokens: how long the prompt may be. tools: what the model is told that
-        it may call, and in which format. add_generation_prompt: the header of the answer to
-        come stands at the end.
+        max_tokens: the limit of the prompt. tools, tool_format: the tools in the prompt and their
+        format. add_generation_prompt: the prompt ends with the header of the answer.
         Raises PromptTooLongError.
         """
         arranged = [with_joined_texts(self._arrange(message)) for message in messages]
@@ -144,9 +143,9 @@ class Processor:
     def prepare_text(
         self, text: str, max_tokens: int, *, add_special_tokens: bool = True
     ) -> list[int]:
-        """The token ids of a text that is no conversation; what spells a special token is text.
+        """The token ids of a plain text; names of special tokens in it are text.
 
-        add_special_tokens: `<|begin_of_text|>` stands in front.
+        add_special_tokens: `<|begin_of_text|>` comes first.
         Raises PromptTooLongError.
         """
         self._check_size([text], max_tokens)
@@ -158,22 +157,22 @@ class Processor:
         return token_ids
 
     def text_of(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text that token ids are, in one call that lets other threads run meanwhile."""
+        """The text of token ids, in one call, during which other threads run."""
         texts: list[str] = self.tokenizer.decode_batch(
             [list(token_ids)], skip_special_tokens=skip_special_tokens
         )
         return texts[0]
 
     def names_of(self, token_ids: Sequence[int]) -> list[str]:
-        """The tokens as the vocabulary has them, such as `Ġimage`."""
+        """The tokens' names in the vocabulary, such as `Ġimage`."""
         names = (self.tokenizer.id_to_token(token_id) for token_id in token_ids)
         return [name or "" for name in names]
 
     def _check_size(self, texts: Iterable[str], max_tokens: int) -> None:
-        """Refuse hopeless texts before they are tokenized to their end, which may be minutes away.
+        """Reject texts that are far too long before they are tokenized completely (minutes).
 
-        They are counted as one text, however many they are. A cut inside a word adds a few tokens,
-        so each slice counts for a few less.
+        All texts count as one. A cut inside a word adds a few tokens, so each slice counts a few
+        less.
         """
         num_tokens = 0
         for text in _slices(texts):
@@ -188,7 +187,7 @@ class Processor:
         tool_format: ToolFormat,
         add_generation_prompt: bool,
     ) -> list[RenderedPiece]:
-        """By the checkpoint's template, and where that cannot, in Meta's format."""
+        """By the checkpoint's template; in Meta's format if the template cannot."""
         by_meta = functools.partial(
             render_as_meta,
             messages,
@@ -207,9 +206,9 @@ class Processor:
             return by_meta()
 
     def _encode(self, pieces: Sequence[RenderedPiece]) -> list[int]:
-        """The template's marks by name, all between two of them as one text; one BOS in front.
+        """The template's special tokens by name, each text between them as one; one BOS first.
 
-        So the tokens are those of the whole rendering, wherever a user's text begins in it.
+        So the tokens are those of the whole rendering, wherever a user's text starts.
         """
         token_ids: list[int] = []
         text = ""
@@ -226,7 +225,7 @@ class Processor:
         return token_ids
 
     def _parts(self, pieces: Sequence[RenderedPiece]) -> Iterator[tuple[str, bool]]:
-        """The rendering cut at the template's marks; True for a mark."""
+        """The rendering split at the template's special tokens; True for such a token."""
         for piece in pieces:
             if not piece.is_template:
                 yield piece.text, False
@@ -236,7 +235,7 @@ class Processor:
 
 
 def _texts_of(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[str]:
-    """Every text of the client's that a prompt will hold, about as long as there."""
+    """Every text of the client in a prompt, about as long as in the prompt."""
     for message in messages:
         yield message.text.strip()
         yield from (call.arguments_text for call in message.tool_calls)
@@ -244,13 +243,13 @@ def _texts_of(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[st
 
 
 def _slices(texts: Iterable[str]) -> Iterator[str]:
-    """All texts in a row, in pieces of at most SLICE_CHARS; nothing where one piece holds them."""
+    """All texts joined, in slices of at most SLICE_CHARS; none if one slice is enough."""
     waiting: list[str] = []
     num_waiting = 0
     is_long = False
     for text in texts:
-        for begin in range(0, len(text), SLICE_CHARS):
-            piece = text[begin : begin + SLICE_CHARS]
+        for start in range(0, len(text), SLICE_CHARS):
+            piece = text[start : start + SLICE_CHARS]
             if num_waiting + len(piece) > SLICE_CHARS:
                 yield "".join(waiting)
                 waiting, num_waiting, is_long = [], 0, True
@@ -261,9 +260,9 @@ def _slices(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Finds the names of added tokens, the longest where one begins another."""
+    """A pattern of the names of added tokens; of several matches the longest."""
     longest_first = sorted(names, key=len, reverse=True)
-    # Without names, one that never matches.
+    # Without names: a pattern that never matches.
     return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
 
@@ -305,7 +304,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _plain_twin(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy for users' text, to which no token is special."""
+    """A copy for users' text, in which no token is special."""
     plain = Tokenizer.from_str(tokenizer.to_str())
     added = plain.get_added_tokens_decoder().values()
     # A token that was added but not marked special would still be recognised.
@@ -315,7 +314,7 @@ def _plain_twin(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The file's object; empty where there is no such file."""
+    """The file's object; empty without such a file."""
     content: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
     return content
 

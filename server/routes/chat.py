@@ -34,7 +34,7 @@ ROUTES = Routes("chat", "Chat")
             type=ChatCompletionChunk,
             media_type=EVENTS,
             description="With stream: true, a chunk in each `data:` frame, then `data: [DONE]`."
-            " An error in between is a frame of its own.",
+            " An error is a separate frame.",
         ),
     ],
     refusals=GENERATION_REFUSALS,

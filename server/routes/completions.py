@@ -30,20 +30,20 @@ ROUTES = Routes("completions", "Completions")
     replies=[
         Reply(
             type=TextCompletion,
-            description="The whole answers: those to the first prompt, then those to the next.",
+            description="The whole answers, prompt by prompt.",
             example=samples.TEXT_COMPLETION,
         ),
         Reply(
             type=CompletionChunk,
             media_type=EVENTS,
             description="With stream: true, a chunk in each `data:` frame, then `data: [DONE]`."
-            " An error in between is a frame of its own.",
+            " An error is a separate frame.",
         ),
     ],
     refusals=GENERATION_REFUSALS,
 )
 async def completions(request: Request, body: CompletionRequest) -> HTTPResponse | None:
-    """The continuation of one text or of several, in OpenAI's form."""
+    """Continuations of one or several texts, in OpenAI's format."""
     check_model(request, body.model)
     generation = completion_generation(body)
     prepared = await prepare(request, generation, body.cache_salt)

@@ -1,4 +1,4 @@
-"""Health, models and metrics: what operators and clients ask before they ask more."""
+"""Health, models and metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..http.auth import LIVE, READY
 from ..schemas.model_answers import LiveAnswer, ModelCard, ModelList, ReadyAnswer, model_card
 from . import samples
 
-# What clients of other servers of this kind ask.
+# The path of other inference servers.
 SHORT_READY = "/health"
 
 ROUTES = Routes("health", "Health and models")
@@ -31,13 +31,13 @@ ROUTES = Routes("health", "Health and models")
         Reply(
             type=ReadyAnswer,
             status=503,
-            description="No engine, or it is loading its model, or its heart does not beat.",
+            description="The engine is not running, is loading its model, or sends no heartbeat.",
             example={"object": "health.response", "message": "Service is not ready."},
         ),
     ],
 )
 async def ready(request: Request) -> HTTPResponse:
-    """200 while the engine has its model loaded and its heart beats, else 503."""
+    """200 while the engine has loaded its model and sends heartbeats, else 503."""
     is_ready = services_of(request).is_ready
     message = "Service is ready." if is_ready else "Service is not ready."
     answer: ReadyAnswer = {"object": "health.response", "message": message}
@@ -55,7 +55,7 @@ async def ready(request: Request) -> HTTPResponse:
     ],
 )
 async def live(request: Request) -> HTTPResponse:
-    """200 as long as the event loop runs. The object's name is the documented one."""
+    """200 as long as the event loop runs."""
     answer: LiveAnswer = {"object": "readyhealth.response", "message": "Service is live."}
     return json_response(answer)
 
@@ -117,7 +117,7 @@ async def model(request: Request, name: str) -> HTTPResponse:
     ],
 )
 async def metrics(request: Request) -> HTTPResponse:
-    """This worker's figures in Prometheus' text format."""
+    """This worker's metrics in Prometheus' text format."""
     services = services_of(request)
     return HTTPResponse(
         services.metrics.render(services.engine.stats), content_type=CONTENT_TYPE_LATEST

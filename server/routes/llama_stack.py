@@ -1,6 +1,6 @@
 """Llama Stack's chat completion under every path that its clients use, and its models.
 
-Models are listed under the prefixes alone: without one, the path is OpenAI's.
+Models are listed under the prefixes only: without a prefix, the path is OpenAI's.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _replies(chunk: type) -> list[Reply]:
             type=chunk,
             media_type=EVENTS,
             description="With stream: true, an event in each `data:` frame: one start, progress,"
-            " one complete. An error in between is a frame of its own.",
+            " one complete. An error is a separate frame.",
         ),
     ]
 

@@ -47,7 +47,7 @@ ROUTES = Routes("messages", "Messages")
             type=MessageEvent,
             media_type=EVENTS,
             description="With stream: true, an event in each frame, named by its type."
-            " An error in between is an event of type error.",
+            " An error is an event of type error.",
         ),
     ],
     refusals=GENERATION_REFUSALS,

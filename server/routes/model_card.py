@@ -1,6 +1,6 @@
-"""What a model's folder tells of itself: its licence, its files, a digest of its shape.
+"""Reads a model's folder: its licence, its files, a digest of its configuration.
 
-Owns where those stand in the folder. Reads no weights. Knows nothing of HTTP.
+Owns their places in the folder. Reads no weights. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class License:
 
 
 class ModelFolderCard:
-    """hub_id: of the hub's repository that the folder was fetched from, None for any other."""
+    """hub_id: the repository on the hub that the folder came from; None for a local folder."""
 
     def __init__(self, folder: Path, hub_id: str | None) -> None:
         self._folder = folder
@@ -37,28 +37,28 @@ class ModelFolderCard:
 
     @property
     def url(self) -> str:
-        """The model's page, empty where there is none."""
+        """The model's page; empty without one."""
         return f"{HUB_URL}/{self._hub_id}" if self._hub_id else ""
 
     @property
     def license_url(self) -> str:
-        """Where the hub shows the licence, empty where it has none."""
+        """The licence's page on the hub; empty without one."""
         found = self.license()
         return f"{self.url}/blob/main/{found.name}" if self.url and found else ""
 
     def license(self) -> License | None:
-        """The folder's own licence; nobody else's stands in for it."""
+        """The folder's own licence file, if any. There is no default."""
         for file in sorted(self._folder.glob("LICENSE*")):
             if file.is_file():
                 return License(file.name, file.read_bytes().decode("utf-8", "replace"))
         return None
 
     def config_digest(self) -> str:
-        """SHA-256 of config.json: the same wherever the same model is served."""
+        """SHA-256 of config.json: equal for equal models."""
         return hashlib.sha256((self._folder / "config.json").read_bytes()).hexdigest()
 
     def manifest(self) -> str:
-        """The files that serving may read, with their bytes, as a text of JSON."""
+        """The files that the server may read, with their sizes in bytes, as JSON."""
         names = {
             file.name: file.stat().st_size
             for pattern in HUB_PATTERNS

@@ -1,4 +1,4 @@
-"""POST /v1/responses, and what can be done with the responses that are kept."""
+"""POST /v1/responses, and the routes of stored responses."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ MAX_LIMIT = 100
     refusals=GENERATION_REFUSALS,
 )
 async def responses(request: Request, body: ResponsesRequest) -> HTTPResponse | None:
-    """A model response to items of input, in OpenAI's newer form.
+    """A response to input items, in OpenAI's newer format.
 
-    It is kept for previous_response_id unless store is false.
+    It is stored for previous_response_id unless store is false.
     """
     check_model(request, body.model)
     services = services_of(request)
@@ -104,7 +104,7 @@ async def responses(request: Request, body: ResponsesRequest) -> HTTPResponse | 
     refusals=[404],
 )
 async def retrieve(request: Request, response_id: str) -> HTTPResponse:
-    """A response that was kept."""
+    """A stored response."""
     stored = await _found(request, response_id)
     return HTTPResponse(stored.response, content_type="application/json")
 
@@ -131,7 +131,7 @@ async def delete(request: Request, response_id: str) -> HTTPResponse:
     refusals=[404],
 )
 async def cancel(request: Request, response_id: str) -> HTTPResponse:
-    """Always refused: responses do not run in the background. Close the connection to cancel."""
+    """Always an error: responses do not run in the background. Close the connection to cancel."""
     await _found(request, response_id)
     raise BadRequestError(
         "only a response in the background can be cancelled, and this server runs none: close the"
@@ -155,7 +155,7 @@ async def input_items(request: Request, response_id: str) -> HTTPResponse:
 
 
 def _store_for(body: ResponsesRequest, store: ResponseStore | None) -> ResponseStore | None:
-    """Where the response is to be kept. Raises BadRequestError if it should be and cannot."""
+    """The store for this response, if any. Raises BadRequestError if it is required and missing."""
     if body.store is False:
         return None
     if store is None and body.store:
@@ -189,7 +189,7 @@ async def _earlier_items(
 async def _keep(
     store: ResponseStore, owner: str, body: ResponsesRequest, response: Response
 ) -> None:
-    # In a thread: the input may hold many megabytes of pictures.
+    # In a thread: the input may have many megabytes of images.
     await store.put(owner, await asyncio.to_thread(_stored, body, response))
 
 

@@ -1,4 +1,4 @@
-"""Version, licence, manifest and metadata: what the documented service tells of itself."""
+"""Version, licence, manifest and metadata, with the paths and keys of NIM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..schemas.service_answers import (
 )
 from .model_card import License, ModelFolderCard
 
-# Of the paths and shapes, which stay what they are while the server grows.
+# Version of the paths and formats.
 API_VERSION = "1.0.0"
 
 ROUTES = Routes("service", "The service")
@@ -54,7 +54,7 @@ async def version(request: Request) -> HTTPResponse:
     refusals=(404,),
 )
 async def license_text(request: Request) -> HTTPResponse:
-    """The licence that lies in the model's folder; 404 where there is none."""
+    """The licence in the model's folder; 404 without one."""
     card = _card(request)
     found = await asyncio.to_thread(card.license)
     if found is None:
@@ -77,7 +77,7 @@ async def license_text(request: Request) -> HTTPResponse:
     replies=[Reply(type=ManifestAnswer, description="The files of the model.")],
 )
 async def manifest(request: Request) -> HTTPResponse:
-    """The files that the served model is read from, with their sizes."""
+    """The files of the served model, with their sizes."""
     text = await asyncio.to_thread(_card(request).manifest)
     answer: ManifestAnswer = {"manifest_file": text}
     return json_response(answer)

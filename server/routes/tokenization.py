@@ -1,6 +1,6 @@
 """POST /tokenize and /detokenize, at the root and under /v1/.
 
-They need no engine: the tokenizer is the worker's own.
+They need no engine: each worker has a tokenizer.
 """
 
 from __future__ import annotations
@@ -89,14 +89,14 @@ async def tokenize(request: Request, body: TokenizeRequest) -> HTTPResponse:
     refusals=[404],
 )
 async def detokenize(request: Request, body: DetokenizeRequest) -> HTTPResponse:
-    """The text of token ids, special tokens by their names."""
+    """The text of token ids, with the names of special tokens."""
     services = services_of(request)
     if body.model is not None:
         check_model(request, body.model)
     processor = services.processor
     if max(body.tokens, default=0) > processor.last_token_id:
         raise BadRequestError(
-            f"tokens holds {max(body.tokens)}; the vocabulary ends at {processor.last_token_id}",
+            f"tokens contains {max(body.tokens)}; the vocabulary ends at {processor.last_token_id}",
             param="tokens",
         )
     read = functools.partial(processor.text_of, body.tokens, skip_special_tokens=False)

@@ -2,7 +2,7 @@
 
 Read in this order:
 
-    json_text                        what a body's text may hold, before it is decoded
+    json_text                        checks of a body's text, before it is decoded
     decoding, lenient                a body as a schema's object, or an error; unknown fields
     allowed_values                   what a field takes, for the errors about it
     foreign                          fields of other servers that change nothing here

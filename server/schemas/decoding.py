@@ -184,7 +184,7 @@ def without_bom(body: bytes) -> bytes:
     if body.startswith(codecs.BOM_UTF8):
         return body[len(codecs.BOM_UTF8) :]
     is_wide = body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    # JSON begins with an ASCII character: a zero byte beside it is half of a UTF-16 one.
+    # JSON starts with an ASCII character: a zero byte beside it is half of a UTF-16 one.
     if is_wide or b"\0" in body[:2]:
         raise BadRequestError("the body is UTF-16 or UTF-32: send it in UTF-8")
     return body

@@ -1,7 +1,7 @@
-"""What must hold of a JSON text before it is decoded: no name twice, no U+0000, a bounded size.
+"""Checks a JSON text before it is decoded: no duplicate name, no U+0000, a bounded size.
 
-Owns what decoders pass over in silence or pay dearly for. A text that is no JSON at all is the
-decoder's to refuse. Knows no schema.
+Owns what decoders accept silently, or what makes them slow. The decoder rejects text that is not
+JSON. Knows no schema.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ..errors import BadRequestError
 # Larger texts are looked through in a thread.
 INLINE_BYTES = 64 * 1024
 SLICE_BYTES = 1024 * 1024
-# Of a text of any size: decoding so many numbers, or so many strings and objects, takes some tens
-# of milliseconds, in which no other thread runs. A body is large by its pictures and texts alone.
+# Bounds of any text: decoding this many numbers, or strings and objects, takes some tens of
+# milliseconds, in which no other thread runs. Only images and texts make a valid body large.
 MAX_COMMAS = 1_000_000
 MAX_MARKS = 200_000
 
 _MARK = re.compile(rb'["{}\[\]]')
 _COLON = re.compile(rb"[ \t\r\n]*:")
-# Inside a string: runs of plain characters and escapes, but for that of U+0000. Bounded, as no
+# Inside a string: runs of characters and escapes except that of U+0000. Bounded, because no
 # other thread runs while a pattern is matched.
 _RUN = re.compile(rb'(?:[^"\\]++|\\(?!u0000)[\s\S]){0,50000}+')
 
@@ -38,16 +38,16 @@ def check_now(text: bytes) -> None:
 
 
 def _check_commas(text: bytes) -> None:
-    """Commas stand between values, so few commas are few values; those in texts count along."""
+    """Bound the number of values by the number of commas, including commas in strings."""
     num_commas = 0
-    for begin in range(0, len(text), SLICE_BYTES):
-        num_commas += text.count(b",", begin, begin + SLICE_BYTES)
+    for start in range(0, len(text), SLICE_BYTES):
+        num_commas += text.count(b",", start, start + SLICE_BYTES)
         if num_commas > MAX_COMMAS:
-            raise BadRequestError(f"the body holds over {MAX_COMMAS:,} commas: send less")
+            raise BadRequestError(f"the body has over {MAX_COMMAS:,} commas: send less")
 
 
 def _check_names(text: bytes) -> None:
-    """Walk over the text from one string or bracket to the next; its values stay unread."""
+    """Go from one string or bracket to the next, without reading values."""
     objects: list[set[bytes] | None] = []
     num_marks = place = 0
     while (mark := _MARK.search(text, place)) is not None:
@@ -56,7 +56,7 @@ def _check_names(text: bytes) -> None:
         num_marks += 1
         if num_marks > MAX_MARKS:
             raise BadRequestError(
-                f"the body holds over {MAX_MARKS:,} strings, lists and objects: send less"
+                f"the body has over {MAX_MARKS:,} strings, lists and objects: send less"
             )
         if kind == b'"':
             end = _end_of_string(text, place)
@@ -71,20 +71,20 @@ def _check_names(text: bytes) -> None:
             objects.pop()
 
 
-def _end_of_string(text: bytes, begin: int) -> int:
-    """Where the quote stands that ends the string; the text's end where none does.
+def _end_of_string(text: bytes, start: int) -> int:
+    """The place of the quote that ends the string; the text's end if there is none.
 
     Raises BadRequestError at U+0000.
     """
-    quote = text.find(b'"', begin)
-    if quote >= 0 and text.find(b"\\", begin, quote) < 0:
+    quote = text.find(b'"', start)
+    if quote >= 0 and text.find(b"\\", start, quote) < 0:
         return quote
-    place = begin
+    place = start
     while place < len(text) and text[place] != 0x22:
         run = _RUN.match(text, place)
         assert run is not None, "the pattern takes any text"
         if run.end() == place:
-            # A backslash that no run takes: the text ends here, or this is the one escape.
+            # A backslash that no run takes: the text ends here, or this is the escape of U+0000.
             if place + 1 < len(text):
                 raise _nul_error(text)
             return len(text)
@@ -93,19 +93,19 @@ def _end_of_string(text: bytes, begin: int) -> int:
 
 
 def _nul_error(text: bytes) -> BadRequestError:
-    """Names the field that holds the character, where the text can be read at all."""
+    """The error, with the field that contains the character if the text can be decoded."""
     try:
         field = _field_with_nul(msgspec.json.decode(text))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         field = None
     shown = (field or "the body")[:200]
     return BadRequestError(
-        f"{shown} holds the character U+0000: remove it", param=field and field[:200]
+        f"{shown} contains the character U+0000: remove it", param=field and field[:200]
     )
 
 
 def _field_with_nul(body: Any) -> str | None:
-    """The path of the first text, or of the first name, that holds U+0000."""
+    """The path of the first text or name that contains U+0000."""
     waiting = [("", body)]
     while waiting:
         path, value = waiting.pop()
@@ -125,12 +125,12 @@ def _add_name(names: set[bytes], written: bytes) -> None:
     name = _as_text(written) if b"\\" in written else written
     if name in names:
         shown = name[:64].decode(errors="replace")
-        raise BadRequestError(f"the name {shown!r} stands twice in one object: send it once")
+        raise BadRequestError(f"the name {shown!r} occurs twice in one object: send it once")
     names.add(name)
 
 
 def _as_text(written: bytes) -> bytes:
-    """The bytes that a name with escapes stands for; as it is written where it is no JSON."""
+    """The name with its escapes decoded; unchanged if it is not JSON."""
     try:
         return msgspec.json.decode(b'"' + written + b'"', type=str).encode()
     except (msgspec.DecodeError, UnicodeDecodeError):

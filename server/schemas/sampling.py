@@ -1,7 +1,7 @@
-"""What chat and text completions of OpenAI's API share: sampling, stops, forms, streams.
+"""Fields shared by chat and text completions of OpenAI's API: sampling, stops, forms, streams.
 
-Owns those fields' names, ranges and spellings, and how they become parts of a
-`GenerationRequest`. Knows nothing of messages, of prompts or of answers.
+Owns their names, ranges and spellings, and their conversion to parts of a `GenerationRequest`.
+Knows nothing of messages, prompts or answers.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ NumTop = Annotated[int, msgspec.Meta(ge=0, le=20)]
 # SGLang's names of the guided fields.
 SGLANG_NAMES = {"guided_json": "json_schema", "guided_regex": "regex", "guided_grammar": "ebnf"}
 
-# Answers of one request, whatever they are to.
+# Answers of one request, to all its prompts.
 MAX_ANSWERS = 128
 
-# One spelling each, so that no id has two biases.
+# One spelling for each id, so that no id has two biases.
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _BY_TOKEN_ID = msgspec.Meta(
     max_length=1024,
@@ -53,7 +53,7 @@ _BY_TOKEN_ID = msgspec.Meta(
 
 STREAM_OPTIONS = ("include_usage", "include_obfuscation", "continuous_usage_stats")
 
-# What `check_shared` refuses, for the API's document.
+# The rules of `check_shared`, for the API's document.
 SHARED_RULES = (
     needs(
         "stream_options",
@@ -66,7 +66,7 @@ SHARED_RULES = (
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """include_obfuscation: a chunk carries random characters, which hide its size.
+    """include_obfuscation: each chunk has random characters, which hide its size.
 
     continuous_usage_stats: every chunk has the usage so far, as in vLLM.
     """
@@ -171,12 +171,12 @@ def _some_members(neutral: dict[str, Any]) -> dict[str, Any]:
 
 
 def only_neutral(fields: Mapping[str, Neutral]) -> dict[str, Any]:
-    """What `refuse_unless_neutral` takes, for the API's document."""
+    """What `refuse_unless_neutral` accepts, for the API's document."""
     return {"properties": {name: one.schema for name, one in fields.items()}}
 
 
 def refuse_unless_neutral(body: msgspec.Struct, fields: Mapping[str, Neutral]) -> None:
-    """Raises BadRequestError at the first field that asks for what is not supported."""
+    """Raises BadRequestError for the first field with an unsupported value."""
     for field, neutral in fields.items():
         value = getattr(body, field)
         if value is not None and not is_neutral(value, neutral.values):
@@ -188,7 +188,7 @@ def refuse_unless_neutral(body: msgspec.Struct, fields: Mapping[str, Neutral]) -
 
 
 def check_shared(body: SharedFields) -> None:
-    """What no type says. Raises BadRequestError that names the field."""
+    """Check constraints between fields. Raises BadRequestError that names the field."""
     if body.stream_options is not None and body.stream_options.is_set and not body.stream:
         raise BadRequestError("stream_options needs stream: true", param="stream_options")
     if body.prompt_logprobs is not None and body.stream:
@@ -199,8 +199,8 @@ def check_shared(body: SharedFields) -> None:
 
 
 def sampling_of(body: SharedFields, num_logprobs: int | None) -> SamplingParams:
-    """All that decides which token comes next; null leaves a field at its default."""
-    # A top_p of 0 leaves the likeliest token alone.
+    """The sampling parameters; null leaves a field at its default."""
+    # A top_p of 0 keeps only the likeliest token.
     temperature = 0.0 if body.top_p == 0 else body.temperature
     return msgspec.structs.replace(
         sampling_params(temperature, body.top_p or None, body.top_k, body.seed),
@@ -215,7 +215,7 @@ def sampling_of(body: SharedFields, num_logprobs: int | None) -> SamplingParams:
 
 
 def forms_of(body: SharedFields) -> list[Form]:
-    """Every form that the body asks for; more than one is an error."""
+    """All forms that the body requests; more than one is an error."""
     top = Guided(
         guided_json=body.guided_json,
         guided_regex=body.guided_regex,
@@ -240,7 +240,7 @@ def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
 
 
 def _logit_bias(biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
-    """JSON's keys are strings; OpenAI's clients write token ids into them."""
+    """The keys are token ids as strings, as OpenAI's clients write them."""
     for key in biases:
         if not _TOKEN_ID.fullmatch(key):
             raise BadRequestError(

@@ -1,4 +1,4 @@
-"""The fields by which clients request a form of the answer.
+"""The fields that set the form of the answer.
 
 Owns OpenAI's response_format, the guided_* fields, their twins under nvext, and Llama Stack's
 response_format. Knows nothing of how a grammar is written (`grammar_text.py`) or obeyed.
@@ -93,10 +93,10 @@ class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
 
 
 class Form(msgspec.Struct, frozen=True):
-    """A grammar, not compiled yet, and the field that it came in.
+    """A grammar, not compiled yet, and its field.
 
-    parts: schemas within it, each as a grammar with its field. ignored: paths of keywords that it
-    does not obey.
+    parts: schemas within it, each as a grammar with its field. ignored: paths of keywords that
+    have no effect.
     """
 
     grammar: str
@@ -106,7 +106,7 @@ class Form(msgspec.Struct, frozen=True):
 
 
 def response_form(response_format: ResponseFormat | None) -> list[Form]:
-    """What OpenAI's field asks for: nothing or one form."""
+    """The form that OpenAI's field requests, if any."""
     if isinstance(response_format, JsonObjectFormat):
         return [Form(json_object_grammar(), "response_format")]
     if isinstance(response_format, JsonSchemaFormat):
@@ -116,7 +116,7 @@ def response_form(response_format: ResponseFormat | None) -> list[Form]:
 
 
 def guided_forms(guided: Guided, prefix: str = "") -> list[Form]:
-    """What the guided fields ask for, one form for each that is set."""
+    """The forms that the guided fields request: one for each field that is set."""
     return renamed_forms(guided, {name: prefix + name for name in Guided.__struct_fields__})
 
 
@@ -138,7 +138,7 @@ def renamed_forms(guided: Guided, names: Mapping[str, str]) -> list[Form]:
 
 
 def structured_forms(wanted: StructuredOutputs) -> list[Form]:
-    """What vLLM's field asks for, one form for each of its fields that is set."""
+    """The forms that vLLM's field requests: one for each of its fields that is set."""
     guided = Guided(
         guided_json=wanted.json,
         guided_regex=wanted.regex,
@@ -155,7 +155,7 @@ def structured_forms(wanted: StructuredOutputs) -> list[Form]:
 
 
 def stack_form(response_format: StackFormat | None) -> list[Form]:
-    """What Llama Stack's field asks for: nothing or one form."""
+    """The form that Llama Stack's field requests, if any."""
     if isinstance(response_format, StackSchemaFormat):
         field = "response_format.json_schema"
         return [schema_form(response_format.json_schema, field)]
@@ -175,9 +175,9 @@ def call_form(
     tool_format: ToolFormat = "json",
     schema_field: str = "tools[{}].function.parameters",
 ) -> list[Form]:
-    """The form of calls where tool_choice asks for some: of any tool, or of the named one.
+    """The form of calls if tool_choice requires them: of any tool, or of the named one.
 
-    schema_field: where the schema of each tool stands, by its number.
+    schema_field: the field of each tool's schema, as a format of its number.
     """
     if choice in (None, "auto", "none"):
         return []
@@ -195,11 +195,10 @@ def call_form(
 
 
 def only_form(forms: list[Form]) -> Form | None:
-    """The one form that is asked for. Raises BadRequestError that names two."""
+    """The requested form. Raises BadRequestError if there are two."""
     if len(forms) > 1:
         raise BadRequestError(
-            f"{forms[0].field} and {forms[1].field} both say what form the answer must have:"
-            " send one",
+            f"{forms[0].field} and {forms[1].field} both set the form of the answer: send one",
             param=forms[1].field,
         )
     return forms[0] if forms else None
@@ -219,7 +218,7 @@ def _guided_json(value: str | dict[str, Any], field: str) -> Form:
 def schema_form(schema: dict[str, Any] | bool, field: str) -> Form:
     """The form of the JSON texts that a schema describes. Raises BadRequestError."""
     if schema is False:
-        raise BadRequestError(f"{field} is false, which no answer fulfils", param=field)
+        raise BadRequestError(f"{field} is false, which no answer can satisfy", param=field)
     whole = {} if schema is True else schema
     grammar = json_schema_grammar(whole, field)
     _, ignored = plain_schema(whole, field)

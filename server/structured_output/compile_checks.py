@@ -33,7 +33,7 @@ NUM_CHILDREN = 2
 START_TIMEOUT_S = 60.0
 # Wall time of a compile in terms of its processor time: beyond it the machine is at fault.
 WALL_FACTOR = 15
-# A verdict holds a grammar of 64 KiB or a little more: some 20 MiB at most.
+# A verdict includes a grammar of 64 KiB or a little more: about 20 MiB in all.
 MAX_VERDICTS = 256
 TOO_MUCH_MEMORY = "it takes too much memory to compile: simplify it"
 _ANSWER_LIMIT = 1 << 20
@@ -45,7 +45,7 @@ _TOO_SLOW, _OUT_OF_MEMORY = -signal.SIGPROF, -signal.SIGABRT
 class GrammarChecks:
     """At most NUM_CHILDREN children, started when the first grammars come.
 
-    lane: who may compile next, with NUM_CHILDREN places.
+    lane: the queue for compilation, with NUM_CHILDREN places.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class GrammarChecks:
         raise _lost_child()
 
     async def _end_child(self, process: Process) -> None:
-        """End a child that is of no use, and start the next before somebody waits for it."""
+        """End an unusable child, and start the next one before a request waits for it."""
         await end_child(process)
         if self._spare is None or self._spare.done():
             self._spare = asyncio.create_task(self._add_spare())

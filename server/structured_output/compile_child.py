@@ -42,7 +42,7 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 def judge(text: str, grammars: Grammars) -> Verdict:
-    """Whether a grammar compiles and begins in time, as the engine would have it.
+    """Whether a grammar compiles and starts in time, as in the engine.
 
     One in GBNF is translated first.
     """
@@ -69,7 +69,7 @@ def judge(text: str, grammars: Grammars) -> Verdict:
 # The library's words for a JSON schema that it cannot obey, and ours.
 _PLAIN_REASONS = (
     (r"Unimplemented keys: \[(?P<what>.*)\]", "the keywords {what} are not supported: remove them"),
-    (r"oneOf constraints", "the branches of a oneOf cannot be told apart: use anyOf"),
+    (r"oneOf constraints", "the branches of a oneOf cannot be distinguished: use anyOf"),
     (r"Unsatisfiable schema: (?P<what>.*)", "no JSON fulfils it: {what}"),
     (r"min/maxProperties only", "minProperties and maxProperties need all properties in required"),
     (r"Pointer (?P<what>'.*') does not exist", "the $ref {what} points to nothing"),

@@ -102,7 +102,7 @@ def _checked_lark_grammar(text: str, field: str) -> str:
         raise BadRequestError(f"{field} has a string or a regex without its end", param=field)
     if "<" in _LARK_TEXT.sub("", text):
         raise BadRequestError(
-            f"{field} names a special token (<...>), and an answer holds none: quote the text"
+            f"{field} names a special token (<...>), and an answer contains none: quote the text"
             ' if you mean its letters, as in "<b>"',
             param=field,
         )
@@ -129,7 +129,7 @@ def _encoded(grammar: dict[str, Any], field: str) -> str:
 
 def _check_text(text: str, field: str) -> None:
     if "\0" in text:
-        raise BadRequestError(f"{field} holds the character U+0000: remove it", param=field)
+        raise BadRequestError(f"{field} contains the character U+0000: remove it", param=field)
     _check_size(text, field)
 
 

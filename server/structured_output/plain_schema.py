@@ -42,7 +42,7 @@ def plain_schema(schema: dict[str, Any], path: str = "schema") -> tuple[dict[str
     """The schema without what changes nothing, and the paths of keywords that were dropped.
 
     path: where the schema stands. It must not nest too deeply (`json_depth`). Dropped:
-    uniqueItems, which no grammar can hold a model to.
+    uniqueItems, which no grammar can enforce.
     """
     dropped: list[str] = []
     return _plain(schema, path, dropped), dropped

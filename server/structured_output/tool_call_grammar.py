@@ -34,8 +34,8 @@ def calls_grammar(
         "call: " + " | ".join(f"call_{number}" for number in range(len(tools))),
     ]
     for number, tool in enumerate(tools):
-        begin, end = _around(tool, is_tagged)
-        rules.append(f"call_{number}: {quoted(begin)} arguments_{number} {quoted(end)}")
+        start, end = _around(tool, is_tagged)
+        rules.append(f"call_{number}: {quoted(start)} arguments_{number} {quoted(end)}")
         rules.append(f"arguments_{number}: %json {_schema(tool)}")
     return lark_grammar("\n".join(rules), "tools")
 

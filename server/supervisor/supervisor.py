@@ -7,7 +7,7 @@
 Children read their settings on stdin. The supervisor starts them, logs when the server is ready,
 and restarts a child that ends or hangs, by the states in `child_states.py`. It stops all children
 on SIGINT or SIGTERM, when a child cannot start, and when a child ends too often. With several
-engines, one that keeps ending is suspended; the server exits only when all are.
+engines, an engine that keeps ending is suspended; the server exits only when all are.
 """
 
 from __future__ import annotations

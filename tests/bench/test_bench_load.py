@@ -190,7 +190,7 @@ def test_answers_of_other_lengths_are_reported_and_warned_of():
     mixed = summary_of(sample(), sample(gaps=(0.1, 0.1)))
     assert mixed.output_lengths == [2, 3]
     assert not mixed.is_equal_length
-    assert any("2 to 3 tokens, 2 were asked for" in line for line in warnings(mixed, 2))
+    assert any("2 to 3 tokens instead of 2" in line for line in warnings(mixed, 2))
 
 
 def test_a_busy_client_and_a_server_without_usage_are_warned_of():

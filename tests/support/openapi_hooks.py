@@ -1,7 +1,7 @@
-"""What schemathesis is told beside the document: loaded by it as SCHEMATHESIS_HOOKS.
+"""Hooks of schemathesis, which loads this file as SCHEMATHESIS_HOOKS.
 
-Valid data may be refused only for what the document says in words, as JSON schema has
-none for it: `TOLD` has the refusal of each. Answers hold no key that is not documented.
+The server may reject schema-valid data only by a rule that the document states in prose:
+`ERRORS` has the error of each. Answers have no undocumented key.
 """
 
 from __future__ import annotations
@@ -14,56 +14,58 @@ import schemathesis
 
 VOCAB_SIZE = 768
 
-# A rule of the document -> the messages that it stands for.
-TOLD = {
-    "Texts hold no U+0000.": r"(holds|contains) the character U\+0000",
-    "A tool message answers the id of a call in an earlier assistant message.": (
+# A prose rule of the document -> a pattern of its error messages.
+ERRORS = {
+    "Texts do not contain U+0000.": r"contains the character U\+0000",
+    "The id of a tool message is the id of a call in an earlier assistant message.": (
         r"which is the id of no (call in|tool_use block in|earlier function_call)"
     ),
-    "A picture is a data URL of a picture file in base64, or an http or https URL of a public host,"
+    "An image is a data URL with a base64 image file, or an http or https URL of a public host,"
     " within the server's limits.": r"^(messages|input)\S*: .*(image|data URL|decod)",
-    "The prompt and the answer fit the model's context.": r"max_model_len is",
-    "max_tokens and max_completion_tokens are equal where both are given.": (
+    "The prompt and the answer fit into the model's context.": r"max_model_len is",
+    "max_tokens and max_completion_tokens are equal if both are set.": (
         r"max_tokens is \d+ and max_completion_tokens is \d+"
     ),
-    "min_tokens is not more than the tokens that may be generated.": r"min_tokens is .* at most",
-    "At most one field says what form the answer must have: response_format, a guided one, or a"
-    " tool_choice that asks for calls.": r"both say what form the answer must have",
-    "JSON schemas, patterns, choices and grammars can be compiled, and are not false.": (
+    "min_tokens is at most the number of tokens that may be generated.": (
+        r"min_tokens is .* at most"
+    ),
+    "At most one field sets the form of the answer: response_format, a guided_* field, or a"
+    " tool_choice that requires calls.": r"both set the form of the answer",
+    "JSON schemas, patterns, choices and grammars compile, and no schema is false.": (
         r"cannot be compiled|is false, which no|is not a JSON schema|to compile: simplify"
         r"|guided_choice|guided_grammar|guided_regex|structured_outputs\.|^(regex|ebnf|json_schema)\b"
     ),
-    "Tools have different names, none of them auto, none or required.": (
+    "Tool names are unique, and none is auto, none or required.": (
         r"by which tool_choice means|is a second tool named"
     ),
-    "A tool's parameters are a schema of an object, of 64 KiB and 64 levels at most.": (
+    "A tool's parameters are a schema of type object: at most 64 KiB and 64 levels.": (
         r'\.type is not "object"|nested more than|bytes; the limit is'
     ),
-    "A tool_choice names one of the tools, or needs some where it asks for calls.": (
+    "A tool_choice names one of the tools; required needs at least one tool.": (
         r"tool_choice.* none of tools|tool_choice needs tools"
     ),
-    "The arguments of an earlier call nest 64 levels at most.": r"nested more than",
-    "Token ids are the model's.": r"the vocabulary ends at",
-    "All answers of a request are at most --max-answers-per-request, and 128 at most.": (
+    "The arguments of an earlier call have at most 64 levels.": r"nested more than",
+    "Token ids are in the model's vocabulary.": r"the vocabulary ends at",
+    "A request has at most --max-answers-per-request answers, and at most 128.": (
         r"answers at once|a request has at most \d+ answers|a request may ask for \d+"
     ),
-    "best_of is 1 or n where it is given.": r"best_of is \d+ and n is",
-    "model and model_id are equal where both are given.": r"model and model_id differ",
-    "What stands in tool_config and beside it is the same.": r"and tool_config\.\w+ is",
-    "Only a user's message holds a picture.": r"only a user's message may hold an image",
-    "A previous_response_id is the id of a response that this server still keeps for the same key;"
-    " store is true only where the server keeps responses.": (
+    "best_of is 1 or n if it is set.": r"best_of is \d+ and n is",
+    "model and model_id are equal if both are set.": r"model and model_id differ",
+    "A setting in tool_config and the same one beside it are equal.": r"and tool_config\.\w+ is",
+    "Only user messages have images.": r"only a user's message may have an image",
+    "A previous_response_id is the id of a response that the server still stores for the same key;"
+    " store is true only if the server stores responses.": (
         r"is the id of no response|keeps no responses"
     ),
-    "An item of the input has what its type needs: a message a role and a content, a function_call"
-    " call_id, name and arguments that are a JSON object, a function_call_output the call_id of an"
-    " earlier call. Only a user's message has pictures. No item is an item_reference. One item at"
-    " least is a message or a call, unless there are instructions.": (
+    "A message has role and content. A function_call has call_id, name and arguments, which are a"
+    " JSON object. A function_call_output has the call_id of an earlier call. Only user messages"
+    " have images. No item is an item_reference. At least one item is a message or a call, unless"
+    " instructions are set.": (
         r"is required(:|$)|has no message|is an item_reference|has a picture|is not a JSON object"
         r"|nested more than"
     ),
     "truncate_prompt_tokens leaves all images in the prompt.": r"without all images",
-    "prompt_logprobs are not asked for of more than the server's limit of tokens.": (
+    "prompt_logprobs times the prompt's tokens are within the server's limit.": (
         r"log-probabilities, the limit is"
     ),
 }
@@ -71,9 +73,9 @@ TOLD = {
 
 @schemathesis.hook
 def map_body(context, body):
-    """Spare most requests the refusals that say least: of calls' texts, of tokens, of time.
+    """Make most requests acceptable: arguments of calls, token ids and times within bounds.
 
-    504 is an error of the server's then.
+    A 504 is then an error of the server.
     """
     body = _with_arguments(body)
     if isinstance(body, dict) and isinstance(body.get("tokens"), list):
@@ -89,7 +91,7 @@ def _token(one):
 
 
 def _with_arguments(part):
-    """Most texts are no JSON object: few requests with calls would be answered."""
+    """Replace arguments by a JSON object: random texts rarely are one."""
     if isinstance(part, dict):
         return {
             key: '{"number": 1}'
@@ -102,21 +104,21 @@ def _with_arguments(part):
 
 @schemathesis.check
 def valid_data_is_accepted(ctx, response, case):
-    """400 only for a rule that the document tells for this body."""
+    """400 only for a prose rule that the document has for this body."""
     is_valid = case.meta is not None and case.meta.generation.mode.is_positive
     if not is_valid or response.status_code != 400:
         return
     body = case.operation.definition.raw.get("requestBody", {})
     message = response.json()["message"]
-    told = body.get("description", "")
-    rules = [pattern for rule, pattern in TOLD.items() if rule in told]
+    prose = body.get("description", "")
+    rules = [pattern for rule, pattern in ERRORS.items() if rule in prose]
     if not any(re.search(pattern, message) for pattern in rules):
-        raise AssertionError(f"schema-valid data was refused: {message}")
+        raise AssertionError(f"schema-valid data was rejected: {message}")
 
 
 @schemathesis.check
 def answers_hold_no_key_that_is_not_documented(ctx, response, case):
-    """The document leaves answers open for what may come; the server says nothing beside it yet."""
+    """The document allows further keys in answers; the server sends none yet."""
     kind = (response.headers.get("content-type") or [""])[0]
     told = case.operation.definition.raw["responses"].get(str(response.status_code), {})
     if not kind.startswith(JSON_KINDS) or case.method == "HEAD" or not told:

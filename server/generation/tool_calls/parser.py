@@ -1,18 +1,18 @@
-"""Finds tool calls in an answer while it is written.
+"""Finds tool calls in an answer while it is generated.
 
-Owns the forms in which Llama 3 writes calls, and what is held back: only text
-that may still become a call. Each character is looked at once, so hostile text
-costs no more than other text. Knows nothing of tokens, ids of calls or HTTP.
+Owns the forms in which Llama 3 writes calls. Buffers only text that may still become a call.
+Reads each character once, so hostile text costs no more than other text. Knows nothing of
+tokens, ids of calls or HTTP.
 
 Forms, where NAME is the name of an offered tool; anything else is text:
 
-    {"name": "NAME", "parameters": {...}}      at the beginning, or after another
+    {"name": "NAME", "parameters": {...}}      at the start, or after another
                                                call; also in a list, also with
                                                "arguments", "type" and "id"
     <function=NAME>{...}</function>            anywhere
     <|python_tag|>NAME.call(key=literal, ...)  anywhere; also without ".call",
                                                also a call in JSON
-    [NAME(key=literal, ...), ...]              at the beginning
+    [NAME(key=literal, ...), ...]              at the start
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import NamedTuple
 from .pieces import ParsedPiece, PieceWriter
 from .python_arguments import NotLiteralError, json_of_arguments
 
-# What the machine is fed besides single characters.
+# Symbols of the machine besides single characters.
 _END = "END"
 _PYTHON_TAG = "PYTHON_TAG"
 
@@ -38,19 +38,19 @@ _MAX_VALUE_CHARS = 128
 
 _JSON_QUOTES = frozenset('"')
 
-# A step of the machine reads symbols and ends with the first that it left unread.
+# A step reads symbols and returns the first one that it did not read.
 Steps = Generator[None, str, str]
 
 
 class Found(NamedTuple):
-    """A value that was read, or None; and the first symbol that was left unread."""
+    """The value, or None, and the first unread symbol."""
 
     value: str | None
     symbol: str
 
 
 class Whole(NamedTuple):
-    """Whether a bracket found its end; and the first symbol that was left unread."""
+    """Whether the bracket was closed, and the first unread symbol."""
 
     is_whole: bool
     symbol: str
@@ -58,7 +58,7 @@ class Whole(NamedTuple):
 
 @dataclass(slots=True)
 class _JsonCall:
-    """What is known of a JSON call. early: its arguments, where they came before its name."""
+    """A JSON call so far. early: its arguments, if they came before its name."""
 
     name: str | None = None
     early: list[str] = field(default_factory=list)
@@ -67,9 +67,9 @@ class _JsonCall:
 
 
 class ToolCallParser:
-    """Reads one answer. names: of the offered tools; max_calls None: any number.
+    """Parses one answer. names: of the offered tools; max_calls None: any number.
 
-    `is_done` is set when max_calls are complete; what follows is dropped.
+    `is_done` is true once max_calls calls are complete; further text is dropped.
     """
 
     def __init__(self, names: Collection[str], max_calls: int | None = None) -> None:
@@ -83,15 +83,15 @@ class ToolCallParser:
         return self._out.num_closed == self._max_calls
 
     def push(self, text: str) -> list[ParsedPiece]:
-        """What became certain with this text."""
+        """Return the pieces that are certain after this text."""
         return self._feed(text)
 
     def push_python_tag(self) -> list[ParsedPiece]:
-        """The same for the special token, which has no text."""
+        """The same for the special token <|python_tag|>, which has no text."""
         return self._feed([_PYTHON_TAG])
 
     def flush(self) -> list[ParsedPiece]:
-        """What is left at the end of the answer."""
+        """End the answer; return the last pieces."""
         return self._feed([_END])
 
     def _feed(self, symbols: Iterable[str]) -> list[ParsedPiece]:
@@ -103,9 +103,9 @@ class ToolCallParser:
 
 
 class _Machine:
-    """The grammar of answers. Each method is handed the first symbol that it may read.
+    """The grammar of answers. Each method gets the first symbol to read.
 
-    A method that finds no call leaves what it read held; its caller decides.
+    A method that finds no call leaves what it read in the buffer; its caller decides.
     """
 
     def __init__(self, names: frozenset[str], out: PieceWriter) -> None:
@@ -126,16 +126,16 @@ class _Machine:
                 symbol = yield
 
     def _calls(self, symbol: str, is_tagged: bool) -> Steps:
-        """All calls that begin here, at a place for calls; or text."""
+        """All calls from here on, at a place where calls may start; or text."""
         symbol = yield from self._skip(symbol, _SPACE)
         is_list = symbol == "["
         if is_list:
-            self._out.hold(symbol)
+            self._out.buffer(symbol)
             symbol = yield from self._skip((yield), _SPACE)
         return (yield from self._first_call(symbol, is_tagged or is_list))
 
     def _first_call(self, symbol: str, is_python: bool) -> Steps:
-        """One call and those behind it, or text."""
+        """One call and those after it, or text."""
         num_opened = self._out.num_opened
         symbol = yield from self._call(symbol, is_python)
         while self._out.num_opened > num_opened:
@@ -145,7 +145,7 @@ class _Machine:
                 self._out.end_calls(_BETWEEN)
                 return symbol
             symbol = yield from self._call(symbol, is_python)
-        self._out.write_held()
+        self._out.write_buffer()
         return symbol
 
     def _call(self, symbol: str, is_python: bool) -> Steps:
@@ -161,13 +161,13 @@ class _Machine:
         """`{"name": ..., "parameters": {...}}`, its keys in any order."""
         call = _JsonCall()
         while symbol in ("{", ",") and not call.is_broken:
-            self._out.hold(symbol)
+            self._out.buffer(symbol)
             symbol = yield from self._skip((yield), _SPACE)
             key, symbol = yield from self._string(symbol, _KEYS)
             symbol = yield from self._skip(symbol, _SPACE)
             if key is None or symbol != ":":
                 break
-            self._out.hold(symbol)
+            self._out.buffer(symbol)
             symbol = yield from self._skip((yield), _SPACE)
             symbol = yield from self._member(key, symbol, call)
             symbol = yield from self._skip(symbol, _SPACE)
@@ -176,7 +176,7 @@ class _Machine:
         if symbol != "}":
             self._out.close_call(is_clean=False)
             return symbol
-        self._out.hold(symbol)
+        self._out.buffer(symbol)
         self._out.close_call()
         return (yield)
 
@@ -190,7 +190,7 @@ class _Machine:
             call.is_broken = True
         elif call.name is None:
             write = call.early.append
-            is_whole, symbol = yield from self._object(symbol, lambda c: write(self._held(c)))
+            is_whole, symbol = yield from self._object(symbol, lambda c: write(self._buffered(c)))
             call.is_broken = not is_whole
         else:
             self._out.open_call(call.name)
@@ -203,19 +203,19 @@ class _Machine:
         return symbol
 
     def _tagged_call(self, symbol: str) -> Steps:
-        """`<function=NAME>{...}</function>`, and more that begin where the end is missing."""
-        self._out.hold(symbol)
+        """`<function=NAME>{...}</function>`, or several of which only the last has an end tag."""
+        self._out.buffer(symbol)
         symbol = yield
         while True:
             for expected in "function=":
                 if symbol != expected:
                     return symbol
-                self._out.hold(symbol)
+                self._out.buffer(symbol)
                 symbol = yield
             name, symbol = yield from self._name(symbol, self._names)
             if name is None or symbol != ">":
                 return symbol
-            self._out.hold(symbol)
+            self._out.buffer(symbol)
             symbol = yield from self._skip((yield), _SPACE)
             if symbol != "{":
                 return symbol
@@ -227,7 +227,7 @@ class _Machine:
             if symbol != "<":
                 self._out.close_call(is_clean=False)
                 return symbol
-            self._out.hold(symbol)
+            self._out.buffer(symbol)
             symbol = yield
             if symbol == "/":
                 return (yield from self._end_tag(symbol))
@@ -238,20 +238,20 @@ class _Machine:
             if symbol != expected:
                 self._out.close_call(is_clean=False)
                 return symbol
-            self._out.hold(symbol)
+            self._out.buffer(symbol)
             if expected == ">":
                 self._out.close_call()
             symbol = yield
         return symbol
 
     def _python_call(self, symbol: str) -> Steps:
-        """`NAME(key=literal, ...)` or `NAME.call(key=literal, ...)`, held to its end."""
+        """`NAME(key=literal, ...)` or `NAME.call(key=literal, ...)`, buffered to its end."""
         name, symbol = yield from self._name(symbol, self._python_names)
         if name is None or symbol != "(":
             return symbol
         text: list[str] = []
         is_whole, symbol = yield from self._object(
-            symbol, lambda c: text.append(self._held(c)), _QUOTES
+            symbol, lambda c: text.append(self._buffered(c)), _QUOTES
         )
         if not is_whole:
             return symbol
@@ -264,10 +264,10 @@ class _Machine:
         self._out.close_call()
         return symbol
 
-    # The smallest steps.
+    # Single symbols and values
 
-    def _held(self, character: str) -> str:
-        self._out.hold(character)
+    def _buffered(self, character: str) -> str:
+        self._out.buffer(character)
         return character
 
     def _write_argument(self, character: str) -> None:
@@ -275,46 +275,46 @@ class _Machine:
 
     def _skip(self, symbol: str, characters: frozenset[str]) -> Steps:
         while symbol in characters:
-            self._out.hold(symbol)
+            self._out.buffer(symbol)
             symbol = yield
         return symbol
 
     def _name(self, symbol: str, names: frozenset[str]) -> Generator[None, str, Found]:
-        """The name that is written here up to the first character that is of none; or None."""
+        """The longest text here that starts one of the names; None if it is not a whole name."""
         name = ""
         while len(symbol) == 1 and any(one.startswith(name + symbol) for one in names):
             name += symbol
-            self._out.hold(symbol)
+            self._out.buffer(symbol)
             symbol = yield
         return Found(name if name in names else None, symbol)
 
     def _string(self, symbol: str, values: frozenset[str] | None) -> Generator[None, str, Found]:
-        """A JSON string without escapes, of one of the values, or any short one."""
+        """A JSON string without escapes: one of the values, or any short string."""
         if symbol != '"':
             return Found(None, symbol)
-        self._out.hold(symbol)
+        self._out.buffer(symbol)
         if values is None:
             value, symbol = yield from self._any_value((yield))
         else:
             value, symbol = yield from self._name((yield), values)
         if value is None or symbol != '"':
             return Found(None, symbol)
-        self._out.hold(symbol)
+        self._out.buffer(symbol)
         return Found(value, (yield))
 
     def _any_value(self, symbol: str) -> Generator[None, str, Found]:
         value = ""
         while len(symbol) == 1 and symbol not in '"\\\n' and len(value) < _MAX_VALUE_CHARS:
             value += symbol
-            self._out.hold(symbol)
+            self._out.buffer(symbol)
             symbol = yield
         return Found(value, symbol)
 
     def _object(
         self, symbol: str, write: Callable[[str], object], quotes: frozenset[str] = _JSON_QUOTES
     ) -> Generator[None, str, Whole]:
-        """All up to the bracket that closes the one here. Brackets of all kinds count alike:
-        whether the text between them is sound is another's question."""
+        """Everything up to the closing bracket. Brackets of all kinds count alike, and the text
+        between them is not checked."""
         depth, quote, is_escaped = 0, "", False
         while len(symbol) == 1:
             write(symbol)

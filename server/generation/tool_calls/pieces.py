@@ -1,7 +1,7 @@
-"""What a parsed answer is made of: text and parts of calls.
+"""The pieces of a parsed answer: text and parts of calls.
 
-Owns how single characters become pieces, and what is held back. Knows nothing
-of the forms of calls.
+Owns the conversion of characters to pieces, and the buffer of undecided text. Knows nothing of
+the forms of calls.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class TextPiece:
 
 @dataclass(slots=True, frozen=True)
 class CallPiece:
-    """A part of a call. name: of the tool, with the first part only.
+    """A part of a call. name: the tool, in the first part only.
 
-    arguments: the next part of their JSON text. raw: what the model wrote for
-    this part. is_end: the call is complete.
+    arguments: the next part of the JSON text. raw: the model's text of this part. is_end: the call
+    is complete.
     """
 
     index: int
@@ -53,11 +53,11 @@ class _Draft:
 
 
 class PieceWriter:
-    """Gathers pieces until they are taken. `num_opened` and `num_closed` count calls."""
+    """Collects pieces until `take`. `num_opened` and `num_closed` count calls."""
 
     def __init__(self) -> None:
         self._drafts: list[_Draft] = []
-        self._held: list[str] = []
+        self._buffer: list[str] = []
         self.num_opened = 0
         self.num_closed = 0
 
@@ -66,22 +66,22 @@ class PieceWriter:
         drafts, self._drafts = self._drafts, []
         return [draft.finished() for draft in drafts]
 
-    def hold(self, character: str) -> None:
-        """Keep a character back that may be text or a part of a call."""
-        self._held.append(character)
+    def buffer(self, character: str) -> None:
+        """Buffer a character that may be text or a part of a call."""
+        self._buffer.append(character)
 
     def end_calls(self, separators: Collection[str]) -> None:
-        """What was held behind the last call is nobody's if it only separates calls, else text."""
-        if all(character in separators for character in self._held):
-            self._held.clear()
+        """Drop the buffer if it has separators only; else write it as text."""
+        if all(character in separators for character in self._buffer):
+            self._buffer.clear()
         else:
-            self.write_held()
+            self.write_buffer()
 
-    def write_held(self) -> None:
-        """What was held is text after all."""
-        for character in self._held:
+    def write_buffer(self) -> None:
+        """Write the buffer as text."""
+        for character in self._buffer:
             self.write_text(character)
-        self._held.clear()
+        self._buffer.clear()
 
     def write_text(self, character: str) -> None:
         if not self._drafts or self._drafts[-1].index is not None:
@@ -89,9 +89,9 @@ class PieceWriter:
         self._drafts[-1].raw.append(character)
 
     def open_call(self, name: str) -> None:
-        """Begin a call; what was held is its beginning."""
-        self._drafts.append(_Draft(self.num_opened, name, raw=self._held))
-        self._held = []
+        """Start a call with the buffer as the start of its raw text."""
+        self._drafts.append(_Draft(self.num_opened, name, raw=self._buffer))
+        self._buffer = []
         self.num_opened += 1
 
     def write_argument(self, arguments: str, raw: str = "") -> None:
@@ -101,13 +101,13 @@ class PieceWriter:
         draft.raw.append(raw)
 
     def close_call(self, *, is_clean: bool = True) -> None:
-        """The open call is complete; what was held is its end, or not its own."""
+        """End the open call. is_clean: the buffer is its end; else it stays in the buffer."""
         draft = self._open_draft()
         draft.is_end = True
         self.num_closed += 1
         if is_clean:
-            draft.raw += self._held
-            self._held.clear()
+            draft.raw += self._buffer
+            self._buffer.clear()
 
     def _open_draft(self) -> _Draft:
         if not self._drafts:

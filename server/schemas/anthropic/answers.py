@@ -88,7 +88,7 @@ class EventDelta(TypedDict):
 
 
 class MessageEvent(TypedDict):
-    """One event of a stream. Its type says which keys it has.
+    """One event of a stream. Its type determines its keys.
 
     message: of message_start. index: of all content_block events. content_block: of
     content_block_start. delta: of content_block_delta and message_delta. usage: of message_delta.

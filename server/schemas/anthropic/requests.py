@@ -197,7 +197,7 @@ class OutputConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     effort: str | None = None
 
 
-# What fields may hold besides null that are not supported.
+# Unsupported fields: the values that they may have besides null.
 REFUSED: dict[str, Neutral] = {
     "container": Neutral(({},)),
     "context_management": Neutral(({},)),

@@ -55,7 +55,7 @@ _TYPE_OF_IMAGE = {"properties": {"type": {"enum": ["image", None]}}}
 
 
 class ContentItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A text or an image in any line's spelling; `_item` tells which."""
+    """A text or an image in any line's spelling; see `_item`."""
 
     schema_rules: ClassVar[dict[str, Any]] = any_of(
         all_of(given("text"), absent("image", "url", "data"), _TYPE_OF_TEXT),
@@ -77,7 +77,7 @@ Content = str | ContentItem | Annotated[list[str | ContentItem], msgspec.Meta(ma
 class StackMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One turn. ipython is the older name of the role tool: the result of a call.
 
-    context: what a user's turn says behind its content, such as retrieved text.
+    context: text behind a user's content, such as retrieved text.
     """
 
     schema_rules: ClassVar[dict[str, Any]] = all_of(
@@ -90,7 +90,7 @@ class StackMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context: Content | None = None
     stop_reason: Literal["end_of_turn", "end_of_message", "out_of_tokens"] | None = None
     tool_calls: StackCalls | None = None
-    # Meta's format tells no ids: a result belongs to the call before it.
+    # Meta's format has no ids: a result belongs to the call before it.
     call_id: str | None = None
     tool_name: str | None = None
 
@@ -117,7 +117,7 @@ class StackSampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LogprobConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How many candidates to tell of for each token; 0 and null tell of none."""
+    """How many candidates to report for each token; 0 and null: none."""
 
     top_k: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
 
@@ -206,11 +206,11 @@ def _sampling(params: StackSampling) -> SamplingParams:
 def _message(turn: StackMessage, field: str) -> Message:
     if turn.context is not None and turn.role != "user":
         raise BadRequestError(
-            f"{field}: only a user's message may hold a context", param=f"{field}.context"
+            f"{field}: only a user's message may have a context", param=f"{field}.context"
         )
     if turn.tool_calls and turn.role != "assistant":
         raise BadRequestError(
-            f"{field}: only an assistant's message may hold tool_calls", param=f"{field}.tool_calls"
+            f"{field}: only an assistant's message may have tool_calls", param=f"{field}.tool_calls"
         )
     calls = stack_calls(turn.tool_calls, f"{field}.tool_calls")
     parts = _parts(turn.content, turn.role, f"{field}.content")
@@ -220,7 +220,7 @@ def _message(turn: StackMessage, field: str) -> Message:
     message = Message(_role(turn.role), parts, calls)
     if message.images and message.role != "user":
         raise BadRequestError(
-            f"{field}: only a user's message may hold an image", param=f"{field}.content"
+            f"{field}: only a user's message may have an image", param=f"{field}.content"
         )
     return message
 
@@ -263,7 +263,7 @@ def _item(item: str | ContentItem, field: str) -> Part:
 
 
 def _one_of(field: str, **spellings: object) -> None:
-    """Raises BadRequestError if an item says two things, of which one would be lost."""
+    """Raises BadRequestError if an item has two contents, of which one would be lost."""
     given = [name for name, value in spellings.items() if value is not None]
     if len(given) > 1:
         raise BadRequestError(f"{field} has both {given[0]} and {given[1]}: send one", param=field)
@@ -278,6 +278,6 @@ def _image(source: ImageSource, field: str) -> ImagePart:
     if source.url is not None:
         return ImagePart(source.url, f"{field}.url")
     if source.data is not None:
-        # The label is forgiven: what the image is, its bytes say.
+        # A wrong label is accepted: the bytes decide the image's format.
         return ImagePart(f"data:image/png;base64,{source.data}", f"{field}.data")
     raise BadRequestError(f"{field} has no uri, url or data: send one", param=field)

@@ -69,7 +69,7 @@ def stack_tools(definitions: Sequence[StackTool] | None) -> tuple[Tool, ...]:
 
 
 def offered_tools(tools: tuple[Tool, ...], choice: str | None) -> tuple[Tool, ...]:
-    """The tools that the model is told of: none where it may call none."""
+    """The tools in the prompt: none if the model may not call any."""
     check_choice(choice, tools)
     return () if choice == "none" else tools
 
@@ -99,7 +99,7 @@ def _tool(definition: StackTool, field: str) -> Tool:
     schema: dict[str, Any] = {
         "type": "object",
         "properties": {name: _schema(one) for name, one in parameters.items()},
-        # A parameter is required unless it says otherwise.
+        # A parameter is required unless its definition sets otherwise.
         "required": [name for name, one in parameters.items() if one.required is not False],
         "additionalProperties": False,
     }

@@ -38,7 +38,7 @@ from ..tools import (
 )
 from .chat_messages import MessageList, conversation_of
 
-# What fields may hold besides null that are not supported.
+# Unsupported fields: the values that they may have besides null.
 REFUSED: dict[str, Neutral] = {
     "audio": Neutral(({},), "this model answers in text. Leave it out"),
     "function_call": Neutral(("none", "auto", {}), "use tool_choice"),
@@ -161,7 +161,7 @@ def _num_logprobs(body: ChatCompletionRequest) -> int | None:
 
 
 def _offered_tools(body: ChatCompletionRequest) -> tuple[Tool, ...]:
-    """The tools that the model is told of: those that it may call."""
+    """The tools in the prompt: those that the model may call."""
     tools = allowed_of(body.tool_choice, tools_of(body.tools))
     choice = choice_of(body.tool_choice)
     check_choice(choice, tools)

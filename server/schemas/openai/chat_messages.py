@@ -249,11 +249,11 @@ def parts_of_text(text: str, field: str) -> tuple[Part, ...]:
     Raises BadRequestError where it has more parts than a list of them may have.
     """
     parts: list[Part] = []
-    begin = 0
+    start = 0
     for tag in _IMG_TAG.finditer(text):
         if len(parts) >= MAX_PARTS:
             raise BadRequestError(f"{field} has over {MAX_PARTS:,} parts: send fewer", param=field)
-        parts += [TextPart(text[begin : tag.start()]), ImagePart(tag["url"], field)]
-        begin = tag.end()
-    parts.append(TextPart(text[begin:]))
+        parts += [TextPart(text[start : tag.start()]), ImagePart(tag["url"], field)]
+        start = tag.end()
+    parts.append(TextPart(text[start:]))
     return tuple(part for part in parts if isinstance(part, ImagePart) or part.text)

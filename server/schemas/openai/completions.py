@@ -43,14 +43,14 @@ _LISTS = [
 ]
 
 
-# What fields may hold besides null that are not supported.
+# Unsupported fields: the values that they may have besides null.
 REFUSED: dict[str, Neutral] = {
     "suffix": Neutral(("",), "this model continues a text, it fills no gap. Leave it out"),
 }
 
 
 class CompletionRequest(SharedFields, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The body. prompt: a text, token ids, or a list of either; null begins a new document.
+    """The body. prompt: a text, token ids, or a list of either; null starts a new document.
 
     What a text spells is text: special tokens come as token ids, but for the first one, which
     add_special_tokens puts in front of texts. logprobs: of the tokens, and how many of the
@@ -96,7 +96,7 @@ def completion_generation(body: CompletionRequest) -> GenerationRequest:
     prompts = _prompts(body.prompt)
     _check_numbers(body, len(prompts))
     form = only_form(forms_of(body))
-    # With echo the prompt's tokens are told of like the answer's.
+    # With echo, the prompt's tokens have log-probabilities like the answer's.
     num_echoed = body.logprobs if body.echo else None
     asked = [num for num in (body.prompt_logprobs, num_echoed) if num is not None]
     return GenerationRequest(
@@ -109,7 +109,7 @@ def completion_generation(body: CompletionRequest) -> GenerationRequest:
         grammar_parts=form.parts if form else (),
         ignored_fields=form.ignored if form else (),
         sampling=sampling_of(body, body.logprobs),
-        # The engine generates at least one token, which is then not told of.
+        # The engine generates at least one token, which is then dropped.
         max_tokens=1 if body.is_echo_only else body.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
         stop=stops_of(body.stop),

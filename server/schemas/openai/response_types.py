@@ -76,7 +76,7 @@ class IncompleteDetails(TypedDict):
 
 
 class ResponseFailure(TypedDict):
-    """What a failed response failed of."""
+    """Why a response failed."""
 
     code: str
     message: str
@@ -90,7 +90,7 @@ class ResponseReasoning(TypedDict):
 
 
 class Response(TypedDict):
-    """The response. What the request said comes back; usage is null until it has ended."""
+    """The response. Fields of the request come back; usage is null until it has ended."""
 
     id: str
     object: Literal["response"]
@@ -123,7 +123,7 @@ class Response(TypedDict):
 
 
 class ResponseEvent(TypedDict):
-    """One event of a stream. Its type says which keys it has."""
+    """One event of a stream. Its type determines its keys."""
 
     type: Literal[
         "response.created",

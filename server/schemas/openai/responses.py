@@ -110,7 +110,7 @@ class ResponseStreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     include_obfuscation: bool | None = None
 
 
-# What fields may hold besides null that are not supported.
+# Unsupported fields: the values that they may have besides null.
 REFUSED: dict[str, Neutral] = {
     "background": Neutral((False,), "send the request without it and read the answer"),
     "conversation": Neutral(({},), "use previous_response_id"),

@@ -18,7 +18,7 @@ from ..sampling import TokenId
 from ..tools import ToolList, tools_of
 from .chat_messages import MessageList, conversation_of
 
-# More than any context holds: four prompts of 131,072 tokens.
+# More than any context: four prompts of 131,072 tokens.
 MAX_TOKENS = 524_288
 
 
@@ -26,7 +26,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """Either a prompt, as for /v1/completions, or messages, as for /v1/chat/completions.
 
     add_special_tokens: `<|begin_of_text|>` stands before a prompt; the tokens of messages are
-    those of the chat, which begins with it in any case. tools go with messages.
+    those of the chat, which starts with it in any case. tools go with messages.
     """
 
     prose_rules: ClassVar[tuple[str, ...]] = (*rules.OF_CONVERSATIONS, rules.CONTEXT)
@@ -84,5 +84,5 @@ def messages_of(body: TokenizeRequest) -> tuple[Message, ...]:
 
 
 def offered_tools(body: TokenizeRequest) -> tuple[Tool, ...]:
-    """What the model would be told that it may call."""
+    """The tools that the prompt would have."""
     return tools_of(body.tools)

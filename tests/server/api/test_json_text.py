@@ -83,7 +83,7 @@ def test_row_06_a_text_may_speak_of_escapes_and_of_numbers_that_are_none(standin
 
 
 def test_a_name_that_stands_twice_is_named():
-    with pytest.raises(BadRequestError, match="'b' stands twice"):
+    with pytest.raises(BadRequestError, match="'b' occurs twice"):
         check_now(b'{"a": {"b": 1, "c": {"b": 2}, "b": 3}}')
     check_now(b'[{"a":1},{"a":1}]')
     check_now(b'{"a":"b","b":"a","c":["a","a"]}')
