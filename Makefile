@@ -96,11 +96,12 @@ fuzz-api: setup-test ## thousands of requests made from the API's document (EXAM
 soak: setup-test ## ten thousand random requests against one engine, each checked against itself alone
 	$(BIN)/python -m pytest -s -m soak $(ARGS)
 
-torture: setup-test ## 200 engine kills, 100,000 cancels, twice the load it can serve; JSON lines
+torture: setup-test ## engine kills, cancels, twice the load it can serve, attacks of one key; JSON lines
 	$(BIN)/python bench/torture.py kills --count 200
 	$(BIN)/python -m pytest -s -m torture $(ARGS)
 	$(BIN)/python bench/torture.py cancels --count 100000
 	$(BIN)/python bench/torture.py overload
+	$(BIN)/python bench/torture.py neighbours
 
 bench: setup-test ## a load run against the bundled model; one JSON document last
 	$(BIN)/python bench/serve.py --concurrency 1,4,16 $(ARGS)

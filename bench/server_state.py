@@ -45,11 +45,33 @@ def engine_pid(supervisor: int) -> int | None:
 def num_descriptors(supervisor: int) -> int:
     """Open descriptors of the server's HTTP workers."""
     total = 0
+    for pid in worker_pids(supervisor):
+        with contextlib.suppress(psutil.Error):
+            total += psutil.Process(pid).num_fds()
+    return total
+
+
+def rss_mib(pid: int) -> float:
+    """Memory of a process in MiB, without what it shares with files; 0 after it has ended."""
+    with contextlib.suppress(psutil.Error):
+        memory = psutil.Process(pid).memory_info()
+        return round((memory.rss - memory.shared) / 2**20, 1)
+    return 0.0
+
+
+def worker_pids(supervisor: int) -> list[int]:
+    """The pids of the server's HTTP workers."""
+    found = []
     for pid in descendants(supervisor):
         with contextlib.suppress(psutil.Error):
-            process = psutil.Process(pid)
-            total += process.num_fds() if any(HTTP_WORKER in p for p in process.cmdline()) else 0
-    return total
+            if any(HTTP_WORKER in part for part in psutil.Process(pid).cmdline()):
+                found.append(pid)
+    return found
+
+
+def worker_rss_mib(supervisor: int) -> float:
+    """Memory of the server's HTTP workers in MiB."""
+    return sum(map(rss_mib, worker_pids(supervisor)))
 
 
 def is_ready(url: str) -> bool:

@@ -3,6 +3,7 @@
     python bench/torture.py kills --count 200        # kill engines under load
     python bench/torture.py cancels --count 100000   # clients disconnect at any moment
     python bench/torture.py overload                 # 0.9 and 2 times the server's capacity
+    python bench/torture.py neighbours               # one API key attacks, another asks
 
 The server runs the bundled model. A part fails (exit code 1) if it breaks a promise of
 docs/reliability.md.
@@ -18,10 +19,16 @@ import sys
 from processes import add_options, machine
 from torture_cancels import run_cancels
 from torture_kills import run_kills
+from torture_neighbours import run_neighbours
 from torture_overload import run_overload
 
 SLACK = 1.0, "multiplies the promised seconds"
-RUNS = {"kills": run_kills, "cancels": run_cancels, "overload": run_overload}
+RUNS = {
+    "kills": run_kills,
+    "cancels": run_cancels,
+    "overload": run_overload,
+    "neighbours": run_neighbours,
+}
 
 
 def main() -> None:
@@ -38,6 +45,14 @@ def main() -> None:
         max_queue_wait=0.5,
         max_num_seqs=8,
         max_tokens=64,
+        seed=0,
+        slack=SLACK,
+    )
+    add_options(
+        parts.add_parser("neighbours"),
+        attacks=("", "comma-separated names; default: all"),
+        size=(1.0, "of each attack; 1 is its full size"),
+        count=(20, "requests of the neighbour, alone and beside"),
         seed=0,
         slack=SLACK,
     )

@@ -7,6 +7,7 @@ phase of the machine affects all of them.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from processes import serving
 from server_state import descendants, machine_cpu_seconds, process_cpu_seconds
 from vlmserve.server.bench.client import Client, Sample
 from vlmserve.server.bench.load import request_bodies
-from vlmserve.server.bench.runner import Run, run_level
+from vlmserve.server.bench.runner import Chat, Run, run_level
 from vlmserve.server.bench.settings import Level, Load
 
 MODEL = "torture"
@@ -28,6 +29,7 @@ REFUSED = "HTTP 429"
 BELOW, ABOVE = 0.9, 2.0
 # One turn of a load, and its start, which does not count: places and queue fill first.
 TURN_S, FILLING_S = 5.0, 1.0
+PAUSE_AFTER_REFUSAL_S = 0.05
 # Requests of the first guess at the capacity.
 MIN_REQUESTS = 64
 P99_RATIO, REFUSAL_P99_S, GOODPUT = 1.5, 0.05, 0.95
@@ -55,6 +57,22 @@ class Served:
         self.seconds += last - first
 
 
+class Patient:
+    """A client that sends a refused request again, so that every place stays wanted.
+
+    While the machine is slow the server may refuse all that waits; nothing would be served then.
+    """
+
+    def __init__(self, client: Chat) -> None:
+        self._client = client
+
+    async def chat(self, body: bytes, due: float | None = None) -> Sample:
+        """The sample of the try that was not refused."""
+        while (sample := await self._client.chat(body, due)).error == REFUSED:
+            await asyncio.sleep(PAUSE_AFTER_REFUSAL_S)
+        return sample
+
+
 class Offering:
     """Loads for one server, drawn from a seed. max_tokens: the mean of an answer."""
 
@@ -66,16 +84,18 @@ class Offering:
 
     async def saturate(self, count: int) -> Run:
         """Let as many requests wait as run, so that no place is ever empty."""
-        return await self._offer(Level(concurrency=2 * self._max_num_seqs), count)
+        level = Level(concurrency=2 * self._max_num_seqs)
+        return await self._offer(Patient(self._client), level, count)
 
     async def at_rate(self, rate: float, seconds: float) -> Run:
-        return await self._offer(Level(request_rate=rate), max(2, int(rate * seconds)))
+        level = Level(request_rate=rate)
+        return await self._offer(self._client, level, max(2, int(rate * seconds)))
 
-    async def _offer(self, level: Level, count: int) -> Run:
+    async def _offer(self, client: Chat, level: Level, count: int) -> Run:
         seed = self._rng.randrange(2**31)
         load = Load(count, num_images=1, image_pool=8, ignore_eos=True, seed=seed)
         bodies = [self._of_any_length(body) for body in request_bodies(load, MODEL)]
-        return await run_level(self._client, bodies, level, seed)
+        return await run_level(client, bodies, level, seed)
 
     def _of_any_length(self, body: bytes) -> bytes:
         half = self._max_tokens // 2

@@ -158,7 +158,12 @@ def _with_unspeakable_specials(source: str) -> str:
     """
     content = msgspec.json.decode(source)
     nonce = secrets.token_hex(16)
+    vocabulary = content.get("model", {}).get("vocab")
     for token in content.get("added_tokens", ()):
         if token.get("special"):
-            token["content"] = f"<|{nonce}-{token['id']}|>"
+            name = f"<|{nonce}-{token['id']}|>"
+            # Some tokenizers have it among their ordinary tokens too: it must keep its id there.
+            if isinstance(vocabulary, dict) and token["content"] in vocabulary:
+                vocabulary[name] = vocabulary.pop(token["content"])
+            token["content"] = name
     return msgspec.json.encode(content).decode()

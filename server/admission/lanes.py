@@ -17,8 +17,9 @@ NAME_LOOKUPS = "name lookups"
 IMAGE_DECODERS = "image decoders"
 GRAMMARS = "grammars"
 LANE_NAMES = (THREADS, IMAGE_FETCHES, NAME_LOOKUPS, IMAGE_DECODERS, GRAMMARS)
-# Places whose work mostly waits for another machine: half of them stay free for other keys.
-WAITING_WORK = (IMAGE_FETCHES, NAME_LOOKUPS)
+# Places of which one key takes as many as are left free for others: work that mostly waits for
+# another machine, and grammars, whose compiles take seconds and cannot be interrupted.
+KEEP_ROOM = (IMAGE_FETCHES, NAME_LOOKUPS, GRAMMARS)
 
 
 class Lanes:
@@ -41,9 +42,7 @@ class Lanes:
     def lane(self, name: str, num_places: int) -> FairLane:
         """A lane of so many places. name: one of LANE_NAMES."""
         assert name in LANE_NAMES, f"{name} is not a lane of the worker"
-        limits = LaneLimits(
-            num_places, max_wait_s=self._max_wait_s, keeps_room=name in WAITING_WORK
-        )
+        limits = LaneLimits(num_places, max_wait_s=self._max_wait_s, keeps_room=name in KEEP_ROOM)
         return FairLane(name, limits, weight_of=self._weight_of, on_refusal=self._on_refusal)
 
     def threads(self) -> FairLane:

@@ -29,7 +29,8 @@ from .compile_child import LENGTH_BYTES, QUESTION_HEAD, Verdict
 logger = logging.getLogger(__name__)
 
 MODULE = "vlmserve.server.structured_output.compile_child"
-NUM_CHILDREN = 2
+# Of which one key gets two: the third is started when another key comes meanwhile.
+NUM_CHILDREN = 3
 START_TIMEOUT_S = 60.0
 # Wall time of a compile in terms of its processor time: beyond it the machine is at fault.
 WALL_FACTOR = 15
@@ -54,7 +55,7 @@ class GrammarChecks:
         """folder: the checkpoint's, for its tokenizer. timeout_s: of processor time."""
         self._folder = str(folder)
         self._timeout_s = timeout_s
-        self._lane = lane or FairLane(GRAMMARS, LaneLimits(NUM_CHILDREN))
+        self._lane = lane or FairLane(GRAMMARS, LaneLimits(NUM_CHILDREN, keeps_room=True))
         self._idle: list[Process] = []
         self._jobs: set[asyncio.Task[Verdict]] = set()
         self._spare: asyncio.Task[None] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import time
 from asyncio.subprocess import PIPE, Process
@@ -55,6 +56,23 @@ def test_what_spells_a_special_token_is_answered_letter_by_letter(
         assert token_ids[-1] not in SPECIAL_IDS
         matcher.accept(token_ids[-1])
         assert not matcher.has_failed
+
+
+def test_special_tokens_may_also_stand_in_the_model_s_own_vocabulary(tmp_path) -> None:
+    """They got new ids behind the last one then: no grammar could be used with the checkpoint."""
+    content = json.loads((CHECKPOINT / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {one["content"]: one["id"] for one in content["added_tokens"]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_text((CHECKPOINT / name).read_text())
+    grammars = Grammars(tmp_path, vocab_size=TOKENIZER.get_vocab_size())
+    verdict = judge(choice_grammar(["<|eot_id|>", "a"]), grammars)
+    assert verdict.grammar is not None
+    matcher = grammars.compile(verdict.grammar)
+    allowed = np.unpackbits(grammars.fill([matcher])[0], bitorder="little")
+    first = set(np.flatnonzero(allowed).tolist())
+    assert TOKENIZER.token_to_id("a") in first
+    assert not first & SPECIAL_IDS
 
 
 @pytest.mark.parametrize(
