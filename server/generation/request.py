@@ -52,23 +52,22 @@ TEXT_AS_USUAL = TextOptions()
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class GenerationRequest:
-    """What to generate, however it was asked for: from one conversation, or from plain prompts.
+    """What to generate: an answer to one conversation, or continuations of plain prompts.
 
-    max_tokens None: default_max_tokens, or what the context leaves where that is None or more.
-    has_seed: the client gave one, which then holds for each of several prompts.
-    add_special_tokens: a plain text begins with `<|begin_of_text|>`.
-    tenant: only with requests of the same tenant are cached pictures and texts shared.
-    is_streamed: the answer is sent as it comes, so its length takes no memory.
-    owner, policy: the API key's hash and what it may do; owners share the machine.
-    num_choices: how many answers to the same prompt; num_prompt_logprobs: how many of
-    the likeliest tokens are told beside each token of the prompt. Of requests that wait the one of
-    lower priority goes first. timeout_s: from its arrival to the end of its answer.
-    num_kept_tokens: of a longer prompt only so many tokens at its end are read; -1: as many as
-    leave room for the answer, None: all.
-    tools: what the model is told of and may call, in which format; max_tool_calls: the
-    answer ends with that many, None for no bound. grammar: what texts the answer may
-    be, not compiled yet, and the field that said so. grammar_parts: schemas within it,
-    each alone, with their fields. ignored_fields: of the form, those that it does not obey.
+    max_tokens: None means default_max_tokens or the rest of the context, whichever is less.
+    has_seed: the client set a seed; all prompts then use it.
+    add_special_tokens: a plain text starts with `<|begin_of_text|>`.
+    tenant: requests share cached images and texts only within a tenant.
+    is_streamed: the answer is sent while it is generated, so its length takes no memory.
+    owner, policy: the API key's hash and limits; owners share the machine.
+    num_choices: answers per prompt. num_prompt_logprobs: likeliest tokens to report for each token
+    of the prompt. priority: lower values go first. timeout_s: from the request's arrival to the end
+    of its answer. num_kept_tokens: read only this many tokens at the end of a longer prompt; -1: as
+    many as leave room for the answer; None: all.
+    tools, tool_format: the tools in the prompt and their format. max_tool_calls: the answer ends
+    after this many; None: no limit. grammar, grammar_field: the form of the answer, not compiled
+    yet, and its field. grammar_parts: schemas within it, each with its field. ignored_fields:
+    parts of the form that have no effect.
     """
 
     sampling: SamplingParams

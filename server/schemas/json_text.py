@@ -13,7 +13,7 @@ import msgspec
 
 from ..errors import BadRequestError
 
-# Larger texts are looked through in a thread.
+# Larger texts are checked in a thread.
 INLINE_BYTES = 64 * 1024
 SLICE_BYTES = 1024 * 1024
 # Bounds of any text: decoding this many numbers, or strings and objects, takes some tens of
@@ -31,7 +31,7 @@ _RUN = re.compile(rb'(?:[^"\\]++|\\(?!u0000)[\s\S]){0,50000}+')
 def check_now(text: bytes) -> None:
     """Check a text in time linear in its length.
 
-    Raises BadRequestError for a text that says one thing twice, or too many things.
+    Raises BadRequestError for a duplicate name, U+0000, or too many values.
     """
     _check_commas(text)
     _check_names(text)
