@@ -68,7 +68,7 @@ class Patient:
 
     async def chat(self, body: bytes, due: float | None = None) -> Sample:
         """The sample of the try that was not refused."""
-        while (sample := await self._client.chat(body, due)).error == REFUSED:
+        while (sample := await self._client.chat(body, due)).error == REFUSED:  # noqa: ASYNC110 - asks again
             await asyncio.sleep(PAUSE_AFTER_REFUSAL_S)
         return sample
 

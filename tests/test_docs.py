@@ -17,6 +17,7 @@ FOLDERS = ("server", "router", "models", "tests", "bench", "docs", "examples", "
 # Names in texts that are no files of this repository: of libraries, and made up by tests.
 OTHERS = {
     "flash_attn_interface.py",
+    "sitecustomize.py",
     "torch/_inductor/mkldnn_lowerings.py",
     "models/mllama/image_processing_pil_mllama.py",
     "vlmserve/__init__.py",
