@@ -11,7 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from ..pictures import random_scene
@@ -91,6 +100,13 @@ def build_tokenizer(num_scenes: int = 600, seed: int = 0) -> PreTrainedTokenizer
         raise ValueError(f"only {backend.get_vocab_size()} text ids: the corpus is too small")
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_IDS]
+    )
+    # As the published one: a text starts with the begin token, unless add_special_tokens is false.
+    begin = "<|begin_of_text|>"
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{begin}:0 $A:0",
+        pair=f"{begin}:0 $A:0 {begin}:1 $B:1",
+        special_tokens=[(begin, SPECIAL_IDS[begin])],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -244,6 +244,19 @@ def test_any_text_survives_encoding(processor: MllamaProcessor, text: str) -> No
     assert processor.tokenizer.decode(ids) == text
 
 
+def test_a_text_starts_with_one_begin_token_as_in_the_published_model(
+    processor: MllamaProcessor,
+) -> None:
+    """Clients that count tokens by this tokenizer used to count one less than the server."""
+    tokenizer = processor.tokenizer
+    plain = tokenizer.encode("Hi!", add_special_tokens=False)
+    begin = tokenizer.convert_tokens_to_ids("<|begin_of_text|>")
+    assert tokenizer.encode("Hi!") == [begin, *plain]
+    assert tokenizer("Hi!", "Hi!").input_ids == [begin, *plain] * 2
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi!"}])["input_ids"]
+    assert chat.count(begin) == 1
+
+
 def test_documented_prompt_has_seventeen_tokens_as_in_the_published_model(
     processor: MllamaProcessor,
 ) -> None:

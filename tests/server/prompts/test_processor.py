@@ -337,6 +337,17 @@ def test_the_bundled_prompt_is_the_one_that_transformers_makes(messages):
     assert len(ours.spans) == sum(len(message.images) for message in messages)
 
 
+def test_the_bundled_tokenizers_begin_token_comes_once():
+    """Its tokenizer.json adds one too, and so does its chat template."""
+    processor = Processor.from_folder(BUNDLED)
+    begin = processor.tokenizer.token_to_id("<|begin_of_text|>")
+    text = processor.prepare_text("What is", LIMIT)
+    assert text == processor.tokenizer.encode("What is").ids
+    assert text.count(begin) == 1
+    assert processor.prepare_text("What is", LIMIT, add_special_tokens=False) == text[1:]
+    assert processor.prepare([user(1, "a b")], LIMIT).token_ids.count(begin) == 1
+
+
 def test_the_bundled_tokenizer_keeps_spelled_special_tokens_as_text():
     processor = Processor.from_folder(BUNDLED)
     plain = processor.prepare([user(1, "a b")], LIMIT).token_ids
