@@ -16,7 +16,7 @@ import torch
 
 from .attention.choice import choose_backend
 from .errors import ModelError
-from .execution.graphs.eligibility import why_not
+from .execution.graphs.eligibility import why_not, why_not_with
 from .execution.graphs.recorder import CudaRecorder
 from .execution.runner import ModelRunner, set_threads
 from .kv_cache.pool_sizes import PoolPlan
@@ -28,6 +28,7 @@ from .memory.sizing import MemoryReadings, size_pools
 from .settings.byte_text import shown_bytes
 from .settings.runner_config import RunnerConfig
 from .tensor_parallel.group import Group
+from .weights.device_choice import choose_device, choose_dtype
 from .weights.device_map import (
     AUTO,
     BALANCED,
@@ -41,8 +42,6 @@ from .weights.device_map import (
 )
 from .weights.loader import (
     Checkpoint,
-    choose_device,
-    choose_dtype,
     load,
     open_checkpoint,
     share_with,
@@ -70,6 +69,7 @@ def create_runner(
     chosen = choose_device(config.device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # for this thread: triton launches on the current device
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32 in the patch embedding too
     if isinstance(model, Checkpoint):
         checkpoint = model
     else:
@@ -87,9 +87,12 @@ def create_runner(
     check_fits(plan, placement, bounded)
     before = {device: bounded(device).num_bytes for device in placement.devices()}
     loaded = load(checkpoint, placement, config.quantize, group=group)
-    attention = choose_backend(config.attention_backend, loaded.geometry, config.block_size)
+    reason = why_not(loaded, config.cuda_graphs)
+    attention = choose_backend(
+        config.attention_backend, loaded.geometry, config.block_size, with_graphs=reason is None
+    )
     plan = replace(plan, pools=replace(plan.pools, block_size=attention.block_size))
-    reason = why_not(loaded, attention.backend, config.cuda_graphs)
+    reason = reason or why_not_with(attention.backend)
     readings = MemoryReadings(available, before)
     sized = size_pools(plan, loaded, attention, readings, group, with_graphs=reason is None)
     runner = ModelRunner(loaded, sized, attention.backend)
@@ -123,7 +126,7 @@ def _record_graphs(runner: ModelRunner, max_num_seqs: int, device: torch.device)
     start = time.monotonic()
     try:
         graphs = runner.record_graphs(max_num_seqs, CudaRecorder(device))
-    except RuntimeError as error:  # CUDA and triton raise it for any failure
+    except Exception as error:  # triton and its compilers raise types of their own
         return f"recording failed: {one_line(error)}"
     torch.cuda.empty_cache()  # only the recorder's stream could use the warm-up's memory
     logger.info(

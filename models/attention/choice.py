@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_BLOCK_SIZE = 16
 # fastest first; the last runs anywhere
 PREFERRED = ("flash_attn", "triton", "varlen", "sdpa")
+# Decode steps are recorded as graphs with triton only: without them the host limits small steps.
+PREFERRED_WITH_GRAPHS = ("triton", "flash_attn", "varlen", "sdpa")
 REFERENCE = "sdpa"
 
 
@@ -35,15 +37,18 @@ def choose_backend(
     geometry: Geometry,
     block_size: int | None = None,
     get: Callable[[str], AttentionBackend] = get_backend,
+    with_graphs: bool = False,
 ) -> ChosenBackend:
     """The backend of that name, or with "auto" the fastest that works here; logs the choice.
 
     block_size: tokens of a text block; None uses 16, or the backend's multiple. Every backend but
-    the reference is tried before it is used. Raises ModelError, one line with the remedy, for a
-    name that is unknown or does not work here.
+    the reference is tried before it is used. with_graphs: the model's decode steps can be recorded,
+    so that "auto" prefers the backend that graphs need. Raises ModelError, one line with the
+    remedy, for a name that is unknown or does not work here.
     """
     reasons: list[str] = []
-    for candidate in PREFERRED if name == "auto" else (name,):
+    preferred = PREFERRED_WITH_GRAPHS if with_graphs else PREFERRED
+    for candidate in preferred if name == "auto" else (name,):
         reason, chosen = _try(candidate, geometry, block_size, get)
         if chosen is not None:
             _log_choice(chosen, reasons if name == "auto" else ["requested"])

@@ -44,14 +44,15 @@ def _trial_rows(geometry: Geometry, block_size: int) -> list[PagedRows]:
 def _outputs(
     backend: AttentionBackend, geometry: Geometry, rows: PagedRows
 ) -> tuple[Tensor, Tensor]:
-    """The backend's output and the reference's."""
-    query, keys, values = _tensors(geometry, rows)
+    """The backend's output, and the reference's for the same values in float32."""
+    tensors = _tensors(geometry, rows)
 
-    def attend(by: AttentionBackend) -> Tensor:
-        plan = by.prepare(rows, geometry.device, geometry.dtype)
+    def attend(by: AttentionBackend, dtype: torch.dtype) -> Tensor:
+        plan = by.prepare(rows, geometry.device, dtype)
+        query, keys, values = (tensor.to(dtype) for tensor in tensors)
         return by.attend(query, keys, values, plan, geometry.head_dim**-0.5)
 
-    return attend(backend), attend(SdpaBackend())
+    return attend(backend, geometry.dtype), attend(SdpaBackend(), torch.float32)
 
 
 def _tensors(geometry: Geometry, rows: PagedRows) -> tuple[Tensor, Tensor, Tensor]:

@@ -90,12 +90,14 @@ def attend_kernel(
     highest = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     mixed = tl.zeros([M, PADDED_DIM], tl.float32)
+    # The next block ids are loaded a round early: with that load in the way of the keys' own the
+    # compiler could not load keys and values ahead.
+    table = block_table + row.to(tl.int64) * table_stride
+    ahead = first + tl.arange(0, BLOCK_N)
+    block = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
     for start in range(first, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         is_key = key < end
-        block = tl.load(
-            block_table + row.to(tl.int64) * table_stride + key // BLOCK_SIZE, mask=is_key, other=0
-        )
         slot = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
         key_at = (slot[:, None] * NUM_KV_HEADS + kv_head) * HEAD_DIM + dims[None, :]
         is_loaded = is_key[:, None] & is_dim[None, :]
@@ -115,6 +117,8 @@ def attend_kernel(
         mixed = mixed * kept[:, None]
         mixed += tl.dot(weights.to(OPERAND), v, input_precision="ieee")
         highest = higher
+        ahead = key + BLOCK_N
+        block = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
 
     sees_any = total > 0.0
     mixed = mixed / tl.where(sees_any, total, 1.0)[:, None]

@@ -20,15 +20,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..device_copies import upload
-from ..kernels.triton_support import MIN_DOT, operand_of, power_of_2, why_no_kernels
+from ..kernels.triton_support import (
+    MIN_DOT,
+    capability_of,
+    operand_of,
+    power_of_2,
+    why_no_kernels,
+)
 from .base import AttentionBackend, Geometry, PagedRows
 
 Ints = NDArray[np.int64]
 
 MAX_HEAD_DIM = 256
+# float32 operands of wider heads do not fit the registers
+MAX_FLOAT32_HEAD_DIM = 64
 # queries of a tile; times the heads of a KV group, they are the rows of a product
 TILE_QUERIES = 16
 KEYS_AT_ONCE = 64
+# GPUs with 100 KB of shared memory a processor: fewer keys, so that two programs share one
+SMALL_CHIPS = ((8, 6), (8, 9), (12, 0))
 # rows times splits that fill a GPU of about 130 processors twice, at 8 KV heads
 MAX_SPLITS = 32
 LOG2_E = math.log2(math.e)
@@ -81,6 +91,8 @@ class TritonBackend(AttentionBackend):
             return f"it needs a CUDA device, and this is {geometry.device}"
         if geometry.head_dim > MAX_HEAD_DIM:
             return f"head_dim {geometry.head_dim} is over {MAX_HEAD_DIM}"
+        if geometry.dtype == torch.float32 and geometry.head_dim > MAX_FLOAT32_HEAD_DIM:
+            return f"float32 heads of {geometry.head_dim} are over {MAX_FLOAT32_HEAD_DIM}"
         return why_no_kernels(geometry.device)
 
     def prepare(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> TritonPlan:
@@ -153,6 +165,7 @@ class TritonBackend(AttentionBackend):
         num_kv_heads, num_splits = key_cache.shape[-2], launch.num_splits
         group, num_tiles = num_heads // num_kv_heads, len(launch.tile_rows)
         padded_dim = max(MIN_DOT, power_of_2(head_dim))
+        num_query_rows = max(MIN_DOT, power_of_2(launch.block_q * group))
         partial, lse = output, output
         if num_splits > 1:
             rows = (num_splits, num_tiles, num_heads)
@@ -179,14 +192,14 @@ class TritonBackend(AttentionBackend):
             HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim,
             BLOCK_Q=launch.block_q,
-            M=max(MIN_DOT, power_of_2(launch.block_q * group)),
-            BLOCK_N=KEYS_AT_ONCE,
+            M=num_query_rows,
+            BLOCK_N=keys_at_once(query.device, num_query_rows),
             NUM_SPLITS=num_splits,
             # a row's only query is its last token, so it sees every key
             IS_CAUSAL=plan.is_causal and launch.block_q > 1,
             OPERAND=operand_of(query),
-            num_warps=4,
-            num_stages=2,
+            num_warps=max(4, num_query_rows // 16),
+            num_stages=3,
         )
         if num_splits > 1:
             self._kernels.merge_kernel[num_tiles, num_heads](
@@ -220,6 +233,12 @@ class TritonBackend(AttentionBackend):
                 WIDTH=width,
                 PADDED_WIDTH=power_of_2(width),
             )
+
+
+def keys_at_once(device: torch.device, num_query_rows: int) -> int:
+    """The keys that a program loads at a time: fewer for decodes on a chip with little memory."""
+    is_small = capability_of(device) in SMALL_CHIPS and num_query_rows == MIN_DOT
+    return KEYS_AT_ONCE // 2 if is_small else KEYS_AT_ONCE
 
 
 def choose_splits(num_rows: int, longest: int) -> int:

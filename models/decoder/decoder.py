@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import (
     MllamaCrossAttentionDecoderLayer,
     MllamaSelfAttentionDecoderLayer,
@@ -25,7 +26,14 @@ from transformers.models.mllama.modeling_mllama import (
 
 from ..kv_cache.paged_cache import KVPools, LayerCache, PagedStep
 from .linear_products import can_join, product_of
-from .operations import Heads, LayerOperations, Rotation, Stream, choose_operations
+from .operations import (
+    Heads,
+    LayerOperations,
+    Rotation,
+    Stream,
+    TrialSizes,
+    choose_operations,
+)
 
 
 class RmsNorm(nn.Module):
@@ -144,6 +152,12 @@ def _opening(gate: Tensor) -> nn.Parameter:
     return nn.Parameter(gate.detach().tanh(), requires_grad=False)
 
 
+def _trial_sizes(config: MllamaTextConfig) -> TrialSizes:
+    num_heads = config.num_attention_heads
+    heads = Heads(num_heads, config.num_key_value_heads, config.hidden_size // num_heads)
+    return TrialSizes(config.hidden_size, config.intermediate_size, heads)
+
+
 class FusedDecoder:
     """Runs one step through a text model whose layers `fuse_layers` replaced."""
 
@@ -153,7 +167,9 @@ class FusedDecoder:
         """operations: between the products; None uses the fastest of the device."""
         self._text_model = text_model
         weight = text_model.norm.weight
-        self._operations = operations or choose_operations(weight.device, weight.dtype)
+        self._operations = operations or choose_operations(
+            weight.device, weight.dtype, _trial_sizes(text_model.config)
+        )
         self._layers: list[Any] = list(text_model.layers)
         self._norm = RmsNorm(text_model.norm)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -189,34 +189,59 @@ class TritonOperations(LayerOperations):
         return self._launch.silu_gated(joined)
 
 
-def choose_operations(device: torch.device, dtype: torch.dtype) -> LayerOperations:
+@dataclass(slots=True, frozen=True)
+class TrialSizes:
+    """The sizes at which the kernels are tried: those of the model that will use them."""
+
+    hidden: int = 256
+    inner: int = 128
+    heads: Heads = field(default_factory=lambda: Heads(2, 1, 64))
+
+
+def choose_operations(
+    device: torch.device, dtype: torch.dtype, sizes: TrialSizes
+) -> LayerOperations:
     """The fastest operations of the device; kernels are tried once before they are used."""
-    return TritonOperations() if _has_kernels(device, dtype) else LayerOperations()
+    return TritonOperations() if _has_kernels(device, dtype, sizes) else LayerOperations()
 
 
 @functools.cache
-def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+def _has_kernels(device: torch.device, dtype: torch.dtype, sizes: TrialSizes) -> bool:
     names = "norms, rotation and the gated MLP"
-    return are_usable(names, device, lambda: trial_pairs(TritonOperations(), device, dtype))
+    return are_usable(names, device, lambda: trial_pairs(TritonOperations(), device, dtype, sizes))
 
 
 def trial_pairs(
-    operations: LayerOperations, device: torch.device, dtype: torch.dtype
+    operations: LayerOperations,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: TrialSizes | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Results of these operations and of torch's for the same few rows; runs every kernel once."""
-    actual, expected = (_trial(o, device, dtype) for o in (operations, LayerOperations()))
+    """Results of these operations, and torch's in float32, for the same few rows.
+
+    Runs every kernel once, at the sizes of a model: a kernel may fit a GPU at one width only.
+    """
+    sizes = sizes or TrialSizes()
+    actual = _trial(operations, device, dtype, dtype, sizes)
+    expected = _trial(LayerOperations(), device, dtype, torch.float32, sizes)
     return list(zip(actual, expected, strict=True))
 
 
-def _trial(operations: LayerOperations, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    heads, generator = Heads(2, 1, 64), torch.Generator().manual_seed(0)
+def _trial(
+    operations: LayerOperations,
+    device: torch.device,
+    rounded: torch.dtype,
+    dtype: torch.dtype,
+    sizes: TrialSizes,
+) -> list[Tensor]:
+    """The operations' results in `dtype`, for values that are rounded to `rounded`."""
+    heads, generator = sizes.heads, torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator).to(device, rounded).to(dtype)
 
-    width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
-    stream, product = Stream(random(3, width)), _Given(random(3, width))
-    weight, states = random(width), random(3, 8)
+    stream, product = Stream(random(3, sizes.hidden)), _Given(random(3, sizes.hidden))
+    weight, states = random(sizes.hidden), random(3, 8)
     operations.add(stream, product, states)
     normed = operations.norm(stream, weight, 1e-5)
     operations.add_gated(stream, product, states, random(1), (random(3, 1) > 0).to(dtype))
@@ -224,9 +249,10 @@ def _trial(operations: LayerOperations, device: torch.device, dtype: torch.dtype
     cos, sin = (random(3, heads.head_dim // 2).repeat(1, 2) for _ in range(2))
     cache = LayerCache(*(random(1, 4, heads.num_kv_heads, heads.head_dim) for _ in range(2)))
     slots = torch.tensor([2, 0, 3], device=device)
+    joined = random(3, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim)
     rotation = Rotation(cos, sin)
-    query = operations.rotate_and_write(normed, heads, rotation, cache, slots, SdpaBackend())
-    gated = operations.gated(normed, nn.SiLU())
+    query = operations.rotate_and_write(joined, heads, rotation, cache, slots, SdpaBackend())
+    gated = operations.gated(random(3, 2 * sizes.inner), nn.SiLU())
     return [normed, gated_normed, stream.hidden, query, cache.keys, cache.values, gated]
 
 

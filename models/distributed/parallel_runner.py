@@ -28,7 +28,7 @@ from ..execution.runner import ModelRunner
 from ..settings.runner_config import RunnerConfig
 from ..tensor_parallel.group import DistributedGroup, MeetingPlace
 from ..threads import threads_of_one
-from ..weights.loader import check_gpus, choose_device
+from ..weights.device_choice import check_gpus, choose_device
 from .ranks import Ranks, end_process
 from .wire import RankSettings
 
@@ -146,7 +146,9 @@ def create_rank(settings: RankSettings, group: DistributedGroup | None = None) -
     """The runner of one rank, with its share of the weights. Waits for all ranks."""
     group = group or join_group(settings)
     config = msgspec.structs.replace(settings.config, device=str(group.device))
-    return create_runner(settings.model, config, group=group)
+    runner = create_runner(settings.model, config, group=group)
+    group.has_loaded()
+    return runner
 
 
 def join_group(settings: RankSettings) -> DistributedGroup:

@@ -9,7 +9,7 @@ import torch
 
 from ..settings.runner_config import RunnerConfig
 from ..threads import threads_of_one
-from ..weights.loader import check_gpus, choose_device
+from ..weights.device_choice import check_gpus, choose_device
 
 
 @dataclass(slots=True, frozen=True)

@@ -5,6 +5,7 @@ Imports triton only inside functions.
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
 
 import torch
@@ -19,6 +20,12 @@ def why_no_kernels(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed"
     return why_too_old(device)
+
+
+@functools.cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """A CUDA device's compute capability; (0, 0) of any other device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def why_too_old(device: torch.device) -> str | None:

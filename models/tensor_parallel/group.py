@@ -14,16 +14,19 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-# the first collective waits until every rank has loaded its weights
-TIMEOUT = timedelta(hours=1)
+# until every rank has loaded its weights, which takes long from a slow disk
+LOADING_TIMEOUT = timedelta(hours=1)
+# afterwards: a rank may compile kernels while the others wait, which takes seconds
+SERVING_TIMEOUT = timedelta(minutes=2)
 
 
 class MeetingPlace:
     """A file in memory by which ranks find each other; it exists as long as its process.
 
-    Close it after the group: a thread of NCCL polls the file, and waits up to TIMEOUT if it is
-    missing, which delays `DistributedGroup.close`.
+    Close it after the group: a thread of NCCL polls the file, and waits up to
+    LOADING_TIMEOUT if it is missing, which delays `DistributedGroup.close`.
     """
 
     def __init__(self) -> None:
@@ -64,7 +67,7 @@ class DistributedGroup:
             store=dist.FileStore(str(meeting_place), size),
             rank=rank,
             world_size=size,
-            timeout=TIMEOUT,
+            timeout=LOADING_TIMEOUT,
             device_id=device if is_cuda else None,
         )
         self.rank, self.size, self.device = rank, size, device
@@ -85,6 +88,10 @@ class DistributedGroup:
         least = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
         return [int(number) for number in least.tolist()]
+
+    def has_loaded(self) -> None:
+        """Wait less for the other ranks from now on: one whose GPU hangs ends the group soon."""
+        _set_pg_timeout(SERVING_TIMEOUT)
 
     def close(self) -> None:
         """Leave the group; this process may join another group afterwards."""

@@ -34,6 +34,7 @@ from ..tensor_parallel.layers import connect
 from ..tensor_parallel.plan import Side, check_size, cut_linears
 from ..vision.encoder import ImageNormalization, read_normalization
 from . import progress
+from .device_choice import choose_device, choose_dtype
 from .device_map import EMBEDDING, VISION, Placement, on_one_device
 from .formats.coded_tensor import CodedTensor
 from .formats.recognition import read_weights
@@ -41,8 +42,6 @@ from .formats.safetensors_headers import PEFT_PREFIX, StoredTensor
 from .meta_model import build_meta_model, is_short, one_line
 from .quantization import OWN_METHODS, is_quantized, quantization_config, settle
 from .tensor_loader import WHOLE, Opened, RankShare, Recipe, load_tensors, open_tensors
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(slots=True, frozen=True)
@@ -297,58 +296,6 @@ def _load_tensor_wise(
         raise ModelError(f"{checkpoint.folder}: cannot be loaded: {one_line(error)}") from error
     finally:
         shown.close()
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the first GPU, else the CPU. Raises ModelError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ModelError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N")
-    if device.type == "cpu":
-        return torch.device("cpu")
-    index = device.index or 0
-    if index >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ModelError(f"device {name!r} does not exist ({count} CUDA devices): use --device cpu")
-    return torch.device("cuda", index)
-
-
-def check_gpus(first: torch.device, count: int, asked: str) -> None:
-    """Raise ModelError if a chosen GPU and those after it are fewer than `count`.
-
-    asked: the options that need them, for the message.
-    """
-    if first.type != "cuda":
-        return
-    left = torch.cuda.device_count() - (first.index or 0)
-    if left < count:
-        raise ModelError(f"{asked} needs {count} CUDA devices; only {left} exist from {first} on")
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is bfloat16 if the hardware supports it, else float32."""
-    if name == "auto":
-        has_it = _gpu_has_bfloat16(device) if device.type == "cuda" else _cpu_has_bfloat16()
-        return torch.bfloat16 if has_it else torch.float32
-    if name not in _DTYPES:
-        raise ModelError(f"dtype {name!r} is unknown: use auto, {', '.join(_DTYPES)}")
-    return _DTYPES[name]
-
-
-def _gpu_has_bfloat16(device: torch.device) -> bool:
-    """Whether the GPU multiplies bfloat16 in hardware; older GPUs emulate it."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware; torch may remove these private probes."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
 
 
 def _read_weights(

@@ -148,6 +148,7 @@ def test_compose_serves_on_a_gpu_and_by_profile_on_the_cpu(compose, image):
         assert service["read_only"]
         assert service["tmpfs"] == ["/tmp"]
         assert service["cap_drop"] == ["ALL"]
+        assert service["shm_size"] == "1gb", "NCCL needs more than Docker's 64 MB"
     assert set(compose["volumes"]) == {"cache"}
 
 
@@ -205,7 +206,9 @@ def test_the_pod_is_not_root_and_writes_only_to_its_volumes(pod, container):
     assert not context["allowPrivilegeEscalation"]
     assert context["capabilities"]["drop"] == ["ALL"]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert mounts == {"cache": CACHE, "tmp": "/tmp"}
+    assert mounts == {"cache": CACHE, "tmp": "/tmp", "shm": "/dev/shm"}
+    (shared,) = [volume for volume in pod["volumes"] if volume["name"] == "shm"]
+    assert shared["emptyDir"]["medium"] == "Memory", "NCCL needs more than the usual 64 MB"
     assert {volume["name"] for volume in pod["volumes"]} == set(mounts)
 
 

@@ -9,12 +9,12 @@ import torch
 from support.fake_kernels import FLASH_ATTN, varlen_attn_of
 from support.oracle import checkpoint
 
-from vlmserve.models.attention import Geometry, backend_names, get_backend
+from vlmserve.models.attention import Geometry, backend_names, get_backend, triton_paged
 from vlmserve.models.attention.choice import choose_backend
 from vlmserve.models.attention.flash_attn_package import FlashAttnBackend, FlashAttnKernels
 from vlmserve.models.attention.torch_varlen import VarlenBackend
 from vlmserve.models.attention.trial import what_is_wrong
-from vlmserve.models.attention.triton_paged import TritonBackend
+from vlmserve.models.attention.triton_paged import TritonBackend, keys_at_once
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.errors import ModelError
 from vlmserve.models.settings.runner_config import RunnerConfig
@@ -103,6 +103,38 @@ def test_auto_takes_the_fastest_that_works_with_blocks_that_it_reads(everything_
     assert (choice.backend.name, choice.block_size) == ("flash_attn", 256)
     choice = choose_backend("varlen", CPU, 512, get=lambda name: FAKES[name]())
     assert (choice.backend.name, choice.block_size) == ("varlen", 512)
+
+
+def test_auto_takes_the_backend_that_graphs_need_where_steps_can_be_recorded(
+    everything_works,
+) -> None:
+    """An installed flash-attn turned graphs off, which limits small steps by the host."""
+    choice = choose_backend("auto", CPU, get=lambda name: FAKES[name](), with_graphs=True)
+    assert (choice.backend.name, choice.block_size) == ("triton", 16)
+    choice = choose_backend("flash_attn", CPU, get=lambda name: FAKES[name](), with_graphs=True)
+    assert choice.backend.name == "flash_attn"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0)])
+def test_float32_with_wide_heads_is_left_to_sdpa(capability, monkeypatch, caplog) -> None:
+    """Its operands do not fit the registers: kernels that spill are slower by far."""
+    caplog.set_level(logging.INFO, logger=LOGGER)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = TritonBackend.why_not(cuda(dtype=torch.float32))
+    assert reason == "float32 heads of 128 are over 64"
+    assert TritonBackend.why_not(cuda(dtype=torch.float32, head_dim=64)) is None
+    assert TritonBackend.why_not(cuda()) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "num_query_rows", "expected"),
+    [((8, 0), 16, 64), ((8, 6), 16, 32), ((8, 9), 16, 32), ((8, 6), 64, 64), ((9, 0), 16, 64)],
+)
+def test_small_chips_load_fewer_keys_at_a_time(
+    capability, num_query_rows, expected, monkeypatch
+) -> None:
+    monkeypatch.setattr(triton_paged, "capability_of", lambda device: capability)
+    assert keys_at_once(torch.device("cuda", 0), num_query_rows) == expected
 
 
 def test_a_block_size_that_was_asked_for_stands(everything_works, caplog) -> None:

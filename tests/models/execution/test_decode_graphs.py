@@ -27,9 +27,12 @@ from support.oracle import (
     schedule,
 )
 from support.taped import TapeRecorder, tape_operations, taped_backend
+from triton.runtime.errors import OutOfResources, PTXASError
 
+from vlmserve.models.attention.sdpa import SdpaBackend
 from vlmserve.models.attention.triton_paged import TritonBackend, TritonPlan
 from vlmserve.models.batch import PoolSizes, StepBatch
+from vlmserve.models.create_runner import _record_graphs
 from vlmserve.models.decoder.decoder import FusedDecoder
 from vlmserve.models.decoder.operations import TritonOperations
 from vlmserve.models.execution.graphs.decode import (
@@ -39,7 +42,7 @@ from vlmserve.models.execution.graphs.decode import (
     _layout,
     padded_sizes,
 )
-from vlmserve.models.execution.graphs.eligibility import why_not
+from vlmserve.models.execution.graphs.eligibility import why_not, why_not_with
 from vlmserve.models.execution.graphs.layout import ALIGNMENT, Layout
 from vlmserve.models.execution.graphs.recorder import Computation, CudaRecorder
 from vlmserve.models.execution.runner import ModelRunner
@@ -271,9 +274,29 @@ def test_a_table_is_no_wider_than_what_is_copied_at_once() -> None:
 
 def test_a_cpu_has_no_graphs_and_says_why() -> None:
     model = loaded("tiny")
-    backend = taped_backend(TapeRecorder())
-    assert why_not(model, backend) == "they need a CUDA device, and this is cpu"
-    assert why_not(model, backend, is_asked=False) == "--no-cuda-graphs"
+    assert why_not(model) == "they need a CUDA device, and this is cpu"
+    assert why_not(model, is_asked=False) == "--no-cuda-graphs"
+    assert why_not_with(taped_backend(TapeRecorder())) is None
+    assert why_not_with(SdpaBackend()) == (
+        "the attention backend is sdpa; they need --attention-backend triton"
+    )
+
+
+@pytest.mark.parametrize("error", [OutOfResources(114_944, 101_376, "shared memory"), PTXASError()])
+def test_a_kernel_that_triton_refuses_while_recording_leaves_steps_eager(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """triton's errors are no RuntimeError; the start ended with them."""
+
+    def refuse(*args: object) -> None:
+        raise error
+
+    assert not isinstance(error, RuntimeError)
+    runner = ModelRunner(loaded("tiny"), PLAN)
+    monkeypatch.setattr(ModelRunner, "record_graphs", refuse)
+    monkeypatch.setattr("vlmserve.models.create_runner.CudaRecorder", lambda device: None)
+    reason = _record_graphs(runner, 4, torch.device("cuda", 0))
+    assert str(reason).startswith("recording failed: ")
 
 
 # --- on a GPU ----------------------------------------------------------------------------------

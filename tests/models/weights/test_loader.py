@@ -26,7 +26,7 @@ from vlmserve.models.kv_cache.paged_cache import allocate_pools, tile_bytes, tok
 from vlmserve.models.kv_cache.pool_sizes import PoolRequest, plan_pools
 from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.models.weights import loader
-from vlmserve.models.weights.loader import choose_device, choose_dtype, load_model
+from vlmserve.models.weights.loader import load_model
 
 
 @pytest.fixture
@@ -171,37 +171,6 @@ def test_row_43_nothing_of_this_floor_can_unpickle_or_evaluate() -> None:
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in {"eval", "exec", "compile", "torch.load"}, (file, called)
-
-
-def test_an_unknown_device_or_dtype_is_refused_by_name() -> None:
-    for name in ("tpu", "mps", "cuda:x", ""):
-        with pytest.raises(ModelError, match=f"device {name!r} is unknown"):
-            choose_device(name)
-    with pytest.raises(ModelError, match="'cuda:99' does not exist"):
-        choose_device("cuda:99")
-    with pytest.raises(ModelError, match="dtype 'int8' is unknown"):
-        choose_dtype("int8", torch.device("cpu"))
-
-
-def test_auto_dtype_is_bfloat16_only_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    for has_it, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(
-            torch.cpu, "_is_avx512_bf16_supported", lambda h=has_it: h, raising=False
-        )
-        assert choose_dtype("auto", cpu) is dtype
-    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
-    assert choose_dtype("auto", cpu) is torch.float32
-
-
-@pytest.mark.parametrize(
-    ("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)]
-)
-def test_auto_dtype_is_bfloat16_only_where_the_gpu_has_it(monkeypatch, capability, dtype) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert choose_dtype("auto", torch.device("cuda", 0)) is dtype
 
 
 # --- pools -------------------------------------------------------------------------------------
