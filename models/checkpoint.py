@@ -41,6 +41,15 @@ def check_no_adapter(folder: Path) -> None:
         raise ModelError(f"{folder}: this is {what}{of}, and adapters are not served; {remedy}")
 
 
+def check_no_gguf(path: Path) -> None:
+    """Raise ModelError for a file in GGUF, or a folder that has one."""
+    if path.suffix == ".gguf" or any(path.glob("*.gguf")):
+        raise ModelError(
+            f"{path}: the checkpoint is in GGUF, the format of llama.cpp and Ollama, which is "
+            "not served; use the model's safetensors"
+        )
+
+
 def check_config(config: dict[str, Any], source: str) -> None:
     """Raise ModelError unless a config.json describes a Mllama.
 
@@ -66,11 +75,7 @@ def _check_shards(folder: Path) -> None:
 
 
 def _refuse_without_safetensors(folder: Path) -> None:
-    if any(folder.glob("*.gguf")):
-        raise ModelError(
-            f"{folder}: the checkpoint is in GGUF, the format of llama.cpp and Ollama, which is "
-            "not served; use the model's safetensors"
-        )
+    check_no_gguf(folder)
     pickles = [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))]
     if pickles:
         raise ModelError(

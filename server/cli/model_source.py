@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...models.bundled import CHECKPOINT
-from ...models.checkpoint import check_folder, check_no_adapter, read_json
+from ...models.checkpoint import check_folder, check_no_adapter, check_no_gguf, read_json
 from ...models.errors import ModelError
 from ...models.weights.config_files import check_config_files
 from ...models.weights.formats.recognition import check_hub_config, read_weights
@@ -51,6 +51,7 @@ def resolve_model(
         return ModelFolder(CHECKPOINT, BUNDLED_NAME)
     if path.is_dir():
         return _local_folder(path.resolve())
+    _check_other_form(path)
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelFilesError(
             f"no model at {model!r}: give a folder with config.json, or a hub id such as "
@@ -60,14 +61,20 @@ def resolve_model(
 
 
 def _local_folder(path: Path) -> ModelFolder:
-    try:
-        check_no_adapter(path)
-    except ModelError as error:
-        raise ModelFilesError(_first_line(error)) from error
     if not (path / "config.json").is_file():
+        _check_other_form(path)
         raise ModelFilesError(f"{path} has no config.json: it is not a model folder")
     _check_files(path)
     return ModelFolder(path, path.name)
+
+
+def _check_other_form(path: Path) -> None:
+    """Raises ModelFilesError for what has no config.json and is known: an adapter, GGUF."""
+    try:
+        check_no_adapter(path)
+        check_no_gguf(path)
+    except ModelError as error:
+        raise ModelFilesError(_first_line(error)) from error
 
 
 def _check_files(path: Path) -> None:
@@ -120,7 +127,7 @@ def _why_not(hub_id: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, errors.HFValidationError):
         return f"{hub_id!r} is not a hub id: {_first_line(error)}"
     if isinstance(error, errors.RemoteEntryNotFoundError):
-        return f"{hub_id} has no config.json: it is not a model, or an adapter without one"
+        return f"{hub_id} has no config.json: it is not a model, or an adapter or GGUF"
     if status == UNAUTHORIZED:
         return f"the hub rejects the token in HF_TOKEN for {hub_id}: create a new token"
     if status is not None:

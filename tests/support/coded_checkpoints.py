@@ -18,6 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlmserve.models.memory.estimate import part_bytes
+from vlmserve.models.weights.device_map import parts_of
+from vlmserve.models.weights.loader import load_model, open_checkpoint
+
 GROUP = 32
 NF4 = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461]
 NF4 += [0.3379, 0.4407, 0.5626, 0.7230, 1.0]
@@ -86,6 +90,23 @@ def _renamed(tensors: dict[str, Tensor], *, to_old: bool) -> dict[str, Tensor]:
                 break
         found[name] = tensor
     return found
+
+
+def kept_and_counted(coded: Path, plain: Path) -> tuple[int, int, int]:
+    """Bytes of the decoder's layers once loaded in float32, those of the arithmetic, and the
+    arithmetic of the plain weights.
+
+    Without both values of a byte and tables, 2 kB a product: they weigh much in a model this small.
+    """
+    counted = []
+    for folder in (coded, plain):
+        opened = open_checkpoint(folder, torch.float32)
+        sizes = part_bytes(parts_of(opened.meta_model), opened.tensors, torch.float32)
+        counted.append(sum(size for part, size in sizes.items() if ".layers." in part))
+    layers = load_model(coded, "cpu", "float32").model.model.language_model.layers
+    kept = sum(one.nbytes for one in [*layers.parameters(), *layers.buffers()])
+    tables = sum(b.nbytes for n, b in layers.named_buffers() if n.endswith(("_pairs", ".table")))
+    return kept - tables, counted[0], counted[1]
 
 
 def set_config(folder: Path, **values: Any) -> None:

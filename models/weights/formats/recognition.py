@@ -72,6 +72,10 @@ def check_method(settings: Mapping[str, Any], source: str) -> None:
     what = f"{source}: the checkpoint is quantized with {method}"
     if method not in SERVED:
         raise ModelError(f"{what}, which is not served; {REMEDY}")
+    if settings.get("is_marlin_format"):
+        raise ModelError(f"{what} and packed for Marlin, which is not served; {REMEDY}")
+    if settings.get("transform_config"):  # its rotations of activations are not in the weights
+        raise ModelError(f"{what} with a transform_config, which is not served; {REMEDY}")
     formats: dict[str, tuple[str, frozenset[str]]] = {
         "compressed-tensors": ("format", _SERVED_FORMATS),
         "awq": ("version", _AWQ_VERSIONS),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.coded_checkpoints import FORMS, Form, bnb4, set_config, write
+from support.coded_checkpoints import FORMS, Form, bnb4, kept_and_counted, set_config, write
 from support.oracle import BLOCK_SIZE, PROMPTS, checkpoint, prefill_logits
 
 from vlmserve.models.batch import PoolSizes
@@ -16,8 +16,6 @@ from vlmserve.models.decoder.decoder import is_fused
 from vlmserve.models.errors import ModelError
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
-from vlmserve.models.memory.estimate import part_bytes
-from vlmserve.models.weights.device_map import parts_of
 from vlmserve.models.weights.loader import LoadedModel, load_model, open_checkpoint
 
 TINY = Path(checkpoint("tiny"))
@@ -52,18 +50,9 @@ def test_logits_equal_those_of_the_dequantized_weights(written) -> None:
 
 
 def test_weights_take_what_the_arithmetic_says(written) -> None:
-    coded, _ = written
-    opened = open_checkpoint(coded, torch.float32)
-    counted = part_bytes(parts_of(opened.meta_model), opened.tensors, torch.float32)
-    layers = load_model(coded, "cpu", "float32").model.model.language_model.layers
-    kept = sum(one.nbytes for one in [*layers.parameters(), *layers.buffers()])
-    # both values of a byte, 2 kB a product, and tables weigh much in a model this small
-    tables = sum(b.nbytes for n, b in layers.named_buffers() if n.endswith(("_pairs", ".table")))
-    expected = sum(size for part, size in counted.items() if ".layers." in part)
-    assert kept - tables == pytest.approx(expected, rel=0.1)
-    plain = open_checkpoint(TINY, torch.float32)
-    whole = part_bytes(parts_of(plain.meta_model), plain.tensors, torch.float32)
-    assert expected < 0.5 * sum(size for part, size in whole.items() if ".layers." in part)
+    kept, counted, plain = kept_and_counted(written[0], TINY)
+    assert kept == pytest.approx(counted, rel=0.1)
+    assert counted < 0.5 * plain
 
 
 @pytest.mark.parametrize("name", ["nf4-dynamic", "fp8-channel", "w4a16-zeros"])

@@ -16,6 +16,7 @@ from support.oracle import checkpoint
 from vlmserve.models.checkpoint import check_folder
 from vlmserve.models.errors import ModelError
 from vlmserve.models.weights.formats.recognition import check_hub_config, read_weights
+from vlmserve.server.cli.model_source import ModelFilesError, resolve_model
 
 LAYER = "model.language_model.layers.0.self_attn.q_proj"
 TINY = Path(checkpoint("tiny"))
@@ -86,6 +87,30 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         quantized(quant_method="gptq", bits=4, checkpoint_format="gptq_v9"),
         "checkpoint_format gptq_v9, which is not served",
     ),
+    "GPTQ packed for Marlin": (
+        {"B": WORDS, "s": torch.ones(2, 64)},
+        quantized(quant_method="gptq", bits=4, is_marlin_format=True),
+        "packed for Marlin, which is not served",
+    ),
+    "GPTQ packed for Marlin, as newer files say it": (
+        {"B": WORDS, "s": torch.ones(2, 64)},
+        quantized(quant_method="gptq", bits=4, checkpoint_format="marlin"),
+        "checkpoint_format marlin, which is not served",
+    ),
+    "rotated activations": (
+        CODES,
+        quantized(
+            quant_method="compressed-tensors",
+            format="int-quantized",
+            transform_config={"config_groups": {"R3": {"type": "hadamard"}}},
+        ),
+        "with a transform_config, which is not served",
+    ),
+    "FP8 in blocks": (
+        {"weight": torch.zeros(64, 64).to(torch.float8_e4m3fn), "weight_scale": torch.ones(2, 2)},
+        quantized(quant_method="compressed-tensors", format="float-quantized"),
+        r"scales of the shape \[2, 2\] are not served",
+    ),
     "AWQ in another layout": (
         GPTQ,
         quantized(quant_method="awq", bits=4, version="gemv"),
@@ -123,11 +148,35 @@ def test_a_form_that_is_not_served_is_one_line_that_names_it(name, tmp_path) -> 
     assert str(folder) in str(caught.value)
 
 
+METHODS = [
+    *("aqlm", "bitnet", "eetq", "exl2", "exl3", "fbgemm_fp8", "fp8", "fp_quant", "higgs", "hqq"),
+    *("modelopt", "mxfp4", "quanto", "quark", "sinq", "spqr", "torchao", "vptq"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_other_method_is_named_before_a_download_and_before_a_load(method, tmp_path) -> None:
+    """Even where its tensors look like those of a form that is served, as fbgemm_fp8's do."""
+    settings = quantized(quant_method=method)
+    expected = f"quantized with {method}, which is not served; use the 16-bit checkpoint"
+    with pytest.raises(ModelError, match=expected):
+        check_hub_config({"model_type": "mllama", **settings}, "org/model")
+    fp8 = CODES | {"weight": torch.zeros(64, 64).to(torch.float8_e4m3fn)}
+    folder = folder_with(tmp_path, fp8, **settings)
+    with pytest.raises(ModelError, match=expected) as caught:
+        read_weights(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_gguf_is_named(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mllama"}))
     (tmp_path / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="in GGUF, the format of llama"):
         check_folder(tmp_path)
+    (tmp_path / "config.json").unlink()
+    for path in (tmp_path, tmp_path / "model.Q4_K_M.gguf"):
+        with pytest.raises(ModelFilesError, match="in GGUF, the format of llama"):
+            resolve_model(str(path))
 
 
 def test_a_hub_id_of_an_unknown_method_is_refused_before_its_download() -> None:
