@@ -20,7 +20,6 @@ from urllib.parse import urljoin
 
 import httpcore2
 
-from ... import __version__
 from ..admission.fair_lane import FairLane, LaneLimits
 from ..admission.lanes import IMAGE_FETCHES
 from .addresses import Address, is_allowed, parse_literal
@@ -28,8 +27,6 @@ from .names import UNRESOLVED, DnsResolver, NameLookups, Resolver
 from .settings import ImageError, ImageSettings
 from .sources import RemoteImage, parse_remote_url, too_large
 
-# Some hosts, such as Wikimedia, refuse agents without a version and a page of their own.
-USER_AGENT = f"vlmserve/{__version__} (+https://pypi.org/project/vlmserve/; images)".encode()
 REDIRECTS = {301, 302, 303, 307, 308}
 MAX_ADDRESSES = 4
 # Per address, so that an address that does not answer leaves time for the next.
@@ -226,7 +223,9 @@ class ImageFetcher:
 
     async def _get(self, source: RemoteImage, spend: Callable[[int], None]) -> bytes | RemoteImage:
         """One hop: the body, or where to go next."""
-        async with self._pool.stream("GET", _target(source), headers=_headers(source)) as response:
+        async with self._pool.stream(
+            "GET", _target(source), headers=self._headers(source)
+        ) as response:
             headers = {name.lower(): value for name, value in response.headers}
             if response.status in REDIRECTS:
                 return self._next_hop(source, headers.get(b"location", b""))
@@ -252,6 +251,15 @@ class ImageFetcher:
         if not body:
             raise ImageError("image URL's server sent no data")
         return bytes(body)
+
+    def _headers(self, source: RemoteImage) -> list[tuple[bytes, bytes]]:
+        return [
+            (b"Host", source.authority.encode("ascii")),
+            (b"User-Agent", self._settings.user_agent.encode("ascii")),
+            (b"Accept", b"image/*"),
+            (b"Accept-Encoding", b"identity"),
+            (b"Connection", b"close"),
+        ]
 
     def _next_hop(self, source: RemoteImage, location: bytes) -> RemoteImage:
         """The target of a redirect, checked as strictly as the client's own URL."""
@@ -281,13 +289,3 @@ def _target(source: RemoteImage) -> httpcore2.URL:
         port=source.port,
         target=source.target.encode("ascii"),
     )
-
-
-def _headers(source: RemoteImage) -> list[tuple[bytes, bytes]]:
-    return [
-        (b"Host", source.authority.encode("ascii")),
-        (b"User-Agent", USER_AGENT),
-        (b"Accept", b"image/*"),
-        (b"Accept-Encoding", b"identity"),
-        (b"Connection", b"close"),
-    ]

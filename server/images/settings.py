@@ -6,15 +6,34 @@ nothing of HTTP routes, pixels or processes.
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Annotated
 
+from ... import __version__
 from ...models.batch import Positive
 from ...models.settings.option import Limit, Option
 
 HTTP = "HTTP"
 MEBI = 1024 * 1024
 DEFAULT_MAX_IMAGE_BYTES = 20 * MEBI
+
+
+# Printable ASCII; a blank at an end would be lost on the way.
+_AGENT = re.compile(r"(?=.{1,256}\Z)[!-~](?:[ -~]*[!-~])?")
+
+
+@functools.cache
+def default_user_agent() -> str:
+    """Name and version, and the project's page if the installed package names one."""
+    try:
+        names = metadata.metadata("vlmserve")
+        page = names["Home-page"] if "Home-page" in names else None
+    except metadata.PackageNotFoundError:
+        page = None
+    return f"vlmserve/{__version__}" + (f" (+{page})" if page else "")
 
 
 class ImageError(Exception):
@@ -93,6 +112,17 @@ class ImageSettings:
             has_negation=False,
         ),
     ] = False
+    fetch_user_agent: Annotated[
+        str | None,
+        Option(
+            "The User-Agent of image downloads. Some hosts, such as Wikimedia, refuse agents"
+            " without a page or an address of whoever runs them. Default: vlmserve/VERSION, with"
+            " the project's page if the package names one.",
+            HTTP,
+            name="image-fetch-user-agent",
+            metavar="TEXT",
+        ),
+    ] = None
     num_decoders: Annotated[int, Limit("Number of image decoder processes; at least 2.")] = 2
     decode_timeout_s: Annotated[
         float,
@@ -105,7 +135,18 @@ class ImageSettings:
         int, Limit("Size of the cache of decoded tiles; 0 disables it.")
     ] = 256 * MEBI
 
+    @property
+    def user_agent(self) -> str:
+        """The User-Agent of downloads."""
+        return default_user_agent() if self.fetch_user_agent is None else self.fetch_user_agent
+
     def __post_init__(self) -> None:
+        agent = self.fetch_user_agent
+        if agent is not None and not _AGENT.fullmatch(agent):
+            raise ValueError(
+                f"--image-fetch-user-agent is {agent[:100]!r}: write 1 to 256 printable ASCII"
+                ' characters, such as "captions/1.0 (+https://example.com/captions)"'
+            )
         if self.num_decoders < 2:
             raise ValueError(
                 f"num_decoders is {self.num_decoders}: set it to at least 2, so that one image "

@@ -30,10 +30,11 @@ from support.outside import (
     redirect,
 )
 
+from vlmserve import __version__
 from vlmserve.server.images.addresses import is_allowed, parse_literal
 from vlmserve.server.images.fetch import GuardedBackend, ImageFetcher
 from vlmserve.server.images.names import NameLookups
-from vlmserve.server.images.settings import ImageError, ImageSettings
+from vlmserve.server.images.settings import ImageError, ImageSettings, default_user_agent
 from vlmserve.server.images.sources import parse_remote_url
 
 TLS_FILE = Path(__file__).resolve().parents[2] / "data" / "tls_test_only.pem"
@@ -283,6 +284,34 @@ def test_request_carries_nothing_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     names = [line.split(":")[0].lower() for line in lines[1:]]
     assert sorted(names) == ["accept", "accept-encoding", "connection", "host", "user-agent"]
     assert "Host: pictures.example:8080" in lines
+
+
+def test_a_download_names_the_server_and_its_version() -> None:
+    site = Site({"/a": plain_response()})
+    assert fetch("http://pictures.example/a", site).body == BODY
+    assert f"User-Agent: vlmserve/{__version__}" in site.heads[0]
+
+
+def test_the_page_of_the_package_is_named_if_it_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    default_user_agent.cache_clear()
+    page = {"Home-page": "https://example.com/vlmserve"}
+    monkeypatch.setattr("importlib.metadata.metadata", lambda name: page)
+    assert default_user_agent() == f"vlmserve/{__version__} (+https://example.com/vlmserve)"
+    default_user_agent.cache_clear()
+
+
+def test_the_operator_names_the_agent_on_every_hop() -> None:
+    agent = "captions/1.0 (+https://example.com; ops@example.com)"
+    site = Site({"/a": redirect("/b", "302 F"), "/b": plain_response()})
+    settings = ImageSettings(fetch_user_agent=agent)
+    assert fetch("http://pictures.example/a", site, settings=settings).body == BODY
+    assert [f"User-Agent: {agent}\r\n" in head for head in site.heads] == [True, True]
+
+
+@pytest.mark.parametrize("agent", ["", " ", "a\r\nX: b", "é", "a" * 257, " a", "a\x7f"])
+def test_an_agent_that_no_header_can_hold_is_one_line(agent: str) -> None:
+    with pytest.raises(ValueError, match="--image-fetch-user-agent is"):
+        ImageSettings(fetch_user_agent=agent)
 
 
 def test_cookie_of_one_hop_is_not_sent_on_the_next() -> None:
