@@ -7,6 +7,7 @@ Knows nothing of processes or of where the listening socket comes from.
 from __future__ import annotations
 
 import asyncio
+import datetime
 import functools
 import json
 import os
@@ -47,8 +48,8 @@ from .images.fetch import ImageFetcher
 from .images.loader import ImageLoader
 from .images.names import MAX_LOOKUPS
 from .images.tiling import TilingConfig
-from .prompts.chat_template import Clock
 from .prompts.processor import Processor
+from .prompts.templates.environment import Clock
 from .routes import (
     chat,
     completions,
@@ -204,9 +205,15 @@ class Components:
         """The components as the routes use them."""
         settings = self._settings
         folder = Path(settings.model)
-        clock = {} if now is None else {"now": now}
-        processor = Processor.from_folder(folder, settings.image_position, **clock)
+        processor = Processor.from_folder(
+            folder,
+            settings.image_position,
+            now or datetime.datetime.now,
+            template_file=Path(settings.chat_template) if settings.chat_template else None,
+            content_format=settings.chat_template_content_format,
+        )
         metrics = self._metrics
+        processor.renderer.on_meta = metrics.count_meta_format
         self._generator = generator = Generator(
             processor,
             self._images,

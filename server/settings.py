@@ -98,14 +98,31 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             ACCESS,
         ),
     ] = None
-    image_position: Annotated[
-        Literal["front", "as-sent"],
+    chat_template: Annotated[
+        str | None,
         Option(
-            "front moves the images of a message before its text, because the model only sees "
-            "earlier images. as-sent keeps the order.",
+            "Jinja file with the chat template. Default: the checkpoint's.",
+            MODEL,
+            metavar="FILE",
+        ),
+    ] = None
+    chat_template_content_format: Annotated[
+        Literal["auto", "string", "openai"],
+        Option(
+            "How the chat template gets the content of each message. string: as one text. openai: "
+            "as a list of parts. auto: as the template reads it.",
+            MODEL,
+        ),
+    ] = "auto"
+    image_position: Annotated[
+        Literal["auto", "front", "as-sent"],
+        Option(
+            "Where the images of a message are put, because the model only sees earlier images. "
+            "auto: before the text if all follow it, else as sent. front: always before the text. "
+            "as-sent: as sent.",
             HTTP,
         ),
-    ] = "front"
+    ] = "auto"
     unknown_fields: Annotated[
         Literal["report", "refuse", "ignore", "error"],
         Option(

@@ -19,7 +19,7 @@ from ..settings import ServerSettings
 from ..supervisor.settings import SupervisorSettings
 from .model_source import resolve_model
 from .start_options import StartOptions
-from .startup_checks import absolute, check_access, check_files, trace_settings
+from .startup_checks import absolute, check_access, check_files, check_template, trace_settings
 
 # An engine on a CPU takes 80 % (models/memory/available.py); the rest is for decoders and others.
 WORKERS_SHARE = 0.15
@@ -52,6 +52,7 @@ def build_settings(values: Mapping[str, Any]) -> AllSettings:
         served_model_names=_names(values["served_model_name"]) or [folder.name],
         max_queue_wait_s=values["max_queue_wait"],
         hub_id=folder.name if "/" in folder.name else None,
+        chat_template=absolute(values["chat_template"]),
         api_key_file=absolute(values["api_key_file"]),
         tls_certfile=absolute(values["tls_certfile"]),
         tls_keyfile=absolute(values["tls_keyfile"]),
@@ -59,6 +60,7 @@ def build_settings(values: Mapping[str, Any]) -> AllSettings:
     )
     check_access(server)
     check_files(server)
+    check_template(server)
     supervisor = settings_from(SupervisorSettings, values)
     if server.max_memory_bytes is None:
         limit = default_worker_memory(supervisor.num_workers)

@@ -46,6 +46,33 @@ def check_files(settings: ServerSettings) -> None:
         raise ValueError("--tls-keyfile is given without --tls-certfile: give both")
 
 
+def check_template(settings: ServerSettings) -> None:
+    """Raises ValueError, one line, if a chat template does not compile or exceeds its bounds.
+
+    The templates are tried in a child, which is then ended.
+    """
+    from ..prompts.templates.processes import LostChildError, TemplateError, try_template
+    from ..prompts.templates.sources import special_tokens, template_sources
+
+    folder = Path(settings.model)
+    file = Path(settings.chat_template) if settings.chat_template else None
+    sources = template_sources(folder, file)
+    if sources is None:
+        return
+    messages = [{"role": "user", "content": "What is in this image?"}]
+    variables = {"messages": messages, "tools": None, "add_generation_prompt": True}
+    for source in {sources.default, sources.tool_use or sources.default}:
+        try:
+            try_template(source, variables | special_tokens(folder))
+        except TemplateError as error:
+            raise ValueError(
+                f"the chat template of {sources.origin} cannot be used: {error}; start with"
+                " --chat-template FILE to use another"
+            ) from error
+        except LostChildError as error:
+            raise ValueError(f"the chat template cannot be tried: {error}") from error
+
+
 def check_access(settings: ServerSettings) -> None:
     """Raises ValueError, one line, for a host or origin that no request can match."""
     for host in settings.allowed_hosts:

@@ -4,6 +4,7 @@ Read in this order:
 
     request            the one form that every API's request becomes, and its checks
     preparer           checks a request; builds the engine's request: prompts, grammar, images
+    prompt_errors      what a client gets where a conversation does not become a prompt
     generator          sends it to the engine and returns events
     events             the events: pieces of text and of calls, finishes, usage
     answer_stream      the engine's outputs as events, for one choice

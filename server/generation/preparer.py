@@ -6,6 +6,7 @@ Owns the order of these steps. Knows nothing of HTTP, of the engine's work or of
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import math
 import secrets
@@ -26,6 +27,7 @@ from ..prompts.conversation import ImagePart
 from ..prompts.processor import PreparedPrompt, Processor, PromptTooLongError, image_spans
 from ..structured_output.compile_checks import GrammarChecks
 from ..telemetry.request_record import current_record
+from .prompt_errors import prompt_errors
 from .request import (
     MAX_ANSWER_LOGPROBS,
     TEXT_AS_USUAL,
@@ -210,6 +212,7 @@ class Preparer:
     async def _conversation(self, request: GenerationRequest, max_model_len: int) -> PreparedPrompt:
         num_chars = sum(message.num_chars for message in request.messages)
         has_json = bool(request.tools) or any(one.tool_calls for one in request.messages)
+        is_short = num_chars <= MAX_INLINE_CHARS and not has_json
         most = max_model_len - 1
         num_kept = cut_to(request, max_model_len)
         prepare = functools.partial(
@@ -218,14 +221,13 @@ class Preparer:
             most if num_kept is None else max(MAX_PROMPT_TOKENS, most),
             request.tools,
             request.tool_format,
+            request.template_options,
         )
-        try:
-            if num_chars <= MAX_INLINE_CHARS and not has_json:
+        with prompt_errors():
+            if is_short and self._processor.renderer.is_quick:
                 prompt = prepare()
             else:
                 prompt = await self._threads.run_in_thread(request.owner, prepare)
-        except PromptTooLongError as error:
-            raise BadRequestError(str(error), param="messages") from error
         return self._cut(prompt, num_kept, most, "messages")
 
     def _cut(
@@ -245,9 +247,8 @@ class Preparer:
         if len(token_ids) > most:
             error = PromptTooLongError(f"{len(token_ids):,}", most)
             raise BadRequestError(str(error), param=field)
-        return PreparedPrompt(
-            token_ids, image_spans(token_ids, self._processor.image_id), prompt.images
-        )
+        spans = image_spans(token_ids, self._processor.image_id)
+        return dataclasses.replace(prompt, token_ids=token_ids, spans=spans)
 
     def _plain_prompts(
         self, request: GenerationRequest, info: EngineReady

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ...models.batch import SamplingParams
 from ...router.messages import NO_POLICY, EngineReady, OwnerPolicy
 from ..errors import BadRequestError
+from ..prompts.chat_template import AS_USUAL, TemplateOptions
 from ..prompts.conversation import Message, Tool, ToolFormat
 
 # Log-probabilities of a prompt in one answer: about 5 MB of JSON, a tenth of a second to write.
@@ -64,6 +65,7 @@ class GenerationRequest:
     of the prompt. priority: lower values go first. timeout_s: from the request's arrival to the end
     of its answer. num_kept_tokens: read only this many tokens at the end of a longer prompt; -1: as
     many as leave room for the answer; None: all.
+    template_options: how to render the conversation.
     tools, tool_format: the tools in the prompt and their format. max_tool_calls: the answer ends
     after this many; None: no limit. grammar, grammar_field: the form of the answer, not compiled
     yet, and its field. grammar_parts: schemas within it, each with its field. ignored_fields:
@@ -94,6 +96,7 @@ class GenerationRequest:
     timeout_s: float | None = None
     tools: tuple[Tool, ...] = ()
     tool_format: ToolFormat = "json"
+    template_options: TemplateOptions = AS_USUAL
     max_tool_calls: int | None = None
     grammar: str | None = None
     grammar_field: str = ""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
 ToolFormat = Literal["json", "function_tag", "python_list"]
+ImagePosition = Literal["auto", "front", "as-sent"]
 
 
 @dataclass(slots=True, frozen=True)
@@ -109,8 +110,25 @@ class Message:
         return tuple(part for part in self.parts if isinstance(part, ImagePart))
 
 
+def arranged(message: Message, position: ImagePosition) -> Message:
+    """The same message, its images where they are to stand.
+
+    auto: first if all of them follow all texts, because a question before its image cannot see it;
+    else as sent, because a caption belongs to the image beside it. front: always first.
+    """
+    if position == "front" or (position == "auto" and _has_images_last(message)):
+        return with_images_in_front(message)
+    return message
+
+
+def _has_images_last(message: Message) -> bool:
+    """Whether a text is there, and no text behind an image."""
+    is_image = [isinstance(part, ImagePart) for part in message.parts]
+    return is_image == sorted(is_image) and not all(is_image)
+
+
 def with_images_in_front(message: Message) -> Message:
-    """The same message, its images first: a question before its image cannot see it."""
+    """The same message, its images first."""
     texts = tuple(part for part in message.parts if isinstance(part, TextPart))
     return replace(message, parts=message.images + texts)
 

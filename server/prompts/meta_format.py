@@ -10,9 +10,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from .chat_template import BEGIN_OF_TEXT, IMAGE
+from .chat_template import IMAGE
 from .conversation import ImagePart, Message, TextPart, Tool, ToolCall, ToolFormat
 from .placeholders import RenderedPiece
+from .templates.sources import BEGIN_OF_TEXT
 
 # The words of the published chat template; the missing space is its own.
 JSON_TASK = (
@@ -39,11 +40,13 @@ def render_as_meta(
     tool_format: ToolFormat = "json",
     *,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
 ) -> list[RenderedPiece]:
     """The prompt in Meta's ChatFormat: no preamble, no date, every role with images.
 
     Tools in JSON go to the start of the first user message, as in the published template; tools in
     other formats to the start of the system message. A missing message is added.
+    continue_final_message: the prompt ends within the last message.
     """
     role = "user" if tool_format == "json" else "system"
     place = _place_of_tools(messages, role) if tools else None
@@ -57,6 +60,8 @@ def render_as_meta(
         pieces.extend(_meta_part(part) for part in message.parts)
         pieces += _calls(message, tool_format)
         pieces.append(_turn_end())
+    if continue_final_message:
+        return pieces[:-1]
     if place == len(messages):
         pieces += [_header(role), *_tools(tools, tool_format), _turn_end()]
     return [*pieces, _header("assistant")] if add_generation_prompt else pieces

@@ -16,8 +16,7 @@ from ..api.services import (
 )
 from ..api.sse import send_stream
 from ..api.whole_answer import send_whole
-from ..errors import BadRequestError
-from ..prompts.processor import PromptTooLongError
+from ..generation.prompt_errors import prompt_errors
 from ..schemas.anthropic.answers import (
     MessageAnswer,
     MessageAnswers,
@@ -81,14 +80,8 @@ async def count_tokens(request: Request, body: CountTokensRequest) -> HTTPRespon
         MAX_TOKENS,
         offered_tools(body),
     )
-    try:
-        threads = services_of(request).threads
+    threads = services_of(request).threads
+    with prompt_errors(limit=f"at most {MAX_TOKENS:,} are counted: shorten it"):
         prompt = await threads.run_in_thread(owner_of(request), prepare)
-    except PromptTooLongError as error:
-        raise BadRequestError(
-            f"the conversation has {error.num_tokens:,} tokens; at most {MAX_TOKENS:,} are counted:"
-            " cut it",
-            param="messages",
-        ) from error
     count: TokenCount = {"input_tokens": len(prompt.token_ids)}
     return json_response(count)

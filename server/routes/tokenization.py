@@ -12,7 +12,8 @@ from sanic import HTTPResponse, Request
 from ..api.endpoint import Reply, Routes
 from ..api.services import check_model, json_response, owner_of, services_of
 from ..errors import BadRequestError
-from ..prompts.processor import Processor, PromptTooLongError
+from ..generation.prompt_errors import prompt_errors
+from ..prompts.processor import Processor
 from ..schemas.openai.tokenization import (
     MAX_TOKENS,
     Detokenized,
@@ -21,6 +22,7 @@ from ..schemas.openai.tokenization import (
     TokenizeRequest,
     messages_of,
     offered_tools,
+    options_of,
     prompt_of,
 )
 
@@ -59,14 +61,9 @@ async def tokenize(request: Request, body: TokenizeRequest) -> HTTPResponse:
     if body.model is not None:
         check_model(request, body.model)
     encode = functools.partial(_token_ids, services.processor, body)
-    try:
+    field = "messages" if body.prompt is None else "prompt"
+    with prompt_errors(field, f"at most {MAX_TOKENS:,} can be returned: shorten it"):
         token_ids = await services.threads.run_in_thread(owner_of(request), encode)
-    except PromptTooLongError as error:
-        raise BadRequestError(
-            f"the text has {error.num_tokens} tokens; at most {MAX_TOKENS:,} can be returned:"
-            " shorten it",
-            param="messages" if body.prompt is None else "prompt",
-        ) from error
     names = None
     if body.return_token_strs:
         name_all = functools.partial(services.processor.names_of, token_ids)
@@ -106,14 +103,11 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> HTTPResponse:
 
 
 def _token_ids(processor: Processor, body: TokenizeRequest) -> list[int]:
-    """Raises PromptTooLongError or BadRequestError."""
+    """Raises the errors of `Processor.prepare`, or BadRequestError."""
     text = prompt_of(body)
     if text is not None:
         add_special_tokens = body.add_special_tokens is not False
         return processor.prepare_text(text, MAX_TOKENS, add_special_tokens=add_special_tokens)
-    return processor.prepare(
-        messages_of(body),
-        MAX_TOKENS,
-        offered_tools(body),
-        add_generation_prompt=body.add_generation_prompt is not False,
-    ).token_ids
+    messages = messages_of(body)
+    options = options_of(body, messages)
+    return processor.prepare(messages, MAX_TOKENS, offered_tools(body), options=options).token_ids

@@ -88,6 +88,11 @@ ITEMS = (
 CUT = "truncate_prompt_tokens leaves all images in the prompt."
 BEST_OF = "best_of is 1 or n if it is set."
 
+TEMPLATE = "The server's chat template accepts the conversation and its arguments."
+CONTINUED = "With continue_final_message the last message is an assistant's, without tool_calls."
+VARIABLES = "chat_template_kwargs nests 16 levels at most."
+OF_TEMPLATES = (TEMPLATE, CONTINUED, VARIABLES)
+
 OF_CONVERSATIONS = (NO_NUL, RESULTS, ARGUMENTS, TOOL_NAMES, PARAMETERS)
 OF_GENERATIONS = (NO_NUL, CONTEXT, ONE_FORM, COMPILED)
 OF_CHATS = (

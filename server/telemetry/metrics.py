@@ -28,6 +28,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from ...router.client.replica_pool import MOVE_REASONS, MoveReason, ReplicaState
 from ...router.messages import AddRequest, EngineStats
 from ..admission.lanes import LANE_NAMES
+from ..prompts.rendering import META_REASONS
 from ..supervisor.ended_metrics import reserve, unmerged
 from .engine_metrics import EngineMetrics, ReplicaMetrics, RestartMetrics
 from .request_record import RequestRecord, current_record
@@ -99,6 +100,10 @@ class Metrics:
     def count_refusal(self, lane: str) -> None:
         """Count work that a lane refused. lane: one of LANE_NAMES."""
         self.lane_refusals.labels(lane.replace(" ", "_")).inc()
+
+    def count_meta_format(self, reason: str) -> None:
+        """Count a conversation in Meta's format. reason: one of META_REASONS."""
+        self.meta_format_prompts.labels(reason).inc()
 
     def watch_replicas(self, states: Callable[[], Sequence[ReplicaState]]) -> None:
         """Report each replica by itself too."""
@@ -220,6 +225,13 @@ class Metrics:
         )
         for lane in LANE_NAMES:
             self.lane_refusals.labels(lane.replace(" ", "_"))
+        self.meta_format_prompts = self._counter(
+            "vlmserve_meta_format_prompts",
+            "Conversations in Meta's format instead of the chat template's, by reason.",
+            ["reason"],
+        )
+        for reason in META_REASONS:
+            self.meta_format_prompts.labels(reason)
         self.http_requests = self._counter(
             "vlmserve_http_requests",
             "HTTP requests that ended. status=499: the client closed the connection.",

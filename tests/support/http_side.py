@@ -134,8 +134,16 @@ LLAMA_TEMPLATE = """\
 """
 
 
-def write_checkpoint(folder: Path, template: str | None = LLAMA_TEMPLATE) -> Path:
-    """Write the files of a checkpoint that an HTTP worker reads: all but the weights."""
+PUBLISHED = "as published"
+
+
+def write_checkpoint(folder: Path, template: str | None = PUBLISHED) -> Path:
+    """Write the files of a checkpoint that an HTTP worker reads: all but the weights.
+
+    template: by default one that treats messages and tools as the published one does.
+    """
+    from .tool_template import TOOL_TEMPLATE  # made from this file's
+
     folder.mkdir(parents=True, exist_ok=True)
     meta_like_tokenizer().save(str(folder / "tokenizer.json"))
     files: dict[str, Any] = {
@@ -151,7 +159,8 @@ def write_checkpoint(folder: Path, template: str | None = LLAMA_TEMPLATE) -> Pat
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content), "utf-8")
     if template is not None:
-        (folder / "chat_template.jinja").write_text(template, "utf-8")
+        text = TOOL_TEMPLATE if template == PUBLISHED else template
+        (folder / "chat_template.jinja").write_text(text, "utf-8")
     return folder
 
 

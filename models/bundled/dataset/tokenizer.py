@@ -47,10 +47,43 @@ _PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
+# Llama 3.2's form of messages, tools and calls, for every mix of them.
+CHAT_TEMPLATE = r"""{{- bos_token -}}
+{%- set ns = namespace(has_images=false) -%}
+{%- for message in messages if message['content'] is not string -%}
+    {%- for part in message['content'] if part['type'] == 'image' -%}
+        {%- set ns.has_images = true -%}
+    {%- endfor -%}
+{%- endfor -%}
+{%- set task = 'Given the following functions, please respond with a JSON for a function call with '
+    + 'its proper arguments that best answers the given prompt.\n\nRespond in the format {"name": '
+    + 'function name, "parameters": dictionary of argument name and its value}.Do not use '
+    + 'variables.\n\n' -%}
+{%- if tools -%}
+    {#- Beside images the tools stand in the system message, else in the first message of a user. -#}
+    {%- set place = 'system' if ns.has_images else 'user' -%}
+    {%- if not ns.has_images and messages and messages[0]['role'] == 'system' -%}
+        {{- '<|start_header_id|>system<|end_header_id|>\n\n' -}}
+        {{- messages[0]['content'] | trim + '<|eot_id|>' -}}
+        {%- set messages = messages[1:] -%}
+    {%- endif -%}
+    {%- set is_there = messages and messages[0]['role'] == place -%}
+    {%- if not is_there and place == 'user' -%}
+        {{- raise_exception('Tools need a message of a user at the start of the conversation.') -}}
+    {%- endif -%}
+    {{- '<|start_header_id|>' + place + '<|end_header_id|>\n\n' + task -}}
+    {%- for tool in tools -%}
+        {{- tool | tojson(indent=4) + '\n\n' -}}
+    {%- endfor -%}
+    {%- if is_there -%}
+        {{- messages[0]['content'] | trim -}}
+        {%- set messages = messages[1:] -%}
+    {%- endif -%}
+    {{- '<|eot_id|>' -}}
+{%- endif -%}
 {%- for message in messages -%}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}
+    {%- set role = 'ipython' if message['role'] == 'tool' else message['role'] -%}
+    {{- '<|start_header_id|>' + role + '<|end_header_id|>\n\n' -}}
     {%- if message['content'] is string -%}
         {{- message['content'] | trim -}}
     {%- else -%}
@@ -62,10 +95,19 @@ CHAT_TEMPLATE = """\
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
+    {%- for call in message['tool_calls'] -%}
+        {%- if not loop.first -%}
+            {{- '; ' -}}
+        {%- elif message['content'] -%}
+            {{- '\n' -}}
+        {%- endif -%}
+        {{- '{"name": "' + call.function.name + '", "parameters": ' -}}
+        {{- call.function.arguments | tojson + '}' -}}
+    {%- endfor -%}
     {{- '<|eot_id|>' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}
 {%- endif -%}
 """
 

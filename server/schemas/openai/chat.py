@@ -28,6 +28,7 @@ from ..sampling import (
     stops_of,
 )
 from ..structured import call_form, only_form
+from ..template_options import TEMPLATE_RULES, TemplateVariables, template_options
 from ..tools import (
     ToolChoice,
     ToolList,
@@ -71,11 +72,13 @@ class ChatCompletionRequest(SharedFields, frozen=True, forbid_unknown_fields=Tru
     prose_rules: ClassVar[tuple[str, ...]] = (
         *rules.OF_CHATS,
         *rules.OF_SAMPLING,
+        *rules.OF_TEMPLATES,
         rules.RESULTS,
         rules.ONE_MAXIMUM,
     )
     schema_rules: ClassVar[dict[str, Any]] = all_of(
         *SHARED_RULES,
+        *TEMPLATE_RULES,
         only_neutral(REFUSED),
         needs("top_logprobs", {"type": "integer", "minimum": 1}, "logprobs", {"const": True}),
         needs(
@@ -94,6 +97,9 @@ class ChatCompletionRequest(SharedFields, frozen=True, forbid_unknown_fields=Tru
     tools: ToolList | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     # Taken at their neutral values only.
     audio: dict[str, Any] | None = None
     function_call: str | dict[str, Any] | None = None
@@ -128,9 +134,16 @@ def chat_generation(body: ChatCompletionRequest) -> GenerationRequest:
     max_calls = 1 if body.parallel_tool_calls is False else None
     call = call_form(tools, choice_of(body.tool_choice), max_calls)
     form = only_form([*forms_of(body), *call])
+    messages = conversation_of(body.messages)
     return GenerationRequest(
         is_streamed=bool(body.stream),
-        messages=conversation_of(body.messages),
+        messages=messages,
+        template_options=template_options(
+            messages,
+            body.add_generation_prompt,
+            body.continue_final_message,
+            body.chat_template_kwargs,
+        ),
         tools=tools,
         grammar=form.grammar if form else None,
         grammar_field=form.field if form else "",

@@ -5,16 +5,19 @@ Owns the two requests and the two answers. Knows nothing of tokenizers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, TypedDict
 
 import msgspec
 
 from ...errors import BadRequestError
+from ...prompts.chat_template import TemplateOptions
 from ...prompts.conversation import Message, Tool
 from .. import rules
 from ..decoding import ModelName, no_nul
 from ..rules import all_of, given, having, only_one_given
 from ..sampling import TokenId
+from ..template_options import TEMPLATE_RULES, TemplateVariables, template_options
 from ..tools import ToolList, tools_of
 from .chat_messages import MessageList, conversation_of
 
@@ -29,10 +32,15 @@ class TokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     those of the chat, which starts with it in any case. tools go with messages.
     """
 
-    prose_rules: ClassVar[tuple[str, ...]] = (*rules.OF_CONVERSATIONS, rules.CONTEXT)
+    prose_rules: ClassVar[tuple[str, ...]] = (
+        *rules.OF_CONVERSATIONS,
+        rules.CONTEXT,
+        *rules.OF_TEMPLATES,
+    )
     schema_rules: ClassVar[dict[str, Any]] = all_of(
         only_one_given("prompt", "messages"),
         {"not": {"allOf": [given("prompt"), having("tools", {"type": "array", "minItems": 1})]}},
+        *TEMPLATE_RULES,
     )
 
     model: ModelName | None = None
@@ -41,6 +49,8 @@ class TokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     tools: ToolList | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     return_token_strs: bool | None = None
 
 
@@ -81,6 +91,13 @@ def prompt_of(body: TokenizeRequest) -> str | None:
 def messages_of(body: TokenizeRequest) -> tuple[Message, ...]:
     """The conversation. Raises BadRequestError that names the field."""
     return conversation_of(body.messages or ())
+
+
+def options_of(body: TokenizeRequest, messages: Sequence[Message]) -> TemplateOptions:
+    """How the conversation is to be rendered. Raises BadRequestError that names the field."""
+    return template_options(
+        messages, body.add_generation_prompt, body.continue_final_message, body.chat_template_kwargs
+    )
 
 
 def offered_tools(body: TokenizeRequest) -> tuple[Tool, ...]:

@@ -141,9 +141,14 @@ def test_a_list_of_texts_is_one_text(processor):
     assert processor.prepare(parts, LIMIT).token_ids == whole.token_ids
 
 
-def test_white_space_around_a_text_is_trimmed(processor):
-    trimmed = processor.prepare([user(1, f" \n{QUESTION}\n\n ")], LIMIT)
-    assert trimmed.token_ids == WITH_IMAGE
+def test_white_space_around_a_text_is_kept_where_the_template_keeps_it(processor):
+    """It used to be trimmed, which the published template does to system messages only."""
+    kept = processor.prepare([user(1, f" \n{QUESTION}\n\n ")], LIMIT)
+    text = processor.tokenizer.decode(kept.token_ids, skip_special_tokens=False)
+    assert f"<|image|> \n{QUESTION}\n\n <|eot_id|>" in text
+    system = processor.prepare([Message("system", (TextPart(" Be brief. "),)), user("hi")], LIMIT)
+    text = processor.tokenizer.decode(system.token_ids, skip_special_tokens=False)
+    assert "2024\n\nBe brief.<|eot_id|>" in text
 
 
 def test_images_go_to_the_front_of_their_message(processor):
@@ -227,7 +232,7 @@ def test_megabytes_are_refused_without_tokenizing_them_all(processor, monkeypatc
         tokenized.append(len(text))
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    monkeypatch.setattr(prompt, "_encode", encode)
+    monkeypatch.setattr(prompt, "encode", encode)
     messages, tools = MEGABYTES[name]
     with pytest.raises(PromptTooLongError, match="over"):
         processor.prepare(messages, 8191, tools)

@@ -191,10 +191,10 @@ def test_row_21_what_a_text_spells_is_text(checkpoint):
 
 @pytest.mark.parametrize(
     "field",
-    ["chat_template", "chat_template_kwargs", "template", "documents", "template_kwargs",
-     "continue_final_message", "bos_token", "mm_processor_kwargs"],
+    ["chat_template", "template", "documents", "template_kwargs", "bos_token",
+     "mm_processor_kwargs"],
 )  # fmt: skip
-def test_row_22_a_template_or_its_arguments_are_no_part_of_a_request(checkpoint, field):
+def test_row_22_a_template_or_its_files_are_no_part_of_a_request(checkpoint, field):
     """They are dropped by name, or refused; the prompt is the same in any case."""
     value = "{{ ''.__class__.__mro__ }}" if field.endswith("template") else {"tokenize": False}
     routes = [*TEXT_ROUTES, *TOKENIZE_ROUTES]

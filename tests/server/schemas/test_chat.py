@@ -1,5 +1,6 @@
 """What the two APIs take, refuse and make of a body, without a server."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from vlmserve.server.schemas.openai.chat import ChatCompletionRequest, chat_gene
 from vlmserve.server.schemas.openai.completions import CompletionRequest
 
 DATA = Path(__file__).resolve().parents[2] / "data"
+ANSWER = {"role": "assistant", "content": "It is"}
+DEEP = functools.reduce(lambda inner, _: {"a": inner}, range(20), {})
 TURN = {"role": "user", "content": "hi"}
 
 
@@ -149,7 +152,19 @@ def test_max_completion_tokens_is_the_newer_name_of_max_tokens():
         ({"stream_options": {"foo": 1}}, "stream_options.foo"),
         ({"foo": 1}, "foo"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
-        ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs.messages"),
+        ({"chat_template_kwargs": {"a": ["b\0"]}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {str(i): 0 for i in range(65)}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": DEEP}, "chat_template_kwargs"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        (
+            {
+                "continue_final_message": True,
+                "messages": [TURN, ANSWER],
+                "add_generation_prompt": True,
+            },
+            "continue_final_message",
+        ),
         ({"messages": []}, "messages"),
         ({"messages": [TURN] * 2049}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),

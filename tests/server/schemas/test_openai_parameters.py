@@ -86,6 +86,12 @@ CASES = {
         "tools": {"tools": [TOOL]},
         "tool_choice": {"tools": [TOOL], "tool_choice": "required"},
         "parallel_tool_calls": {"tools": [TOOL], "parallel_tool_calls": False},
+        "add_generation_prompt": {"add_generation_prompt": False},
+        "continue_final_message": {
+            "messages": [TURN, {"role": "assistant", "content": "a"}],
+            "continue_final_message": True,
+        },
+        "chat_template_kwargs": {"chat_template_kwargs": {"a": 1}},
     },
     "completions": SHARED_CASES
     | {
