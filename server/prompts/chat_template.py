@@ -151,10 +151,18 @@ class ChatTemplate:
         ]
 
     def _rendered(self, given: _Input) -> list[RenderedPiece]:
+        try:
+            return self._pieces(given)
+        except LostTextError as error:
+            raise TemplateRefusedError(_reason_of_loss(error, given.messages)) from error
+
+    def _pieces(self, given: _Input) -> list[RenderedPiece]:
+        """Raises TemplateRefusedError, LostTextError or LostChildError."""
         hidden = Placeholders()
         variables = [self._variables(given, hidden)]
         if self._template is not None:
-            return _pieces_of(hidden, self._run(variables[0]), given.options)
+            text = _text_of(Rendered(self._run(variables[0])), given.options)
+            return hidden.split(text, IMAGE)
         real = RealTexts()
         variables.append(self._variables(given, real))
         masked = MaskedTexts(self._marks, list(given.strings()))
@@ -180,8 +188,8 @@ class ChatTemplate:
     def _compared(self, found: _Renderings, options: TemplateOptions) -> list[RenderedPiece]:
         """The pieces of what the template makes of the real texts.
 
-        By their words, if those make the same text; else by masks. Raises TemplateRefusedError if
-        a special token in it may be of a client's text.
+        By their words, if those make the same text; else by masks. Raises LostTextError, or
+        TemplateRefusedError if a special token in it may be of a client's text.
         """
         text = found.real.restored(_text_of(found.truth, options), IMAGE)
         by_words = _text_of(found.by_words, options)
@@ -191,10 +199,7 @@ class ChatTemplate:
                 return pieces
         except LostTextError:
             pass
-        try:
-            found.hidden.check_traces(by_words)
-        except LostTextError as error:
-            raise TemplateRefusedError(str(error)) from error
+        found.hidden.check_traces(by_words)
         masked = found.masked.restored(_text_of(found.by_masks, options), IMAGE)
         marks = self._any_mark.findall(found.hidden.template_text(by_words, IMAGE))
         if found.masked.unmasked(masked) != text or self._any_mark.findall(masked) != marks:
@@ -282,22 +287,19 @@ def _is_list(message: Message, form: ContentFormat, has_tools: bool) -> bool:
 
 
 def _text_of(rendered: Rendered, options: TemplateOptions) -> str:
-    """The text up to where the prompt ends. Raises TemplateRefusedError."""
+    """The text up to where the prompt ends. Raises TemplateRefusedError, LostTextError."""
     if rendered.text is None:
         raise TemplateRefusedError(rendered.error or "it gives no reason")
     if not options.continue_final_message:
         return rendered.text
-    try:
-        return cut_at_end(rendered.text)
-    except LostTextError as error:
-        raise TemplateRefusedError(str(error)) from error
+    return cut_at_end(rendered.text)
 
 
-def _pieces_of(hidden: Placeholders, text: str, options: TemplateOptions) -> list[RenderedPiece]:
-    try:
-        return hidden.split(_text_of(Rendered(text), options), IMAGE)
-    except LostTextError as error:
-        raise TemplateRefusedError(str(error)) from error
+def _reason_of_loss(error: LostTextError, messages: Sequence[Message]) -> str:
+    """What was lost, and what to do: many templates drop a text beside a call."""
+    if error.number is None or not messages[error.number].tool_calls:
+        return str(error)
+    return f"{error}, which has calls of tools: send the text in a message before it"
 
 
 def _unmasked_pieces(

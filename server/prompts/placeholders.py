@@ -36,7 +36,11 @@ class RenderedPiece:
 
 
 class LostTextError(Exception):
-    """The template left out a text, doubled it, or changed what spells a special token."""
+    """The template left out a text, doubled it, or moved it. number: the text's message."""
+
+    def __init__(self, reason: str, number: int | None = None) -> None:
+        super().__init__(reason)
+        self.number = number
 
 
 class Hider(Protocol):
@@ -117,7 +121,7 @@ class Placeholders:
         present = set(kept)
         lost = next((self._required[one] for one in self._required if one not in present), None)
         if lost is not None:
-            raise LostTextError(f"it leaves out the text of messages[{lost}]")
+            raise LostTextError(f"it leaves out the text of messages[{lost}]", lost)
         if kept != list(self._required):
             raise LostTextError("it writes a text of the conversation twice, or moves it")
 

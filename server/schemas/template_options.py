@@ -20,6 +20,9 @@ from .decoding import no_nul
 MAX_DEPTH = 16
 TemplateVariables = Annotated[dict[str, Any], msgspec.Meta(max_length=64)]
 
+# What a variable that the server itself sets may be.
+NOTHING: list[Any] = [None, False, 0, "", [], {}]
+
 # What `template_options` checks, for the API's document.
 TEMPLATE_RULES: tuple[dict[str, Any], ...] = (
     {
@@ -34,7 +37,7 @@ TEMPLATE_RULES: tuple[dict[str, Any], ...] = (
     {
         "properties": {
             "chat_template_kwargs": {
-                "not": {"anyOf": [{"required": [n]} for n in sorted(RESERVED)]}
+                "properties": {name: {"enum": NOTHING} for name in sorted(RESERVED)}
             }
         }
     },
@@ -55,11 +58,15 @@ def template_options(
                 param="continue_final_message",
             )
         _check_final(messages)
-    _check_variables(variables or {})
+    # Clients write whole objects whose members are at their defaults.
+    given = {
+        name: value for name, value in (variables or {}).items() if value or name not in RESERVED
+    }
+    _check_variables(given)
     return TemplateOptions(
         add_generation_prompt=not continue_final_message and add_generation_prompt is not False,
         continue_final_message=bool(continue_final_message),
-        variables=variables or {},
+        variables=given,
     )
 
 

@@ -60,7 +60,7 @@ CHAT_TEMPLATE = r"""{{- bos_token -}}
     + 'function name, "parameters": dictionary of argument name and its value}.Do not use '
     + 'variables.\n\n' -%}
 {%- if tools -%}
-    {#- Beside images the tools stand in the system message, else in the first message of a user. -#}
+    {#- Tools stand in the system message beside images, else in the first user message. -#}
     {%- set place = 'system' if ns.has_images else 'user' -%}
     {%- if not ns.has_images and messages and messages[0]['role'] == 'system' -%}
         {{- '<|start_header_id|>system<|end_header_id|>\n\n' -}}

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from ...child_sandbox import child_environment
+from ...child_processes import child_environment
 from .child import LENGTH_BYTES, QUESTION_HEAD, TOO_MUCH_MEMORY, Answer, Question, Rendered
 
 MODULE = "vlmserve.server.prompts.templates.child"

@@ -207,7 +207,6 @@ def test_results_become_messages_of_the_tool_in_their_order(tool_checkpoint):
         QUESTION,
         {"role": "assistant", "content": [
             {"type": "thinking", "thinking": "hidden", "signature": "s"},
-            {"type": "text", "text": "I look."},
             {"type": "tool_use", "id": "call_1", "name": "get_weather", "input": {"city": "X"}},
         ]},
         {"role": "user", "content": [
@@ -222,6 +221,12 @@ def test_results_become_messages_of_the_tool_in_their_order(tool_checkpoint):
     prompt = prompt_of(requests[0])
     assert "hidden" not in prompt
     assert prompt.index("It is hot.") < prompt.index("And now?")
+    # The published template would drop a text beside a call.
+    turns[1]["content"].append({"type": "text", "text": "I look."})
+    response, requests = ask(tool_checkpoint, BODY | {"messages": turns, "tools": TOOLS})
+    assert response.status_code == 400
+    assert "text of messages[1], which has calls of tools" in response.json()["message"]
+    assert requests == []
 
 
 def test_a_result_of_no_call_is_refused_by_its_place(checkpoint):

@@ -173,7 +173,7 @@ def test_the_default_lifetime_of_cached_prompts_is_neutral():
         ("prediction", {"content": []}),
         ("stream_options", {}),
         ("stream_options", {"include_usage": False, "include_obfuscation": None}),
-        ("chat_template_kwargs", {"enable_thinking": False, "documents": []}),
+        ("chat_template_kwargs", {"documents": []}),
         ("mm_processor_kwargs", {"min_pixels": None}),
         ("nvext", {"guided_json": None, "guided_regex": None}),
         ("structured_outputs", {"json": None, "json_object": False}),
