@@ -8,7 +8,6 @@ Read in this order:
     foreign                          fields of other servers that change nothing here
     openai, llama_stack, anthropic   the requests and answers of each API
     sampling, structured, tools      the fields that these share
-    template_options                 and those about the chat template
     rules                            conditions between fields, for the API's document
     json_parts                       JSON that is encoded and sent in parts
     streamed_answers                 what a stream needs of each API's answers

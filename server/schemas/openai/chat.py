@@ -28,7 +28,6 @@ from ..sampling import (
     stops_of,
 )
 from ..structured import call_form, only_form
-from ..template_options import TEMPLATE_RULES, TemplateVariables, template_options
 from ..tools import (
     ToolChoice,
     ToolList,
@@ -38,6 +37,7 @@ from ..tools import (
     tools_of,
 )
 from .chat_messages import MessageList, conversation_of
+from .template_options import TEMPLATE_RULES, TemplateVariables, template_options
 
 # Unsupported fields: the values that they may have besides null.
 REFUSED: dict[str, Neutral] = {

@@ -17,9 +17,9 @@ from .. import rules
 from ..decoding import ModelName, no_nul
 from ..rules import all_of, given, having, only_one_given
 from ..sampling import TokenId
-from ..template_options import TEMPLATE_RULES, TemplateVariables, template_options
 from ..tools import ToolList, tools_of
 from .chat_messages import MessageList, conversation_of
+from .template_options import TEMPLATE_RULES, TemplateVariables, template_options
 
 # More than any context: four prompts of 131,072 tokens.
 MAX_TOKENS = 524_288

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ..errors import BadRequestError
-from ..prompts.chat_template import RESERVED, TemplateOptions
-from ..prompts.conversation import Message
-from ..prompts.placeholders import strings_in
-from ..structured_output.json_depth import nests_deeper_than
-from .decoding import no_nul
+from ...errors import BadRequestError
+from ...prompts.chat_template import RESERVED, TemplateOptions
+from ...prompts.conversation import Message
+from ...prompts.placeholders import strings_in
+from ...structured_output.json_depth import nests_deeper_than
+from ..decoding import no_nul
 
 MAX_DEPTH = 16
 TemplateVariables = Annotated[dict[str, Any], msgspec.Meta(max_length=64)]
