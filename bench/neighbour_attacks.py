@@ -16,6 +16,7 @@ import os
 import random
 import resource
 import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -65,7 +66,20 @@ def png_url(width: int, height: int, color: tuple[int, int, int]) -> str:
     """A flat picture as a data URL."""
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), color).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return as_data_url(buffer.getvalue())
+
+
+def as_data_url(file: bytes) -> str:
+    """A PNG as a data URL."""
+    return "data:image/png;base64," + base64.b64encode(file).decode()
+
+
+def with_comment(png: bytes, rng: random.Random) -> bytes:
+    """The same picture, new to every cache: drawing it again would take the client longer."""
+    text = b"tEXtc\0" + rng.randbytes(8).hex().encode()
+    end_of_header = 33
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    return png[:end_of_header] + chunk + png[end_of_header:]
 
 
 def _color(rng: random.Random) -> tuple[int, int, int]:
@@ -99,8 +113,12 @@ def _silent_names(target: Target) -> Body:
 
 
 def _pictures(target: Target) -> Body:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4000, 3000), (90, 120, 40)).save(buffer, "PNG")
+    flat = buffer.getvalue()
+
     def body(rng: random.Random) -> dict[str, Any]:
-        pictures = [image(png_url(4000, 3000, _color(rng))) for _ in range(NUM_IMAGES)]
+        pictures = [image(as_data_url(with_comment(flat, rng))) for _ in range(NUM_IMAGES)]
         return chat("look", *pictures, max_tokens=1)
 
     return body

@@ -308,11 +308,11 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts at this moment, for metrics."""
-        scheduler = self.scheduler.snapshot()
+        scheduler = self.scheduler.counts()
         text, images = scheduler.text, scheduler.images
         return EngineStats(
-            num_running=len(scheduler.running),
-            num_waiting=len(self._open) - len(scheduler.running),
+            num_running=scheduler.num_running,
+            num_waiting=len(self._open) - scheduler.num_running,
             num_steps=self._num_steps,
             text_blocks_used=text.used,
             text_blocks_total=text.total,

@@ -37,8 +37,21 @@ class Progress:
     logprobs: TokenLogprobs | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerSnapshot:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerCounts:
+    """What the scheduler counts anyway: however many sequences there are, it takes no longer."""
+
+    num_running: int
+    text: PoolSnapshot
+    images: PoolSnapshot
+    num_preemptions: int
+    num_images_encoded: int
+    prefix_tokens_queried: int
+    prefix_tokens_hit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSnapshot(SchedulerCounts):
     """The scheduler's state at one moment. waiting, running: sequence ids, by rank.
 
     waiting_tokens, waiting_bytes: tokens and image bytes of the waiting sequences.
@@ -48,9 +61,3 @@ class SchedulerSnapshot:
     running: tuple[str, ...]
     waiting_tokens: int
     waiting_bytes: int
-    text: PoolSnapshot
-    images: PoolSnapshot
-    num_preemptions: int
-    num_images_encoded: int
-    prefix_tokens_queried: int
-    prefix_tokens_hit: int

@@ -40,6 +40,7 @@ to sample from its logits.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields
 
 from ...models.batch import (
     ModelInfo,
@@ -52,7 +53,7 @@ from ..blocks.image_pool import ImageEntry
 from ..blocks.visibility import is_seen
 from .batch_rows import fill, row_of
 from .block_manager import BlockManager
-from .interface import Progress, SchedulerLimits, SchedulerSnapshot
+from .interface import Progress, SchedulerCounts, SchedulerLimits, SchedulerSnapshot
 from .lifecycle import Lifecycle
 from .preemption import has_far_less, protected, yielding
 from .request_queue import RequestQueue
@@ -98,13 +99,21 @@ class Scheduler:
         return protected(self._running) if self._running else None
 
     def snapshot(self) -> SchedulerSnapshot:
-        """The state at this moment, for metrics and tests."""
+        """The state at this moment, for tests."""
+        counts = self.counts()
         waiting = sorted(self.queue, key=lambda sequence: sequence.rank)
         return SchedulerSnapshot(
+            **{one.name: getattr(counts, one.name) for one in fields(counts)},
             waiting=tuple(sequence.sequence_id for sequence in waiting),
             running=tuple(sequence.sequence_id for sequence in self._running),
             waiting_tokens=self.queue.num_tokens,
             waiting_bytes=self.queue.num_bytes,
+        )
+
+    def counts(self) -> SchedulerCounts:
+        """Counts at this moment, for metrics: heartbeats read them while a step computes."""
+        return SchedulerCounts(
+            num_running=len(self._running),
             text=self.blocks.text_pool.snapshot(),
             images=self.blocks.image_pool.snapshot(),
             num_preemptions=self._lifecycle.num_preemptions,

@@ -26,6 +26,8 @@ from support.step_gate import StepGate
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine.engine import Engine
 from vlmserve.router.messages import AddRequest, FromEngine, OwnerPolicy, RequestFailed
+from vlmserve.router.scheduler.request_queue import RequestQueue
+from vlmserve.router.scheduler.sequence import Sequence
 from vlmserve.router.scheduler.throughput import WaitEstimator
 
 REFUSAL_S = 0.05
@@ -129,6 +131,21 @@ def test_row_31_the_wait_follows_how_long_the_last_requests_ran(have_started):
     for name in "cdef":
         engine.add(1, AddRequest(request_id=name, prompt_token_ids=[1], max_tokens=9))
     assert refused == {"e": 2.0, "f": 2.0}, "the third would wait for 12 s"
+
+
+def test_a_heartbeat_looks_at_no_waiting_request(monkeypatch):
+    """Each sorted the whole queue, up to 4,096 requests, while a step computed."""
+    config = EngineConfig(model="fake", socket_path="", max_num_seqs=2)
+    engine = Engine(FakeRunner(), config, lambda worker_id, message: None)
+    for number in range(200):
+        request = AddRequest(request_id=str(number), prompt_token_ids=[1], max_tokens=9)
+        engine.add(1, request)
+    assert engine.scheduler.schedule() is not None
+    looked_at = []
+    monkeypatch.setattr(Sequence, "rank", property(looked_at.append))
+    monkeypatch.setattr(RequestQueue, "__iter__", lambda queue: looked_at.append(queue) or iter(()))
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, looked_at) == (2, 198, [])
 
 
 @pytest.mark.parametrize("route", [CHAT, STACK_ROUTES[0], COMPLETIONS])
