@@ -29,8 +29,7 @@ _AGENT = re.compile(r"(?=.{1,256}\Z)[!-~](?:[ -~]*[!-~])?")
 def default_user_agent() -> str:
     """Name and version, and the project's page if the installed package names one."""
     try:
-        names = metadata.metadata("vlmserve")
-        page = names["Home-page"] if "Home-page" in names else None
+        page = metadata.metadata("vlmserve").json.get("home_page")
     except metadata.PackageNotFoundError:
         page = None
     return f"vlmserve/{__version__}" + (f" (+{page})" if page else "")

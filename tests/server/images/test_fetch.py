@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Callable, Sequence
 from ipaddress import ip_address
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpcore2
 import pytest
@@ -294,8 +295,8 @@ def test_a_download_names_the_server_and_its_version() -> None:
 
 def test_the_page_of_the_package_is_named_if_it_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
     default_user_agent.cache_clear()
-    page = {"Home-page": "https://example.com/vlmserve"}
-    monkeypatch.setattr("importlib.metadata.metadata", lambda name: page)
+    package = SimpleNamespace(json={"home_page": "https://example.com/vlmserve"})
+    monkeypatch.setattr("importlib.metadata.metadata", lambda name: package)
     assert default_user_agent() == f"vlmserve/{__version__} (+https://example.com/vlmserve)"
     default_user_agent.cache_clear()
 
