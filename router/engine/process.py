@@ -151,7 +151,8 @@ def _stop_on_sigterm() -> asyncio.Event:
 
 
 def _report_model_error(config: EngineConfig, error: BaseException) -> int:
-    if not isinstance(error, (ValueError, OSError)):  # their message is enough
+    # The message of these is enough. ImportError: no memory for a library.
+    if not isinstance(error, (ValueError, OSError, MemoryError, ImportError)):
         logger.error("loading the model failed", exc_info=error)
     first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
     return _report(f"cannot load the model {config.model!r}: {first_line}", EXIT_MODEL_ERROR)
