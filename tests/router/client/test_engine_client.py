@@ -141,43 +141,55 @@ async def connected(engine: ScriptedEngine, **options) -> EngineClient:
     return client
 
 
-def test_a_refusal_that_no_step_renews_is_forgotten(tmp_path, monkeypatch):
+@pytest.fixture
+def talk(tmp_path):
+    """Runs a scenario with a scripted engine and a client that is connected to it."""
+
+    def run(scenario, **options) -> None:
+        async def whole() -> None:
+            async with scripted_engine(tmp_path) as engine:
+                client = await connected(engine, **options)
+                await scenario(engine, client)
+                await client.close()
+
+        asyncio.run(whole())
+
+    return run
+
+
+def test_a_refusal_that_no_step_renews_is_forgotten(talk, monkeypatch):
     monkeypatch.setattr("vlmserve.router.client.engine_client.REJECTION_S", 1e9)
 
-    async def scenario() -> None:
-        async with scripted_engine(tmp_path) as engine:
-            client = await connected(engine)
-            task = asyncio.create_task(tokens_of(client, request_of()))
-            await until(lambda: bool(engine.received))
-            refusal = Rejection(owner="", message="full", retry_after_s=2.0)
-            engine.say(StepOutputs(outputs=[], rejections=[refusal]))
-            await until(lambda: client.rejection("", 0) is not None)
-            assert client.rejection("", 0).retry_after_s == 2.0
-            monkeypatch.setattr("vlmserve.router.client.engine_client.REJECTION_S", 0.0)
-            await until(lambda: client.rejection("", 0) is None)
-            task.cancel()
-            await client.close()
+    async def scenario(engine: ScriptedEngine, client: EngineClient) -> None:
+        task = asyncio.create_task(tokens_of(client, request_of()))
+        await until(lambda: bool(engine.received))
+        refusal = Rejection(owner="", message="full", retry_after_s=2.0)
+        engine.say(StepOutputs(outputs=[], rejections=[refusal]))
+        await until(lambda: client.rejection("", 0) is not None)
+        assert client.rejection("", 0).retry_after_s == 2.0
+        monkeypatch.setattr("vlmserve.router.client.engine_client.REJECTION_S", 0.0)
+        await until(lambda: client.rejection("", 0) is None)
+        task.cancel()
 
-    asyncio.run(scenario())
+    talk(scenario)
 
 
-def test_an_engine_that_goes_away_fails_every_open_request_and_is_told_once(tmp_path):
-    async def scenario() -> None:
-        deaths: list[int] = []
-        async with scripted_engine(tmp_path) as engine:
-            client = await connected(engine, on_dead=lambda: deaths.append(1))
-            tasks = [asyncio.create_task(tokens_of(client, request_of(name))) for name in "abc"]
-            await until(lambda: len(engine.received) == 3)
-            engine.hang_up()
-            for answer in await asyncio.gather(*tasks, return_exceptions=True):
-                assert isinstance(answer, EngineDeadError)
-            assert (client.is_ready, client.is_connected, client.info) == (False, False, None)
-            with pytest.raises(EngineDeadError, match="not ready"):
-                await tokens_of(client, request_of())
-            await client.close()
-            assert deaths == [1]
+def test_an_engine_that_goes_away_fails_every_open_request_and_is_told_once(talk):
+    deaths: list[int] = []
 
-    asyncio.run(scenario())
+    async def scenario(engine: ScriptedEngine, client: EngineClient) -> None:
+        tasks = [asyncio.create_task(tokens_of(client, request_of(name))) for name in "abc"]
+        await until(lambda: len(engine.received) == 3)
+        engine.hang_up()
+        for answer in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(answer, EngineDeadError)
+        assert (client.is_ready, client.is_connected, client.info) == (False, False, None)
+        with pytest.raises(EngineDeadError, match="not ready"):
+            await tokens_of(client, request_of())
+        await client.close()
+        assert deaths == [1]
+
+    talk(scenario, on_dead=lambda: deaths.append(1))
 
 
 class CountedIds(list):
@@ -193,7 +205,7 @@ class CountedIds(list):
         CountedIds.alive -= 1
 
 
-def test_a_request_that_the_engine_fails_is_freed_without_a_garbage_collection(tmp_path):
+def test_a_request_that_the_engine_fails_is_freed_without_a_garbage_collection(talk):
     """Its error was kept beside the frames that it refers to, and the request with them."""
 
     async def fail_one(engine: ScriptedEngine, client: EngineClient) -> None:
@@ -204,108 +216,93 @@ def test_a_request_that_the_engine_fails_is_freed_without_a_garbage_collection(t
         await asyncio.wait([answer])
         assert isinstance(answer.exception(), EngineInternalError)
 
-    async def scenario() -> None:
-        async with scripted_engine(tmp_path) as engine:
-            client = await connected(engine)
-            gc.collect()
-            gc.disable()
-            try:
-                await fail_one(engine, client)
-                await asyncio.sleep(0.01)
-                assert CountedIds.alive == 0
-            finally:
-                gc.enable()
-            await client.close()
+    async def scenario(engine: ScriptedEngine, client: EngineClient) -> None:
+        gc.collect()
+        gc.disable()
+        try:
+            await fail_one(engine, client)
+            await asyncio.sleep(0.01)
+            assert CountedIds.alive == 0
+        finally:
+            gc.enable()
 
-    asyncio.run(scenario())
+    talk(scenario)
 
 
-def test_a_request_to_an_engine_that_has_just_died_is_told_so_under_uvloop_too(tmp_path):
+def test_a_request_to_an_engine_that_has_just_died_is_told_so_under_uvloop_too(talk):
     """uvloop's RuntimeError for a write to a lost connection became a 500."""
 
-    async def scenario() -> None:
-        async with scripted_engine(tmp_path) as engine:
-            client = await connected(engine)
+    async def scenario(engine: ScriptedEngine, client: EngineClient) -> None:
 
-            def lost(data: object) -> None:
-                raise RuntimeError("unable to perform operation; the handler is closed")
+        def lost(data: object) -> None:
+            raise RuntimeError("unable to perform operation; the handler is closed")
 
-            client._writer.write = client._writer.writelines = lost  # type: ignore[union-attr]
-            task = asyncio.create_task(tokens_of(client, request_of()))
-            await asyncio.sleep(0)
-            engine.hang_up()
-            with pytest.raises(EngineDeadError):
-                await task
-            await client.close()
+        client._writer.write = client._writer.writelines = lost  # type: ignore[union-attr]
+        task = asyncio.create_task(tokens_of(client, request_of()))
+        await asyncio.sleep(0)
+        engine.hang_up()
+        with pytest.raises(EngineDeadError):
+            await task
 
-    asyncio.run(scenario())
+    talk(scenario)
 
 
-def test_an_engine_that_speaks_nonsense_counts_as_dead(tmp_path):
-    async def scenario() -> None:
-        deaths: list[int] = []
-        async with scripted_engine(tmp_path) as engine:
-            client = await connected(engine, on_dead=lambda: deaths.append(1))
-            task = asyncio.create_task(tokens_of(client, request_of()))
-            await until(lambda: len(engine.received) == 1)
-            engine.writers[-1].write(b"\x00\x00\x00\x01\xc1")
-            with pytest.raises(EngineDeadError):
-                await task
-            assert deaths == [1]
-            await client.close()
+def test_an_engine_that_speaks_nonsense_counts_as_dead(talk):
+    deaths: list[int] = []
 
-    asyncio.run(scenario())
+    async def scenario(engine: ScriptedEngine, client: EngineClient) -> None:
+        task = asyncio.create_task(tokens_of(client, request_of()))
+        await until(lambda: len(engine.received) == 1)
+        engine.writers[-1].write(b"\x00\x00\x00\x01\xc1")
+        with pytest.raises(EngineDeadError):
+            await task
+        assert deaths == [1]
+
+    talk(scenario, on_dead=lambda: deaths.append(1))
 
 
-def test_a_fault_while_a_message_is_taken_in_leaves_nobody_waiting(tmp_path, caplog):
+def test_a_fault_while_a_message_is_taken_in_leaves_nobody_waiting(talk, caplog):
     """The reader ended alone: the connection looked alive, and requests waited for ever."""
     deaths = []
 
-    async def scenario() -> None:
-        async with scripted_engine(tmp_path) as engine:
-            client = await connected(engine, on_dead=lambda: deaths.append("dead"))
-            _, first = await asked(engine, client, request_of())
-            client._streams["a"].deliver = None
-            engine.output(1)
-            with pytest.raises(EngineDeadError):
-                await asyncio.wait_for(first, DEADLINE_S)
-            assert deaths == ["dead"]
-            assert not client.is_connected
-            await client.close()
+    async def scenario(engine: ScriptedEngine, client: EngineClient) -> None:
+        _, first = await asked(engine, client, request_of())
+        client._streams["a"].deliver = None
+        engine.output(1)
+        with pytest.raises(EngineDeadError):
+            await asyncio.wait_for(first, DEADLINE_S)
+        assert deaths == ["dead"]
+        assert not client.is_connected
 
-    asyncio.run(scenario())
+    talk(scenario, on_dead=lambda: deaths.append("dead"))
     assert "processing an engine's message failed" in caplog.text
 
 
-def test_a_client_connects_again_after_its_engine_died(tmp_path):
-    async def scenario() -> None:
-        async with scripted_engine(tmp_path) as engine:
-            client = await connected(engine)
-            engine.hang_up()
-            await until(lambda: not client.is_connected)
-            await client.connect(5)
-            await until(lambda: len(engine.writers) == 2)
-            assert not client.is_ready
-            engine.say(READY)
-            await client.wait_ready(5)
-            await client.close()
+def test_a_client_connects_again_after_its_engine_died(talk):
+    async def scenario(engine: ScriptedEngine, client: EngineClient) -> None:
+        engine.hang_up()
+        await until(lambda: not client.is_connected)
+        await client.connect(5)
+        await until(lambda: len(engine.writers) == 2)
+        assert not client.is_ready
+        engine.say(READY)
+        await client.wait_ready(5)
 
-    asyncio.run(scenario())
+    talk(scenario)
 
 
-def test_closing_a_client_fails_its_requests_without_calling_the_engine_dead(tmp_path):
-    async def scenario() -> None:
-        deaths: list[int] = []
-        async with scripted_engine(tmp_path) as engine:
-            client = await connected(engine, on_dead=lambda: deaths.append(1))
-            task = asyncio.create_task(tokens_of(client, request_of()))
-            await until(lambda: len(engine.received) == 1)
-            await client.close()
-            with pytest.raises(EngineDeadError, match="worker is stopping"):
-                await task
-            assert deaths == []
+def test_closing_a_client_fails_its_requests_without_calling_the_engine_dead(talk):
+    deaths: list[int] = []
 
-    asyncio.run(scenario())
+    async def scenario(engine: ScriptedEngine, client: EngineClient) -> None:
+        task = asyncio.create_task(tokens_of(client, request_of()))
+        await until(lambda: len(engine.received) == 1)
+        await client.close()
+        with pytest.raises(EngineDeadError, match="worker is stopping"):
+            await task
+        assert deaths == []
+
+    talk(scenario, on_dead=lambda: deaths.append(1))
 
 
 def test_connecting_waits_for_the_socket_to_appear_and_gives_up_at_its_timeout(tmp_path):
@@ -330,28 +327,26 @@ def test_connecting_waits_for_the_socket_to_appear_and_gives_up_at_its_timeout(t
     asyncio.run(scenario())
 
 
-def test_a_slow_reader_gets_all_tokens_in_order_and_joined(tmp_path):
-    async def scenario() -> None:
-        async with scripted_engine(tmp_path) as engine:
-            client = await connected(engine)
-            outputs, first = await asked(engine, client, request_of())
-            engine.output(1)
-            assert (await first).token_ids == [1]
-            engine.output(2)
-            engine.output(3)
-            engine.output(4, finish_reason="stop")
-            await engine.until_read(client)
-            rest = [output async for output in outputs]
-            assert [output.token_ids for output in rest] == [[2, 3, 4]]
-            assert rest[-1].finish_reason == "stop"
-            assert client.num_open_requests == 0
-            await client.close()
-            assert not any(isinstance(one, AbortRequests) for one in engine.received)
+def test_a_slow_reader_gets_all_tokens_in_order_and_joined(talk):
+    async def scenario(engine: ScriptedEngine, client: EngineClient) -> None:
+        outputs, first = await asked(engine, client, request_of())
+        engine.output(1)
+        assert (await first).token_ids == [1]
+        engine.output(2)
+        engine.output(3)
+        engine.output(4, finish_reason="stop")
+        await engine.until_read(client)
+        rest = [output async for output in outputs]
+        assert [output.token_ids for output in rest] == [[2, 3, 4]]
+        assert rest[-1].finish_reason == "stop"
+        assert client.num_open_requests == 0
+        await client.close()
+        assert not any(isinstance(one, AbortRequests) for one in engine.received)
 
-    asyncio.run(scenario())
+    talk(scenario)
 
 
-def test_joined_outputs_keep_what_the_first_told_and_how_the_last_ended(tmp_path):
+def test_joined_outputs_keep_what_the_first_told_and_how_the_last_ended(talk):
     told = [None, PromptLogprobs(4, -0.5, 1, [], [])]
     entries = [TokenLogprobs(-float(number), [], []) for number in range(2)]
     first = SequenceOutput(
@@ -370,133 +365,113 @@ def test_joined_outputs_keep_what_the_first_told_and_how_the_last_ended(tmp_path
         stop_token_id=2,
     )
 
-    async def scenario() -> None:
-        async with scripted_engine(tmp_path) as engine:
-            client = await connected(engine)
-            outputs, started = await asked(engine, client, request_of())
-            engine.say(StepOutputs(outputs=[first, last]))
-            joined = await started
-            await outputs.aclose()
-            assert joined == SequenceOutput(
-                request_id="a",
-                token_ids=[1, 2],
-                logprobs=entries,
-                num_cached_tokens=16,
-                queue_s=0.5,
-                prompt_logprobs=told,
-                finish_reason="stop",
-                stop_token_id=2,
-            )
-            await client.close()
+    async def scenario(engine: ScriptedEngine, client: EngineClient) -> None:
+        outputs, started = await asked(engine, client, request_of())
+        engine.say(StepOutputs(outputs=[first, last]))
+        joined = await started
+        await outputs.aclose()
+        assert joined == SequenceOutput(
+            request_id="a",
+            token_ids=[1, 2],
+            logprobs=entries,
+            num_cached_tokens=16,
+            queue_s=0.5,
+            prompt_logprobs=told,
+            finish_reason="stop",
+            stop_token_id=2,
+        )
 
-    asyncio.run(scenario())
+    talk(scenario)
 
 
-def test_tokens_that_came_before_the_engine_died_are_not_lost(tmp_path):
-    async def scenario() -> None:
-        async with scripted_engine(tmp_path) as engine:
-            client = await connected(engine)
-            outputs, first = await asked(engine, client, request_of())
-            engine.output(1)
-            await first
-            engine.output(2)
-            await engine.until_read(client)
-            engine.hang_up()
-            await until(lambda: not client.is_connected)
-            assert (await anext(outputs)).token_ids == [2]
-            with pytest.raises(EngineDeadError):
-                await anext(outputs)
-            await client.close()
+def test_tokens_that_came_before_the_engine_died_are_not_lost(talk):
+    async def scenario(engine: ScriptedEngine, client: EngineClient) -> None:
+        outputs, first = await asked(engine, client, request_of())
+        engine.output(1)
+        await first
+        engine.output(2)
+        await engine.until_read(client)
+        engine.hang_up()
+        await until(lambda: not client.is_connected)
+        assert (await anext(outputs)).token_ids == [2]
+        with pytest.raises(EngineDeadError):
+            await anext(outputs)
 
-    asyncio.run(scenario())
+    talk(scenario)
 
 
 @pytest.mark.parametrize("way", ["cancel", "close"])
-def test_leaving_early_sends_one_abort(tmp_path, way):
-    async def scenario() -> None:
-        async with scripted_engine(tmp_path) as engine:
-            client = await connected(engine)
-            outputs, first = await asked(engine, client, request_of())
-            if way == "cancel":
-                first.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await first
-            else:
-                engine.output(1)
+def test_leaving_early_sends_one_abort(talk, way):
+    async def scenario(engine: ScriptedEngine, client: EngineClient) -> None:
+        outputs, first = await asked(engine, client, request_of())
+        if way == "cancel":
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
                 await first
-                await outputs.aclose()
-            await until(lambda: len(engine.received) == 2)
-            assert engine.received[1] == AbortRequests(["a"])
-            engine.output(7)  # crosses the abort: nobody waits for it
-            assert client.num_open_requests == 0
-            await client.close()
-
-    asyncio.run(scenario())
-
-
-def test_of_several_answers_only_those_that_are_open_are_aborted(tmp_path):
-    async def scenario() -> None:
-        async with scripted_engine(tmp_path) as engine:
-            client = await connected(engine)
-            outputs, first = await asked(engine, client, request_of("a", choice_ids=["b", "c"]))
-            engine.output(1, request_id="b", finish_reason="stop")
+        else:
+            engine.output(1)
             await first
             await outputs.aclose()
-            await until(lambda: len(engine.received) == 2)
-            assert engine.received[1] == AbortRequests(["a", "c"])
-            await client.close()
+        await until(lambda: len(engine.received) == 2)
+        assert engine.received[1] == AbortRequests(["a"])
+        engine.output(7)  # crosses the abort: nobody waits for it
+        assert client.num_open_requests == 0
 
-    asyncio.run(scenario())
-
-
-def test_of_several_failures_the_first_is_told_and_nothing_of_a_dead_engine_stays(tmp_path):
-    async def scenario() -> None:
-        async with scripted_engine(tmp_path) as engine:
-            client = await connected(engine)
-            _, first = await asked(engine, client, request_of("a", choice_ids=["b"]))
-            engine.say(Heartbeat(stats=EngineStats(num_running=2), stall_s=1.0))
-            await until(lambda: client.stats.num_running == 2)
-            failed = [
-                RequestFailed(request_id="a", kind="queue_full", message="full"),
-                RequestFailed(request_id="b", kind="internal", message="failed"),
-            ]
-            engine.writers[-1].write(b"".join(map(wire.encode_frame, failed)))
-            with pytest.raises(QueueFullError):
-                await first
-            engine.hang_up()
-            await until(lambda: not client.is_connected)
-            assert (client.stats, client.stall_s) == (EngineStats(), 0.0)
-            await client.close()
-
-    asyncio.run(scenario())
+    talk(scenario)
 
 
-def test_an_id_that_is_open_is_not_opened_again(tmp_path):
-    async def scenario() -> None:
-        async with scripted_engine(tmp_path) as engine:
-            client = await connected(engine)
-            task = asyncio.create_task(tokens_of(client, request_of()))
-            await until(lambda: len(engine.received) == 1)
-            with pytest.raises(ValueError, match="already open"):
-                await tokens_of(client, request_of())
-            engine.output(5, finish_reason="length")
-            assert await task == [5]
-            await client.close()
+def test_of_several_answers_only_those_that_are_open_are_aborted(talk):
+    async def scenario(engine: ScriptedEngine, client: EngineClient) -> None:
+        outputs, first = await asked(engine, client, request_of("a", choice_ids=["b", "c"]))
+        engine.output(1, request_id="b", finish_reason="stop")
+        await first
+        await outputs.aclose()
+        await until(lambda: len(engine.received) == 2)
+        assert engine.received[1] == AbortRequests(["a", "c"])
 
-    asyncio.run(scenario())
+    talk(scenario)
 
 
-def test_a_request_larger_than_a_frame_is_invalid_and_never_sent(tmp_path):
-    async def scenario() -> None:
-        async with scripted_engine(tmp_path) as engine:
-            client = await connected(engine, max_frame_bytes=300)
-            with pytest.raises(InvalidRequestError, match="too large"):
-                await tokens_of(client, request_of("a" * 400))
-            assert client.num_open_requests == 0
-            await client.close()
-            assert engine.received == []
+def test_of_several_failures_the_first_is_told_and_nothing_of_a_dead_engine_stays(talk):
+    async def scenario(engine: ScriptedEngine, client: EngineClient) -> None:
+        _, first = await asked(engine, client, request_of("a", choice_ids=["b"]))
+        engine.say(Heartbeat(stats=EngineStats(num_running=2), stall_s=1.0))
+        await until(lambda: client.stats.num_running == 2)
+        failed = [
+            RequestFailed(request_id="a", kind="queue_full", message="full"),
+            RequestFailed(request_id="b", kind="internal", message="failed"),
+        ]
+        engine.writers[-1].write(b"".join(map(wire.encode_frame, failed)))
+        with pytest.raises(QueueFullError):
+            await first
+        engine.hang_up()
+        await until(lambda: not client.is_connected)
+        assert (client.stats, client.stall_s) == (EngineStats(), 0.0)
 
-    asyncio.run(scenario())
+    talk(scenario)
+
+
+def test_an_id_that_is_open_is_not_opened_again(talk):
+    async def scenario(engine: ScriptedEngine, client: EngineClient) -> None:
+        task = asyncio.create_task(tokens_of(client, request_of()))
+        await until(lambda: len(engine.received) == 1)
+        with pytest.raises(ValueError, match="already open"):
+            await tokens_of(client, request_of())
+        engine.output(5, finish_reason="length")
+        assert await task == [5]
+
+    talk(scenario)
+
+
+def test_a_request_larger_than_a_frame_is_invalid_and_never_sent(talk):
+    async def scenario(engine: ScriptedEngine, client: EngineClient) -> None:
+        with pytest.raises(InvalidRequestError, match="too large"):
+            await tokens_of(client, request_of("a" * 400))
+        assert client.num_open_requests == 0
+        await client.close()
+        assert engine.received == []
+
+    talk(scenario, max_frame_bytes=300)
 
 
 # The engine's own process
