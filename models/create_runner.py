@@ -70,17 +70,12 @@ def create_runner(
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # for this thread: triton launches on the current device
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32 in the patch embedding too
-    if isinstance(model, Checkpoint):
-        checkpoint = model
-    else:
-        checkpoint = open_checkpoint(model, choose_dtype(config.dtype, chosen))
+    checkpoint = model
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint, choose_dtype(config.dtype, chosen))
     share = share_with(checkpoint, group)
     plan = plan_of(checkpoint, config, share)
-    available = available or partial(
-        available_memory,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        num_sharers=config.num_sharers,
-    )
+    available = available or _free_memory(config)
     max_memory = config.max_memory
     bounded = available if max_memory is None else partial(_bounded, available, max_memory)
     placement = _place(plan, chosen, config.device_map, max_memory, bounded)
@@ -103,6 +98,15 @@ def create_runner(
     if loaded.device.type == "cpu":
         runner.bound_memory(_most_bytes(plan, sized))
     return runner
+
+
+def _free_memory(config: RunnerConfig) -> AvailableMemoryOf:
+    """Reads the memory of a device that this runner may use."""
+    return partial(
+        available_memory,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        num_sharers=config.num_sharers,
+    )
 
 
 def _most_bytes(plan: Plan, sized: PoolPlan) -> int:

@@ -163,24 +163,11 @@ def load(
     None for one process. Logs progress to stderr. Raises ModelError, one line with the remedy.
     """
     quantization = quantization_config(quantize, checkpoint.dtype)
-    if quantization is not None and placement.is_offloaded:
-        raise ModelError(
-            f"--quantize {quantize} does not work with weights offloaded to disk or to the CPU: "
-            "remove one of them, or let --device-map use GPUs only"
-        )
     share = share_with(checkpoint, group)
     _check_together(placement, quantize, share)
     check_coded(checkpoint, placement, quantize, share)
     _check_readable(checkpoint, placement, quantize)
-    is_own = quantize in OWN_METHODS or checkpoint.is_coded or checkpoint.is_resized
-    is_tensor_wise = is_own or share.size > 1 or checkpoint.draw is not None
-    sizes = {name: tensor.num_bytes for name, tensor in checkpoint.tensors.items()}
-    with large_buffers_mapped() if quantize or checkpoint.is_coded else nullcontext():
-        if is_tensor_wise:
-            model = _load_tensor_wise(checkpoint, placement, quantize, share)
-        else:
-            with progress.shown(sizes):
-                model = _read_weights(checkpoint, placement, quantization)
+    model = _read(checkpoint, placement, quantize, quantization, share)
     if placement.is_offloaded_part(VISION):
         _load_as_a_whole(model, VISION, placement.device_of(VISION))
     settle(model, checkpoint.dtype)
@@ -216,6 +203,11 @@ def share_with(checkpoint: Checkpoint, group: Group | None) -> RankShare:
 
 def _check_together(placement: Placement, quantize: str | None, share: RankShare) -> None:
     """Raise ModelError for options that do not work together."""
+    if quantize not in (None, *OWN_METHODS) and placement.is_offloaded:
+        raise ModelError(
+            f"--quantize {quantize} does not work with weights offloaded to disk or to the CPU: "
+            "remove one of them, or let --device-map use GPUs only"
+        )
     is_split = placement.single is None
     if quantize in OWN_METHODS and is_split:
         raise ModelError(
@@ -272,6 +264,24 @@ def _check_readable(checkpoint: Checkpoint, placement: Placement, quantize: str 
         raise ModelError(f"{checkpoint.folder} work {only}")
     if checkpoint.is_resized:
         raise ModelError(f"{checkpoint.folder}: the vocabulary was resized, which works {only}")
+
+
+def _read(
+    checkpoint: Checkpoint,
+    placement: Placement,
+    quantize: str | None,
+    quantization: BitsAndBytesConfig | None,
+    share: RankShare,
+) -> MllamaForConditionalGeneration:
+    """The model with its weights, read by transformers, or tensor by tensor if it cannot."""
+    is_own = quantize in OWN_METHODS or checkpoint.is_coded or checkpoint.is_resized
+    is_tensor_wise = is_own or share.size > 1 or checkpoint.draw is not None
+    sizes = {name: tensor.num_bytes for name, tensor in checkpoint.tensors.items()}
+    with large_buffers_mapped() if quantize or checkpoint.is_coded else nullcontext():
+        if is_tensor_wise:
+            return _load_tensor_wise(checkpoint, placement, quantize, share)
+        with progress.shown(sizes):
+            return _read_weights(checkpoint, placement, quantization)
 
 
 def _load_tensor_wise(

@@ -7,6 +7,7 @@ document's content (`..api.openapi`).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Any, Protocol
 
@@ -48,40 +49,15 @@ async def page(request: Request) -> HTTPResponse:
     return _file(_own("docs.html"), HTML)
 
 
-@ROUTES.get(
-    "/docs/initializer.js",
-    replies=[Reply(type=str, media_type=SCRIPT, description="The page's settings.")],
-)
-async def initializer(request: Request) -> HTTPResponse:
-    """The settings of Swagger UI."""
-    return _file(_own("initializer.js"), SCRIPT)
+def _add_file(name: str, media_type: str, read: Callable[[str], bytes], text: str) -> None:
+    """Serve a file of the page under /docs/."""
+    reply = Reply(type=str, media_type=media_type, description=f"{text}.")
 
+    async def send(request: Request) -> HTTPResponse:
+        return _file(read(name), media_type)
 
-@ROUTES.get(
-    "/docs/swagger-ui-bundle.js",
-    replies=[Reply(type=str, media_type=SCRIPT, description="The page's code.")],
-)
-async def script(request: Request) -> HTTPResponse:
-    """The code of Swagger UI."""
-    return _file(_swagger_ui("swagger-ui-bundle.js"), SCRIPT)
-
-
-@ROUTES.get(
-    "/docs/swagger-ui.css",
-    replies=[Reply(type=str, media_type=STYLE, description="The page's styles.")],
-)
-async def style(request: Request) -> HTTPResponse:
-    """The styles of Swagger UI."""
-    return _file(_swagger_ui("swagger-ui.css"), STYLE)
-
-
-@ROUTES.get(
-    "/docs/favicon-32x32.png",
-    replies=[Reply(type=str, media_type=PNG, description="The page's icon.")],
-)
-async def icon(request: Request) -> HTTPResponse:
-    """The icon of Swagger UI."""
-    return _file(_swagger_ui("favicon-32x32.png"), PNG)
+    send.__doc__ = f"{text} of Swagger UI."
+    ROUTES.get(f"/docs/{name}", replies=[reply])(send)
 
 
 def _file(content: bytes, content_type: str) -> HTTPResponse:
@@ -97,3 +73,9 @@ def _own(name: str) -> bytes:
 def _swagger_ui(name: str) -> bytes:
     """A file of Swagger UI's distribution, from the package swagger-ui-py."""
     return files("swagger_ui").joinpath("static", name).read_bytes()
+
+
+_add_file("initializer.js", SCRIPT, _own, "The settings")
+_add_file("swagger-ui-bundle.js", SCRIPT, _swagger_ui, "The code")
+_add_file("swagger-ui.css", STYLE, _swagger_ui, "The styles")
+_add_file("favicon-32x32.png", PNG, _swagger_ui, "The icon")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
 from sanic import Request, Sanic
@@ -25,8 +24,6 @@ from .request_record import (
 )
 
 logger = logging.getLogger(__name__)
-
-OnClosed = Callable[[RequestRecord], None]
 
 
 class RecordedApp(Sanic[Any, Any]):
