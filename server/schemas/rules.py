@@ -60,8 +60,8 @@ CONTEXT = "The prompt and the answer fit into the model's context."
 ONE_MAXIMUM = "max_tokens and max_completion_tokens are equal if both are set."
 MINIMUM = "min_tokens is at most the number of tokens that may be generated."
 ONE_FORM = (
-    "At most one field sets the form of the answer: response_format, a guided_* field, or a"
-    " tool_choice that requires calls."
+    "At most one field sets the form of the answer: response_format or a guided_* field, and a"
+    " guided_* field does not go with a tool_choice that requires calls."
 )
 COMPILED = "JSON schemas, patterns, choices and grammars compile, and no schema is false."
 TOOL_NAMES = "Tool names are unique, and none is auto, none or required."

@@ -21,8 +21,9 @@ from ..structured_output.grammar_text import (
     regex_grammar,
 )
 from ..structured_output.plain_schema import plain_schema
-from ..structured_output.tool_call_grammar import calls_grammar
+from ..structured_output.tool_call_grammar import call_or_answer_grammar, calls_grammar
 
+_OF_TEXT = ("response_format", "text.format", "output_config", "output_format")
 ONE_TEXT = msgspec.Meta(extra_json_schema={"minProperties": 1, "maxProperties": 1})
 Choices = Annotated[
     list[Annotated[str, msgspec.Meta(extra_json_schema={"minLength": 1})]],
@@ -182,8 +183,8 @@ def call_form(
     if choice in (None, "auto", "none"):
         return []
     named = [(i, tool) for i, tool in enumerate(tools) if choice in ("required", tool.name)]
-    parts = [schema_form(tool.schema, schema_field.format(i)) for i, tool in named]
     grammar = calls_grammar([tool for _, tool in named], max_calls, tool_format)
+    parts = [schema_form(tool.schema, schema_field.format(i)) for i, tool in named]
     return [
         Form(
             grammar,
@@ -192,6 +193,41 @@ def call_form(
             tuple(path for part in parts for path in part.ignored),
         )
     ]
+
+
+def answer_form(
+    forms: list[Form],
+    tools: Sequence[Tool],
+    choice: str | None,
+    max_calls: int | None = None,
+    tool_format: ToolFormat = "json",
+    schema_field: str = "tools[{}].function.parameters",
+) -> Form | None:
+    """The form of the whole answer: of its text, or of calls, or of either.
+
+    forms: what the request asks for beside tool_choice. Calls that must come leave no text, so a
+    form of the text has no effect. A model that may call still may. Both are as with OpenAI.
+    Raises BadRequestError that names two forms.
+    """
+    calls = call_form(tools, choice, max_calls, tool_format, schema_field)
+    texts = [form for form in forms if form.field.startswith(_OF_TEXT)]
+    if calls:
+        return only_form([form for form in forms if form not in texts] + calls)
+    form = only_form(forms)
+    if form is None or not tools or form not in texts:
+        return form
+    schema = _schema_of(form)
+    if schema is None:
+        return form
+    grammar = call_or_answer_grammar(tools, schema, form.field)
+    return msgspec.structs.replace(form, grammar=grammar, parts=((form.grammar, form.field),))
+
+
+def _schema_of(form: Form) -> dict[str, Any] | None:
+    """The schema of a form of JSON, as its grammar has it."""
+    grammars = msgspec.json.decode(form.grammar).get("grammars", [{}])
+    schema: dict[str, Any] | None = grammars[0].get("json_schema")
+    return {key: schema[key] for key in schema if key != "x-guidance"} if schema else None
 
 
 def only_form(forms: list[Form]) -> Form | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from ..prompts.conversation import Tool, ToolFormat
-from .grammar_text import lark_grammar, quoted, with_bounded_blanks
+from .grammar_text import json_schema_grammar, lark_grammar, quoted, with_bounded_blanks
 from .plain_schema import plain_schema
 
 # So that a model which sees no end comes to one.
@@ -38,6 +39,38 @@ def calls_grammar(
         rules.append(f"call_{number}: {quoted(start)} arguments_{number} {quoted(end)}")
         rules.append(f"arguments_{number}: %json {_schema(tool)}")
     return lark_grammar("\n".join(rules), "tools")
+
+
+def call_or_answer_grammar(tools: Sequence[Tool], answer: dict[str, Any], field: str) -> str:
+    """One call to any of these tools in JSON, or JSON of the schema `answer`.
+
+    A call's arguments are any object, as without a form. It is one schema: beginnings that calls
+    and answers share stay open between them.
+    Raises BadRequestError, naming `field`, if the schema is too long or too deep.
+    """
+    name = {"enum": [tool.name for tool in tools]}
+    call = {
+        "type": "object",
+        "properties": {"name": name, "parameters": {"type": "object"}},
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
+    }
+    schemas = {"answer": _moved(answer, "answer"), "call": call}
+    choices = [{"$ref": f"#/$defs/{name}"} for name in schemas]
+    return json_schema_grammar({"anyOf": choices, "$defs": schemas}, field)
+
+
+def _moved(schema: Any, name: str) -> Any:
+    """The schema with its references as they are where it stands in $defs under this name."""
+    if isinstance(schema, list):
+        return [_moved(one, name) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, name) for key, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = f"#/$defs/{name}{reference[1:]}"
+    return moved
 
 
 def _around(tool: Tool, is_tagged: bool) -> tuple[str, str]:

@@ -29,8 +29,10 @@ ERRORS = {
     "min_tokens is at most the number of tokens that may be generated.": (
         r"min_tokens is .* at most"
     ),
-    "At most one field sets the form of the answer: response_format, a guided_* field, or a"
-    " tool_choice that requires calls.": r"both set the form of the answer",
+    "At most one field sets the form of the answer: response_format or a guided_* field, and a"
+    " guided_* field does not go with a tool_choice that requires calls.": (
+        r"both set the form of the answer"
+    ),
     "JSON schemas, patterns, choices and grammars compile, and no schema is false.": (
         r"cannot be compiled|is false, which no|is not a JSON schema|to compile: simplify"
         r"|guided_choice|guided_grammar|guided_regex|structured_outputs\.|^(regex|ebnf|json_schema)\b"

@@ -22,7 +22,7 @@ from ..foreign import FOREIGN_ELSEWHERE
 from ..openai.chat_messages import bounded
 from ..rules import all_of
 from ..sampling import MaxTokens, Neutral, StopString, only_neutral, refuse_unless_neutral, stops_of
-from ..structured import Form, call_form, only_form
+from ..structured import Form, answer_form
 from ..tools import MAX_TOOLS, CallId, ToolName, check_choice, check_names, tool_of
 
 MAX_BLOCKS = 2048
@@ -281,8 +281,8 @@ def messages_generation(body: MessagesRequest) -> GenerationRequest:
     refuse_unless_neutral(body, REFUSED)
     tools = offered_tools(body)
     max_calls = 1 if getattr(body.tool_choice, "disable_parallel_tool_use", None) else None
-    calls = call_form(tools, _choice_of(body), max_calls, schema_field="tools[{}].input_schema")
-    form = only_form([*_output_forms(body), *calls])
+    field = "tools[{}].input_schema"
+    form = answer_form(_output_forms(body), tools, _choice_of(body), max_calls, schema_field=field)
     # top_p 0 keeps the most likely token alone: greedy.
     temperature = 0.0 if body.top_p == 0 else body.temperature
     return GenerationRequest(

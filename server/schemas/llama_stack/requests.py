@@ -20,7 +20,7 @@ from ..decoding import ModelName, no_nul
 from ..openai.chat_messages import MAX_PARTS, bounded, parts_of_text
 from ..rules import absent, all_of, any_of, given, having, needs, one_given, only_one_given
 from ..sampling import StopString
-from ..structured import StackFormat, call_form, only_form, stack_form
+from ..structured import StackFormat, answer_form, stack_form
 from .tools import (
     StackCalls,
     StackTools,
@@ -168,8 +168,8 @@ def stack_generation(body: StackChatRequest) -> GenerationRequest:
     one_setting(body.tool_prompt_format, config.tool_prompt_format, "tool_prompt_format", "json")
     tool_format = config.tool_prompt_format or body.tool_prompt_format or "json"
     tools = offered_tools(stack_tools(body.tools), choice)
-    call = call_form(tools, choice, tool_format=tool_format, schema_field="tools[{}].parameters")
-    form = only_form([*stack_form(body.response_format), *call])
+    forms, field = stack_form(body.response_format), "tools[{}].parameters"
+    form = answer_form(forms, tools, choice, tool_format=tool_format, schema_field=field)
     return GenerationRequest(
         is_streamed=bool(body.stream),
         messages=messages,

@@ -27,7 +27,7 @@ from ..sampling import (
     sampling_of,
     stops_of,
 )
-from ..structured import call_form, only_form
+from ..structured import answer_form
 from ..tools import (
     ToolChoice,
     ToolList,
@@ -132,8 +132,7 @@ def chat_generation(body: ChatCompletionRequest) -> GenerationRequest:
     check_shared(body)
     tools = _offered_tools(body)
     max_calls = 1 if body.parallel_tool_calls is False else None
-    call = call_form(tools, choice_of(body.tool_choice), max_calls)
-    form = only_form([*forms_of(body), *call])
+    form = answer_form(forms_of(body), tools, choice_of(body.tool_choice), max_calls)
     messages = conversation_of(body.messages)
     return GenerationRequest(
         is_streamed=bool(body.stream),

@@ -21,7 +21,7 @@ from ..decoding import ModelName, no_nul
 from ..foreign import FOREIGN_ELSEWHERE
 from ..rules import all_of
 from ..sampling import MaxTokens, Neutral, NumTop, only_neutral, refuse_unless_neutral
-from ..structured import Form, call_form, only_form, schema_form
+from ..structured import Form, answer_form, schema_form
 from ..tools import (
     MAX_TOOLS,
     ToolName,
@@ -199,11 +199,8 @@ def responses_generation(
     refuse_unless_neutral(body, REFUSED)
     tools = _offered_tools(body)
     max_calls = 1 if body.parallel_tool_calls is False else body.max_tool_calls
-    forms = [
-        *_text_forms(body.text),
-        *call_form(tools, _choice_of(body), max_calls, schema_field=_SCHEMA_FIELD),
-    ]
-    form = only_form(forms)
+    choice = _choice_of(body)
+    form = answer_form(_text_forms(body.text), tools, choice, max_calls, schema_field=_SCHEMA_FIELD)
     # top_p 0 keeps the most likely token alone: greedy.
     temperature = 0.0 if body.top_p == 0 else body.temperature
     sampling = sampling_params(temperature, body.top_p or None, None, None)

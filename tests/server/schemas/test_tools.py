@@ -114,14 +114,6 @@ def test_calls_and_results_come_back():
             {"tools": [TOOL], "tool_choice": "required", "guided_regex": "a"},
             "tool_choice",
         ),
-        (
-            {
-                "tools": [TOOL],
-                "tool_choice": "required",
-                "response_format": {"type": "json_object"},
-            },
-            "tool_choice",
-        ),
         ({"tools": [TOOL] * 129}, "tools"),
         ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -245,14 +237,6 @@ def test_llama_stack_takes_calls_and_results_back():
         ),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [STACK_TOOL], "tool_choice": "g"}, "tool_choice"),
-        (
-            {
-                "tools": [STACK_TOOL],
-                "tool_config": {"tool_choice": "f"},
-                "response_format": {"type": "json_schema", "json_schema": {}},
-            },
-            "tool_choice",
-        ),
         (
             {"tool_choice": "none", "tool_config": {"tool_choice": "auto"}},
             "tool_config.tool_choice",
