@@ -1,13 +1,14 @@
-"""Compiles every Triton kernel to PTX as production launches it, without a GPU: a script.
+"""Compiles and assembles every Triton kernel as production launches it, without a GPU: a script.
 
-    python tests/support/compiled_kernels.py 80 90
+    python tests/support/compiled_kernels.py 80 86 89 90
 
-The launches are the project's own, on the meta device with the shapes of Llama-3.2-11B-Vision in
-bfloat16; each kernel is replaced by a recorder of what it is launched with. Writes one JSON
-document: an entry for each launch and compute capability, with the bytes of shared memory that it
-takes and how many copies of 16 bytes to shared memory it holds, or the compiler's error. A process
-of its own, as TRITON_INTERPRET must not be set when triton is imported. Stops before the assembler,
-so that neither CUDA nor a driver is needed.
+The launches are the project's own, on the meta device: whole steps of Llama-3.2-11B-Vision in
+bfloat16, and the attention of 11B and 90B over 1 to 8 ranks in both half types. Each kernel is
+replaced by a recorder of what it is launched with. Writes one JSON document: an entry for each
+launch and compute capability, or the compiler's error. An entry has the bytes of shared memory,
+the copies of 16 bytes to shared memory, the largest number of such groups that a wait leaves in
+flight, and what the assembler of triton's wheel counts: registers and bytes spilled a thread.
+A separate process, as TRITON_INTERPRET must not be set when triton is imported.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor, nn
 from transformers import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaTextModel
@@ -30,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, mangle_type
 
-from vlmserve.models.attention import PagedRows, triton_kernels
+from vlmserve.models.attention import PagedRows, triton_kernels, triton_paged
 from vlmserve.models.attention.triton_paged import TritonBackend
 from vlmserve.models.decoder import fused_kernels, kernel_launch
 from vlmserve.models.decoder.coded import coded_kernels
@@ -52,6 +57,10 @@ from vlmserve.models.kv_cache.paged_cache import KVPools, LayerCache, PagedStep
 META = torch.device("meta")
 DTYPE = torch.bfloat16
 NUM_PATCHES = 1601
+HEAD_DIM = 128
+# query and KV heads of a rank: 11B and 90B over 1, 2, 4 and 8 ranks
+HEADS = [(heads // size, 8 // size) for heads in (32, 64) for size in (1, 2, 4, 8)]
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 BLOCK_SIZE = 16
 OPTIONS = ("num_warps", "num_stages")
 # of CUDA 12.8: what torch's oldest wheels of the supported range bring
@@ -113,14 +122,13 @@ class LaunchKeeper:
 
 def main() -> None:
     """Record, compile for the given capabilities, tell."""
-    launches: dict[str, Launch] = {}
-    with torch.inference_mode():
-        record(launches)
-    entries = [
-        compiled(launch, int(capability))
-        for capability in sys.argv[1:]
-        for launch in launches.values()
-    ]
+    entries = []
+    for capability in map(int, sys.argv[1:]):
+        triton_paged.capability_of = lambda device, c=capability: divmod(c, 10)  # type: ignore[assignment,misc]
+        launches: dict[str, Launch] = {}
+        with torch.inference_mode():
+            record(launches)
+        entries += [compiled(launch, capability) for launch in launches.values()]
     kernels = [fused_kernels, triton_kernels, int8_kernels, coded_kernels]
     names = sorted(
         name
@@ -137,6 +145,13 @@ def record(launches: dict[str, Launch]) -> None:
     def recorders(module: Any) -> SimpleNamespace:
         found = {n: v for n, v in vars(module).items() if isinstance(v, JITFunction)}
         return SimpleNamespace(**{n: LaunchKeeper(v, launches) for n, v in found.items()})
+
+    for heads, kv_heads in HEADS:
+        for dtype in (torch.bfloat16, torch.float16):
+            for splits in (1, 32):
+                backend = TritonBackend(splits)
+                backend._kernels = recorders(triton_kernels)  # type: ignore[assignment]
+                attend(backend, heads, kv_heads, dtype)
 
     kernel_launch.fused_kernels = recorders(fused_kernels)  # type: ignore[assignment]
     product.int8_kernels = recorders(int8_kernels)  # type: ignore[assignment]
@@ -157,6 +172,18 @@ def record(launches: dict[str, Launch]) -> None:
             codes = torch.empty(num_out, num_in, dtype=torch.int8, device=META)
             product.fused_product(rows, codes, torch.empty(num_out, dtype=DTYPE, device=META))
             launch_coded(rows, num_out, num_in)
+
+
+def attend(backend: TritonBackend, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> None:
+    """Decodes beside a chunk of a prompt, over text and over four tiles."""
+    starts = np.array([0, 1, 301])
+    query = torch.empty(301, num_heads, HEAD_DIM, dtype=dtype, device=META)
+    for size, is_causal in ((BLOCK_SIZE, True), (NUM_PATCHES, False)):
+        width = 512 if is_causal else 4
+        lens = np.full(2, 8_000 if is_causal else 4 * NUM_PATCHES)
+        rows = PagedRows(starts, lens, np.zeros((2, width), dtype=np.int64), size, is_causal)
+        cache = torch.empty(64, size, num_kv_heads, HEAD_DIM, dtype=dtype, device=META)
+        backend.attend(query, cache, cache, backend.prepare(rows, META, dtype), HEAD_DIM**-0.5)
 
 
 def launch_coded(rows: torch.Tensor, num_out: int, num_in: int) -> None:
@@ -266,7 +293,28 @@ def to_ptx(launch: Launch, capability: int) -> dict[str, Any]:
         module = stage(module, metadata)
     assert ".entry" in module or ".visible" in module, "no PTX came out"
     copies = re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", module)
-    return {"shared_bytes": metadata["shared"], "wide_copies": len(copies)}
+    waits = map(int, re.findall(r"cp\.async\.wait_group\s+(?:0x)?(\d+)", module))
+    counts = {
+        "shared_bytes": metadata["shared"],
+        "wide_copies": len(copies),
+        "left_in_flight": max(waits, default=0),
+    }
+    return counts | assembled(module)
+
+
+def assembled(ptx: str) -> dict[str, int]:
+    """Registers, and bytes spilled a thread, by the assembler; raises CalledProcessError."""
+    (target,) = re.findall(r"\.target (\w+)", ptx)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        command = [str(PTXAS), "-v", f"--gpu-name={target}", str(file), "-o", f"{folder}/kernel"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = {
+        "registers": re.search(r"Used (\d+) registers", done.stderr),
+        "spilled_bytes": re.search(r"(\d+) bytes spill stores", done.stderr),
+    }
+    return {name: int(match.group(1)) if match else 0 for name, match in found.items()}
 
 
 def _until_ptx(stages: dict[str, Callable[..., Any]]) -> Iterator[Callable[..., Any]]:

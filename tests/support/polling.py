@@ -11,17 +11,25 @@ from collections.abc import Callable
 
 FAR_S = 120.0
 LOOK_EVERY_S = 0.01
+# What takes long is looked at less often: looking takes cores from what it waits for.
+SLOWER, SELDOM_S = 1.2, 0.1
 
 
 def wait_until(
-    is_true: Callable[[], object], timeout_s: float = FAR_S, every_s: float = LOOK_EVERY_S
+    is_true: Callable[[], object], timeout_s: float = FAR_S, every_s: float | None = None
 ) -> bool:
-    """Whether the condition comes true; for `assert wait_until(...), "what was expected"`."""
+    """Whether the condition comes true; for `assert wait_until(...), "what was expected"`.
+
+    every_s: seconds between two looks; None looks often at first, then less.
+    """
     deadline = time.monotonic() + timeout_s
+    pause_s = every_s or LOOK_EVERY_S
     while not is_true():
         if time.monotonic() > deadline:
             return False
-        time.sleep(every_s)
+        time.sleep(pause_s)
+        if every_s is None:
+            pause_s = min(pause_s * SLOWER, SELDOM_S)
     return True
 
 
