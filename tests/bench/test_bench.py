@@ -37,6 +37,7 @@ def test_the_last_line_of_a_spawned_load_run_is_one_json_document():
     assert {"processor", "cores", "torch", "commit", "command"} <= set(document["machine"])
 
 
+@pytest.mark.slow
 def test_a_run_of_steps_alone_ends_in_one_json_document_with_the_bound_of_each():
     document = last_document(
         "decode.py", "--sequences", "1,3", "--prefills", "2", "--rounds", "2", "--steps", "1"
@@ -54,6 +55,7 @@ def test_a_run_of_steps_alone_ends_in_one_json_document_with_the_bound_of_each()
     assert {"device", "dtype", "threads", "model", "reached"} <= set(document)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_engine_alone_tells_each_parts_share_of_a_step():
     document = last_document("overhead.py", "--sequences", "4", "--steps", "5")
     parts = document["parts_ms"]

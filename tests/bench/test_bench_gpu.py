@@ -148,6 +148,7 @@ def test_rows_hold_their_figures_beside_the_bound(rehearsed) -> None:
             assert row["top"][0]["us"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_end_still_prints_what_it_has(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command(tmp_path, "--skip-tests"), stdout=subprocess.PIPE, text=True, bufsize=1

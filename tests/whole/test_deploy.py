@@ -161,6 +161,7 @@ def test_every_variable_of_compose_and_kubernetes_is_one_that_is_read(compose, c
         assert f"`{name}`" in known
 
 
+@pytest.mark.slow
 def test_an_empty_variable_is_as_good_as_none(start_server, monkeypatch):
     """Compose passes empty ones where the operator set nothing."""
     for name in ("HF_TOKEN", "VLMSERVE_API_KEY", "VLMSERVE_MODEL"):

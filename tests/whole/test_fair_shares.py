@@ -81,6 +81,7 @@ def metric(server, key: str, name: str) -> float:
     raise KeyError(name)
 
 
+@pytest.mark.slow
 def test_row_70_weights_of_3_to_1_divide_the_tokens_of_a_whole_server_within_a_tenth(
     start_faulty_server, key_file
 ):
