@@ -57,6 +57,8 @@ from .routes import (
     health,
     llama_stack,
     messages,
+    moderations,
+    render,
     responses,
     service,
     tokenization,
@@ -80,6 +82,8 @@ ROUTES = (
     messages.ROUTES,
     llama_stack.ROUTES,
     tokenization.ROUTES,
+    render.ROUTES,
+    moderations.ROUTES,
     health.ROUTES,
     service.ROUTES,
     docs.ROUTES,
@@ -214,6 +218,8 @@ class Components:
         )
         metrics = self._metrics
         processor.renderer.on_meta = metrics.count_meta_format
+        if settings.task != "auto":
+            processor.renderer.is_guard = settings.task == "moderation"
         self._generator = generator = Generator(
             processor,
             self._images,

@@ -114,6 +114,14 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             MODEL,
         ),
     ] = "auto"
+    task: Annotated[
+        Literal["auto", "generate", "moderation"],
+        Option(
+            "What the model is for. moderation: a guard, which answers /v1/moderations. auto: a "
+            "guard if its chat template has a guard's policy.",
+            MODEL,
+        ),
+    ] = "auto"
     image_position: Annotated[
         Literal["auto", "front", "as-sent"],
         Option(

@@ -25,6 +25,7 @@ from ..errors import BadRequestError, DeadlineError, NotReadyError
 from ..images.settings import ImageError, ImageRequest, PoolClosed
 from ..prompts.conversation import ImagePart
 from ..prompts.processor import PreparedPrompt, Processor, PromptTooLongError, image_spans
+from ..prompts.rendering import MetaReason
 from ..structured_output.compile_checks import GrammarChecks
 from ..telemetry.request_record import current_record
 from .prompt_errors import prompt_errors
@@ -76,7 +77,7 @@ class PreparedGeneration:
 
     requests: one per prompt, all with the same number of answers. deadline: when the request is
     cancelled, in the loop's time; infinite without a limit. on_tokens: called with each number of
-    newly generated tokens.
+    newly generated tokens. meta_reason: why the conversation is in Meta's format, if it is.
     """
 
     requests: tuple[AddRequest, ...]
@@ -87,6 +88,7 @@ class PreparedGeneration:
     text: TextOptions = TEXT_AS_USUAL
     on_tokens: Callable[[int], None] = _ignore
     form: str = ""
+    meta_reason: MetaReason | None = None
 
     @property
     def answer_ids(self) -> list[str]:
@@ -154,6 +156,7 @@ class Preparer:
             max_tool_calls=request.max_tool_calls,
             text=request.text,
             form=request.grammar_field,
+            meta_reason=prompts[0].meta_reason if prompts else None,
         )
 
     async def _added(
@@ -223,12 +226,12 @@ class Preparer:
             request.tool_format,
             request.template_options,
         )
-        with prompt_errors():
+        with prompt_errors(request.messages_field):
             if is_short and self._processor.renderer.is_quick:
                 prompt = prepare()
             else:
                 prompt = await self._threads.run_in_thread(request.owner, prepare)
-        return self._cut(prompt, num_kept, most, "messages")
+        return self._cut(prompt, num_kept, most, request.messages_field)
 
     def _cut(
         self, prompt: PreparedPrompt, num_kept: int | None, most: int, field: str

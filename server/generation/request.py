@@ -74,6 +74,7 @@ class GenerationRequest:
 
     sampling: SamplingParams
     messages: tuple[Message, ...] = ()
+    messages_field: str = "messages"
     prompts: tuple[PlainPrompt, ...] = ()
     add_special_tokens: bool = True
     has_seed: bool = True

@@ -124,7 +124,9 @@ class Processor:
 
         renderer = Renderer(None)
         if sources is not None:
-            renderer = Renderer(template(sources.default), template(sources.tool_use))
+            renderer = Renderer(
+                template(sources.default), template(sources.tool_use), origin=sources.origin
+            )
         return cls(tokenizer, renderer, configured_end_ids(folder), image_position)
 
     def prepare(

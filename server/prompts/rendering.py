@@ -43,7 +43,8 @@ class Renderer:
     """Renders conversations by a checkpoint's templates.
 
     default: for all conversations; None: the checkpoint has none. tool_use: for those with tools,
-    if it has one. on_meta: called with the reason for each prompt in Meta's format.
+    if it has one. on_meta: called with the reason for each prompt in Meta's format. origin: the
+    file of the templates. is_guard: the templates have a guard's policy, so none is ever replaced.
     """
 
     def __init__(
@@ -51,11 +52,19 @@ class Renderer:
         default: ChatTemplate | None,
         tool_use: ChatTemplate | None = None,
         on_meta: Callable[[MetaReason], None] = lambda reason: None,
+        origin: str | None = None,
     ) -> None:
         self.default = default
         self.tool_use = tool_use
         self.on_meta = on_meta
+        self.origin = origin
+        self.is_guard = default is not None and default.is_guard
         self._warned: set[MetaReason] = set()
+
+    @property
+    def content_format(self) -> str | None:
+        """How the default template gets contents; None without a template."""
+        return None if self.default is None else self.default.content_format
 
     @property
     def is_quick(self) -> bool:
@@ -80,7 +89,11 @@ class Renderer:
             return Rendering(template.render(messages, tools, options))
         except TemplateRefusedError as error:
             reason = _promised(messages, tools)
-            if reason is None or not _is_only_reason(template, messages, tools, options):
+            if (
+                self.is_guard
+                or reason is None
+                or not _is_only_reason(template, messages, tools, options)
+            ):
                 raise
             logger.debug("the chat template refused a conversation: %s", error)
         return self._by_meta(reason, messages, tools, tool_format, options)
@@ -135,17 +148,14 @@ def _is_only_reason(
     tools: Sequence[Tool],
     options: TemplateOptions,
 ) -> bool:
-    """Whether the template takes the conversation without what it refuses and the server promises.
-
-    Never for a guard: without its policy it would answer as if it had read it.
-    """
+    """Whether the template takes the conversation without what the server promises beside it."""
     has_images = any(message.images for message in messages)
     simpler = [
         replace(message, tool_calls=message.tool_calls[:1])
         for message in messages
         if not has_images or message.role != "system"
     ]
-    if template.is_guard or not simpler or (tools and not template.takes_tools):
+    if not simpler or (tools and not template.takes_tools):
         return False
     try:
         template.render(simpler, () if has_images else tools, options)

@@ -9,9 +9,11 @@ from __future__ import annotations
 from ..schemas.anthropic.answers import MessageAnswer
 from ..schemas.llama_stack.answers import StackCompletion, StackModelList, stack_model_card
 from ..schemas.model_answers import ModelList, model_card
+from ..schemas.moderation.verdicts import Moderation
 from ..schemas.openai.chat_answers import ChatCompletion
 from ..schemas.openai.completion_answers import TextCompletion
 from ..schemas.openai.response_answers import Response
+from ..schemas.service_answers import Rendering
 
 MODEL = "meta/llama-3.2-11b-vision-instruct"
 PICTURE = (
@@ -264,3 +266,36 @@ MODEL_LIST: ModelList = {
 }
 
 STACK_MODEL_LIST: StackModelList = {"data": [stack_model_card(MODEL, MODEL, 131_072)]}
+
+MODERATION: Moderation = {
+    "id": "modr-0d9cbdc0a3a4447f8b7ea4a3a9b9cf3c",
+    "model": MODEL,
+    "results": [
+        {
+            "flagged": True,
+            "categories": {"Violent Crimes": True, "Privacy": False},
+            "category_scores": {"Violent Crimes": 0.98, "Privacy": 0.0},
+            "category_applied_input_types": {"Violent Crimes": ["text"], "Privacy": ["text"]},
+        }
+    ],
+}
+
+RENDERING: Rendering = {
+    "object": "rendering",
+    "model": MODEL,
+    "format": "chat_template",
+    "reason": None,
+    "chat_template": "chat_template.jinja",
+    "content_format": "both",
+    "prompts": [
+        {
+            "text": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<|image|>What is"
+            " in this image?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            "token_ids": [
+                *(128000, 128006, 882, 128007, 271, 128256, 3923, 374, 304, 420, 2217, 30),
+                *(128009, 128006, 78191, 128007, 271),
+            ],
+            "images": [{"position": 5, "num_tokens": 1, "num_tiles": 2}],
+        }
+    ],
+}

@@ -7,6 +7,7 @@ Read in this order:
     allowed_values                   what a field takes, for the errors about it
     foreign                          fields of other servers that change nothing here
     openai, llama_stack, anthropic   the requests and answers of each API
+    moderation                       those of POST /v1/moderations
     sampling, structured, tools      the fields that these share
     rules                            conditions between fields, for the API's document
     json_parts                       JSON that is encoded and sent in parts

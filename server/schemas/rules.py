@@ -91,6 +91,7 @@ BEST_OF = "best_of is 1 or n if it is set."
 TEMPLATE = "The server's chat template accepts the conversation and its arguments."
 CONTINUED = "With continue_final_message the last message is an assistant's, without tool_calls."
 VARIABLES = "chat_template_kwargs nests 16 levels at most."
+GUARD = "The server's model is a guard."
 OF_TEMPLATES = (TEMPLATE, CONTINUED, VARIABLES)
 
 OF_CONVERSATIONS = (NO_NUL, RESULTS, ARGUMENTS, TOOL_NAMES, PARAMETERS)

@@ -61,3 +61,41 @@ class ManifestAnswer(TypedDict):
     """manifest_file: a text of JSON, and so of YAML: the files of the model, with their bytes."""
 
     manifest_file: str
+
+
+RenderingFormat = Literal["chat_template", "meta", "text"]
+
+
+class RenderedImage(TypedDict):
+    """An image of a prompt. position: the index of its token; it has one token of the prompt.
+
+    num_tiles: how many tiles the model reads.
+    """
+
+    position: int
+    num_tokens: int
+    num_tiles: int
+
+
+class RenderedPrompt(TypedDict):
+    """A prompt as the model reads it; the text has the names of special tokens."""
+
+    text: str
+    token_ids: list[int]
+    images: list[RenderedImage]
+
+
+class Rendering(TypedDict):
+    """The prompts of a request.
+
+    format: chat_template, meta (Meta's format of Llama 3.2) or text (a completion's). reason: why
+    it is meta. chat_template: the template's file. content_format: how the template gets contents.
+    """
+
+    object: Literal["rendering"]
+    model: str
+    format: RenderingFormat
+    reason: str | None
+    chat_template: str | None
+    content_format: str | None
+    prompts: list[RenderedPrompt]

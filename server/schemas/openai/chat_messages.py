@@ -225,14 +225,15 @@ def _parts(turn: AnyMessage, field: str) -> tuple[Part, ...]:
         text = no_nul(turn.content, field)
         return parts_of_text(text, field) if isinstance(turn, UserMessage) else (TextPart(text),)
     parts = [
-        _part(part, f"{field}[{i}]")
+        part_of(part, f"{field}[{i}]")
         for i, part in enumerate(turn.content)
         if not isinstance(part, ThinkingContent | RedactedThinkingContent)
     ]
     return tuple(parts)
 
 
-def _part(part: OnlyText | TextContent | RefusalContent | ImageContent, field: str) -> Part:
+def part_of(part: OnlyText | TextContent | RefusalContent | ImageContent, field: str) -> Part:
+    """The part of a conversation that a part of a content is. Raises BadRequestError."""
     if isinstance(part, RefusalContent):
         return TextPart(no_nul(part.refusal, f"{field}.refusal"))
     if not isinstance(part, ImageContent):

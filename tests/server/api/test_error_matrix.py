@@ -29,6 +29,7 @@ BASES = {
     "ChatCompletionRequest": {"model": MODEL, "messages": [TURN]},
     "CompletionRequest": {"model": MODEL, "prompt": "What"},
     "TokenizeRequest": {"prompt": "What"},
+    "ModerationRequest": {"input": "What"},
     "DetokenizeRequest": {"tokens": [3923]},
     "StackChatRequest": {"model_id": MODEL, "messages": [TURN]},
     "MessagesRequest": {"model": MODEL, "max_tokens": 8, "messages": [TURN]},
@@ -52,6 +53,7 @@ REFUSED_NULLS = {
     "ChatCompletionRequest": r"messages\[0\]\.content",
     "CompletionRequest": r"(?!)",
     "TokenizeRequest": r"prompt|messages\[0\]\.content",
+    "ModerationRequest": r"(?!)",
     "DetokenizeRequest": r"(?!)",
     "MessagesRequest": r"(?!)",
     "CountTokensRequest": r"(?!)",
@@ -132,8 +134,11 @@ def send(checkpoint, path, body, cases, unknown_fields="refuse"):
     schema = body.__name__
 
     async def run():
-        engine = ScriptedEngine(lambda request: tokens_one_by_one(TOKENIZER, "What?"))
-        async with client_of(checkpoint, engine, unknown_fields=unknown_fields) as client:
+        is_guard = schema == "ModerationRequest"
+        text = "safe" if is_guard else "What?"
+        engine = ScriptedEngine(lambda request: tokens_one_by_one(TOKENIZER, text))
+        options = {"unknown_fields": unknown_fields, "task": "moderation" if is_guard else "auto"}
+        async with client_of(checkpoint, engine, **options) as client:
             answers = [await client.post(path, json=completed(schema, case)) for case in cases]
             assert (await client.post(path, json=BASES[schema])).status_code == 200
             assert engine.open == set()
