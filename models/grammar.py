@@ -61,7 +61,7 @@ class Matcher:
 class Grammars:
     """Compiles grammars for one checkpoint's tokenizer and fills masks for its vocabulary.
 
-    vocab_size: of the logits. The tokenizer is read here, since that holds Python's lock (for a
+    vocab_size: of the logits. The tokenizer is read here, because that keeps Python's lock (for a
     second at 128,256 entries). A folder without a tokenizer supports no grammars.
     """
 

@@ -74,7 +74,7 @@ def row(checkpoint: Checkpoint, method: str | None) -> dict[str, Any]:
 
 
 def fit(plan: Plan, num_bytes: int) -> dict[str, int] | dict[str, None]:
-    """The longest context and the images of the most tiles that both pools hold; None: no room.
+    """The longest context and the images of the most tiles that fit both pools; None: no room.
 
     The context is halved as at a start, not below 2,048 tokens.
     """

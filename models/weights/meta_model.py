@@ -52,7 +52,7 @@ def build_meta_model(
 
 
 def without_quantization(config: MllamaConfig) -> MllamaConfig:
-    """The configuration without quantization settings: the headers say how weights are stored."""
+    """The configuration without quantization settings: the headers have the storage format."""
     for part in (config, config.text_config, config.vision_config):
         for key in ("quantization_config", "compression_config"):
             if hasattr(part, key):

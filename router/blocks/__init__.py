@@ -1,4 +1,4 @@
-"""Which cache blocks hold what, by number only: free, used or cached.
+"""The state of each cache block, by number only: free, used or cached.
 
 In the order in which to read the files:
 

@@ -5,7 +5,7 @@
     image tensors [block, patch, ..]  ImagePool ──┴─ a BlockPool each: the state of every block
 
 A pool assigns block numbers; `models/kv_cache` has a tensor row for each number and never decides.
-A text block holds `block_size` tokens of every self-attention layer. An image block holds one tile
+A text block stores `block_size` tokens of every self-attention layer. An image block holds one tile
 of every cross-attention layer. A block has exactly one state:
 
     free      holds nothing that can be found
@@ -128,7 +128,7 @@ class TextBlocks(Checked):
     def commit(self, block_id: int, key: bytes) -> None:
         """Register a full, computed block under `key`. The caller must hold a handle to it.
 
-        Nobody may write the block from now on. Does nothing if another block has this key.
+        The block must not be written from now on. Does nothing if another block has this key.
         """
 
     @abstractmethod

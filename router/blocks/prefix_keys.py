@@ -1,4 +1,4 @@
-"""Keys of full text blocks. Two blocks have the same key only if they hold the same values.
+"""Keys of full text blocks. Two blocks have the same key only if they have the same values.
 
 Owns what a key covers: the tenant, every token from the prompt's start to the block's end, and
 which images each token sees. Nothing else changes a token's keys and values. Knows nothing of

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from ...models.batch import BlockCopy, PoolSizes
+from ...models.batch import BlockCopy, PoolSizes, StepBatch
 from ..blocks.image_pool import ImagePool
 from ..blocks.text_pool import TextPool
 from .sequence import Sequence
@@ -174,13 +174,17 @@ class BlockManager:
     # Debugging
 
     def record_freed(self) -> None:
-        """From now on collect freed blocks of both pools, for `take_freed`."""
+        """From now on collect freed blocks of both pools, for `poison_freed`."""
         self.text_pool.blocks.record_freed()
         self.image_pool.blocks.record_freed()
 
-    def take_freed(self) -> tuple[list[int], list[int]]:
-        """The text blocks and the image blocks freed since the last call."""
-        return self.text_pool.blocks.take_freed(), self.image_pool.blocks.take_freed()
+    def poison_freed(self, batch: StepBatch) -> None:
+        """Let the step overwrite the blocks that were freed since the last one."""
+        batch.freed_image_blocks = self.image_pool.blocks.take_freed()
+        # The step writes the targets of copies before it poisons.
+        targets = {copy.target for copy in batch.copies}
+        freed = self.text_pool.blocks.take_freed()
+        batch.freed_text_blocks = [block_id for block_id in freed if block_id not in targets]
 
     def check(self, running: list[Sequence]) -> None:
         """Assert both pools' invariants, and that exactly the `running` sequences use blocks."""

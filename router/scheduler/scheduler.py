@@ -150,20 +150,13 @@ class Scheduler:
         step.copies = self._lifecycle.take_copies()
         step.batch.copies = list(step.copies.values())
         if limits.poison_freed_blocks:
-            self._poison_freed(step.batch)
+            self.blocks.poison_freed(step.batch)
         self._step = step
         return step.batch
 
     def take_started(self) -> list[Sequence]:
         """The sequences that ran for the first time since the last call."""
         return self._lifecycle.take_started()
-
-    def _poison_freed(self, batch: StepBatch) -> None:
-        """Let the step overwrite the blocks that were freed since the last one."""
-        freed, batch.freed_image_blocks = self.blocks.take_freed()
-        # The step writes the targets of copies before it poisons.
-        targets = {copy.target for copy in batch.copies}
-        batch.freed_text_blocks = [block_id for block_id in freed if block_id not in targets]
 
     def _make_way(self) -> None:
         """Preempt for the owner whose turn it is, if it has far fewer places than another."""

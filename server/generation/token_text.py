@@ -19,7 +19,7 @@ class TokenText:
 
     text_bytes: what it adds to the answer in UTF-8, so that those of all tokens joined are the
     answer; None for special tokens that add nothing. text: the same as a string, and
-    `bytes:\\xe2\\x82` where it holds a part of a character.
+    `bytes:\\xe2\\x82` for a part of a character.
     """
 
     text: str

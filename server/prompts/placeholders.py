@@ -29,7 +29,7 @@ _FIRST_MASK = 0xF0000
 
 @dataclass(slots=True, frozen=True)
 class RenderedPiece:
-    """A part of a prompt; is_template says that its special tokens are special."""
+    """A part of a prompt. is_template: names of special tokens in it become such tokens."""
 
     text: str
     is_template: bool

@@ -11,7 +11,7 @@ SLICE_CHARS = 65_536
 
 
 def slices(texts: Iterable[str]) -> Iterator[str]:
-    """All texts in a row, in pieces of at most SLICE_CHARS; nothing where one piece holds them."""
+    """All texts joined, in slices of at most SLICE_CHARS; none if one slice is enough."""
     waiting: list[str] = []
     num_waiting = 0
     is_long = False

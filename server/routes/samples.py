@@ -1,6 +1,6 @@
 """Examples of the API's document: the documented samples, and a few of what else there is.
 
-Owns nothing but these values: tests hold the samples to the reference's own files. A
+Owns nothing but these values: tests compare the samples with the reference's own files. A
 server's document carries its own model's name in them.
 """
 

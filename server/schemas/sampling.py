@@ -146,7 +146,7 @@ class SharedFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class Neutral(msgspec.Struct, frozen=True):
-    """What a field that is refused may hold besides null, and what to do instead.
+    """The values that an unsupported field may have besides null, and the remedy.
 
     An object among the values stands for each object of some of its members.
     """

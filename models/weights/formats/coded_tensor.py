@@ -1,4 +1,4 @@
-"""A weight whose file holds several tensors for it: codes, scales, zero points.
+"""A weight that is several tensors in its file: codes, scales, zero points.
 
 Owns that grouping, without torch. Knows no format.
 """

@@ -2,6 +2,7 @@
 
 Read in this order:
 
-    requests    the body, its turns and content blocks, and how they become a generation
+    turns       the conversation: turns, content blocks, and the messages that they are
+    requests    the body, and how it becomes a generation
     answers     the message, the events of a stream, the count of tokens, the form of an error
 """

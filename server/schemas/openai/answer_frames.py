@@ -158,7 +158,7 @@ class OpenAIAnswers(StreamedAnswers):
 
 
 class FrameOptions(TypedDict):
-    """What a body says of all chunks: the arguments of OpenAIAnswers."""
+    """What a body sets for all chunks: the arguments of OpenAIAnswers."""
 
     model: str
     include_usage: bool

@@ -1,4 +1,4 @@
-"""What a request may say of the chat template: fields that chat completions and /tokenize share.
+"""Options of the chat template: fields that chat completions and /tokenize share.
 
 Owns their types and rules. Knows nothing of templates.
 """

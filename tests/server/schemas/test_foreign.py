@@ -134,7 +134,7 @@ def test_sglangs_names_of_the_guided_fields_are_honoured(api, ours, theirs, valu
     first, second = decoded(api, {ours: value})[0], decoded(api, {theirs: value})[0]
     assert first.grammar == second.grammar
     assert (first.grammar_field, second.grammar_field) == (ours, theirs)
-    with pytest.raises(BadRequestError, match=f"{theirs} both say"):
+    with pytest.raises(BadRequestError, match=f"{theirs} both set"):
         decoded(api, {ours: value, theirs: value})
 
 
