@@ -24,7 +24,11 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        Option("Compute type. auto: bfloat16 if the device supports it, else float32.", MODEL),
+        Option(
+            "Compute type. auto: bfloat16 if the device supports it, float16 on GPUs of compute "
+            "capability 7.0 to 7.5, else float32.",
+            MODEL,
+        ),
     ] = "auto"
     device: Annotated[
         str, Option("auto, cpu, cuda or cuda:N. auto: CUDA if there is a GPU.", MODEL)
