@@ -21,10 +21,12 @@ from ..api.whole_answer import send_whole
 from ..schemas.llama_stack.answers import (
     NewStackChunk,
     OldStackChunk,
+    OldStackModel,
     StackAnswers,
     StackCompletion,
     StackModel,
     StackModelList,
+    old_stack_model_card,
     stack_model_card,
 )
 from ..schemas.llama_stack.requests import StackChatRequest, stack_generation, stack_model
@@ -33,6 +35,10 @@ from . import samples
 PREFIXES = ("", "/ls", "/experimental/ls")
 OLD_PATHS = ("/inference/chat_completion", "/alpha/inference/chat-completion")
 NEW_PATH = "/v1/inference/chat-completion"
+# What the clients before 0.1 ask.
+OLD_MODEL_PATHS = tuple(
+    f"{prefix}{path}" for prefix in PREFIXES for path in ("/models", "/alpha/models")
+)
 MODEL_PATHS = tuple(f"{prefix}/v1/models" for prefix in PREFIXES if prefix)
 
 ROUTES = Routes("llama_stack", "Llama Stack")
@@ -118,6 +124,44 @@ async def stack_model_of(request: Request, name: str) -> HTTPResponse:
     name = unquote(name)
     check_model(request, name)
     return json_response(_card(request, name))
+
+
+@ROUTES.get(
+    *(f"{path}/list" for path in OLD_MODEL_PATHS),
+    replies=[
+        Reply(
+            type=list[OldStackModel],
+            description="The model's names.",
+            example=[samples.OLD_STACK_MODEL],
+        )
+    ],
+)
+async def old_stack_models(request: Request) -> HTTPResponse:
+    """The model under each of its served names, for Llama Stack's clients before 0.1."""
+    names = services_of(request).settings.served_model_names
+    return json_response([_old_card(request, name) for name in names])
+
+
+@ROUTES.get(
+    *(f"{path}/get" for path in OLD_MODEL_PATHS),
+    replies=[
+        Reply(
+            type=OldStackModel | None,
+            description="The model; null if no model has this name.",
+            example=samples.OLD_STACK_MODEL,
+        )
+    ],
+)
+async def old_stack_model_of(request: Request) -> HTTPResponse:
+    """The model of one name, for Llama Stack's clients before 0.1. Query: identifier."""
+    name = request.args.get("identifier", "")
+    is_served = name in services_of(request).settings.served_model_names
+    return json_response(_old_card(request, name) if is_served else None)
+
+
+def _old_card(request: Request, name: str) -> OldStackModel:
+    services = services_of(request)
+    return old_stack_model_card(name, services.settings.model_name, services.max_model_len)
 
 
 def _card(request: Request, name: str) -> StackModel:

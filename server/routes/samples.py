@@ -7,7 +7,13 @@ server's document carries its own model's name in them.
 from __future__ import annotations
 
 from ..schemas.anthropic.answers import MessageAnswer
-from ..schemas.llama_stack.answers import StackCompletion, StackModelList, stack_model_card
+from ..schemas.llama_stack.answers import (
+    OldStackModel,
+    StackCompletion,
+    StackModelList,
+    old_stack_model_card,
+    stack_model_card,
+)
 from ..schemas.model_answers import ModelList, model_card
 from ..schemas.moderation.verdicts import Moderation
 from ..schemas.openai.chat_answers import ChatCompletion
@@ -265,6 +271,7 @@ MODEL_LIST: ModelList = {
     "data": [model_card(MODEL, MODEL, 1724796510, 131072)],
 }
 
+OLD_STACK_MODEL: OldStackModel = old_stack_model_card(MODEL, MODEL, 131_072)
 STACK_MODEL_LIST: StackModelList = {"data": [stack_model_card(MODEL, MODEL, 131_072)]}
 
 MODERATION: Moderation = {

@@ -246,6 +246,12 @@ class StackModel(TypedDict):
     model_type: Literal["llm"]
 
 
+class OldStackModel(StackModel):
+    """The same for the clients before 0.1; llama_model is the older name of the model's root."""
+
+    llama_model: str
+
+
 class StackModelList(TypedDict):
     """The served model under each of its names."""
 
@@ -262,3 +268,8 @@ def stack_model_card(name: str, root: str, max_model_len: int) -> StackModel:
         "metadata": {"max_model_len": max_model_len},
         "model_type": "llm",
     }
+
+
+def old_stack_model_card(name: str, root: str, max_model_len: int) -> OldStackModel:
+    """The same card for the clients before 0.1."""
+    return {**stack_model_card(name, root, max_model_len), "llama_model": root}

@@ -182,3 +182,23 @@ def test_models_are_listed_and_retrieved_under_the_prefixes_in_llama_stacks_form
         assert found.json() == quoted.json() == first
         assert missing.status_code == 404
         assert missing.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("prefix", ["", "/ls", "/experimental/ls"])
+@pytest.mark.parametrize("path", ["/models", "/alpha/models"])
+def test_clients_before_0_1_list_models_and_ask_for_one(checkpoint, prefix, path):
+    """They used to get a 404."""
+
+    async def run():
+        engine = ScriptedEngine(says(ANSWER), max_model_len=512)
+        async with client_of(checkpoint, engine, served_model_names=[MODEL, "other"]) as client:
+            ends = ("list", f"get?identifier={MODEL}", "get?identifier=none", "get")
+            return [await client.get(f"{prefix}{path}/{end}") for end in ends]
+
+    listed, found, missing, unnamed = asyncio.run(run())
+    first, second = listed.json()
+    assert (first["identifier"], second["identifier"]) == (MODEL, "other")
+    assert first["llama_model"] == second["llama_model"] == MODEL
+    assert first["metadata"] == {"max_model_len": 512}
+    assert found.json() == first
+    assert (missing.status_code, missing.json(), unnamed.json()) == (200, None, None)
