@@ -109,13 +109,7 @@ def build_app(
     unusable.
     """
     access = Access(settings)
-    app = RecordedApp(
-        f"vlmserve-{uuid.uuid4().hex[:8]}",
-        env_prefix="",
-        configure_logging=False,
-        request_class=LenientRequest,
-    )
-    app.config.update(_sanic_config(settings))
+    app = _sanic_app(settings)
     components = Components(settings, fetcher, images, engine_client, access.keys.weight_of)
     services = app.ctx.services = components.services(now, access.rate_limits)
     app.ctx.bytes_in_flight = _bytes_in_flight(settings)
@@ -138,6 +132,18 @@ def build_app(
     memory = WorkerMemory(settings.max_memory_bytes, lambda: services.generator.num_open)
     _add_middleware(app, settings, access, memory)
     app.exception(Exception)(answer_error)
+    return app
+
+
+def _sanic_app(settings: ServerSettings) -> RecordedApp:
+    """An application without routes, configured."""
+    app = RecordedApp(
+        f"vlmserve-{uuid.uuid4().hex[:8]}",
+        env_prefix="",
+        configure_logging=False,
+        request_class=LenientRequest,
+    )
+    app.config.update(_sanic_config(settings))
     return app
 
 

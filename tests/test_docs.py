@@ -18,6 +18,8 @@ FOLDERS = ("server", "router", "models", "tests", "bench", "docs", "examples", "
 OTHERS = {
     "flash_attn_interface.py",
     "sitecustomize.py",
+    "utils.py",
+    "_forms.py",
     "torch/_inductor/mkldnn_lowerings.py",
     "models/mllama/image_processing_pil_mllama.py",
     "vlmserve/__init__.py",
