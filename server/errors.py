@@ -30,18 +30,25 @@ class ErrorDetails(TypedDict):
     code: str | None
 
 
-class NestedError(TypedDict):
-    """The form that OpenAI's clients read. Inside a stream it is one frame."""
+class FrameDetails(ErrorDetails):
+    """object: what NIM's clients know an error by; without it they read the stream as complete."""
 
-    error: ErrorDetails
+    object: Literal["error"]
 
 
-class ErrorBody(NestedError):
+class FrameError(TypedDict):
+    """An error inside a stream: one frame, the last with content."""
+
+    error: FrameDetails
+
+
+class ErrorBody(TypedDict):
     """The body of every error answer: OpenAI's nested form and the older flat form together.
 
     The flat `code` is the HTTP status.
     """
 
+    error: ErrorDetails
     object: Literal["error"]
     message: str
     type: str
@@ -140,15 +147,17 @@ def type_of_status(status: int) -> str:
     return BadRequestError.type if status < 500 else ApiError.type
 
 
-def nested_body(error: ApiError) -> NestedError:
-    """`{"error": {...}}`: the form that OpenAI's SDK reads, also inside a stream."""
+def frame_body(error: ApiError) -> FrameError:
+    """`{"error": {"object": "error", ...}}`: a failure inside a stream."""
+    return {"error": {"object": "error", **_details(error)}}
+
+
+def _details(error: ApiError) -> ErrorDetails:
     return {
-        "error": {
-            "message": error.message,
-            "type": error.type,
-            "param": error.param,
-            "code": error.code,
-        }
+        "message": error.message,
+        "type": error.type,
+        "param": error.param,
+        "code": error.code,
     }
 
 
@@ -158,7 +167,7 @@ def error_body(error: ApiError) -> ErrorBody:
     The nested `code` is OpenAI's name or null; the flat one is the HTTP status.
     """
     return {
-        "error": nested_body(error)["error"],
+        "error": _details(error),
         "object": "error",
         "message": error.message,
         "type": error.type,

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from ..errors import ErrorBody, NestedError
+from ..errors import ErrorBody, FrameError
 from ..schemas.decoding import SERVED_MODEL
 from ..settings import ServerSettings
 from .endpoint import EVENTS, Endpoint, Reply
@@ -75,7 +75,7 @@ class Schemas:
     def __init__(self, endpoints: Sequence[Endpoint], settings: ServerSettings) -> None:
         bodies = [one.body for one in endpoints if one.body is not None]
         replies = [reply.type for one in endpoints for reply in one.replies]
-        types = [*bodies, *replies, ErrorBody, NestedError]
+        types = [*bodies, *replies, ErrorBody, FrameError]
         schemas, self.components = msgspec.json.schema_components(
             types, ref_template=f"{REFERENCE}{{name}}"
         )
@@ -256,7 +256,7 @@ def _reply_content(reply: Reply, schemas: Schemas, model: str) -> dict[str, Any]
 
 def _event_of(frame: dict[str, Any]) -> dict[str, Any]:
     """One server-sent event: its data is a frame as JSON, or the end mark of the stream."""
-    frames = {"anyOf": [frame, {"$ref": f"{REFERENCE}NestedError"}]}
+    frames = {"anyOf": [frame, {"$ref": f"{REFERENCE}FrameError"}]}
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": frames}
     return {
         "type": "object",

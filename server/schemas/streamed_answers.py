@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from ..errors import ApiError, nested_body
+from ..errors import ApiError, frame_body
 from ..generation.events import Event
 
 
@@ -34,7 +34,7 @@ class StreamedAnswers:
 
     def failure(self, error: ApiError) -> Mapping[str, object]:
         """The last frame of a stream that failed."""
-        return nested_body(error)
+        return frame_body(error)
 
     async def store(self, event: Event) -> None:
         """Keep what must be kept before the frames of an event are sent."""

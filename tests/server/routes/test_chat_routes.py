@@ -276,6 +276,8 @@ def test_an_error_in_the_middle_of_a_stream_is_a_frame_before_done(checkpoint):
     assert done == "[DONE]"
     error = json.loads(error)
     assert list(error) == ["error"]
+    # NIM's clients know an error by its object.
+    assert error["error"]["object"] == "error"
     assert error["error"]["type"] == "service_unavailable_error"
     assert not any("error" in json.loads(chunk) for chunk in chunks)
 

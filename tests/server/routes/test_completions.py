@@ -468,6 +468,7 @@ def test_an_error_in_the_middle_of_a_stream_ends_all_prompts(checkpoint):
 
     response, engine = post(checkpoint, {"prompt": ["What is", "?"], "stream": True}, script)
     *_, error, done = frames_of(response)
+    assert json.loads(error)["error"]["object"] == "error"
     assert json.loads(error)["error"]["type"] == "service_unavailable_error"
     assert done == "[DONE]"
     assert engine.aborted == [engine.requests[0].request_id]
