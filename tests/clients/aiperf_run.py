@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-RUN_TIMEOUT_S = 300
+RUN_TIMEOUT_S = 900
 NUM_REQUESTS = 4
 
 

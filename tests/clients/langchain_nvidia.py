@@ -7,8 +7,9 @@ from typing import Literal
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_nvidia_ai_endpoints import NVIDIA, ChatNVIDIA
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -21,6 +22,9 @@ def turn(to: Literal["left", "right"]) -> str:
 
 class Scene(BaseModel):
     """What a picture shows."""
+
+    # The bundled model never saw a schema: without this it would find no end of further keys.
+    model_config = ConfigDict(extra="forbid")
 
     colour: Literal["red", "blue"]
     is_drawn: bool
@@ -124,7 +128,8 @@ def test_nim_s_older_guides_are_obeyed(chat, shapes, field):
 
 
 def test_a_required_tool_is_called_about_a_picture_plain_and_streamed(chat, shapes):
-    bound = chat.bind_tools([turn], tool_choice="required")
+    closed = convert_to_openai_tool(turn, strict=True)
+    bound = chat.bind_tools([closed], tool_choice="required")
     asked = [about(shapes, "What is in this image?")]
     bound = bound.bind(parallel_tool_calls=False)
     first = bound.invoke(asked)

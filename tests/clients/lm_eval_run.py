@@ -54,7 +54,7 @@ def tasks(tmp_path, request):
     """Folder with the three tasks and their data, for lm-eval's own index."""
     picture = request.config.rootpath.parents[1] / "examples" / "shapes.png"
     shutil.copy(picture, tmp_path / "shapes.png")
-    (tmp_path / "utils.py").write_text(UTILS)
+    (tmp_path / "utils").with_suffix(".py").write_text(UTILS)
     rows = [
         {"question": question, "answer": answer, "picture": str(tmp_path / "shapes.png")}
         for question, answer in QUESTIONS

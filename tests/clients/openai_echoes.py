@@ -4,7 +4,8 @@ from typing import Literal
 
 import openai
 import pytest
-from pydantic import BaseModel
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel, TypeAdapter
 
 QUESTIONS = ("What is in this image?", "How many shapes are there?", "What colour is the circle?")
 
@@ -103,3 +104,34 @@ def test_parsed_responses_are_echoed(client, model, shapes, tools):
             if item.type == "function_call"
         ]
         items.append({"role": "user", "content": question})
+
+
+def test_every_event_and_answer_is_of_the_type_that_the_sdk_declares(client, model, shapes):
+    """Strictly: the SDK itself reads answers without a check, and its users by their types."""
+    types = pytest.importorskip("openai.types.responses")
+    image = {"type": "input_image", "image_url": shapes.url, "detail": "auto"}
+    content = [image, {"type": "input_text", "text": QUESTIONS[0]}]
+    function = {"type": "function", **openai.pydantic_function_tool(Turn)["function"]}
+    forced = {"tools": [function], "tool_choice": "required", "parallel_tool_calls": False}
+    call = {"model": model, "temperature": 0, "max_output_tokens": 64}
+    for more in ({}, forced):
+        body = call | more | {"input": [{"role": "user", "content": content}]}
+        raw = client.responses.with_raw_response.create(**body)
+        types.Response.model_validate_json(raw.text)
+        found = client.responses.with_raw_response.retrieve(raw.parse().id)
+        types.Response.model_validate_json(found.text)
+        with client.responses.with_streaming_response.create(**body, stream=True) as stream:
+            lines = [line.removeprefix("data: ") for line in stream.iter_lines()]
+        events = [line for line in lines if line.startswith("{")]
+        assert len(events) > 5
+        for event in events:
+            TypeAdapter(types.ResponseStreamEvent).validate_json(event)
+    chat = {"model": model, "max_tokens": 8, "messages": [about(shapes, QUESTIONS[0])]}
+    whole = client.chat.completions.with_raw_response.create(**chat)
+    ChatCompletion.model_validate_json(whole.text)
+    with client.chat.completions.with_streaming_response.create(**chat, stream=True) as stream:
+        lines = [line.removeprefix("data: ") for line in stream.iter_lines()]
+    chunks = [line for line in lines if line.startswith("{")]
+    for chunk in chunks:
+        ChatCompletionChunk.model_validate_json(chunk)
+    assert chunks

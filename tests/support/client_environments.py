@@ -22,7 +22,7 @@ QUANTIZER_PINS = ROOT / "requirements" / "quantizers"
 QUANTIZER_FOLDER = ROOT / "build" / "quantizers"
 CHECKS = ROOT / "tests" / "clients"
 INSTALL_TIMEOUT_S = 900
-CHECKS_TIMEOUT_S = 600
+CHECKS_TIMEOUT_S = 1800
 # The first line of a client's pins if its environment also finds this one's packages: torch and
 # transformers are too large to install for each.
 SHARES = "# Finds every other package in the project's own environment"
