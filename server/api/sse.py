@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
+_LINE_SEPARATORS = (
+    (b"\xc2\x85", b"\\u0085"),
+    (b"\xe2\x80\xa8", b"\\u2028"),
+    (b"\xe2\x80\xa9", b"\\u2029"),
+)
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -60,8 +65,11 @@ async def _all_of(first: asyncio.Task[Event], events: AsyncIterator[Event]) -> A
 
 
 def frame(content: Mapping[str, object]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + orjson.dumps(content) + b"\n\n"
+    """One server-sent event. Line separators of Unicode are escaped, as httpx ends lines there."""
+    text = orjson.dumps(content)
+    for character, escaped in _LINE_SEPARATORS:
+        text = text.replace(character, escaped)
+    return b"data: " + text + b"\n\n"
 
 
 def named_frame(content: Mapping[str, object]) -> bytes:

@@ -33,20 +33,6 @@ ROUTES = Routes("responses", "Responses")
 
 PATH = "/v1/responses/<response_id:str>"
 PARAMETERS = {"response_id": "The id of a response."}
-# What the id of a response is good for.
-_LINKS = {
-    name: {
-        "operationId": operation,
-        "description": description,
-        "parameters": {"response_id": "$response.body#/id"},
-    }
-    for name, operation, description in (
-        ("again", "get_v1_responses_response_id_str", "The response again, if it is kept."),
-        ("items", "get_v1_responses_response_id_str_input_items", "Its own input."),
-        ("cancellation", "post_v1_responses_response_id_str_cancel", "Always refused."),
-        ("deletion", "delete_v1_responses_response_id_str", "Delete it."),
-    )
-}
 DEFAULT_LIMIT = 20
 MAX_LIMIT = 100
 
@@ -60,7 +46,6 @@ MAX_LIMIT = 100
             type=Response,
             description="The whole response.",
             example=samples.RESPONSE,
-            links=_LINKS,
         ),
         Reply(
             type=ResponseEvent,

@@ -86,6 +86,7 @@ ITEMS = (
     " instructions are set."
 )
 CUT = "truncate_prompt_tokens leaves all images in the prompt."
+TOKENS = "Each prompt has one token at least."
 BEST_OF = "best_of is 1 or n if it is set."
 
 TEMPLATE = "The server's chat template accepts the conversation and its arguments."

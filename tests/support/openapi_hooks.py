@@ -51,6 +51,7 @@ ERRORS = {
     "A request has at most --max-answers-per-request answers, and at most 128.": (
         r"answers at once|a request has at most \d+ answers|a request may ask for \d+"
     ),
+    "Each prompt has one token at least.": r"has no tokens",
     "best_of is 1 or n if it is set.": r"best_of is \d+ and n is",
     "model and model_id are equal if both are set.": r"model and model_id differ",
     "A setting in tool_config and the same one beside it are equal.": r"and tool_config\.\w+ is",

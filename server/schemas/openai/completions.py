@@ -61,6 +61,7 @@ class CompletionRequest(SharedFields, frozen=True, forbid_unknown_fields=True, k
         *rules.OF_GENERATIONS,
         *rules.OF_SAMPLING,
         rules.BEST_OF,
+        rules.TOKENS,
     )
     schema_rules: ClassVar[dict[str, Any]] = all_of(
         *SHARED_RULES,

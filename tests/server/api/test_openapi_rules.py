@@ -73,6 +73,7 @@ BROKEN = {
         STACK,
         {"tools": [STACK_TOOL], "tool_choice": "none", "tool_config": {"tool_choice": "auto"}},
     ),
+    rules.TOKENS: ("/v1/completions", {"prompt": [[]]}),
     rules.CUT: (CHAT, {"messages": [SENT_PICTURE], "truncate_prompt_tokens": 1}),
     rules.BEST_OF: ("/v1/completions", {"prompt": "a", "n": 3, "best_of": 2}),
     rules.USERS_PICTURES: (
