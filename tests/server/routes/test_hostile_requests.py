@@ -151,6 +151,8 @@ def test_row_09_however_many_distinct_grammars_come_64_mb_are_kept(standing, cou
     grown = held_bytes(standing) - before
     print(f"{count} distinct grammars: {grown / 2**20:.1f} MiB more than with a tenth of them")
     assert grown < 64 * 2**20
+    if count >= 10_000:
+        assert grown <= 0.05 * before
 
 
 def ask(checkpoint, bodies, script=None, **settings):
