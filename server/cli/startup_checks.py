@@ -58,6 +58,11 @@ def check_template(settings: ServerSettings) -> None:
     file = Path(settings.chat_template) if settings.chat_template else None
     sources = template_sources(folder, file)
     if sources is None:
+        if settings.task == "moderation":
+            raise ValueError(
+                "--task moderation needs a chat template with the guard's policy, and the"
+                " checkpoint has none: start with --chat-template FILE"
+            )
         return
     messages = [{"role": "user", "content": "What is in this image?"}]
     variables = {"messages": messages, "tools": None, "add_generation_prompt": True}

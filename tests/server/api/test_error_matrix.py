@@ -17,6 +17,7 @@ from support.http_side import (
     error_of,
     meta_like_tokenizer,
     tokens_one_by_one,
+    write_checkpoint,
 )
 from support.schema_cases import cases_of
 
@@ -65,6 +66,12 @@ KINDS = ("missing", "null", "type", "range", "choice", "unknown")
 POSTS = [one for group in ROUTES for one in group.endpoints if one.body is not None]
 # The first path of each body takes every case, the others a sample of them.
 FIRST = {one.body: one.path for one in reversed(POSTS)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Without a template: Meta's format takes every conversation that the schemas take."""
+    return write_checkpoint(tmp_path_factory.mktemp("matrix"), None)
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,9 @@ def test_a_template_that_cannot_be_used_is_one_line_at_the_start(tmp_path, name)
 
 def test_templates_that_raise_or_are_missing_do_not_end_the_start(tmp_path):
     check_template(settings_of(write_checkpoint(tmp_path / "a", "{{ raise_exception('no') }}")))
-    check_template(settings_of(write_checkpoint(tmp_path / "b", None)))
+    bare = write_checkpoint(tmp_path / "b", None)
+    check_template(settings_of(bare))
+    with pytest.raises(ValueError, match="--task moderation needs a chat template"):
+        check_template(settings_of(bare, task="moderation"))
     with pytest.raises(ValueError, match=r"nowhere\.jinja cannot be read"):
         check_template(settings_of(tmp_path / "a", chat_template=str(tmp_path / "nowhere.jinja")))
