@@ -67,6 +67,14 @@ ERRORS = {
         r"is required(:|$)|has no message|is an item_reference|has a picture|is not a JSON object"
         r"|nested more than"
     ),
+    "The server's chat template accepts the conversation and its arguments.": (
+        r"chat template does not accept this conversation"
+    ),
+    "With continue_final_message the last message is an assistant's, without tool_calls.": (
+        r"continue_final_message needs"
+    ),
+    "chat_template_kwargs nests 16 levels at most.": r"chat_template_kwargs is nested more than",
+    "The server's model is a guard.": r"model is no guard",
     "truncate_prompt_tokens leaves all images in the prompt.": r"without all images",
     "prompt_logprobs times the prompt's tokens are within the server's limit.": (
         r"log-probabilities, the limit is"

@@ -1,6 +1,7 @@
 """Rules between fields: what the document says of them, and what the server refuses."""
 
 import asyncio
+import functools
 import json
 import re
 
@@ -29,6 +30,7 @@ CHAT = "/v1/chat/completions"
 STACK = "/inference/chat_completion"
 # For each rule that the document tells in words: a body that breaks it and fits the schema.
 RESPONSES = "/v1/responses"
+MODERATIONS = "/v1/moderations"
 BROKEN = {
     rules.STORED: (RESPONSES, {"previous_response_id": "resp_none"}),
     rules.ITEMS: (RESPONSES, {"input": [{"type": "item_reference", "id": "a"}]}),
@@ -74,6 +76,16 @@ BROKEN = {
         {"tools": [STACK_TOOL], "tool_choice": "none", "tool_config": {"tool_choice": "auto"}},
     ),
     rules.TOKENS: ("/v1/completions", {"prompt": [[]]}),
+    rules.TEMPLATE: (
+        CHAT,
+        {"messages": [user("a"), {"role": "assistant", "content": "b", "tool_calls": [CALL]}]},
+    ),
+    rules.CONTINUED: (CHAT, {"continue_final_message": True}),
+    rules.VARIABLES: (
+        CHAT,
+        {"chat_template_kwargs": functools.reduce(lambda one, _: {"a": one}, range(20), {})},
+    ),
+    rules.GUARD: (MODERATIONS, {"input": "a"}),
     rules.CUT: (CHAT, {"messages": [SENT_PICTURE], "truncate_prompt_tokens": 1}),
     rules.BEST_OF: ("/v1/completions", {"prompt": "a", "n": 3, "best_of": 2}),
     rules.USERS_PICTURES: (
@@ -101,6 +113,9 @@ UNFIT = [
     (CHAT, {"top_logprobs": 1}),
     (CHAT, {"stream": True, "prompt_logprobs": 0}),
     (CHAT, {"tool_choice": "required"}),
+    (CHAT, {"continue_final_message": True, "add_generation_prompt": True}),
+    (CHAT, {"chat_template_kwargs": {"messages": [1]}}),
+    (MODERATIONS, {"input": ["a", {"type": "text", "text": "b"}]}),
     (CHAT, {"guided_choice": []}),
     (CHAT, {"guided_choice": [""]}),
     (CHAT, {"messages": [{"role": "assistant"}]}),
@@ -121,7 +136,7 @@ def body_of(path, fields):
     base = {"model": MODEL}
     if path == RESPONSES:
         base["input"] = "What?"
-    elif path != "/v1/completions":
+    elif path not in ("/v1/completions", MODERATIONS):
         base["messages"] = [user("What?")]
     return base | fields
 
