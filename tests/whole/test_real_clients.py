@@ -49,6 +49,7 @@ CLIENTS = {
     "vercel-ai": ("vercel_ai.test.mjs",),
     "guidellm": ("guidellm_run.py",),
     "lm-eval": ("lm_eval_run.py",),
+    "aiperf": ("aiperf_run.py",),
     "llama-stack-0.0.50": STACK,
     "llama-stack-0.0.61": STACK,
     "llama-stack-0.0.63": STACK,
