@@ -107,6 +107,7 @@ class Neighbour:
         started = time.monotonic()
         try:
             async with httpx2.AsyncClient(timeout=UNDER_WAY_S, verify=False) as http:
+                started = time.monotonic()  # the client's own start is no part of it
                 response = await http.post(self._url + CHAT, json=body, headers=headers)
             if response.status_code != 200:
                 self.failures.append(f"{response.status_code} {response.text[:200]}")
