@@ -3,6 +3,7 @@
     python bench/checkpoints.py m100 --out m100
     OMP_NUM_THREADS=2 python bench/decode.py --checkpoint m100 --dtype bfloat16
     python bench/decode.py --profile          # the bundled model, where its time goes
+    python bench/decode.py --checkpoint m100 --beside m100-fp8      # in turns, a quantized one
 
 A decode step gives every sequence one token, behind `--context` tokens of text, with and without
 an image of all tiles. A prefill step computes as many prompts with one image each. Each round runs
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -34,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments(
         __doc__,
         checkpoint=BUNDLED,
+        beside=("", "a second checkpoint of the same model, such as a quantized one, in turns"),
         dtype="auto",
         device="auto",
         sequences=("1,4,16,64", "comma-separated, of a decode"),
@@ -117,10 +120,10 @@ def make_levels(runner: ModelRunner, args: argparse.Namespace) -> list[Level]:
     return levels
 
 
-def make_runner(args: argparse.Namespace) -> ModelRunner:
+def make_runner(args: argparse.Namespace, checkpoint: str) -> ModelRunner:
     most = max(numbers(args.sequences) + numbers(args.prefills))
     return open_runner(
-        args.checkpoint,
+        checkpoint,
         device=args.device,
         dtype=args.dtype,
         max_num_seqs=most,
@@ -130,23 +133,35 @@ def make_runner(args: argparse.Namespace) -> ModelRunner:
     )
 
 
-def measure(runner: ModelRunner, levels: list[Level], args: argparse.Namespace) -> Machine:
-    """Every level's turn in every round; the median machine."""
+# a checkpoint's runner and its levels
+Run = tuple[ModelRunner, list[Level]]
+
+
+def measure(runs: list[Run], args: argparse.Namespace) -> Machine:
+    """Every level's turn in every round, of one checkpoint after the other; the median machine."""
+    runner, levels = runs[0]
     config = runner.config.text_config
     num_bytes = int(max(level.work.num_bytes for level in levels))
     dtype = getattr(torch, runner.info.dtype)
     probe = MachineProbe(dtype, config.hidden_size, config.intermediate_size, num_bytes)
     machines = []
-    for level in levels:
-        runner.execute(level.batch)
+    turns = [(one, level) for steps in _side_by_side(runs) for one, level in steps]
+    for one, level in turns:
+        one.execute(level.batch)
     for _ in range(args.rounds):
         machines.append(probe.measure())
-        for level in levels:
-            level.take_turn(runner, args.steps)
+        for one, level in turns:
+            level.take_turn(one, args.steps)
     return Machine(
         statistics.median(m.flops_per_s for m in machines),
         statistics.median(m.bytes_per_s for m in machines),
     )
+
+
+def _side_by_side(runs: list[Run]) -> Iterator[list[tuple[ModelRunner, Level]]]:
+    """The same level of every checkpoint."""
+    for levels in zip(*(levels for _, levels in runs), strict=True):
+        yield [(runner, level) for (runner, _), level in zip(runs, levels, strict=True)]
 
 
 def report(levels: list[Level], reached: Machine) -> list[dict[str, object]]:
@@ -180,19 +195,26 @@ def profile(runner: ModelRunner, levels: list[Level]) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    runner = make_runner(args)
-    levels = make_levels(runner, args)
+    names = [args.checkpoint, *([args.beside] if args.beside else [])]
+    runners = [make_runner(args, name) for name in names]
+    runs = [(runner, make_levels(runner, args)) for runner in runners]
     if args.profile:
-        profile(runner, levels)
-    reached = measure(runner, levels, args)
+        for runner, levels in runs:
+            profile(runner, levels)
+    reached = measure(runs, args)
+    rows = {}
+    for name, (_, levels) in zip(names, runs, strict=True):
+        print(name or "bundled")
+        rows[name or "bundled"] = report(levels, reached)
     print_document(
         args,
         model=args.checkpoint or "bundled",
-        device=runner.info.device,
-        dtype=runner.info.dtype,
+        device=runners[0].info.device,
+        dtype=runners[0].info.dtype,
         threads=torch.get_num_threads(),
         reached=asdict(reached),
-        levels=report(levels, reached),
+        levels=rows[names[0] or "bundled"],
+        beside=rows[names[1]] if args.beside else None,
     )
 
 

@@ -30,8 +30,7 @@ from vlmserve.models.decoder.packed_linear import pack_linears
 from vlmserve.models.weights.loader import open_checkpoint
 from vlmserve.models.weights.quantization import (
     METHODS,
-    WEIGHT_ONLY,
-    is_quantized,
+    OWN_METHODS,
     quantization_config,
     settle,
 )
@@ -51,8 +50,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def load(folder: Path, dtype: torch.dtype, method: str | None) -> MllamaForConditionalGeneration:
     """A folder's model on the CPU with transformers' own attention, mended."""
-    if method == WEIGHT_ONLY:
-        model = _weight_only(folder, dtype)
+    if method in OWN_METHODS:
+        model = _own(folder, dtype, method)
     else:
         read: Any = MllamaForConditionalGeneration.from_pretrained
         config = quantization_config(method, dtype)
@@ -61,9 +60,9 @@ def load(folder: Path, dtype: torch.dtype, method: str | None) -> MllamaForCondi
     return mend(model.eval().requires_grad_(False))
 
 
-def _weight_only(folder: Path, dtype: torch.dtype) -> MllamaForConditionalGeneration:
+def _own(folder: Path, dtype: torch.dtype, method: str | None) -> MllamaForConditionalGeneration:
     checkpoint = open_checkpoint(folder, dtype)
-    recipe = Recipe(torch.device("cpu"), dtype, WHOLE, lambda name: is_quantized(f"{name}.weight"))
+    recipe = Recipe(torch.device("cpu"), dtype, WHOLE, method)
     opened = open_tensors(folder, checkpoint.tensors)
     config = checkpoint.meta_model.config
     return load_tensors(opened, config, recipe, lambda _: None, str(folder))

@@ -18,7 +18,7 @@ from ..settings.byte_text import shown_bytes
 from ..settings.runner_config import RunnerConfig
 from ..weights.device_map import HEAD, TEXT, VISION, Placement, parts_of
 from ..weights.loader import Checkpoint
-from ..weights.quantization import METHODS
+from ..weights.quantization import INT4, METHODS, NF4, OWN_METHODS
 from ..weights.tensor_loader import WHOLE, RankShare
 from .available import AvailableMemoryOf
 from .estimate import PeakBytes, by_kind, part_bytes, peak_bytes
@@ -219,7 +219,7 @@ def _advice(plan: Plan, placement: Placement, device: torch.device, num_bytes: i
         ][:1]
     if placement.single is None:
         remedies.append("a --device-map or --max-memory that leaves more memory there")
-    elif plan.quantize is None:
+    elif plan.quantize is None and not plan.checkpoint.is_coded and plan.share.size == 1:
         remedies.append("--device-map auto, which offloads the weights that do not fit")
     return "use " + ", or ".join(remedies or ["a larger machine"])
 
@@ -236,6 +236,11 @@ def _smaller_steps(plan: Plan) -> Iterator[tuple[str, Plan]]:
 
 
 def _quantized(plan: Plan) -> Iterator[tuple[str, Plan]]:
-    for method in () if plan.checkpoint.is_coded else METHODS:
+    if plan.checkpoint.is_coded:
+        return
+    methods = METHODS if plan.share.size == 1 else OWN_METHODS
+    for method in methods:
         if method != plan.quantize:
             yield f"--quantize {method}", replace(plan, quantize=method)
+    if NF4 not in methods:
+        yield "a checkpoint in 4 bits", replace(plan, quantize=INT4)

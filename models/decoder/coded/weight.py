@@ -15,6 +15,8 @@ from .layout import Coding
 
 # the largest number of FP8 E4M3
 FP8_LARGEST = 448.0
+# float16's number over the FP8 number with the same bits; sign, and the seven other bits of FP8
+_HALF_RATIO, _HALF_BITS = 2.0**8, -(1 << 15) | (127 << 7)
 # of a weight that is quantized at once: 64 MiB in float32
 _CHUNK_ELEMENTS = 1 << 24
 _INT4_TABLE = tuple(float(code - 8) for code in range(16))
@@ -64,9 +66,11 @@ class CodedWeight:
         if self.coding.bits == 4:
             pairs = self.pairs() if pairs is None else pairs
             assert pairs is not None
-            values = pairs.index_select(0, codes.flatten().int())
+            # both values as one word: torch copies rows of two numbers one by one
+            values = pairs.view(torch.int64).flatten().index_select(0, codes.flatten().int())
+            values = values.view(torch.float32)
         elif self.coding is Coding.FP8:
-            values = codes.view(torch.float8_e4m3fn).float()
+            values, scales = _halves(codes).float(), scales * _HALF_RATIO
         else:
             values = codes.float()
         values = values.view(len(codes), scales.shape[1], -1)
@@ -120,6 +124,15 @@ class CodedWeight:
             scales=self.scales[:, groups].contiguous(),
             zeros=None if self.zeros is None else self.zeros[:, groups].contiguous(),
         )
+
+
+def _halves(codes: Tensor) -> Tensor:
+    """FP8 codes as float16, each smaller by 2 ** 8. torch converts float8 one by one on a CPU.
+
+    Exponent and mantissa of E4M3 lie in those of float16. A code of NaN becomes a number.
+    """
+    bits = codes.view(torch.int8).to(torch.int16)  # the sign is in the upper byte as well
+    return bits.bitwise_left_shift_(7).bitwise_and_(_HALF_BITS).view(torch.float16)
 
 
 def can_join(weights: Sequence[CodedWeight]) -> bool:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...decoder.coded.layout import Coding, Layout
+from ...errors import ModelError
 from .coded_tensor import CodedTensor, Module
 from .safetensors_headers import StoredTensor
 
@@ -83,6 +84,8 @@ def build(tensor: CodedTensor, found: Mapping[str, Any]) -> CodedWeight:
     codes = found[WEIGHT].contiguous()
     if tensor.layout.coding is Coding.FP8:
         codes = codes.view(torch.uint8)
+        if bool(((codes & 127) == 127).any()):
+            raise ModelError(f"{tensor.name} has NaN in FP8: download {tensor.file} again")
     scales = _rows(found[SCALE], tensor).float()
     zeros = _rows(found[ZERO], tensor).to(torch.int16) if ZERO in found else None
     return CodedWeight(tensor.layout.coding, codes, scales, zeros)

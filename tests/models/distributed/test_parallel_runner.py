@@ -19,7 +19,7 @@ import numpy
 import openai
 import pytest
 import torch
-from support.coded_checkpoints import FORMS, write
+from support.coded_checkpoints import FORMS, Form, compressed, pack, write
 from support.oracle import (
     BLOCK_SIZE,
     checkpoint,
@@ -197,10 +197,19 @@ def test_two_ranks_with_int8_weights_are_as_near_as_one() -> None:
         assert 0 < error.sqrt() < 0.05
 
 
-@pytest.mark.parametrize("form", ["fp8-channel", "w4a16-channel", "w8a8", "nf4-dynamic"])
+# groups that the inputs of both ranks are made of, and groups and orders that cannot be cut
+SHARED = ("fp8-channel", "w4a16-channel", "w8a8", "w4a16-groups-of-16")
+UNSHARED = {
+    "nf4-dynamic": "96 inputs in groups of 32 do not divide by 2",
+    "gptq-act-order": r"another order \(act-order\); use a smaller --tensor-parallel-size",
+}
+GROUPS_OF_16 = Form(pack(4, symmetric=False, group=16), compressed("pack-quantized"))
+
+
+@pytest.mark.parametrize("form", [*SHARED, *UNSHARED])
 def test_two_ranks_share_a_quantized_checkpoint_exactly(form, tmp_path) -> None:
     """Its scales are the files', so the logits are those of the dequantized weights."""
-    coded, dequantized = write(Path(checkpoint("tiny")), FORMS[form], tmp_path)
+    coded, dequantized = write(Path(checkpoint("tiny")), FORMS.get(form, GROUPS_OF_16), tmp_path)
 
     def compute(group=None, folder=coded):
         with BUILDING:
@@ -208,8 +217,8 @@ def test_two_ranks_share_a_quantized_checkpoint_exactly(form, tmp_path) -> None:
         return prefill_logits(ModelRunner(model, PoolPlan(SIZES, 800)), requests(), chunk=5)
 
     expected = compute(folder=dequantized)
-    if form == "nf4-dynamic":  # down_proj's 96 inputs are groups of 32, which 2 does not divide
-        with pytest.raises(ModelError, match="weight cannot be split over 2 ranks"):
+    if form in UNSHARED:
+        with pytest.raises(ModelError, match=f"split over 2 ranks: .*{UNSHARED[form]}"):
             on_ranks(2, compute)
         return
     first, second = on_ranks(2, compute)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.coded_checkpoints import FORMS, write
 from support.oracle import checkpoint
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
@@ -25,6 +26,7 @@ from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.models.weights import loader
 from vlmserve.models.weights.device_map import given_map, on_one_device
 from vlmserve.models.weights.loader import open_checkpoint
+from vlmserve.models.weights.tensor_loader import RankShare
 
 CPU = torch.device("cpu")
 KIB, MIB = 1 << 10, 1 << 20
@@ -98,6 +100,30 @@ def test_the_quantizations_that_would_fit_are_named_and_no_others() -> None:
     line = refusal(totals["bitsandbytes-nf4"] - 1)
     assert "--quantize" not in line
     assert "--device-map auto" in line
+
+
+def advice(plan: Plan, num_bytes: int) -> str:
+    placement = on_one_device(plan.checkpoint.meta_model, CPU)
+    with pytest.raises(ModelError) as raised:
+        check_fits(plan, placement, available(num_bytes))
+    return str(raised.value)
+
+
+def test_ranks_are_advised_what_works_with_them_and_a_checkpoint_in_4_bits() -> None:
+    """bitsandbytes and --device-map do not work with --tensor-parallel-size."""
+    ranks = replace(plan(), share=RankShare(0, 2, {}))
+    line = advice(ranks, needs_of(replace(ranks, quantize="int8")).total)
+    assert "use --quantize int8 (" in line
+    assert "or a checkpoint in 4 bits (" in line
+    assert "bitsandbytes" not in line
+    assert "--device-map" not in line
+
+
+def test_a_quantized_checkpoint_is_advised_neither_quantization_nor_offloading(tmp_path) -> None:
+    coded, _ = write(Path(checkpoint("tiny")), FORMS["fp8-channel"], tmp_path)
+    line = advice(replace(plan(), checkpoint=open_checkpoint(coded, torch.float32)), MIB)
+    assert "--quantize" not in line
+    assert "--device-map" not in line
 
 
 def test_a_quantized_model_is_not_advised_its_own_method() -> None:

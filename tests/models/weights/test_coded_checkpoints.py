@@ -12,11 +12,16 @@ from support.coded_checkpoints import FORMS, Form, bnb4, kept_and_counted, set_c
 from support.oracle import BLOCK_SIZE, PROMPTS, checkpoint, prefill_logits
 
 from vlmserve.models.batch import PoolSizes
+from vlmserve.models.decoder.coded.linear import CodedLinear
+from vlmserve.models.decoder.coded.weight import CodedWeight
 from vlmserve.models.decoder.decoder import is_fused
 from vlmserve.models.errors import ModelError
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
-from vlmserve.models.weights.loader import LoadedModel, load_model, open_checkpoint
+from vlmserve.models.weights import loader
+from vlmserve.models.weights.device_map import given_map
+from vlmserve.models.weights.formats.coded_tensor import CodedTensor
+from vlmserve.models.weights.loader import LoadedModel, load, load_model, open_checkpoint
 
 TINY = Path(checkpoint("tiny"))
 
@@ -98,6 +103,42 @@ def test_fp8_is_made_while_loading() -> None:
     exact = logits_of(load_model(TINY, "cpu", "float32"), "one")
     error = (logits_of(model, "one") - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert 0 < error < 0.15
+
+
+def test_nan_in_fp8_is_named(tmp_path) -> None:
+    def with_nan(weight):
+        parts, whole = FORMS["fp8-channel"].code(weight)
+        parts["weight"].view(torch.uint8)[3, 5] = 0xFF
+        return parts, whole
+
+    coded, _ = write(TINY, Form(with_nan, FORMS["fp8-channel"].settings), tmp_path)
+    with pytest.raises(ModelError, match=r"_proj\.weight has NaN in FP8: download model\.safe"):
+        load_model(coded, "cpu", "float32")
+
+
+@pytest.mark.parametrize("name", ["fp8-channel", "gptq-act-order"])
+def test_a_device_map_over_several_devices_is_one_line(name, tmp_path) -> None:
+    coded, _ = write(TINY, FORMS[name], tmp_path)
+    opened = open_checkpoint(coded, torch.float32)
+    placement = given_map({"": "cpu", "lm_head": "disk"}, opened.meta_model, 0, "a test")
+    with pytest.raises(ModelError, match="does not work with a --device-map over several devices"):
+        load(opened, placement)
+
+
+def test_a_plain_checkpoint_runs_no_code_of_quantized_ones(monkeypatch) -> None:
+    """Its load and its steps are those of before: what coded weights need is never called."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a plain checkpoint came here")
+
+    monkeypatch.setattr(CodedWeight, "__init__", fail)
+    monkeypatch.setattr(CodedLinear, "__init__", fail)
+    monkeypatch.setattr(CodedTensor, "__init__", fail)
+    monkeypatch.setattr(loader, "load_tensors", fail)
+    model = load_model(TINY, "cpu", "float32")
+    kinds = {type(module).__name__ for module in model.model.modules()}
+    assert not {kind for kind in kinds if "Coded" in kind or "Int8" in kind}
+    assert torch.equal(logits_of(model, "one"), plain_logits("one"))
 
 
 def test_a_damaged_layer_is_named_before_a_weight_is_read(tmp_path) -> None:

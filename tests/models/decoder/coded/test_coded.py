@@ -51,6 +51,14 @@ def test_a_weight_decodes_by_the_formula(coding, groups, has_zeros) -> None:
     assert torch.equal(weight.decode(slice(1, 3), dtype=torch.float32), decoded[1:3])
 
 
+def test_every_fp8_code_decodes_as_torch_has_it() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[codes & 127 != 127].repeat(2, 1)  # without NaN
+    scales = torch.tensor([[1.0], [0.37]])
+    decoded = CodedWeight(Coding.FP8, codes, scales).decode(dtype=torch.float32)
+    assert torch.equal(decoded, codes.view(torch.float8_e4m3fn).float() * scales)
+
+
 def test_every_fp8_code_decodes_as_torch_has_it_in_the_kernel() -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     codes = codes[codes & 127 != 127].repeat(16, 1)  # without NaN

@@ -59,9 +59,16 @@ REQUESTS: dict[str, Callable[[], Request]] = {
 
 def run_tool(tool: str, form: str, folder: Path) -> tuple[Path, Path]:
     """What the tool made of the bundled model, and the plain weights that it stands for."""
-    script = ROOT / "tests" / "quantizers" / f"{tool.replace('-', '_')}_forms.py"
+    script = ROOT / "tests" / "quantizers" / f"{tool.replace('-', '_')}_forms"
     coded, dequantized = folder / "coded", folder / "dequantized"
-    command = [quantizer_python(tool), script, CHECKPOINT, form, coded, dequantized]
+    command = [
+        quantizer_python(tool),
+        script.with_suffix(".py"),
+        CHECKPOINT,
+        form,
+        coded,
+        dequantized,
+    ]
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
     kept |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
