@@ -58,8 +58,19 @@ def main() -> None:
     _freeze_startup_objects(app)
     _reload_on_sighup(app, tls)
     _report_liveness(app, settings.liveness_fd)
+    _serve(app, listening, tls, settings.request_timeout_s)
+
+
+def _serve(
+    app: Sanic[Any, Any], listening: socket.socket, tls: ServerTls | None, handshake_s: float
+) -> None:
+    """Serve until a signal. handshake_s: maximum time of a TLS handshake.
+
+    A connection has a place in `http/connection_places.py` only after its handshake, so until then
+    nothing but this time bounds how long it keeps a descriptor.
+    """
     context = None if tls is None else tls.context
-    app.run(
+    app.prepare(
         sock=listening,
         ssl=context,
         protocol=StrictProtocol,
@@ -67,6 +78,10 @@ def main() -> None:
         access_log=False,
         motd=False,
     )
+    if context is not None:
+        options = {"ssl_handshake_timeout": handshake_s}
+        app.state.server_info[0].settings["asyncio_server_kwargs"] = options
+    Sanic.serve_single(primary=app)
 
 
 def _allow_descriptors(num_connections: int) -> None:
