@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...models.settings.byte_text import shown_bytes
+from ..prompts.templates.sources import template_sources
 from .model_source import ModelFilesError, resolve_model
 
 REPORT_MODULE = "vlmserve.models.memory.fit_report"
@@ -60,14 +61,12 @@ def fit_report(folder: Path) -> dict[str, Any]:
 
 
 def template_form(folder: Path) -> str:
-    """Where the chat template is."""
-    for name in ("chat_template.jinja", "chat_template.json"):
-        if (folder / name).is_file():
-            return name
-    config = folder / "tokenizer_config.json"
-    if config.is_file() and json.loads(config.read_text("utf-8")).get("chat_template"):
-        return config.name
-    return "none: Meta's format of Llama 3.2 is used"
+    """Where the chat template is. Raises ModelFilesError if its file cannot be read."""
+    try:
+        sources = template_sources(folder)
+    except ValueError as error:
+        raise ModelFilesError(str(error)) from error
+    return "none: Meta's format of Llama 3.2 is used" if sources is None else sources.origin
 
 
 def show(report: dict[str, Any], console: Console) -> None:

@@ -70,7 +70,7 @@ def processes():
 
 
 @pytest.mark.parametrize("name", LOOPS | EATERS)
-def test_a_template_that_loops_or_eats_memory_ends_within_its_bound(processes, name):
+def test_row_22_a_template_that_loops_or_eats_memory_ends_within_its_bound(processes, name):
     """In a child: this process used to hang, or to be ended by the system."""
     source = "{{ messages[0].content }}" + (LOOPS | EATERS)[name]
     template = ChatTemplate(source, {}, processes=processes)
