@@ -411,7 +411,7 @@ def test_a_stop_string_ends_one_answer_and_not_the_others(checkpoint):
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"n": 65}, "n"),
-        ({"stream_options": {}}, "stream_options"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"prompt": "a " * 4000, "echo": True, "logprobs": 20}, "logprobs"),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),

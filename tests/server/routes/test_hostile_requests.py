@@ -198,7 +198,7 @@ def test_row_21_what_a_text_spells_is_text(checkpoint):
 )  # fmt: skip
 def test_row_22_a_template_or_its_files_are_no_part_of_a_request(checkpoint, field):
     """They are dropped by name, or refused; the prompt is the same in any case."""
-    value = "{{ ''.__class__.__mro__ }}" if field.endswith("template") else {"tokenize": False}
+    value = "{{ ''.__class__.__mro__ }}" if field.endswith("template") else {"tokenize": True}
     routes = [*TEXT_ROUTES, *TOKENIZE_ROUTES]
     bodies = [(route, plain_body(route) | {field: value}) for route in routes]
     refused, requests = ask(checkpoint, bodies, unknown_fields="refuse")
