@@ -143,7 +143,9 @@ def answers_hold_no_key_that_is_not_documented(ctx, response, case):
     schema = media["schema"]
     if kind == "text/event-stream":
         schema = schema["properties"]["data"]["anyOf"][0]["contentSchema"]
-        lines = [line for line in response.text.splitlines() if line.startswith("data: ")]
+        lines = [
+            line for line in response.content.decode().split("\n") if line.startswith("data: ")
+        ]
         said = [json.loads(line[6:]) for line in lines if line != "data: [DONE]"]
     else:
         said = [response.json()]
