@@ -39,6 +39,8 @@ FORMS: dict[str, dict[str, int]] = {
     "compressed-tensors": {
         "fp8-dynamic": LOST_8_BITS,
         "fp8-static": LOST_8_BITS,
+        "w8a8": LOST_8_BITS,
+        "w8a16-groups": LOST_8_BITS,
         "w4a16-groups": LOST_4_BITS,
         "w4a16-zeros": LOST_4_BITS,
         "w4a16-channel": LOST_4_BITS,
