@@ -22,7 +22,7 @@ PRIVATE_NAMES = {
     "_send": "sanic.http.Http: writes to a connection",
     "_task": "sanic HttpProtocol: the task of a connection, cancelled to evict it",
 }
-STRUCT_NAMES = {"__struct_config__"}
+STRUCT_NAMES = {"__struct_config__", "__struct_fields__"}
 # Members of Sanic's classes that server/http replaces; none is in Sanic's documented API.
 OVERRIDDEN = {
     "AnswerWriter": {"http1_response_header"},

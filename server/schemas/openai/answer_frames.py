@@ -142,12 +142,12 @@ class OpenAIAnswers(StreamedAnswers):
     prompts: Sequence[list[int]] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def _count(self, event: Event) -> None:
+    def count(self, event: Event) -> None:
         """Count the tokens of an event, before its chunks are made."""
         if self.running_usage is not None:
             self.running_usage.add(event)
 
-    def _complete(self, chunk: OpenAIChunk, text: str) -> None:
+    def complete(self, chunk: OpenAIChunk, text: str) -> None:
         """Add what every chunk ends with. text: the chunk's."""
         if self.running_usage is not None:
             chunk["usage"] = self.running_usage.counts

@@ -203,7 +203,7 @@ class ChatAnswers(OpenAIAnswers):
 
     def chunks(self, event: Event) -> list[ChatCompletionChunk]:
         """The chunks that report one event."""
-        self._count(event)
+        self.count(event)
         if isinstance(event, TextDelta):
             return [self._chunk(event.choice, {"content": event.text}, event)]
         if isinstance(event, ToolCallDelta):
@@ -252,7 +252,7 @@ class ChatAnswers(OpenAIAnswers):
         if self.prompts is not None:
             choice["token_ids"] = list(tokens.token_ids) if tokens else []
         chunk = self._frame([choice])
-        self._complete(chunk, delta.get("content") or "")
+        self.complete(chunk, delta.get("content") or "")
         return chunk
 
     def _choice(self, index: int, answer: Answer) -> ChatChoice:

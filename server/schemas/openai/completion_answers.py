@@ -137,7 +137,7 @@ class CompletionAnswers(OpenAIAnswers):
 
     def chunks(self, event: Event) -> list[CompletionChunk]:
         """The chunks that report one event."""
-        self._count(event)
+        self.count(event)
         if isinstance(event, PromptLogprobs):
             return self._echoed(event)
         if isinstance(event, End):
@@ -237,7 +237,7 @@ class CompletionAnswers(OpenAIAnswers):
                 self._started.add(index)
                 choice["prompt_token_ids"] = self.prompts[index // self.num_answers]
         chunk = self._frame([choice])
-        self._complete(chunk, text)
+        self.complete(chunk, text)
         return chunk
 
     def _usage(self, usage: Usage) -> UsageCounts:
