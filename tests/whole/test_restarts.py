@@ -198,20 +198,20 @@ def test_row_35_a_hung_worker_is_ended_and_replaced_and_its_requests_leave_the_e
     assert restarts(standing) == {"engine": (0, 0), "worker": (0, 1)}
 
 
-def num_connections(standing):
-    """The connections that the only engine has accepted; it listens on one socket more."""
+def num_connected_workers(standing):
+    """The connections of workers to the only engine: without its listener and the supervisor's."""
     engines = standing.pids("engine")
     if len(engines) != 1:
         return 0
     paths = [one.laddr for one in psutil.Process(engines[0]).net_connections("unix")]
-    return sum(path.endswith(".sock") for path in paths) - 1
+    return sum(path.endswith(".sock") for path in paths) - 2
 
 
 def until_whole(standing, wait_for, num_workers):
     """Every worker is there with its decoders and its connection to a ready engine."""
     whole = [num_workers, 2 * num_workers]
     assert wait_for(lambda: [len(standing.pids(kind)) for kind in ("worker", "decoder")] == whole)
-    assert wait_for(lambda: num_connections(standing) == num_workers)
+    assert wait_for(lambda: num_connected_workers(standing) == num_workers)
     ready = "/v1/health/ready"
     assert wait_for(lambda: all(standing.get(ready).status == 200 for _ in range(12)))
 
