@@ -20,6 +20,7 @@ def last_document(script: str, *arguments: str) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_last_line_of_a_spawned_load_run_is_one_json_document():
     document = last_document(
         "serve.py",

@@ -33,6 +33,7 @@ def serve(port: int, *options: str) -> list[str]:
     return [*command, "--no-spare-engine", *options]
 
 
+@pytest.mark.slow
 def test_row_66_a_server_whose_log_cannot_be_written_serves_and_stops(unused_port) -> None:
     """`vlmserve serve 2>/dev/full` ended with 1, and nothing showed why."""
     with (

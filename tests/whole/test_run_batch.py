@@ -54,6 +54,7 @@ def test_a_killed_run_goes_on_and_each_line_has_one_result(server, tmp_path, wai
     assert sorted(ids_of(out)) == sorted(f"request {index}" for index in range(number))
 
 
+@pytest.mark.slow
 def test_without_a_url_a_server_is_started_for_the_run_and_stopped(tmp_path):
     Image.new("RGB", (224, 224), "white").save(tmp_path / "blank.png")
     out = tmp_path / "out.jsonl"

@@ -120,6 +120,7 @@ def test_text_steps_of_every_size_are_those_of_eager_ones(pair: Pair) -> None:
     pair.assert_same_keys()
 
 
+@pytest.mark.slow
 def test_mixed_steps_of_every_size_are_those_of_eager_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -118,11 +118,8 @@ print(peak - before)
 """
 
 
-@pytest.mark.parametrize("method", [
-    quantization.WEIGHT_ONLY,
-    pytest.param(quantization.INT8, marks=pytest.mark.slow),
-    pytest.param(quantization.NF4, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [quantization.WEIGHT_ONLY, quantization.INT8, quantization.NF4])
 def test_loading_never_holds_the_whole_model_in_full_precision(method: str, tmp_path: Path) -> None:
     """m100 is 385 MB in float32. Freed weights stayed in the heap once: 260 MB and 330 MB."""
     folder = build("m100", tmp_path / "m100", with_processor=False)

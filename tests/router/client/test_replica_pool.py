@@ -514,7 +514,8 @@ def num_taken(standing):
     return figures["num_requests_running"] + figures["num_requests_waiting"]
 
 
-@pytest.mark.parametrize("num_kills", [1, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kills", [1, 6])
 def test_two_engines_of_the_bundled_model_answer_rightly_while_one_is_killed(
     start_server, draw_picture, wait_for, num_kills
 ):

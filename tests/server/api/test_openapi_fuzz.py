@@ -68,6 +68,7 @@ def test_a_seeded_sample_of_requests_is_answered_as_the_document_says():
         assert f"✅ {phase}" in said
 
 
+@pytest.mark.slow
 def test_a_server_with_keys_asks_for_them_wherever_its_document_says_so():
     options = ("--max-examples", "2", "--phases", "examples,fuzzing", *PREFIXED)
     said = fuzz("-H", f"Authorization: Bearer {KEY}", *options, api_keys=[KEY])
@@ -80,6 +81,7 @@ def test_a_server_that_refuses_unknown_fields_says_so_in_its_document():
     assert said.endswith("exit code 0"), said[-20_000:]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_ready_answers_503_and_nothing_worse(tmp_path):
     config = tmp_path / "schemathesis.toml"
     config.write_text(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from support.coded_checkpoints import FORMS, set_config, write
 
@@ -47,6 +48,7 @@ def test_a_quantized_checkpoint_has_one_row_and_its_form_in_words(tmp_path: Path
     assert "int8" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_stale_key_is_named(tmp_path: Path) -> None:
     folder = shutil.copytree(CHECKPOINT, tmp_path / "stale")
     set_config(folder, quantization_config={"quant_method": "bitsandbytes"})
