@@ -64,6 +64,10 @@ BODY_ROUTES = [
     *(*TEXT_ROUTES, *PREFIXED_ROUTES, RESPONSES, *MESSAGES_ROUTES, *TOKENIZE_ROUTES),
     *("/detokenize", "/v1/detokenize"),
 ]
+# All that read a body; those that render and judge answer no text.
+POSTED_ROUTES = [
+    *(*BODY_ROUTES, "/v1/chat/completions/render", "/v1/completions/render", "/v1/moderations"),
+]
 # A 2 x 2 picture: enough to start decoders and to take an image block.
 PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQV"

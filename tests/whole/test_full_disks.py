@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -80,10 +81,12 @@ def test_row_67_a_server_that_can_write_nowhere_serves_and_replaces_a_worker(
     unused_port, tmp_path, wait_for
 ) -> None:
     """HOME, the model, /dev/shm and the rest are read-only; then the temporary folder is full."""
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
     command = in_namespace(READ_ONLY, faulty_command(unused_port))
-    with running_command(command, unused_port, tmp_path, TMPDIR=str(temporary)) as server:
+    with (
+        # The path of a socket may have 107 bytes, fewer than a test's own folder.
+        tempfile.TemporaryDirectory(dir="/tmp") as temporary,
+        running_command(command, unused_port, tmp_path, TMPDIR=temporary) as server,
+    ):
         standing = Standing(server, is_warm=True)
         body = body_for(CHAT, images=[PICTURE])
         with standing.holds():

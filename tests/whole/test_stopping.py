@@ -21,6 +21,7 @@ from support.invariants import (
     assert_error,
     assert_stream_error,
     body_for,
+    kind_of,
 )
 from support.polling import wait_until
 from support.running import free_port
@@ -110,7 +111,7 @@ def test_row_52_a_signal_while_the_engine_loads_ends_everything(tmp_path):
     with log.open("wb") as err:
         process = subprocess.Popen([*VLMSERVE, "--port", str(port)], stderr=err)
     try:
-        assert wait_until(lambda: descendants(process.pid))
+        assert wait_until(lambda: "engine" in map(kind_of, descendants(process.pid)))
         family = descendants(process.pid)
         process.send_signal(signal.SIGTERM)
         assert process.wait(EXIT_S * SLACK) == 0

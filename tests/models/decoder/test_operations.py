@@ -157,7 +157,9 @@ def test_another_activation_than_silu_is_left_to_torch() -> None:
 
 
 def test_a_cpu_keeps_torchs_operations() -> None:
-    chosen = operations.choose_operations(torch.device("cpu"), torch.float32)
+    chosen = operations.choose_operations(
+        torch.device("cpu"), torch.float32, operations.TrialSizes()
+    )
     assert type(chosen) is LayerOperations
 
 

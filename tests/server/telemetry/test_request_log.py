@@ -31,6 +31,7 @@ from vlmserve.router.messages import SequenceOutput
 from vlmserve.router.processes.logs import EventFormatter, StrayLines, escaped, request_id_of_task
 from vlmserve.server.admission.lanes import LANE_NAMES
 from vlmserve.server.images.settings import ImageError
+from vlmserve.server.prompts.rendering import META_REASONS
 from vlmserve.server.telemetry.metrics import USUAL_FOREIGN_FIELDS
 
 TOKENIZER = meta_like_tokenizer()
@@ -449,7 +450,7 @@ def test_row_48_no_label_takes_its_value_from_a_client(secret_run):
     assert labels["process"] == {"engine", "worker"}
     assert labels["lane"] == {name.replace(" ", "_") for name in LANE_NAMES}
     assert labels["field"] <= {"other", *USUAL_FOREIGN_FIELDS}
-    assert labels["reason"] == {"ended", "hung"}
+    assert labels["reason"] == {"ended", "hung", *META_REASONS}
     assert labels["finished_reason"] == {"stop", "length", "tool_calls", "abort", "error"}
     assert labels["method"] <= {"GET", "HEAD", "POST", "other"}
     assert labels["route"] <= {*GENERATION_ROUTES, "/v1/health/ready", "/v1/models", "unmatched"}
