@@ -90,7 +90,10 @@ TOKENS = "Each prompt has one token at least."
 BEST_OF = "best_of is 1 or n if it is set."
 
 TEMPLATE = "The server's chat template accepts the conversation and its arguments."
-CONTINUED = "With continue_final_message the last message is an assistant's, without tool_calls."
+CONTINUED = (
+    "With continue_final_message the last message is an assistant's, without tool_calls, and"
+    " add_generation_prompt is not true."
+)
 VARIABLES = "chat_template_kwargs nests 16 levels at most."
 GUARD = "The server's model is a guard."
 OF_TEMPLATES = (CONTINUED, VARIABLES)

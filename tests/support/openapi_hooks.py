@@ -70,8 +70,9 @@ ERRORS = {
     "The server's chat template accepts the conversation and its arguments.": (
         r"chat template does not accept this conversation"
     ),
-    "With continue_final_message the last message is an assistant's, without tool_calls.": (
-        r"continue_final_message needs"
+    "With continue_final_message the last message is an assistant's, without tool_calls, and"
+    " add_generation_prompt is not true.": (
+        r"continue_final_message needs|add_generation_prompt are both true"
     ),
     "chat_template_kwargs nests 16 levels at most.": r"chat_template_kwargs is nested more than",
     "The server's model is a guard.": r"model is no guard",

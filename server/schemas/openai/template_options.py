@@ -23,17 +23,8 @@ TemplateVariables = Annotated[dict[str, Any], msgspec.Meta(max_length=64)]
 # What a variable that the server itself sets may be.
 NOTHING: list[Any] = [None, False, 0, "", [], {}]
 
-# What `template_options` checks, for the API's document.
+# What `template_options` checks, for the API's document; rules.CONTINUED has the rest in words.
 TEMPLATE_RULES: tuple[dict[str, Any], ...] = (
-    {
-        "not": {
-            "required": ["add_generation_prompt", "continue_final_message"],
-            "properties": {
-                "add_generation_prompt": {"const": True},
-                "continue_final_message": {"const": True},
-            },
-        }
-    },
     {
         "properties": {
             "chat_template_kwargs": {

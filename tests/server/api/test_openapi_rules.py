@@ -113,7 +113,6 @@ UNFIT = [
     (CHAT, {"top_logprobs": 1}),
     (CHAT, {"stream": True, "prompt_logprobs": 0}),
     (CHAT, {"tool_choice": "required"}),
-    (CHAT, {"continue_final_message": True, "add_generation_prompt": True}),
     (CHAT, {"chat_template_kwargs": {"messages": [1]}}),
     (MODERATIONS, {"input": ["a", {"type": "text", "text": "b"}]}),
     (CHAT, {"guided_choice": []}),
