@@ -129,14 +129,10 @@ def test_responses_hold_the_form_too(url, model, shapes):
 
 
 def test_errors_are_the_sdk_s_own(scripted_url, scripted_model, model, url):
-    client = patched(scripted_url, instructor.Mode.TOOLS, "secret")
-    # A grammar's first check waits for its process: on a busy machine that is a 503 at first.
-    for _ in range(30):
-        with pytest.raises(InstructorRetryException) as caught:
-            client.create(**greedy(scripted_model, [{"role": "user", "content": "Busy"}]))
-        if "Error code: 503" not in str(caught.value):
-            break
-    assert "queue is full" in str(caught.value)
+    # The scripted server's tokenizer takes no grammars, so the form is asked for in words.
+    client = patched(scripted_url, instructor.Mode.MD_JSON, "secret")
+    with pytest.raises(InstructorRetryException, match="queue is full"):
+        client.create(**greedy(scripted_model, [{"role": "user", "content": "Busy"}]))
     with pytest.raises(InstructorRetryException, match="did you mean seed"):
         patched(url, instructor.Mode.TOOLS).create(
             **greedy(model, [{"role": "user", "content": "Hello"}], extra_body={"sead": 1})

@@ -108,7 +108,9 @@ def test_row_57_memory_after_whole_answers_at_the_bound_is_that_after_the_first_
                 f" {worker.resident_bytes / MEBI:.1f} at the end"
             )
             assert peak - start < MAX_GROWTH
-            await until(lambda: worker.resident_bytes <= after_tenth * 1.05)
+            # A tenth of few answers has not filled the heap yet: leave room for one answer.
+            room = num_bytes if count < 100 else after_tenth // 20
+            await until(lambda: worker.resident_bytes <= after_tenth + room)
 
     asyncio.run(run())
 

@@ -67,7 +67,7 @@ def by_the_question(request):
         return list(tokens_one_by_one(TOKENIZER, "It is done."))
     if last.endswith("Call"):
         return list(tokens_one_by_one(TOKENIZER, CALL))
-    if last.endswith("Busy"):
+    if "Busy" in last:
         return [QueueFullError("the queue is full", retry_after_s=2.0)]
     if last.endswith("Break"):
         return [*tokens_one_by_one(TOKENIZER, "What", None), EngineDeadError("gone")]
