@@ -1,12 +1,13 @@
-"""Makes a child process end with its parent, and names it. Linux only.
+"""Makes a child process end with its parent, names it and limits its memory. Linux only.
 
-Owns two system calls. Knows nothing of what the processes do.
+Owns three system calls. Knows nothing of what the processes do.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 
 PR_SET_PDEATHSIG = 1
@@ -29,6 +30,13 @@ def die_with_parent(parent_pid: int | None = None) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != expected:
         raise ParentGoneError("the parent process ended while this one started")
+
+
+def limit_address_space(num_bytes: int) -> None:
+    """Limit this process's address space, for good; a lower limit of the system's stays."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def name_process(name: str) -> None:

@@ -18,7 +18,11 @@ from typing import BinaryIO
 
 import msgspec
 
-from ...router.processes.parent_death import ParentGoneError, die_with_parent
+from ...router.processes.parent_death import (
+    ParentGoneError,
+    die_with_parent,
+    limit_address_space,
+)
 from .decoder_frames import REQUEST_HEAD, DecodeReply, encode_reply
 from .decoding import decode, prepare_pillow
 from .settings import ImageError, ImageSettings
@@ -103,8 +107,7 @@ def limit_memory(extra_bytes: int) -> None:
     """Limit the address space to its present size plus extra_bytes; allow no core and no file."""
     with open("/proc/self/statm", encoding="ascii") as statm:
         pages = int(statm.read().split()[0])
-    limit = pages * resource.getpagesize() + extra_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    limit_address_space(pages * resource.getpagesize() + extra_bytes)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import signal
 import struct
 import sys
@@ -24,7 +23,7 @@ import msgspec
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from ...models.grammar import Grammars
-from ...router.processes.parent_death import die_with_parent
+from ...router.processes.parent_death import die_with_parent, limit_address_space
 from .regex_dialect import lark_with_ascii_classes
 
 MAX_MEMORY_BYTES = 2 << 30
@@ -94,7 +93,7 @@ def main() -> None:
     """Answer until stdin ends."""
     die_with_parent(int(sys.argv[1]))
     grammars = Grammars(sys.argv[2], vocab_size=0)
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    limit_address_space(MAX_MEMORY_BYTES)
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     # Nothing that a library prints may pass for an answer.
     os.dup2(2, 1)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import datetime
 import functools
 import os
-import resource
 import signal
 import struct
 import sys
@@ -22,7 +21,7 @@ from typing import Any, BinaryIO
 import msgspec
 from jinja2 import Template
 
-from ....router.processes.parent_death import die_with_parent
+from ....router.processes.parent_death import die_with_parent, limit_address_space
 from .environment import make_environment, reason_of, render
 
 MAX_MEMORY_BYTES = 1 << 30
@@ -100,7 +99,7 @@ def _rendered(template: Template, variables: dict[str, Any], max_chars: int) -> 
 def main() -> None:
     """Answer until stdin ends."""
     die_with_parent(int(sys.argv[1]))
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    limit_address_space(MAX_MEMORY_BYTES)
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     _write(sink, Answer())
