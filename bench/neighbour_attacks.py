@@ -1,6 +1,6 @@
 """The attacks of `torture.py neighbours`, and the outside world of its server.
 
-Each attack runs in a process of its own, so that its work takes nothing from the neighbour's
+Each attack runs in a separate process, so that its work takes nothing from the neighbour's
 client but the machine's cores. It keeps its pressure up until it is stopped. Names and image
 servers are on loopback.
 """

@@ -24,7 +24,7 @@ def foreground_terminal() -> int | None:
 
 
 def start(command: list[str], terminal: int) -> int:
-    """Start the command in the foreground, in a group of its own; its process id."""
+    """Start the command in the foreground, in a separate group. Returns its process id."""
     pid = os.fork()
     os.setpgid(pid, 0)
     os.tcsetpgrp(terminal, pid or os.getpid())

@@ -115,7 +115,7 @@ class ImageSettings:
         str | None,
         Option(
             "The User-Agent of image downloads. Some hosts, such as Wikimedia, refuse agents"
-            " without a page or an address of whoever runs them. Default: vlmserve/VERSION, with"
+            " without their operator's page or address. Default: vlmserve/VERSION, with"
             " the project's page if the package names one.",
             HTTP,
             name="image-fetch-user-agent",
