@@ -13,7 +13,7 @@ In the order in which to read it:
     generation/             from a request to the engine, and from tokens to text
     structured_output/      grammars for answers
     telemetry/              metrics, the request log, traces
-    child_processes           what all killable children of a worker share
+    children/               what all killable children of a worker share
     tasks                   cancelling asyncio tasks
     bench/, batch/          the load generator; many requests from a file
 

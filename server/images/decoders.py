@@ -21,7 +21,7 @@ import msgspec
 from ...models.batch import ImageTiles
 from ..admission.fair_lane import FairLane, LaneLimits
 from ..admission.lanes import IMAGE_DECODERS
-from ..child_processes import ChildStartError, child_environment, end_child, start_python
+from ..children.processes import ChildStartError, child_environment, end_child, start_python
 from ..errors import NotReadyError
 from ..tasks import end_tasks, run_together
 from .decoder_child import DecoderConfig

@@ -21,10 +21,11 @@ import msgspec
 
 from ..admission.fair_lane import FairLane, LaneLimits, Place
 from ..admission.lanes import GRAMMARS
-from ..child_processes import ChildStartError, child_environment, end_child, start_python
+from ..children.processes import ChildStartError, child_environment, end_child, start_python
+from ..children.questions import LENGTH_BYTES, question_frame
 from ..errors import BadRequestError, NotReadyError
 from ..tasks import end_tasks
-from .compile_child import LENGTH_BYTES, QUESTION_HEAD, Verdict
+from .compile_child import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -193,8 +194,7 @@ class GrammarChecks:
 
 async def _ask(process: Process, question: bytes, timeout_s: float) -> Verdict:
     assert process.stdin is not None
-    head = QUESTION_HEAD.pack(max(1, round(timeout_s * 1e6)), len(question))
-    process.stdin.write(head + question)
+    process.stdin.write(question_frame(question, timeout_s))
     await process.stdin.drain()
     return await _read(process)
 

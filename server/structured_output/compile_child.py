@@ -1,36 +1,27 @@
 """A process that checks whether a client's grammar compiles, within limits of time and memory.
 
-    stdin     u64 microseconds of processor time   u32 length   the grammar
-    stdout    u32 length   an answer; the first when the tokenizer is read, then one a grammar
-
-Integers are big-endian. Owns the check and its limits: SIGPROF ends the process when it has used
-its processor time, however busy the machine is, and an allocation beyond MAX_MEMORY_BYTES fails.
-Knows nothing of requests. A grammar is as `grammar_text.py` writes it; an answer is JSON: the
-grammar ready for the engine, or why it is none.
+It answers in the frames of `server/children/questions.py`, first when the tokenizer is read. Owns
+the check. Knows nothing of requests. A grammar is as `grammar_text.py` writes it; an answer is
+JSON: the grammar ready for the engine, or why it is none.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import struct
 import sys
 import time
-from typing import BinaryIO
 
 import msgspec
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from ...models.grammar import Grammars
-from ...router.processes.parent_death import die_with_parent, limit_address_space
+from ...router.processes.parent_death import die_with_parent
+from ..children.questions import answer_questions
 from .regex_dialect import lark_with_ascii_classes
 
 MAX_MEMORY_BYTES = 2 << 30
 # Of processor time, for the first token: a step of the model waits for it, and its neighbours too.
 MAX_MASK_S = 0.25
-LENGTH_BYTES = 4
-QUESTION_HEAD = struct.Struct(">QI")
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -93,26 +84,9 @@ def main() -> None:
     """Answer until stdin ends."""
     die_with_parent(int(sys.argv[1]))
     grammars = Grammars(sys.argv[2], vocab_size=0)
-    limit_address_space(MAX_MEMORY_BYTES)
-    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    # Nothing that a library prints may pass for an answer.
-    os.dup2(2, 1)
-    _write(sink, Verdict())
-    # Its default action ends the process, also inside of a library that checks no flag.
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    while len(head := source.read(QUESTION_HEAD.size)) == QUESTION_HEAD.size:
-        microseconds, length = QUESTION_HEAD.unpack(head)
-        question = source.read(length).decode()
-        signal.setitimer(signal.ITIMER_PROF, microseconds / 1e6)
-        verdict = judge(question, grammars)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        _write(sink, verdict)
-
-
-def _write(sink: BinaryIO, verdict: Verdict) -> None:
-    answer = msgspec.json.encode(verdict)
-    sink.write(len(answer).to_bytes(LENGTH_BYTES, "big") + answer)
-    sink.flush()
+    answer_questions(
+        bytes.decode, lambda grammar: judge(grammar, grammars), Verdict(), MAX_MEMORY_BYTES
+    )
 
 
 if __name__ == "__main__":

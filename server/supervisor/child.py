@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from ..child_processes import start_python
+from ..children.processes import start_python
 from ..tasks import end_tasks
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ...router.config import EngineConfig
 from ...router.messages import EngineReady
 from ...router.state_table import next_state
-from ..child_processes import ChildStartError
+from ..children.processes import ChildStartError
 from .child import Child
 from .child_states import TRANSITIONS, ChildEvent, ChildState
 from .restart_budget import RestartBudget

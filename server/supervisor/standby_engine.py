@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 
 from ...router.config import EngineConfig
-from ..child_processes import ChildStartError
+from ..children.processes import ChildStartError
 from .child import Child
 
 logger = logging.getLogger(__name__)

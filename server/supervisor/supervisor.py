@@ -27,7 +27,7 @@ from ...router.client.engine_client import EngineClient
 from ...router.config import EngineConfig
 from ...router.messages import EngineReady
 from ...router.processes.logs import say
-from ..child_processes import ChildStartError
+from ..children.processes import ChildStartError
 from ..settings import ServerSettings
 from .child import Child
 from .child_slot import (

@@ -1,32 +1,24 @@
 """A process that renders chat templates, within limits of time and memory.
 
-    stdin     u64 microseconds of processor time   u32 length   a question in JSON
-    stdout    u32 length   an answer in JSON; the first when it is ready, then one a question
-
-Integers are big-endian. Owns the rendering and its limits: SIGPROF ends the process when it has
-used its processor time, however busy the machine is, and an allocation beyond MAX_MEMORY_BYTES
-fails. Knows nothing of requests. Template and variables come with each question.
+Its questions and answers are JSON, in the frames of `server/children/questions.py`. Owns the
+rendering. Knows nothing of requests. Template and variables come with each question.
 """
 
 from __future__ import annotations
 
 import datetime
 import functools
-import os
-import signal
-import struct
 import sys
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 from jinja2 import Template
 
-from ....router.processes.parent_death import die_with_parent, limit_address_space
+from ....router.processes.parent_death import die_with_parent
+from ...children.questions import answer_questions
 from .environment import make_environment, reason_of, render
 
 MAX_MEMORY_BYTES = 1 << 30
-LENGTH_BYTES = 4
-QUESTION_HEAD = struct.Struct(">QI")
 TOO_MUCH_MEMORY = "the template takes too much memory"
 
 
@@ -99,26 +91,13 @@ def _rendered(template: Template, variables: dict[str, Any], max_chars: int) -> 
 def main() -> None:
     """Answer until stdin ends."""
     die_with_parent(int(sys.argv[1]))
-    limit_address_space(MAX_MEMORY_BYTES)
-    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    _write(sink, Answer())
-    # Its default action ends the process, also inside of a library that checks no flag.
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     clock = Clock()
-    while len(head := source.read(QUESTION_HEAD.size)) == QUESTION_HEAD.size:
-        microseconds, length = QUESTION_HEAD.unpack(head)
-        question = msgspec.json.decode(source.read(length), type=Question)
-        signal.setitimer(signal.ITIMER_PROF, microseconds / 1e6)
-        found = answer(question, clock)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        _write(sink, found)
-
-
-def _write(sink: BinaryIO, found: Answer) -> None:
-    content = msgspec.json.encode(found)
-    sink.write(len(content).to_bytes(LENGTH_BYTES, "big") + content)
-    sink.flush()
+    answer_questions(
+        lambda content: msgspec.json.decode(content, type=Question),
+        lambda question: answer(question, clock),
+        Answer(),
+        MAX_MEMORY_BYTES,
+    )
 
 
 if __name__ == "__main__":

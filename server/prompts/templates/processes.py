@@ -17,8 +17,9 @@ from typing import Any
 
 import msgspec
 
-from ...child_processes import child_environment
-from .child import LENGTH_BYTES, QUESTION_HEAD, TOO_MUCH_MEMORY, Answer, Question, Rendered
+from ...children.processes import child_environment
+from ...children.questions import LENGTH_BYTES, question_frame
+from .child import TOO_MUCH_MEMORY, Answer, Question, Rendered
 
 MODULE = "vlmserve.server.prompts.templates.child"
 NUM_CHILDREN = 2
@@ -80,9 +81,9 @@ class TemplateProcesses:
 
     def _ask(self, child: subprocess.Popen[bytes], question: Question) -> Answer:
         content = msgspec.json.encode(question)
-        head = QUESTION_HEAD.pack(max(1, round(self._timeout_s * 1e6)), len(content))
         try:
-            return _exchange(child, head + content, WALL_FACTOR * self._timeout_s)
+            frame = question_frame(content, self._timeout_s)
+            return _exchange(child, frame, WALL_FACTOR * self._timeout_s)
         except (OSError, EOFError, msgspec.DecodeError):
             raise self._failure(child) from None
 

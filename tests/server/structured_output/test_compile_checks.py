@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.grammar import Grammars
-from vlmserve.server.child_processes import ChildStartError
+from vlmserve.server.children.processes import ChildStartError
 from vlmserve.server.errors import BadRequestError, NotReadyError
 from vlmserve.server.structured_output import compile_checks
 from vlmserve.server.structured_output.compile_checks import NUM_CHILDREN, GrammarChecks

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from support.polling import until
 
-from vlmserve.server.child_processes import ChildStartError
+from vlmserve.server.children.processes import ChildStartError
 from vlmserve.server.supervisor import standby_engine
 from vlmserve.server.supervisor.child import Child
 from vlmserve.server.supervisor.standby_engine import EngineStarter

@@ -13,7 +13,7 @@ import pytest
 START = """
 import asyncio, gc, os, resource, threading, time
 from pathlib import Path
-from vlmserve.server.child_processes import ChildStartError, start_python
+from vlmserve.server.children.processes import ChildStartError, start_python
 
 def start():
     return start_python(["-c", "import sys; sys.stdin.read()"], os.environ)

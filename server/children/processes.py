@@ -71,7 +71,7 @@ class _ChildProtocol(SubprocessStreamProtocol):
 def _load_library_of_thread_ends() -> None:
     """Load what glibc loads when Python ends a thread, while this process can still open files.
 
-    Python 3.11 waits for each child in a thread. One that is left when Python ends calls
+    Python 3.11 waits for each child in a thread. A thread that is left when Python ends calls
     pthread_exit, which aborts the process if it cannot open this library.
     """
     with contextlib.suppress(OSError):  # a system without it does not need it
