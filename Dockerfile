@@ -2,6 +2,7 @@
 #   docker build -t vlmserve .
 # For a host without a GPU, a far smaller image:
 #   docker build -t vlmserve:cpu --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu .
+# With Ray, for deploy/ray/kuberay.yaml: --build-arg EXTRA=ray
 # What follows the image's name are arguments of `vlmserve serve`; see docs/deploy.md.
 FROM python:3.11-slim AS build
 
@@ -17,7 +18,11 @@ RUN if [ -n "$TORCH_INDEX_URL" ]; then \
     fi
 RUN pip install -r requirements/base.txt "$(grep '^bitsandbytes==' requirements/test.txt)"
 COPY . .
-RUN pip install --no-deps .
+ARG EXTRA=""
+RUN pip install --no-deps . && \
+    if [ "$EXTRA" = ray ]; then \
+      pip install -c requirements/base.txt -c requirements/ray/newest.txt '.[ray]'; \
+    fi
 
 FROM python:3.11-slim
 
@@ -25,6 +30,12 @@ FROM python:3.11-slim
 ARG TORCH_INDEX_URL=""
 RUN if [ -z "$TORCH_INDEX_URL" ]; then \
       apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+      && rm -rf /var/lib/apt/lists/*; \
+    fi
+# KubeRay's probes call wget.
+ARG EXTRA=""
+RUN if [ "$EXTRA" = ray ]; then \
+      apt-get update && apt-get install -y --no-install-recommends wget \
       && rm -rf /var/lib/apt/lists/*; \
     fi
 RUN useradd --uid 1000 --create-home vlmserve && install -d -o vlmserve /cache

@@ -64,6 +64,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             intermediate_layers_indices=[3, 7],
         ),
     ),
+    # few layers, wide enough that their weights are nearly all of its memory
+    "wide": (
+        _sides(1024, 8, 4096, 4, cross_attention_layers=[1], num_key_value_heads=4),
+        {},
+    ),
     "m100": (
         _sides(
             *(768, 12, 2048, 14),

@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
         prefills=("1,16", "comma-separated prompts; '' for none"),
         context=(48, "tokens before the decoded token"),
         prompt=(17, "tokens of a prefilled prompt"),
+        tiles=("", "comma-separated, of a prefilled prompt's image; default: all"),
         rounds=7,
         steps=(5, "of a level in a round"),
         profile=(False, "show the operators of a level's steps"),
@@ -81,10 +82,10 @@ class Workload:
         """The next token of num_seqs sequences; timing does not depend on the blocks' content."""
         return StepBatch([self._sequence(i, context, 1, has_image) for i in range(num_seqs)])
 
-    def prefill(self, num_seqs: int, prompt_len: int) -> StepBatch:
-        """The prompts of num_seqs requests, each with an image to encode."""
+    def prefill(self, num_seqs: int, prompt_len: int, num_tiles: int) -> StepBatch:
+        """The prompts of num_seqs requests, each with an image of num_tiles to encode."""
         images = [
-            ImageToEncode(random_image(self._rng, self._info, self._info.max_num_tiles), tiles)
+            ImageToEncode(random_image(self._rng, self._info, num_tiles), tiles[:num_tiles])
             for tiles in map(self._tiles, range(num_seqs))
         ]
         return StepBatch([self._sequence(i, 0, prompt_len, True) for i in range(num_seqs)], images)
@@ -114,9 +115,11 @@ def make_levels(runner: ModelRunner, args: argparse.Namespace) -> list[Level]:
             work = decode_work(config.text_config, count, args.context + 1, keys, itemsize)
             batch = workload.decode(count, args.context, bool(keys))
             levels.append(Level(f"decode, {kind}", count, batch, work))
-    for count in numbers(args.prefills):
-        work = prefill_work(config, count, args.prompt, num_tiles, itemsize)
-        levels.append(Level("prefill", count, workload.prefill(count, args.prompt), work))
+    for tiles in numbers(args.tiles) or [num_tiles]:
+        kind = f"prefill, {tiles} tiles" if args.tiles else "prefill"
+        for count in numbers(args.prefills):
+            work = prefill_work(config, count, args.prompt, tiles, itemsize)
+            levels.append(Level(kind, count, workload.prefill(count, args.prompt, tiles), work))
     return levels
 
 

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from vlmserve.models import bundled
-from vlmserve.models.batch import ImageSpan, ImageTiles, SamplingParams, StepBatch, StepResult
+from vlmserve.models.batch import (
+    ImageSpan,
+    ImageTiles,
+    OnLaunch,
+    SamplingParams,
+    StepBatch,
+    StepResult,
+    ignore,
+)
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.settings.runner_config import RunnerConfig
@@ -23,8 +31,8 @@ from vlmserve.router.scheduler.sequence import Sequence
 
 GREEDY = SamplingParams(temperature=0.0)
 UNBOUNDED = QueueLimits(max_requests=10**6, max_tokens=10**9, max_bytes=10**12)
-# 1 x 1 and 2 x 2 tiles, where an image has at most four
-ASPECT_RATIO_IDS = {1: 1, 4: 6}
+# 1 x 1, 1 x 2 and 2 x 2 tiles, where an image has at most four
+ASPECT_RATIO_IDS = {1: 1, 2: 2, 4: 6}
 
 
 def open_runner(checkpoint: str, **settings: Any) -> ModelRunner:
@@ -81,9 +89,16 @@ class Loop:
         self._queue = RequestQueue(UNBOUNDED)
         self.scheduler = Scheduler(self.runner.info, self.limits, self._queue)
 
-    def add(self, name: str, num_tokens: int, max_tokens: int, num_tiles: int = 0) -> None:
+    def add(
+        self,
+        name: str,
+        num_tokens: int,
+        max_tokens: int,
+        num_tiles: int = 0,
+        sampling: SamplingParams = GREEDY,
+    ) -> None:
         """Put a random request into the queue; see `random_request`."""
-        args = (self.rng, self.runner, name, num_tokens, max_tokens, num_tiles)
+        args = (self.rng, self.runner, name, num_tokens, max_tokens, num_tiles, sampling)
         for sequence in Sequence.of(0, random_request(*args)):
             self._queue.put(sequence)
 
@@ -93,7 +108,11 @@ class Loop:
         assert batch is not None, "the requests ended before they were measured: ask for fewer"
         return batch
 
-    def execute(self, batch: StepBatch) -> StepResult:
+    def execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
         """Compute a step and plan ahead meanwhile, as the engine does on CUDA."""
-        ahead = self.scheduler.plan_ahead
-        return self.runner.execute(batch, lambda: self.runner.prepare(ahead()))
+
+        def launched() -> None:
+            on_launch()
+            self.runner.prepare(self.scheduler.plan_ahead())
+
+        return self.runner.execute(batch, launched)

@@ -53,6 +53,8 @@ def main() -> None:
         attacks=("", "comma-separated names; default: all"),
         size=(1.0, "of each attack; 1 is its full size"),
         count=(20, "requests of the neighbour, alone and beside"),
+        checkpoint=("", "served instead of the bundled model"),
+        dtype="float32",
         seed=0,
         slack=SLACK,
     )

@@ -117,7 +117,7 @@ class Neighbour:
 
 
 async def run_neighbours(
-    attacks: str, size: float, count: int, seed: int, slack: float
+    attacks: str, size: float, count: int, checkpoint: str, dtype: str, seed: int, slack: float
 ) -> tuple[dict[str, Any], list[str]]:
     """Run each attack beside the neighbour; see `run_kills`. Prints a JSON line for each."""
     names = [name for name in attacks.split(",") if name] or list(NAMES)
@@ -125,7 +125,7 @@ async def run_neighbours(
     if unknown:
         raise SystemExit(f"{unknown[0]} is no attack: choose from {', '.join(NAMES)}")
     rows, broken = {}, []
-    async with _server() as (url, site_port, pid):
+    async with _server(checkpoint or None, dtype) as (url, site_port, pid):
         neighbour = Neighbour(url, site_port, seed)
         for name in names:
             target = Target(url, ATTACKER, site_port, MAX_ANSWERS, seed)
@@ -182,14 +182,14 @@ def _broken(name: str, row: dict[str, Any], slack: float) -> list[str]:
 
 
 @contextlib.asynccontextmanager
-async def _server() -> AsyncIterator[tuple[str, int, int]]:
+async def _server(checkpoint: str | None, dtype: str) -> AsyncIterator[tuple[str, int, int]]:
     """The server, with its outside world on loopback: its URL, the image server's port, its pid."""
     loop = asyncio.get_running_loop()
     names, _ = await loop.create_datagram_endpoint(NameServer, local_addr=("127.0.0.1", 0))
     site = await asyncio.start_server(serve_picture, "127.0.0.1", 0)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         port = names.get_extra_info("sockname")[1]
-        server, url = await asyncio.to_thread(_start, stack, folder, port)
+        server, url = await asyncio.to_thread(_start, stack, folder, port, checkpoint, dtype)
         try:
             yield url, site.sockets[0].getsockname()[1], server.pid
         finally:
@@ -198,7 +198,13 @@ async def _server() -> AsyncIterator[tuple[str, int, int]]:
             names.close()
 
 
-def _start(stack: contextlib.ExitStack, folder: str, name_server_port: int) -> Any:
+def _start(
+    stack: contextlib.ExitStack,
+    folder: str,
+    name_server_port: int,
+    checkpoint: str | None,
+    dtype: str,
+) -> Any:
     """Start the server in the stack; returns its process and its URL."""
     keys = Path(folder, "keys")
     keys.write_text(f"{ATTACKER}\n{NEIGHBOUR}\n")
@@ -208,7 +214,7 @@ def _start(stack: contextlib.ExitStack, folder: str, name_server_port: int) -> A
     options = ["--api-key-file", str(keys), "--allow-private-image-urls"]
     options += ["--max-num-seqs", str(MAX_NUM_SEQS), "--no-spare-engine"]
     try:
-        return stack.enter_context(serving(None, "float32", *options, name=MODEL))
+        return stack.enter_context(serving(checkpoint, dtype, *options, name=MODEL))
     finally:
         for name, value in before.items():
             del os.environ[name]

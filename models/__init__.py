@@ -9,6 +9,7 @@ In the order in which to read them:
     kv_cache/               the paged pools, their sizes, the layout of a step's inputs
     attention/, kernels/    attention over the pools; what all Triton kernels share
     decoder/, vision/       the text model's and the vision model's layers
+    lora/                   adapters: low-rank changes of a model's layers, several in one step
     sampling/, grammar      from logits to a token; which tokens a grammar allows
     weights/, checkpoint    a checkpoint's files, the loader, quantization, device maps
     memory/                 estimates, measures and divides each device's memory

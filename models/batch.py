@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, cast
 
 import msgspec
 
@@ -34,9 +34,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     temperature 0 is greedy; top_p 1.0, top_k -1 and min_p 0.0 are off. `seed` is always set: a
     request without a seed gets a random one when it arrives, so that it repeats itself after a
     preemption. repetition_penalty counts prompt and generated tokens, presence_penalty and
-    frequency_penalty only generated ones. logit_bias: (token id, bias) pairs, each id once. The ids
-    that end the answer are banned for the first min_tokens tokens. num_logprobs: how many of the
-    likeliest tokens to report with the chosen token's log-probability; None reports nothing.
+    frequency_penalty only generated ones. logit_bias: (token id, bias) pairs, each id once.
+    allowed_token_ids: no other token may come; empty allows all. banned_sequences: tokens that may
+    not follow each other; one of length 1 never comes. The ids that end the answer are banned for
+    the first min_tokens tokens. num_logprobs: how many of the likeliest tokens to report with the
+    chosen token's log-probability; None reports nothing.
     `models/sampling/sampler.py` shows in which order these apply.
     """
 
@@ -49,6 +51,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: tuple[tuple[NonNegative, Bias], ...] = ()
+    allowed_token_ids: tuple[NonNegative, ...] = ()
+    banned_sequences: tuple[tuple[NonNegative, ...], ...] = ()
     min_tokens: NonNegative = 0
     num_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
 
@@ -66,20 +70,82 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class ImageTiles(msgspec.Struct, frozen=True, kw_only=True):
-    """One image cut into tiles by the image decoder: only its real tiles, 8-bit RGB.
+class ImageRef(msgspec.Struct, frozen=True, kw_only=True):
+    """One image without its tiles: what it is known by, and how large it is.
 
-    data: uint8 [num_tiles, 3, tile_size, tile_size], C order, as bytes.
     aspect_ratio_id: transformers' id of the tile grid, from 1.
     content_hash: SHA-256 over the encoded bytes and everything that changes the tiles (size, mode,
     processor settings).
     """
 
-    data: bytes
     num_tiles: Positive
     tile_size: Positive
     aspect_ratio_id: Positive
     content_hash: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of its tiles: 8-bit RGB."""
+        return self.num_tiles * 3 * self.tile_size**2
+
+
+class ImageTiles(ImageRef, frozen=True, kw_only=True, weakref=True):
+    """One image cut into tiles by the image decoder: only its real tiles.
+
+    data: uint8 [num_tiles, 3, tile_size, tile_size], C order, as bytes.
+    """
+
+    data: bytes
+
+    @classmethod
+    def of(cls, ref: ImageRef, data: bytes | bytearray) -> ImageTiles:
+        """The image `ref` with its tiles. Keeps `data`, which must not change any more."""
+        return cls(
+            data=cast(bytes, data),
+            num_tiles=ref.num_tiles,
+            tile_size=ref.tile_size,
+            aspect_ratio_id=ref.aspect_ratio_id,
+            content_hash=ref.content_hash,
+        )
+
+    @property
+    def ref(self) -> ImageRef:
+        """The image without its tiles."""
+        return ImageRef(
+            num_tiles=self.num_tiles,
+            tile_size=self.tile_size,
+            aspect_ratio_id=self.aspect_ratio_id,
+            content_hash=self.content_hash,
+        )
+
+
+class AdapterRef(msgspec.Struct, frozen=True):
+    """A LoRA adapter that a request may name.
+
+    folder: a local folder with adapter_config.json and adapter_model.safetensors, as PEFT and
+    Unsloth save them. digest: `models/lora/files.py`'s digest of both files, which identifies the
+    weights; two names may have the same.
+    """
+
+    name: str
+    folder: str
+    digest: str
+
+
+class AdapterInfo(msgspec.Struct, frozen=True):
+    """What a read adapter is.
+
+    rank: its largest. num_bytes: its weights in host memory. changes_text: it targets decoder
+    layers other than the keys and values of cross-attention, so that text blocks depend on it.
+    changes_images: it targets the vision encoder, the projector, or the keys and values of
+    cross-attention, so that image blocks depend on it. base_model: the name in its configuration.
+    """
+
+    rank: int
+    num_bytes: int
+    changes_text: bool
+    changes_images: bool
+    base_model: str = ""
 
 
 class ImageSpan(msgspec.Struct, frozen=True):
@@ -113,12 +179,15 @@ class SamplingContext:
     """The earlier tokens of a request that the choice of its next token depends on.
 
     prompt_token_ids: in any order, each at least once; set if repetition_penalty is on.
-    generated_token_ids: set if any penalty is on. banned_token_ids: tokens that may not come yet.
+    generated_token_ids: each once; set if any penalty is on. banned_token_ids: tokens that may not
+    come yet. generated_counts: how often each of generated_token_ids was generated. Valid until the
+    request gets its next token.
     """
 
     prompt_token_ids: Sequence[int] = ()
     generated_token_ids: Sequence[int] = ()
     banned_token_ids: Sequence[int] = ()
+    generated_counts: Sequence[int] = ()
 
 
 class TokenMatcher(Protocol):
@@ -177,19 +246,22 @@ class ScheduledSequence:
     `sampling` is None for a prefill chunk that does not reach the end of the sequence: nothing is
     sampled. `sample_index` counts the tokens generated before this one; it is the position in the
     request's random stream. `context` is None if the choice depends on the logits alone, `prompt`
-    if no log-probabilities of the prompt are due, `matcher` if there is no grammar.
+    if no log-probabilities of the prompt are due, `matcher` if there is no grammar. `adapter` is
+    the digest of the adapter that all its tokens use, empty for the base model; the runner must
+    have read it.
     """
 
     request_id: str
     token_ids: list[int]
     start: int
-    block_ids: list[int]
+    block_ids: Sequence[int]
     segments: list[CrossSegment]
     sampling: SamplingParams | None = None
     sample_index: int = 0
     context: SamplingContext | None = None
     matcher: TokenMatcher | None = None
     prompt: PromptTargets | None = None
+    adapter: str = ""
 
 
 @dataclass(slots=True)
@@ -198,13 +270,15 @@ class ImageToEncode:
 
     Layers begin .. end - 1 run. If end is None, all layers to the last run, and the image's
     cross-attention keys and values go to its blocks. An image with begin > 0 continues where the
-    last step stopped: only one image at a time is kept between steps.
+    last step stopped: only one image at a time is kept between steps. adapter: the digest of the
+    adapter that encodes it, empty for the base model.
     """
 
     image: ImageTiles
     block_ids: list[int]
     begin: int = 0
     end: int | None = None
+    adapter: str = ""
 
     @property
     def is_whole(self) -> bool:
@@ -237,6 +311,12 @@ class StepBatch:
     @property
     def num_tokens(self) -> int:
         return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+    @property
+    def adapters(self) -> set[str]:
+        """The digests of all adapters that the step uses; at most `max_loras`."""
+        named = {one.adapter for one in self.sequences} | {one.adapter for one in self.images}
+        return named - {""}
 
     @property
     def finished_images(self) -> list[ImageToEncode]:

@@ -38,7 +38,9 @@ def check_no_adapter(folder: Path) -> None:
         of = f" of {base}" if isinstance(base, str) and base else ""
         is_whole = any((folder / name).is_file() for name in (SINGLE, INDEX))
         remedy = f"if the weights are merged, remove {file.name}" if is_whole else MERGE_REMEDY
-        raise ModelError(f"{folder}: this is {what}{of}, and adapters are not served; {remedy}")
+        if kind == "LORA" and not is_whole:
+            remedy = f"serve its base model with --lora NAME={folder}, or {remedy}"
+        raise ModelError(f"{folder}: this is {what}{of}, not a model; {remedy}")
 
 
 def check_no_gguf(path: Path) -> None:
@@ -65,13 +67,19 @@ def check_config(config: dict[str, Any], source: str) -> None:
 def _check_shards(folder: Path) -> None:
     """Raise ModelError unless every shard of the index is a safetensors file of this folder."""
     shards = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(shards, dict):
-        raise ModelError(f"{folder}: {INDEX} has no weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ModelError(f"{folder}: {INDEX} lists no weights in weight_map; download it again")
     for name in sorted(set(map(str, shards.values()))):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ModelError(f"{folder}: the index names {name!r}, not a safetensors file")
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: {name} is missing; download the checkpoint again")
+
+
+def lacks_metadata(folder: Path) -> bool:
+    """Whether the weights are shards whose index has no "metadata", as some tools write it."""
+    is_sharded = (folder / INDEX).is_file() and not (folder / SINGLE).is_file()
+    return is_sharded and not isinstance(read_json(folder / INDEX).get("metadata"), dict)
 
 
 def _refuse_without_safetensors(folder: Path) -> None:

@@ -6,6 +6,7 @@ Owns this order and the defaults of the options.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,14 +17,17 @@ import torch
 
 from .attention.choice import choose_backend
 from .errors import ModelError
-from .execution.graphs.eligibility import why_not, why_not_with
+from .execution.graphs.eligibility import agreed, why_not, why_not_over, why_not_with
 from .execution.graphs.recorder import CudaRecorder
-from .execution.runner import ModelRunner, set_threads
+from .execution.runner import ModelRunner
+from .execution.shared_cores import CoreUse, SharedCores
+from .execution.warm_up import warm_up
 from .kv_cache.pool_sizes import PoolPlan
 from .malloc import SLACK_BYTES, keep_freed_buffers, private_bytes
 from .memory.available import AvailableMemory, AvailableMemoryOf, available_memory
 from .memory.estimate import peak_bytes
 from .memory.fit import Plan, check_fits, needs_of, plan_of
+from .memory.peak_step import StepLimits
 from .memory.sizing import MemoryReadings, size_pools
 from .settings.byte_text import shown_bytes
 from .settings.runner_config import RunnerConfig
@@ -42,6 +46,7 @@ from .weights.device_map import (
 )
 from .weights.loader import (
     Checkpoint,
+    LoadedModel,
     load,
     open_checkpoint,
     share_with,
@@ -49,6 +54,19 @@ from .weights.loader import (
 from .weights.meta_model import one_line
 
 logger = logging.getLogger(__name__)
+
+
+def set_threads(num_threads: int | None) -> None:
+    """Set torch's number of threads; None leaves one core to HTTP and image decoding.
+
+    With two cores torch takes both: HTTP needs the second for only a few milliseconds a step, and
+    the model computes a third faster with it (docs/benchmarks.md). If the user sets
+    OMP_NUM_THREADS, None changes nothing.
+    """
+    if num_threads is None and "OMP_NUM_THREADS" in os.environ:
+        return
+    num_cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(num_threads or (num_cores if num_cores <= 2 else num_cores - 1))
 
 
 def create_runner(
@@ -82,22 +100,39 @@ def create_runner(
     check_fits(plan, placement, bounded)
     before = {device: bounded(device).num_bytes for device in placement.devices()}
     loaded = load(checkpoint, placement, config.quantize, group=group)
-    reason = why_not(loaded, config.cuda_graphs)
+    reason = _why_no_graphs(loaded, config, group)
     attention = choose_backend(
         config.attention_backend, loaded.geometry, config.block_size, with_graphs=reason is None
     )
     plan = replace(plan, pools=replace(plan.pools, block_size=attention.block_size))
     reason = reason or why_not_with(attention.backend)
+    if group is not None:
+        reason = agreed(group, reason)  # a rank's trial may have chosen another backend
     readings = MemoryReadings(available, before)
     sized = size_pools(plan, loaded, attention, readings, group, with_graphs=reason is None)
-    runner = ModelRunner(loaded, sized, attention.backend)
-    reason = reason or _record_graphs(runner, config.max_num_seqs, loaded.device)
+    runner = ModelRunner(loaded, sized, attention.backend, plan.adapters)
+    if loaded.device.type == "cuda":
+        _warm_up(runner, plan.limits, checkpoint.dtype)
+    reason = reason or _record_graphs(runner, config.max_num_seqs, loaded.device, group)
     if reason is not None:
         logger.info("decode graphs: none (%s)", reason)
+    if runner.grammars.unsupported is not None:
+        logger.warning("requests with a grammar are rejected: %s", runner.grammars.unsupported)
     keep_freed_buffers()  # last, because pools take memory only when they are written
     if loaded.device.type == "cpu":
         runner.bound_memory(_most_bytes(plan, sized))
+        runner.cores = _shared_cores(config, group)
     return runner
+
+
+def _shared_cores(config: RunnerConfig, group: Group | None) -> SharedCores | None:
+    """Chooses the threads of each step; None if the user chose them, or if there is no choice."""
+    is_chosen = config.num_threads is not None or "OMP_NUM_THREADS" in os.environ
+    most = torch.get_num_threads()
+    if is_chosen or group is not None or most == 1:
+        return None
+    num_cores = len(os.sched_getaffinity(0))
+    return SharedCores(most, num_cores, torch.set_num_threads, CoreUse().of_others)
 
 
 def _free_memory(config: RunnerConfig) -> AvailableMemoryOf:
@@ -117,21 +152,57 @@ def _most_bytes(plan: Plan, sized: PoolPlan) -> int:
     limits = replace(plan.limits, max_model_len=sized.max_model_len)
     config, dtype = plan.checkpoint.meta_model.config, plan.checkpoint.dtype
     now, step = private_bytes(), peak_bytes(config, limits, dtype).most
+    caches = text_bytes + image_bytes
+    # slots, and as much in host memory
+    adapters = 2 * sum(needs_of(plan).adapters.values())
+    most = now + caches + step + adapters + SLACK_BYTES
     logger.info(
-        "this process takes at most %s: %s now, caches %s, a step %s, others %s",
-        *map(shown_bytes, (now + text_bytes + image_bytes + step + SLACK_BYTES, now,
-                           text_bytes + image_bytes, step, SLACK_BYTES)),
-    )  # fmt: skip
-    return now + text_bytes + image_bytes + step + SLACK_BYTES
+        "this process takes at most %s: %s now, caches %s, a step %s, others %s%s",
+        *map(shown_bytes, (most, now, caches, step, SLACK_BYTES)),
+        f", adapters {shown_bytes(adapters)}" if adapters else "",
+    )
+    return most
 
 
-def _record_graphs(runner: ModelRunner, max_num_seqs: int, device: torch.device) -> str | None:
-    """Record decode steps and log it. Returns the reason if recording fails."""
+def _why_no_graphs(loaded: LoadedModel, config: RunnerConfig, group: Group | None) -> str | None:
+    """Why decode steps cannot be recorded, the same on every rank. Waits for all ranks."""
+    if group is not None:
+        group.has_loaded()
+    reason = why_not(loaded, config.cuda_graphs)
+    if group is None or reason is not None:
+        return reason
+    return why_not_over(group, CudaRecorder(loaded.device), loaded.device)
+
+
+def _warm_up(runner: ModelRunner, limits: StepLimits, dtype: torch.dtype) -> None:
+    """Launch every kernel once. Raises ModelError if one fails."""
     start = time.monotonic()
+    try:
+        num_steps = warm_up(runner, limits.max_num_seqs, limits.max_num_batched_tokens)
+        if runner.adapters is not None:
+            runner.adapters.warm_up(dtype)
+    except Exception as error:  # triton and its compilers raise types of their own
+        raise ModelError(
+            f"a step failed while kernels were compiled: {one_line(error)}; try "
+            "--attention-backend sdpa"
+        ) from error
+    logger.info("kernels compiled by %d steps in %.1f s", num_steps, time.monotonic() - start)
+
+
+def _record_graphs(
+    runner: ModelRunner, max_num_seqs: int, device: torch.device, group: Group | None = None
+) -> str | None:
+    """Record decode steps and log it. Returns the reason if recording fails, on any rank."""
+    start, reason = time.monotonic(), None
     try:
         graphs = runner.record_graphs(max_num_seqs, CudaRecorder(device))
     except Exception as error:  # triton and its compilers raise types of their own
-        return f"recording failed: {one_line(error)}"
+        reason = f"recording failed: {one_line(error)}"
+    if group is not None:
+        reason = agreed(group, reason)
+    if reason is not None:
+        runner.forget_graphs()
+        return reason
     torch.cuda.empty_cache()  # only the recorder's stream could use the warm-up's memory
     logger.info(
         "decode graphs: %d, of up to %d sequences, recorded in %.1f s",
@@ -177,7 +248,7 @@ def _place(
         limits[place] = max(0, available(device_at(place)).num_bytes - activations)
     if plan.quantize is not None and num_gpus:
         del limits[CPU]  # quantized weights cannot be offloaded
-    return automatic(device_map or AUTO, needs.weights, limits, needs.caches)
+    return automatic(device_map or AUTO, needs.weights, limits, needs.beside_weights)
 
 
 def _check_known(max_memory: Mapping[str, int] | None, places: Sequence[Place]) -> None:

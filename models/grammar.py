@@ -63,6 +63,7 @@ class Grammars:
 
     vocab_size: of the logits. The tokenizer is read here, because that keeps Python's lock (for a
     second at 128,256 entries). A folder without a tokenizer supports no grammars.
+    unsupported: why no grammar can be compiled, one line; None: they can.
     """
 
     def __init__(self, folder: str | Path, vocab_size: int) -> None:
@@ -74,7 +75,11 @@ class Grammars:
         self._num_bytes = 0
         self._source = ""
         self._end_token_ids: tuple[int, ...] = ()
-        self._read(Path(folder))
+        self.unsupported: str | None = None
+        try:
+            self._read(Path(folder))
+        except GrammarError as error:
+            self.unsupported = str(error)
 
     def compile(self, grammar: str, eos_token_ids: Sequence[int] = (), tenant: str = "") -> Matcher:
         """A matcher at the grammar's start. Compiled grammars are cached for each tenant.
@@ -114,8 +119,9 @@ class Grammars:
         last_id = max(tokenizer.get_vocab().values())
         self._mask_size = max(self._vocab_size, last_id + 1)
         self._end_token_ids = tuple(end_token_ids(tokenizer, configured_end_ids(folder)))
-        if self._end_token_ids:
-            self._tokenizer(self._end_token_ids)
+        if not self._end_token_ids:
+            raise GrammarError("the checkpoint names no end token")
+        self._tokenizer(self._end_token_ids)
 
     def _tokenizer(self, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
         """llguidance's tokenizer with these end tokens. Raises GrammarError."""
@@ -124,7 +130,8 @@ class Grammars:
             try:
                 known = LLTokenizer(self._source, n_vocab=size, eos_token=ends)
             except Exception as error:  # the library raises no narrower type
-                raise GrammarError(f"the tokenizer does not support grammars: {error}") from error
+                reason = " ".join(str(error).split())[:200]
+                raise GrammarError(f"the tokenizer does not support grammars: {reason}") from error
             self._tokenizers[eos_token_ids] = known
         return self._tokenizers[eos_token_ids]
 

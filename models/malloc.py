@@ -1,7 +1,7 @@
 """Decides when large freed buffers return to the system: at once while loading, rarely later.
 
 Owns three settings of glibc's allocator, and when all of its free memory is returned. Under another
-C library these functions do nothing.
+C library they do nothing. Owns one setting of torch's allocator on a GPU.
 
 Loading: each freed mapped buffer raises the size from which glibc maps buffers, up to 32 MiB. Later
 buffers come from the heap, where a long-lived quantized weight after each freed full-precision one
@@ -17,12 +17,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _SMALL = 128 << 10
+# torch's names of the settings of its allocator on a GPU, today's first
+_GPU_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # where glibc's adjustment ends; some releases accept no more
 _LARGEST = 32 << 20
 # larger than a step's buffers, except in models so large that faults do not matter
@@ -51,6 +54,16 @@ def return_freed_buffers() -> None:
     freed ones would leave holes in the heap that stay resident.
     """
     _mallopt()(_M_MMAP_THRESHOLD, _SMALL)
+
+
+def use_growing_segments() -> None:
+    """Let torch's allocator on a GPU grow its segments, so that freed weights leave no holes.
+
+    A 21 GB segment, from which weights were freed and joined, cannot return its holes otherwise.
+    Call it before torch is imported, which reads the variable. The user's variables win.
+    """
+    if not any(name in os.environ for name in _GPU_SETTINGS):
+        os.environ[_GPU_SETTINGS[0]] = "expandable_segments:True"
 
 
 def use_one_heap() -> None:

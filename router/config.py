@@ -10,9 +10,9 @@ from typing import Annotated
 
 import msgspec
 
-from ..models.batch import NonNegative, Positive
+from ..models.batch import AdapterRef, NonNegative, Positive
 from ..models.settings.option import Limit, Option
-from ..models.settings.runner_config import ENGINE, MODEL, RunnerConfig
+from ..models.settings.runner_config import ADAPTERS, ENGINE, MODEL, RunnerConfig
 from .processes.logs import LogFormat, LogLevel
 
 LOG = "Log and traces"
@@ -23,7 +23,9 @@ class EngineConfig(RunnerConfig, frozen=True, kw_only=True):
 
     model: a local folder. replica: the number of this engine among num_replicas, each on its own
     devices or on its share of a CPU's cores and memory. parent_pid: the engine exits when this
-    process exits; None: when the process that started it exits.
+    process exits; None: when the process that started it exits. adapters: read before the engine is
+    ready. requires_adapters: the engine fails if it cannot use one of them; a restarted engine only
+    logs it.
     """
 
     model: str
@@ -36,6 +38,8 @@ class EngineConfig(RunnerConfig, frozen=True, kw_only=True):
             MODEL,
         ),
     ] = 1
+    adapters: tuple[AdapterRef, ...] = ()
+    requires_adapters: bool = True
     replica: NonNegative = 0
     num_replicas: Annotated[
         Annotated[int, msgspec.Meta(ge=1, le=64)],
@@ -60,6 +64,16 @@ class EngineConfig(RunnerConfig, frozen=True, kw_only=True):
             ENGINE,
         ),
     ] = None
+    lora_host_bytes: Annotated[
+        Positive,
+        Option(
+            "Host memory for adapters, such as 8GiB. Above it, the unused adapter that was used "
+            "longest ago is forgotten, and read again when a request names it.",
+            ADAPTERS,
+            name="lora-host-memory",
+            metavar="BYTES",
+        ),
+    ] = 4_294_967_296
     poison_freed_blocks: Annotated[
         bool, Limit("Overwrite freed blocks, to find code that still reads them. Slow.")
     ] = False

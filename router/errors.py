@@ -6,6 +6,7 @@
     │   ├── QueueFullError         rejected for now: retry after `retry_after_s`
     │   ├── TooManyRequestsError   the owner's own limit: retry when an answer of it has ended
     │   ├── InvalidRequestError    can never be served: the message names the remedy
+    │   ├── AdapterUnusableError   its adapter cannot be read: only the operator can help
     │   └── EngineInternalError    the step that computed the request failed
     ├── WireError              a peer violated the protocol
     │   ├── FrameTooLargeError
@@ -65,6 +66,12 @@ class InvalidRequestError(EngineError):
     kind: FailureKind = "invalid"
 
 
+class AdapterUnusableError(EngineError):
+    """The adapter cannot be used: its files are gone, damaged or do not fit the model."""
+
+    kind: FailureKind = "adapter"
+
+
 class EngineInternalError(EngineError):
     """The model step that computed the request failed."""
 
@@ -99,6 +106,8 @@ def error_of(failed: RequestFailed) -> EngineError:
         return TooManyRequestsError(failed.message)
     if failed.kind == "invalid":
         return InvalidRequestError(failed.message)
+    if failed.kind == "adapter":
+        return AdapterUnusableError(failed.message)
     if failed.kind == "engine_dead":
         return EngineDeadError(failed.message)
     return EngineInternalError(failed.message)

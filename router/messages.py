@@ -10,8 +10,10 @@ from typing import Annotated, Literal
 import msgspec
 
 from ..models.batch import (
+    AdapterInfo,
+    AdapterRef,
+    ImageRef,
     ImageSpan,
-    ImageTiles,
     NonNegative,
     Positive,
     PromptLogprobs,
@@ -23,7 +25,7 @@ from ..models.batch import (
 VISION_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 FinishReason = Literal["stop", "length", "abort"]
-FailureKind = Literal["queue_full", "too_many", "invalid", "internal", "engine_dead"]
+FailureKind = Literal["queue_full", "too_many", "invalid", "adapter", "internal", "engine_dead"]
 
 
 class OwnerPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,16 +52,19 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     computed once for all. owner: a hash of the API key, empty for all clients without a key; owners
     share the machine by their policies. tenant: requests of one tenant share cached blocks.
     priority: of an owner's waiting requests, the one with the lower number runs first.
-    images[i] belongs to spans[i], in prompt order. grammar: in llguidance's JSON, the texts that
-    the answer may have. eos_token_ids: these tokens end the turn, and stop_token_id is None.
+    images[i] belongs to spans[i], in prompt order. They are sent without tiles: the engine asks for
+    those that it lacks (`NeedImage`), and the worker keeps them as long as the request is open.
+    grammar: in llguidance's JSON, the texts that the answer may have.
+    eos_token_ids: these tokens end the turn, and stop_token_id is None.
     stop_token_ids: these tokens end the answer and are reported as stop_token_id.
     num_prompt_logprobs: how many of the likeliest tokens come with each token of the prompt, in
-    the first choice's first output; None: no log-probabilities of the prompt.
+    the first choice's first output; None: no log-probabilities of the prompt. adapter: None: the
+    base model. An engine that does not have it reads it from its folder.
     """
 
     request_id: str
     prompt_token_ids: list[int]
-    images: list[ImageTiles] = []
+    images: list[ImageRef] = []
     spans: list[ImageSpan] = []
     sampling: SamplingParams = SamplingParams()
     max_tokens: Positive
@@ -72,6 +77,7 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True):
     priority: int = 0
     grammar: str | None = None
     num_prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    adapter: AdapterRef | None = None
 
     @property
     def answer_ids(self) -> list[str]:
@@ -83,6 +89,48 @@ class AbortRequests(msgspec.Struct, tag="abort"):
     request_ids: list[str]
 
 
+class ImagePiece(msgspec.Struct, tag="image", kw_only=True):
+    """The next bytes of an image's tiles, for a `NeedImage`; data begins at byte `offset`."""
+
+    question: NonNegative
+    offset: NonNegative
+    data: bytes
+
+
+class LoadAdapter(msgspec.Struct, tag="load_adapter", kw_only=True):
+    """A worker asks whether the engine can use an adapter; the engine reads it."""
+
+    call_id: str
+    adapter: AdapterRef
+
+
+class UnloadAdapter(msgspec.Struct, tag="unload_adapter", kw_only=True):
+    """Forget an adapter, by its digest, when no open request uses it."""
+
+    call_id: str
+    digest: str
+
+
+class AdapterReady(msgspec.Struct, tag="adapter_ready", kw_only=True):
+    """The end of `LoadAdapter`: the engine can use it."""
+
+    call_id: str
+    info: AdapterInfo
+
+
+class AdapterFailed(msgspec.Struct, tag="adapter_failed", kw_only=True):
+    """The end of `LoadAdapter`: the engine cannot use it. message: names the file or tensor."""
+
+    call_id: str
+    message: str
+
+
+class AdapterUnloaded(msgspec.Struct, tag="adapter_unloaded", kw_only=True):
+    """The end of `UnloadAdapter`."""
+
+    call_id: str
+
+
 class EngineStats(msgspec.Struct, kw_only=True):
     """Counts at one moment. Block counts are numbers of blocks, not bytes.
 
@@ -91,7 +139,8 @@ class EngineStats(msgspec.Struct, kw_only=True):
     _misses: each image of a request counts once; a miss had no blocks yet. prefix_tokens_queried:
     tokens of requests that started; prefix_tokens_hit: how many of them came from the cache.
     vision_step_counts: how many steps spent up to each of VISION_BOUNDS_S seconds in the vision
-    encoder; the last count is above all bounds.
+    encoder; the last count is above all bounds. block_size: tokens of a text block.
+    running_adapters, waiting_adapters: numbers of answers by the name of their adapter.
     """
 
     num_running: NonNegative = 0
@@ -112,6 +161,9 @@ class EngineStats(msgspec.Struct, kw_only=True):
     vision_step_counts: list[NonNegative] = []
     prefix_tokens_queried: NonNegative = 0
     prefix_tokens_hit: NonNegative = 0
+    block_size: NonNegative = 0
+    running_adapters: dict[str, NonNegative] = {}
+    waiting_adapters: dict[str, NonNegative] = {}
 
 
 class EngineReady(msgspec.Struct, tag="ready", kw_only=True):
@@ -138,8 +190,9 @@ class SequenceOutput(msgspec.Struct, kw_only=True):
     stop_token_id: set if one of the request's stop_token_ids matched. logprobs: one entry per
     token if requested, else empty.
     In the first output only: num_cached_tokens, how many of the prompt's tokens were cached;
-    queue_s, the seconds until the answer first ran; prompt_logprobs, if requested: one entry per
-    token of the prompt, None for the first token and for `<|image|>`.
+    queue_s, the seconds until the answer first ran; vision_s, the seconds that the vision encoder
+    spent on its images, 0 for cached ones and for choices after the first; prompt_logprobs, if
+    requested: one entry per token of the prompt, None for the first token and for `<|image|>`.
     """
 
     request_id: str
@@ -149,6 +202,7 @@ class SequenceOutput(msgspec.Struct, kw_only=True):
     logprobs: list[TokenLogprobs] = []
     num_cached_tokens: NonNegative = 0
     queue_s: float = 0.0
+    vision_s: float = 0.0
     prompt_logprobs: list[PromptLogprobs | None] | None = None
 
 
@@ -176,6 +230,18 @@ class RequestsStarted(msgspec.Struct, tag="started"):
     request_ids: list[str]
 
 
+class NeedImage(msgspec.Struct, tag="need_image", kw_only=True):
+    """Send the tiles of an image of this request, by its content, in pieces in their order.
+
+    question: an engine's own number, which the pieces repeat. A worker sends nothing for a request
+    that has ended: its `AbortRequests` is on the way.
+    """
+
+    question: NonNegative
+    request_id: str
+    content_hash: bytes
+
+
 class RequestFailed(msgspec.Struct, tag="failed", kw_only=True):
     """A request's final message if it failed."""
 
@@ -199,5 +265,14 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
     may_compile: bool = False
 
 
-ToEngine = AddRequest | AbortRequests
-FromEngine = EngineReady | StepOutputs | RequestsStarted | RequestFailed | Heartbeat
+AdapterAnswer = AdapterReady | AdapterFailed | AdapterUnloaded
+ToEngine = AddRequest | AbortRequests | ImagePiece | LoadAdapter | UnloadAdapter
+FromEngine = (
+    EngineReady
+    | StepOutputs
+    | RequestsStarted
+    | NeedImage
+    | RequestFailed
+    | Heartbeat
+    | AdapterAnswer
+)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import datetime
 import functools
-import json
 import os
 import signal
 import threading
@@ -23,6 +22,7 @@ from sanic import HTTPResponse, Request, Sanic
 
 from .. import __version__
 from ..router.client.replica_pool import ReplicaPool
+from .adapters.adapters import WorkerAdapters
 from .admission.bytes_in_flight import (
     BytesInFlight,
     release_current_reservation,
@@ -31,18 +31,26 @@ from .admission.bytes_in_flight import (
 from .admission.lanes import GRAMMARS, IMAGE_DECODERS, IMAGE_FETCHES, NAME_LOOKUPS, Lanes
 from .admission.rate_limits import RateLimits
 from .admission.worker_memory import WorkerMemory
+from .api.answer_headers import name_origin
+from .api.endpoint import Routes
 from .api.error_answers import answer_error
 from .api.ignored_fields import name_ignored
 from .api.openapi import document
 from .api.response_store import IN_MEMORY, ResponseStore
-from .api.services import Services, check_text, services_of
+from .api.services import Services, check_text, context_of, services_of
 from .generation.engine_connection import EngineConnection
 from .generation.generator import Engine, Generator, Images
-from .http.auth import KEYLESS_PATHS, Access
-from .http.connection_places import MAX_LINGERING, NUM_RESERVED_PLACES, ConnectionPlaces
+from .http.auth import Access, keyless_paths, shared_folder
+from .http.connection_places import (
+    MAX_LINGERING,
+    NUM_PROBE_PLACES,
+    NUM_RESERVED_PLACES,
+    ConnectionPlaces,
+)
 from .http.drain import Drain
 from .http.head import HeadLimits
 from .http.protocol import LenientRequest, receive_body
+from .http.sanic_config import sanic_config
 from .images.decoders import DecoderPool
 from .images.fetch import ImageFetcher
 from .images.loader import ImageLoader
@@ -51,13 +59,14 @@ from .images.tiling import TilingConfig
 from .prompts.processor import Processor
 from .prompts.templates.environment import Clock
 from .routes import (
+    adapters,
     chat,
     completions,
-    docs,
     health,
     llama_stack,
     messages,
     moderations,
+    pages,
     render,
     responses,
     service,
@@ -70,7 +79,7 @@ from .telemetry.event_loop_lag import watch_lag
 from .telemetry.metrics import Metrics
 from .telemetry.recorded_app import RecordedApp
 from .telemetry.request_log import RequestLog
-from .telemetry.request_record import RequestRecord, record_of
+from .telemetry.request_record import RequestRecord, note_replica, record_of
 
 if TYPE_CHECKING:
     from .telemetry.tracing import Tracer
@@ -86,12 +95,9 @@ ROUTES = (
     moderations.ROUTES,
     health.ROUTES,
     service.ROUTES,
-    docs.ROUTES,
+    pages.ROUTES,
+    pages.PLAYGROUND_ROUTES,
 )
-
-DAY_S = 24 * 3600
-# For connections to send their last bytes after every request has ended.
-CLOSING_TIME_S = 1.0
 
 
 def build_app(
@@ -116,7 +122,10 @@ def build_app(
     app.ctx.connection_places = ConnectionPlaces(
         settings.max_connections, NUM_RESERVED_PLACES, MAX_LINGERING
     )
-    app.ctx.head_limits = HeadLimits(settings.max_head_bytes, settings.max_headers)
+    app.ctx.probe_places = ConnectionPlaces(NUM_PROBE_PLACES, 0, NUM_PROBE_PLACES)
+    app.ctx.head_limits = HeadLimits(
+        settings.max_head_bytes, settings.max_headers, takes_repeated_key=settings.repeated_key
+    )
     app.ctx.access = access
     tracer = _tracer_of(settings)
     log = RequestLog(settings.log_requests, services.metrics, tracer)
@@ -126,7 +135,7 @@ def build_app(
     app.after_server_stop(components.close)
     if tracer is not None:
         app.after_server_stop(lambda app: tracer.close())
-    for group in ROUTES:
+    for group in _served(settings):
         app.blueprint(group.blueprint())
     app.ctx.document = functools.cache(lambda: _document(settings))
     memory = WorkerMemory(settings.max_memory_bytes, lambda: services.generator.num_open)
@@ -143,7 +152,7 @@ def _sanic_app(settings: ServerSettings) -> RecordedApp:
         configure_logging=False,
         request_class=LenientRequest,
     )
-    app.config.update(_sanic_config(settings))
+    app.config.update(sanic_config(settings))
     return app
 
 
@@ -201,7 +210,10 @@ class Components:
         self._generator: Generator | None = None
         self._lag: asyncio.Task[None] | None = None
         num_replicas = 1 + len(settings.replica_sockets)
-        self._metrics = Metrics(settings.max_num_seqs * num_replicas)
+        vllm_model = settings.model_name if settings.metrics_names == "vllm" else None
+        self._metrics = Metrics(
+            settings.max_num_seqs * num_replicas, vllm_model, settings.max_loras
+        )
         self._lanes = Lanes(settings.max_queue_wait_s, self._metrics.count_refusal, weight_of)
         self._grammar_checks = GrammarChecks(
             settings.model, lane=self._lanes.lane(GRAMMARS, NUM_CHILDREN)
@@ -210,6 +222,9 @@ class Components:
         self._engine = engine or self._make_engine()
         self._images = images or self._make_images(fetcher)
         self._responses = _response_store_of(settings)
+        self._adapters = WorkerAdapters(
+            settings.adapters, settings.served_model_names, self._engine, shared_folder(settings)
+        )
 
     def services(self, now: Clock | None, rate_limits: RateLimits) -> Services:
         """The components as the routes use them."""
@@ -244,8 +259,9 @@ class Components:
             generator,
             metrics,
             processor,
-            _context_of(folder),
+            context_of(folder),
             rate_limits,
+            self._adapters,
             self._responses,
             threads=self._threads,
         )
@@ -257,6 +273,7 @@ class Components:
         self._lag = asyncio.create_task(watch_lag(self._metrics.event_loop_lag.observe))
         for link in self._links:
             link.open()
+        self._adapters.open()
 
     async def await_signal(self, app: Sanic[Any, Any]) -> None:
         """Drain at SIGTERM. Sanic's own handler would refuse connections at once."""
@@ -281,6 +298,7 @@ class Components:
         """Close what `open` opened."""
         if self._lag is not None:
             await end_tasks(self._lag)
+        await self._adapters.close()
         await self._disconnect()
         await self._grammar_checks.close()
         if self._own_fetcher is not None:
@@ -314,6 +332,7 @@ class Components:
             [link.client for link in self._links],
             settings.health_thresholds,
             self._metrics.count_move,
+            note_replica,
             # Workers that start together must not all choose the same replica first.
             first=os.getpid() % len(paths),
         )
@@ -358,33 +377,18 @@ def _add_middleware(
         record = record_of(request)
         if record is not None:
             response.headers["X-Request-Id"] = record.request_id
+            name_origin(record, response, settings.replica_name)
         name_ignored(request, response, services_of(request).metrics.count_ignored_field)
         access.mark(request, response)
 
 
-def _sanic_config(settings: ServerSettings) -> dict[str, Any]:
-    return {
-        "ACCESS_LOG": False,
-        "AUTO_EXTEND": False,
-        "FALLBACK_ERROR_FORMAT": "json",
-        "GRACEFUL_SHUTDOWN_TIMEOUT": CLOSING_TIME_S,
-        "KEEP_ALIVE_TIMEOUT": settings.keep_alive_timeout_s,
-        "MOTD": False,
-        "NOISY_EXCEPTIONS": False,
-        "REQUEST_MAX_SIZE": settings.max_body_bytes,
-        "REQUEST_TIMEOUT": settings.request_timeout_s,
-        # Sanic's timer would cut a long unstreamed answer. Requests have their own deadlines.
-        "RESPONSE_TIMEOUT": DAY_S,
-    }
+def _served(settings: ServerSettings) -> list[Routes]:
+    """The routes with these settings: without the playground's if it is off."""
+    served = [group for group in ROUTES if settings.ui or group is not pages.PLAYGROUND_ROUTES]
+    return [*served, *([adapters.ROUTES] if settings.adapters.allow_lora_updates else [])]
 
 
 def _document(settings: ServerSettings) -> bytes:
     """The API's document, as JSON."""
-    endpoints = [endpoint for group in ROUTES for endpoint in group.endpoints]
-    return orjson.dumps(document(endpoints, settings, __version__, KEYLESS_PATHS))
-
-
-def _context_of(folder: Path) -> int:
-    """The checkpoint's context length in tokens, until the engine reports its own."""
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    return int(config.get("text_config", config).get("max_position_embeddings", 0))
+    endpoints = [endpoint for group in _served(settings) for endpoint in group.endpoints]
+    return orjson.dumps(document(endpoints, settings, __version__, keyless_paths(settings)))

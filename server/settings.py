@@ -6,12 +6,13 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from ..models.batch import Positive
+from ..models.batch import NonNegative, Positive
 from ..models.settings.option import Limit, Option
 from ..models.settings.runner_config import MODEL
 from ..router.client.engine_client import HealthThresholds
 from ..router.config import LOG
 from ..router.processes.logs import LogFormat, LogLevel
+from .adapters.settings import AdapterSettings
 from .images.settings import HTTP, ImageSettings
 
 ACCESS = "Access"
@@ -31,9 +32,10 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     model: a local folder with tokenizer and chat template. hub_id: the hub repository of the
     model, if it came from the hub. served_model_names: requests may use any of them; answers use
-    the first. listen_fd: the inherited listening socket. liveness_fd: the inherited pipe to which
-    the event loop writes, so that the supervisor can detect a hung worker. replica_sockets: the
-    engines besides `engine_socket`. traces: None disables tracing.
+    the first. listen_fd: the inherited listening socket. probe_fd: that of --metrics-port.
+    liveness_fd: the inherited pipe to which the event loop writes, so that the supervisor can
+    detect a hung worker. replica_sockets: the engines besides `engine_socket`. traces: None
+    disables tracing.
     """
 
     model: str
@@ -49,6 +51,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ),
     ]
     listen_fd: int | None = None
+    probe_fd: int | None = None
     liveness_fd: int | None = None
     hub_id: str | None = None
     api_keys: Annotated[
@@ -86,6 +89,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             name="cors-origin",
         ),
     ] = []
+    ui: Annotated[bool, Option("Serve the playground, a page for the browser, at /.", HTTP)] = True
     tls_certfile: Annotated[
         str | None,
         Option("PEM file with the certificate chain; enables https. Reread on SIGHUP.", ACCESS),
@@ -139,6 +143,38 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             HTTP,
         ),
     ] = "report"
+    replica_name: Annotated[
+        Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,128}$")] | None,
+        Option(
+            "Name of this server in the header X-Replica of answers, for gateways in front of "
+            "several servers. With --replicas, the engine's number follows it. Default: none.",
+            HTTP,
+        ),
+    ] = None
+    open_metrics: Annotated[
+        bool,
+        Option(
+            "Serve /metrics without an API key on the API's port too, to any host, for endpoint "
+            "pickers that scrape the port they send to. Default: only on --metrics-port.",
+            ACCESS,
+        ),
+    ] = False
+    repeated_key: Annotated[
+        bool,
+        Option(
+            "Accept the same Authorization header twice, which sglang-router sends: its own key "
+            "beside the client's equal one. Default: answer 400.",
+            ACCESS,
+        ),
+    ] = False
+    metrics_names: Annotated[
+        Literal["own", "vllm"],
+        Option(
+            "Names of the metrics. vllm: report them under vLLM's names too, for routers, "
+            "autoscalers and dashboards that read those.",
+            LOG,
+        ),
+    ] = "own"
     responses_store: Annotated[
         str,
         Option(
@@ -194,6 +230,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ),
     ] = None
     max_num_seqs: Positive = 64
+    max_loras: NonNegative = 0
     max_answers_per_request: Annotated[
         Positive | None,
         Option(
@@ -256,6 +293,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Seconds, Limit("Maximum seconds to load all images of a request; after that, 504.")
     ] = 30.0
     images: ImageSettings = msgspec.field(default_factory=ImageSettings)
+    adapters: AdapterSettings = msgspec.field(default_factory=AdapterSettings)
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
     log_requests: Annotated[bool, Option("Log one line per request.", LOG)] = True

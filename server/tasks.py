@@ -13,6 +13,7 @@ from collections.abc import Coroutine, Iterable
 from typing import Any, NoReturn, TypeVar
 
 Result = TypeVar("Result")
+_finishing: set[asyncio.Future[Any]] = set()
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
@@ -20,6 +21,15 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def finish(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """Await a coroutine that runs to its end though the caller may be cancelled meanwhile."""
+    task = asyncio.ensure_future(coroutine)
+    # The event loop keeps only a weak reference.
+    _finishing.add(task)
+    task.add_done_callback(_finishing.discard)
+    return await asyncio.shield(task)
 
 
 async def run_together(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:

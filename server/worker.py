@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 from typing import Any
 
@@ -23,15 +24,15 @@ from ..models.malloc import return_freed_buffers
 from ..router.processes.logs import say, set_up_logging
 from ..router.processes.parent_death import ParentGoneError, die_with_parent
 from .app import build_app
-from .http.connection_places import MAX_LINGERING, NUM_RESERVED_PLACES
-from .http.protocol import StrictProtocol
+from .http.connection_places import MAX_LINGERING, NUM_PROBE_PLACES, NUM_RESERVED_PLACES
+from .http.protocol import ProbeProtocol, StrictProtocol
 from .http.tls import ServerTls
 from .settings import ServerSettings
 from .supervisor.worker_liveness import beat
 
 # Listening socket, engine, children's pipes, fetches, the event loop's own, and connections that
 # have no place of their own (`http/connection_places.py`).
-OWN_DESCRIPTORS = 200 + NUM_RESERVED_PLACES + MAX_LINGERING
+OWN_DESCRIPTORS = 200 + NUM_RESERVED_PLACES + MAX_LINGERING + NUM_PROBE_PLACES
 
 
 def main() -> None:
@@ -52,36 +53,48 @@ def main() -> None:
         _allow_descriptors(settings.max_connections)
         app = build_app(settings)
         tls = _tls_of(settings)
-        listening = _listening_socket(settings)
+        listening = _inherited_socket(settings.listen_fd)
+        probes = None if settings.probe_fd is None else _inherited_socket(settings.probe_fd)
     except (msgspec.DecodeError, OSError, ValueError, ParentGoneError) as error:
         sys.exit(_fail(error))
     _freeze_startup_objects(app)
     _reload_on_sighup(app, tls)
     _report_liveness(app, settings.liveness_fd)
-    _serve(app, listening, tls, settings.request_timeout_s)
+    _prepare(app, listening, tls, settings.request_timeout_s)
+    if probes is not None:
+        _listen(app, probes, ProbeProtocol)
+    Sanic.serve_single(primary=app)
 
 
-def _serve(
+def _prepare(
     app: Sanic[Any, Any], listening: socket.socket, tls: ServerTls | None, handshake_s: float
 ) -> None:
-    """Serve until a signal. handshake_s: maximum time of a TLS handshake.
+    """Serve the port of the API once the app runs. handshake_s: maximum time of a TLS handshake.
 
     A connection has a place in `http/connection_places.py` only after its handshake, so until then
     nothing but this time bounds how long it keeps a descriptor.
     """
     context = None if tls is None else tls.context
+    _listen(app, listening, StrictProtocol, context)
+    if context is not None:
+        options = {"ssl_handshake_timeout": handshake_s}
+        app.state.server_info[0].settings["asyncio_server_kwargs"] = options
+
+
+def _listen(
+    app: Sanic[Any, Any],
+    listening: socket.socket,
+    protocol: type[StrictProtocol],
+    context: ssl.SSLContext | None = None,
+) -> None:
     app.prepare(
         sock=listening,
         ssl=context,
-        protocol=StrictProtocol,
+        protocol=protocol,
         single_process=True,
         access_log=False,
         motd=False,
     )
-    if context is not None:
-        options = {"ssl_handshake_timeout": handshake_s}
-        app.state.server_info[0].settings["asyncio_server_kwargs"] = options
-    Sanic.serve_single(primary=app)
 
 
 def _allow_descriptors(num_connections: int) -> None:
@@ -154,10 +167,10 @@ def _fail(error: Exception) -> int:
     return 2
 
 
-def _listening_socket(settings: ServerSettings) -> socket.socket:
-    if settings.listen_fd is None:
+def _inherited_socket(descriptor: int | None) -> socket.socket:
+    if descriptor is None:
         raise ValueError("listen_fd is not set: a worker serves a socket that it inherits")
-    listening = socket.socket(fileno=settings.listen_fd)
+    listening = socket.socket(fileno=descriptor)
     listening.setblocking(False)
     # For this process only: a decoder reads untrusted files and must not get the socket.
     listening.set_inheritable(False)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from support.invariants import Standing
+from support.invariants import Standing, StandingElsewhere
 from support.polling import wait_until
 from support.running import RunningServer, faulty_serving, free_port, serving
 
@@ -32,9 +32,20 @@ with contextlib.suppress(ImportError):
     settings.load_profile("any machine")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--server URL`: what `tests/whole/test_ray.py` runs against the ingress of a cluster."""
+    parser.addoption(
+        "--server", metavar="URL", help="run only the tests that ask the shared server: this one"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files of whole servers first: they take longest, and processes share the tests by files."""
     items.sort(key=lambda item: "tests/whole" not in item.path.as_posix())
+    if config.getoption("--server") is not None:
+        others = [item for item in items if "server" not in item.fixturenames]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture(scope="session")
@@ -47,15 +58,18 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory) -> Iterator[RunningServer]:
+def server(request, tmp_path_factory) -> Iterator[RunningServer]:
     """The bundled model in float32, shared by all tests that only ask questions."""
+    if (url := request.config.getoption("--server")) is not None:
+        yield RunningServer.elsewhere(url)
+        return
     with serving(tmp_path_factory.mktemp("server"), "--dtype", "float32") as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def session_standing(server) -> Standing:
-    return Standing(server)
+    return Standing(server) if server.process is not None else StandingElsewhere(server)
 
 
 @pytest.fixture

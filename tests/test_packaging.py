@@ -37,6 +37,7 @@ def wheel(tmp_path_factory) -> Path:
     return next(out.glob("vlmserve-*.whl"))
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_exactly_the_tracked_files_of_the_three_floors(wheel):
     expected = {f"vlmserve/{name}" for name in tracked_files() if name.startswith(PACKAGED)}
     expected |= {"vlmserve/__init__.py", "vlmserve/py.typed"}
@@ -47,5 +48,6 @@ def test_the_wheel_holds_exactly_the_tracked_files_of_the_three_floors(wheel):
     assert all(name.endswith(".dist-info") for name in others)
 
 
+@pytest.mark.slow
 def test_the_wheel_is_small_enough_to_ship_its_checkpoint(wheel):
     assert wheel.stat().st_size < 14 * 2**20

@@ -28,7 +28,9 @@ from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.models.weights.random_weights import random_checkpoint
 
+from ..bounds import Machine
 from ..checkpoints import layout
+from ..step_model import estimate_ms
 from .document import DROPPED, FAILED, NOT_AVAILABLE, OK
 from .measure import MEASURES, copy_bandwidth
 from .plan import GRAPHS, PLAIN, Row, Size, expected_s
@@ -70,7 +72,7 @@ class Child:
         self._deadline: float = order["deadline"]
         self._rehearsed: dict[str, str] = order["rehearse"]
         self._events = Path(order["events"])
-        self._bytes_per_s = 0.0
+        self._machine = Machine(1.0, 1.0)
         self._runner: ModelRunner | None = None
         self._runner_of: tuple[str, str] | None = None
         self._log: list[str] = []
@@ -82,7 +84,7 @@ class Child:
         """Measure all rows that there is time for."""
         self._report("machine", **machine_of(self._size))
         bandwidth = copy_bandwidth(self._size)
-        self._bytes_per_s = bandwidth["bytes_per_s"]
+        self._machine = Machine(bandwidth["flops_per_s"], bandwidth["bytes_per_s"])
         self._report("bandwidth", **bandwidth)
         for row in self._rows:
             self._report("row", row=row.id, **self._entry(row))
@@ -102,12 +104,13 @@ class Child:
             started = time.monotonic()
             self._report("begin", row=row.id)
             self._rehearse(row)
-            figures = MEASURES[row.kind](runner, row, self._size, self._bytes_per_s)
+            figures = MEASURES[row.kind](runner, row, self._size, self._machine)
         except Exception as error:  # the next rows go on, whatever it is
             return {"status": FAILED, "error": self._drop_runner(wanted, error)}
         seconds = time.monotonic() - started
         self._taken_s[row.kind] = max(seconds, self._taken_s.get(row.kind, 0.0))
-        return {"status": OK, **figures, "seconds": round(seconds, 2)}
+        estimate = estimate_ms(_device_name(self._size), row.quantize, row.estimated)
+        return {"status": OK, **figures, "estimate_ms": estimate, "seconds": round(seconds, 2)}
 
     def _drop_runner(self, wanted: tuple[str, str], error: BaseException) -> str:
         """Forget the runner after a failure; returns the end of the traceback."""
@@ -179,7 +182,7 @@ def make_runner(size: Size, row: Row) -> ModelRunner:
         max_num_seqs=most,
         max_num_batched_tokens=max(size.prefill_tokens, most),
         block_size=BLOCK_SIZE,
-        num_text_blocks=max((most + 1) * blocks, -(-size.max_model_len // BLOCK_SIZE)),
+        num_text_blocks=(most + 1) * blocks + -(-size.max_model_len // BLOCK_SIZE),
         num_image_blocks=(most + 1) * vision.max_num_tiles,
         cuda_graphs=row.mode == GRAPHS,
     )
@@ -204,6 +207,10 @@ def machine_of(size: Size) -> dict[str, Any]:
         "processors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
     }
+
+
+def _device_name(size: Size) -> str:
+    return torch.cuda.get_device_name(0) if size.device == "cuda" else ""
 
 
 def _version(package: str) -> str:

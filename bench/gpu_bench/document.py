@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .plan import DECODE, INT8, PLAIN, Row
+from .plan import CHUNK, DECODE, INT8, PLAIN, Row
 
 FILE, LOG_FILE = "gpu.json", "gpu.log"
 # kept of each process's log
@@ -21,11 +21,14 @@ LOG_CHARACTERS = 200_000
 OK, FAILED, DROPPED, NOT_AVAILABLE = "ok", "failed", "dropped", "not available"
 # the aims: at least these values
 BOUND_SHARE, INT8_SPEEDUP, TOKENS_PER_S, MANY = 0.85, 1.6, 5000.0, 64
+CHUNK_SHARE = round(1 / 1.3, 4)
 SHOWN = {
     "step_ms": "{:9.3f} ms",
     "encode_ms": "{:9.2f} ms an image",
     "tokens_per_s": "{:10.0f} tokens/s",
     "share_of_bound": "{:7.1%} of the bound",
+    "idle_ms": "{:7.3f} ms idle",
+    "estimate_ms": "({:.2f} ms estimated)",
 }
 
 
@@ -46,7 +49,9 @@ class Document:
     def add(self, row: Row, status: str, **figures: Any) -> None:
         """Add a row, print it, save."""
         entry = {"row": row.id, "content": "image" if row.has_image else "text", "status": status}
-        entry |= {name: getattr(row, name) for name in ("kind", "quantize", "mode", "batch")}
+        entry |= {
+            name: getattr(row, name) for name in ("kind", "quantize", "mode", "batch", "load")
+        }
         self.rows.append(entry | figures)
         print(line_of(self.rows[-1]), flush=True)
         self.save()
@@ -95,16 +100,22 @@ def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     quantized = _best(rows, INT8, 1, "tokens_per_s")
     many = max(_best(rows, kind, MANY, "tokens_per_s") or 0.0 for kind in (PLAIN, INT8)) or None
     speedup = quantized / plain if plain and quantized else None
+    without, chunk = (_best(rows, PLAIN, MANY, "tokens_per_s", load) for load in ("", CHUNK))
+    kept = chunk / without if chunk and without else None
     return [
         _aim("share of the bound, one sequence, text, 16 bits", alone, BOUND_SHARE),
         _aim("int8 over 16 bits, one sequence, text", speedup, INT8_SPEEDUP),
         _aim(f"tokens/s, {MANY} sequences, text", many, TOKENS_PER_S),
+        _aim(f"tokens/s with a chunk beside {MANY} sequences over without", kept, CHUNK_SHARE),
     ]
 
 
-def _best(rows: list[dict[str, Any]], quantize: str, batch: int, name: str) -> float | None:
+def _best(
+    rows: list[dict[str, Any]], quantize: str, batch: int, name: str, load: str = ""
+) -> float | None:
     wanted = {"kind": DECODE, "content": "text", "status": OK, "quantize": quantize, "batch": batch}
-    found = [row[name] for row in rows if wanted.items() <= row.items()]
+    alike = [row for row in rows if wanted.items() <= row.items()]
+    found = [row[name] for row in alike if row.get("load", "") == load]
     return max(found, default=None)
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlmserve.models.batch import StepBatch, StepResult
+from vlmserve.models.batch import SamplingParams, StepBatch, StepResult
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.router.scheduler.interface import SchedulerLimits
 
-from ..bounds import decode_work, prefill_work, prompt_work
-from ..engine_requests import Loop
+from ..bounds import Machine, decode_work, prefill_work, prompt_work
+from ..engine_requests import GREEDY, Loop
 from .clock import Clock
-from .plan import INT8, Row, Size
+from .plan import CHUNK, INT8, LONG, ONE_TILE, TOP_P, Row, Size
 from .products import products
 
 IMAGE_TOKENS = 16
@@ -36,25 +36,31 @@ LAUNCHES = (*KERNELS, "cudaGraphLaunch")
 
 @dataclass(slots=True)
 class Step:
-    """A step's marks, what it computed, and its result; it ends where the next step starts."""
+    """A step's marks, what it computed, and its result; it ends where the next step starts.
+
+    launched: the end of the work that is queued before the tokens are fetched, on a GPU.
+    """
 
     start: Any
     executes: Any
     executed: Any
     batch: StepBatch
     result: StepResult
+    launched: Any
 
 
 class TimedLoop:
     """Requests of random tokens, and timed steps that compute them."""
 
-    def __init__(self, runner: ModelRunner, size: Size, num_seqs: int) -> None:
-        self.runner, self.size = runner, size
+    def __init__(self, runner: ModelRunner, size: Size, num_seqs: int, load: str = "") -> None:
+        self.runner, self.size, self.load = runner, size, load
         self.clock = Clock(size.device)
         self._num_requests = 0
         limits = SchedulerLimits(
-            max_num_seqs=num_seqs,
-            max_num_batched_tokens=max(size.prefill_tokens, num_seqs),
+            max_num_seqs=num_seqs + (load == CHUNK),
+            max_num_batched_tokens=num_seqs + size.chunk
+            if load == CHUNK
+            else max(size.prefill_tokens, num_seqs),
             max_num_batched_images=4,
             max_model_len=runner.info.max_model_len,
             prefix_cache=False,
@@ -63,9 +69,11 @@ class TimedLoop:
         self._loop = Loop(runner, limits, np.random.default_rng(num_seqs))
 
     def add(self, num_tokens: int, max_tokens: int, has_image: bool) -> None:
-        """A waiting request; its image has all tiles that an image may have."""
-        num_tiles = self.runner.info.max_num_tiles if has_image else 0
-        self._loop.add(str(self._num_requests), num_tokens, max_tokens, num_tiles)
+        """A waiting request; its image has all tiles that an image may have, or one."""
+        num_tiles = 1 if self.load == ONE_TILE else self.runner.info.max_num_tiles
+        sampling = SamplingParams(top_p=0.9) if self.load == TOP_P else GREEDY
+        name = str(self._num_requests)
+        self._loop.add(name, num_tokens, max_tokens, num_tiles * has_image, sampling)
         self._num_requests += 1
 
     def step(self) -> Step:
@@ -73,24 +81,33 @@ class TimedLoop:
         start = self.clock.mark()
         batch = self._loop.plan()
         executes = self.clock.mark()
-        result = self._loop.execute(batch)
+        launched: list[Any] = []
+        result = self._loop.execute(batch, lambda: launched.append(self.clock.mark()))
         executed = self.clock.mark()
         self._loop.scheduler.update(result)
-        return Step(start, executes, executed, batch, result)
+        return Step(start, executes, executed, batch, result, launched[0] if launched else executed)
 
     def start_decode(self, row: Row) -> None:
         """Compute the row's prompts until every sequence decodes and all kernels are compiled."""
-        for _ in range(row.batch):
-            self.add(
-                self.size.context, self.size.length(row.batch) - self.size.context, row.has_image
-            )
+        for index in range(row.batch):
+            is_long = row.load == LONG and index == 0
+            context = self.size.long_tokens if is_long else self.size.context
+            num_decoded = self.size.length(row.batch) - self.size.context
+            self.add(context, num_decoded + self._num_chunks, row.has_image)
         while True:
             batch = self.step().batch
             if len(batch.sequences) == batch.num_tokens == row.batch and not batch.images:
                 break
+        if row.load == CHUNK:  # a prompt that outlasts all steps, a chunk of it in each
+            self.add((self.size.steps + self.size.warm_steps + 2) * self.size.chunk, 1, False)
         for _ in range(self.size.warm_steps):
             self.step()
         self.clock.wait()
+
+    @property
+    def _num_chunks(self) -> int:
+        """Steps of the long row's prompt, in which the others decode."""
+        return -(-self.size.long_tokens // self.size.prefill_tokens) if self.load == LONG else 0
 
     def whole_requests(self, num_tokens: int, has_image: bool) -> list[Step]:
         """Steps that each compute a whole request of one token, without the warm-up steps."""
@@ -103,23 +120,28 @@ class TimedLoop:
         return steps[2:]
 
 
-def decode(runner: ModelRunner, row: Row, size: Size, bytes_per_s: float) -> dict[str, Any]:
+def decode(runner: ModelRunner, row: Row, size: Size, machine: Machine) -> dict[str, Any]:
     """Steps in which every sequence gets one token, each after a longer context than the last."""
-    loop = TimedLoop(runner, size, row.batch)
+    loop = TimedLoop(runner, size, row.batch, row.load)
     loop.start_decode(row)
     before = runner.num_replays
     steps = [loop.step() for _ in range(size.steps + 1)]
     loop.clock.wait()
     periods = sorted(loop.clock.ms(a.start, b.start) for a, b in pairwise(steps))
     step_ms = statistics.median(periods)
-    middle = round(statistics.fmean(s.start + 1 for s in steps[len(steps) // 2].batch.sequences))
+    batch = steps[len(steps) // 2].batch
+    # a chunk reads its past once, as a row does
+    middle = round(statistics.fmean(s.start + 1 for s in batch.sequences))
     num_keys = runner.info.max_num_tiles * runner.pools.num_patches if row.has_image else 0
     itemsize = getattr(torch, runner.info.dtype).itemsize
     sizes = num_keys, itemsize, 1 if row.quantize == INT8 else None
-    num_bytes = decode_work(runner.config.text_config, row.batch, middle, *sizes).num_bytes
-    bound_ms = 1e3 * num_bytes / bytes_per_s
+    num_rows = len(batch.sequences)
+    num_bytes = decode_work(runner.config.text_config, num_rows, middle, *sizes).num_bytes
+    bound_ms = 1e3 * num_bytes / machine.bytes_per_s
+    idle = [(a.launched, b.executes) for a, b in pairwise(steps)]
     return {
         "context": middle,
+        "tokens": batch.num_tokens,
         "steps": size.steps,
         "replayed": runner.num_replays - before,
         "step_ms": round(step_ms, 4),
@@ -129,6 +151,7 @@ def decode(runner: ModelRunner, row: Row, size: Size, bytes_per_s: float) -> dic
         "execute_ms": round(
             loop.clock.median_ms([(s.executes, s.executed) for s in steps[:-1]]), 4
         ),
+        "idle_ms": round(loop.clock.median_ms(idle), 4) if size.device == "cuda" else None,
         "tokens_per_s": round(1e3 * row.batch / step_ms, 2),
         "gigabytes": round(num_bytes / 1e9, 4),
         "bound_ms": round(bound_ms, 4),
@@ -136,13 +159,15 @@ def decode(runner: ModelRunner, row: Row, size: Size, bytes_per_s: float) -> dic
     }
 
 
-def prefill(runner: ModelRunner, row: Row, size: Size, bytes_per_s: float) -> dict[str, Any]:
+def prefill(runner: ModelRunner, row: Row, size: Size, machine: Machine) -> dict[str, Any]:
     """A prompt of text, computed in one step, again and again."""
     loop = TimedLoop(runner, size, 1)
     steps = loop.whole_requests(size.prefill_tokens, has_image=False)
     step_ms = loop.clock.median_ms([(step.start, step.executed) for step in steps])
-    work = prompt_work(runner.config.text_config, 1, size.prefill_tokens, 0, 1)
+    itemsize = getattr(torch, runner.info.dtype).itemsize
+    work = prompt_work(runner.config.text_config, 1, size.prefill_tokens, 0, itemsize)
     return {
+        "bound_ms": round(1e3 * machine.bound_s(work), 4),
         "tokens": size.prefill_tokens,
         "repeats": size.repeats,
         "step_ms": round(step_ms, 4),
@@ -151,24 +176,26 @@ def prefill(runner: ModelRunner, row: Row, size: Size, bytes_per_s: float) -> di
     }
 
 
-def encode(runner: ModelRunner, row: Row, size: Size, bytes_per_s: float) -> dict[str, Any]:
-    """A prompt with one image of all tiles: the vision encoder alone, and the whole step."""
-    loop = TimedLoop(runner, size, 1)
+def encode(runner: ModelRunner, row: Row, size: Size, machine: Machine) -> dict[str, Any]:
+    """A prompt with one image: the vision encoder alone, and the whole step."""
+    loop = TimedLoop(runner, size, 1, row.load)
     steps = loop.whole_requests(IMAGE_TOKENS, has_image=True)
     step_ms = loop.clock.median_ms([(step.start, step.executed) for step in steps])
     seconds = statistics.median(step.result.vision_seconds for step in steps)
-    tiles = runner.info.max_num_tiles
-    flops = prefill_work(runner.config, 1, IMAGE_TOKENS, tiles, 1).flops
+    tiles = 1 if row.load == ONE_TILE else runner.info.max_num_tiles
+    itemsize = getattr(torch, runner.info.dtype).itemsize
+    work = prefill_work(runner.config, 1, IMAGE_TOKENS, tiles, itemsize)
     return {
         "tiles": tiles,
+        "bound_ms": round(1e3 * machine.bound_s(work), 4),
         "repeats": size.repeats,
         "encode_ms": round(1e3 * seconds, 3),
         "step_ms": round(step_ms, 4),
-        "tflop_per_s": round(flops / step_ms / 1e9, 2),
+        "tflop_per_s": round(work.flops / step_ms / 1e9, 2),
     }
 
 
-def profile(runner: ModelRunner, row: Row, size: Size, bytes_per_s: float) -> dict[str, Any]:
+def profile(runner: ModelRunner, row: Row, size: Size, machine: Machine) -> dict[str, Any]:
     """Where a decode step's time goes: operators by their own time, launches and waits."""
     loop = TimedLoop(runner, size, row.batch)
     loop.start_decode(row)
@@ -208,7 +235,10 @@ def profile(runner: ModelRunner, row: Row, size: Size, bytes_per_s: float) -> di
 
 
 def copy_bandwidth(size: Size) -> dict[str, Any]:
-    """Bytes a second of a plain copy on the device; read and written bytes both count."""
+    """Bytes a second of a plain copy on the device; read and written bytes both count.
+
+    Also operations a second of a large product in the run's dtype.
+    """
     clock = Clock(size.device)
     source = torch.ones(size.copy_bytes // 4, device=size.device)
     target = torch.empty_like(source)
@@ -217,9 +247,17 @@ def copy_bandwidth(size: Size) -> dict[str, Any]:
         start = clock.mark()
         target.copy_(source)
         marks.append((start, clock.mark()))
+    side = 8192 if size.device == "cuda" else 128
+    square = torch.ones(side, side, device=size.device, dtype=getattr(torch, size.dtype))
+    products = []
+    for _ in range(3 + 10):
+        start = clock.mark()
+        square @ square
+        products.append((start, clock.mark()))
     clock.wait()
     moved = 2.0 * source.nbytes
     return {
+        "flops_per_s": round(2e3 * side**3 / clock.median_ms(products[3:])),
         "bytes": moved,
         "copies": len(marks[3:]),
         "bytes_per_s": round(1e3 * moved / clock.median_ms(marks[3:])),
@@ -227,7 +265,7 @@ def copy_bandwidth(size: Size) -> dict[str, Any]:
     }
 
 
-MEASURES: dict[str, Callable[[ModelRunner, Row, Size, float], dict[str, Any]]] = {
+MEASURES: dict[str, Callable[[ModelRunner, Row, Size, Machine], dict[str, Any]]] = {
     "decode": decode,
     "prefill": prefill,
     "encode": encode,

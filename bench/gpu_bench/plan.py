@@ -13,6 +13,11 @@ PLAIN, INT8 = "none", "int8"
 EAGER, GRAPHS = "eager", "graphs"
 DECODE, PREFILL, ENCODE = "decode", "prefill", "encode"
 PRODUCTS, PROFILE = "products", "profile"
+# one row of `long_tokens`; a prompt's chunk beside the rows; sampling with top-p
+LONG, CHUNK, TOP_P = LOADS = ("long", "chunk", "top-p")
+ONE_TILE = "one tile"
+# of the batches, the one of which a row is long
+LONG_PLACE = -2
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +26,8 @@ class Size:
 
     context: tokens of a prompt before its decode; steps: timed decode steps, after warm_steps;
     repeats: of a prefill and of an image. copy_bytes: of the copy that measures bandwidth.
-    max_model_len: the runner's; graphs are recorded for that length. sweeps: int8 products in
-    other tilings too.
+    max_model_len: the runner's; graphs are recorded for that length. long_tokens: of the one long
+    row; chunk: tokens of a prompt beside decodes. sweeps: int8 products in other tilings too.
     """
 
     model: str
@@ -36,6 +41,8 @@ class Size:
     repeats: int
     copy_bytes: int
     max_model_len: int
+    long_tokens: int
+    chunk: int
     sweeps: bool = False
 
     def length(self, batch: int) -> int:
@@ -43,25 +50,41 @@ class Size:
         return self.context + self.warm_steps + self.steps + 2 * batch + 8
 
 
-FULL = Size("11b", "cuda", "bfloat16", (1, 8, 32, 64), 256, 12, 100, 2048, 10, 2 << 30, 8192)
-TINY = Size("tiny", "cpu", "float32", (1, 2), 12, 2, 4, 32, 2, 1 << 22, 64)
+FULL = Size(
+    "11b", "cuda", "bfloat16", (1, 8, 32, 64), 256, 12, 100, 2048, 10, 2 << 30, 40_960, 32_768, 192
+)
+TINY = Size("tiny", "cpu", "float32", (1, 2), 12, 2, 4, 32, 2, 1 << 22, 64, 30, 4)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. batch: sequences of a step; has_image: each sees an image."""
+    """One line of the table.
+
+    batch: sequences of a step; has_image: each sees an image. load: what makes it unlike others of
+    its kind: one of LOADS, or ONE_TILE of an image that is encoded.
+    """
 
     kind: str
     quantize: str
     mode: str
     batch: int = 1
     has_image: bool = False
+    load: str = ""
 
     @property
     def id(self) -> str:
-        """Its name, such as "decode/int8/graphs/image/8"."""
+        """Its name, such as "decode/int8/graphs/image/8" or "decode/none/graphs/text/32/long"."""
         content = "image" if self.has_image else "text"
-        return f"{self.kind}/{self.quantize}/{self.mode}/{content}/{self.batch}"
+        name = f"{self.kind}/{self.quantize}/{self.mode}/{content}/{self.batch}"
+        return f"{name}/{self.load}" if self.load else name
+
+    @property
+    def estimated(self) -> str:
+        """The step of `step_model.py` that estimates it, if any does."""
+        if self.kind == ENCODE:
+            return ENCODE
+        is_plain_text = self.kind == DECODE and not self.has_image
+        return "/".join(filter(None, (self.kind, str(self.batch), self.load))) * is_plain_text
 
 
 def rows_of(quantize: str, batches: Sequence[int]) -> list[Row]:
@@ -73,10 +96,12 @@ def rows_of(quantize: str, batches: Sequence[int]) -> list[Row]:
     eager = _decodes(quantize, EAGER, batches)
     first = [Row(PRODUCTS, quantize, EAGER), Row(PREFILL, quantize, EAGER)]
     if quantize == PLAIN:  # the vision encoder is not quantized
-        first.append(Row(ENCODE, quantize, EAGER, has_image=True))
+        first += [Row(ENCODE, quantize, EAGER, has_image=True, load=one) for one in ("", ONE_TILE)]
+    loaded = [Row(DECODE, quantize, GRAPHS, batches[-1], load=load) for load in (CHUNK, TOP_P)]
+    loaded.append(Row(DECODE, quantize, GRAPHS, batches[max(LONG_PLACE, -len(batches))], load=LONG))
     # last: the profiler's hooks stay in the process and slow later rows
     profiles = [Row(PROFILE, quantize, EAGER, batch) for batch in _outer(batches)]
-    return [*rows, *eager[:2], *first, *eager[2:], *profiles]
+    return [*rows[:2], *loaded, *rows[2:], *eager[:2], *first, *eager[2:], *profiles]
 
 
 def _decodes(quantize: str, mode: str, batches: Sequence[int]) -> list[Row]:

@@ -20,12 +20,15 @@ from vlmserve.models.decoder.int8.product import TILES, Tiles, fused_product
 from vlmserve.models.decoder.int8.quantizer import quantize
 from vlmserve.models.execution.runner import ModelRunner
 
+from ..bounds import Machine
 from .clock import Clock
 from .plan import INT8, Row, Size
 
 # bytes of weights that are read between two reads of a weight: several times a GPU's cache
 ROTATED_BYTES = 1 << 28
 REPLAYS = 5
+# numbers of rows: from 16 to 256 a product unpacks no weight; with 320 rows it does
+INT8_ROWS = (16, 64, 128, 256, 320)
 SWEPT = (
     TILES,
     Tiles(block_n=16, block_k=256, num_stages=4),
@@ -39,15 +42,15 @@ SWEPT = (
 Product = Callable[[Tensor], Tensor]
 
 
-def products(runner: ModelRunner, row: Row, size: Size, bytes_per_s: float) -> dict[str, Any]:
-    """Microseconds of each product at one row and at the most, and its share of the bandwidth."""
+def products(runner: ModelRunner, row: Row, size: Size, machine: Machine) -> dict[str, Any]:
+    """Microseconds of each product by rows, and its share of the bandwidth."""
     shapes, is_int8 = shapes_of(runner.config.text_config), row.quantize == INT8
     if is_int8:
         del shapes["head"]
     found = [
         {"product": name, **entry}
         for name, shape in shapes.items()
-        for entry in _entries(*shape, is_int8, size, bytes_per_s)
+        for entry in _entries(*shape, is_int8, size, machine.bytes_per_s)
     ]
     return {"products": found}
 
@@ -79,7 +82,7 @@ def _entries(
     ]
     if is_int8:
         weights = [quantize(one, dtype) for one in weights]
-    for num_rows in dict.fromkeys((1, size.batches[-1])):
+    for num_rows in dict.fromkeys((1, size.batches[-1], *(INT8_ROWS if is_int8 else ()))):
         rows = torch.randn(num_rows, num_in, device=size.device).to(dtype)
         for facts, calls in _ways(weights, is_int8, sweeps=size.sweeps and num_rows == 1):
             entry: dict[str, Any] = {"rows": num_rows, **facts}

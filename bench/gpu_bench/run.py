@@ -25,6 +25,7 @@ from .document import DROPPED, FAILED, Document, base_machine
 from .paths import FOR_TESTS, NEEDED, ROOT, lay_out, missing
 from .plan import FULL, INT8, PLAIN, TINY, Row, Size, rows_of
 from .tests_on_gpu import FILES, run_tests
+from .verdict import verdict
 
 WHEELS = ROOT / "build" / "wheels"
 # shares of the remaining time: for the tests, and for the plain rows beside the int8 rows
@@ -45,6 +46,9 @@ class Interrupted(Exception):
 def main() -> int:
     """Return 0 if nothing failed of what there was time for."""
     args = _parse_arguments()
+    if args.verdict:
+        print("\n".join(verdict(json.loads(args.verdict.read_text("utf-8")))))
+        return 0
     started = time.monotonic()
     size = _size_of(args)
     folder = Path(args.out).resolve()
@@ -84,6 +88,8 @@ def _parse_arguments() -> argparse.Namespace:
     add("--rehearse", action="append", default=[], metavar="ROW=raise|die|hang", help=text)
     add("--row-limit-s", type=float, default=ROW_LIMIT_S)
     add("--start-limit-s", type=float, default=START_LIMIT_S)
+    text = "measure nothing; print what this document of a run settles in the docs"
+    add("--verdict", type=Path, metavar="FILE", help=text)
     return parser.parse_args()
 
 

@@ -25,6 +25,7 @@ FILES = (
     "tests/models/attention/test_attention.py",
     "tests/models/execution/test_decode_graphs.py",
     "tests/models/decoder/int8/test_int8.py",
+    "tests/models/lora/test_kernels.py",
     "tests/models/memory/test_memory.py",
     "tests/models/decoder/test_operations.py",
     "tests/models/execution/test_synchronizations.py",

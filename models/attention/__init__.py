@@ -4,6 +4,7 @@ This file registers the backends by name. In the order in which to read the othe
 
     base                                  the interface, and the rows of a step
     sdpa                                  the reference backend: torch's SDPA on gathered keys
+    work_items                            cuts the keys of long rows into pieces
     triton_paged, triton_kernels          this project's kernels
     flash, tiles                          what both FlashAttention backends share
     flash_attn_package, torch_varlen      the two of them

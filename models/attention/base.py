@@ -75,6 +75,10 @@ class AttentionBackend(ABC):
         """Why it cannot run with this geometry, in a few words; None if it can."""
         return None
 
+    def sized_for(self, geometry: Geometry) -> AttentionBackend:
+        """The backend for a model's sizes; by default itself."""
+        return self
+
     @abstractmethod
     def prepare(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> Any:
         """A plan for these rows, shared by all layers of the step; opaque to the caller."""

@@ -73,6 +73,7 @@ def _try(
         backend = get(name)
     except ImportError as error:
         return f"it cannot be imported: {error}", None
+    backend = backend.sized_for(geometry)
     chosen = ChosenBackend(backend, block_size or max(DEFAULT_BLOCK_SIZE, multiple))
     wrong = None
     if name != REFERENCE:

@@ -15,6 +15,8 @@ from .base import AttentionBackend, Geometry, PagedRows
 from .sdpa import SdpaBackend
 
 NUM_BLOCKS = 6
+# blocks of the longest row, whose keys the kernels cut into pieces; it repeats a few
+LONG = 10
 
 
 def what_is_wrong(backend: AttentionBackend, geometry: Geometry, block_size: int) -> str | None:
@@ -24,8 +26,8 @@ def what_is_wrong(backend: AttentionBackend, geometry: Geometry, block_size: int
 
 
 def _trial_rows(geometry: Geometry, block_size: int) -> list[PagedRows]:
-    """Decodes; decodes and chunks; tokens that see no tile, one, two, and a shared tile."""
-    table = np.array([[4, 1], [2, 0], [5, 3]])
+    """Decodes; decodes and chunks, over many blocks too; tokens that see no tile, one, or more."""
+    table = np.tile([[4, 1], [2, 0], [5, 3]], LONG // 2)
     tiles = np.array([[0, 0], [4, 0], [2, 4], [1, 2]])
     size, num_patches = block_size, geometry.num_patches
 
@@ -36,7 +38,7 @@ def _trial_rows(geometry: Geometry, block_size: int) -> list[PagedRows]:
     two = 2 * num_patches
     return [
         rows([0, 1, 2, 3], [size + 3, size, 2 * size], is_causal=True),
-        rows([0, 1, 8, 13], [size + 3, 7, size + 9], is_causal=True),
+        rows([0, 1, 8, 13], [LONG * size - 3, 7, LONG * size - 9], is_causal=True),
         rows([0, 2, 3, 7, 8], [0, num_patches, two, two], is_causal=False),
     ]
 

@@ -3,15 +3,18 @@
 Plans and launches a step's kernels (`triton_kernels.py`). Needs only a CUDA build of torch, which
 includes triton.
 
-Rows with one query are launched together and split over their keys, so that a few long rows fill
-the GPU. Longer rows are cut into tiles of queries. Text and images differ only in block size and
-mask.
+Rows with one query are launched together. Longer rows are cut into tiles of queries. Both are cut
+into pieces of keys (`work_items.py`), so that a few long rows fill the GPU and delay no other. Text
+and images differ only in block size and mask.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
 import numpy as np
@@ -19,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..device_copies import upload
+from ..device_copies import upload_together
 from ..kernels.triton_support import (
     MIN_DOT,
     capability_of,
@@ -28,41 +31,58 @@ from ..kernels.triton_support import (
     why_no_kernels,
 )
 from .base import AttentionBackend, Geometry, PagedRows
-
-Ints = NDArray[np.int64]
+from .work_items import (
+    KEYS_AT_ONCE,
+    MIN_PIECE,
+    MIN_TILE_PIECE,
+    NUM_PROGRAMS,
+    Ints,
+    Pieces,
+    WorkItems,
+    WorkLayout,
+    cut,
+    num_extra_items,
+    write,
+)
 
 MAX_HEAD_DIM = 256
 # float32 operands of wider heads do not fit the registers
 MAX_FLOAT32_HEAD_DIM = 64
 # queries of a tile; times the heads of a KV group, they are the rows of a product
 TILE_QUERIES = 16
-KEYS_AT_ONCE = 64
 # GPUs with 100 KB of shared memory a processor: fewer keys, so that two programs share one
 SMALL_CHIPS = ((8, 6), (8, 9), (12, 0))
-# rows times splits that fill a GPU of about 130 processors twice, at 8 KV heads
-MAX_SPLITS = 32
+# of a model whose sizes are not known
+NUM_KV_HEADS = 8
+# pieces that a merging program reads at a time
+MERGED_AT_ONCE = 16
 LOG2_E = math.log2(math.e)
 
 
 @dataclass(slots=True, frozen=True)
 class Launch:
-    """Tiles that one grid computes: int32 [num_tiles] rows, and first queries within their rows.
+    """Items that one grid computes.
 
-    block_q: most queries of a tile; num_splits: parts that the keys are cut into.
+    offsets: int32 [num_items], an item's first query within its row; any tensor if block_q is 1.
+    block_q: most queries of an item.
     """
 
-    tile_rows: Tensor
-    tile_offsets: Tensor
+    items: WorkItems[Tensor]
+    offsets: Tensor
     block_q: int
-    num_splits: int
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a row's keys may be in several pieces."""
+        return len(self.items.split) > 0
 
 
 @dataclass(slots=True, frozen=True)
 class TritonPlan:
     """A step's rows on the device, and the launches that cover their queries.
 
-    query_starts: int32 [num_rows + 1]; key_lens: int32 [num_rows]; block_table: int32 [num_rows,
-    most blocks].
+    query_starts: int32 [num_rows + 1]; key_lens: int32 [num_rows]; block_table: int32, rows of ids;
+    each launch has their stride.
     """
 
     query_starts: Tensor
@@ -78,12 +98,19 @@ class TritonBackend(AttentionBackend):
 
     name: ClassVar[str] = "triton"
 
-    def __init__(self, num_splits: int | None = None) -> None:
-        """num_splits: parts of the keys of one-query rows; None chooses by the rows."""
+    def __init__(self, piece: int | None = None) -> None:
+        """piece: keys of a piece of any row; None chooses by the rows."""
         from . import triton_kernels
 
         self._kernels = triton_kernels
-        self._num_splits = num_splits
+        self._piece = piece
+        self._num_kv_heads = NUM_KV_HEADS
+
+    def sized_for(self, geometry: Geometry) -> TritonBackend:
+        """See `AttentionBackend.sized_for`: fewer KV heads need more pieces to fill a GPU."""
+        sized = copy.copy(self)
+        sized._num_kv_heads = geometry.num_kv_heads
+        return sized
 
     @classmethod
     def why_not(cls, geometry: Geometry) -> str | None:
@@ -96,47 +123,76 @@ class TritonBackend(AttentionBackend):
         return why_no_kernels(geometry.device)
 
     def prepare(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> TritonPlan:
-        """The launches of these rows; see `AttentionBackend.prepare`."""
-        lens = rows.query_lens
-        single, longer = np.flatnonzero(lens == 1), np.flatnonzero(lens > 1)
-        launches = []
-        if len(single):
-            longest = int(rows.key_lens[single].max())
-            num_splits = self._num_splits or choose_splits(len(single), longest)
-            launches.append(_launch(single, np.zeros_like(single), 1, num_splits, device))
-        if len(longer):
-            counts = -(-lens[longer] // TILE_QUERIES)
-            offsets = np.concatenate([np.arange(count) for count in counts]) * TILE_QUERIES
-            launches.append(_launch(np.repeat(longer, counts), offsets, TILE_QUERIES, 1, device))
+        """The launches of these rows; see `AttentionBackend.prepare`. One copy to the device."""
+        parts = self._parts(rows)
+        arrays = [rows.query_start_loc, rows.key_lens, rows.block_table]
+        arrays += [array for part in parts.values() for array in part]
+        starts, key_lens, table, *lists = upload_together(arrays, device, np.int32)
+        left = iter(lists)
         return TritonPlan(
-            query_starts=_upload(rows.query_start_loc, device),
-            key_lens=_upload(rows.key_lens, device),
-            block_table=_upload(rows.block_table, device),
+            query_starts=starts,
+            key_lens=key_lens,
+            block_table=table,
             block_size=rows.block_size,
             is_causal=rows.is_causal,
-            launches=launches,
+            launches=[_launch(islice(left, len(part)), block_q) for block_q, part in parts.items()],
         )
 
+    def _parts(self, rows: PagedRows) -> dict[int, list[Ints]]:
+        """What each launch reads, by the most queries of its items."""
+        lens, parts = rows.query_lens, {}
+        single, longer = np.flatnonzero(lens == 1), np.flatnonzero(lens > 1)
+        if len(single):
+            num_extra = num_extra_items(len(single), self._num_kv_heads)
+            pieces = self._cut(rows.key_lens[single], num_extra, MIN_PIECE)
+            parts[1] = _arrays(pieces, single, np.zeros_like(single), rows)
+        if len(longer):
+            tiles, offsets, num_seen = _query_tiles(rows, longer)
+            num_extra = max(0, NUM_PROGRAMS // self._num_kv_heads - len(tiles))
+            pieces = self._cut(num_seen, num_extra, MIN_TILE_PIECE)
+            parts[TILE_QUERIES] = _arrays(pieces, tiles, offsets, rows)
+        return parts
+
+    def _cut(self, num_keys: Ints, num_extra: int, least: int) -> Pieces:
+        return cut(num_keys, num_extra, self._piece, least)
+
+    def work_layout(self, num_rows: int, longest: int) -> WorkLayout:
+        """Room for the items of a recorded step. longest: keys that a row may have."""
+        most = num_rows * max(1, -(-longest // (self._piece or MIN_PIECE)))
+        if self._piece is None:
+            most = min(most, num_rows + num_extra_items(num_rows, self._num_kv_heads))
+        return WorkLayout(num_rows, most)
+
+    def write_work(
+        self,
+        work: WorkItems[NDArray[np.int32]],
+        key_lens: NDArray[np.int32],
+        table_stride: int,
+    ) -> None:
+        """Write the items of a recorded step's rows, on the host.
+
+        work: of a `work_layout` of len(key_lens) rows. table_stride: ids of a row of the table.
+        """
+        num_extra = len(work.rows) - len(key_lens)
+        pieces = self._cut(key_lens.astype(np.int64), num_extra, MIN_PIECE)
+        write(work, pieces, table_stride)
+
     def fixed_plan(
-        self, key_lens: Tensor, block_table: Tensor, block_size: int, longest: int
+        self, key_lens: Tensor, block_table: Tensor, block_size: int, work: WorkItems[Tensor]
     ) -> TritonPlan:
         """A plan for graphs: one query a row, over tensors whose values may change later.
 
-        key_lens: int32 [num_rows]; block_table: int32 [num_rows, width], both on the device.
-        longest: keys of the longest row, which decides the number of splits; longer rows are still
-        correct.
+        key_lens: int32 [num_rows]; block_table: int32, rows of ids, whose stride `work` has; work:
+        what `write_work` wrote. All on the device.
         """
-        num_rows, device = len(key_lens), key_lens.device
-        starts = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
-        num_splits = self._num_splits or choose_splits(num_rows, longest)
-        offsets = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        starts = torch.arange(len(key_lens) + 1, dtype=torch.int32, device=key_lens.device)
         return TritonPlan(
             query_starts=starts,
             key_lens=key_lens,
             block_table=block_table,
             block_size=block_size,
             is_causal=False,
-            launches=[Launch(starts[:-1], offsets, 1, num_splits)],
+            launches=[Launch(work, work.rows, 1)],
         )
 
     def attend(
@@ -162,57 +218,64 @@ class TritonBackend(AttentionBackend):
         scale: float,
     ) -> None:
         num_heads, head_dim = query.shape[1:]
-        num_kv_heads, num_splits = key_cache.shape[-2], launch.num_splits
-        group, num_tiles = num_heads // num_kv_heads, len(launch.tile_rows)
+        num_kv_heads, items, block_q = key_cache.shape[-2], launch.items, launch.block_q
+        group, num_items = num_heads // num_kv_heads, len(items.rows)
         padded_dim = max(MIN_DOT, power_of_2(head_dim))
-        num_query_rows = max(MIN_DOT, power_of_2(launch.block_q * group))
+        num_query_rows = max(MIN_DOT, power_of_2(block_q * group))
+        # a row's only query is its last token, so it sees every key
+        is_causal = plan.is_causal and block_q > 1
         partial, lse = output, output
-        if num_splits > 1:
-            rows = (num_splits, num_tiles, num_heads)
+        if launch.is_cut:
+            rows = (num_items, block_q, num_heads)
             partial = torch.empty((*rows, head_dim), dtype=torch.float32, device=query.device)
             lse = torch.empty(rows, dtype=torch.float32, device=query.device)
-        self._kernels.attend_kernel[num_tiles, num_kv_heads, num_splits](
+        self._kernels.attend_kernel[num_kv_heads, num_items](
             query,
             key_cache,
             value_cache,
             output,
             partial,
             lse,
-            launch.tile_rows,
-            launch.tile_offsets,
+            items.rows,
+            launch.offsets,
+            items.pieces,
+            items.sizes,
             plan.query_starts,
             plan.key_lens,
             plan.block_table,
             query.stride(0),
-            plan.block_table.stride(0),
             scale * LOG2_E,
             BLOCK_SIZE=plan.block_size,
             NUM_KV_HEADS=num_kv_heads,
             GROUP=group,
             HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim,
-            BLOCK_Q=launch.block_q,
+            BLOCK_Q=block_q,
             M=num_query_rows,
             BLOCK_N=keys_at_once(query.device, num_query_rows),
-            NUM_SPLITS=num_splits,
-            # a row's only query is its last token, so it sees every key
-            IS_CAUSAL=plan.is_causal and launch.block_q > 1,
+            IS_CUT=launch.is_cut,
+            IS_CAUSAL=is_causal,
             OPERAND=operand_of(query),
             num_warps=max(4, num_query_rows // 16),
             num_stages=3,
         )
-        if num_splits > 1:
-            self._kernels.merge_kernel[num_tiles, num_heads](
+        if launch.is_cut:
+            self._kernels.merge_kernel[len(items.split) * block_q, num_heads](
                 partial,
                 lse,
                 output,
-                launch.tile_rows,
+                items.split,
+                items.rows,
+                launch.offsets,
+                items.sizes,
                 plan.query_starts,
+                plan.key_lens,
                 num_heads,
                 HEAD_DIM=head_dim,
                 PADDED_DIM=padded_dim,
-                NUM_SPLITS=num_splits,
-                PADDED_SPLITS=power_of_2(num_splits),
+                BLOCK_Q=block_q,
+                IS_CAUSAL=is_causal,
+                AT_ONCE=MERGED_AT_ONCE,
             )
 
     def write(
@@ -241,24 +304,27 @@ def keys_at_once(device: torch.device, num_query_rows: int) -> int:
     return KEYS_AT_ONCE // 2 if is_small else KEYS_AT_ONCE
 
 
-def choose_splits(num_rows: int, longest: int) -> int:
-    """How many parts to cut the keys of one-query rows into, to fill a GPU with programs.
-
-    longest: keys of the longest row. The result is a power of two, so that few kernels are
-    compiled; a part has at least 2 * KEYS_AT_ONCE keys.
-    """
-    most = max(1, min(MAX_SPLITS // num_rows, longest // (2 * KEYS_AT_ONCE)))
-    return 1 << (most.bit_length() - 1)
-
-
-def _launch(
-    rows: Ints, offsets: Ints, block_q: int, num_splits: int, device: torch.device
-) -> Launch:
-    return Launch(_upload(rows, device), _upload(offsets, device), block_q, num_splits)
+def _query_tiles(rows: PagedRows, longer: Ints) -> tuple[Ints, Ints, Ints]:
+    """Tiles of rows with several queries: their rows, first queries, and keys that they see."""
+    lens = rows.query_lens[longer]
+    counts = -(-lens // TILE_QUERIES)
+    offsets = np.concatenate([np.arange(count) for count in counts]) * TILE_QUERIES
+    tiles, num_seen = np.repeat(longer, counts), np.repeat(rows.key_lens[longer], counts)
+    if rows.is_causal:
+        unseen = np.repeat(lens, counts) - offsets - TILE_QUERIES
+        num_seen = num_seen - np.maximum(0, unseen)
+    return tiles, offsets, num_seen
 
 
-def _upload(array: Ints, device: torch.device) -> Tensor:
-    return upload(array, device, np.int32)
+def _arrays(pieces: Pieces, rows: Ints, offsets: Ints, paged: PagedRows) -> list[Ints]:
+    """What a launch reads, in the order of `_launch`; rows, offsets: of the tiles."""
+    sizes = np.array([pieces.size, paged.block_table.shape[1]])
+    return [rows[pieces.tiles], offsets[pieces.tiles], pieces.pieces, pieces.split, sizes]
+
+
+def _launch(lists: Iterable[Tensor], block_q: int) -> Launch:
+    rows, offsets, numbers, split, sizes = lists
+    return Launch(WorkItems(rows, numbers, split, sizes), offsets, block_q)
 
 
 def _heads_together(states: Tensor) -> Tensor:

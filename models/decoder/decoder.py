@@ -25,7 +25,7 @@ from transformers.models.mllama.modeling_mllama import (
 )
 
 from ..kv_cache.paged_cache import KVPools, LayerCache, PagedStep
-from .linear_products import can_join, product_of
+from .linear_products import LinearProduct, can_join, product_of
 from .operations import (
     Heads,
     LayerOperations,
@@ -64,7 +64,11 @@ class Mlp(nn.Module):
 
     def forward(self, states: Tensor, operations: LayerOperations) -> Tensor:
         """[num_tokens, hidden] to [num_tokens, intermediate]."""
-        return operations.gated(self._gate_up(states), self._act)
+        return operations.gated(operations.product(self._gate_up, states), self._act)
+
+    def products(self) -> dict[tuple[str, ...], LinearProduct]:
+        """Each product by the names of its layers in the decoder layer."""
+        return {("mlp.gate_proj", "mlp.up_proj"): self._gate_up, ("mlp.down_proj",): self.down}
 
 
 class FusedSelfLayer(nn.Module):
@@ -90,7 +94,7 @@ class FusedSelfLayer(nn.Module):
         step: PagedStep,
     ) -> None:
         """Add the layer to the stream, and write the step's keys and values to their slots."""
-        joined = self._qkv(self._norm.of(stream, operations))
+        joined = operations.product(self._qkv, self._norm.of(stream, operations))
         query = operations.rotate_and_write(
             joined, self._heads, rotation, cache, step.text_slots, step.backend
         )
@@ -98,6 +102,11 @@ class FusedSelfLayer(nn.Module):
         operations.add(stream, self._out, mixed.reshape(len(joined), -1))
         inner = self._mlp(self._mlp_norm.of(stream, operations), operations)
         operations.add(stream, self._mlp.down, inner)
+
+    def products(self) -> dict[tuple[str, ...], LinearProduct]:
+        """Each product by the names of its layers in the decoder layer."""
+        joined = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        return {joined: self._qkv, ("self_attn.o_proj",): self._out, **self._mlp.products()}
 
 
 class FusedCrossLayer(nn.Module):
@@ -119,10 +128,13 @@ class FusedCrossLayer(nn.Module):
         self._mlp = Mlp(layer.mlp)
         self._mlp_gate = _opening(layer.cross_attn_mlp_gate)
 
-    def write(self, vision: Tensor, cache: LayerCache, step: PagedStep) -> None:
+    def write(
+        self, vision: Tensor, operations: LayerOperations, cache: LayerCache, step: PagedStep
+    ) -> None:
         """Write keys and values of new images, [num_vision_tokens, hidden], to their slots."""
         assert step.image_slots is not None, "vision states need slots"
-        projected = self._key_value(vision).view(len(vision), 2, self._num_kv_heads, -1)
+        joined = operations.product(self._key_value, vision)
+        projected = joined.view(len(vision), 2, self._num_kv_heads, -1)
         keys, values = self._key_norm(projected[:, 0]), projected[:, 1]
         step.backend.write(keys, values, cache.keys, cache.values, step.image_slots)
 
@@ -138,13 +150,22 @@ class FusedCrossLayer(nn.Module):
 
         row_mask: [num_tokens, 1], 0 for a token that sees no image, where attention is 0 already.
         """
-        states = self._query(self._norm.of(stream, operations))
+        states = operations.product(self._query, self._norm.of(stream, operations))
         query = self._query_norm(states.view(len(states), -1, self._head_dim))
         mixed = step.backend.attend(query, cache.keys, cache.values, step.cross_plan, self._scale)
         mixed = mixed.reshape(len(states), -1)
         operations.add_gated(stream, self._out, mixed, self._attention_gate)
         inner = self._mlp(self._mlp_norm.of(stream, operations), operations)
         operations.add_gated(stream, self._mlp.down, inner, self._mlp_gate, row_mask)
+
+    def products(self) -> dict[tuple[str, ...], LinearProduct]:
+        """Each product by the names of its layers in the decoder layer."""
+        return {
+            ("cross_attn.q_proj",): self._query,
+            ("cross_attn.k_proj", "cross_attn.v_proj"): self._key_value,
+            ("cross_attn.o_proj",): self._out,
+            **self._mlp.products(),
+        }
 
 
 def _opening(gate: Tensor) -> nn.Parameter:
@@ -167,7 +188,7 @@ class FusedDecoder:
         """operations: between the products; None uses the fastest of the device."""
         self._text_model = text_model
         weight = text_model.norm.weight
-        self._operations = operations or choose_operations(
+        self.operations = operations or choose_operations(
             weight.device, weight.dtype, _trial_sizes(text_model.config)
         )
         self._layers: list[Any] = list(text_model.layers)
@@ -181,25 +202,28 @@ class FusedDecoder:
         row_mask: Tensor | None,
         pools: KVPools,
         step: PagedStep,
+        operations: LayerOperations | None = None,
     ) -> Tensor:
         """The normalised hidden states of all tokens, [num_tokens, hidden].
 
         token_ids, positions: int64 [num_tokens]; vision: [num_vision_tokens, hidden] of new images;
-        row_mask: [num_tokens, 1], None if every token sees an image.
+        row_mask: [num_tokens, 1], None if every token sees an image. operations: of this step, such
+        as those that apply adapters.
         """
         model: Any = self._text_model
+        operations = operations or self.operations
         stream = Stream(model.embed_tokens(token_ids))
         cos, sin = model.rotary_emb(stream.hidden[None], position_ids=positions[None])
         rotation = Rotation(cos[0], sin[0])
         for layer, cache in zip(self._layers, pools.layers, strict=True):
             if isinstance(layer, FusedSelfLayer):
-                layer(stream, self._operations, rotation, cache, step)
+                layer(stream, operations, rotation, cache, step)
                 continue
             if vision is not None:
-                layer.write(vision, cache, step)
+                layer.write(vision, operations, cache, step)
             if step.cross_plan is not None:  # otherwise no token sees an image
-                layer(stream, self._operations, row_mask, cache, step)
-        return self._norm.of(stream, self._operations)
+                layer(stream, operations, row_mask, cache, step)
+        return self._norm.of(stream, operations)
 
 
 def fuse_layers(text_model: MllamaTextModel) -> bool:

@@ -9,7 +9,7 @@ SummedLinear    a rank's product, summed over the ranks; then the addend, once
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,9 @@ from .int8.linear import Int8Linear
 from .int8.quantizer import Int8Weight
 from .packed_linear import PackedWeight, can_pack
 
+# adds to a product of states in place: change(product, states)
+Change = Callable[[Tensor, Tensor], None]
+
 
 class LinearProduct(nn.Module):
     """The outputs of linear layers on the same states, side by side."""
@@ -35,6 +38,12 @@ class LinearProduct(nn.Module):
     def plus(self, states: Tensor, addend: Tensor) -> Tensor:
         """The product plus `addend`, of its shape, in one operation if possible."""
         return self(states) + addend
+
+    def changed(self, states: Tensor, change: Change) -> Tensor:
+        """The product after `change` has added to it, on each rank before ranks are summed."""
+        result: Tensor = self(states)
+        change(result, states)
+        return result
 
 
 class PlainProduct(LinearProduct):
@@ -116,6 +125,10 @@ class SummedProduct(LinearProduct):
 
     def forward(self, states: Tensor) -> Tensor:
         return self._group.add_up(self._inner(states))
+
+    def changed(self, states: Tensor, change: Change) -> Tensor:
+        """See `LinearProduct.changed`; the change is of this rank's inputs."""
+        return self._group.add_up(self._inner.changed(states, change))
 
 
 def product_of(linears: Sequence[nn.Module]) -> LinearProduct:

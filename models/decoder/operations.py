@@ -81,6 +81,11 @@ class LayerOperations:
     Keeps no state between calls. Subclasses replace the operations that they do faster.
     """
 
+    def product(self, product: LinearProduct, states: Tensor) -> Tensor:
+        """A product of `states`, [num_tokens, out_features]."""
+        result: Tensor = product(states)
+        return result
+
     def add(self, stream: Stream, product: LinearProduct, states: Tensor) -> None:
         """Add a product of `states` to the stream."""
         stream.hidden = product.plus(states, stream.hidden)
@@ -94,8 +99,21 @@ class LayerOperations:
         row_mask: Tensor | None = None,
     ) -> None:
         """Add a product times a gate, and times a row's mask if there is one."""
+        self.add_update(stream, product(states), gate, row_mask)
+
+    def add_update(
+        self,
+        stream: Stream,
+        update: Tensor,
+        gate: Tensor | None = None,
+        row_mask: Tensor | None = None,
+    ) -> None:
+        """Add a computed product, times a gate and a row's mask if there are any."""
+        if gate is None:
+            stream.hidden = stream.hidden + update
+            return
         factor = gate if row_mask is None else gate * row_mask
-        stream.hidden = torch.addcmul(stream.hidden, product(states), factor)
+        stream.hidden = torch.addcmul(stream.hidden, update, factor)
 
     def norm(self, stream: Stream, weight: Tensor, eps: float) -> Tensor:
         """The stream's RMS norm, [num_tokens, hidden], after adding the pending update."""
@@ -137,19 +155,9 @@ class TritonOperations(LayerOperations):
         self._launch = kernel_launch
 
     def add(self, stream: Stream, product: LinearProduct, states: Tensor) -> None:
-        self._set_pending(stream, product(states))
+        self.add_update(stream, product(states))
 
-    def add_gated(
-        self,
-        stream: Stream,
-        product: LinearProduct,
-        states: Tensor,
-        gate: Tensor,
-        row_mask: Tensor | None = None,
-    ) -> None:
-        self._set_pending(stream, product(states), gate, row_mask)
-
-    def _set_pending(
+    def add_update(
         self,
         stream: Stream,
         update: Tensor,

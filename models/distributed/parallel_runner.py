@@ -7,6 +7,7 @@ the first rank's tokens are used.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import msgspec
 import torch
 
 from ..batch import (
+    AdapterInfo,
+    AdapterRef,
     ModelInfo,
     OnLaunch,
     ScheduledSequence,
@@ -25,14 +28,49 @@ from ..batch import (
 from ..create_runner import create_runner
 from ..errors import ModelError, StepError
 from ..execution.runner import ModelRunner
+from ..lora.store import AdapterStore
 from ..settings.runner_config import RunnerConfig
 from ..tensor_parallel.group import DistributedGroup, MeetingPlace
 from ..threads import threads_of_one
 from ..weights.device_choice import check_gpus, choose_device
 from .ranks import Ranks, end_process
-from .wire import RankSettings
+from .wire import RankSettings, RankStep
 
 logger = logging.getLogger(__name__)
+
+
+class ParallelAdapters:
+    """The first rank's adapters; the other ranks read and forget the same before the next step.
+
+    May be called from any thread.
+    """
+
+    def __init__(self, local: AdapterStore) -> None:
+        self._local = local
+        self._lock = threading.Lock()
+        self._read: dict[str, AdapterRef] = {}
+        self._forgotten: dict[str, None] = {}
+
+    def read(self, ref: AdapterRef) -> AdapterInfo:
+        """See `AdapterStore.read`. A rank that cannot read what the first one could, exits."""
+        info = self._local.read(ref)
+        with self._lock:
+            self._read[ref.digest] = ref
+        return info
+
+    def forget(self, digest: str) -> None:
+        """See `AdapterStore.forget`."""
+        self._local.forget(digest)
+        with self._lock:
+            self._read.pop(digest, None)
+            self._forgotten[digest] = None
+
+    def step_of(self, batch: StepBatch) -> RankStep:
+        """The step for the other ranks, with what was read and forgotten since the last."""
+        with self._lock:
+            step = RankStep(batch, list(self._read.values()), list(self._forgotten))
+            self._read, self._forgotten = {}, {}
+        return step
 
 
 class ParallelRunner:
@@ -52,6 +90,7 @@ class ParallelRunner:
         self._on_death = on_death
         self._group = group
         self._meeting_place = meeting_place
+        self.adapters = None if local.adapters is None else ParallelAdapters(local.adapters)
 
     @property
     def info(self) -> ModelInfo:
@@ -84,7 +123,8 @@ class ParallelRunner:
         If a step fails on this rank only, the ranks are out of step: the process ends, and its
         supervisor restarts it.
         """
-        self._ranks.compute(batch)
+        step = RankStep(batch) if self.adapters is None else self.adapters.step_of(batch)
+        self._ranks.compute(step)
         try:
             return self._local.execute(batch, on_launch)
         except StepError:
@@ -98,6 +138,7 @@ class ParallelRunner:
         """Stop the other ranks."""
         self._ranks.close()
         if self._group is not None:
+            self._local.forget_graphs()  # NCCL waits for graphs that have its sums
             self._group.close()
         if self._meeting_place is not None:
             self._meeting_place.close()
@@ -146,9 +187,7 @@ def create_rank(settings: RankSettings, group: DistributedGroup | None = None) -
     """The runner of one rank, with its share of the weights. Waits for all ranks."""
     group = group or join_group(settings)
     config = msgspec.structs.replace(settings.config, device=str(group.device))
-    runner = create_runner(settings.model, config, group=group)
-    group.has_loaded()
-    return runner
+    return create_runner(settings.model, config, group=group)
 
 
 def join_group(settings: RankSettings) -> DistributedGroup:

@@ -17,9 +17,10 @@ import threading
 from typing import NoReturn
 
 from ..errors import StepError
+from ..execution.runner import ModelRunner
 from . import wire
 from .parallel_runner import create_rank
-from .wire import RankReady
+from .wire import RankReady, RankStep
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,10 @@ def main() -> NoReturn:
         _exit(3)
     connection.sendall(wire.frame_of(RankReady()))
     while True:
-        batch = wire.batch_decoder.decode(frames.get())
+        step = wire.step_decoder.decode(frames.get())
         try:
-            runner.execute(batch)
+            _take_adapters(runner, step)
+            runner.execute(step.batch)
         except StepError:
             pass  # raised before anything is computed, on all ranks
         except Exception:
@@ -57,6 +59,15 @@ def main() -> NoReturn:
                 "a step failed on this rank only: the ranks are out of step, so it exits"
             )
             _exit(1)
+
+
+def _take_adapters(runner: ModelRunner, step: RankStep) -> None:
+    """Read and forget the adapters that the first rank did. Raises AdapterError."""
+    if runner.adapters is not None:
+        for digest in step.forgotten:
+            runner.adapters.forget(digest)
+        for ref in step.read:
+            runner.adapters.read(ref)
 
 
 def _frames_of(connection: socket.socket) -> queue.SimpleQueue[bytes]:

@@ -19,10 +19,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from ..batch import StepBatch
 from ..errors import ModelError
 from . import wire
-from .wire import RankSettings
+from .wire import RankSettings, RankStep
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +100,9 @@ class Ranks:
         if (error := wire.ready_decoder.decode(body).error) is not None:
             raise ModelError(f"rank {rank}: {error}")
 
-    def compute(self, batch: StepBatch) -> None:
+    def compute(self, step: RankStep) -> None:
         """Send a step to every rank; they compute it at the same time as the caller."""
-        frame = wire.frame_of(batch)
+        frame = wire.frame_of(step)
         for connection in self._connections:
             connection.sendall(frame)
 

@@ -2,17 +2,18 @@
 
 msgpack of plain types over a socket pair of a process and its child, so all input is trusted.
 
-    4 bytes  length, big endian      then msgpack: RankSettings, a StepBatch, or RankReady
+    4 bytes  length, big endian      then msgpack: RankSettings, a RankStep, or RankReady
 """
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from dataclasses import replace
 
 import msgspec
 
-from ..batch import StepBatch
+from ..batch import AdapterRef, StepBatch
 from ..settings.runner_config import RunnerConfig
 
 _LENGTH_BYTES = 4
@@ -34,20 +35,30 @@ class RankReady(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
+class RankStep(msgspec.Struct, frozen=True):
+    """A step, and the adapters that a rank reads and forgets before it."""
+
+    batch: StepBatch
+    read: Sequence[AdapterRef] = ()
+    forgotten: Sequence[str] = ()
+
+
 settings_decoder = msgspec.msgpack.Decoder(RankSettings)
-batch_decoder = msgspec.msgpack.Decoder(StepBatch)
+step_decoder = msgspec.msgpack.Decoder(RankStep)
 ready_decoder = msgspec.msgpack.Decoder(RankReady)
-_encoder = msgspec.msgpack.Encoder()
+# A view of a sequence's blocks is sent as a list.
+_encoder = msgspec.msgpack.Encoder(enc_hook=list)
 
 
-def frame_of(message: RankSettings | StepBatch | RankReady) -> bytes:
+def frame_of(message: RankSettings | RankStep | RankReady) -> bytes:
     """The message after its length; a step is sent without its grammars.
 
     Only the first rank needs the grammars, since the scheduler uses only its tokens.
     """
-    if isinstance(message, StepBatch) and any(s.matcher for s in message.sequences):
-        sequences = [replace(s, matcher=None) for s in message.sequences]
-        message = replace(message, sequences=sequences)
+    if isinstance(message, RankStep) and any(s.matcher for s in message.batch.sequences):
+        sequences = [replace(s, matcher=None) for s in message.batch.sequences]
+        batch = replace(message.batch, sequences=sequences)
+        message = msgspec.structs.replace(message, batch=batch)
     body = _encoder.encode(message)
     return len(body).to_bytes(_LENGTH_BYTES, "big") + body
 

@@ -1,5 +1,6 @@
 """Runs one step of the model.
 
-Read runner.py first. device_health.py checks after a failed step whether the device still works;
-graphs/ replays decode steps as recorded CUDA graphs.
+Read runner.py first. step_checks.py checks a step's ids. warm_up.py launches every kernel once at
+start. device_health.py checks after a failed step whether the device still works; graphs/ replays
+decode steps as recorded CUDA graphs. shared_cores.py chooses a CPU's threads for each step.
 """

@@ -5,10 +5,9 @@ Owns the order of a step and the pools' memory. The router decides what a step r
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import cast
 
@@ -34,7 +33,7 @@ from ..batch import (
 )
 from ..decoder.decoder import FusedDecoder, is_fused
 from ..decoder.multi_device import SplitCache, SplitStep
-from ..device_copies import fetch, upload
+from ..device_copies import WorkTimes, fetch, upload, upload_together
 from ..errors import StepError
 from ..grammar import Grammars, Matcher
 from ..kv_cache.paged_cache import (
@@ -47,38 +46,36 @@ from ..kv_cache.paged_cache import (
 )
 from ..kv_cache.pool_sizes import PoolPlan
 from ..kv_cache.step_inputs import PreparedRows, StepInputs, image_slots, pack
+from ..lora.limits import AdapterLimits
+from ..lora.store import AdapterStore, StepAdapters
 from ..malloc import KeptMemory
 from ..sampling.logprobs import RawLogprobs, prompt_logprobs
 from ..sampling.sampler import Masks, Sampled, sample
-from ..vision.encoder import VisionEncoder
+from ..vision.encoder import VisionEncoder, as_it_is
 from ..vision.image_cost import image_cost_tokens
 from ..weights.device_map import VISION
 from ..weights.loader import LoadedModel
 from .device_health import raise_if_lost
 from .graphs.decode import DecodeGraphs, GraphLimits
 from .graphs.recorder import Recorder
-
-
-def set_threads(num_threads: int | None) -> None:
-    """Set torch's number of threads; None leaves one core to HTTP and image decoding.
-
-    With two cores torch takes both: HTTP needs the second for only a few milliseconds a step, and
-    the model computes a third faster with it (docs/benchmarks.md). If the user sets
-    OMP_NUM_THREADS, None changes nothing.
-    """
-    if num_threads is None and "OMP_NUM_THREADS" in os.environ:
-        return
-    num_cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(num_threads or (num_cores if num_cores <= 2 else num_cores - 1))
+from .shared_cores import SharedCores
+from .step_checks import check_ids
 
 
 class ModelRunner:
     """Runs step after step of one model; not safe for two threads at once."""
 
     def __init__(
-        self, loaded: LoadedModel, plan: PoolPlan, backend: AttentionBackend | None = None
+        self,
+        loaded: LoadedModel,
+        plan: PoolPlan,
+        backend: AttentionBackend | None = None,
+        adapters: AdapterLimits | None = None,
     ) -> None:
-        """Allocate the pools of `plan`. backend: of attention; None uses the reference backend."""
+        """Allocate the pools of `plan`, and the slots of adapters if there are any.
+
+        backend: of attention; None uses the reference backend.
+        """
         self._loaded = loaded
         self._model = loaded.model
         self._text_model = loaded.model.model.language_model
@@ -95,6 +92,8 @@ class ModelRunner:
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._prepared: PreparedRows | None = None
         self._kept_memory: KeptMemory | None = None
+        self._vision_times = WorkTimes()
+        self.cores: SharedCores | None = None
         self._num_embeddings = self._text_model.embed_tokens.num_embeddings
         self.pools: KVPools = allocate_pools(
             config,
@@ -104,6 +103,7 @@ class ModelRunner:
             loaded.placement.layer_devices(),
             loaded.num_ranks,
         )
+        self.adapters = None if adapters is None else AdapterStore(loaded, adapters)
         self.info = ModelInfo(
             vocab_size=config.vocab_size,
             max_model_len=plan.max_model_len,
@@ -160,7 +160,13 @@ class ModelRunner:
             max_num_tiles=self.info.max_num_tiles,
         )
         self._graphs = DecodeGraphs(
-            self._fused, self.pools, self._backend, limits, recorder, self._loaded.layers
+            self._fused,
+            self.pools,
+            self._backend,
+            limits,
+            recorder,
+            self._loaded.layers,
+            self.adapters,
         )
         return self._graphs
 
@@ -172,7 +178,8 @@ class ModelRunner:
         its blocks are then undefined. Raises DeviceLostError if no later step can be computed.
         """
         try:
-            result = self._execute(batch, on_launch)
+            with nullcontext() if self.cores is None else self.cores.step(batch):
+                result = self._execute(batch, on_launch)
         except Exception as error:
             raise_if_lost(self._loaded.placement.devices(), error)
             raise
@@ -184,18 +191,15 @@ class ModelRunner:
         prepared, self._prepared = self._prepared, None
         if self._loaded.device.type != "cuda":
             on_launch()
-        vision_states, vision_seconds = self._encode(batch)
-        if not batch.sequences:
-            raise StepError(
-                "a step has no sequences: images are encoded together with tokens that see them"
-            )
+        adapters = self._place(batch)
+        vision_states = self._encode(batch, adapters)
         inputs = self._pack(batch, prepared)
         # Another thread fills the masks while the model computes; both release Python's lock.
         masks = self._start_masks(inputs)
-        hidden = self._forward(batch, inputs, vision_states)
+        hidden = self._forward(batch, inputs, vision_states, adapters)
         result = self._sample(hidden, inputs, masks, on_launch)
         result.prompt_logprobs = self._prompt_logprobs(hidden, batch)
-        result.vision_seconds = vision_seconds
+        result.vision_seconds = self._vision_times.take()
         return result
 
     def prepare(self, rows: Sequence[ScheduledSequence]) -> None:
@@ -214,53 +218,71 @@ class ModelRunner:
         Runs the step like `execute`, with its cache writes but without sampling. For tests and
         measurements that need every position.
         """
-        vision_states, _ = self._encode(batch)
+        adapters = self._place(batch)
+        around = as_it_is if adapters is None else adapters.encoding
+        vision_states = self._vision.encode(batch.images, around)
         inputs = self._pack(batch)
-        return self._logits(self._forward(batch, inputs, vision_states))
+        return self._logits(self._forward(batch, inputs, vision_states, adapters))
 
-    def _encode(self, batch: StepBatch) -> tuple[Tensor | None, float]:
-        """The projected states of the finished images, and the seconds that it took."""
+    def _place(self, batch: StepBatch) -> StepAdapters | None:
+        """The step's adapters, in slots; None if it uses none."""
+        if self.adapters is not None:
+            return self.adapters.place(batch)
+        if batch.adapters:
+            raise StepError("a step has an adapter, but max_loras is 0")
+        return None
+
+    def _encode(self, batch: StepBatch, adapters: StepAdapters | None) -> Tensor | None:
+        """The projected states of the finished images."""
         if not batch.images:
-            return None, 0.0
-        start = time.perf_counter()
-        states = self._vision.encode(batch.images)
-        self._vision.synchronize()
-        return states, time.perf_counter() - start
+            return None
+        watch = self._vision.start_watch()
+        around = as_it_is if adapters is None else adapters.encoding
+        states = self._vision.encode(batch.images, around)
+        watch.stop()
+        self._vision_times.add(watch)
+        return states
 
     def _pack(self, batch: StepBatch, prepared: PreparedRows | None = None) -> StepInputs:
-        """The packed inputs. Checks all ids and blocks: a CUDA gather out of range would kill the
-        process."""
-        for sequence in batch.sequences:
-            _check_ids(sequence.token_ids, self._num_embeddings, "token id", sequence)
-            _check_ids(sequence.block_ids, self._sizes.num_text_blocks, "text block", sequence)
-            for segment in sequence.segments:
-                count = self._sizes.num_image_blocks
-                _check_ids(segment.block_ids, count, "image block", sequence)
+        """The packed inputs, with all ids and blocks checked."""
+        check_ids(batch, self._num_embeddings, self._sizes)
         if prepared is not None and prepared.are_all_of(batch):
             return prepared.with_tokens()
         return pack(batch, self._sizes.block_size, self._loaded.num_patches)
 
-    def _forward(self, batch: StepBatch, inputs: StepInputs, vision: Tensor | None) -> Tensor:
+    def _forward(
+        self,
+        batch: StepBatch,
+        inputs: StepInputs,
+        vision: Tensor | None,
+        adapters: StepAdapters | None = None,
+    ) -> Tensor:
         """The normalised hidden states of all tokens, [num_tokens, hidden]."""
         copy_blocks(self.pools, batch.copies)
         poison_blocks(self.pools, batch.freed_text_blocks, batch.freed_image_blocks)
-        if self._graphs is not None and vision is None and self._graphs.takes(inputs):
-            return self._graphs.replay(inputs)
-        token_ids, positions = self._upload(inputs.token_ids), self._upload(inputs.positions)
+        row_slots = None if adapters is None else adapters.row_slots
+        graphs = self._graphs if vision is None else None
+        if graphs is not None and graphs.takes(inputs, row_slots is not None):
+            return graphs.replay(inputs, row_slots)
+        token_ids, positions, slots = upload_together(
+            [inputs.token_ids, inputs.positions, inputs.text_slots], self._loaded.device, np.int64
+        )
         row_mask = self._row_mask(inputs)
         if self._fused is not None:
-            step = self._step(batch, inputs, self._loaded.device)
-            return self._fused(token_ids, positions, vision, row_mask, self.pools, step)
+            step = self._step(batch, inputs, self._loaded.device, slots)
+            operations = None if adapters is None else adapters.operations(self._fused.operations)
+            return self._fused(token_ids, positions, vision, row_mask, self.pools, step, operations)
         paged_step, cache = self._paged(batch, inputs)
-        output = self._text_model(
-            input_ids=token_ids[None],
-            position_ids=positions[None],
-            cross_attention_states=None if vision is None else vision[None],
-            full_text_row_masked_out_mask=None if row_mask is None else row_mask[None, None],
-            past_key_values=cache,
-            use_cache=True,
-            paged_step=paged_step,
-        )
+        with nullcontext() if adapters is None else adapters.decoding():
+            output = self._text_model(
+                input_ids=token_ids[None],
+                position_ids=positions[None],
+                cross_attention_states=None if vision is None else vision[None],
+                full_text_row_masked_out_mask=None if row_mask is None else row_mask[None, None],
+                past_key_values=cache,
+                use_cache=True,
+                paged_step=paged_step,
+            )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
@@ -274,15 +296,23 @@ class ModelRunner:
         split = SplitStep({d: self._step(batch, inputs, d) for d in self._layer_devices})
         return split, SplitCache(self.pools, split)
 
-    def _step(self, batch: StepBatch, inputs: StepInputs, device: torch.device) -> PagedStep:
-        """The step that all layers of a device share."""
+    def _step(
+        self,
+        batch: StepBatch,
+        inputs: StepInputs,
+        device: torch.device,
+        text_slots: Tensor | None = None,
+    ) -> PagedStep:
+        """The step that all layers of a device share. text_slots: if they are there already."""
         prepare, dtype = self._backend.prepare, self._loaded.dtype
         cross, slots = inputs.cross_rows, None
+        if text_slots is None:
+            text_slots = self._upload(inputs.text_slots, device)
         if finished := batch.finished_images:
             slots = self._upload(image_slots(finished, self._loaded.num_patches), device)
         return PagedStep(
             backend=self._backend,
-            text_slots=self._upload(inputs.text_slots, device),
+            text_slots=text_slots,
             image_slots=slots,
             text_plan=prepare(inputs.text_rows, device, dtype),
             cross_plan=None if cross is None else prepare(cross, device, dtype),
@@ -365,10 +395,3 @@ def _collect(sampled: Sampled, raw: RawLogprobs) -> tuple[list[int], dict[int, T
         token_ids, *arrays = fetch([sampled.token_ids, *raw.tensors(sampled.token_ids)])
         if sampled.is_decided(token_ids):
             return token_ids.tolist(), raw.of(arrays)
-
-
-def _check_ids(ids: list[int], limit: int, what: str, sequence: ScheduledSequence) -> None:
-    """Raise StepError unless all ids are in [0, limit)."""
-    if ids and (min(ids) < 0 or max(ids) >= limit):
-        wrong = next(i for i in ids if not 0 <= i < limit)
-        raise StepError(f"request {sequence.request_id}: {what} {wrong} is not in 0 to {limit - 1}")

@@ -4,5 +4,6 @@ In the order in which to read them:
 
     pool_sizes      how many blocks each pool gets
     paged_cache     the pools, and the cache and attention function for transformers
+    block_table     a sequence's block ids as an array that grows with it
     step_inputs     a step's sequences as packed arrays: tokens, positions, slots, rows
 """

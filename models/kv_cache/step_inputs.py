@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import is_
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..attention.base import PagedRows
 from ..batch import CrossSegment, ImageToEncode, ScheduledSequence, StepBatch
+from .block_table import BlockView
 
 Ints = NDArray[np.int64]
 
@@ -108,10 +110,18 @@ def _positions(sequence: ScheduledSequence) -> Ints:
 
 
 def _text_slots(sequence: ScheduledSequence, block_size: int) -> Ints:
-    """The slot of each new token; the sequence's blocks must cover them."""
+    """The slot of each new token, from the blocks of these alone, which must be there."""
     positions = _positions(sequence)
-    blocks = np.array(sequence.block_ids, dtype=np.int64)
-    return blocks[positions // block_size] * block_size + positions % block_size
+    first = sequence.start // block_size
+    blocks = as_array(sequence.block_ids, first).astype(np.int64)
+    return blocks[positions // block_size - first] * block_size + positions % block_size
+
+
+def as_array(block_ids: Sequence[int], start: int = 0) -> NDArray[np.integer[Any]]:
+    """The ids from `start` on; those of a view without a copy."""
+    if isinstance(block_ids, BlockView):
+        return np.frombuffer(block_ids.ids, np.intc, count=len(block_ids))[start:]
+    return np.array(block_ids[start:], dtype=np.int64)
 
 
 def _text_rows(sequences: list[ScheduledSequence], lens: list[int], block_size: int) -> PagedRows:
@@ -138,9 +148,9 @@ def _starts(lens: list[int]) -> Ints:
     return np.concatenate([[0], np.cumsum(lens, dtype=np.int64)]).astype(np.int64)
 
 
-def _table(rows: list[list[int]]) -> Ints:
+def _table(rows: Sequence[Sequence[int]]) -> Ints:
     """Rows of block ids, padded with 0 to the longest."""
     table = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
     for row, block_ids in zip(table, rows, strict=True):
-        row[: len(block_ids)] = block_ids
+        row[: len(block_ids)] = as_array(block_ids)
     return table

@@ -5,11 +5,10 @@ GPU `peak_step.py` measures it instead.
 
 A step's peak is that of its largest phase, plus what stays from earlier phases:
 
-    vision    the pixels, the encoder's state after every block (transformers keeps all), the mask
-              of all tiles by all tiles, one block's work
+    vision    the pixels, the encoder's taps, one block's work
     text      the images' projected states, the plans' slots and masks, one layer's work, the keys
               gathered for one bucket of attention
-    sampling  the hidden states, logits in float32, weights in float64 and their sorted copies
+    sampling  the hidden states, logits in float32, weights in float64
     prompt    log-probabilities of PROMPT_ROWS rows at a time
 """
 
@@ -24,7 +23,7 @@ from transformers import MllamaConfig
 
 from ..attention.sdpa import MAX_BUCKET_KEYS, MAX_MASKED_QUERIES
 from ..sampling.logprobs import PROMPT_ROWS
-from ..vision.encoder import MAX_IMAGES_PER_PASS
+from ..vision.encoder import images_per_pass
 from ..vision.image_cost import kv_width
 from ..vision.layered_encoder import padded_patches
 from ..weights.device_map import EMBEDDING, HEAD, PROJECTOR, TEXT, VISION
@@ -143,22 +142,17 @@ class _Shape:
 
 def _vision_bytes(s: _Shape) -> int:
     vision = s.vision
-    padded = vision.max_num_tiles * padded_patches(s.num_patches)
-    num_images = min(s.limits.max_num_batched_images, MAX_IMAGES_PER_PASS)
-    tokens = num_images * padded
+    num_images = min(s.limits.max_num_batched_images, images_per_pass(vision))
+    tokens = num_images * vision.max_num_tiles * padded_patches(s.num_patches)
     state = tokens * vision.hidden_size * s.size
-    values = num_images * vision.max_num_tiles * 3 * vision.image_size**2
-    pixels = values * (_FLOAT32 + s.size)
-    mask = num_images * padded**2 * s.size
-    # on a CPU, SDPA in half precision takes its mask in float32
-    mask_copy = num_images * padded**2 * _FLOAT32 if s.size < _FLOAT32 else 0
-    num_blocks = vision.num_hidden_layers + vision.num_global_layers
-    kept = (num_blocks + 2) * state + mask + pixels
-    attention = 6 * state + mask_copy
+    pixels = num_images * vision.max_num_tiles * 3 * vision.image_size**2 * (_FLOAT32 + s.size)
+    num_taps = len(vision.intermediate_layers_indices)
+    attention = 6 * state
     mlp = 2 * state + 2 * tokens * vision.intermediate_size * s.size
-    # the taps stacked and cut, then joined to the last state and selected by tile
-    joined = (3 * len(vision.intermediate_layers_indices) + 2) * state + s.vision_states
-    return int(max(kept + max(attention, mlp, joined), pixels + 2 * mask) + s.vision_states)
+    # the taps stacked, then joined to the last state
+    joined = (2 * num_taps + 2) * state + s.vision_states
+    kept = (num_taps + 2) * state
+    return int(max(kept + max(attention, mlp, joined), pixels + 3 * state) + s.vision_states)
 
 
 def _text_bytes(s: _Shape) -> int:
@@ -198,8 +192,8 @@ def _plan_bytes(s: _Shape) -> int:
 def _sampling_bytes(s: _Shape) -> int:
     num_tokens, vocab_size = s.limits.max_num_batched_tokens, s.text.vocab_size
     hidden = num_tokens * s.text.hidden_size * s.size
-    # logits, their copies and log-probabilities; then weights, sorted, with ids, cut twice
-    sampled = s.num_rows * vocab_size * (s.size + 4 * _FLOAT32 + 10 * _FLOAT64)
+    # logits, their copies and log-probabilities; then weights, and what min-p drops
+    sampled = s.num_rows * vocab_size * (s.size + 5 * _FLOAT32 + 2 * _FLOAT64)
     prompt_rows = min(PROMPT_ROWS, num_tokens)
     prompt = prompt_rows * vocab_size * (s.size + 3 * _FLOAT32)
     return int(hidden + s.vision_states + max(sampled, prompt))

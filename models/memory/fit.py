@@ -6,7 +6,7 @@ Owns the comparison and the advice in the error; `sizing.py` divides what is lef
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from ..errors import ModelError
 from ..kv_cache.paged_cache import tile_bytes, token_bytes
 from ..kv_cache.pool_sizes import PoolRequest, wanted_len
+from ..lora.limits import AdapterLimits, limits_of, slot_bytes
 from ..settings.byte_text import shown_bytes
 from ..settings.runner_config import RunnerConfig
 from ..weights.device_map import HEAD, TEXT, VISION, Placement, parts_of
@@ -32,7 +33,8 @@ LEAST_TEXT_TOKENS = 2048
 class Plan:
     """The model and the options that decide its memory.
 
-    share: this rank's share of the cut layers; pools are in a rank's bytes already.
+    share: this rank's share of the cut layers; pools are in a rank's bytes already. adapters: None
+    without any.
     """
 
     checkpoint: Checkpoint
@@ -41,6 +43,7 @@ class Plan:
     quantize: str | None = None
     kv_cache_bytes: int | None = None
     share: RankShare = WHOLE
+    adapters: AdapterLimits | None = None
 
 
 def plan_of(checkpoint: Checkpoint, config: RunnerConfig, share: RankShare) -> Plan:
@@ -65,7 +68,8 @@ def plan_of(checkpoint: Checkpoint, config: RunnerConfig, share: RankShare) -> P
         config.max_num_batched_images,
         wanted_len(pools),
     )
-    return Plan(checkpoint, limits, pools, config.quantize, config.kv_cache_bytes, share)
+    adapters = limits_of(config, checkpoint.dtype)
+    return Plan(checkpoint, limits, pools, config.quantize, config.kv_cache_bytes, share, adapters)
 
 
 @dataclass(slots=True, frozen=True)
@@ -73,7 +77,8 @@ class Needs:
     """The least memory that a plan needs, by the model's parts.
 
     weights: bytes of each part. caches: bytes of keys and values of each decoder layer, for
-    `text_tokens` tokens and `tiles` tiles, or from --kv-cache-memory.
+    `text_tokens` tokens and `tiles` tiles, or from --kv-cache-memory. adapters: bytes of the slots
+    of each part.
     """
 
     weights: Mapping[str, int]
@@ -81,11 +86,19 @@ class Needs:
     peak: PeakBytes
     text_tokens: int
     tiles: int
+    adapters: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         """The sum, on one device."""
-        return sum(self.weights.values()) + sum(self.caches.values()) + self.peak.most
+        kept = (self.weights, self.caches, self.adapters)
+        return sum(sum(one.values()) for one in kept) + self.peak.most
+
+    @property
+    def beside_weights(self) -> dict[str, int]:
+        """Bytes that stay beside the weights of each part: its caches and its adapters."""
+        parts = dict.fromkeys((*self.caches, *self.adapters))
+        return {one: self.caches.get(one, 0) + self.adapters.get(one, 0) for one in parts}
 
 
 def needs_of(plan: Plan) -> Needs:
@@ -103,6 +116,7 @@ def needs_of(plan: Plan) -> Needs:
         peak=peak_bytes(checkpoint.meta_model.config, limits, checkpoint.dtype),
         text_tokens=tokens,
         tiles=tiles,
+        adapters=slot_bytes(checkpoint.meta_model, plan.share, plan.adapters),
     )
 
 
@@ -147,6 +161,7 @@ class DeviceNeeds:
     largest_offloaded: int
     cache: int
     peak: int
+    adapters: int = 0
 
     @property
     def resident_bytes(self) -> int:
@@ -155,7 +170,9 @@ class DeviceNeeds:
 
     @property
     def total(self) -> int:
-        return self.resident_bytes + self.largest_offloaded + self.cache + self.peak
+        return sum(
+            (self.resident_bytes, self.largest_offloaded, self.cache, self.peak, self.adapters)
+        )
 
 
 def needs_on(placement: Placement, needs: Needs, device: torch.device) -> DeviceNeeds:
@@ -168,6 +185,7 @@ def needs_on(placement: Placement, needs: Needs, device: torch.device) -> Device
         largest_offloaded=max(offloaded, default=0),
         cache=sum(size for part, size in needs.caches.items() if part in computing),
         peak=peak_on(placement, needs.peak, device),
+        adapters=sum(size for part, size in needs.adapters.items() if part in computing),
     )
 
 
@@ -186,9 +204,10 @@ def _arithmetic(device: DeviceNeeds, needs: Needs) -> str:
     kinds = by_kind(device.weights).items()
     sizes = ", ".join(f"{kind} {shown_bytes(size)}" for kind, size in kinds if size)
     offloaded = f" + offloaded weights {shown_bytes(device.largest_offloaded)}"
+    adapters = f" + slots of adapters {shown_bytes(device.adapters)}"
     return (
         f"weights {shown_bytes(device.resident_bytes)} ({sizes})"
-        f"{offloaded if device.largest_offloaded else ''}"
+        f"{offloaded if device.largest_offloaded else ''}{adapters if device.adapters else ''}"
         f" + KV cache of at least {shown_bytes(device.cache)} ({needs.text_tokens:,} text tokens, "
         f"{needs.tiles:,} image tiles) + activations of a step {shown_bytes(device.peak)}"
     )
@@ -226,6 +245,14 @@ def _advice(plan: Plan, placement: Placement, device: torch.device, num_bytes: i
 
 def _smaller_steps(plan: Plan) -> Iterator[tuple[str, Plan]]:
     """Plans with smaller limits, each with the option that sets it."""
+    if (adapters := plan.adapters) is not None:
+        for rank in (one for one in (32, 16, 8) if one < adapters.max_rank):
+            yield (
+                f"--max-lora-rank {rank}",
+                replace(plan, adapters=replace(adapters, max_rank=rank)),
+            )
+        if adapters.max_loras > 1:
+            yield "--max-loras 1", replace(plan, adapters=replace(adapters, max_loras=1))
     tokens = plan.pools.max_model_len or 0
     while (tokens := tokens // 2) >= LEAST_TEXT_TOKENS // 2:
         smaller = replace(plan, pools=replace(plan.pools, max_model_len=tokens))

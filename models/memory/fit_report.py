@@ -22,7 +22,7 @@ from ..settings.runner_config import RunnerConfig
 from ..weights.formats.coded_tensor import CodedTensor
 from ..weights.formats.recognition import method_of, quantization_of
 from ..weights.loader import Checkpoint, open_checkpoint
-from ..weights.quantization import FP8, INT4, WEIGHT_ONLY
+from ..weights.quantization import INT4, METHODS
 from ..weights.tensor_loader import WHOLE
 from .estimate import by_kind, peak_bytes
 from .fit import LEAST_TEXT_TOKENS, Plan, needs_of, plan_of
@@ -30,13 +30,14 @@ from .fit import LEAST_TEXT_TOKENS, Plan, needs_of, plan_of
 # of common GPUs, in GB of 10 ** 9 bytes: no GPU of that name has less
 GPU_GB = (24, 40, 48, 80, 141)
 SHARE = 0.9
-METHODS = (None, WEIGHT_ONLY, FP8, INT4)
+# each --quantize, and a checkpoint that is in 4 bits already
+FORMS = (None, *METHODS, INT4)
 
 
 def report(folder: Path) -> dict[str, Any]:
     """The checkpoint's form, and a row for each way to quantize it. Raises ModelError."""
     checkpoint = open_checkpoint(folder, torch.bfloat16)
-    methods = (None,) if checkpoint.is_coded else METHODS
+    methods = (None,) if checkpoint.is_coded else FORMS
     config: Any = checkpoint.meta_model.config
     return {
         "model": str(folder),

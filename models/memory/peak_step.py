@@ -12,8 +12,6 @@ import torch
 
 from ..attention.choice import ChosenBackend
 from ..batch import (
-    CrossSegment,
-    ImageTiles,
     ImageToEncode,
     ModelInfo,
     PoolSizes,
@@ -25,11 +23,12 @@ from ..batch import (
 from ..errors import StepTooLargeError
 from ..execution.graphs.recorder import CudaRecorder
 from ..execution.runner import ModelRunner
+from ..execution.warm_up import blank_image, probe_sequence
 from ..kv_cache.pool_sizes import PoolPlan
 from ..weights.loader import LoadedModel
 
-# every sampling option that costs memory
-_COSTLY = SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, num_logprobs=20)
+# top_k and top_p would take less: they reduce a row to its best tokens
+_COSTLY = SamplingParams(temperature=1.0, min_p=0.01, num_logprobs=20)
 
 
 @dataclass(slots=True, frozen=True)
@@ -57,41 +56,17 @@ def peak_batch(info: ModelInfo, limits: StepLimits) -> StepBatch:
     num_rows = max(1, min(limits.max_num_seqs, limits.max_num_batched_tokens))
     chunk = min(limits.max_num_batched_tokens - num_rows + 1, limits.max_model_len)
     tiles = list(range(info.max_num_tiles))
-    images = [ImageToEncode(_blank(info), tiles) for _ in range(limits.max_num_batched_images)]
+    images = [ImageToEncode(blank_image(info), tiles) for _ in range(limits.max_num_batched_images)]
     seen = tiles * limits.max_num_batched_images
-    first = _sequence("first", chunk, limits.max_model_len, info.pools.block_size, seen)
+
+    def sequence(name: str, num_tokens: int, seen: Sequence[int]) -> ScheduledSequence:
+        size, length = info.pools.block_size, limits.max_model_len
+        return probe_sequence(name, num_tokens, length, size, seen, _COSTLY)
+
+    first = sequence("first", chunk, seen)
     first.prompt = PromptTargets(0, [0] * chunk, 20)
-    others = [
-        _sequence(f"other-{row}", 1, limits.max_model_len, info.pools.block_size, tiles)
-        for row in range(1, num_rows)
-    ]
+    others = [sequence(f"other-{row}", 1, tiles) for row in range(1, num_rows)]
     return StepBatch(sequences=[first, *others], images=images)
-
-
-def _blank(info: ModelInfo) -> ImageTiles:
-    size = info.tile_size
-    return ImageTiles(
-        data=bytes(info.max_num_tiles * 3 * size * size),
-        num_tiles=info.max_num_tiles,
-        tile_size=size,
-        aspect_ratio_id=1,
-        content_hash=b"",
-    )
-
-
-def _sequence(
-    name: str, num_tokens: int, length: int, block_size: int, seen: Sequence[int]
-) -> ScheduledSequence:
-    """The last tokens of a sequence of that length."""
-    return ScheduledSequence(
-        request_id=name,
-        token_ids=[0] * num_tokens,
-        start=length - num_tokens,
-        block_ids=[0] * -(-length // block_size),
-        segments=[CrossSegment(num_tokens, list(seen))],
-        sampling=_COSTLY,
-        sample_index=0,
-    )
 
 
 def measure_peak(

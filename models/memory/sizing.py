@@ -127,6 +127,7 @@ def _left_bytes(
     needs = needs_on(loaded.placement, needs_of(plan), device)
     # memory-mapped weights still count as available: subtract them from the earlier reading
     left = min(readings.now(device).num_bytes, readings.before[device] - needs.resident_bytes)
+    left -= needs.adapters  # allocated later, with the pools
     # a measured peak includes the offloaded weights already
     return left - needs.largest_offloaded if device.type == "cpu" else left
 
@@ -142,15 +143,23 @@ def _log_memory(
     sizes, needs = sized.sizes, needs_of(plan)
     num_tokens = sizes.num_text_blocks * sizes.block_size
     for device, request in requests.items():
-        weights = needs_on(loaded.placement, needs, device).resident_bytes
+        on_device = needs_on(loaded.placement, needs, device)
         logger.info(
-            "memory of %s: weights %s, activations of a step %s, text pool %s (%s tokens), image "
+            "memory of %s: weights %s, %sactivations of a step %s, text pool %s (%s tokens), image "
             "pool %s (%s tiles)",
             device,
-            shown_bytes(weights),
+            shown_bytes(on_device.resident_bytes),
+            _adapters_text(plan, on_device.adapters),
             shown_bytes(peaks[device]),
             shown_bytes(num_tokens * request.token_bytes),
             f"{num_tokens:,}",
             shown_bytes(sizes.num_image_blocks * request.tile_bytes),
             f"{sizes.num_image_blocks:,}",
         )
+
+
+def _adapters_text(plan: Plan, num_bytes: int) -> str:
+    if plan.adapters is None:
+        return ""
+    limits = plan.adapters
+    return f"{limits.max_loras} adapters to rank {limits.max_rank} {shown_bytes(num_bytes)}, "

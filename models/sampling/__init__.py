@@ -1,5 +1,5 @@
 """Chooses each row's next token from its logits, and computes log-probabilities.
 
 Read sampler.py first: it applies masks, penalties.py, then temperature and filters. logprobs.py
-uses the unchanged logits.
+uses the unchanged logits. token_counts.py counts an answer's tokens for the penalties.
 """

@@ -3,7 +3,8 @@
 Owns temperature, top-k, top-p, min-p and the requests' random streams. The order is that of
 transformers:
 
-    repetition, presence, frequency penalty -> logit_bias -> min_tokens   penalties.py; greedy too
+    repetition, presence, frequency penalty -> logit_bias ->              penalties.py; greedy too
+        allowed_token_ids -> min_tokens, banned_sequences
     temperature -> top_k -> top_p -> min_p                                only for sampled rows
 
 Each filter sees what the one before it kept: top_p is a share of top_k's tokens. min_p compares
@@ -43,6 +44,9 @@ _BITS = 52
 NOT_FINITE, UNDECIDED = -1, -2
 # best tokens of a row that top-k and top-p sort before they sort the whole vocabulary
 WINDOW = 1024
+_LOWEST_TEMPERATURE = 1e-30
+# at a time: sorting takes many times a row's memory
+_ROWS_SORTED_WHOLE = 8
 
 
 @dataclass(slots=True, frozen=True)
@@ -126,8 +130,8 @@ class Sampled:
                 "float32"
             )
         late = np.flatnonzero(token_ids == UNDECIDED).tolist()
-        if late:
-            self.draw(late, is_whole=True)
+        for begin in range(0, len(late), _ROWS_SORTED_WHOLE):
+            self.draw(late[begin : begin + _ROWS_SORTED_WHOLE], is_whole=True)
         return not late
 
     def draw(self, rows: Sequence[int], is_whole: bool = False) -> None:
@@ -135,7 +139,9 @@ class Sampled:
         at = _places(rows, self.token_ids.device)
         params = [self._params[row] for row in rows]
         uniforms = [uniform(self._params[row].seed, self._indices[row]) for row in rows]
-        self.token_ids[at] = _draw(self._logits[at], self._best[at], params, uniforms, is_whole)
+        is_every_row = len(rows) == len(self._logits)
+        logits = self._logits if is_every_row else self._logits[at]
+        self.token_ids[at] = _draw(logits, self._best[at], params, uniforms, is_whole)
 
 
 def sample(
@@ -179,92 +185,123 @@ def _draw(
 
     UNDECIDED for a row that must be sorted whole; `is_whole` sorts all rows whole.
     """
-    device = logits.device
-    temperature = upload([p.temperature for p in params], device, np.float64)
-    # relative to the best logit, so that a tiny temperature gives 0 and 1, not inf - inf
-    scaled = (logits.double() - best.double()[:, None]) / temperature[:, None]
-    weights = scaled.exp_()
-    is_undecided = None
-    if filtered := [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0]:
-        at = _places(filtered, device)
-        cut = _filter(weights[at], [params[i] for i in filtered], is_whole)
-        weights[at] = cut.weights
-        is_undecided = cut.is_undecided
-        del cut
-    if relative := [i for i, p in enumerate(params) if p.min_p > 0.0]:
-        likely = _places(relative, device)
-        weights[likely] = _drop_unlikely(weights[likely], [params[i] for i in relative])
-    cumulative = weights.cumsum(dim=-1)
-    target = upload(uniforms, device, np.float64) * cumulative[:, -1]
-    # the first token whose cumulative weight passes the target; its weight is never 0
-    drawn = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
-    if is_undecided is not None:
-        drawn[at] = drawn[at].masked_fill(is_undecided, UNDECIDED)
+    groups: dict[bool, list[int]] = {}
+    for row, param in enumerate(params):
+        groups.setdefault(param.top_k > 0 or param.top_p < 1.0, []).append(row)
+    if len(groups) == 1:
+        (is_cut,) = groups
+        return _draw_alike(logits, best, params, uniforms, is_cut, is_whole)
+    drawn = torch.empty(len(params), dtype=torch.int64, device=logits.device)
+    for is_cut, rows in groups.items():
+        at = _places(rows, logits.device)
+        drawn[at] = _draw_alike(
+            logits[at], best[at], [params[row] for row in rows], [uniforms[row] for row in rows],
+            is_cut, is_whole,
+        )  # fmt: skip
     return drawn
 
 
+def _draw_alike(
+    logits: Tensor,
+    best: Tensor,
+    params: Sequence[SamplingParams],
+    uniforms: list[float],
+    is_cut: bool,
+    is_whole: bool,
+) -> Tensor:
+    """`_draw` for rows that all have top-k or top-p (is_cut), or all have neither."""
+    if not is_cut:
+        return _pick(_weights(logits, best, params), params, uniforms)
+    if is_whole or logits.shape[-1] <= WINDOW:
+        window = _ordered(logits, None)
+    else:
+        window = _ordered(logits, logits.topk(WINDOW, dim=-1).indices.sort(dim=-1).values)
+    kept, is_undecided = _cut(logits, best, window, params)
+    # a draw goes through the tokens by id, as without a cut
+    by_id = window.token_ids.sort(dim=-1)
+    picked = _pick(kept.gather(-1, by_id.indices), params, uniforms)
+    drawn = by_id.values.gather(-1, picked[:, None]).squeeze(1)
+    return drawn if is_undecided is None else drawn.masked_fill(is_undecided, UNDECIDED)
+
+
+def _weights(logits: Tensor, best: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The probabilities of a row's tokens over that of the best, float64 in the logits' shape."""
+    temperature = upload([p.temperature for p in params], logits.device, np.float64)
+    # relative to the best logit, so that a tiny temperature gives 0 and 1, not inf - inf
+    weights = logits.to(torch.float64, copy=True).sub_(best.double()[:, None])
+    return weights.div_(temperature[:, None]).exp_()
+
+
+def _pick(weights: Tensor, params: Sequence[SamplingParams], uniforms: list[float]) -> Tensor:
+    """The place of each row's token after min-p, int64 [num_rows]. Changes `weights`."""
+    device = weights.device
+    if any(p.min_p > 0.0 for p in params):
+        # the best token's weight is 1
+        min_p = upload([p.min_p for p in params], device, np.float64)
+        weights.masked_fill_(weights < min_p[:, None], 0.0)
+    cumulative = weights.cumsum_(dim=-1)
+    target = upload(uniforms, device, np.float64) * cumulative[:, -1]
+    # the first token whose cumulative weight passes the target; its weight is never 0
+    picked = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
+    return picked.clamp_(max=weights.shape[-1] - 1)  # NaN, whose row is reported, passes none
+
+
 @dataclass(slots=True, frozen=True)
-class _Cut:
-    """weights: [num_rows, vocab_size], 0 for removed tokens. is_undecided: bool [num_rows], whether
-    the cut may be wrong; None if no row's is."""
+class _Window:
+    """The best tokens of each row, best first: logits and ids [num_rows, count]."""
 
-    weights: Tensor
-    is_undecided: Tensor | None
-
-
-def _filter(weights: Tensor, params: Sequence[SamplingParams], is_whole: bool) -> _Cut:
-    """The weights after top-k and then top-p, 0 for removed tokens; both keep the best token.
-
-    weights: float64 [num_rows, vocab_size], not normalised. top_p keeps the fewest best tokens
-    whose share of top_k's tokens reaches top_p. Among equal tokens the lower id comes first.
-
-    Only the best WINDOW tokens of a row are sorted, unless `is_whole`: sorting a vocabulary of
-    128,256 takes over ten milliseconds a row. A row whose cut may be outside the window is
-    undecided; sorting it whole gives the exact result.
-    """
-    if is_whole or weights.shape[-1] <= WINDOW:
-        return _Cut(_cut(weights, *_ordered(weights, None), params)[0], None)
-    values, order = weights.topk(WINDOW, dim=-1)
-    kept, least = _cut(weights, *_ordered(weights, order.sort(dim=-1).values), params)
-    # tokens equal to the window's last may continue outside it, with lower ids
-    return _Cut(kept, ~(least > values[:, -1]))
+    logits: Tensor
+    token_ids: Tensor
 
 
-def _ordered(weights: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weights of these ids (ascending in each row; None: all) and the ids, best first."""
+def _ordered(logits: Tensor, token_ids: Tensor | None) -> _Window:
+    """The tokens of these ids (ascending in each row; None: all); of equals the lower id first."""
     if token_ids is None:
-        ordered = weights.sort(dim=-1, descending=True, stable=True)
-        return ordered.values, ordered.indices
-    ordered = weights.gather(-1, token_ids).sort(dim=-1, descending=True, stable=True)
-    return ordered.values, token_ids.gather(-1, ordered.indices)
+        ordered = logits.sort(dim=-1, descending=True, stable=True)
+        return _Window(ordered.values, ordered.indices)
+    ordered = logits.gather(-1, token_ids).sort(dim=-1, descending=True, stable=True)
+    return _Window(ordered.values, token_ids.gather(-1, ordered.indices))
 
 
 def _cut(
-    weights: Tensor, ordered: Tensor, order: Tensor, params: Sequence[SamplingParams]
-) -> tuple[Tensor, Tensor]:
-    """Top-k and top-p on each row's best tokens, `ordered` with the ids `order`.
+    logits: Tensor, best: Tensor, window: _Window, params: Sequence[SamplingParams]
+) -> tuple[Tensor, Tensor | None]:
+    """The window's weights after top-k and then top-p, 0 for removed tokens.
 
-    Returns the weights, 0 for removed tokens, and the least kept weight of each row, [num_rows].
-    Sums have the same order whether `ordered` is a whole row or its beginning.
+    Both keep the best token. top_p keeps the fewest best tokens whose share of top_k's tokens
+    reaches top_p. Weights are float64; only the sum over a whole vocabulary is of weights in
+    float32, so a share within 1e-6 of top_p may count as below or above it.
+
+    Also which rows are undecided, bool [num_rows]: their cut may be outside the window, and sorting
+    them whole gives the exact result (sorting 128,256 tokens takes over ten milliseconds a row).
+    None if the window is the whole row.
     """
-    device, count = weights.device, ordered.shape[-1]
-    vocab_size = weights.shape[-1]
+    device, count, vocab_size = logits.device, window.logits.shape[-1], logits.shape[-1]
+    weights = _weights(window.logits, best, params)
     limits = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
     top_k = upload(limits, device, np.int64)
-    ordered = ordered.masked_fill(torch.arange(count, device=device) >= top_k[:, None], 0.0)
+    weights.masked_fill_(torch.arange(count, device=device) >= top_k[:, None], 0.0)
     top_p = upload([p.top_p for p in params], device, np.float64)
-    cumulative = ordered.cumsum(dim=-1)
-    total = torch.where(top_k < vocab_size, cumulative[:, -1], weights.sum(dim=-1))
-    is_over = (cumulative - ordered >= (top_p * total)[:, None]) & (top_p < 1)[:, None]
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1]
+    if any(p.top_p < 1.0 and limit == vocab_size for p, limit in zip(params, limits, strict=True)):
+        total = torch.where(top_k < vocab_size, total, _sum(logits, best, params))
+    is_over = (cumulative - weights >= (top_p * total)[:, None]) & (top_p < 1)[:, None]
     is_over[:, 0] = False
-    kept = ordered.masked_fill(is_over, 0.0)
-    least = kept.masked_fill(kept == 0.0, float("inf")).amin(dim=-1)
-    # if top_k exceeds the length of `ordered`, the sum of its tokens is unknown
-    least = least.masked_fill((top_k > count) & (top_k < vocab_size), 0.0)
-    return torch.zeros_like(weights).scatter_(-1, order, kept), least
+    kept = weights.masked_fill_(is_over, 0.0)
+    if count == vocab_size:
+        return kept, None
+    least = window.logits.masked_fill(kept == 0.0, float("inf")).amin(dim=-1)
+    # tokens equal to the window's last may continue outside it, with lower ids
+    is_decided = least > window.logits[:, -1]
+    # if top_k exceeds the window, the sum of its tokens is unknown
+    return kept, ~(is_decided & ((top_k <= count) | (top_k == vocab_size)))
 
 
-def _drop_unlikely(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """The weights, 0 for those below min_p times the best token's, which is 1."""
-    min_p = upload([p.min_p for p in params], weights.device, np.float64)
-    return weights.masked_fill(weights < min_p[:, None], 0.0)
+def _sum(logits: Tensor, best: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The sum of each row's weights, each computed in float32: float64 is slow on most GPUs."""
+    # 0 in float32 would divide the best token's 0 by 0
+    lowest = [max(p.temperature, _LOWEST_TEMPERATURE) for p in params]
+    temperature = upload(lowest, logits.device, np.float32)
+    weights = (logits - best[:, None]).div_(temperature[:, None]).exp_()
+    return weights.sum(dim=-1, dtype=torch.float64)

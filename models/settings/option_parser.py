@@ -140,7 +140,7 @@ def _reporting(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
     def parse_value(text: str) -> Any:
         try:
-            return parse(text)
+            return parse(str(text))  # a default may be a number
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
 

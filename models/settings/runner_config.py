@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from ..batch import Positive
+from ..batch import NonNegative, Positive
 from .option import Limit, Option
 
-MODEL, ENGINE = "Model", "Engine"
+MODEL, ENGINE, ADAPTERS = "Model", "Engine", "Adapters"
 
 
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,6 +119,25 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
             ENGINE,
         ),
     ] = 0.9
+    max_loras: Annotated[
+        NonNegative,
+        Option(
+            "Maximum number of different LoRA adapters in one step. Each takes device memory for "
+            "its weights. Default: the number of --lora, at most 8; 8 if more may come, else 0.",
+            ADAPTERS,
+        ),
+    ] = 0
+    max_lora_rank: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=512)],
+        Option(
+            "Maximum rank of an adapter. The memory of all --max-loras adapters grows with it.",
+            ADAPTERS,
+        ),
+    ] = 64
+    lora_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Option("Type of the adapters' weights. auto: the compute type.", ADAPTERS),
+    ] = "auto"
     num_text_blocks: Annotated[
         Positive | None, Limit("Number of text blocks. Default: computed from the memory.")
     ] = None

@@ -52,6 +52,7 @@ class Group(Protocol):
     def add_up(self, states: Tensor) -> Tensor: ...
     def join(self, states: Tensor) -> Tensor: ...
     def least(self, numbers: list[int]) -> list[int]: ...
+    def has_loaded(self) -> None: ...
 
 
 class DistributedGroup:
@@ -90,7 +91,11 @@ class DistributedGroup:
         return [int(number) for number in least.tolist()]
 
     def has_loaded(self) -> None:
-        """Wait less for the other ranks from now on: one whose GPU hangs ends the group soon."""
+        """Wait until every rank has loaded its weights, and less for the others from then on.
+
+        A rank whose GPU hangs then ends the group soon.
+        """
+        self.least([0])
         _set_pg_timeout(SERVING_TIMEOUT)
 
     def close(self) -> None:

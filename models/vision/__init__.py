@@ -1,5 +1,6 @@
 """Turns image tiles into the states that the decoder's cross-attention reads.
 
-Read encoder.py first. layered_encoder.py runs one image a few layers at a time, between other
-requests' steps; image_cost.py estimates how long an image takes.
+Read encoder.py first. layered_encoder.py runs images a few layers at a time, between other
+requests' steps; real_first.py is their attention without a mask; image_cost.py estimates how long
+an image takes.
 """

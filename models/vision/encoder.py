@@ -1,12 +1,13 @@
 """Encodes images: tiles in, the states for cross-attention out.
 
-Owns normalisation, padding to the vision model's fixed number of tiles, the limit of images in one
+Owns normalisation, padding to the vision model's fixed number of tiles, the number of images in a
 pass, and the image that is encoded in parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,15 @@ from transformers import MllamaForConditionalGeneration
 
 from ..batch import ImageTiles, ImageToEncode
 from ..checkpoint import read_json
+from ..device_copies import Stopwatch, upload
 from ..errors import ModelError, StepError
-from .layered_encoder import LayeredVision, PartialImage, can_be_cut
+from .layered_encoder import (
+    LayeredVision,
+    PartialImages,
+    is_offloaded,
+    loaded_weights,
+    padded_patches,
+)
 
 # transformers' defaults, for values that a checkpoint's file omits
 _DEFAULT_MEAN = _DEFAULT_STD = (0.5, 0.5, 0.5)
@@ -29,8 +37,18 @@ _PUBLISHED = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "rescale_factor": 0.00392156862745098,
 }
-# every image is padded to the same number of tiles, so four images are a large pass
-MAX_IMAGES_PER_PASS = 4
+# Positions of a pass. One published image, of 6,432, fills a GPU and is more than a CPU caches; of
+# the smallest models several images share the overhead of a pass.
+_PASS_POSITIONS = 2_048
+_MAX_IMAGES_PER_PASS = 4
+
+# around a pass of images with the same adapter, by the first of them
+AroundPass = Callable[[ImageToEncode], AbstractContextManager[None]]
+
+
+def as_it_is(image: ImageToEncode) -> AbstractContextManager[None]:
+    """An `AroundPass` that changes nothing."""
+    return nullcontext()
 
 
 @dataclass(slots=True, frozen=True)
@@ -96,12 +114,13 @@ class VisionEncoder:
         normalization: ImageNormalization,
         device: torch.device,
     ) -> None:
-        """model: after `mllama_fixes.mend_vision`. device: on which the vision model computes."""
+        """device: on which the vision model computes."""
         self._vision = model.model.vision_model
         self._projector = model.model.multi_modal_projector
         self._table = normalization.table().to(device)
         self._layered = LayeredVision(self._vision)
-        self._partial: PartialImage | None = None
+        self._partial: PartialImages | None = None
+        self._num_together = images_per_pass(self._vision.config)
 
     @property
     def max_num_tiles(self) -> int:
@@ -113,24 +132,30 @@ class VisionEncoder:
 
     @property
     def num_layers(self) -> int:
-        """In how many parts an image can be encoded; 1 if the model cannot be split."""
-        return self._layered.num_layers if can_be_cut(self._vision) else 1
+        """In how many parts an image can be encoded; 1 if the weights are loaded for each call."""
+        return 1 if is_offloaded(self._vision) else self._layered.num_layers
 
-    def encode(self, images: Sequence[ImageToEncode]) -> Tensor | None:
+    def encode(
+        self, images: Sequence[ImageToEncode], around: AroundPass = as_it_is
+    ) -> Tensor | None:
         """The projected states of the finished images' real tiles; None if no image is finished.
 
-        [num_tiles * num_patches, hidden], in the order of the images. Raises StepError if an image
-        does not fit the model, or continues at a layer where no step stopped.
+        [num_tiles * num_patches, hidden], in the order of the images. around: entered for each
+        pass. Raises StepError if an image does not fit the model, or continues at a layer where no
+        step stopped.
         """
+        if not images:
+            return None
         for entry in images:
             self._check(entry.image)
-        states = [states for part in _passes(images) if (states := self._encode(part)) is not None]
+        with loaded_weights(self._vision):
+            passes = [self._encode(part, around) for part in _passes(images, self._num_together)]
+        states = [finished for finished in passes if finished is not None]
         return torch.cat(states) if len(states) > 1 else next(iter(states), None)
 
-    def synchronize(self) -> None:
-        """Wait until the encoding is done."""
-        if self._table.device.type == "cuda":
-            torch.cuda.synchronize(self._table.device)
+    def start_watch(self) -> Stopwatch:
+        """A watch that measures the encoding without waiting for it."""
+        return Stopwatch(self._table.device)
 
     def _check(self, image: ImageTiles) -> None:
         expected_bytes = image.num_tiles * 3 * self.tile_size**2
@@ -149,73 +174,81 @@ class VisionEncoder:
                 f"aspect_ratio_id {image.aspect_ratio_id} is over the model's {highest_id}"
             )
 
-    def _encode(self, entries: Sequence[ImageToEncode]) -> Tensor | None:
+    def _encode(self, entries: Sequence[ImageToEncode], around: AroundPass) -> Tensor | None:
         """The projected states of one pass: several whole images, or a part of one."""
-        images = [entry.image for entry in entries]
-        num_tiles = torch.tensor([image.num_tiles for image in images])
-        is_real = (torch.arange(self.max_num_tiles) < num_tiles[:, None]).to(self._table.device)
+        with around(entries[0]):
+            return self._run(entries)
+
+    def _run(self, entries: Sequence[ImageToEncode]) -> Tensor | None:
         first = entries[0]
-        states: Tensor | None = (
-            self._encode_whole(images, is_real)
-            if first.is_whole
-            else self._encode_part(first, is_real)
-        )
-        if states is None:
+        if first.begin == 0:
+            partial = self._begin([entry.image for entry in entries])
+        else:
+            partial = self._resume(first.begin)
+        self._layered.advance(partial, self._layered.num_layers if first.end is None else first.end)
+        if first.end is not None:
+            self._partial = partial
             return None
-        # [num images, max tiles, num_patches, vision output] -> only what the decoder may see
-        projected: Tensor = self._projector(states[is_real])
-        return projected.flatten(0, 1)
+        projected: Tensor = self._projector(self._layered.finish(partial))
+        return projected
 
-    def _encode_whole(self, images: Sequence[ImageTiles], is_real: Tensor) -> Tensor:
-        states: Tensor = self._vision(
-            pixel_values=self.pixel_values(images),
-            aspect_ratio_ids=self._aspect_ratio_ids(images),
-            aspect_ratio_mask=is_real[:, None].long(),
-        ).last_hidden_state[:, 0]
-        return states
-
-    def _encode_part(self, entry: ImageToEncode, is_real: Tensor) -> Tensor | None:
-        """None if layers are left for another step."""
+    def _resume(self, layer: int) -> PartialImages:
+        """The image that an earlier step left before that layer. Raises StepError."""
         partial, self._partial = self._partial, None
-        if entry.begin == 0:
-            pixels, ids = self.pixel_values([entry.image]), self._aspect_ratio_ids([entry.image])
-            partial = self._layered.begin(pixels, is_real, ids)
-        if partial is None or partial.num_layers != entry.begin:
-            raise StepError(f"an image continues at layer {entry.begin}, but no step stopped there")
-        self._layered.advance(partial, self.num_layers if entry.end is None else entry.end)
-        if entry.end is None:
-            return self._layered.finish(partial)
-        self._partial = partial
-        return None
+        if partial is None or partial.num_layers != layer:
+            raise StepError(f"an image continues at layer {layer}, but no step stopped there")
+        return partial
+
+    def _begin(self, images: Sequence[ImageTiles]) -> PartialImages:
+        num_tiles = [image.num_tiles for image in images]
+        ids = self._aspect_ratio_ids(images)
+        return self._layered.begin(self.pixel_values(images), num_tiles, ids)
 
     def _aspect_ratio_ids(self, images: Sequence[ImageTiles]) -> Tensor:
-        ids = torch.tensor([[image.aspect_ratio_id] for image in images])
-        return ids.to(self._table.device)
+        ids = [[image.aspect_ratio_id] for image in images]
+        return upload(ids, self._table.device, np.int64)
 
     def pixel_values(self, images: Sequence[ImageTiles]) -> Tensor:
-        """float32 [num images, 1, max_num_tiles, 3, tile_size, tile_size]; padding tiles are 0."""
+        """float32 [num images, max_num_tiles, 3, tile_size, tile_size]; padding tiles are 0."""
         size, table = self.tile_size, self._table
-        shape = (len(images), 1, self.max_num_tiles, 3, size, size)
+        shape = (len(images), self.max_num_tiles, 3, size, size)
         pixels = torch.zeros(shape, device=table.device)
         for index, image in enumerate(images):
-            values = np.frombuffer(image.data, dtype=np.uint8).astype(np.int32)
-            tiles = torch.from_numpy(values).to(table.device).view(-1, 3, size * size)
+            values = np.frombuffer(image.data, dtype=np.uint8).copy()  # torch wants it writable
+            # the device widens the values to indices: four times the bytes
+            tiles = upload(values, table.device).int().view(-1, 3, size * size)
             for channel in range(3):
                 looked_up = table[channel].index_select(0, tiles[:, channel].reshape(-1))
-                target = pixels[index, 0, : image.num_tiles, channel]
+                target = pixels[index, : image.num_tiles, channel]
                 target.copy_(looked_up.view(-1, size, size))
         return pixels
 
 
-def _passes(images: Sequence[ImageToEncode]) -> Iterator[Sequence[ImageToEncode]]:
-    """The images in order, cut into passes; neighbouring whole images share a pass."""
+def images_per_pass(vision: Any) -> int:
+    """How many whole images are encoded together: more only take more memory.
+
+    vision: the configuration of the vision model.
+    """
+    num_patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    positions = int(vision.max_num_tiles) * padded_patches(num_patches)
+    return max(1, min(_MAX_IMAGES_PER_PASS, _PASS_POSITIONS // positions))
+
+
+def _passes(
+    images: Sequence[ImageToEncode], num_together: int
+) -> Iterator[Sequence[ImageToEncode]]:
+    """The images in order, cut into passes.
+
+    Neighbouring whole images with the same adapter share a pass.
+    """
     begin = 0
     while begin < len(images):
         end = begin + 1
         while (
-            end < min(len(images), begin + MAX_IMAGES_PER_PASS)
+            end < min(len(images), begin + num_together)
             and images[begin].is_whole
             and images[end].is_whole
+            and images[begin].adapter == images[end].adapter
         ):
             end += 1
         yield images[begin:end]

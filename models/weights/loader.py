@@ -21,9 +21,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, MllamaForConditionalGeneration, MllamaTextConfig
 
 from ..attention import Geometry
-from ..checkpoint import check_folder
+from ..checkpoint import INDEX, check_folder, lacks_metadata
 from ..decoder.decoder import LayerCount, fuse_layers
-from ..decoder.mllama_fixes import mend_vision
 from ..decoder.multi_device import SPLIT_ATTENTION_NAME
 from ..decoder.packed_linear import pack_linears
 from ..errors import ModelError
@@ -71,12 +70,17 @@ class Checkpoint:
         rows = self.tensors[f"{EMBEDDING}.weight"].shape[0]
         return is_short(f"{EMBEDDING}.weight", rows, self.meta_model.config)
 
+    @property
+    def lacks_metadata(self) -> bool:
+        """Whether it has an index of shards that transformers refuses: without metadata."""
+        return lacks_metadata(self.folder)
+
 
 @dataclass(slots=True, frozen=True)
 class LoadedModel:
     """A model ready to compute: in eval mode, on its devices, with paged attention.
 
-    num_ranks: how many ranks share it; the model then has one rank's heads.
+    share: the rank's share of the layers; the model then has one rank's heads.
     """
 
     model: MllamaForConditionalGeneration
@@ -85,7 +89,12 @@ class LoadedModel:
     placement: Placement
     dtype: torch.dtype
     layers: LayerCount
-    num_ranks: int = 1
+    share: RankShare = WHOLE
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks share the model."""
+        return self.share.size
 
     @property
     def device(self) -> torch.device:
@@ -172,7 +181,6 @@ def load(
         _load_as_a_whole(model, VISION, placement.device_of(VISION))
     settle(model, checkpoint.dtype)
     model.eval().requires_grad_(False)
-    mend_vision(model)
     if group is not None:
         connect(model, share.sides, group)
     if is_fused and fuse_layers(model.model.language_model) and placement.main.type == "cuda":
@@ -185,7 +193,7 @@ def load(
         placement,
         checkpoint.dtype,
         LayerCount(model),
-        share.size,
+        share,
     )
     # only the text model: the vision encoder keeps transformers' attention
     name = ATTENTION_NAME if len(loaded.layer_devices) == 1 else SPLIT_ATTENTION_NAME
@@ -264,6 +272,11 @@ def _check_readable(checkpoint: Checkpoint, placement: Placement, quantize: str 
         raise ModelError(f"{checkpoint.folder} work {only}")
     if checkpoint.is_resized:
         raise ModelError(f"{checkpoint.folder}: the vocabulary was resized, which works {only}")
+    if checkpoint.lacks_metadata:
+        raise ModelError(
+            f'{checkpoint.folder}: {INDEX} has no metadata, which works {only}; or add "metadata": '
+            "{} to it"
+        )
 
 
 def _read(
@@ -275,7 +288,9 @@ def _read(
 ) -> MllamaForConditionalGeneration:
     """The model with its weights, read by transformers, or tensor by tensor if it cannot."""
     is_own = quantize in OWN_METHODS or checkpoint.is_coded or checkpoint.is_resized
-    is_tensor_wise = is_own or share.size > 1 or checkpoint.draw is not None
+    is_tensor_wise = (
+        is_own or share.size > 1 or checkpoint.draw is not None or checkpoint.lacks_metadata
+    )
     sizes = {name: tensor.num_bytes for name, tensor in checkpoint.tensors.items()}
     with large_buffers_mapped() if quantize or checkpoint.is_coded else nullcontext():
         if is_tensor_wise:

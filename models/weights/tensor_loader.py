@@ -43,6 +43,8 @@ class RankShare:
 
 
 WHOLE = RankShare()
+# No weight of a trained model is near it: uninitialized memory is.
+LARGEST_SCALE = 1e6
 
 
 @dataclass(slots=True, frozen=True)
@@ -152,7 +154,13 @@ def _place(model: nn.Module, stored: StoredTensor, read: Read, recipe: Recipe, s
     try:
         if isinstance(stored, CodedTensor):
             parts = {suffix: part.to(recipe.device) for suffix, part in value.items()}
-            weight = _cut(stored.build(stored, parts), side, recipe.share, whole=not is_kept)
+            coded = stored.build(stored, parts)
+            if not bool((coded.scales.abs() < LARGEST_SCALE).all()):  # false for NaN too
+                raise ModelError(
+                    f"{source}: {name} has scales that are NaN or too large: download the file "
+                    "again; if you quantized it, calibrate with images, which cross-attention needs"
+                )
+            weight = _cut(coded, side, recipe.share, whole=not is_kept)
             if is_kept:
                 return _replace(model, module_path, coded_layer(weight, recipe.dtype))
             value = _dense_share(weight.whole(recipe.dtype), side, recipe.share)

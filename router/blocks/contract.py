@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ...models.batch import ImageTiles
     from .image_pool import ImageEntry, ImageKey
 
 
@@ -102,11 +101,14 @@ class TextBlocks(Checked):
         """
 
     @abstractmethod
-    def can_allocate(self, num_blocks: int, shared: Iterable[int] = ()) -> bool:
-        """True if `num_blocks` can be allocated after `shared` are shared. Changes nothing."""
+    def can_allocate(self, num_blocks: int, num_unused: int = 0) -> bool:
+        """True if `num_blocks` can be allocated after num_unused cached blocks are shared.
+
+        Changes nothing.
+        """
 
     @abstractmethod
-    def num_lacking(self, num_blocks: int, shared: Iterable[int] = ()) -> int:
+    def num_lacking(self, num_blocks: int, num_unused: int = 0) -> int:
         """How many blocks are missing for `can_allocate`; 0 if it is true. Changes nothing."""
 
     @abstractmethod
@@ -155,7 +157,7 @@ class ImageBlocks(Checked):
         """How many blocks are missing for `acquire`; 0 if it would succeed. Changes nothing."""
 
     @abstractmethod
-    def acquire(self, keys: list[ImageKey], images: list[ImageTiles]) -> list[ImageEntry]:
+    def acquire(self, keys: list[ImageKey]) -> list[ImageEntry]:
         """A handle to each image, in order, with one reference each.
 
         New images get blocks and are not encoded yet. Evicts cached images, least recently used

@@ -10,16 +10,18 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ...models.batch import ImageTiles
+from ...models.batch import ImageRef
 from ..errors import OutOfBlocksError
 from .block_pool import BlockPool
 from .contract import ImageBlocks, PoolSnapshot
 
 
 class ImageKey(NamedTuple):
-    """What makes two images the same to the cache: tenant, content and tiles.
+    """What makes two images the same to the cache: tenant, content, tiles and adapter.
 
-    The tenant prevents one client from learning that another client sent the same image.
+    The tenant prevents one client from learning that another client sent the same image. adapter:
+    the digest of the adapter that encodes it; empty for the base model, and for adapters that do
+    not change what image blocks contain.
     """
 
     tenant: str
@@ -27,12 +29,18 @@ class ImageKey(NamedTuple):
     num_tiles: int
     tile_size: int
     aspect_ratio_id: int
+    adapter: str = ""
 
     @classmethod
-    def of(cls, image: ImageTiles, tenant: str) -> ImageKey:
-        """The key of `image` when `tenant` sends it."""
+    def of(cls, image: ImageRef, tenant: str, adapter: str = "") -> ImageKey:
+        """The key of `image` when `tenant` sends it and `adapter` encodes it."""
         return cls(
-            tenant, image.content_hash, image.num_tiles, image.tile_size, image.aspect_ratio_id
+            tenant,
+            image.content_hash,
+            image.num_tiles,
+            image.tile_size,
+            image.aspect_ratio_id,
+            adapter,
         )
 
 
@@ -41,16 +49,15 @@ class ImageEntry:
     """A handle to an image in the pool: its blocks, one for each real tile, in order.
 
     is_encoded: a step has written the image's keys and values into the blocks; before that,
-    num_layers of the encoder have run. image: None once an encoded image has no references, to
-    release its memory.
+    num_layers of the encoder have run. vision_s: seconds that the encoder has spent on it.
     """
 
     key: ImageKey
-    image: ImageTiles | None
     block_ids: list[int]
     num_references: int = 0
     is_encoded: bool = False
     num_layers: int = 0
+    vision_s: float = 0.0
 
 
 class ImagePool(ImageBlocks):
@@ -88,7 +95,7 @@ class ImagePool(ImageBlocks):
             else:
                 self.num_misses += 1
 
-    def acquire(self, keys: list[ImageKey], images: list[ImageTiles]) -> list[ImageEntry]:
+    def acquire(self, keys: list[ImageKey]) -> list[ImageEntry]:
         if not self.can_acquire(keys):
             raise OutOfBlocksError(
                 f"{len(keys)} images do not fit: {self.blocks.num_available} blocks are available"
@@ -97,7 +104,7 @@ class ImagePool(ImageBlocks):
         for key in keys:
             if (entry := self._unused.pop(key, None)) is not None:
                 self.blocks.uncache(entry.block_ids)
-        return [self._acquire(key, image) for key, image in zip(keys, images, strict=True)]
+        return [self._acquire(key) for key in keys]
 
     def share(self, entries: list[ImageEntry]) -> None:
         for entry in entries:
@@ -111,7 +118,6 @@ class ImagePool(ImageBlocks):
             if entry.num_references > 0:
                 continue
             if self._is_caching and entry.is_encoded:
-                entry.image = None
                 self._unused[entry.key] = entry
                 self.blocks.cache(entry.block_ids)
             else:
@@ -137,12 +143,12 @@ class ImagePool(ImageBlocks):
         cached = sum(len(entry.block_ids) for entry in self._unused.values())
         assert cached == self.blocks.num_cached, "a cached block has no image"
 
-    def _acquire(self, key: ImageKey, image: ImageTiles) -> ImageEntry:
+    def _acquire(self, key: ImageKey) -> ImageEntry:
         entry = self._entries.get(key)
         if entry is None:
-            while self.blocks.num_free < image.num_tiles:
+            while self.blocks.num_free < key.num_tiles:
                 self._evict()
-            entry = ImageEntry(key, image, self.blocks.allocate(image.num_tiles))
+            entry = ImageEntry(key, self.blocks.allocate(key.num_tiles))
             self._entries[key] = entry
         entry.num_references += 1
         return entry

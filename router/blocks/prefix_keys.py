@@ -1,8 +1,11 @@
 """Keys of full text blocks. Two blocks have the same key only if they have the same values.
 
-Owns what a key covers: the tenant, every token from the prompt's start to the block's end, and
-which images each token sees. Nothing else changes a token's keys and values. Knows nothing of
-pools, or of what runs.
+Owns what a key covers: the tenant, the adapter, every token from the prompt's start to the block's
+end, and which images each token sees. Nothing else changes a token's keys and values. Knows nothing
+of pools, or of what runs.
+
+An adapter that only changes images is covered by the images' own keys: the text before them is
+shared with the base model.
 """
 
 from __future__ import annotations
@@ -16,20 +19,29 @@ from .image_pool import ImageKey
 from .visibility import is_seen
 
 
+def scope_of(tenant: str, adapter: str = "") -> str:
+    """Sequences share text only within a scope.
+
+    adapter: the digest of an adapter that changes the decoder's layers; empty for all others.
+    """
+    # Neither part contains a blank.
+    return f"{tenant} {adapter}" if adapter else tenant
+
+
 def extend_block_keys(
     keys: list[bytes],
     token_ids: list[int],
     spans: list[ImageSpan],
     image_keys: list[ImageKey],
-    tenant: str,
+    scope: str,
     block_size: int,
 ) -> None:
     """Append to `keys` the missing keys of the full blocks of `token_ids`.
 
-    spans[i]: the positions that see the image of image_keys[i]. Each key is a SHA-256 over the key
-    before it, so it covers all tokens up to its block's end.
+    spans[i]: the positions that see the image of image_keys[i]. scope: see `scope_of`. Each key is
+    a SHA-256 over the key before it, so it covers all tokens up to its block's end.
     """
-    parent = keys[-1] if keys else hashlib.sha256(tenant.encode()).digest()
+    parent = keys[-1] if keys else hashlib.sha256(scope.encode()).digest()
     begin = len(keys) * block_size
     edges = sorted({edge for span in spans for edge in (span.start, span.end) if edge is not None})
     view = b""

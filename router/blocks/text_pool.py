@@ -6,24 +6,31 @@ rules. Knows nothing of how keys are made (`prefix_keys.py`) or of tensors.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 
 from ..errors import OutOfBlocksError
 from .block_pool import BlockPool
 from .contract import PoolSnapshot, TextBlocks
+
+# How many evictions are remembered: more than one step makes, with blocks of a usual size.
+EVICTIONS_KEPT = 4096
 
 
 class TextPool(TextBlocks):
     """A block that is not full has one owner, which writes it. A full block is never written again.
 
     A sequence frees its blocks from its tail, so that a shared prefix is evicted last.
+    num_moves: how often a block became cached, or used again.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.blocks = BlockPool(num_blocks)
         self.num_evictions = 0
+        self.num_moves = 0
+        self._evicted: deque[int] = deque(maxlen=EVICTIONS_KEPT)
         self._num_references = [0] * num_blocks
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
@@ -38,11 +45,17 @@ class TextPool(TextBlocks):
             found.append(block_id)
         return found
 
-    def can_allocate(self, num_blocks: int, shared: Iterable[int] = ()) -> bool:
-        return self.num_lacking(num_blocks, shared) == 0
+    def evicted_since(self, num_evictions: int) -> list[int] | None:
+        """The blocks evicted since there were so many evictions; None if they are not known."""
+        num_new = self.num_evictions - num_evictions
+        if num_new > len(self._evicted):
+            return None
+        return list(islice(reversed(self._evicted), num_new))
 
-    def num_lacking(self, num_blocks: int, shared: Iterable[int] = ()) -> int:
-        num_unused = sum(self._num_references[block_id] == 0 for block_id in shared)
+    def can_allocate(self, num_blocks: int, num_unused: int = 0) -> bool:
+        return self.num_lacking(num_blocks, num_unused) == 0
+
+    def num_lacking(self, num_blocks: int, num_unused: int = 0) -> int:
         return max(0, num_unused + num_blocks - self.blocks.num_available)
 
     def share(self, block_ids: list[int]) -> None:
@@ -50,6 +63,7 @@ class TextPool(TextBlocks):
             if self._num_references[block_id] == 0:
                 del self._unused[block_id]
                 self.blocks.uncache([block_id])
+                self.num_moves += 1
             self._num_references[block_id] += 1
 
     def allocate(self, num_blocks: int) -> list[int]:
@@ -74,6 +88,7 @@ class TextPool(TextBlocks):
             if block_id in self._key_of:
                 self._unused[block_id] = None
                 self.blocks.cache([block_id])
+                self.num_moves += 1
             else:
                 self.blocks.free([block_id])
 
@@ -105,4 +120,5 @@ class TextPool(TextBlocks):
         del self._block_of[self._key_of.pop(block_id)]
         self.blocks.uncache([block_id])
         self.blocks.free([block_id])
+        self._evicted.append(block_id)
         self.num_evictions += 1

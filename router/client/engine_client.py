@@ -14,9 +14,11 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
+from ...models.batch import AdapterInfo, AdapterRef, ImageTiles
 from ..errors import (
     EngineDeadError,
-    EngineError,
     FrameTooLargeError,
     InvalidRequestError,
     QueueFullError,
@@ -25,19 +27,29 @@ from ..errors import (
 )
 from ..messages import (
     AbortRequests,
+    AdapterFailed,
+    AdapterReady,
+    AdapterUnloaded,
     AddRequest,
     EngineReady,
     EngineStats,
     FromEngine,
     Heartbeat,
+    ImagePiece,
+    LoadAdapter,
+    NeedImage,
     Rejection,
     RequestFailed,
     RequestsStarted,
     SequenceOutput,
     StepOutputs,
+    UnloadAdapter,
 )
 from ..processes import wire
+from .adapter_calls import AdapterCalls
+from .image_sender import ImageSender
 from .reconnect_pause import ReconnectPause
+from .request_stream import RequestStream
 
 logger = logging.getLogger("vlmserve.client")
 
@@ -75,62 +87,12 @@ class HealthThresholds:
         return engine.is_ready and not (is_late or is_stuck)
 
 
-class _Stream:
-    """The outputs of one `generate` call that its caller has not read yet.
-
-    open_ids: the choices without a final message. has_started: the engine has reported that at
-    least one choice started. Unread outputs of a choice are joined, so a slow caller costs only
-    the memory of its token ids.
-    """
-
-    def __init__(self, choice_ids: list[str]) -> None:
-        self._arrived = asyncio.Event()
-        self._outputs: dict[str, SequenceOutput] = {}
-        self._error: EngineError | None = None
-        self.open_ids = dict.fromkeys(choice_ids)
-        self.has_started = False
-
-    def deliver(self, output: SequenceOutput) -> None:
-        waiting = self._outputs.setdefault(output.request_id, output)
-        if waiting is not output:
-            # Fields that only the first output has stay as they are.
-            waiting.token_ids += output.token_ids
-            waiting.logprobs += output.logprobs
-            waiting.finish_reason = output.finish_reason
-            waiting.stop_token_id = output.stop_token_id
-        if output.finish_reason is not None:
-            self.open_ids.pop(output.request_id, None)
-        self._arrived.set()
-
-    def fail(self, request_id: str, error: EngineError) -> None:
-        if isinstance(error, EngineDeadError):
-            error.has_started = self.has_started
-        self._error = self._error or error
-        self.open_ids.pop(request_id, None)
-        self._arrived.set()
-
-    def leave(self, request_id: str) -> None:
-        """Discard this choice."""
-        self._outputs.pop(request_id, None)
-        self.open_ids.pop(request_id, None)
-
-    async def next(self) -> SequenceOutput:
-        """The oldest unread output; raises an error only after all outputs."""
-        while not self._outputs:
-            if self._error is not None:
-                try:
-                    raise self._error
-                finally:
-                    # A kept error refers to its frames and they to this object: a cycle, which
-                    # would keep the whole request alive until a full garbage collection.
-                    self._error = None
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._outputs.pop(next(iter(self._outputs)))
-
-
 class EngineClient:
     """One worker's connection to one engine.
+
+    Requests go without their tiles; the engine asks for those that it lacks. Of what it does not
+    read, the connection keeps 64 KiB, one more frame (a piece of an image, or the requests of one
+    `generate`) and the aborts of what was sent.
 
     Call `connect()` once, `generate()` many times concurrently, `close()` at the end.
     on_ready: called with the engine's ready message when its model is loaded.
@@ -157,11 +119,14 @@ class EngineClient:
         self._refused_at = 0.0
         self._on_dead = on_dead
         self._max_frame_bytes = max_frame_bytes
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, RequestStream] = {}
         self._writer: asyncio.StreamWriter | None = None
+        self._writing = asyncio.Lock()
+        self._images = ImageSender(self._send)
         self._reader_task: asyncio.Task[None] | None = None
         self._state_changed = asyncio.Event()
         self._pause = ReconnectPause()
+        self._adapter_calls = AdapterCalls(self._send)
 
     @property
     def is_connected(self) -> bool:
@@ -222,6 +187,7 @@ class EngineClient:
                     ) from error
                 await asyncio.sleep(CONNECT_RETRY_S)
         self._writer = writer
+        self._images = ImageSender(self._send)
         self._pause.connected()
         self._reader_task = asyncio.create_task(self._read(reader), name="engine-client")
 
@@ -255,6 +221,8 @@ class EngineClient:
         choice_ids = [choice_id for request in requests for choice_id in request.answer_ids]
         stream = self._open_stream(choice_ids)
         num_left = len(choice_ids)
+        images = self._images
+        images.open(requests)
         try:
             await self._send_requests(requests, stream)
             while num_left:
@@ -264,7 +232,8 @@ class EngineClient:
         finally:
             for request_id in choice_ids:
                 self._streams.pop(request_id, None)
-            self._abort(list(stream.open_ids))
+            images.close(requests)
+            self._abort(stream, list(stream.open_ids))
 
     def leave(self, request_id: str) -> None:
         """Abort one choice of an open request; the caller continues with the others.
@@ -273,8 +242,22 @@ class EngineClient:
         """
         stream = self._streams.pop(request_id, None)
         if stream is not None and request_id in stream.open_ids:
-            self._abort([request_id])
+            self._abort(stream, [request_id])
             stream.leave(request_id)
+
+    async def load_adapter(self, adapter: AdapterRef) -> AdapterInfo:
+        """Have the engine read an adapter. Raises AdapterUnusableError or EngineDeadError."""
+        self._check_ready()
+        return await self._adapter_calls.load(adapter)
+
+    async def unload_adapter(self, digest: str) -> None:
+        """As `AdapterCalls.unload`."""
+        self._check_ready()
+        await self._adapter_calls.unload(digest)
+
+    def _check_ready(self) -> None:
+        if not self.is_ready:
+            raise EngineDeadError("the engine is not ready")
 
     async def close(self) -> None:
         """Close the connection; the engine aborts open requests. Does not call `on_dead`."""
@@ -285,31 +268,49 @@ class EngineClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
-    def _open_stream(self, choice_ids: list[str]) -> _Stream:
+    def _open_stream(self, choice_ids: list[str]) -> RequestStream:
         if not self.is_ready:
             raise EngineDeadError("the engine is not ready")
         for request_id in choice_ids:
             if request_id in self._streams:
                 raise ValueError(f"request {request_id!r} is already open on this connection")
-        stream = _Stream(choice_ids)
+        stream = RequestStream(choice_ids)
         self._streams |= dict.fromkeys(choice_ids, stream)
         return stream
 
-    async def _send_requests(self, requests: Sequence[AddRequest], stream: _Stream) -> None:
-        assert self._writer is not None, "the stream was opened on a live connection"
-        try:
-            # All or none: if one cannot be sent, no other may run.
-            frames = [wire.encode_frame(request, self._max_frame_bytes) for request in requests]
-        except FrameTooLargeError as error:
-            stream.open_ids.clear()  # nothing to abort
-            raise InvalidRequestError(f"the request is too large: {error}") from error
-        # If the connection is lost here, the reader fails the stream.
-        with contextlib.suppress(*_LOST):
-            self._writer.writelines(frames)
-            await self._writer.drain()
+    async def _send_requests(self, requests: Sequence[AddRequest], stream: RequestStream) -> None:
+        async with self._writing:
+            if self._writer is None or not stream.open_ids:
+                return  # lost or left while others were written; its stream has the error
+            try:
+                # All or none: if one cannot be sent, no other may run.
+                frames = [
+                    wire.encode_frame(_without_tiles(request), self._max_frame_bytes)
+                    for request in requests
+                ]
+            except FrameTooLargeError as error:
+                raise InvalidRequestError(f"the request is too large: {error}") from error
+            stream.is_sent = True
+            # If the connection is lost here, the reader fails the stream.
+            with contextlib.suppress(*_LOST):
+                self._writer.writelines(frames)
+                left = [one for request in requests for one in request.answer_ids]
+                self._abort(stream, [one for one in left if one not in stream.open_ids])
+                await self._writer.drain()
 
-    def _abort(self, request_ids: list[str]) -> None:
-        if request_ids and self._writer is not None:
+    async def _send(self, message: ImagePiece | LoadAdapter | UnloadAdapter) -> None:
+        """Send when the engine has read most of what was sent. Raises EngineDeadError."""
+        async with self._writing:
+            try:
+                if self._writer is None:
+                    raise ConnectionResetError
+                self._writer.write(wire.encode_frame(message))
+                await self._writer.drain()
+            except _LOST:
+                raise EngineDeadError("the connection to the engine is lost") from None
+
+    def _abort(self, stream: RequestStream, request_ids: list[str]) -> None:
+        if stream.is_sent and request_ids and self._writer is not None:
             with contextlib.suppress(*_LOST):
                 self._writer.write(wire.encode_frame(AbortRequests(request_ids)))
 
@@ -345,6 +346,8 @@ class EngineClient:
             for request_id in message.request_ids:
                 if stream := self._streams.get(request_id):
                     stream.has_started = True
+        elif isinstance(message, NeedImage):
+            self._images.answer(message)
         elif isinstance(message, RequestFailed):
             if stream := self._streams.get(message.request_id):
                 stream.fail(message.request_id, error_of(message))
@@ -352,6 +355,8 @@ class EngineClient:
             self.last_heartbeat = time.monotonic()
             self.stats, self.step_age_s = message.stats, message.step_age_s
             self.stall_s, self.may_compile = message.stall_s, message.may_compile
+        elif isinstance(message, AdapterReady | AdapterFailed | AdapterUnloaded):
+            self._adapter_calls.receive(message)
         else:
             self.info = message
             # Counts as a heartbeat: otherwise an engine that stops before its first is never late.
@@ -362,6 +367,7 @@ class EngineClient:
 
     def _disconnect(self, reason: str) -> None:
         writer, self._writer = self._writer, None
+        self._images.stop()
         self.info = self.last_heartbeat = None
         self.stats, self.stall_s = EngineStats(), 0.0
         self._rejections = {}
@@ -369,5 +375,11 @@ class EngineClient:
         for request_id, stream in self._streams.items():
             if request_id in stream.open_ids:
                 stream.fail(request_id, EngineDeadError(reason))
+        self._adapter_calls.fail(reason)
         if writer is not None:
             writer.close()
+
+
+def _without_tiles(request: AddRequest) -> AddRequest:
+    images = [image.ref if isinstance(image, ImageTiles) else image for image in request.images]
+    return msgspec.structs.replace(request, images=images)

@@ -6,13 +6,16 @@ Knows nothing of HTTP or tensors; `replica_chooser.py` chooses.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 
+from ...models.batch import AdapterInfo, AdapterRef
 from ..errors import EngineDeadError, QueueFullError
 from ..messages import AddRequest, EngineReady, EngineStats, SequenceOutput
 from ..scheduler.admission import check_image_blocks
@@ -23,6 +26,9 @@ from .replica_chooser import ReplicaChooser, affinity_keys, margin_of, weight_of
 # before it started the request.
 MoveReason = Literal["full", "dead"]
 MOVE_REASONS: tuple[MoveReason, ...] = ("full", "dead")
+
+
+_NOT_SUMS = ("vision_step_counts", "block_size", "running_adapters", "waiting_adapters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,8 @@ class ReplicaState:
 class ReplicaPool:
     """The engines of one worker, used like one `EngineClient`. The caller connects the clients.
 
-    on_moved: called for every request that is retried on another replica. first: see
+    on_moved: called for every request that is retried on another replica. on_chosen: called with
+    the number of each replica that gets a request, in the request's task. first: see
     `ReplicaChooser`.
     """
 
@@ -45,13 +52,15 @@ class ReplicaPool:
         clients: Sequence[EngineClient],
         limits: HealthThresholds,
         on_moved: Callable[[MoveReason], None] = lambda reason: None,
+        on_chosen: Callable[[int], None] = lambda replica: None,
         *,
         first: int = 0,
     ) -> None:
         self._clients = list(clients)
         self._limits = limits
         self._on_moved = on_moved
-        self.chooser = ReplicaChooser(len(clients), first=first)
+        self._on_chosen = on_chosen
+        self.chooser = ReplicaChooser(range(len(clients)), first=first)
         self._infos: list[EngineReady | None] = [None] * len(clients)
         self._heartbeats_read: list[float | None] = [None] * len(clients)
         self._homes: dict[str, EngineClient] = {}
@@ -121,6 +130,7 @@ class ReplicaPool:
         has_lost_one = False
         while (replica := self._choose(keys, tried)) is not None:
             has_output = False
+            self._on_chosen(replica)
             try:
                 async with contextlib.aclosing(self._ask(replica, requests)) as outputs:
                     async for output in outputs:
@@ -152,6 +162,31 @@ class ReplicaPool:
         if not known or len(known) < len(rejections):
             return None
         return min(known, key=lambda error: error.retry_after_s)
+
+    async def load_adapter(self, adapter: AdapterRef) -> AdapterInfo:
+        """Have every ready replica read an adapter; the others read it when a request names it.
+
+        Raises AdapterUnusableError, or EngineDeadError if no replica is ready.
+        """
+        calls = (one.load_adapter(adapter) for one in self._clients if one.is_ready)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        infos = [one for one in results if isinstance(one, AdapterInfo)]
+        errors = [one for one in results if isinstance(one, BaseException)]
+        lost = [one for one in errors if isinstance(one, EngineDeadError)]
+        for error in errors:
+            if error not in lost or not infos:
+                raise error
+        if not infos:
+            raise EngineDeadError("no replica is ready")
+        return infos[0]
+
+    async def unload_adapter(self, digest: str) -> None:
+        """Return when no replica has an open request with this adapter."""
+        calls = (one.unload_adapter(digest) for one in self._clients if one.is_ready)
+        for error in await asyncio.gather(*calls, return_exceptions=True):
+            # A replica that died has forgotten it too.
+            if isinstance(error, BaseException) and not isinstance(error, EngineDeadError):
+                raise error
 
     def leave(self, request_id: str) -> None:
         """As `EngineClient.leave`."""
@@ -249,8 +284,12 @@ def sum_of(all_stats: Sequence[EngineStats]) -> EngineStats:
     total = EngineStats()
     for stats in all_stats:
         for name in EngineStats.__struct_fields__:
-            if name != "vision_step_counts":
+            if name not in _NOT_SUMS:
                 setattr(total, name, getattr(total, name) + getattr(stats, name))
+    total.block_size = max((stats.block_size for stats in all_stats), default=0)
+    running = sum((Counter(stats.running_adapters) for stats in all_stats), Counter[str]())
+    waiting = sum((Counter(stats.waiting_adapters) for stats in all_stats), Counter[str]())
+    total.running_adapters, total.waiting_adapters = dict(running), dict(waiting)
     counts = [stats.vision_step_counts for stats in all_stats if stats.vision_step_counts]
     total.vision_step_counts = [sum(column) for column in zip(*counts, strict=True)]
     return total

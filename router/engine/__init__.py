@@ -8,5 +8,7 @@ In the order in which to read the files:
     gate                which requests may wait for a place
     runner_protocol     what it expects of the code that computes a step
     grammar_compiler    the thread that compiles grammars
+    adapter_loader      the thread that reads adapters, and which are in memory
+    reports             what an engine reports
     step_watchdog       how long the running step has made no progress
 """

@@ -18,9 +18,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from ...models.batch import (
+    AdapterInfo,
+    AdapterRef,
     DeviceLostError,
     OnLaunch,
     StepBatch,
@@ -30,8 +31,10 @@ from ...models.batch import (
 )
 from ..config import EngineConfig
 from ..errors import (
+    AdapterUnusableError,
     EngineError,
     EngineInternalError,
+    InvalidRequestError,
     failure_of,
 )
 from ..messages import (
@@ -40,44 +43,33 @@ from ..messages import (
     EngineReady,
     EngineStats,
     FromEngine,
+    ImagePiece,
     RequestsStarted,
     SequenceOutput,
     StepOutputs,
 )
 from ..scheduler.admission import AdmissionLimits, check_request
-from ..scheduler.interface import Progress, SchedulerLimits, SchedulerSnapshot
+from ..scheduler.interface import Progress, SchedulerLimits
 from ..scheduler.request_queue import QueueLimits, RequestQueue
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.sequence import Sequence
 from ..scheduler.throughput import WaitEstimator
+from .adapter_loader import AdapterLoader
 from .gate import Gate
 from .grammar_compiler import GrammarCompiler
+from .reports import EngineSnapshot, add_adapters, output_of, stats_of
 from .runner_protocol import Runner
 from .step_watchdog import StepWatchdog
 
 logger = logging.getLogger("vlmserve.engine")
+
+NO_ADAPTERS = "this engine serves no adapters: start the server with --max-loras 8, for example"
 
 Send = Callable[[int, FromEngine], None]
 
 
 class DuplicateRequestError(ValueError):
     """A worker used the id of one of its open requests again: a bug of the worker."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSnapshot:
-    """The engine's state at one moment.
-
-    open: the (worker id, request id) of every choice without a final message. num_aborting: how
-    many of them end with the step that is being computed. num_compiling: how many wait for their
-    grammar.
-    """
-
-    open: frozenset[tuple[int, str]]
-    num_aborting: int
-    num_compiling: int
-    num_steps: int
-    scheduler: SchedulerSnapshot
 
 
 class Engine:
@@ -101,18 +93,25 @@ class Engine:
         self._limits = AdmissionLimits.of(runner.info)
         self._wait_estimator = wait_estimator or WaitEstimator()
         self._queue = RequestQueue(_queue_limits(config), self._wait_estimator)
-        self.scheduler = Scheduler(runner.info, self._scheduler_limits(), self._queue)
+        self.scheduler = Scheduler(runner.info, self._scheduler_limits(), self._queue, send)
         self._gate = Gate(
             self._queue, self._wait_estimator, config, lambda: self.scheduler.num_running
         )
         self._open: dict[tuple[int, str], Sequence] = {}
         self._grammar_compiler = GrammarCompiler(runner.compile_grammar, self._take_matcher)
+        self._adapters = self._new_loader()
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="model")
         self.step_watchdog = StepWatchdog(lambda: runner.num_layers_started)
         self._plans_ahead = config.plans_ahead(runner.info.device)
         self._num_steps = 0
         self._vision_seconds = 0.0
         self._vision_step_counts = [0] * (len(VISION_BOUNDS_S) + 1)
+
+    def _new_loader(self) -> AdapterLoader | None:
+        if self._runner.adapters is None:
+            return None
+        limit = self._config.lora_host_bytes
+        return AdapterLoader(self._runner.adapters, limit, self._take_adapter)
 
     # Requests of workers
 
@@ -128,7 +127,7 @@ class Engine:
         try:
             check_request(request, self._limits)
             self._gate.check(request)
-            sequences = Sequence.of(worker_id, request)
+            sequences = self._sequences_of(worker_id, request)
             self._queue.put(sequences[0])
         except EngineError as error:
             for request_id in request_ids:
@@ -138,6 +137,32 @@ class Engine:
             self._open[worker_id, sequence.request_id] = sequence
         if request.grammar is not None:
             self._grammar_compiler.start(request, sequences)
+        if self._adapters is not None and request.adapter is not None:
+            self._adapters.use(request.adapter, sequences)
+
+    def _sequences_of(self, worker_id: int, request: AddRequest) -> list[Sequence]:
+        """Its answers, with their adapter if that is in memory. Raises InvalidRequestError."""
+        sequences = Sequence.of(worker_id, request)
+        if request.adapter is None:
+            return sequences
+        if self._adapters is None:
+            raise InvalidRequestError(NO_ADAPTERS)
+        if (info := self._adapters.find(request.adapter)) is not None:
+            for sequence in sequences:
+                sequence.take(info)
+        return sequences
+
+    def _take_adapter(
+        self, sequences: list[Sequence], result: AdapterInfo | AdapterUnusableError
+    ) -> None:
+        """Let answers run whose adapter was read, or end them with an error."""
+        if isinstance(result, AdapterInfo):
+            for sequence in sequences:
+                self.scheduler.make_ready(sequence, result)
+            return
+        for sequence in sequences:
+            self.scheduler.abort(sequence)
+        self._fail(sequences, result)
 
     def _take_matcher(self, sequences: list[Sequence], result: TokenMatcher | EngineError) -> None:
         """Let these answers of one request run, or end them with an error."""
@@ -145,9 +170,28 @@ class Engine:
             for sequence in sequences:
                 self.scheduler.make_ready(sequence, result.copy())
             return
+        logger.error("the adapter %s cannot be used: %s", sequences[0].adapter_name, result)
         for sequence in sequences:
             self.scheduler.abort(sequence)
         self._fail(sequences, result)
+
+    def receive(self, worker_id: int, piece: ImagePiece) -> None:
+        """Take a piece of an image that this worker was asked for.
+
+        Raises MalformedFrameError if it does not continue what is here: a bug of the worker.
+        """
+        self._queue.receive(worker_id, piece)
+
+    async def load_adapter(self, adapter: AdapterRef) -> AdapterInfo:
+        """Read an adapter before any request uses it. Raises AdapterUnusableError."""
+        if self._adapters is None:
+            raise AdapterUnusableError(NO_ADAPTERS)
+        return await self._adapters.load(adapter)
+
+    async def unload_adapter(self, digest: str) -> None:
+        """Forget an adapter when no open answer uses it."""
+        if self._adapters is not None:
+            await self._adapters.unload(digest)
 
     def abort(self, worker_id: int, request_ids: Iterable[str]) -> None:
         """End requests of this worker. Ids that are not open are ignored.
@@ -191,7 +235,8 @@ class Engine:
             is_computed = True
             self._wait_estimator.record_step(started_at, batch.num_tokens)
             self._count_vision(result.vision_seconds)
-            self._deliver(self.scheduler.update(result))
+            seconds = time.monotonic() - started_at
+            self._deliver(self.scheduler.update(result, seconds))
         finally:
             self._num_steps += 1
             self.step_watchdog.end(is_computed=is_computed)
@@ -237,6 +282,8 @@ class Engine:
         """End every open request with `error`. Call it after `run`; a step may still run."""
         self._grammar_compiler.close()
         self._fail(list(self._open.values()), error)
+        if self._adapters is not None:
+            self._adapters.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     # Messages to workers
@@ -246,7 +293,7 @@ class Engine:
         outputs: dict[int, list[SequenceOutput]] = defaultdict(list)
         for change in progress:
             sequence = change.sequence
-            outputs[sequence.worker_id].append(_output_of(change))
+            outputs[sequence.worker_id].append(output_of(change))
             if change.finish_reason is not None:
                 if sequence.ran_at is not None:
                     self._wait_estimator.record_run(time.monotonic() - sequence.ran_at)
@@ -272,6 +319,8 @@ class Engine:
     def _forget(self, sequence: Sequence) -> None:
         del self._open[sequence.worker_id, sequence.request_id]
         self._grammar_compiler.leave(sequence)
+        if self._adapters is not None:
+            self._adapters.leave(sequence)
 
     # State
 
@@ -302,34 +351,23 @@ class Engine:
         )
 
     def _most_bytes(self) -> int:
-        """With the images of all requests that may wait; 0 if the runner's part is unknown."""
+        """With all adapters and the images of all requests that may wait; 0 if the runner's part is
+        unknown.
+        """
         runner_bytes = self._runner.info.max_memory_bytes
-        return runner_bytes + self._config.max_queue_bytes if runner_bytes else 0
+        adapters = self._config.lora_host_bytes if self._adapters is not None else 0
+        return runner_bytes + self._config.max_queue_bytes + adapters if runner_bytes else 0
 
     def stats(self) -> EngineStats:
         """Counts at this moment, for metrics."""
-        scheduler = self.scheduler.counts()
-        text, images = scheduler.text, scheduler.images
-        return EngineStats(
-            num_running=scheduler.num_running,
-            num_waiting=len(self._open) - scheduler.num_running,
-            num_steps=self._num_steps,
-            text_blocks_used=text.used,
-            text_blocks_total=text.total,
-            text_blocks_cached=text.cached,
-            image_blocks_used=images.used,
-            image_blocks_cached=images.cached,
-            image_blocks_total=images.total,
-            num_preemptions=scheduler.num_preemptions,
-            num_images_encoded=scheduler.num_images_encoded,
-            vision_seconds=self._vision_seconds,
-            vision_step_counts=list(self._vision_step_counts),
-            image_cache_hits=images.num_hits,
-            image_cache_misses=images.num_misses,
-            image_cache_evictions=images.num_evictions,
-            prefix_tokens_queried=scheduler.prefix_tokens_queried,
-            prefix_tokens_hit=scheduler.prefix_tokens_hit,
-        )
+        stats = stats_of(self.scheduler.counts(), len(self._open))
+        stats.num_steps = self._num_steps
+        stats.vision_seconds = self._vision_seconds
+        stats.vision_step_counts = list(self._vision_step_counts)
+        stats.block_size = self._runner.info.pools.block_size
+        if self._adapters is not None:
+            add_adapters(stats, self._open.values())
+        return stats
 
     def _scheduler_limits(self) -> SchedulerLimits:
         return SchedulerLimits(
@@ -340,6 +378,7 @@ class Engine:
             prefix_cache=self._config.prefix_cache,
             image_cache=self._config.image_cache,
             poison_freed_blocks=self._config.poison_freed_blocks,
+            max_loras=self._config.max_loras,
         )
 
 
@@ -348,21 +387,6 @@ def _queue_limits(config: EngineConfig) -> QueueLimits:
         max_requests=config.max_queue_requests,
         max_tokens=config.max_queue_tokens,
         max_bytes=config.max_queue_bytes,
-    )
-
-
-def _output_of(progress: Progress) -> SequenceOutput:
-    sequence = progress.sequence
-    is_first = 0 < len(progress.token_ids) == sequence.num_generated_tokens
-    return SequenceOutput(
-        request_id=sequence.request_id,
-        token_ids=progress.token_ids,
-        num_cached_tokens=sequence.num_cached_tokens if is_first else 0,
-        queue_s=sequence.queue_s if is_first else 0.0,
-        finish_reason=progress.finish_reason,
-        stop_token_id=progress.stop_token_id,
-        logprobs=[] if progress.logprobs is None else [progress.logprobs],
-        prompt_logprobs=sequence.prompt_logprobs if is_first else None,
     )
 
 

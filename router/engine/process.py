@@ -13,21 +13,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import msgspec
 
-from ...models.malloc import use_one_heap
+from ...models.malloc import use_growing_segments, use_one_heap
+from ...models.settings.byte_text import shown_bytes
 from ...models.settings.runner_config import RunnerConfig
 from ...models.threads import wait_briefly
 from ..config import EngineConfig
-from ..errors import EngineDeadError
+from ..errors import AdapterUnusableError, EngineDeadError
 from ..processes.logs import say, set_up_logging
 from ..processes.parent_death import ParentGoneError, die_with_parent, name_process
 from .engine import Engine
@@ -49,22 +51,40 @@ LoadRunner = Callable[[EngineConfig], Runner]
 
 def load_model_runner(config: EngineConfig) -> Runner:
     """Load the model that `config` names. Imports torch: call it late, off the loop."""
-    from ...models.create_runner import create_runner
-    from ...models.distributed.parallel_runner import create_parallel_runner
-    from ...models.distributed.replica import Replica
+    with _no_collections():
+        from ...models.create_runner import create_runner
+        from ...models.distributed.parallel_runner import create_parallel_runner
+        from ...models.distributed.replica import Replica
 
     runner_config: RunnerConfig = config
     if config.num_replicas > 1:
         replica = Replica(config.replica, config.num_replicas, config.tensor_parallel_size)
         runner_config = replica.share_of(config)
+    runner: Runner
     if config.tensor_parallel_size > 1:
-        return create_parallel_runner(config.model, config.tensor_parallel_size, runner_config)
-    return create_runner(config.model, runner_config)
+        runner = create_parallel_runner(config.model, config.tensor_parallel_size, runner_config)
+    else:
+        runner = create_runner(config.model, runner_config)
+    # All of this stays: no collection between steps needs to look at it again.
+    gc.collect()
+    gc.freeze()
+    return runner
 
 
 def import_model_runner() -> None:
     """Import what `load_model_runner` needs, before the settings are known."""
-    from ...models.execution.runner import ModelRunner  # noqa: F401
+    with _no_collections():
+        from ...models.execution.runner import ModelRunner  # noqa: F401
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Importing creates a million objects, and hardly any garbage."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 async def serve(config: EngineConfig, load_runner: LoadRunner = load_model_runner) -> int:
@@ -94,6 +114,13 @@ async def _load_and_run(
     if (error := loading.exception()) is not None:
         return _report_model_error(config, error)
     engine = Engine(loading.result(), config, server.send, executor)
+    reading = asyncio.create_task(_read_adapters(engine, config), name="adapters")
+    await _first_of(reading, stop)
+    if not reading.done():
+        reading.cancel()
+        return EXIT_STOPPED
+    if (problem := reading.result()) is not None:
+        return _report(problem, EXIT_MODEL_ERROR)
     server.attach(engine)
     logger.info("the engine is ready")
     running = asyncio.create_task(engine.run(), name="engine")
@@ -104,6 +131,23 @@ async def _load_and_run(
         return EXIT_FAILED
     running.cancel()
     return EXIT_STOPPED
+
+
+async def _read_adapters(engine: Engine, config: EngineConfig) -> str | None:
+    """Read the adapters of the start; returns why the engine cannot start without one."""
+    for ref in config.adapters:
+        try:
+            info = await engine.load_adapter(ref)
+        except AdapterUnusableError as error:
+            problem = f"cannot use the adapter {ref.name!r}: {error}"
+            if config.requires_adapters:
+                return problem
+            logger.error(problem)
+        else:
+            base = info.base_model or "an unknown model"
+            size = shown_bytes(info.num_bytes)
+            logger.info("adapter %s: rank %d, %s, trained on %s", ref.name, info.rank, size, base)
+    return None
 
 
 async def _first_of(*futures: asyncio.Future[Any]) -> None:
@@ -120,6 +164,7 @@ def main(
     """
     use_one_heap()  # before any thread starts; importing torch starts some
     wait_briefly()
+    use_growing_segments()
     try:
         if STANDBY_OPTION in sys.argv[1:]:
             die_with_parent()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from ...models.batch import (
+    AdapterInfo,
+    AdapterRef,
     ModelInfo,
     OnLaunch,
     ScheduledSequence,
@@ -19,12 +21,32 @@ from ...models.batch import (
 )
 
 
+class Adapters(Protocol):
+    """The adapters in the runner's memory, by digest. Called from any thread."""
+
+    def read(self, ref: AdapterRef) -> AdapterInfo:
+        """Read and check an adapter, so that steps can use it.
+
+        Raises ValueError, one line, if it cannot be used.
+        """
+        ...
+
+    def forget(self, digest: str) -> None:
+        """Release an adapter. No later step uses it, until it is read again."""
+        ...
+
+
 class Runner(Protocol):
     """Computes one step at a time; `models/batch.py` has its input and output."""
 
     @property
     def info(self) -> ModelInfo:
         """The loaded model."""
+        ...
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """Its adapters; None if --max-loras is 0."""
         ...
 
     @property

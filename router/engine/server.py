@@ -17,14 +17,28 @@ import stat
 from collections.abc import Iterator
 
 from ..config import EngineConfig
-from ..errors import EngineDeadError, WireError, failure_of
-from ..messages import AddRequest, EngineStats, FromEngine, Heartbeat, ToEngine
+from ..errors import AdapterUnusableError, EngineDeadError, WireError, failure_of
+from ..messages import (
+    AdapterAnswer,
+    AdapterFailed,
+    AdapterReady,
+    AdapterUnloaded,
+    AddRequest,
+    EngineStats,
+    FromEngine,
+    Heartbeat,
+    ImagePiece,
+    LoadAdapter,
+    ToEngine,
+    UnloadAdapter,
+)
 from ..processes import wire
 from .engine import DuplicateRequestError, Engine
 
 logger = logging.getLogger("vlmserve.engine")
 
 FLUSH_TIMEOUT_S = 1.0
+LOADING = "the engine is still loading its model"
 
 
 class SocketPathError(OSError):
@@ -41,6 +55,7 @@ class EngineServer:
         self._workers: dict[int, asyncio.StreamWriter] = {}
         self._worker_ids = itertools.count(1)
         self._heartbeat_task: asyncio.Task[None] | None = None
+        self._calls: set[asyncio.Task[None]] = set()
 
     @property
     def num_workers(self) -> int:
@@ -75,6 +90,8 @@ class EngineServer:
         """Flush what was sent, close all connections and remove the socket."""
         if self._heartbeat_task is not None:
             self._heartbeat_task.cancel()
+        for call in self._calls:
+            call.cancel()
         if self._server is not None:
             self._server.close()
         writers, self._workers = list(self._workers.values()), {}
@@ -116,15 +133,38 @@ class EngineServer:
             await asyncio.sleep(0)
 
     def _handle(self, worker_id: int, message: ToEngine) -> None:
-        if self._engine is None:
+        if isinstance(message, LoadAdapter | UnloadAdapter):
+            call = asyncio.create_task(self._answer_call(worker_id, message))
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+        elif self._engine is None:
             if isinstance(message, AddRequest):
-                error = EngineDeadError("the engine is still loading its model")
+                error = EngineDeadError(LOADING)
                 for request_id in message.answer_ids:
                     self.send(worker_id, failure_of(request_id, error))
         elif isinstance(message, AddRequest):
             self._engine.add(worker_id, message)
+        elif isinstance(message, ImagePiece):
+            self._engine.receive(worker_id, message)
         else:
             self._engine.abort(worker_id, message.request_ids)
+
+    async def _answer_call(self, worker_id: int, message: LoadAdapter | UnloadAdapter) -> None:
+        self.send(worker_id, await self._call(message))
+
+    async def _call(self, message: LoadAdapter | UnloadAdapter) -> AdapterAnswer:
+        call_id, engine = message.call_id, self._engine
+        if isinstance(message, UnloadAdapter):
+            if engine is not None:
+                await engine.unload_adapter(message.digest)
+            return AdapterUnloaded(call_id=call_id)
+        if engine is None:
+            return AdapterFailed(call_id=call_id, message=LOADING)
+        try:
+            info = await engine.load_adapter(message.adapter)
+        except AdapterUnusableError as error:
+            return AdapterFailed(call_id=call_id, message=str(error))
+        return AdapterReady(call_id=call_id, info=info)
 
     def _hang_up(self, worker_id: int) -> None:
         """Close at once, without flushing. Its reader then ends, which aborts its requests."""

@@ -18,10 +18,10 @@ from ..errors import FrameTooLargeError, MalformedFrameError
 from ..messages import FromEngine, ToEngine
 
 HEADER_BYTES = 4
-# Enough for a request's decoded tiles: 70 images of four 560-pixel tiles.
+# Enough for the log-probabilities of the longest prompt.
 DEFAULT_MAX_FRAME_BYTES = 268_435_456
 # asyncio pauses the socket at twice this much unread data. The default of 64 KiB would pause it
-# hundreds of times for one image.
+# many times for one image.
 READ_BUFFER_BYTES = 4 * 1024 * 1024
 
 Message = TypeVar("Message")

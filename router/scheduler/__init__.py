@@ -7,12 +7,12 @@ In the order in which to read the files:
     sequence            the tokens of one answer, and how far they are computed
     owners              what each API key's requests have used, and whose turn it is
     request_queue       which sequences wait, in which order, and how many may
-    throughput          the estimated wait of a rejected request
+    throughput          the estimated wait of a rejected request, and time of a step
     interface           the scheduler's limits, its progress, its snapshot
     scheduler           the plan of each step, and what its result changes
     step_budget         what one step may still compute
     block_manager       which blocks each running sequence uses
     lifecycle           starts, preempts and ends sequences
-    preemption          which sequence loses its place and blocks when another needs them
+    preemption          which sequence yields its place, its blocks or a step to another
     batch_rows          a sequence's part of a step, as the runner gets it
 """

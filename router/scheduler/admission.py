@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...models.batch import ImageSpan, ImageTiles, ModelInfo
+from ...models.batch import ImageRef, ImageSpan, ImageTiles, ModelInfo
 from ..blocks.image_pool import ImageKey
 from ..errors import InvalidRequestError
 from ..messages import AddRequest
 
 # Mllama's input embedding has eight rows beyond the vocabulary, `<|image|>` first.
 NUM_EXTRA_EMBEDDINGS = 8
-NUM_CHANNELS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +74,15 @@ def _check_tokens(token_ids: list[int], limits: AdmissionLimits) -> None:
         )
 
 
-def _check_tiles(image: ImageTiles, limits: AdmissionLimits) -> None:
+def _check_tiles(image: ImageRef, limits: AdmissionLimits) -> None:
     if image.num_tiles > limits.max_num_tiles or image.tile_size != limits.tile_size:
         raise InvalidRequestError(
             f"an image has {image.num_tiles} tiles of {image.tile_size} pixels; the model takes "
             f"up to {limits.max_num_tiles} of {limits.tile_size}: tile it for this model"
         )
-    num_bytes = image.num_tiles * NUM_CHANNELS * image.tile_size**2
-    if len(image.data) != num_bytes:
+    if isinstance(image, ImageTiles) and len(image.data) != image.num_bytes:
         raise InvalidRequestError(
-            f"an image has {len(image.data):,} bytes; its tiles need {num_bytes:,}"
+            f"an image has {len(image.data):,} bytes; its tiles need {image.num_bytes:,}"
         )
 
 

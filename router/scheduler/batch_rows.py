@@ -23,7 +23,7 @@ def row_of(sequence: Sequence, start: int, end: int, num_blocks: int) -> Schedul
         request_id=sequence.sequence_id,
         token_ids=[_UNKNOWN] * (end - start),
         start=start,
-        block_ids=sequence.block_ids[:num_blocks],
+        block_ids=sequence.table.first(sequence.block_ids, num_blocks),
         segments=cut_segments(
             sequence.request.spans, [entry.block_ids for entry in sequence.images], start, end
         ),
@@ -31,6 +31,7 @@ def row_of(sequence: Sequence, start: int, end: int, num_blocks: int) -> Schedul
         sample_index=num_tokens - len(sequence.request.prompt_token_ids),
         matcher=sequence.matcher if is_sampled else None,
         prompt=sequence.prompt_targets(start, end),
+        adapter=sequence.adapter_digest,
     )
 
 

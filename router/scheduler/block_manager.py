@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ...models.batch import BlockCopy, PoolSizes, StepBatch
 from ..blocks.image_pool import ImagePool
+from ..blocks.prefix_lookup import PrefixLookup
 from ..blocks.text_pool import TextPool
 from .sequence import Sequence
 
@@ -61,8 +62,11 @@ class BlockManager:
         if not self._prefix_cache:
             return []
         num_whole = sequence.num_reusable_tokens // self._block_size
-        found = self.text_pool.find(sequence.full_block_keys(self._block_size)[:num_whole])
-        return found[: self._num_usable(sequence, len(found), max_num_images)]
+        if sequence.lookup is None:
+            sequence.lookup = PrefixLookup(self.text_pool)
+        found = sequence.lookup.find(sequence.full_block_keys(self._block_size), num_whole)
+        num_usable = self._num_usable(sequence, len(found), max_num_images)
+        return found if num_usable == len(found) else found[:num_usable]
 
     def _num_usable(self, sequence: Sequence, num_found: int, max_num_images: int) -> int:
         """How many of the found blocks may be used: see `cached_blocks`."""
@@ -77,26 +81,33 @@ class BlockManager:
             num_found = (max(span.start for _, span in due) - 1) // self._block_size
         return max(num_found, 0)
 
+    def has_images(self, sequence: Sequence) -> bool:
+        """True if all of its images are encoded."""
+        return all(map(self.image_pool.has_encoded, sequence.image_keys))
+
+    def num_uncached(self, sequence: Sequence, shared: list[int]) -> int:
+        """How many known tokens of a sequence are behind its `shared` cached blocks."""
+        return sequence.num_tokens - len(shared) * self._block_size
+
     def can_start(self, sequence: Sequence, shared: list[int], num_spare: int) -> bool:
         """True if `sequence` can start now, behind its `shared` cached blocks.
 
         num_spare: text blocks that must stay available.
         """
-        num_blocks = self.num_blocks(sequence.num_tokens) - len(shared) + num_spare
-        return self.text_pool.can_allocate(num_blocks, shared) and self.image_pool.can_acquire(
-            sequence.image_keys
-        )
+        return not self.lack(sequence, shared, num_spare).is_left
 
     def lack(self, sequence: Sequence, shared: list[int], num_spare: int) -> Lack:
         """What `sequence` lacks to start; see `can_start`."""
         num_blocks = self.num_blocks(sequence.num_tokens) - len(shared) + num_spare
+        num_unused = 0 if sequence.lookup is None else sequence.lookup.num_unused(len(shared))
         return Lack(
-            self.text_pool.num_lacking(num_blocks, shared),
+            self.text_pool.num_lacking(num_blocks, num_unused),
             self.image_pool.num_lacking(sequence.image_keys),
         )
 
     def start(self, sequence: Sequence, shared: list[int]) -> None:
         """Allocate blocks for all known tokens of `sequence` and for its images."""
+        sequence.lookup = None
         self.text_pool.share(shared)
         num_blocks = self.num_blocks(sequence.num_tokens) - len(shared)
         sequence.block_ids = shared + self.text_pool.allocate(num_blocks)
@@ -107,7 +118,9 @@ class BlockManager:
             self.num_prefix_tokens_queried += sequence.num_tokens
             self.num_prefix_tokens_hit += sequence.num_cached_tokens
             self.image_pool.count_lookups(sequence.image_keys)
-        sequence.images = self.image_pool.acquire(sequence.image_keys, sequence.request.images)
+        sequence.images = self.image_pool.acquire(sequence.image_keys)
+        if sequence.ran_at is None:
+            sequence.known_vision_s = sequence.images_vision_s
 
     # Forking
 

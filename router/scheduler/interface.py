@@ -24,6 +24,7 @@ class SchedulerLimits:
     prefix_cache: bool = True
     image_cache: bool = True
     poison_freed_blocks: bool = False
+    max_loras: int = 0
 
 
 @dataclass(frozen=True, slots=True)

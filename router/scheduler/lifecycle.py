@@ -28,6 +28,7 @@ class Lifecycle:
 
     def __init__(self, blocks: BlockManager, queue: RequestQueue, max_num_seqs: int) -> None:
         self.running: list[Sequence] = []
+        self._places = queue.places
         self.num_preemptions = 0
         self._blocks = blocks
         self._queue = queue
@@ -53,6 +54,7 @@ class Lifecycle:
             sequence.ran_at = time.monotonic()
             self._started.append(sequence)
         self._owners.start(sequence.owner)
+        self._places.start(sequence.adapter_digest)
         bisect.insort(self.running, sequence, key=lambda running: running.rank)
 
     def wait(self, sequence: Sequence, event: SequenceEvent) -> None:
@@ -118,11 +120,14 @@ class Lifecycle:
         self._owners.close(sequence)
         for follower in _detached(sequence):
             self.wait(follower, SequenceEvent.DETACH)
+        # After them: what they want too is not asked for again.
+        self._queue.tiles.leave(sequence)
 
     def _stop(self, sequence: Sequence) -> None:
         """Remove a running sequence and release its blocks."""
         self.running.remove(sequence)
         self._owners.stop(sequence.owner)
+        self._places.stop(sequence.adapter_digest)
         self._copies.pop(sequence, None)
         self._blocks.release(sequence)
 

@@ -72,6 +72,13 @@ class Owners:
         """Count tokens that a step computes for this owner."""
         self._shares.charge(owner, num_tokens)
 
+    def charge_positions(self, sequence: Sequence, start: int, end: int) -> None:
+        """Count the tokens start .. end - 1 of a sequence; those that a preemption lost, once."""
+        num_new = end - max(start, sequence.num_charged_tokens)
+        if num_new > 0:
+            self.charge(sequence.owner, num_new)
+            sequence.num_charged_tokens = end
+
     def places(self, owner: str) -> float:
         """The owner's places of the batch, by its weight."""
         return self.num_running[owner] / self.weight(owner)

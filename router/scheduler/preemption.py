@@ -1,7 +1,8 @@
-"""Which running sequence loses its place and blocks when another needs them.
+"""Which running sequence yields its place, its blocks or a step when another needs them.
 
-Owns the two choices: for a block that a running sequence lacks, and for an owner that waits while
-another has far more places. Changes nothing; the scheduler preempts.
+Owns the three choices: for a block that a running sequence lacks, for an owner that waits while
+another has far more places, and for the prompt of an owner that runs nothing. Changes nothing; the
+scheduler preempts and plans.
 
 `running` is ordered by rank here; so are the sequences of each owner in it. One of them is
 protected: of the first sequence of each owner, the one that came first. It is preempted only if it
@@ -13,9 +14,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from .block_manager import Lack
+from .block_manager import BlockManager, Lack
 from .owners import Owners
+from .request_queue import RequestQueue
 from .sequence import Sequence
+from .throughput import StepTimes
 
 
 def protected(running: list[Sequence]) -> Sequence:
@@ -69,6 +72,36 @@ def yielding(running: list[Sequence], head: Sequence, lack: Lack, owners: Owners
         num_places[last.owner] -= 1
         lack = lack.after(last)
     return victims
+
+
+def newcomer(
+    queue: RequestQueue,
+    running: list[Sequence],
+    blocks: BlockManager,
+    times: StepTimes,
+    budget: int,
+) -> tuple[Sequence, list[int]] | None:
+    """The next waiting sequence, if its prompt is computed alone in the next step.
+
+    With it the cached blocks of its beginning. Its owner runs nothing while others' decodes run.
+    The whole prompt fits `budget` tokens, its images are encoded, and the step takes at most half
+    as long as one that has the decodes too. So decodes lose at most a third of the time, if every
+    other step is a newcomer's. Where a step with many decodes takes long, as on a CPU, a short
+    prompt in it would wait as long.
+    """
+    head = queue.peek()
+    if head is None or queue.owners.num_running[head.owner] or not blocks.has_images(head):
+        return None
+    num_decodes = sum(sequence.is_decoding for sequence in running)
+    shared = blocks.cached_blocks(head, 0)
+    num_new = blocks.num_uncached(head, shared)
+    is_due = (
+        num_decodes > 0
+        and num_new <= budget
+        and blocks.can_start(head, shared, num_spare=2 * len(running))
+        and times.is_at_most_half(num_new, num_new + num_decodes)
+    )
+    return (head, shared) if is_due else None
 
 
 def has_far_less(owner: str, owners: Owners) -> bool:

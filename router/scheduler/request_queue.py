@@ -16,7 +16,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from ..blocks.adapter_places import AdapterPlaces
+from ..blocks.image_pool import ImagePool
+from ..blocks.tile_store import TileStore
 from ..errors import QueueFullError
+from ..messages import ImagePiece
 from .owners import Owners
 from .sequence import Sequence
 from .throughput import WaitEstimator
@@ -63,14 +67,20 @@ class Line:
         yield from self.ready
         yield from self.unready
 
+    def first(self, can_start: Callable[[str], bool]) -> Sequence | None:
+        """The first that can run and whose adapter can start."""
+        return next((one for one in self.ready if can_start(one.adapter_digest)), None)
+
 
 class RequestQueue:
     """A bounded queue with one asyncio reader.
 
     `put` never waits: it accepts or rejects the request, so the client gets its answer at once. A
-    sequence whose grammar is still being compiled counts toward the limits and keeps its place,
-    but cannot run before `make_ready`. wait_estimator: gives a rejected client its retry time.
-    owners: the owners of all open sequences, running ones included.
+    sequence whose grammar is still being compiled, whose adapter is being read, or whose images are
+    on their way, counts toward the limits and keeps its place, but cannot run before `make_ready`;
+    others pass it. wait_estimator: gives a rejected client its retry time.
+    owners: the owners of all open sequences, running ones included. tiles: asks for images that
+    sequences lack; places: of adapters; the scheduler sets both.
     """
 
     def __init__(self, limits: QueueLimits, wait_estimator: WaitEstimator | None = None) -> None:
@@ -83,6 +93,8 @@ class RequestQueue:
         self._num_arrivals = 0
         self._has_ready = asyncio.Event()
         self.owners = Owners()
+        self.tiles: TileStore[Sequence] = TileStore(ImagePool(0))
+        self.places = AdapterPlaces(0)
 
     def __len__(self) -> int:
         return self._num_waiting
@@ -133,33 +145,71 @@ class RequestQueue:
         line.amounts.add(sequence)
         self._total.add(sequence)
         self._num_waiting += 1
-        if sequence.lacks_matcher:
-            line.unready.add(sequence)
-        else:
+        self._want(sequence)
+        if sequence.may_run:
             self._add_ready(line, sequence)
+        else:
+            line.unready.add(sequence)
 
     def make_ready(self, sequence: Sequence) -> None:
-        """Let `sequence` run: it has its matcher now."""
+        """Let `sequence` run if it has its matcher, its adapter and its images now."""
+        self._want(sequence)
         line = self._lines[sequence.owner]
-        line.unready.remove(sequence)
-        self._add_ready(line, sequence)
+        if sequence.may_run:
+            line.unready.remove(sequence)
+            self._add_ready(line, sequence)
+
+    def receive(self, worker_id: int, piece: ImagePiece) -> None:
+        """Take a piece of an image that was asked for. Raises MalformedFrameError."""
+        for sequence in self.tiles.receive(worker_id, piece):
+            self.make_ready(sequence)
+
+    def _want(self, sequence: Sequence) -> None:
+        """Ask for images that are lacking. Their keys are known when the adapter is."""
+        if not sequence.lacks_adapter:
+            self.tiles.want(sequence)
 
     def _add_ready(self, line: Line, sequence: Sequence) -> None:
         bisect.insort(line.ready, sequence, key=lambda waiting: waiting.rank)
         self._num_ready += 1
         self._has_ready.set()
 
+    def _remove_ready(self, line: Line, sequence: Sequence) -> None:
+        line.ready.remove(sequence)
+        self._num_ready -= 1
+        if not self._num_ready:
+            self._has_ready.clear()
+
     # Taking
+
+    def next(self, may_go: Callable[[str], bool]) -> Sequence | None:
+        """As `peek`; and if the first in order lacks a place for its adapter, another closes."""
+        first = self._head(may_go, lambda adapter: True)
+        if first is not None and self.places.can_start(first.adapter_digest):
+            self.places.keep_all()
+        elif first is not None:
+            self.places.make_way(first.adapter_digest)
+        return self.peek(may_go)
 
     def peek(self, may_go: Callable[[str], bool] = lambda owner: True) -> Sequence | None:
         """The sequence that runs next, or None if none can run yet.
 
         may_go: whether an owner may be chosen. The head of the owner whose turn it is goes first,
-        unless a key that may cross owners gave another head a better priority.
+        unless a key that may cross owners gave another head a better priority. A sequence whose
+        adapter lacks a place is passed. One whose cached images were evicted is set aside, and they
+        are asked for.
         """
-        heads = [
-            line.ready[0] for owner, line in self._lines.items() if line.ready and may_go(owner)
-        ]
+        while (head := self._head(may_go, self.places.can_start)) and self.tiles.want(head):
+            line = self._lines[head.owner]
+            self._remove_ready(line, head)
+            line.unready.add(head)
+        return head
+
+    def _head(
+        self, may_go: Callable[[str], bool], can_start: Callable[[str], bool]
+    ) -> Sequence | None:
+        found = (line.first(can_start) for owner, line in self._lines.items() if may_go(owner))
+        heads = [head for head in found if head is not None]
         if len(heads) < 2:
             return heads[0] if heads else None
         return min(heads, key=self._turn)
@@ -173,15 +223,12 @@ class RequestQueue:
         if sequence in line.unready:
             line.unready.remove(sequence)
         else:
-            line.ready.remove(sequence)
-            self._num_ready -= 1
+            self._remove_ready(line, sequence)
         line.amounts.add(sequence, times=-1)
         self._total.add(sequence, times=-1)
         self._num_waiting -= 1
         if not line:
             del self._lines[sequence.owner]
-        if not self._num_ready:
-            self._has_ready.clear()
 
     def count_ended_follower(self, leader: Sequence) -> None:
         """A follower of this waiting sequence has ended: it counts no longer."""

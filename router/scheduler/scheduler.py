@@ -10,21 +10,25 @@ A step is planned in order:
     3. The rest of the token budget goes to running sequences that are further behind, in chunks.
     4. Waiting sequences are admitted while there is budget, a place in the batch, and blocks in
        both pools: the owner with the least service first, inside an owner by rank (priority, then
-       arrival). No sequence overtakes one that lacks blocks.
+       arrival). No sequence overtakes one that lacks blocks; those whose adapter has a place
+       overtake one whose adapter has none (`blocks/adapter_places.py`).
 
 If owners want more tokens than 3 and 4 can give, each gets its part of the step by weight
 (`step_budget.py`), and what one leaves goes to the others. An owner alone gets everything.
 
-A step encodes a few images at most. While streams run, images use the token budget
-(`step_budget.py`). A chunk ends before an image that must wait for another step.
+If an owner runs nothing, its short prompt may be computed alone, before the next step with the
+others' decodes (`newcomer` in `preemption.py`).
+
+A step encodes a few images at most. While streams run, images use the token budget. A chunk ends
+before an image that must wait for another step.
 
 While a step is computed, the decodes after it can be laid out (`plan_ahead`). This decides
 nothing: the next step is planned when the result is known, and uses the rows that fit.
 
 Why there is no deadlock: one running sequence is protected (`preemption.py`). It goes first in
-every step and is preempted only if it is alone; admission rejects what could not run alone. So it
-ends, and the next one is protected. A sequence gets the blocks of all its known tokens and images
-when it is admitted, so only step 2 can run out of blocks.
+every step but a newcomer's, and is preempted only if it is alone; admission rejects what could not
+run alone. So it ends, and the next one is protected. A sequence gets the blocks of all its known
+tokens and images when it is admitted, so only step 2 can run out of blocks.
 
 Why there is no starvation: take the request that came first of all open ones. While it waits at
 the head of its owner's line, every other owner that goes before it gets service, so its owner's
@@ -39,33 +43,31 @@ to sample from its logits.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import fields
 
-from ...models.batch import (
-    ModelInfo,
-    ScheduledSequence,
-    StepBatch,
-    StepResult,
-    TokenMatcher,
-)
+from ...models.batch import ModelInfo, ScheduledSequence, StepBatch, StepResult
+from ..blocks.adapter_places import AdapterPlaces
 from ..blocks.image_pool import ImageEntry
+from ..blocks.tile_store import Ask, TileStore, ask_nobody
 from ..blocks.visibility import is_seen
 from .batch_rows import fill, row_of
 from .block_manager import BlockManager
 from .interface import Progress, SchedulerCounts, SchedulerLimits, SchedulerSnapshot
 from .lifecycle import Lifecycle
-from .preemption import has_far_less, protected, yielding
+from .preemption import has_far_less, newcomer, protected, yielding
 from .request_queue import RequestQueue
-from .sequence import Sequence
+from .sequence import Part, Sequence
 from .sequence_states import SequenceEvent, Status
-from .step_budget import Claim, ImageCost, Step, quotas_of
+from .step_budget import ImageCost, Step
+from .throughput import StepTimes
 
 
 class Scheduler:
-    """Plans steps and applies their results, one step at a time."""
+    """Plans steps and applies their results, one step at a time. ask: asks workers for tiles."""
 
-    def __init__(self, info: ModelInfo, limits: SchedulerLimits, queue: RequestQueue) -> None:
+    def __init__(
+        self, info: ModelInfo, limits: SchedulerLimits, queue: RequestQueue, ask: Ask = ask_nobody
+    ) -> None:
         self.blocks = BlockManager(
             info.pools, prefix_cache=limits.prefix_cache, image_cache=limits.image_cache
         )
@@ -76,6 +78,9 @@ class Scheduler:
         self._image_cost = ImageCost(info.image_cost_tokens, info.num_image_layers)
         self.queue = queue
         self.owners = queue.owners
+        queue.tiles = TileStore(self.blocks.image_pool, ask)
+        self.tiles = queue.tiles
+        queue.places = AdapterPlaces(limits.max_loras)
         self._lifecycle = Lifecycle(self.blocks, queue, limits.max_num_seqs)
         self._running = self._lifecycle.running
         self._step: Step | None = None
@@ -83,6 +88,9 @@ class Scheduler:
         self._ahead: dict[Sequence, ScheduledSequence] = {}
         # The one image of which the runner has encoded a part.
         self._partial: ImageEntry | None = None
+        self._step_times = StepTimes()
+        # Whether the last step had a newcomer's prompt alone.
+        self._is_newcomers = False
 
     @property
     def num_running(self) -> int:
@@ -137,13 +145,14 @@ class Scheduler:
         limits = self._limits
         step = Step(limits.max_num_batched_tokens, limits.max_num_batched_images, self._image_cost)
         self._make_way()
-        self._plan_decodes(step)
-        self._share(step)
-        self._plan_chunks(step)
-        self._admit(step)
-        if step.quotas:
-            step.quotas = {}  # what owners left of their parts
+        if not self._plan_newcomer(step):
+            self._plan_decodes(step)
+            step.share(self.owners, self._running, self.queue if self._has_place else None)
+            self._plan_chunks(step)
             self._admit(step)
+            if step.quotas:
+                step.quotas = {}  # what owners left of their parts
+                self._admit(step)
         if not step.sequences:
             assert not self.has_work, "requests wait, but none can run"
             return None
@@ -163,13 +172,28 @@ class Scheduler:
         head = self.queue.peek() if len(self.owners) > 1 else None
         if head is None or not self._running or not has_far_less(head.owner, self.owners):
             return
-        has_place = len(self._running) < self._limits.max_num_seqs
         shared = self.blocks.cached_blocks(head, self._limits.max_num_batched_images)
         # Twice what admission leaves: the decodes of this step take blocks before it.
         lack = self.blocks.lack(head, shared, num_spare=2 * len(self._running))
-        if not has_place or lack.is_left:
+        if not self._has_place or lack.is_left:
             for last in yielding(self._running, head, lack, self.owners):
                 self._lifecycle.preempt(last)
+
+    def _plan_newcomer(self, step: Step) -> bool:
+        """Start a newcomer's prompt alone in this step, if that is due; never twice in a row."""
+        was_alone, self._is_newcomers = self._is_newcomers, False
+        if was_alone or len(self.owners) < 2 or not self._has_place:
+            return False
+        found = newcomer(self.queue, self._running, self.blocks, self._step_times, step.budget)
+        if found is None:
+            return False
+        self._ahead, self._is_newcomers = {}, True
+        self._start(step, *found)
+        return True
+
+    @property
+    def _has_place(self) -> bool:
+        return len(self._running) < self._limits.max_num_seqs
 
     def _plan_decodes(self, step: Step) -> None:
         ahead, self._ahead = self._ahead, {}
@@ -182,27 +206,6 @@ class Scheduler:
             if sequence.status is Status.RUNNING:
                 self._plan(step, sequence, ahead.get(sequence))
         step.has_streams = bool(step.sequences)
-
-    def _share(self, step: Step) -> None:
-        """Give each owner its part of the step if owners want more than its budget."""
-        if len(self.owners) < 2:
-            return
-        wanted: Counter[str] = Counter()
-        image_tokens = self._image_cost.num_tokens if step.has_streams else 0
-        for sequence in self._running:
-            if not sequence.is_in_step:
-                num_images = sum(not entry.is_encoded for entry in sequence.images)
-                tokens = sequence.num_uncomputed_tokens + num_images * image_tokens
-                wanted[sequence.owner] += tokens
-        if len(self._running) < self._limits.max_num_seqs:
-            for owner, line in self.queue.lines.items():
-                if line.ready:
-                    amounts = line.amounts
-                    wanted[owner] += amounts.num_tokens + amounts.num_images * image_tokens
-        used = Counter(sequence.owner for sequence in step.sequences)
-        weight = self.owners.weight
-        claims = {owner: Claim(weight(owner), used[owner], wanted[owner]) for owner in wanted}
-        step.quotas = quotas_of(claims, step.budget)
 
     def _plan_chunks(self, step: Step) -> None:
         behind = [sequence for sequence in self._running if not sequence.is_in_step]
@@ -221,8 +224,8 @@ class Scheduler:
                 self._plan(step, sequence)
 
     def _admit(self, step: Step) -> None:
-        while step.budget > 0 and len(self._running) < self._limits.max_num_seqs:
-            sequence = self.queue.peek(lambda owner: step.room(owner) > 0)
+        while step.budget > 0 and self._has_place:
+            sequence = self.queue.next(step.has_room)
             if sequence is None:
                 return
             max_num_images = self._limits.max_num_batched_images
@@ -231,14 +234,16 @@ class Scheduler:
             # preempt the new sequence at once.
             if not self.blocks.can_start(sequence, shared, num_spare=len(self._running)):
                 return
-            if not step.can_begin_image(sequence.owner) and not all(
-                self.blocks.image_pool.has_encoded(key) for key in sequence.image_keys
-            ):
+            if not step.can_begin_image(sequence.owner) and not self.blocks.has_images(sequence):
                 return  # it would only occupy blocks while its images wait
-            self.queue.remove(sequence)
-            self.blocks.start(sequence, shared)
-            self._lifecycle.run(sequence, SequenceEvent.ADMIT)
-            self._plan(step, sequence)
+            self._start(step, sequence, shared)
+
+    def _start(self, step: Step, sequence: Sequence, shared: list[int]) -> None:
+        """Give a waiting sequence its place and its blocks, and plan its first tokens."""
+        self.queue.remove(sequence)
+        self.blocks.start(sequence, shared)
+        self._lifecycle.run(sequence, SequenceEvent.ADMIT)
+        self._plan(step, sequence)
 
     def _plan(self, step: Step, sequence: Sequence, ahead: ScheduledSequence | None = None) -> None:
         """Add as many of the next tokens of `sequence` to the step as its budgets allow.
@@ -256,15 +261,8 @@ class Scheduler:
         step.batch.sequences.append(row)
         step.sequences.append(sequence)
         step.spend(owner, end - start)
-        self._charge(sequence, start, end)
+        self.owners.charge_positions(sequence, start, end)
         sequence.is_in_step = True
-
-    def _charge(self, sequence: Sequence, start: int, end: int) -> None:
-        """Count these positions as service of the owner; what a preemption lost counts once."""
-        num_new = end - max(start, sequence.num_charged_tokens)
-        if num_new > 0:
-            self.owners.charge(sequence.owner, num_new)
-            sequence.num_charged_tokens = end
 
     def _row(self, sequence: Sequence, start: int, end: int) -> ScheduledSequence:
         return row_of(sequence, start, end, self.blocks.num_blocks(end))
@@ -278,7 +276,7 @@ class Scheduler:
         owner, num_planned = sequence.owner, len(step.batch.images)
         for entry, span in zip(sequence.images, sequence.request.spans, strict=True):
             is_due = not entry.is_encoded and is_seen(span, start, end)
-            if is_due and not step.encode(entry, owner):
+            if is_due and not step.encode(entry, owner, self.tiles):
                 end = max(span.start, start)
                 break
         for image in step.batch.images[num_planned:]:
@@ -307,9 +305,9 @@ class Scheduler:
 
     # Changing states
 
-    def make_ready(self, sequence: Sequence, matcher: TokenMatcher) -> None:
-        """Give a sequence the matcher that it waits for; it can run from now on."""
-        sequence.matcher = matcher
+    def make_ready(self, sequence: Sequence, part: Part) -> None:
+        """Give a sequence the matcher or the adapter that it waits for."""
+        sequence.take(part)
         if sequence.status is Status.WAITING:
             self.queue.make_ready(sequence)
 
@@ -325,12 +323,16 @@ class Scheduler:
 
     # Applying results
 
-    def update(self, result: StepResult) -> list[Progress]:
+    def update(self, result: StepResult, seconds: float | None = None) -> list[Progress]:
         """Apply the result of the step that `schedule` planned; returns what it changed.
 
-        Sequences that only computed a chunk of their prompt are not included.
+        Sequences that only computed a chunk of their prompt are not included. seconds: how long
+        the step took, if it was measured.
         """
         step = self._end_step()
+        if seconds is not None and not step.batch.images:
+            self._step_times.record(step.batch.num_tokens, seconds)
+        step.share_vision(result.vision_seconds)
         self._update_images(step)
         advanced = zip(step.sequences, step.batch.sequences, strict=True)
         changes = (self._advance(sequence, planned, result) for sequence, planned in advanced)
@@ -340,6 +342,7 @@ class Scheduler:
         """Record how far the step has encoded its images."""
         for entry in step.due_images:
             entry.is_encoded = True
+            self.tiles.forget_encoded(entry.key)
         self._num_images_encoded += len(step.due_images)
         if self._partial in step.due_images:
             self._partial = None

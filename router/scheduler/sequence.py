@@ -9,23 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import time
-from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import msgspec
 
 from ...models.batch import (
+    AdapterInfo,
     PromptLogprobs,
     PromptTargets,
     SamplingContext,
     SamplingParams,
     TokenMatcher,
 )
+from ...models.kv_cache.block_table import BlockTable
+from ...models.sampling.token_counts import DistinctIds, TokenCounts
 from ..blocks.image_pool import ImageEntry, ImageKey
-from ..blocks.prefix_keys import extend_block_keys
+from ..blocks.prefix_keys import extend_block_keys, scope_of
+from ..blocks.prefix_lookup import PrefixLookup
 from ..messages import AddRequest, FinishReason
 from ..state_table import next_state
 from .sequence_states import TRANSITIONS, SequenceEvent, Status
+
+# What a sequence may have to wait for before it can run.
+Part = TokenMatcher | AdapterInfo
 
 
 @dataclass(slots=True, eq=False)
@@ -37,13 +44,21 @@ class Sequence:
     followers, until it has computed their prompt or has ended.
     token_ids: the prompt, then the generated tokens. While the sequence runs, block_ids cover all
     of them, and images[i] is the pool's entry for request.images[i].
+    table: block_ids as an array, for the steps.
     num_committed_blocks: how many blocks, from the first, the prefix cache knows.
     num_cached_tokens: how many tokens were cached when the sequence first ran.
     arrival: how many requests were queued before its request.
     num_charged_tokens: how many tokens, from the first, were counted as service of its owner.
     prompt_logprobs: of the prompt's tokens computed so far; preemption keeps them. None if not
     requested, and for followers.
+    lacking: the images whose tiles are on their way from its worker; see `blocks/tile_store.py`.
     matcher: its position in the request's grammar; None until the grammar is compiled.
+    adapter: what the request's adapter changes; None until it is in memory. scope: see `scope_of`.
+    known_vision_s: what the vision encoder had spent on its images before it ran. vision_s: what it
+    spent on them until the first token.
+    lookup: what the prefix cache has of it, while it waits.
+    generated: the counts of its generated tokens; kept only if a penalty needs them.
+    banned: the banned sequences by the token before their last one; None: they have no such token.
     queued_at, ran_at: `time.monotonic()`; ran_at is its first start and stays after preemption.
     """
 
@@ -54,12 +69,17 @@ class Sequence:
     sampling: SamplingParams = field(init=False)
     token_ids: list[int] = field(init=False)
     image_keys: list[ImageKey] = field(init=False)
+    lacking: set[ImageKey] = field(default_factory=set)
+    scope: str = field(init=False)
     end_token_ids: frozenset[int] = field(init=False)
     stop_token_ids: frozenset[int] = field(init=False)
-    penalized_prompt_ids: array[int] = field(init=False)
+    penalized_prompt_ids: DistinctIds = field(init=False)
+    generated: TokenCounts = field(default_factory=TokenCounts)
+    banned: dict[int | None, list[tuple[int, ...]]] = field(init=False)
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
+    table: BlockTable = field(default_factory=BlockTable)
     images: list[ImageEntry] = field(default_factory=list)
     is_in_step: bool = False
     is_aborted: bool = False
@@ -72,21 +92,43 @@ class Sequence:
     arrival: int = 0
     num_charged_tokens: int = 0
     matcher: TokenMatcher | None = None
+    lookup: PrefixLookup | None = None
+    adapter: AdapterInfo | None = None
     prompt_logprobs: list[PromptLogprobs | None] | None = None
     queued_at: float = field(default_factory=time.monotonic)
     ran_at: float | None = None
+    known_vision_s: float = 0.0
+    vision_s: float = 0.0
 
     def __post_init__(self) -> None:
         request = self.request
         self.token_ids = list(request.prompt_token_ids)
-        self.image_keys = [ImageKey.of(image, request.tenant) for image in request.images]
+        self._set_keys(changes_text=False, changes_images=False)
         self.end_token_ids = frozenset(request.eos_token_ids)
         self.stop_token_ids = frozenset(request.stop_token_ids)
         self.sampling = _sampling_of(request, self.choice)
         if request.num_prompt_logprobs is not None and self.choice == 0:
             self.prompt_logprobs = [None]  # the first token has no probability
         is_penalized = request.sampling.repetition_penalty != 1.0
-        self.penalized_prompt_ids = array("q", set(self.token_ids) if is_penalized else ())
+        self.penalized_prompt_ids = DistinctIds(self.token_ids if is_penalized else ())
+        self.banned = {}
+        for one in request.sampling.banned_sequences:
+            self.banned.setdefault(one[-2] if len(one) > 1 else None, []).append(one)
+
+    def _set_keys(self, *, changes_text: bool, changes_images: bool) -> None:
+        """Set what its cached blocks are known by, with what its adapter changes."""
+        request, digest = self.request, self.adapter_digest
+        adapter = digest if changes_images else ""
+        self.image_keys = [ImageKey.of(one, request.tenant, adapter) for one in request.images]
+        self.scope = scope_of(request.tenant, digest if changes_text else "")
+
+    def take(self, part: Part) -> None:
+        """Its grammar is compiled, or its adapter is in memory."""
+        if not isinstance(part, AdapterInfo):
+            self.matcher = part
+            return
+        self.adapter = part
+        self._set_keys(changes_text=part.changes_text, changes_images=part.changes_images)
 
     @classmethod
     def of(cls, worker_id: int, request: AddRequest) -> list[Sequence]:
@@ -154,7 +196,7 @@ class Sequence:
 
     @property
     def num_image_bytes(self) -> int:
-        return sum(len(image.data) for image in self.request.images)
+        return sum(image.num_bytes for image in self.request.images)
 
     @property
     def queue_s(self) -> float:
@@ -162,9 +204,34 @@ class Sequence:
         return 0.0 if self.ran_at is None else self.ran_at - self.queued_at
 
     @property
+    def images_vision_s(self) -> float:
+        """Seconds that the vision encoder has spent on its images, each counted once."""
+        return sum({id(entry): entry.vision_s for entry in self.images}.values())
+
+    @property
     def lacks_matcher(self) -> bool:
-        """True while its grammar is being compiled: it cannot run yet."""
+        """True while its grammar is being compiled."""
         return self.request.grammar is not None and self.matcher is None
+
+    @property
+    def lacks_adapter(self) -> bool:
+        """True while its adapter is being read."""
+        return self.request.adapter is not None and self.adapter is None
+
+    @property
+    def may_run(self) -> bool:
+        """False while it lacks its matcher, its adapter or tiles of its images."""
+        return not self.lacking and not self.lacks_matcher and not self.lacks_adapter
+
+    @property
+    def adapter_digest(self) -> str:
+        """The digest of its adapter; empty for the base model."""
+        return "" if self.request.adapter is None else self.request.adapter.digest
+
+    @property
+    def adapter_name(self) -> str:
+        """The name that its worker gives its adapter; empty for the base model."""
+        return "" if self.request.adapter is None else self.request.adapter.name
 
     @property
     def is_finished(self) -> bool:
@@ -177,6 +244,10 @@ class Sequence:
     def append(self, token_id: int, max_model_len: int) -> FinishReason | None:
         """Add a generated token; returns why the answer ends with it, or None if it continues."""
         self.token_ids.append(token_id)
+        if self.sampling.has_penalties:
+            self.generated.add(token_id)
+        if self.num_generated_tokens == 1 and self.leader is None:
+            self.vision_s = self.images_vision_s - self.known_vision_s
         if self.matcher is not None:
             self.matcher.accept(token_id)
             if self.matcher.has_failed:
@@ -194,7 +265,7 @@ class Sequence:
                 self.token_ids,
                 request.spans,
                 self.image_keys,
-                request.tenant,
+                self.scope,
                 block_size,
             )
         return self.block_keys
@@ -203,14 +274,24 @@ class Sequence:
         """What the next token depends on besides the logits; None if nothing."""
         params = self.sampling
         is_short = self.num_generated_tokens < params.min_tokens
-        if not is_short and not params.has_penalties:
+        if not is_short and not params.has_penalties and not params.banned_sequences:
             return None
-        num_prompt = len(self.request.prompt_token_ids)
+        banned = [*self.end_token_ids, *self.stop_token_ids] if is_short else []
+        banned += self._ends_of_banned_sequences()
         return SamplingContext(
             prompt_token_ids=self.penalized_prompt_ids,
-            generated_token_ids=self.token_ids[num_prompt:] if params.has_penalties else (),
-            banned_token_ids=[*self.end_token_ids, *self.stop_token_ids] if is_short else (),
+            generated_token_ids=self.generated.token_ids,
+            banned_token_ids=banned,
+            generated_counts=self.generated.counts,
         )
+
+    def _ends_of_banned_sequences(self) -> Iterator[int]:
+        """The tokens that would complete a banned sequence, whose start was generated."""
+        for one in (*self.banned.get(None, ()), *self.banned.get(self.token_ids[-1], ())):
+            *start, last = one
+            is_generated = len(start) <= self.num_generated_tokens
+            if is_generated and self.token_ids[self.num_tokens - len(start) :] == start:
+                yield last
 
     @property
     def num_reusable_tokens(self) -> int:

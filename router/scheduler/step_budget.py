@@ -11,10 +11,14 @@ only the number of images is limited.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from ...models.batch import BlockCopy, ImageToEncode, StepBatch
 from ..blocks.image_pool import ImageEntry
+from ..blocks.tile_store import TileStore
+from .owners import Owners
+from .request_queue import RequestQueue
 from .sequence import Sequence
 
 
@@ -60,6 +64,10 @@ class Step:
         """How many more tokens this owner may use."""
         return min(self.budget, max(0, self.quotas.get(owner, self.budget)))
 
+    def has_room(self, owner: str) -> bool:
+        """True if this owner may use a token more."""
+        return self.room(owner) > 0
+
     def spend(self, owner: str, num_tokens: int) -> None:
         """Use tokens of the budget, and of the owner's quota if it has one."""
         self.budget -= num_tokens
@@ -70,8 +78,11 @@ class Step:
         """True if a new image, or a part of it, can be encoded in this step too."""
         return self._layers_within(self.image_cost.num_layers, self.room(owner)) > 0
 
-    def encode(self, entry: ImageEntry, owner: str) -> bool:
-        """Plan as much of `entry` as fits; True if this step encodes it completely."""
+    def encode(self, entry: ImageEntry, owner: str, tiles: TileStore[Sequence]) -> bool:
+        """Plan as much of `entry` as fits; True if this step encodes it completely.
+
+        tiles: has its tiles.
+        """
         if entry in self.due_images:
             return True
         total = self.image_cost.num_layers
@@ -79,10 +90,10 @@ class Step:
         num_layers = self._layers_within(total - begin, self.room(owner))
         if num_layers == 0:
             return False
-        assert entry.image is not None, "only an encoded image drops its tiles"
         end = begin + num_layers
+        image, last = tiles.take(entry.key), None if end == total else end
         self.batch.images.append(
-            ImageToEncode(entry.image, entry.block_ids, begin, None if end == total else end)
+            ImageToEncode(image, entry.block_ids, begin, last, entry.key.adapter)
         )
         self.image_budget -= 1
         if self.has_streams:
@@ -93,6 +104,32 @@ class Step:
             return False
         self.due_images.append(entry)
         return True
+
+    def share(self, owners: Owners, running: list[Sequence], queue: RequestQueue | None) -> None:
+        """Give each owner its part of what is left, if owners want more than that.
+
+        queue: of the sequences that may start in this step; None if none may.
+        """
+        if len(owners) < 2:
+            return
+        wanted: Counter[str] = Counter()
+        image_tokens = self.image_cost.num_tokens if self.has_streams else 0
+        for sequence in running:
+            if not sequence.is_in_step:
+                num_images = sum(not entry.is_encoded for entry in sequence.images)
+                wanted[sequence.owner] += sequence.num_uncomputed_tokens + num_images * image_tokens
+        for owner, line in queue.lines.items() if queue is not None else ():
+            if line.ready:
+                wanted[owner] += line.amounts.num_tokens + line.amounts.num_images * image_tokens
+        used = Counter(sequence.owner for sequence in self.sequences)
+        claims = {one: Claim(owners.weight(one), used[one], wanted[one]) for one in wanted}
+        self.quotas = quotas_of(claims, self.budget)
+
+    def share_vision(self, seconds: float) -> None:
+        """Add the seconds that the step spent in the vision encoder to its images, equal parts."""
+        entries = [*self.due_images, *([] if self.partial is None else [self.partial])]
+        for entry in entries:
+            entry.vision_s += seconds / len(entries)
 
     def _layers_within(self, num_left: int, budget: int) -> int:
         """How many of an image's last `num_left` layers this step may compute for `budget`."""

@@ -1,7 +1,7 @@
-"""Estimates how long a request will wait, from recent steps and recent requests.
+"""Estimates how long a request will wait and a step will take, from recent requests and steps.
 
-Owns the tokens computed in the last seconds and the run times of the last requests. Knows nothing
-of the queue.
+Owns the tokens computed in the last seconds, the run times of the last requests, and the times of
+steps by their size. Knows nothing of the queue.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ WINDOW_S = 10.0
 SHORTEST_S, LONGEST_S = 1.0, 60.0
 # The average run time covers at most MAX_RUNS requests; with fewer than MIN_RUNS it is unknown.
 MAX_RUNS, MIN_RUNS = 64, 4
+# The weight of a new time in the average of its size.
+NEW_TIME = 0.25
 
 
 class _Step(NamedTuple):
@@ -68,3 +70,31 @@ class WaitEstimator:
         oldest = self._clock() - WINDOW_S
         while len(self._steps) > 1 and self._steps[0].started_at < oldest:
             self._num_tokens -= self._steps.popleft().num_tokens
+
+
+class StepTimes:
+    """The average seconds of a step, for each power of two of its number of tokens.
+
+    Only steps that encode no image count.
+    """
+
+    def __init__(self) -> None:
+        self._averages: dict[int, float] = {}
+
+    def record(self, num_tokens: int, seconds: float) -> None:
+        """Record the time of a step."""
+        size = num_tokens.bit_length()
+        average = self._averages.get(size, seconds)
+        self._averages[size] = average + NEW_TIME * (seconds - average)
+
+    def is_at_most_half(self, num_tokens: int, num_more: int) -> bool:
+        """Whether a step of num_tokens takes at most half as long as one of num_more tokens.
+
+        True, so that it is measured, if no step of the first size was. Of the second size, the
+        next smaller one that was measured counts; False without any.
+        """
+        sizes = [size for size in self._averages if size <= num_more.bit_length()]
+        if not sizes:
+            return False
+        alone = self._averages.get(num_tokens.bit_length(), 0.0)
+        return 2 * alone <= self._averages[max(sizes)]

@@ -53,4 +53,5 @@ def name_ignored(request: Request, response: HTTPResponse, count: Callable[[str]
     fields = getattr(request.ctx, "ignored_fields", ())
     if fields:
         # A name may have any character; a header may not.
-        response.headers[HEADER] = ", ".join(quote(field, safe="[].$:@/ ") for field in fields)
+        names = (quote(field, safe="[].$:@/ ") or '""' for field in fields)
+        response.headers[HEADER] = ", ".join(names)

@@ -87,7 +87,7 @@ class Schemas:
             if isinstance(part.get("description"), str):
                 part["description"] = inspect.cleandoc(part["description"])
             if part.get("title") == SERVED_MODEL:
-                part["enum"] = list(settings.served_model_names)
+                part |= _model_names(settings)
             if isinstance(part.get("pattern"), str):
                 # Python's end of a text, in JSON Schema's notation.
                 part["pattern"] = part["pattern"].replace(r"\Z", "$")
@@ -125,6 +125,14 @@ class Schemas:
                     waiting.append(self.components[name])
 
 
+def _model_names(settings: ServerSettings) -> dict[str, Any]:
+    """Which names a request's model may have; any if adapters come and go."""
+    if settings.adapters.may_change:
+        return {"description": "A name that /v1/models lists."}
+    adapters = [adapter.name for adapter in settings.adapters.at_start]
+    return {"enum": [*settings.served_model_names, *adapters]}
+
+
 _HEADERS = {
     "X-Request-Id": {
         "description": "The request's X-Request-Id if it is valid, else a new id.",
@@ -135,6 +143,16 @@ _HEADERS = {
         " 20, as paths, percent-encoded and separated by commas.",
         "schema": {"type": "string"},
     },
+    "X-Replica": {
+        "description": "The server that computed, by its --replica-name, and the number of its"
+        " engine if it has several.",
+        "schema": {"type": "string"},
+    },
+    "X-Image-Digests": {
+        "description": "A digest of each image of the request, the first 20, separated by commas."
+        " Equal files have equal digests.",
+        "schema": {"type": "string"},
+    },
     "Retry-After": {
         "description": "Seconds to wait before a retry.",
         "schema": {"type": "integer", "minimum": 1},
@@ -142,7 +160,7 @@ _HEADERS = {
     "WWW-Authenticate": {"description": "Always Bearer.", "schema": {"type": "string"}},
 }
 _HEADERS_OF_STATUS = {
-    200: ("X-Ignored-Fields",),
+    200: ("X-Ignored-Fields", "X-Replica", "X-Image-Digests"),
     401: ("WWW-Authenticate",),
     429: ("Retry-After",),
     503: ("Retry-After",),

@@ -57,7 +57,7 @@ class StoreError(Exception):
 
 
 class ResponseStore:
-    """Responses by owner and id. Every call runs in a thread.
+    """Responses by owner and id. Every call runs in a thread, and raises StoreError if it fails.
 
     file: the database; IN_MEMORY lasts as long as the process. max_bytes: limit for all responses;
     above it, the oldest response of the largest owner is deleted. ttl_s: lifetime of a response.
@@ -75,15 +75,14 @@ class ResponseStore:
         self._ttl_s = ttl_s
         self._now = now
         self._lock = Lock()
+        self._file = str(file)
         try:
             self._db = sqlite3.connect(file, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
             if str(file) != IN_MEMORY:
                 self._db.execute("PRAGMA journal_mode=WAL")
             self._db.executescript(_SCHEMA)
         except sqlite3.Error as error:
-            raise StoreError(
-                f"the responses' store {str(file)!r} cannot be used: {error}"
-            ) from error
+            raise self._error(error) from error
 
     async def put(self, owner: str, stored: StoredResponse) -> bool:
         """Store a response; False if it is larger than max_bytes and was not stored."""
@@ -114,7 +113,13 @@ class ResponseStore:
             with self._lock, self._db:
                 return work()
 
-        return await asyncio.to_thread(locked)
+        try:
+            return await asyncio.to_thread(locked)
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+
+    def _error(self, error: sqlite3.Error) -> StoreError:
+        return StoreError(f"the responses' store {self._file!r} cannot be used: {error}")
 
     def _put(self, owner: str, stored: StoredResponse) -> bool:
         now = self._now()

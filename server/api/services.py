@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -17,6 +19,7 @@ import orjson
 from sanic import HTTPResponse, Request
 
 from ...router.messages import NO_POLICY
+from ..adapters.adapters import WorkerAdapters
 from ..admission.fair_lane import FairLane
 from ..admission.key_file import ApiKey, owner_of_digest
 from ..admission.lanes import Lanes
@@ -29,6 +32,7 @@ from ..prompts.processor import Processor
 from ..schemas.decoding import decode_with_names
 from ..schemas.json_text import INLINE_BYTES, check_now
 from ..settings import ServerSettings
+from ..telemetry.live import LiveFeed
 from ..telemetry.metrics import Metrics
 from .ignored_fields import report_ignored
 from .response_store import ResponseStore
@@ -47,9 +51,14 @@ class Services:
     processor: Processor
     configured_model_len: int
     rate_limits: RateLimits
+    adapters: WorkerAdapters
     responses: ResponseStore | None = None
     threads: FairLane = field(default_factory=lambda: Lanes().threads())
     started: int = field(default_factory=lambda: int(time.time()))
+    live: LiveFeed = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.live = LiveFeed(self.metrics, self.engine)
 
     @property
     def max_model_len(self) -> int:
@@ -62,6 +71,12 @@ class Services:
         """The engine has its model, its heart beats, its steps get on, and nothing is stopping."""
         is_healthy = self.settings.health_thresholds.allow(self.engine)
         return is_healthy and not self.generator.is_draining
+
+
+def context_of(folder: Path) -> int:
+    """The checkpoint's context length in tokens, until the engine reports its own."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    return int(config.get("text_config", config).get("max_position_embeddings", 0))
 
 
 class _Context(Protocol):
@@ -145,13 +160,17 @@ def owner_of(request: Request) -> str:
 def as_client(
     request: Request, generation: GenerationRequest, cache_salt: str | None = None
 ) -> GenerationRequest:
-    """The same generation, on behalf of the client: its tenant, its owner and the key's policy."""
+    """The same generation, on behalf of the client: its tenant, its owner and the key's policy.
+
+    It uses the adapter that the request has named.
+    """
     key: ApiKey | None = getattr(request.ctx, "key", None)
     return dataclasses.replace(
         generation,
         tenant=tenant_of(request, cache_salt),
         owner=owner_of(request),
         policy=NO_POLICY if key is None else key.policy,
+        adapter=getattr(request.ctx, "adapter", None),
     )
 
 
@@ -180,10 +199,18 @@ async def prepare(
 
 
 def check_model(request: Request, name: str) -> None:
-    """Raises ModelNotFoundError unless a model is served under this name."""
-    served = services_of(request).settings.served_model_names
-    if name not in served:
+    """Raises ModelNotFoundError unless a model or an adapter is served under this name.
+
+    If it is an adapter's name, the request uses that adapter from now on.
+    """
+    services = services_of(request)
+    served = services.settings.served_model_names
+    if name in served:
+        return
+    adapter = services.adapters.registry.find(name)
+    if adapter is None:
         raise ModelNotFoundError(
             f"The model {name[:200]!r} does not exist; this server has {', '.join(served)}.",
             param="model",
         )
+    request.ctx.adapter = adapter.ref

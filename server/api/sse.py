@@ -30,7 +30,9 @@ _LINE_SEPARATORS = (
     (b"\xe2\x80\xa8", b"\\u2028"),
     (b"\xe2\x80\xa9", b"\\u2029"),
 )
-_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+# With its charset: some clients else read any text as Latin-1.
+CONTENT_TYPE = "text/event-stream; charset=utf-8"
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 async def send_stream(
@@ -47,7 +49,7 @@ async def send_stream(
         contextlib.aclosing(services.generator.stream(prepared)) as events,
         _first_of(events, settings.first_output_wait_s) as first,
     ):
-        response = await request.respond(headers=_HEADERS, content_type="text/event-stream")
+        response = await request.respond(headers=STREAM_HEADERS, content_type=CONTENT_TYPE)
         assert response is not None, "sanic gives a response to fill"
         async with _pings(response, settings.stream_ping_interval_s):
             async for chunks in _chunks(answers, first, events):
@@ -84,9 +86,8 @@ async def _chunks(
     try:
         yield answers.first()
         async for event in _all_of(first, events):
-            chunks = answers.chunks(event)
             await answers.store(event)
-            yield chunks
+            yield answers.chunks(event)
     except ApiError as error:
         yield [answers.failure(error)]
     except Exception:

@@ -24,7 +24,9 @@ LONGEST_PAUSE_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class BatchOptions:
-    """url: the server's address. max_retries: of one request. timeout_s: of one try."""
+    """url: the server's address, with or without `/v1`. max_retries: of one request. timeout_s: of
+    one try.
+    """
 
     url: str
     api_key: str | None = None
@@ -56,7 +58,7 @@ async def run_batch(
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     limits = httpx2.Limits(max_connections=options.concurrency)
     async with httpx2.AsyncClient(
-        base_url=options.url,
+        base_url=_base_of(options.url),
         headers=headers,
         timeout=options.timeout_s,
         limits=limits,
@@ -75,15 +77,29 @@ async def run_batch(
     return run.counts
 
 
+def _base_of(url: str) -> httpx2.URL:
+    """The server's address, which OpenAI's clients write with `/v1`. Raises BatchError."""
+    try:
+        base = httpx2.URL(url.rstrip("/").removesuffix("/v1"))
+    except httpx2.InvalidURL as error:
+        raise BatchError(f"--url {url} is no address: {error}") from error
+    if base.scheme not in ("http", "https") or not base.host:
+        raise BatchError(f"--url {url} is no address: write it as http://127.0.0.1:8000")
+    return base
+
+
 async def _first_model(client: httpx2.AsyncClient) -> str:
     """The model of lines that name none."""
     try:
         response = await client.get("/v1/models")
-        response.raise_for_status()
-        return str(response.json()["data"][0]["id"])
+        if response.status_code == httpx2.codes.OK:
+            return str(response.json()["data"][0]["id"])
+        reason = f"/v1/models answers {response.status_code}"
+        if response.status_code == httpx2.codes.UNAUTHORIZED:
+            reason += ": set VLMSERVE_API_KEY to a key of it"
     except (httpx2.HTTPError, ValueError, KeyError, IndexError) as error:
         reason = str(error) or type(error).__name__
-        raise BatchError(f"the server at {client.base_url} cannot be asked: {reason}") from error
+    raise BatchError(f"the server at {client.base_url} cannot be asked: {reason}")
 
 
 @dataclass(slots=True)

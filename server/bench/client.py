@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -115,16 +115,19 @@ class Client:
         except msgspec.DecodeError as error:
             raise BenchError(f"{url} does not list models as OpenAI's API does") from error
 
-    async def chat(self, body: bytes, due: float | None = None) -> Sample:
+    async def chat(
+        self, body: bytes, due: float | None = None, headers: Sequence[tuple[str, str]] = ()
+    ) -> Sample:
         """Send a chat completion and read its whole answer. Never raises for a failed request.
 
-        due: when it should have been sent, by time.perf_counter; default: now.
+        due: when it should have been sent, by time.perf_counter; default: now. headers: of this
+        request alone.
         """
         sent = time.perf_counter()
         sample = Sample(sent if due is None else due, sent)
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._exchange(body, sample)
+                await self._exchange(body, headers, sample)
         except TimeoutError:
             sample.fail("timeout", f"no complete answer within {self._timeout_s:g} s")
         except (OSError, httpcore2.NetworkError, httpcore2.ProtocolError) as error:
@@ -134,10 +137,12 @@ class Client:
         sample.end = time.perf_counter()
         return sample
 
-    async def _exchange(self, body: bytes, sample: Sample) -> None:
+    async def _exchange(
+        self, body: bytes, headers: Sequence[tuple[str, str]], sample: Sample
+    ) -> None:
         url = f"{self._url}/chat/completions"
-        headers = [*self._headers, ("Content-Type", "application/json")]
-        async with self._pool.stream("POST", url, headers=headers, content=body) as response:
+        sent = [*self._headers, ("Content-Type", "application/json"), *headers]
+        async with self._pool.stream("POST", url, headers=sent, content=body) as response:
             if response.status != 200:
                 text = _excerpt(await response.aread())
                 sample.fail(f"HTTP {response.status}", text)

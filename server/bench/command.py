@@ -1,4 +1,4 @@
-"""The command `vlmserve bench serve`: from its options to a sweep, and the output.
+"""The commands `vlmserve bench serve` and `bench compare`: from options to work, and the output.
 
 Tables and notes go to stderr; stdout gets one JSON document at the end.
 """
@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 import typer
@@ -58,6 +58,39 @@ def serve(values: dict[str, Any]) -> None:
     typer.echo(orjson.dumps(document).decode())
     if not any(summary.requests for summary in result.summaries):
         raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Result of bench serve to compare with.")],
+    b: Annotated[Path, typer.Argument(help="Result that is divided by the first.")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw both, one above the other, to this PNG file.")
+    ] = None,
+) -> None:
+    """Compare two results of bench serve level by level: B divided by A.
+
+    Prints a table to stderr and one JSON document to stdout.
+    """
+    from .compare import differences, document_of, pairs_of, read_result, table_of
+    from .plot import check_can_plot, plot_documents
+
+    try:
+        if plot is not None:
+            check_can_plot(plot)
+        first, second = read_result(a), read_result(b)
+        pairs = pairs_of(first, second)
+    except BenchError as error:
+        console.print(f"vlmserve: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    notes = differences(first, second)
+    console.print(table_of(pairs, (a.name, b.name)))
+    for note in notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    if plot is not None:
+        plot_documents({f"A: {a.name}": first, f"B: {b.name}": second}, plot)
+        console.print(f"wrote {plot}", markup=False, soft_wrap=True)
+    typer.echo(orjson.dumps(document_of(pairs, notes)).decode())
 
 
 def _sweep(values: Mapping[str, Any]) -> Sweep:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from .settings import BenchError
@@ -45,10 +46,31 @@ def plot(summaries: Sequence[Summary], path: Path, title: str) -> None:
     figure.savefig(path, format="png", dpi=120)
 
 
+def plot_documents(documents: Mapping[str, Any], path: Path) -> None:
+    """Write one row of panels for each result of a run, as a PNG; a column has one scale.
+
+    documents: by the name of the row.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = (4 * len(PANELS), 3.6 * len(documents))
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(documents), len(PANELS), sharey="col", squeeze=False)
+    for row, (label, document) in zip(rows, documents.items(), strict=True):
+        levels: list[Any] = [SimpleNamespace(**level) for level in document["levels"]]
+        ordered = sorted(levels, key=_position)
+        for axes, (name, curves) in zip(row, PANELS.items(), strict=True):
+            _panel(axes, name, curves, ordered)
+        row[0].set_ylabel(label)
+    figure.savefig(path, format="png", dpi=120)
+
+
 def _panel(axes: Any, name: str, curves: dict[str, str], ordered: Sequence[Summary]) -> None:
     places = [_position(summary) for summary in ordered]
     for label, field in curves.items():
-        values = [getattr(summary, field) for summary in ordered]
+        values = [getattr(summary, field, None) for summary in ordered]
         if any(value is not None for value in values):
             known = [float("nan") if value is None else value for value in values]
             axes.plot(places, known, marker="o", label=label)

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ...models.settings.byte_text import shown_bytes
-from ..prompts.templates.sources import template_sources
 from .model_source import ModelFilesError, resolve_model
 
 REPORT_MODULE = "vlmserve.models.memory.fit_report"
 WIDTH = 120
+CONTENTS = {"string": "strings", "openai": "lists of parts", "both": "strings or lists of parts"}
 NAMES = {None: "none", "int4": "4-bit checkpoint"}
 
 
@@ -39,7 +39,10 @@ def check(
     """
     try:
         folder = resolve_model(model, revision).path
-        report = fit_report(folder) | {"template": template_form(folder)}
+        report = fit_report(folder) | {
+            **template_form(folder),
+            "grammars": why_no_grammars(folder),
+        }
     except ModelFilesError as error:
         typer.echo(f"vlmserve: {error}", err=True)
         raise typer.Exit(1) from error
@@ -60,13 +63,28 @@ def fit_report(folder: Path) -> dict[str, Any]:
     return found
 
 
-def template_form(folder: Path) -> str:
-    """Where the chat template is. Raises ModelFilesError if its file cannot be read."""
+def template_form(folder: Path) -> dict[str, str | None]:
+    """Where the chat template is, and how it reads contents; None without one.
+
+    Raises ModelFilesError if its file cannot be read or is no template.
+    """
+    from ..prompts.chat_template import ChatTemplate
+    from ..prompts.templates.sources import special_tokens, template_sources
+
     try:
-        sources = template_sources(folder)
+        if (sources := template_sources(folder)) is None:
+            return {"template": None, "content_format": None}
+        template = ChatTemplate(sources.default, special_tokens(folder))
     except ValueError as error:
         raise ModelFilesError(str(error)) from error
-    return "none: Meta's format of Llama 3.2 is used" if sources is None else sources.origin
+    return {"template": sources.origin, "content_format": template.content_format}
+
+
+def why_no_grammars(folder: Path) -> str | None:
+    """Why requests with a grammar are rejected; None: they are served."""
+    from ...models.grammar import Grammars
+
+    return Grammars(folder, vocab_size=0).unsupported
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -77,7 +95,9 @@ def show(report: dict[str, Any], console: Console) -> None:
     facts = f"Mllama, {size} parameters, {report['layers']} text layers, context "
     console.print(f"is        {facts}{report['context']:,}", highlight=False)
     console.print(f"weights   {report['stored']}", soft_wrap=True, highlight=False)
-    console.print(f"template  {report['template']}", highlight=False)
+    console.print(f"template  {shown_template(report)}", highlight=False)
+    if report["grammars"] is not None:
+        console.print(f"grammars  none: {report['grammars']}", soft_wrap=True, highlight=False)
     gpus = [gpu["gb"] for gpu in report["rows"][0]["gpus"]]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("--quantize", "weights", *(f"{gb} GB" for gb in gpus)):
@@ -91,6 +111,13 @@ def show(report: dict[str, Any], console: Console) -> None:
         "By arithmetic, in bfloat16, with the default options and 90 % of the GPU's memory.",
         highlight=False,
     )
+
+
+def shown_template(report: dict[str, Any]) -> str:
+    """The template in words."""
+    if report["template"] is None:
+        return "none: Meta's format of Llama 3.2 is used"
+    return f"{report['template']}, contents as {CONTENTS[report['content_format']]}"
 
 
 def cell(gpu: dict[str, Any]) -> str:

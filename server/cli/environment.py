@@ -70,6 +70,10 @@ ADOPTED: Mapping[str, Adopted] = {
     "NIM_LOG_LEVEL": Adopted("log_level", _level),
     "NIM_JSONL_LOGGING": Adopted("log_format", _json_or_text),
     "NIM_DISABLE_LOG_REQUESTS": Adopted("log_requests", _not_flag),
+    "NIM_PEFT_SOURCE": Adopted("lora_source"),
+    "NIM_PEFT_REFRESH_INTERVAL": Adopted("lora_refresh"),
+    "NIM_MAX_GPU_LORAS": Adopted("max_loras"),
+    "NIM_MAX_LORA_RANK": Adopted("max_lora_rank"),
     "NIM_ENABLE_KV_CACHE_REUSE": Adopted("prefix_cache", _flag),
     "NIM_CACHE_PATH": Adopted("cache_dir"),
     "NIM_ENABLE_OTEL": Adopted("otel", _flag),
@@ -80,6 +84,7 @@ ADOPTED: Mapping[str, Adopted] = {
 # Known variables without effect, with the reason for the log and docs/settings.md.
 IGNORED: Mapping[str, str] = {
     "NGC_API_KEY": "vlmserve downloads nothing from NGC; the hub's token is HF_TOKEN",
+    "NIM_MAX_CPU_LORAS": "adapters in host memory are limited by bytes; see --lora-host-memory",
     "NIM_MODEL_PROFILE": "vlmserve has no profiles; choose the model by argument and options",
 }
 

@@ -10,8 +10,11 @@ class ListenError(Exception):
     """The socket cannot listen on the address; the message is one line for the operator."""
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket on host:port (port 0 picks a free one); raises ListenError."""
+def listen(host: str, port: int, option: str = "--port") -> socket.socket:
+    """A listening TCP socket on host:port (port 0 picks a free one).
+
+    option: what sets the port, for the error. Raises ListenError.
+    """
     if not host:
         # For the system an empty name is every address: `--host "$HOST"` in a shell without HOST.
         raise ListenError("--host is empty: give an address, such as 127.0.0.1, or 0.0.0.0 for all")
@@ -27,7 +30,7 @@ def listen(host: str, port: int) -> socket.socket:
         remedy = (
             "--host must be an address of this machine"
             if is_place_wrong
-            else "choose another --port"
+            else f"choose another {option}"
         )
         raise ListenError(
             f"cannot listen on {host}:{port}: {error.strerror or error}; {remedy}"

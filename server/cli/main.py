@@ -1,4 +1,4 @@
-"""The command line: `vlmserve serve`, `check`, `run-batch`, `bench` and `version`.
+"""The command line: `vlmserve serve`, `chat`, `check`, `run-batch`, `bench` and `version`.
 
 Parses, builds the settings, opens the socket and runs the supervisor. Never imports torch.
 """
@@ -6,6 +6,8 @@ Parses, builds the settings, opens the socket and runs the supervisor. Never imp
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib.util
 import logging
 import os
 import sys
@@ -28,6 +30,7 @@ from ..supervisor.settings import SupervisorSettings
 from ..supervisor.supervisor import Supervisor
 from .build_settings import build_settings
 from .byte_sizes import parse_bytes, parse_max_memory
+from .chat import chat
 from .check import check
 from .environment import VariableError, adopt, without_effect
 from .listener import ListenError, listen
@@ -48,6 +51,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.command()(run_batch)
 app.command()(check)
+app.command()(chat)
 
 
 @app.callback()
@@ -61,7 +65,18 @@ def version() -> None:
     typer.echo(__version__)
 
 
-@app.command(cls=GroupedHelp)
+class ServeCommand(GroupedHelp):
+    """Takes `--ray` without an address as `--ray auto`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments."""
+        for index, argument in enumerate(args):
+            if argument == "--ray" and (args[index + 1 : index + 2] or ["-"])[0].startswith("-"):
+                return super().parse_args(ctx, [*args[:index], "--ray=auto", *args[index + 1 :]])
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=ServeCommand)
 @command_of(StartOptions, EngineConfig, ServerSettings, SupervisorSettings,
             groups=GROUPS, parsers=PARSERS)  # fmt: skip
 def serve(values: dict[str, Any]) -> None:
@@ -72,22 +87,48 @@ def serve(values: dict[str, Any]) -> None:
     set_up_logging(values["log_level"], values["log_format"], "supervisor")
     for line in without_effect(os.environ, values):
         say(f"vlmserve: {line}", logging.WARNING)
+    if values["ray"] is not None:
+        _serve_on_ray(values)
+        return
     try:
         settings = build_settings(values)
-        listener = listen(settings.start.host, settings.start.port)
+        start = settings.start
+        listener = listen(start.host, start.port)
+        port = start.metrics_port
+        probes = None if port is None else listen(start.host, port, "--metrics-port")
     except (ModelFilesError, ListenError, ValueError) as error:
         say(f"vlmserve: {error}", logging.ERROR)
         raise typer.Exit(1) from error
     name = settings.server.model_name
     say(f"vlmserve {__version__}: loading {name}")
     scheme = "http" if settings.server.tls_certfile is None else "https"
-    url = f"{scheme}://{_shown_host(settings.start.host)}:{listener.getsockname()[1]}"
-    with listener:
+    url = f"{scheme}://{_shown_host(start.host)}:{listener.getsockname()[1]}"
+    if probes is not None:
+        say(
+            f"vlmserve: metrics on http://{_shown_host(start.host)}:{probes.getsockname()[1]}/metrics"
+        )
+    with listener, probes or contextlib.nullcontext():
         supervisor = Supervisor(
             settings.engine, settings.server, listener, partial(_say_ready, url, settings.server),
-            settings.supervisor,
+            settings.supervisor, probes,
         )  # fmt: skip
         raise typer.Exit(asyncio.run(supervisor.run()))
+
+
+def _serve_on_ray(values: dict[str, Any]) -> None:
+    if importlib.util.find_spec("ray") is None:
+        say("vlmserve: --ray needs Ray: pip install 'vlmserve[ray]'", logging.ERROR)
+        raise typer.Exit(1)
+    if values["ray"] == "local":
+        # Read when Ray is imported: all of its ports on loopback.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    from .on_ray import serve_on_ray  # imports Ray
+
+    try:
+        serve_on_ray(values["ray"], values)
+    except (ValueError, ConnectionError, RuntimeError) as error:
+        say(f"vlmserve: {error}", logging.ERROR)
+        raise typer.Exit(1) from error
 
 
 def _say_ready(url: str, settings: ServerSettings, infos: Sequence[EngineReady]) -> None:

@@ -103,7 +103,7 @@ def _download(hub_id: str, revision: str | None, cache_dir: str | None) -> Path:
     except ModelError as error:
         raise ModelFilesError(_first_line(error)) from error
     except Exception as error:  # errors of the hub's client, the network and the disk
-        raise ModelFilesError(_why_not(hub_id, revision, error)) from error
+        raise ModelFilesError(why_no_download(hub_id, revision, error)) from error
     if not any(folder.glob("*.safetensors")):
         raise ModelFilesError(
             f"{hub_id} has no weights in safetensors; pickle weights can run code and are never "
@@ -113,7 +113,7 @@ def _download(hub_id: str, revision: str | None, cache_dir: str | None) -> Path:
     return folder
 
 
-def _why_not(hub_id: str, revision: str | None, error: Exception) -> str:
+def why_no_download(hub_id: str, revision: str | None, error: Exception) -> str:
     """The cause of a failed download and the remedy, in one line."""
     from huggingface_hub import errors
 

@@ -12,6 +12,7 @@ from ipaddress import AddressValueError, IPv6Address
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ..adapters.settings import AdapterSettings
 from ..settings import ServerSettings, TraceSettings
 
 # OpenTelemetry's own variables for the collector of traces.
@@ -44,6 +45,19 @@ def check_files(settings: ServerSettings) -> None:
         ServerTls(settings.tls_certfile, settings.tls_keyfile)
     elif settings.tls_keyfile is not None:
         raise ValueError("--tls-keyfile is given without --tls-certfile: give both")
+
+
+def check_adapters(settings: AdapterSettings) -> None:
+    """Raises ValueError, one line, if a folder for adapters cannot be used."""
+    folders = {"--lora-source": settings.lora_source, "--lora-root": settings.lora_root}
+    for option, folder in folders.items():
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"{option} {folder} is not a folder: create it or name another")
+    if settings.allow_lora_updates and settings.updates_root is None:
+        raise ValueError(
+            "--allow-lora-updates needs --lora-root FOLDER: requests may load adapters below that"
+            " folder only"
+        )
 
 
 def check_template(settings: ServerSettings) -> None:

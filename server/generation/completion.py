@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import AsyncIterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from .events import (
@@ -19,6 +19,7 @@ from .events import (
     Finish,
     PromptLogprobs,
     TextDelta,
+    Timings,
     Usage,
 )
 from .token_text import TokenEntry
@@ -67,6 +68,7 @@ class Completion:
     answers: tuple[Answer, ...]
     usage: Usage
     prompts: tuple[PromptLogprobs, ...] = ()
+    timings: Timings = field(default=Timings(), compare=False)
 
     @classmethod
     async def collect(
@@ -85,7 +87,7 @@ class Completion:
                     choices[choice].answer(logs.get(choice)) for choice in sorted(choices)
                 )
                 prompts.sort(key=lambda logprobs: logprobs.prompt)
-                return cls(answers, event.usage, tuple(prompts))
+                return cls(answers, event.usage, tuple(prompts), event.timings)
             if isinstance(event, PromptLogprobs):
                 prompts.append(event)
             else:

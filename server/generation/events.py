@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..telemetry.request_record import Timings
 from .token_text import PromptEntries, TokenEntry, TokenText
 
 
@@ -103,6 +104,7 @@ class End:
     """The last event of a request, after the Finish of each of its choices."""
 
     usage: Usage
+    timings: Timings = field(default=Timings(), compare=False)
 
 
 @dataclass(slots=True, frozen=True)

@@ -13,8 +13,10 @@ import math
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import Protocol
 
+from ...models.batch import AdapterInfo, AdapterRef
 from ...router.client.engine_client import Health
 from ...router.errors import (
+    AdapterUnusableError,
     EngineDeadError,
     EngineError,
     InvalidRequestError,
@@ -36,7 +38,8 @@ from ..errors import (
 )
 from ..prompts.processor import Processor
 from ..structured_output.compile_checks import GrammarChecks
-from ..telemetry.metrics import Metrics, RequestTimer
+from ..telemetry.metrics import Metrics
+from ..telemetry.request_timer import RequestTimer
 from .answer_stream import AnswerStream
 from .completion import Completion, EntryLog
 from .deadlines import deadline_error, until
@@ -58,6 +61,8 @@ class Engine(Health, Protocol):
     def stats(self) -> EngineStats: ...
     def generate(self, *requests: AddRequest) -> AsyncGenerator[SequenceOutput, None]: ...
     def leave(self, request_id: str) -> None: ...
+    async def load_adapter(self, adapter: AdapterRef) -> AdapterInfo: ...
+    async def unload_adapter(self, digest: str) -> None: ...
     def rejection(self, owner: str, priority: int) -> QueueFullError | None: ...
 
 
@@ -181,7 +186,7 @@ class Generator:
         usages: dict[int, Usage] = {}
         while streams:
             output = await _next_output(outputs, prepared.deadline)
-            timer.tokens(output.request_id, len(output.token_ids), output.queue_s)
+            timer.tokens(output.request_id, len(output.token_ids), output.queue_s, output.vision_s)
             prepared.on_tokens(len(output.token_ids))
             if output.prompt_logprobs is not None:
                 yield self._prompt_logprobs(prepared, output)
@@ -196,7 +201,7 @@ class Generator:
                         # Count before the yield: the caller may stop reading after a Finish.
                         timer.finish(event.reason)
                 yield event
-        yield End(_total(usages, len(prepared.requests)))
+        yield End(_total(usages, len(prepared.requests)), timer.timings)
 
     def _leave_at(self, prepared: PreparedGeneration) -> asyncio.TimerHandle:
         """Free the request in the engine at its deadline, even if nothing reads its events."""
@@ -317,6 +322,10 @@ def api_error_of(error: EngineError) -> ApiError:
         return OverloadedError(str(error), retry_after_s=error.retry_after_s)
     if isinstance(error, InvalidRequestError):
         return BadRequestError(str(error))
+    if isinstance(error, AdapterUnusableError):
+        return NotReadyError(
+            "the adapter that the request names cannot be used; the server's log has the reason"
+        )
     if isinstance(error, EngineDeadError):
         return NotReadyError("the engine is not available: try again later", retry_after_s=1.0)
     return InternalError("the model could not compute this request")

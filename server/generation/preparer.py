@@ -136,6 +136,7 @@ class Preparer:
         Raises BadRequestError, or NotReadyError while the server stops.
         """
         check_against(info, request)
+        request = await self._with_banned_sequences(request)
         check_answers(request, self._max_answers or max(1, info.max_num_seqs // ANSWERS_PART))
         prompts = await self._prompts(request, info)
         check_prompt_logprobs(request, sum(len(prompt.token_ids) for prompt in prompts))
@@ -159,6 +160,29 @@ class Preparer:
             meta_reason=prompts[0].meta_reason if prompts else None,
         )
 
+    async def _with_banned_sequences(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with the tokens of its bad words, as they are at the start and in a text.
+
+        Other tokens may spell the same word. As vLLM.
+        """
+        if not request.bad_words:
+            return request
+        spellings = [
+            spelling
+            for word in request.bad_words
+            for spelling in (word.lstrip(" ") or word, " " + word.lstrip(" "))
+        ]
+
+        def tokenize() -> tuple[tuple[int, ...], ...]:
+            return tuple(dict.fromkeys(map(tuple, map(self._processor.tokens_of, spellings))))
+
+        if sum(map(len, spellings)) <= MAX_INLINE_CHARS:
+            sequences = tokenize()
+        else:
+            sequences = await self._threads.run_in_thread(request.owner, tokenize)
+        sampling = msgspec.structs.replace(request.sampling, banned_sequences=sequences)
+        return dataclasses.replace(request, sampling=sampling)
+
     async def _added(
         self,
         request: GenerationRequest,
@@ -169,7 +193,7 @@ class Preparer:
         return AddRequest(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=prompt.token_ids,
-            images=await self._tiles(prompt.images, request),
+            images=[*await self._tiles(prompt.images, request)],
             spans=prompt.spans,
             sampling=request.sampling,
             max_tokens=max_tokens,
@@ -181,6 +205,7 @@ class Preparer:
             tenant=request.tenant,
             owner=request.owner,
             policy=request.policy,
+            adapter=request.adapter,
             choice_ids=[uuid.uuid4().hex for _ in range(1, request.num_choices)],
             priority=request.priority,
             num_prompt_logprobs=request.num_prompt_logprobs,
@@ -318,7 +343,9 @@ class Preparer:
         ]
         deadline = asyncio.get_running_loop().time() + self._image_deadline_s
         try:
-            return await self._images.load(wanted, deadline)
+            tiles = await self._images.load(wanted, deadline)
+            record.image_digests += [one.content_hash.hex() for one in tiles]
+            return tiles
         except ImageError as error:
             field = "messages" if error.index is None else images[error.index].field
             raise BadRequestError(f"{field}: {error.message}", param=field) from error

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...models.batch import SamplingParams
+from ...models.batch import AdapterRef, SamplingParams
 from ...router.messages import NO_POLICY, EngineReady, OwnerPolicy
 from ..errors import BadRequestError
 from ..prompts.chat_template import AS_USUAL, TemplateOptions
@@ -59,8 +59,10 @@ class GenerationRequest:
     has_seed: the client set a seed; all prompts then use it.
     add_special_tokens: a plain text starts with `<|begin_of_text|>`.
     tenant: requests share cached images and texts only within a tenant.
+    bad_words: texts that the answer does not contain in their usual tokens.
     is_streamed: the answer is sent while it is generated, so its length takes no memory.
-    owner, policy: the API key's hash and limits; owners share the machine.
+    owner, policy: the API key's hash and limits; owners share the machine. adapter: None: the base
+    model.
     num_choices: answers per prompt. num_prompt_logprobs: likeliest tokens to report for each token
     of the prompt. priority: lower values go first. timeout_s: from the request's arrival to the end
     of its answer. num_kept_tokens: read only this many tokens at the end of a longer prompt; -1: as
@@ -82,6 +84,7 @@ class GenerationRequest:
     default_max_tokens: int | None = None
     max_tokens_field: str = "max_tokens"
     stop: tuple[str, ...] = ()
+    bad_words: tuple[str, ...] = ()
     text: TextOptions = TEXT_AS_USUAL
     num_kept_tokens: int | None = None
     stop_token_ids: tuple[int, ...] = ()
@@ -90,6 +93,7 @@ class GenerationRequest:
     is_streamed: bool = False
     owner: str = ""
     policy: OwnerPolicy = NO_POLICY
+    adapter: AdapterRef | None = None
     num_choices: int = 1
     num_prompt_logprobs: int | None = None
     prompt_logprobs_field: str = "prompt_logprobs"
@@ -133,8 +137,12 @@ def check_against(info: EngineReady, request: GenerationRequest) -> None:
             " lower it or start with a larger --max-num-seqs",
             param="n",
         )
-    biased = [token_id for token_id, _ in request.sampling.logit_bias]
-    for field, token_ids in (("stop_token_ids", request.stop_token_ids), ("logit_bias", biased)):
+    named = {
+        "stop_token_ids": request.stop_token_ids,
+        "logit_bias": [token_id for token_id, _ in request.sampling.logit_bias],
+        "allowed_token_ids": request.sampling.allowed_token_ids,
+    }
+    for field, token_ids in named.items():
         check_token_ids(info, token_ids, field)
 
 

@@ -9,7 +9,9 @@ Read in this order:
     targets            other spellings of a path; the message of a 404
     answer_writer      writes answers: large bodies in parts, streams for HTTP/1.0
     protocol           one connection: reads requests through the three above, closes softly
+    page_files         the files of the pages at / and /docs, which need no key
     auth               what a head must carry: host, API key, CORS, no compressed body
+    sanic_config       Sanic's own settings
     tls                the certificate, and how it is reloaded
     drain              what a worker does from SIGTERM to its exit
 

@@ -24,27 +24,23 @@ from ..admission.key_file import (
     read_key_file,
 )
 from ..admission.rate_limits import FOLDER_NAME, RateLimits
-from ..errors import AuthenticationError, BadRequestError, UnsupportedMediaError
+from ..errors import AuthenticationError, BadRequestError, NotFoundError, UnsupportedMediaError
 from ..settings import ServerSettings
+from .page_files import DOCS_PATHS, UI_PATHS
 
 logger = logging.getLogger(__name__)
 
 LIVE = "/v1/health/live"
 READY = "/v1/health/ready"
+# The path of other inference servers, and what routers ask before they know a key.
+SHORT_READY = "/health"
 # The only routes that need no key and answer for any host: health probes send neither.
-OPEN_PATHS = frozenset({LIVE, READY})
-# The files of the page need no key: a browser cannot send one before the page asks for it. They
-# are the same on every server; /openapi.json, which names the models, needs the key.
-DOCS_PATHS = frozenset(
-    {
-        "/docs",
-        "/docs/favicon-32x32.png",
-        "/docs/initializer.js",
-        "/docs/swagger-ui-bundle.js",
-        "/docs/swagger-ui.css",
-    }
-)
-KEYLESS_PATHS = OPEN_PATHS | DOCS_PATHS
+OPEN_PATHS = frozenset({LIVE, READY, SHORT_READY})
+METRICS_PATHS = frozenset({"/metrics", "/v1/metrics"})
+# What --metrics-port serves, to any host and without a key: probes and scrapers send neither.
+PROBE_PATHS = OPEN_PATHS | METRICS_PATHS
+# /openapi.json, which names the models, needs the key.
+KEYLESS_PATHS = OPEN_PATHS | DOCS_PATHS | UI_PATHS
 
 PREFLIGHT_MAX_AGE_S = 600
 ALLOWED_METHODS = "GET, HEAD, POST"
@@ -53,8 +49,27 @@ RATE_HEADERS = [
     for what in ("Requests", "Tokens")
     for part in ("Limit", "Remaining", "Reset")
 ]
-EXPOSED_HEADERS = ", ".join(["X-Request-Id", "X-Ignored-Fields", "Retry-After", *RATE_HEADERS])
+EXPOSED_HEADERS = ", ".join(
+    [
+        "X-Request-Id",
+        "X-Ignored-Fields",
+        "X-Replica",
+        "X-Image-Digests",
+        "Retry-After",
+        *RATE_HEADERS,
+    ]
+)
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+(?:\s*,\s*[A-Za-z0-9!#$%&'*+.^_`|~-]+)*")
+
+
+def open_paths(settings: ServerSettings) -> frozenset[str]:
+    """The paths that need no key and answer for any host."""
+    return PROBE_PATHS if settings.open_metrics else OPEN_PATHS
+
+
+def keyless_paths(settings: ServerSettings) -> frozenset[str]:
+    """The paths that need no key."""
+    return KEYLESS_PATHS | open_paths(settings)
 
 
 class PreflightAnswer(Exception):
@@ -127,8 +142,11 @@ class Access:
         """Raises KeyFileError."""
         file = None if settings.api_key_file is None else Path(settings.api_key_file)
         self.keys = ApiKeys(settings.api_keys, file)
-        self.rate_limits = RateLimits(_shared_folder(settings))
+        shared = shared_folder(settings)
+        self.rate_limits = RateLimits(None if shared is None else shared / FOLDER_NAME)
         self._hosts = [host.lower() for host in settings.allowed_hosts]
+        self._open_paths = open_paths(settings)
+        self._keyless_paths = keyless_paths(settings)
         self._origins = frozenset(origin.lower() for origin in settings.cors_origins)
 
     def check(self, request: Request) -> None:
@@ -136,12 +154,16 @@ class Access:
 
         Sets `request.ctx.key` where a key is needed, and `key_owner`, its digest. The connection
         closes after an error, because the body was not read.
-        Raises BadRequestError, PreflightAnswer, AuthenticationError or UnsupportedMediaError.
+        Raises BadRequestError, PreflightAnswer, AuthenticationError, NotFoundError or
+        UnsupportedMediaError.
         """
-        if request.path not in OPEN_PATHS:
+        if getattr(request.protocol, "is_probe_port", False):
+            _check_probe(request)
+            return
+        if request.path not in self._open_paths:
             self._check_host(request)
         self._answer_preflight(request)
-        if request.path not in KEYLESS_PATHS and self.keys.are_needed:
+        if request.path not in self._keyless_paths and self.keys.are_needed:
             self._check_key(request)
         _check_encoding(request)
 
@@ -206,11 +228,18 @@ class Access:
         return origin if origin.lower() in self._origins else None
 
 
-def _shared_folder(settings: ServerSettings) -> Path | None:
-    """The folder of the rates, beside the engine's socket; None for a worker without an engine."""
-    if not settings.engine_socket:
-        return None
-    return Path(settings.engine_socket).parent / FOLDER_NAME
+def _check_probe(request: Request) -> None:
+    if request.path not in PROBE_PATHS:
+        raise NotFoundError(
+            f"{request.path} is not served on the port of --metrics-port, only"
+            f" {', '.join(sorted(PROBE_PATHS))}"
+        )
+    _check_encoding(request)
+
+
+def shared_folder(settings: ServerSettings) -> Path | None:
+    """The folder that all workers share, with the engine's socket; None without an engine."""
+    return Path(settings.engine_socket).parent if settings.engine_socket else None
 
 
 def _host_of(authority: str) -> str:

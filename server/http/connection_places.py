@@ -14,6 +14,8 @@ from typing import Protocol
 # Beside `max_connections`: for health checks, and for connections that close softly.
 NUM_RESERVED_PLACES = 16
 MAX_LINGERING = 128
+# Of --metrics-port, in all.
+NUM_PROBE_PLACES = 32
 
 
 class Connection(Hashable, Protocol):

@@ -45,11 +45,15 @@ class UrlTooLongError(ApiError):
 
 @dataclass(frozen=True, slots=True)
 class HeadLimits:
-    """max_bytes: of the whole head; max_url_bytes: of the request's target in it."""
+    """max_bytes: of the whole head; max_url_bytes: of the request's target in it.
+
+    takes_repeated_key: the same Authorization twice is one.
+    """
 
     max_bytes: int = 16_384
     max_headers: int = 100
     max_url_bytes: int = 8_192
+    takes_repeated_key: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,7 @@ def read_head(head: bytes, limits: HeadLimits) -> RequestHead:
     method, target, version = _read_request_line(request_line, limits)
     fields = read_fields(lines, limits)
     _check_host(fields, version)
-    _check_single(fields)
+    _check_single(fields, limits)
     target = _origin_form(method, target, fields)
     length = _content_length(fields)
     return RequestHead(method, target, version, _is_chunked(fields, version), length)
@@ -156,8 +160,14 @@ def _check_host(fields: list[tuple[bytes, bytes]], version: bytes) -> None:
         raise BadRequestError("the Host header must be a host name and an optional port")
 
 
-def _check_single(fields: list[tuple[bytes, bytes]]) -> None:
-    names = [name for name, _ in fields if name in SINGLE_FIELDS]
+def _check_single(fields: list[tuple[bytes, bytes]], limits: HeadLimits) -> None:
+    """Raises BadRequestError if a header that has one value comes twice."""
+    single = [(name, value) for name, value in fields if name in SINGLE_FIELDS]
+    if limits.takes_repeated_key:
+        keys = {value for name, value in single if name == b"authorization"}
+        single = [(name, value) for name, value in single if name != b"authorization"]
+        single += [(b"authorization", key) for key in keys]
+    names = [name for name, _ in single]
     if len(names) != len(set(names)):
         twice = next(name for name in names if names.count(name) > 1)
         raise BadRequestError(f"the request has the header {twice.decode()} more than once")

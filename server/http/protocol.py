@@ -109,7 +109,7 @@ class StrictHttp(AnswerWriter):
 
     def _check_place(self) -> None:
         """Serve a health check on a reserved place; for any other request find another place."""
-        places = _places_of(self.protocol.app)
+        places = self._connection.places
         if not places.is_reserved(self._connection):
             return
         if self.request.path in OPEN_PATHS:
@@ -142,7 +142,7 @@ class StrictHttp(AnswerWriter):
         self.progress_bytes += num_bytes
         if self.progress_bytes >= PROGRESS_BYTES and self.request_body:
             self.progress_bytes = 0
-            _places_of(self.protocol.app).expect(self._connection)
+            self._connection.places.expect(self._connection)
 
     async def _read_plain(self) -> bytes | None:
         self._check_size(self.request_bytes or 0)
@@ -189,6 +189,8 @@ class StrictProtocol(HttpProtocol):  # type: ignore[misc]
     """
 
     HTTP_CLASS = StrictHttp
+    # Whether the connection serves only health checks and metrics, and needs no key for them.
+    is_probe_port = False
     __slots__ = ("_is_silent", "_linger_timer", "_reader_timer", "phase")
 
     def __init__(self, **parts: Any) -> None:
@@ -198,6 +200,12 @@ class StrictProtocol(HttpProtocol):  # type: ignore[misc]
         self._linger_timer: asyncio.TimerHandle | None = None
         self._reader_timer: asyncio.TimerHandle | None = None
 
+    @property
+    def places(self) -> ConnectionPlaces:
+        """The places that the connection is counted in."""
+        places: ConnectionPlaces = self.app.ctx.connection_places
+        return places
+
     def advance(self, event: ConnectionEvent) -> None:
         """Move to the next state. Raises IllegalTransitionError.
 
@@ -206,7 +214,7 @@ class StrictProtocol(HttpProtocol):  # type: ignore[misc]
         if self.phase is ConnectionState.CLOSED:
             return
         self.phase = next_state(TRANSITIONS, self.phase, event)
-        places = _places_of(self.app)
+        places = self.places
         if self.phase is ConnectionState.CLOSED:
             places.leave(self)
         elif self.phase in OWES_REQUEST:
@@ -219,7 +227,7 @@ class StrictProtocol(HttpProtocol):  # type: ignore[misc]
         size = _settings_of(self.app).send_buffer_bytes
         if (raw := transport.get_extra_info("socket")) is not None:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
-        if _places_of(self.app).enter(self):
+        if self.places.enter(self):
             super().connection_made(transport)
         else:
             self._reject(transport)
@@ -275,7 +283,7 @@ class StrictProtocol(HttpProtocol):  # type: ignore[misc]
             super().close(timeout)
             return
         self.advance(ConnectionEvent.CLOSE)
-        if self.phase is ConnectionState.DRAINING and not _places_of(self.app).linger(self):
+        if self.phase is ConnectionState.DRAINING and not self.places.linger(self):
             self.advance(ConnectionEvent.CLOSE)
         if self.phase is not ConnectionState.DRAINING:
             super().close(timeout)
@@ -304,6 +312,18 @@ class StrictProtocol(HttpProtocol):  # type: ignore[misc]
             self._linger_timer.cancel()
         self.advance(ConnectionEvent.LOST)
         super().connection_lost(exc)
+
+
+class ProbeProtocol(StrictProtocol):
+    """A connection to --metrics-port. It takes no place of the API's connections, nor they its."""
+
+    is_probe_port = True
+    __slots__ = ()
+
+    @property
+    def places(self) -> ConnectionPlaces:
+        places: ConnectionPlaces = self.app.ctx.probe_places
+        return places
 
 
 class LenientRequest(Request):
@@ -361,11 +381,6 @@ async def receive_body(request: Request, timeout_s: float) -> None:
 
 def _too_many_connections() -> NotReadyError:
     return NotReadyError("too many connections are open: try again", retry_after_s=1.0)
-
-
-def _places_of(app: Any) -> ConnectionPlaces:
-    places: ConnectionPlaces = app.ctx.connection_places
-    return places
 
 
 def _settings_of(app: Any) -> ServerSettings:

@@ -9,7 +9,7 @@ Read in this order:
     fetch           downloads over http(s)
     names           looks up host names: time limit, fair shares, memory of failures
     addresses       which addresses a download may connect to
-    tile_cache      the tiles of recently decoded images
+    tile_cache      decoded tiles, of recent and of open requests; one decoding for all that wait
     decoders        the pool of decoder processes
     decoder_frames  the messages between the pool and its processes
     decoder_child   the decoder process: limits on memory and time

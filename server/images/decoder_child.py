@@ -88,7 +88,7 @@ def answer(data: bytes, config: DecoderConfig, max_tiles: int | None) -> DecodeR
 
 def send(replies: BinaryIO, reply: DecodeReply) -> None:
     """Write one reply frame at once."""
-    replies.write(encode_reply(reply))
+    replies.writelines(encode_reply(reply))
     replies.flush()
 
 

@@ -25,7 +25,7 @@ from ..children.processes import ChildStartError, child_environment, end_child, 
 from ..errors import NotReadyError
 from ..tasks import end_tasks, run_together
 from .decoder_child import DecoderConfig
-from .decoder_frames import REPLY_HEAD, REQUEST_HEAD, DecodeReply, decode_reply, reply_length
+from .decoder_frames import DecodeReply, read_reply, write_request
 from .header import check_header, read_header
 from .settings import ImageError, ImageSettings, PoolClosed
 from .tiling import TilingConfig
@@ -138,9 +138,7 @@ class DecoderChild:
         stdin = self._process.stdin
         assert stdin is not None
         try:
-            stdin.write(REQUEST_HEAD.pack(max_tiles or 0, len(data)))
-            stdin.write(data)
-            await stdin.drain()
+            await write_request(stdin, data, max_tiles)
         except (ConnectionError, RuntimeError) as error:
             raise DecoderLost("a decoder closed its stdin") from error
         return await self._read_reply()
@@ -153,8 +151,7 @@ class DecoderChild:
         stdout = self._process.stdout
         assert stdout is not None
         try:
-            length = reply_length(await stdout.readexactly(REPLY_HEAD.size))
-            return decode_reply(await stdout.readexactly(length))
+            return await read_reply(stdout)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise DecoderLost("a decoder ended") from error
         except (ValueError, msgspec.MsgspecError) as error:

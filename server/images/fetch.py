@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextvars import ContextVar
 from ipaddress import ip_address
 from typing import Protocol
@@ -22,6 +22,7 @@ import httpcore2
 
 from ..admission.fair_lane import FairLane, LaneLimits
 from ..admission.lanes import IMAGE_FETCHES
+from ..tasks import finish
 from .addresses import Address, is_allowed, parse_literal
 from .names import UNRESOLVED, DnsResolver, NameLookups, Resolver
 from .settings import ImageError, ImageSettings
@@ -223,9 +224,7 @@ class ImageFetcher:
 
     async def _get(self, source: RemoteImage, spend: Callable[[int], None]) -> bytes | RemoteImage:
         """One hop: the body, or where to go next."""
-        async with self._pool.stream(
-            "GET", _target(source), headers=self._headers(source)
-        ) as response:
+        async with self._response(source) as response:
             headers = {name.lower(): value for name, value in response.headers}
             if response.status in REDIRECTS:
                 return self._next_hop(source, headers.get(b"location", b""))
@@ -234,6 +233,19 @@ class ImageFetcher:
             if headers.get(b"content-encoding", b"identity").strip().lower() not in PLAIN:
                 raise ImageError("image URL's server sent a compressed body: not supported")
             return await self._read(response, headers.get(b"content-length", b""), spend)
+
+    @contextlib.asynccontextmanager
+    async def _response(self, source: RemoteImage) -> AsyncIterator[httpcore2.Response]:
+        """The response's head; closed completely at the end, also if this task is cancelled.
+
+        Cancelled while it closes, the pool would keep the request for ever (11 KB each).
+        """
+        request = httpcore2.Request("GET", _target(source), headers=self._headers(source))
+        response = await self._pool.handle_async_request(request)
+        try:
+            yield response
+        finally:
+            await finish(response.aclose())
 
     async def _read(
         self, response: httpcore2.Response, length: bytes, spend: Callable[[int], None]

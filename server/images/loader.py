@@ -157,15 +157,15 @@ class ImageLoader:
             return await self._decode(data, image, budget)
 
     async def _decode(self, data: bytes, image: ImageRequest, budget: RequestBudget) -> ImageTiles:
-        """The tiles of checked bytes, from the cache or from a decoder."""
+        """The tiles of checked bytes, from the cache or from a decoder; once for all that wait."""
         key = await self._cache.key_of(data, image.max_tiles, image.tenant)
-        tiles = self._cache.get(key)
-        if tiles is None:
-            tiles = await self._decoders.decode(
+
+        async def decode() -> ImageTiles:
+            return await self._decoders.decode(
                 data, image.max_tiles, image.owner, is_first=budget.is_first("decode")
             )
-            self._cache.put(key, tiles)
-        return tiles
+
+        return await self._cache.get_or_decode(key, decode)
 
 
 @contextmanager

@@ -30,6 +30,11 @@ IMAGE_NAME = re.compile(r"^[^:?]*\.(?:png|jpe?g|gif|webp|bmp|tiff?|heic|avif)$",
 MAX_PATH_CHARS = 1024
 # The first characters that JPEG, PNG, GIF, WebP and BMP files have in base64, or a long run of it.
 BARE_BASE64 = re.compile(r"/9j/|iVBORw0|R0lGOD|UklGR|Qk0|[A-Za-z0-9+/_-]{64}")
+DATA_AGAIN = re.compile("data:", re.IGNORECASE)
+PRINTED_BYTES = re.compile("b['\"]")
+NO_BASE64 = re.compile("[^A-Za-z0-9+/=]")
+# Host and path of a link without its scheme: `www.example.com/a.png`.
+BARE_LINK = re.compile(r"(?:www\.|(?:[a-z0-9-]+\.)+[a-z]{2,}(?::[0-9]+)?/)", re.IGNORECASE)
 MAX_DATA_URL_LABEL = 256
 # A multiple of four: each slice is base64 by itself.
 BASE64_SLICE_CHARS = 262_144
@@ -88,7 +93,7 @@ def parse_data_url(url: str, max_bytes: int) -> InlineImage:
     Line breaks, blanks and missing padding are accepted, as other readers of base64 do.
     """
     comma = url.find(",", 0, MAX_DATA_URL_LABEL)
-    if comma < 0 or not url[:comma].lower().endswith(";base64"):
+    if comma < 0 or not url[:comma].lower().replace(" ", "").endswith(";base64"):
         raise ImageError("data URL must look like data:image/png;base64,<the file in base64>")
     text, start = url, comma + 1
     if BLANK.search(url, start):
@@ -99,16 +104,27 @@ def parse_data_url(url: str, max_bytes: int) -> InlineImage:
     try:
         data = _decode_base64(text, start)
     except ValueError:  # binascii.Error is one, and non-ASCII characters raise it too
-        if text.find("-", start) >= 0 or text.find("_", start) >= 0:
-            raise ImageError(
-                "data URL is URL-safe base64, with - and _: use the standard alphabet, with + and /"
-            ) from None
-        raise ImageError("data URL is not valid base64: use the standard alphabet") from None
+        raise ImageError(f"data URL is {_fault_of(text, start)}") from None
     if len(data) > max_bytes:
         raise ImageError(too_large(len(data), max_bytes))
     if not data:
         raise ImageError("data URL is empty: append the file in base64")
     return InlineImage(data)
+
+
+def _fault_of(text: str, start: int) -> str:
+    """What is wrong with text[start:], which is no base64, and how to mend it."""
+    if DATA_AGAIN.match(text, start):
+        return "not valid base64: it starts with data: again. Put data:image/png;base64, once"
+    if PRINTED_BYTES.match(text, start):
+        return "not valid base64: it starts with b', as Python prints bytes. Use .decode()"
+    if text.find("%", start) >= 0:
+        return "percent-encoded base64: send +, / and = themselves"
+    if text.find("-", start) >= 0 or text.find("_", start) >= 0:
+        return "URL-safe base64, with - and _: use the standard alphabet, with + and /"
+    if NO_BASE64.search(text, start):
+        return "not valid base64: use the standard alphabet"
+    return "not valid base64: its length or its padding is that of a text that was cut or joined"
 
 
 def _decode_base64(text: str, start: int) -> bytes:
@@ -156,6 +172,8 @@ def parse_remote_url(url: str, max_chars: int) -> RemoteImage:
 
 def _refuse_what_is_no_url(url: str) -> None:
     """Raise ImageError, with what to put in front, for bare base64 and for a file's path."""
+    if BARE_LINK.match(url):
+        raise ImageError("image URL has no scheme: put https:// before the host")
     if FILE_PATH.match(url) or (len(url) <= MAX_PATH_CHARS and IMAGE_NAME.search(url)):
         raise ImageError(
             "image URL is the path of a file, which the server does not read: send the file itself "

@@ -9,12 +9,14 @@ token ids.
 from __future__ import annotations
 
 import datetime
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any, Literal
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 
 from .conversation import ImagePart, Message, TextPart, Tool, ToolCall, with_joined_texts
 from .placeholders import (
@@ -29,7 +31,7 @@ from .placeholders import (
     strings_in,
 )
 from .templates.child import Question, Rendered
-from .templates.content_format import ContentFormat, content_formats
+from .templates.content_format import ContentFormat, ContentFormats, content_formats
 from .templates.environment import Clock, make_environment, reason_of, render
 from .templates.plain import is_plain
 from .templates.processes import TemplateError as BoundError
@@ -50,6 +52,10 @@ class TemplateRefusedError(Exception):
     """The chat template raised, or lost a text or an image. The message has its words."""
 
 
+class TextBesideCallError(TemplateRefusedError):
+    """The chat template left out the text of a message that has calls of tools."""
+
+
 @dataclass(slots=True, frozen=True)
 class TemplateOptions:
     """How a conversation is to be rendered.
@@ -64,6 +70,18 @@ class TemplateOptions:
 
 
 AS_USUAL = TemplateOptions()
+
+
+@functools.lru_cache(4)
+def _read(source: str) -> tuple[ContentFormats, CodeType | None]:
+    """How a template reads contents, and its code if it is plain. Raises ValueError."""
+    environment = make_environment(nonce=NONCE)
+    try:
+        tree = environment.parse(source)
+        formats = content_formats(tree)
+        return formats, environment.compile(tree) if is_plain(tree) else None
+    except (TemplateError, RecursionError) as error:
+        raise ValueError(f"the chat template does not compile: {reason_of(error)}") from error
 
 
 class ChatTemplate:
@@ -94,14 +112,12 @@ class ChatTemplate:
         self.takes_tools = "tools" in source
         self.is_guard = _GUARD_MARK.search(source) is not None
         self._option = content_format
+        self.formats, code = _read(source)
+        self.is_plain = code is not None
         environment = make_environment(now, NONCE)
-        try:
-            tree = environment.parse(source)
-            self.is_plain = is_plain(tree)
-            self.formats = content_formats(tree)
-            self._template = environment.from_string(source) if self.is_plain else None
-        except (TemplateError, RecursionError) as error:
-            raise ValueError(f"the chat template does not compile: {reason_of(error)}") from error
+        self._template = (
+            Template.from_code(environment, code, environment.make_globals(None)) if code else None
+        )
         self._processes = processes or TemplateProcesses()
 
     @property
@@ -154,7 +170,7 @@ class ChatTemplate:
         try:
             return self._pieces(given)
         except LostTextError as error:
-            raise TemplateRefusedError(_reason_of_loss(error, given.messages)) from error
+            raise _refusal(error, given.messages) from error
 
     def _pieces(self, given: _Input) -> list[RenderedPiece]:
         """Raises TemplateRefusedError, LostTextError or LostChildError."""
@@ -295,11 +311,13 @@ def _text_of(rendered: Rendered, options: TemplateOptions) -> str:
     return cut_at_end(rendered.text)
 
 
-def _reason_of_loss(error: LostTextError, messages: Sequence[Message]) -> str:
-    """What was lost, and what to do: many templates drop a text beside a call."""
+def _refusal(error: LostTextError, messages: Sequence[Message]) -> TemplateRefusedError:
+    """The refusal with what was lost. Many templates drop a text beside a call."""
     if error.number is None or not messages[error.number].tool_calls:
-        return str(error)
-    return f"{error}, which has calls of tools: send the text in a message before it"
+        return TemplateRefusedError(str(error))
+    return TextBesideCallError(
+        f"{error}, which has calls of tools: send the text in a message before it"
+    )
 
 
 def _unmasked_pieces(

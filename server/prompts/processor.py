@@ -169,6 +169,10 @@ class Processor:
             raise PromptTooLongError(f"{len(token_ids):,}", max_tokens)
         return token_ids
 
+    def tokens_of(self, text: str) -> list[int]:
+        """The token ids of a short text as it stands within another."""
+        return encode(self._plain, text)
+
     def text_of(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids, in one call, during which other threads run."""
         texts: list[str] = self.tokenizer.decode_batch(

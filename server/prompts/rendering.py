@@ -11,7 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .chat_template import ChatTemplate, TemplateOptions, TemplateRefusedError
+from .chat_template import (
+    ChatTemplate,
+    TemplateOptions,
+    TemplateRefusedError,
+    TextBesideCallError,
+)
 from .conversation import Message, Tool, ToolFormat, with_joined_texts
 from .meta_format import render_as_meta, with_tools_in_system
 from .placeholders import RenderedPiece
@@ -19,14 +24,17 @@ from .placeholders import RenderedPiece
 logger = logging.getLogger(__name__)
 
 # Why a conversation is in Meta's format. tool_format: a client asked for another form of tools.
-MetaReason = Literal["no_template", "system_and_images", "several_calls", "tool_format"]
+MetaReason = Literal[
+    "no_template", "system_and_images", "several_calls", "text_and_calls", "tool_format"
+]
 META_REASONS: tuple[MetaReason, ...] = (
-    "no_template", "system_and_images", "several_calls", "tool_format",
+    "no_template", "system_and_images", "several_calls", "text_and_calls", "tool_format",
 )  # fmt: skip
 _WHY: dict[MetaReason, str] = {
     "no_template": "the checkpoint has no chat template",
     "system_and_images": "the chat template refuses images beside a system message",
     "several_calls": "the chat template refuses several calls in a turn",
+    "text_and_calls": "the chat template leaves out a text beside calls",
     "tool_format": "a request asked for a form of tools that chat templates do not have",
 }
 
@@ -88,7 +96,7 @@ class Renderer:
         try:
             return Rendering(template.render(messages, tools, options))
         except TemplateRefusedError as error:
-            reason = _promised(messages, tools)
+            reason = _promised(error, messages, tools)
             if (
                 self.is_guard
                 or reason is None
@@ -129,11 +137,16 @@ class Renderer:
             )
 
 
-def _promised(messages: Sequence[Message], tools: Sequence[Tool]) -> MetaReason | None:
+def _promised(
+    error: TemplateRefusedError, messages: Sequence[Message], tools: Sequence[Tool]
+) -> MetaReason | None:
     """What a conversation has that is served although the published template refuses it.
 
-    Tools beside images stand in a system message.
+    Tools beside images stand in a system message. A text beside calls is one of the server's own
+    answers, sent back.
     """
+    if isinstance(error, TextBesideCallError):
+        return "text_and_calls"
     has_images = any(message.images for message in messages)
     if has_images and (tools or any(message.role == "system" for message in messages)):
         return "system_and_images"
@@ -151,7 +164,9 @@ def _is_only_reason(
     """Whether the template takes the conversation without what the server promises beside it."""
     has_images = any(message.images for message in messages)
     simpler = [
-        replace(message, tool_calls=message.tool_calls[:1])
+        replace(message, parts=message.images, tool_calls=message.tool_calls[:1])
+        if message.tool_calls
+        else message
         for message in messages
         if not has_images or message.role != "system"
     ]

@@ -44,7 +44,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> HTT
     check_model(request, body.model)
     prepared = await prepare(request, chat_generation(body), body.cache_salt)
     answers = ChatAnswers(
-        **frames_of(body, prepared.prompts),
+        **frames_of(body, prepared),
         num_choices=body.n or 1,
         has_tools=bool(body.tools),
         is_call=prepared.form == "tool_choice",

@@ -48,7 +48,7 @@ async def completions(request: Request, body: CompletionRequest) -> HTTPResponse
     generation = completion_generation(body)
     prepared = await prepare(request, generation, body.cache_salt)
     answers = CompletionAnswers(
-        **frames_of(body, prepared.prompts),
+        **frames_of(body, prepared),
         num_answers=body.n or 1,
         echoes=await _echoes(request, generation, prepared.prompts) if body.echo else None,
         num_top=body.logprobs,

@@ -8,13 +8,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sanic import HTTPResponse, Request
 
 from ..api.endpoint import Reply, Routes
-from ..api.services import check_model, json_response, services_of
-from ..http.auth import LIVE, READY
+from ..api.services import Services, check_model, json_response, services_of
+from ..http.auth import LIVE, READY, SHORT_READY
 from ..schemas.model_answers import LiveAnswer, ModelCard, ModelList, ReadyAnswer, model_card
 from . import samples
-
-# The path of other inference servers.
-SHORT_READY = "/health"
 
 ROUTES = Routes("health", "Health and models")
 
@@ -79,16 +76,11 @@ async def live(request: Request) -> HTTPResponse:
     ],
 )
 async def models(request: Request) -> HTTPResponse:
-    """The model under each of its served names."""
+    """The model under each of its served names, then its adapters, whose parent it is."""
     services = services_of(request)
-    settings = services.settings
-    answer: ModelList = {
-        "object": "list",
-        "data": [
-            model_card(name, settings.model_name, services.started, services.max_model_len)
-            for name in settings.served_model_names
-        ],
-    }
+    names = [*services.settings.served_model_names]
+    names += [adapter.name for adapter in services.adapters.registry.all()]
+    answer: ModelList = {"object": "list", "data": [_card(services, name) for name in names]}
     return json_response(answer)
 
 
@@ -101,12 +93,19 @@ async def models(request: Request) -> HTTPResponse:
     refusals=[404],
 )
 async def model(request: Request, name: str) -> HTTPResponse:
-    """The model under one of its served names, else 404."""
-    services = services_of(request)
+    """The model under one of its served names, or an adapter, else 404."""
     name = unquote(name)
     check_model(request, name)
-    root, context = services.settings.model_name, services.max_model_len
-    return json_response(model_card(name, root, services.started, context))
+    return json_response(_card(services_of(request), name))
+
+
+def _card(services: Services, name: str) -> ModelCard:
+    """The card of a name of the model, or of an adapter's."""
+    model, context = services.settings.model_name, services.max_model_len
+    adapter = services.adapters.registry.find(name)
+    if adapter is None:
+        return model_card(name, model, services.started, context)
+    return model_card(name, adapter.root, adapter.created, context, parent=model)
 
 
 @ROUTES.get(

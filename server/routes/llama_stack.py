@@ -102,8 +102,7 @@ async def _complete(request: Request, body: StackChatRequest, is_new: bool) -> H
 )
 async def stack_models(request: Request) -> HTTPResponse:
     """The model under each of its served names, in Llama Stack's form."""
-    names = services_of(request).settings.served_model_names
-    answer: StackModelList = {"data": [_card(request, name) for name in names]}
+    answer: StackModelList = {"data": [_card(request, name) for name in _names(request)]}
     return json_response(answer)
 
 
@@ -138,8 +137,7 @@ async def stack_model_of(request: Request, name: str) -> HTTPResponse:
 )
 async def old_stack_models(request: Request) -> HTTPResponse:
     """The model under each of its served names, for Llama Stack's clients before 0.1."""
-    names = services_of(request).settings.served_model_names
-    return json_response([_old_card(request, name) for name in names])
+    return json_response([_old_card(request, name) for name in _names(request)])
 
 
 @ROUTES.get(
@@ -155,8 +153,15 @@ async def old_stack_models(request: Request) -> HTTPResponse:
 async def old_stack_model_of(request: Request) -> HTTPResponse:
     """The model of one name, for Llama Stack's clients before 0.1. Query: identifier."""
     name = request.args.get("identifier", "")
-    is_served = name in services_of(request).settings.served_model_names
+    is_served = name in _names(request)
     return json_response(_old_card(request, name) if is_served else None)
+
+
+def _names(request: Request) -> list[str]:
+    """The names of the model, then those of its adapters."""
+    services = services_of(request)
+    adapters = [adapter.name for adapter in services.adapters.registry.all()]
+    return [*services.settings.served_model_names, *adapters]
 
 
 def _old_card(request: Request, name: str) -> OldStackModel:

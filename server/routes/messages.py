@@ -29,6 +29,7 @@ from ..schemas.anthropic.requests import (
     conversation_of,
     messages_generation,
     offered_tools,
+    template_options_of,
 )
 from ..schemas.openai.tokenization import MAX_TOKENS
 from . import samples
@@ -74,11 +75,13 @@ async def messages(request: Request, body: MessagesRequest) -> HTTPResponse | No
 async def count_tokens(request: Request, body: CountTokensRequest) -> HTTPResponse:
     """The tokens of a conversation, as /v1/messages would send it to the model."""
     check_model(request, body.model)
+    messages = conversation_of(body)
     prepare = functools.partial(
         services_of(request).processor.prepare,
-        conversation_of(body),
+        messages,
         MAX_TOKENS,
         offered_tools(body),
+        options=template_options_of(messages),
     )
     threads = services_of(request).threads
     with prompt_errors(limit=f"at most {MAX_TOKENS:,} are counted: shorten it"):

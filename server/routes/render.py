@@ -10,7 +10,12 @@ from ..api.services import check_model, json_response, owner_of, prepare, servic
 from ..generation.preparer import PreparedGeneration
 from ..schemas.openai.chat import ChatCompletionRequest, chat_generation
 from ..schemas.openai.completions import CompletionRequest, completion_generation
-from ..schemas.service_answers import RenderedPrompt, Rendering, RenderingFormat
+from ..schemas.service_answers import (
+    RenderedFeatures,
+    RenderedPrompt,
+    Rendering,
+    RenderingFormat,
+)
 from . import samples
 
 ROUTES = Routes("render", "Tokens")
@@ -72,6 +77,8 @@ async def _answer(
         "reason": prepared.meta_reason,
         "chat_template": renderer.origin if is_template else None,
         "content_format": renderer.content_format if is_template else None,
+        "token_ids": prepared.prompts[0],
+        "features": _features(prepared.requests[0]),
         "prompts": [
             _prompt(one, text) for one, text in zip(prepared.requests, all_texts, strict=True)
         ],
@@ -79,12 +86,28 @@ async def _answer(
     return json_response(answer)
 
 
+def _features(request: AddRequest) -> RenderedFeatures | None:
+    if not request.images:
+        return None
+    return {
+        "mm_hashes": {"image": [image.content_hash.hex() for image in request.images]},
+        "mm_placeholders": {
+            "image": [{"offset": span.start, "length": 1} for span in request.spans]
+        },
+    }
+
+
 def _prompt(request: AddRequest, text: str) -> RenderedPrompt:
     return {
         "text": text,
         "token_ids": request.prompt_token_ids,
         "images": [
-            {"position": span.start, "num_tokens": 1, "num_tiles": image.num_tiles}
+            {
+                "position": span.start,
+                "num_tokens": 1,
+                "num_tiles": image.num_tiles,
+                "digest": image.content_hash.hex(),
+            }
             for span, image in zip(request.spans, request.images, strict=True)
         ],
     }

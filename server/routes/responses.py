@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -11,7 +14,7 @@ import orjson
 from sanic import HTTPResponse, Request
 
 from ..api.endpoint import EVENTS, GENERATION_REFUSALS, Reply, Routes
-from ..api.response_store import ResponseStore, StoredResponse
+from ..api.response_store import ResponseStore, StoredResponse, StoreError
 from ..api.services import (
     check_model,
     json_response,
@@ -21,7 +24,7 @@ from ..api.services import (
 )
 from ..api.sse import send_stream
 from ..api.whole_answer import send_parts
-from ..errors import BadRequestError, NotFoundError
+from ..errors import BadRequestError, NotFoundError, NotReadyError
 from ..schemas.json_parts import json_parts
 from ..schemas.openai.response_answers import ResponseAnswers
 from ..schemas.openai.response_items import InputItem
@@ -29,10 +32,13 @@ from ..schemas.openai.response_types import DeletedResponse, InputItems, Respons
 from ..schemas.openai.responses import ResponsesRequest, responses_generation
 from . import samples
 
+logger = logging.getLogger(__name__)
+
 ROUTES = Routes("responses", "Responses")
 
 PATH = "/v1/responses/<response_id:str>"
 PARAMETERS = {"response_id": "The id of a response."}
+RETRY_AFTER_S = 1.0
 DEFAULT_LIMIT = 20
 MAX_LIMIT = 100
 
@@ -76,7 +82,7 @@ async def responses(request: Request, body: ResponsesRequest) -> HTTPResponse | 
     async def parts() -> list[bytes]:
         response = answers.plain(await services.generator.answer(prepared, answers.new_log))
         if keep is not None:
-            await keep(response)
+            response["store"] = await keep(response)
         return json_parts(response)
 
     return await send_parts(request, await parts())
@@ -86,11 +92,16 @@ async def responses(request: Request, body: ResponsesRequest) -> HTTPResponse | 
     PATH,
     parameters=PARAMETERS,
     replies=[Reply(type=Response, description="The response.", example=samples.RESPONSE)],
-    refusals=[404],
+    refusals=[404, 503],
 )
 async def retrieve(request: Request, response_id: str) -> HTTPResponse:
     """A stored response."""
     stored = await _found(request, response_id)
+    if request.args.get("stream") == "true":
+        # A client that waits for events would find none.
+        raise BadRequestError(
+            "a stored response is not streamed again: leave stream out", param="stream"
+        )
     return HTTPResponse(stored.response, content_type="application/json")
 
 
@@ -98,12 +109,14 @@ async def retrieve(request: Request, response_id: str) -> HTTPResponse:
     PATH,
     parameters=PARAMETERS,
     replies=[Reply(type=DeletedResponse, description="It is deleted.")],
-    refusals=[404],
+    refusals=[404, 503],
 )
 async def delete(request: Request, response_id: str) -> HTTPResponse:
     """Delete a response; responses that continue it can no longer be continued."""
     store = services_of(request).responses
-    if store is None or not await store.delete(tenant_of(request), response_id):
+    with _or_503():
+        is_deleted = store is not None and await store.delete(tenant_of(request), response_id)
+    if not is_deleted:
         raise _not_found(response_id)
     answer: DeletedResponse = {"id": response_id, "object": "response", "deleted": True}
     return json_response(answer)
@@ -113,7 +126,7 @@ async def delete(request: Request, response_id: str) -> HTTPResponse:
     f"{PATH}/cancel",
     parameters=PARAMETERS,
     replies=[Reply(type=Response, description="Never: no response runs in the background.")],
-    refusals=[404],
+    refusals=[404, 503],
 )
 async def cancel(request: Request, response_id: str) -> HTTPResponse:
     """Always an error: responses do not run in the background. Close the connection to cancel."""
@@ -128,7 +141,7 @@ async def cancel(request: Request, response_id: str) -> HTTPResponse:
     f"{PATH}/input_items",
     parameters=PARAMETERS,
     replies=[Reply(type=InputItems, description="The response's own input.")],
-    refusals=[404],
+    refusals=[404, 503],
 )
 async def input_items(request: Request, response_id: str) -> HTTPResponse:
     """The items of a response's own input, newest first.
@@ -158,7 +171,8 @@ async def _earlier_items(
     """The items of all responses before this one. Raises BadRequestError."""
     if previous is None:
         return []
-    chain = None if store is None else await store.chain(owner, previous)
+    with _or_503():
+        chain = None if store is None else await store.chain(owner, previous)
     if chain is None:
         raise BadRequestError(
             f"previous_response_id is {previous[:128]!r}, which is the id of no response that this"
@@ -173,9 +187,29 @@ async def _earlier_items(
 
 async def _keep(
     store: ResponseStore, owner: str, body: ResponsesRequest, response: Response
-) -> None:
+) -> bool:
+    """Whether the response was stored: a full disk must not cost the client its answer."""
     # In a thread: the input may have many megabytes of images.
-    await store.put(owner, await asyncio.to_thread(_stored, body, response))
+    stored = await asyncio.to_thread(_stored, body, response)
+    try:
+        return await store.put(owner, stored)
+    except StoreError as error:
+        logger.warning("%s; the response %s is not stored", error, stored.id)
+        return False
+
+
+@contextlib.contextmanager
+def _or_503() -> Iterator[None]:
+    """Raises NotReadyError for a StoreError: the client is not at fault."""
+    try:
+        yield
+    except StoreError as error:
+        logger.warning("%s", error)
+        raise NotReadyError(
+            "the stored responses cannot be read at the moment: try again, or send the earlier"
+            " items as input",
+            retry_after_s=RETRY_AFTER_S,
+        ) from error
 
 
 def _stored(body: ResponsesRequest, response: Response) -> StoredResponse:
@@ -195,7 +229,8 @@ def _stored(body: ResponsesRequest, response: Response) -> StoredResponse:
 
 async def _found(request: Request, response_id: str) -> StoredResponse:
     store = services_of(request).responses
-    stored = None if store is None else await store.get(tenant_of(request), response_id)
+    with _or_503():
+        stored = None if store is None else await store.get(tenant_of(request), response_id)
     if stored is None:
         raise _not_found(response_id)
     return stored

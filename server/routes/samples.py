@@ -19,7 +19,7 @@ from ..schemas.moderation.verdicts import Moderation
 from ..schemas.openai.chat_answers import ChatCompletion
 from ..schemas.openai.completion_answers import TextCompletion
 from ..schemas.openai.response_answers import Response
-from ..schemas.service_answers import Rendering
+from ..schemas.service_answers import PlaygroundInfo, Rendering
 
 MODEL = "meta/llama-3.2-11b-vision-instruct"
 PICTURE = (
@@ -287,6 +287,10 @@ MODERATION: Moderation = {
     ],
 }
 
+RENDERED_IDS = [
+    *(128000, 128006, 882, 128007, 271, 128256, 3923, 374, 304, 420, 2217, 30),
+    *(128009, 128006, 78191, 128007, 271),
+]
 RENDERING: Rendering = {
     "object": "rendering",
     "model": MODEL,
@@ -294,15 +298,33 @@ RENDERING: Rendering = {
     "reason": None,
     "chat_template": "chat_template.jinja",
     "content_format": "both",
+    "token_ids": RENDERED_IDS,
+    "features": {
+        "mm_hashes": {"image": ["17c25d9aead2914d"]},
+        "mm_placeholders": {"image": [{"offset": 5, "length": 1}]},
+    },
     "prompts": [
         {
             "text": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<|image|>What is"
             " in this image?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-            "token_ids": [
-                *(128000, 128006, 882, 128007, 271, 128256, 3923, 374, 304, 420, 2217, 30),
-                *(128009, 128006, 78191, 128007, 271),
+            "token_ids": RENDERED_IDS,
+            "images": [
+                {"position": 5, "num_tokens": 1, "num_tiles": 2, "digest": "17c25d9aead2914d"}
             ],
-            "images": [{"position": 5, "num_tokens": 1, "num_tiles": 2}],
         }
     ],
+}
+
+PLAYGROUND_INFO: PlaygroundInfo = {
+    "version": "0.1.0",
+    "is_bundled_model": False,
+    "max_model_len": 131_072,
+    "tile_size": 560,
+    "max_image_tiles": 4,
+    "max_images": 16,
+    "max_image_bytes": 20_971_520,
+    "max_request_bytes": 67_108_864,
+    "max_pixels": 25_000_000,
+    "max_side": 16_384,
+    "max_body_bytes": 67_108_864,
 }

@@ -6,6 +6,7 @@ and a wrong value of it, what to do instead. Knows no schema.
 
 from __future__ import annotations
 
+import functools
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ IMAGES_OF_USERS: Notes = {
     )
 }
 
+# msgspec evaluates the annotations anew in each call, for milliseconds.
+_fields_of = functools.cache(msgspec.structs.fields)
 _STEP = re.compile(r"\[(?P<index>[0-9]+|\.\.\.)\]|\.?(?P<name>[^.\[\]]+)")
 _KINDS = {list: "a list", dict: "an object"}
 MAX_SHOWN_CHARS = 64
@@ -98,7 +101,7 @@ def _field(place: _Place, name: str) -> _Place:
     fields = [
         one.type
         for struct in known or structs
-        for one in msgspec.structs.fields(struct)
+        for one in _fields_of(struct)
         if one.encode_name == name
     ]
     notes: list[Notes] = [getattr(struct, "notes", {}) for struct in known]

@@ -18,7 +18,7 @@ import msgspec
 from ..errors import BadRequestError
 from .allowed_values import choice_at, shown
 from .foreign import REJECTED
-from .lenient import UnknownField, lenient, unknown_fields
+from .lenient import UnknownField, is_misspelt, lenient, unknown_fields
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -38,6 +38,7 @@ SERVED_MODEL = "Served model"
 ModelName = Annotated[str, msgspec.Meta(max_length=1024, title=SERVED_MODEL)]
 
 _AT = " - at `$"
+_STEP = re.compile(r"(?:^|\.)(?P<name>[^.\[]+)|\[(?P<index>[0-9]+)\]")
 _MISSING = re.compile(r"^Object missing required field `(?P<field>.*)`$", re.DOTALL)
 
 
@@ -158,6 +159,8 @@ def _named(
     problem, path = _split(error)
     if missing := _MISSING.match(problem):
         field = f"{path}.{missing['field']}" if path else missing["field"]
+        if misspelt := _misspelt_in(raw, path, missing["field"]):
+            return _misspelt(misspelt, f"{field}, which is required")
         choice = choice_at(schema, raw, field)
         remedy = f": {choice.remedy}" if choice else ""
         return BadRequestError(f"{field} is required{remedy}", param=field)
@@ -166,6 +169,22 @@ def _named(
     if choice := choice_at(schema, raw, path):
         return BadRequestError(f"{path} is {shown(choice.value)}: {choice.remedy}", param=path)
     return BadRequestError(f"{path}: {problem[:300]}", param=path)
+
+
+def _misspelt_in(raw: Any, path: str, name: str) -> str | None:
+    """The path of a field beside the missing one that looks like it, or None.
+
+    path: of the object without the field.
+    """
+    if "[...]" in path:  # a key of any name, which the path leaves out
+        return None
+    for step in _STEP.finditer(path):
+        raw = raw[int(step["index"])] if step["index"] else raw[step["name"]]
+    keys = itertools.islice(raw, MAX_COMPARED_FIELDS) if isinstance(raw, dict) else ()
+    key = next((key for key in keys if is_misspelt(key, name)), None)
+    if key is None:
+        return None
+    return (f"{path}.{key}" if path else key)[:MAX_NAME_CHARS]
 
 
 def _split(error: msgspec.ValidationError) -> tuple[str, str]:

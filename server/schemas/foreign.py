@@ -18,8 +18,6 @@ ANY = object()
 FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": _FLAG,
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
     "best_of": (1,),
     "bootstrap_host": (),
     "bootstrap_port": (),
@@ -53,7 +51,6 @@ FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "return_cached_tokens_details": (False,),
     "return_hidden_states": (False,),
     "return_meta_info": (False,),
-    "return_prompt_token_ids": (False,),
     "return_routed_experts": (False,),
     "return_spec_tokens_details": (False,),
     "rid": (ANY,),
@@ -76,6 +73,8 @@ FOREIGN: Mapping[str, tuple[Any, ...]] = {
 # What chat and text completions honour, and the same clients send to every route.
 FOREIGN_ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
     **FOREIGN,
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
     "cache_salt": (),
     "frequency_penalty": (0,),
     "ignore_eos": (False,),
@@ -90,6 +89,7 @@ FOREIGN_ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
     "priority": (0,),
     "prompt_logprobs": (),
     "repetition_penalty": (1,),
+    "return_prompt_token_ids": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "seed": (),

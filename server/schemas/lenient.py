@@ -124,12 +124,23 @@ def meant_name(name: str, schema: type[msgspec.Struct]) -> str | None:
     """
     if len(name) > MAX_LENGTH or name in OTHER_NAMES or name in _foreign_of(schema):
         return None
-    for num_edits, min_length in MIN_LENGTH_OF_EDITS.items():
+    for num_edits in MIN_LENGTH_OF_EDITS:
         for known in _names_by_key(schema):
-            is_long = min(len(name), len(known)) >= min_length
-            if is_long and is_within(name.lower(), known, num_edits):
+            if _is_near(name, known, num_edits):
                 return known
     return None
+
+
+def is_misspelt(name: str, known: str) -> bool:
+    """True if a name is one or two edits from a known one."""
+    return len(name) <= MAX_LENGTH and any(
+        _is_near(name, known, num_edits) for num_edits in MIN_LENGTH_OF_EDITS
+    )
+
+
+def _is_near(name: str, known: str, num_edits: int) -> bool:
+    is_long = min(len(name), len(known)) >= MIN_LENGTH_OF_EDITS[num_edits]
+    return is_long and is_within(name.lower(), known, num_edits)
 
 
 def is_within(one: str, other: str, num_edits: int) -> bool:

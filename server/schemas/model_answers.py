@@ -41,7 +41,11 @@ class ModelPermission(TypedDict):
 
 
 class ModelCard(TypedDict):
-    """One name of the served model. max_model_len: prompt and answer together, in tokens."""
+    """One name of the served model, or an adapter. max_model_len: prompt and answer, in tokens.
+
+    root: the model's first name; of an adapter, where it is from. parent: the first name of an
+    adapter's base model.
+    """
 
     id: str
     object: Literal["model"]
@@ -54,21 +58,23 @@ class ModelCard(TypedDict):
 
 
 class ModelList(TypedDict):
-    """The served model under each of its names."""
+    """The served model under each of its names, and its adapters."""
 
     object: Literal["list"]
     data: list[ModelCard]
 
 
-def model_card(name: str, root: str, created: int, max_model_len: int) -> ModelCard:
-    """The card of a model's name; root is the first of its names."""
+def model_card(
+    name: str, root: str, created: int, max_model_len: int, parent: str | None = None
+) -> ModelCard:
+    """The card of a model's or an adapter's name."""
     return {
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": "system",
         "root": root,
-        "parent": None,
+        "parent": parent,
         "max_model_len": max_model_len,
         "permission": [_permission(name, created)],
     }

@@ -36,6 +36,7 @@ StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 MaxTokens = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 TopK = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
+BadWord = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 NumTop = Annotated[int, msgspec.Meta(ge=0, le=20)]
 
 # SGLang's names of the guided fields.
@@ -86,10 +87,12 @@ class SharedFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     include_stop_str_in_output, and no_stop_trim, its name in SGLang: a stop string or token that
     ends the answer stays in its text. skip_special_tokens false: special tokens are text.
-    return_token_ids: of prompts and answers. return_tokens_as_token_ids: log-probabilities name
-    tokens by their ids. truncate_prompt_tokens: only so many tokens at a prompt's end are read; -1:
-    as many as leave room for the answer; 0: all. regex, ebnf, json_schema: SGLang's names of
-    guided_regex, guided_grammar and guided_json.
+    allowed_token_ids: no other token may come. bad_words: texts that the answer does not contain in
+    their usual tokens. return_token_ids: of prompts and answers; return_prompt_token_ids, SGLang's:
+    of prompts, in each choice. return_timings: where the time went, and the tiles of images.
+    return_tokens_as_token_ids: log-probabilities name tokens by their ids. truncate_prompt_tokens:
+    only so many tokens at a prompt's end are read; -1: as many as leave room for the answer; 0:
+    all. regex, ebnf, json_schema: SGLang's names of guided_regex, guided_grammar and guided_json.
     """
 
     foreign: ClassVar[Mapping[str, tuple[Any, ...]]] = FOREIGN
@@ -105,8 +108,12 @@ class SharedFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     no_stop_trim: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    return_timings: bool | None = None
+    return_prompt_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=1024)] | None = None
+    bad_words: Annotated[list[BadWord], msgspec.Meta(max_length=128)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -210,6 +217,7 @@ def sampling_of(body: SharedFields, num_logprobs: int | None) -> SamplingParams:
         frequency_penalty=body.frequency_penalty or 0.0,
         repetition_penalty=body.repetition_penalty or 1.0,
         logit_bias=_logit_bias(body.logit_bias or {}),
+        allowed_token_ids=tuple(dict.fromkeys(body.allowed_token_ids or ())),
         num_logprobs=num_logprobs,
     )
 
@@ -237,6 +245,11 @@ def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
     """The stop strings, one or several."""
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     return tuple(no_nul(text, "stop") for text in stops)
+
+
+def bad_words_of(body: SharedFields) -> tuple[str, ...]:
+    """The words that the answer must not contain."""
+    return tuple(no_nul(word, "bad_words") for word in body.bad_words or ())
 
 
 def _logit_bias(biases: dict[str, float]) -> tuple[tuple[int, float], ...]:

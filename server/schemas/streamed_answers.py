@@ -37,4 +37,4 @@ class StreamedAnswers:
         return frame_body(error)
 
     async def store(self, event: Event) -> None:
-        """Keep what must be kept before the frames of an event are sent."""
+        """Keep what must be kept before the frames of an event are made."""

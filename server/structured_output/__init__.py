@@ -7,6 +7,8 @@ Read in this order:
     compile_checks     whether a client's grammar compiles, in time
     compile_child      the process that compiles it, which can be killed
     plain_schema       a schema without the keywords that change nothing
+    look_around        patterns without look-around, which no grammar has
+    reasons            why a grammar does not compile, without the library's own terms
     regex_dialect      the dialect of regular expressions, whose classes are ASCII
     json_depth         how deeply JSON nests
 

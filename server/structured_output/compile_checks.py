@@ -44,6 +44,10 @@ _LOST = (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError)
 _TOO_SLOW, _OUT_OF_MEMORY = -signal.SIGPROF, -signal.SIGABRT
 
 
+class _UnsupportedError(Exception):
+    """The tokenizer supports no grammars. The message has the reason."""
+
+
 class GrammarChecks:
     """At most NUM_CHILDREN children, started when the first grammars come.
 
@@ -61,6 +65,7 @@ class GrammarChecks:
         self._jobs: set[asyncio.Task[Verdict]] = set()
         self._spare: asyncio.Task[None] | None = None
         self._verdicts: OrderedDict[tuple[str, bytes], Verdict] = OrderedDict()
+        self._unsupported: str | None = None  # known when a child has read the tokenizer
 
     async def check(self, grammar: str, field: str, tenant: str, owner: str = "") -> str:
         """The grammar as the engine takes it. Raises BadRequestError, naming `field`.
@@ -70,7 +75,14 @@ class GrammarChecks:
         Raises OverloadedError if the lane refuses, NotReadyError if the machine was too slow.
         """
         key = (tenant, hashlib.sha256(grammar.encode()).digest())
-        verdict = self._verdicts.get(key) or await self._judge(grammar, key, owner)
+        try:
+            if self._unsupported is not None:
+                raise _UnsupportedError(self._unsupported)
+            verdict = self._verdicts.get(key) or await self._judge(grammar, key, owner)
+        except _UnsupportedError as error:
+            raise BadRequestError(
+                f"{field} cannot be used with this model: {error}; remove it", param=field
+            ) from None
         if verdict.grammar is None:
             raise BadRequestError(f"{field} cannot be compiled: {verdict.error}", param=field)
         return verdict.grammar
@@ -147,7 +159,9 @@ class GrammarChecks:
             self._spare = asyncio.create_task(self._add_spare())
 
     async def _add_spare(self) -> None:
-        with contextlib.suppress(NotReadyError):  # the next request starts its own
+        with contextlib.suppress(
+            NotReadyError, _UnsupportedError
+        ):  # the next request starts its own
             self._idle.append(await self._start())
 
     async def _take_child(self) -> Process:
@@ -170,7 +184,10 @@ class GrammarChecks:
         return None
 
     async def _start(self) -> Process:
-        """Start a child and wait until it has read the tokenizer. Raises NotReadyError."""
+        """Start a child and wait until it has read the tokenizer.
+
+        Raises NotReadyError, or _UnsupportedError if the tokenizer supports no grammars.
+        """
         try:
             process = await start_python(
                 ("-P", "-W", "ignore", "-m", MODULE, str(os.getpid()), self._folder),
@@ -181,7 +198,7 @@ class GrammarChecks:
             raise _lost_child() from None
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                await _read(process)
+                self._unsupported = (await _read(process)).error
         except (TimeoutError, *_LOST):
             await end_child(process)
             logger.error("a process that checks grammars ended at its start")
@@ -189,6 +206,9 @@ class GrammarChecks:
         except BaseException:
             await end_child(process)
             raise
+        if self._unsupported is not None:
+            await end_child(process)
+            raise _UnsupportedError(self._unsupported)
         return process
 
 

@@ -45,6 +45,8 @@ def json_schema_grammar(schema: dict[str, Any], field: str = "schema") -> str:
             f"{field} is nested more than {MAX_SCHEMA_DEPTH} deep: define parts of it in $defs",
             param=field,
         )
+    # Before it is gone through, with room for what changes nothing.
+    _check_size(msgspec.json.encode(schema), field, 4 * MAX_GRAMMAR_BYTES)
     plain, _ = plain_schema(schema)
     return _one_grammar("json_schema", with_bounded_blanks(plain, field, field), field)
 
@@ -123,19 +125,19 @@ def _one_grammar(kind: str, content: object, field: str) -> str:
 
 def _encoded(grammar: dict[str, Any], field: str) -> str:
     text = msgspec.json.encode(grammar).decode()
-    _check_size(text, field)
+    _check_size(text.encode(), field)
     return text
 
 
 def _check_text(text: str, field: str) -> None:
     if "\0" in text:
         raise BadRequestError(f"{field} contains the character U+0000: remove it", param=field)
-    _check_size(text, field)
+    _check_size(text.encode(), field)
 
 
-def _check_size(text: str, field: str) -> None:
-    num_bytes = len(text.encode())
-    if num_bytes > MAX_GRAMMAR_BYTES:
+def _check_size(text: bytes, field: str, most: int = MAX_GRAMMAR_BYTES) -> None:
+    num_bytes = len(text)
+    if num_bytes > most:
         raise BadRequestError(
             f"{field} has {num_bytes:,} bytes; the limit is {MAX_GRAMMAR_BYTES:,}: shorten it",
             param=field,

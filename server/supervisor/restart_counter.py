@@ -14,7 +14,6 @@ import msgspec
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "restarts.json"
-Restarted = Literal["engine", "worker"]
 RestartReason = Literal["ended", "hung"]
 
 
@@ -23,10 +22,11 @@ def _none() -> dict[RestartReason, int]:
 
 
 class RestartCounts(msgspec.Struct):
-    """Restarts by their reason, since the server started."""
+    """Restarts by their reason, since the server started. of_replicas: those of each engine."""
 
     engine: dict[RestartReason, int] = msgspec.field(default_factory=_none)
     worker: dict[RestartReason, int] = msgspec.field(default_factory=_none)
+    of_replicas: dict[int, int] = msgspec.field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> RestartCounts:
@@ -44,9 +44,17 @@ class RestartCounter:
         self._file = folder / FILE_NAME
         self._counts = RestartCounts()
 
-    def count(self, process: Restarted, reason: RestartReason) -> None:
-        """Count one restart of a process of this kind."""
-        counts = self._counts.engine if process == "engine" else self._counts.worker
+    def count_engine(self, reason: RestartReason, replica: int) -> None:
+        """Count one restart of an engine. replica: its number."""
+        of_replicas = self._counts.of_replicas
+        of_replicas[replica] = of_replicas.get(replica, 0) + 1
+        self._count(self._counts.engine, reason)
+
+    def count_worker(self, reason: RestartReason) -> None:
+        """Count one restart of an HTTP worker."""
+        self._count(self._counts.worker, reason)
+
+    def _count(self, counts: dict[RestartReason, int], reason: RestartReason) -> None:
         counts[reason] += 1
         fresh = self._file.with_suffix(".new")
         try:

@@ -77,10 +77,13 @@ class Supervisor:
         listener: socket.socket,
         on_ready: Callable[[Sequence[EngineReady]], None],
         settings: SupervisorSettings | None = None,
+        probes: socket.socket | None = None,
     ) -> None:
+        """probes: the listening socket of --metrics-port."""
         self._settings = settings or SupervisorSettings()
         self._server_settings = server
         self._listener = listener
+        self._probes = probes
         self._on_ready = on_ready
         self._metrics_folder = Path()
         self._restarts = RestartCounter(Path())
@@ -126,6 +129,10 @@ class Supervisor:
                 await self._kill_all()
 
     @property
+    def _sockets(self) -> list[socket.socket]:
+        return [self._listener] if self._probes is None else [self._listener, self._probes]
+
+    @property
     def _slots(self) -> list[ChildSlot]:
         return [*self._workers, *self._engines]
 
@@ -164,7 +171,8 @@ class Supervisor:
                 task.cancel()
             ends = await asyncio.gather(*keepers, return_exceptions=True)
         # Otherwise the kernel accepts connections that no worker will answer.
-        self._listener.close()
+        for one in self._sockets:
+            one.close()
         for slot in self._slots:
             if slot.state is not ChildState.FAILED:
                 slot.move(ChildEvent.STOP)
@@ -198,7 +206,7 @@ class Supervisor:
             if not await self._pause_before_restart(slot, end):
                 await self._suspend(slot, end)
             slot.move(ChildEvent.RESTART)
-            self._restarts.count("engine", end.reason)
+            self._restarts.count_engine(end.reason, slot.config.replica)
 
     async def _run_engine(self, slot: EngineSlot) -> ChildEnd:
         """Start an engine and return when it has ended."""
@@ -225,6 +233,8 @@ class Supervisor:
 
         def on_ready(info: EngineReady) -> None:
             slot.info = info
+            # Another start must not fail because the files of an adapter are gone by then.
+            slot.config = msgspec.structs.replace(slot.config, requires_adapters=False)
             slot.move(ChildEvent.READY)
             slot.ready.set()
             self._starter.prepare()
@@ -257,7 +267,7 @@ class Supervisor:
                 slot.move(ChildEvent.GIVE_UP)
                 raise ChildFailedError(f"{too_many_ends(slot, end)}: giving up")
             slot.move(ChildEvent.RESTART)
-            self._restarts.count("worker", end.reason)
+            self._restarts.count_worker(end.reason)
 
     async def _run_worker(self, slot: ChildSlot) -> ChildEnd:
         """Start a worker and return when it has ended. Raises ChildStartError."""
@@ -283,7 +293,7 @@ class Supervisor:
     async def _start_worker(self, liveness: LivenessPipe) -> Child:
         child = await Child.start(
             WORKER_COMMAND,
-            pass_fds=[self._listener.fileno(), liveness.worker_fd],
+            pass_fds=[*(one.fileno() for one in self._sockets), liveness.worker_fd],
             environment={METRICS_VARIABLE: str(self._metrics_folder)},
         )
         settings = self._worker_settings(liveness.worker_fd)
@@ -297,6 +307,7 @@ class Supervisor:
             engine_socket=self._engines[0].config.socket_path,
             replica_sockets=[one.config.socket_path for one in self._engines[1:]],
             listen_fd=self._listener.fileno(),
+            probe_fd=None if self._probes is None else self._probes.fileno(),
             liveness_fd=liveness_fd,
             drain_time_s=self._settings.drain_time_s,
         )

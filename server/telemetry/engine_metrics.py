@@ -67,11 +67,11 @@ class ReplicaMetrics(Collector):
     """The last report of each replica, labelled with its number."""
 
     def __init__(self, states: Callable[[], Sequence[ReplicaState]]) -> None:
-        self._states = states
+        self.states = states
 
     def collect(self) -> Iterator[Metric]:
         """Each metric once per replica, with its present value."""
-        states = self._states()
+        states = self.states()
         for name, (help_text, value_of) in _REPLICA_GAUGES.items():
             family = GaugeMetricFamily(f"vlmserve_replica_{name}", help_text, labels=["replica"])
             for number, state in enumerate(states):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -30,8 +29,13 @@ from ...router.messages import AddRequest, EngineStats
 from ..admission.lanes import LANE_NAMES
 from ..prompts.rendering import META_REASONS
 from ..supervisor.ended_metrics import reserve, unmerged
+from ..supervisor.restart_counter import RestartCounts
+from .adapter_metrics import MAX_LABELS, OTHER, AdapterCounter
 from .engine_metrics import EngineMetrics, ReplicaMetrics, RestartMetrics
-from .request_record import RequestRecord, current_record
+from .request_record import RequestRecord
+from .request_timer import RequestTimer
+from .usual_fields import USUAL_FOREIGN_FIELDS
+from .vllm_names import WithVllmNames
 
 logger = logging.getLogger(__name__)
 
@@ -49,38 +53,18 @@ _FEW = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 FinishedReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 FINISHED_REASONS: tuple[FinishedReason, ...] = ("stop", "length", "tool_calls", "abort", "error")
 
-# What clients of other servers send and this server drops: the values of a label, so no client's.
-USUAL_FOREIGN_FIELDS = frozenset(
-    {
-        "add_generation_prompt", "add_special_tokens", "allowed_token_ids", "bad_words", "best_of",
-        "bootstrap_host", "bootstrap_port", "bootstrap_room", "cache_control", "cache_salt",
-        "chat_template", "chat_template_kwargs", "continue_final_message", "custom_logit_processor",
-        "custom_params", "data_parallel_rank", "detail", "detokenize", "documents",
-        "early_stopping", "ebnf", "echo", "enable_thinking", "extra_body", "extra_key",
-        "frequency_penalty", "guided_decoding_backend", "guided_whitespace_pattern", "ignore_eos",
-        "images_config", "include_reasoning", "include_stop_str_in_output", "input_ids",
-        "kv_transfer_params", "length_penalty", "logit_bias", "logits_processors",
-        "logprob_token_ids", "logprobs", "lora_path", "media_io_kwargs", "min_p", "min_tokens",
-        "mm_processor_kwargs", "n", "no_stop_trim", "presence_penalty", "priority", "prompt_embeds",
-        "prompt_logprobs", "provider", "reasoning", "regex", "repetition_detection",
-        "repetition_penalty", "request_id", "return_cached_tokens_details", "return_hidden_states",
-        "return_meta_info", "return_prompt_token_ids", "return_routed_experts",
-        "return_spec_tokens_details", "return_token_ids", "return_tokens_as_token_ids", "rid",
-        "routed_experts_start_len", "seed", "separate_reasoning", "session_id", "session_params",
-        "skip_special_tokens", "spaces_between_special_tokens", "stop", "stop_regex",
-        "stop_token_ids", "stream_reasoning", "structured_outputs", "task", "thinking",
-        "thinking_token_budget", "top_k", "truncate_prompt_tokens", "typical_p",
-        "use_audio_in_video", "use_beam_search", "user", "uuid", "vllm_xargs",
-    }
-)  # fmt: skip
-
 
 class Metrics:
     """All metrics of one HTTP worker, and those that the engine last reported."""
 
-    def __init__(self, num_request_max: int) -> None:
+    def __init__(
+        self, num_request_max: int, vllm_model: str | None = None, max_loras: int = 0
+    ) -> None:
+        """vllm_model: report under vLLM's names too, with this name of the model as a label."""
         _reserve_files()
         self.registry = CollectorRegistry()
+        self._vllm_model = vllm_model
+        self._max_loras = max_loras
         self._engine = EngineMetrics(num_request_max)
         self._replicas: ReplicaMetrics | None = None
         self.registry.register(self._engine)
@@ -90,6 +74,7 @@ class Metrics:
 
     def start(self, requests: Sequence[AddRequest]) -> RequestTimer:
         """Start to time one request to the engine. requests: one per prompt."""
+        self.adapters.count(requests[0].adapter)
         return RequestTimer(self, requests)
 
     def fail_early(self) -> None:
@@ -137,15 +122,38 @@ class Metrics:
         self._engine.stats = stats
         folder = os.environ.get(METRICS_FOLDER_VARIABLE)
         if folder is None:
-            return generate_latest(self.registry)
-        summed = CollectorRegistry()
-        MultiProcessCollector(summed)
+            return self._text_of(self.registry)
+        summed = _summed()
         summed.register(RestartMetrics(Path(folder)))
         summed.register(self._engine)
         if self._replicas is not None:
             summed.register(self._replicas)
         with unmerged(Path(folder)):
-            return generate_latest(summed)
+            return self._text_of(summed)
+
+    def _text_of(self, registry: CollectorRegistry) -> bytes:
+        if self._vllm_model is None:
+            return generate_latest(registry)
+        return generate_latest(
+            WithVllmNames(registry, self._engine, self._vllm_model, self._max_loras)
+        )
+
+    def replica_states(self) -> list[ReplicaState]:
+        """Each replica's state; empty with one engine."""
+        return [] if self._replicas is None else list(self._replicas.states())
+
+    def restarts(self) -> RestartCounts:
+        """What the supervisor restarted."""
+        folder = os.environ.get(METRICS_FOLDER_VARIABLE)
+        return RestartCounts() if folder is None else RestartCounts.read(Path(folder))
+
+    def totals(self) -> dict[str, float]:
+        """The counters of all workers, by name."""
+        folder = os.environ.get(METRICS_FOLDER_VARIABLE)
+        if folder is None:
+            return _totals(self.registry)
+        with unmerged(Path(folder)):
+            return _totals(_summed())
 
     def _add_documented_metrics(self) -> None:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests.")
@@ -237,6 +245,14 @@ class Metrics:
             "HTTP requests that ended. status=499: the client closed the connection.",
             ["method", "route", "status"],
         )
+        self.adapters = AdapterCounter(
+            self._counter(
+                "vlmserve_adapter_requests",
+                f"Requests by adapter; names after the first {MAX_LABELS} of a worker count as "
+                f"{OTHER}.",
+                ["adapter"],
+            )
+        )
         self.form_dead_ends = self._counter(
             "vlmserve_form_dead_ends",
             "Answers that failed because no token could follow in their form.",
@@ -259,6 +275,21 @@ class Metrics:
         return Histogram(name, text, buckets=buckets, registry=self.registry)
 
 
+def _summed() -> CollectorRegistry:
+    """What the workers counted, summed over all of them."""
+    summed = CollectorRegistry()
+    MultiProcessCollector(summed)
+    return summed
+
+
+def _totals(registry: CollectorRegistry) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for family in registry.collect():
+        for sample in family.samples if family.type == "counter" else ():
+            totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+    return totals
+
+
 def _reserve_files() -> None:
     """Reserve this worker's files; without room on disk, keep its metrics in memory only."""
     folder = os.environ.get(METRICS_FOLDER_VARIABLE)
@@ -270,92 +301,3 @@ def _reserve_files() -> None:
         logger.warning("/metrics of this worker counts its own requests only: %s", error.strerror)
         del os.environ[METRICS_FOLDER_VARIABLE]
         prometheus_client.values.ValueClass = prometheus_client.values.MutexValue
-
-
-class RequestTimer:
-    """Times one request in the engine; counts exactly one end of it.
-
-    Writes what it measures into the HTTP request's record too.
-    """
-
-    def __init__(self, metrics: Metrics, requests: Sequence[AddRequest]) -> None:
-        self._metrics = metrics
-        self._record = record = current_record()
-        self._admitted = time.monotonic()
-        self._first: float | None = None
-        self._last: dict[str, float] = {}
-        self._num_tokens = 0
-        self._queue_s = 0.0
-        self._is_over = False
-        num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
-        record.admitted = record.admitted or self._admitted
-        record.prompt_tokens += num_prompt_tokens
-        metrics.prompt_tokens.inc(num_prompt_tokens)
-        metrics.request_prompt_tokens.observe(num_prompt_tokens)
-        metrics.request_params_n.observe(len(requests[0].answer_ids))
-        metrics.request_params_max_tokens.observe(max(request.max_tokens for request in requests))
-        metrics.request_images.observe(sum(len(request.images) for request in requests))
-
-    def tokens(self, request_id: str, count: int, queue_s: float = 0.0) -> None:
-        """Count tokens that arrived for one answer. queue_s: from the first output."""
-        if not count:
-            return
-        now = time.monotonic()
-        if self._first is None:
-            self._observe_first_token(now, queue_s)
-        last = self._last.get(request_id)
-        if last is not None:
-            gap_s = (now - last) / count
-            self._metrics.time_per_output_token.observe(gap_s)
-            for _ in range(count):
-                self._metrics.inter_token_latency.observe(gap_s)
-        self._last[request_id] = self._record.last_token = now
-        self._num_tokens += count
-        self._record.completion_tokens += count
-        self._metrics.generation_tokens.inc(count)
-
-    def end_answer(self, reason: Literal["stop", "length", "tool_calls"]) -> None:
-        """One of the request's answers is complete."""
-        self._record.finish_reasons.append(reason)
-
-    def finish(self, reason: Literal["stop", "length", "tool_calls"]) -> None:
-        """The request was answered. reason: the finish reason of its last answer."""
-        self._metrics.request_success.inc()
-        self._observe_decode()
-        self._close(reason)
-
-    def fail(self) -> None:
-        """The engine failed the request."""
-        self._metrics.request_failure.inc()
-        self._record.finish_reasons.append("error")
-        self._close("error")
-
-    def leave(self) -> None:
-        """The client left. Does nothing after another end."""
-        if not self._is_over:
-            self._record.finish_reasons.append("abort")
-        self._close("abort")
-
-    def _observe_first_token(self, now: float, queue_s: float) -> None:
-        self._first, self._queue_s = now, queue_s
-        record = self._record
-        if record.first_token is None:
-            record.first_token, record.queue_s = now, queue_s
-        self._metrics.time_to_first_token.observe(now - record.started)
-        self._metrics.request_queue_time.observe(queue_s)
-        self._metrics.request_prefill_time.observe(max(0.0, now - self._admitted - queue_s))
-
-    def _observe_decode(self) -> None:
-        if self._first is not None:
-            last = max(self._last.values())
-            self._metrics.request_decode_time.observe(last - self._first)
-            inference_s = last - self._admitted - self._queue_s
-            self._metrics.request_inference_time.observe(max(0.0, inference_s))
-
-    def _close(self, reason: FinishedReason) -> None:
-        if self._is_over:
-            return
-        self._is_over = True
-        self._metrics.request_finish.labels(reason).inc()
-        self._metrics.e2e_request_latency.observe(time.monotonic() - self._record.started)
-        self._metrics.request_generation_tokens.observe(self._num_tokens)

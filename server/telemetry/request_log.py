@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vlmserve.access")
 
+HEALTH_ROUTES = frozenset({"/health", "/v1/health/live", "/v1/health/ready"})
+
 
 class RequestLog:
     """Reports each closed record to the metrics, and to the log and the tracer if enabled."""
@@ -32,7 +34,10 @@ class RequestLog:
         if self._tracer is not None:
             self._tracer.add(record)
         if self._is_logged:
-            logger.info("request", extra={"fields": fields_of(record)})
+            # Probes come every second, for as long as a server runs.
+            is_probe = record.route in HEALTH_ROUTES and record.status == 200
+            level = logging.DEBUG if is_probe else logging.INFO
+            logger.log(level, "request", extra={"fields": fields_of(record)})
 
 
 def fields_of(record: RequestRecord) -> dict[str, Any]:

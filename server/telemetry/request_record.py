@@ -32,7 +32,8 @@ class RequestRecord:
     route: the pattern of the route, never the requested path. traceparent, tracestate: as the
     client sent them, used for the trace only. queue_s: measured by the engine. A request of
     several prompts sums tokens and images, and keeps the first queue time and first token.
-    ignored_fields: of a form that could not be obeyed in full.
+    ignored_fields: of a form that could not be obeyed in full. image_digests: hexadecimal, equal
+    for equal files. replica: which engine computed, None if there is one only.
     """
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -55,6 +56,8 @@ class RequestRecord:
     num_images: int = 0
     finish_reasons: list[str] = field(default_factory=list)
     ignored_fields: list[str] = field(default_factory=list)
+    image_digests: list[str] = field(default_factory=list)
+    replica: int | None = None
     is_handled: bool = False
 
     @classmethod
@@ -82,6 +85,24 @@ class RequestRecord:
         return self.admitted is not None
 
 
+@dataclass(slots=True, frozen=True)
+class Timings:
+    """Where the time of a request went, in seconds. ttft_s, total_s: since its arrival.
+
+    images_s: to fetch and decode its images. queue_s: in the engine's queue. vision_s: in the
+    vision encoder, 0 for cached images. prefill_s: from its first step to its first token,
+    vision_s included. decode_s: from the first token to the last.
+    """
+
+    images_s: float = 0.0
+    queue_s: float = 0.0
+    vision_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+
+
 _record_of_task: ContextVar[RequestRecord | None] = ContextVar("record_of_task", default=None)
 
 
@@ -89,6 +110,11 @@ def current_record() -> RequestRecord:
     """The record of the request that this task works for; a new record if there is none."""
     record = _record_of_task.get()
     return RequestRecord() if record is None else record
+
+
+def note_replica(replica: int) -> None:
+    """Write into this task's record which replica its request was sent to."""
+    current_record().replica = replica
 
 
 def set_current_record(record: RequestRecord | None) -> None:

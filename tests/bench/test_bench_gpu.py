@@ -21,14 +21,25 @@ import torch
 from support.attention_cases import needs_interpreter
 from support.taped import TapeRecorder, tape_operations, taped_backend
 
-from vlmserve.bench.bounds import decode_work
+from vlmserve.bench.bounds import Machine, decode_work
 from vlmserve.bench.checkpoints import layout
 from vlmserve.bench.gpu_bench import child, document, products, tests_on_gpu
 from vlmserve.bench.gpu_bench.child import Child
 from vlmserve.bench.gpu_bench.document import DROPPED, FAILED, NOT_AVAILABLE, OK, aims
 from vlmserve.bench.gpu_bench.paths import lay_out, missing
-from vlmserve.bench.gpu_bench.plan import FULL, INT8, PLAIN, TINY, Row, expected_s, rows_of
+from vlmserve.bench.gpu_bench.plan import (
+    FULL,
+    INT8,
+    LOADS,
+    ONE_TILE,
+    PLAIN,
+    TINY,
+    Row,
+    expected_s,
+    rows_of,
+)
 from vlmserve.bench.gpu_bench.run import Limits, Watch, failed_with
+from vlmserve.bench.gpu_bench.verdict import ELSEWHERE, STATEMENTS, verdict
 from vlmserve.models.batch import PoolSizes
 from vlmserve.models.decoder.decoder import FusedDecoder
 from vlmserve.models.decoder.int8.product import fused_product
@@ -80,7 +91,7 @@ def test_the_last_line_is_the_document_that_is_saved(rehearsed) -> None:
     for quantize in (PLAIN, INT8):
         assert found["bandwidth"][quantize]["bytes_per_s"] > 0
         assert found["runners"][f"{quantize}/graphs"]["said"][0].startswith("attention by sdpa")
-    assert len(found["aims"]) == 3
+    assert len(found["aims"]) == 4
 
 
 @pytest.mark.slow
@@ -136,11 +147,13 @@ def test_rows_hold_their_figures_beside_the_bound(rehearsed) -> None:
             assert row["context"] > row["steps"]
         elif row["kind"] == "encode":
             assert 0 < row["encode_ms"] <= row["step_ms"]
-            assert row["tiles"] == 4
+            assert row["tiles"] == (1 if row["load"] else 4)
+            assert row["bound_ms"] > 0
         elif row["kind"] == "prefill":
             assert row["tokens_per_s"] > 0
         elif row["kind"] == "products":
-            names = [entry["product"] for entry in row["products"]]
+            # int8 has an entry for each number of rows
+            names = list(dict.fromkeys(entry["product"] for entry in row["products"]))
             head = [] if row["quantize"] == INT8 else ["head"]
             assert names == ["qkv", "out", "gate and up", "down", *head]
             assert all(entry["us"] > 0 for entry in row["products"])
@@ -212,6 +225,69 @@ def test_what_cannot_be_built_fails_its_rows_once_and_for_all(tmp_path: Path) ->
     assert sum(event["event"] == "building" for event in events) == 1
 
 
+@pytest.mark.slow
+def test_rows_that_load_a_step_hold_what_they_are_named_after(tmp_path: Path) -> None:
+    """A long row among others, a chunk beside decodes, top-p, and an image of one tile."""
+    rows = [Row("decode", PLAIN, "eager", 2, load=load) for load in LOADS]
+    rows.append(Row("encode", PLAIN, "eager", has_image=True, load=ONE_TILE))
+    Child(told(tmp_path, rows, time.monotonic() + 3000)).run()
+    ends = [event for event in events_of(tmp_path) if event["event"] == "row"]
+    assert [event["status"] for event in ends] == [OK] * 4, ends
+    long, _, top_p, encoded = ends
+    assert long["context"] > TINY.long_tokens / 2
+    assert top_p["context"] < TINY.long_tokens / 2 + TINY.steps + TINY.warm_steps
+    assert [one["tokens"] for one in ends[:3]] == [2, 2 + TINY.chunk, 2]
+    assert all(one["step_ms"] > 0 and one["bound_ms"] > 0 for one in ends)
+    assert encoded["tiles"] == 1
+    assert all(one["estimate_ms"] is None for one in ends)  # not of a CPU
+
+
+def gpu_document() -> dict[str, Any]:
+    """A document in which every row was measured on a GPU."""
+    rows = [
+        {"row": one.id, "status": OK, "replayed": 100, **asdict(one)}
+        for quantize in (PLAIN, INT8)
+        for one in rows_of(quantize, FULL.batches)
+    ]
+    machine = {"device": "a GPU", "capability": [9, 0], "commit": "0123456"}
+    return {"machine": machine, "rows": rows, "tests": {"passed": 9, "failed": 0}, "aims": aims([])}
+
+
+def test_a_verdict_names_the_statements_that_a_run_settles() -> None:
+    found = gpu_document()
+    lines = verdict(found)
+    assert sum(line.startswith("can go") for line in lines) == len(STATEMENTS)
+    assert lines[-1].startswith("not measured")
+    found["tests"]["failed"] = 1
+    assert "stays   README.md: serving on a GPU" in verdict(found)
+    found["rows"] = [row for row in found["rows"] if row["quantize"] != INT8]
+    assert any(line.startswith("stays   docs/quantization.md") for line in verdict(found))
+    del found["machine"]["capability"]
+    assert not any(line.startswith("can go") for line in verdict(found))
+
+
+def test_every_page_that_calls_something_unverified_is_known_to_the_verdict() -> None:
+    files = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    marked = {
+        str(file.relative_to(ROOT)) for file in files if "unverified" in file.read_text("utf-8")
+    }
+    known = {page for page, _, _ in STATEMENTS}
+    assert known <= marked
+    unknown = marked - known - {*ELSEWHERE, "docs/log.md"}
+    assert not unknown, f"bench/gpu_bench/verdict.py must list {unknown}"
+
+
+def test_a_verdict_is_printed_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "gpu.json").write_text(json.dumps(gpu_document()))
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--verdict", str(tmp_path / "gpu.json")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "can go  docs/settings.md: --cuda-graphs" in done.stdout
+
+
+@pytest.mark.slow
 @needs_interpreter()
 def test_replayed_steps_are_rows_like_others_and_eager_ones_follow_on_the_same_runner(
     tmp_path: Path, monkeypatch
@@ -288,6 +364,7 @@ def test_what_matters_most_is_measured_first() -> None:
     assert expected_s(rows[0], {}) > 0
 
 
+@pytest.mark.slow
 @needs_interpreter()
 def test_a_sweep_tries_every_tiling_and_notes_those_that_fail(monkeypatch) -> None:
     def refuse(rows, codes, scales, tiles):
@@ -300,9 +377,11 @@ def test_a_sweep_tries_every_tiling_and_notes_those_that_fail(monkeypatch) -> No
     config.hidden_size, config.intermediate_size = 32, 48
     runner: Any = SimpleNamespace(config=SimpleNamespace(text_config=config))
     size = replace(TINY, batches=(1,), sweeps=True)
-    found = products.products(runner, Row("products", INT8, "eager"), size, 1e3)["products"]
+    found = products.products(runner, Row("products", INT8, "eager"), size, Machine(1.0, 1e3))[
+        "products"
+    ]
     qkv = [entry for entry in found if entry["product"] == "qkv"]
-    assert len(qkv) == 1 + len(products.SWEPT)
+    assert len(qkv) == 1 + len(products.SWEPT) + len(products.INT8_ROWS)
     assert [entry["error"] for entry in qkv if "error" in entry] == [
         "out of resource: shared memory"
     ]
@@ -320,11 +399,15 @@ def test_aims_are_of_the_better_mode_and_null_where_nothing_was_measured() -> No
         row(PLAIN, 1, share_of_bound=0.9, tokens_per_s=150.0),
         row(INT8, 1, share_of_bound=0.7, tokens_per_s=210.0),
     ]
-    share, speedup, many = aims(rows)
+    share, speedup, many, chunk = aims(rows)
     assert (share["value"], share["passed"]) == (0.9, True)
     assert (speedup["value"], speedup["passed"]) == (1.4, False)
     assert (many["value"], many["passed"]) == (None, None)
     assert aims([*rows, row(INT8, 64, tokens_per_s=5001.0)])[2]["passed"]
+    assert chunk["passed"] is None
+    beside = [row(PLAIN, 64, tokens_per_s=6000.0), row(PLAIN, 64, load="chunk", tokens_per_s=4e3)]
+    assert aims(beside)[3]["value"] == 0.6667
+    assert aims(beside)[2]["value"] == 6000.0
     failed = {**row(PLAIN, 64), "status": NOT_AVAILABLE}
     assert aims([failed])[2]["passed"] is None
 

@@ -95,6 +95,59 @@ def test_an_answer_can_be_held_to_a_schema(client, model, shapes):
     assert json.loads(answer.content[0].text)["colour"] in ("red", "blue")
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_pictures_tools_and_forms_take_turns(client, model, shapes, is_streamed):
+    """Every turn sends back all answers so far: a text, a call about the picture, an object."""
+
+    def ask(**call):
+        if not is_streamed:
+            return client.messages.create(**call)
+        with client.messages.stream(**call) as stream:
+            return stream.get_final_message()
+
+    [question, *_] = shapes.answers
+    messages = about(shapes, question)
+    text = ask(**greedy(model, messages))
+    assert text.content[0].text == shapes.answers[question]
+    messages += [
+        {"role": "assistant", "content": text.content},
+        {"role": "user", "content": "Turn"},
+    ]
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    call = ask(**greedy(model, messages, tools=[TOOL], tool_choice=choice))
+    assert call.stop_reason == "tool_use"
+    [block] = call.content
+    assert block.input["to"] in ("left", "right")
+    result = [{"type": "text", "text": "turned"}, image(shapes)]
+    messages += [
+        {"role": "assistant", "content": call.content},
+        {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": block.id, "content": result},
+            {"type": "text", "text": "And now?"},
+        ]},
+    ]  # fmt: skip
+    schema = {"type": "object", "properties": {"seen": {"enum": ["a circle", "a square"]}},
+              "required": ["seen"], "additionalProperties": False}  # fmt: skip
+    wanted = {"format": {"type": "json_schema", "schema": schema}}
+    form = {"output_config": wanted, "tools": [TOOL], "tool_choice": {"type": "none"}}
+    answer = ask(**greedy(model, messages, **form))
+    assert json.loads(answer.content[0].text)["seen"] in ("a circle", "a square")
+    messages.append({"role": "assistant", "content": answer.content})
+    messages.append({"role": "user", "content": question})
+    assert ask(**greedy(model, messages)).stop_reason == "end_turn"
+
+
+def test_an_answer_that_the_client_begins_is_continued(client, model, shapes):
+    [question, *_] = shapes.answers
+    whole = shapes.answers[question]
+    start = whole[: whole.index(" ", 8)]
+    messages = [*about(shapes, question), {"role": "assistant", "content": start}]
+    for_prefill = greedy(model, messages)
+    assert start + client.messages.create(**for_prefill).content[0].text == whole
+    with client.messages.stream(**for_prefill) as stream:
+        assert start + "".join(stream.text_stream) == whole
+
+
 def test_calls_and_results_go_round_plain_and_streamed(scripted, scripted_model):
     messages = [{"role": "user", "content": "Call"}]
     call = {"model": scripted_model, "max_tokens": 64, "tools": [TOOL]}

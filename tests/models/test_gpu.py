@@ -36,7 +36,7 @@ from support.oracle import (
     requests,
     schedule,
 )
-from support.sampled import sample
+from support.sampled import context_of, sample
 from support.taped import TapeRecorder, tape_operations, taped_backend
 from torch import nn
 
@@ -47,7 +47,6 @@ from vlmserve.models.attention.triton_paged import TritonBackend
 from vlmserve.models.batch import (
     ImageToEncode,
     PoolSizes,
-    SamplingContext,
     SamplingParams,
     StepBatch,
 )
@@ -100,6 +99,7 @@ GPU = [
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
 ]
 PLACES = [CPU, *GPU]
+SLOW_CPU = pytest.param(*CPU.values, id=CPU.id, marks=[*CPU.marks, pytest.mark.slow])
 
 
 def assert_near(actual: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
@@ -156,13 +156,13 @@ def test_image_rows_of_the_published_geometry(subject: Subject, lens) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("num_splits", [1, 2, 4, 8, 16, 32])
-def test_every_number_of_splits_gives_the_same(place: Place, num_splits: int) -> None:
+@pytest.mark.parametrize("piece", [64, 128, 192, 1024])
+def test_pieces_of_every_size_give_the_same(place: Place, piece: int) -> None:
     heads = {"num_kv_heads": 8, "group": 4, "head_dim": 128}
     heads = heads if place.is_cuda else {"num_kv_heads": 1, "group": 2, "head_dim": 16}
     lens = [(1, 700), (1, 5), (1, 130)] if place.is_cuda else [(1, 70), (1, 5)]
     case = make_case(lens, is_causal=True, block_size=16, dtype=place.dtype, **heads)
-    subject = Subject(lambda: TritonBackend(num_splits), 1, place.device)
+    subject = Subject(lambda: TritonBackend(piece), 1, place.device)
     scale = heads["head_dim"] ** -0.5
     assert_near(attend(subject, case, scale), dense(case, scale), place.dtype)
 
@@ -307,9 +307,14 @@ def triton_runner(model: LoadedModel, backend: TritonBackend | None = None) -> M
     return runner
 
 
+# The interpreter tries only decodes with plain weights in every run.
+LONG = () if torch.cuda.is_available() else pytest.mark.slow
+CHUNKS = [1, pytest.param(7, marks=LONG)]
+
+
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("method", [None, "int8"])
-@pytest.mark.parametrize("chunk", [1, 7])
+@pytest.mark.parametrize("method", [None, pytest.param("int8", marks=LONG)])
+@pytest.mark.parametrize("chunk", CHUNKS)
 def test_a_model_of_kernels_gives_the_logits_of_float32(
     place: Place, method: str | None, chunk: int
 ) -> None:
@@ -327,7 +332,7 @@ def test_a_model_of_kernels_gives_the_logits_of_float32(
         assert error < share * exact.square().mean().sqrt(), name
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [SLOW_CPU, *GPU])
 def test_replayed_steps_give_the_logits_of_eager_ones(place: Place, monkeypatch) -> None:
     """Steps of one and of two rows, one of which sees an image; on a CPU a tape is replayed."""
     if place.is_cuda:
@@ -475,7 +480,7 @@ def test_the_same_logits_and_seeds_give_the_same_tokens_on_every_device(device: 
     params = [
         msgspec.structs.replace(MIXTURE[row % len(MIXTURE)], seed=row) for row in range(len(logits))
     ]
-    contexts = [SamplingContext([1, 2, 3], [4, 4, 5], [6]) for _ in params]
+    contexts = [context_of([1, 2, 3], [4, 4, 5], [6]) for _ in params]
     indices = list(range(len(params)))
     alone = [
         int(sample(logits[row, None].clone(), [params[row]], [row], [contexts[row]]))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from vlmserve.models.malloc import use_growing_segments
 from vlmserve.models.threads import wait_briefly
 
 
@@ -34,3 +35,24 @@ def test_the_engines_process_can_still_say_it_before_torch_comes() -> None:
     script = "import vlmserve.router.engine.process, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+GPU_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+@pytest.mark.parametrize("given", [None, *GPU_SETTINGS])
+def test_segments_grow_on_a_gpu_unless_the_user_set_the_allocator(
+    monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    for name in GPU_SETTINGS:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    if given is not None:
+        monkeypatch.setenv(given, "max_split_size_mb:64")
+    use_growing_segments()
+    found = {name: os.environ[name] for name in GPU_SETTINGS if name in os.environ}
+    assert found == (
+        {given: "max_split_size_mb:64"}
+        if given
+        else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    )

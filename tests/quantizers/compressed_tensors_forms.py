@@ -7,7 +7,6 @@ Scales are those of the smallest and largest weight. The package packs, and unpa
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from compressed_tensors.quantization import (
     preset_name_to_scheme,
 )
 from compressed_tensors.quantization.utils import calculate_qparams
-from saving import save
+from saving import run, save
 from transformers import MllamaForConditionalGeneration
 
 # as RedHatAI/Llama-3.2-11B-Vision-Instruct-FP8-dynamic names them
@@ -66,8 +65,8 @@ def _set_scales(module: Any) -> None:
         module.input_scale.data.fill_(0.05)
 
 
-def main(source: Path, form: str, coded: Path, dequantized: Path) -> None:
-    """Write both checkpoints."""
+def main(source: Path, form: str, coded: Path, dequantized: Path | None) -> None:
+    """Write both checkpoints, or the quantized one alone."""
     model = MllamaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
     config = QuantizationConfig(config_groups={"group_0": scheme_of(form)}, ignore=IGNORED)
     apply_quantization_config(model, config)
@@ -81,6 +80,8 @@ def main(source: Path, form: str, coded: Path, dequantized: Path) -> None:
     compressor.compress_model(model)
     save(model, source, coded)
     compressor.update_config(str(coded))
+    if dequantized is None:
+        return
     compressor.decompress_model(model)
     plain = MllamaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
     names = set(plain.state_dict())
@@ -90,4 +91,4 @@ def main(source: Path, form: str, coded: Path, dequantized: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
+    run(main)

@@ -67,10 +67,12 @@ def needs_interpreter() -> pytest.MarkDecorator:
     return pytest.mark.skipif(not fits, reason="triton's interpreter is older than numpy 2.4")
 
 
-def interpreted(name: str, num_splits: int | None = None):
+def interpreted(name: str, piece: int | None = None):
     """The Triton backend on a CPU, its kernels run by triton's interpreter (see conftest.py)."""
-    subject = Subject(lambda: TritonBackend(num_splits))
-    return pytest.param(subject, id=name, marks=needs_interpreter())
+    subject = Subject(lambda: TritonBackend(piece))
+    # whole rows are tried in every run, pieces of them in the long one
+    marks = [needs_interpreter()] + ([] if piece is None else [pytest.mark.slow])
+    return pytest.param(subject, id=name, marks=marks)
 
 
 SUBJECTS = [
@@ -83,7 +85,7 @@ SUBJECTS = [
         Subject(lambda: VarlenBackend(varlen_attn_of("FA3"), "FA3"), 256), id="varlen-fake-FA3"
     ),
     interpreted("triton-interpreter"),
-    interpreted("triton-interpreter-3-splits", num_splits=3),
+    interpreted("triton-interpreter-pieces", piece=96),
     on_cuda("sdpa"),
     on_cuda("flash_attn"),
     on_cuda("varlen"),

@@ -314,5 +314,15 @@ FORMS: dict[str, Form] = {
         gptq(4, symmetric=False, has_index=False),
         _GPTQ | {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"},
     ),
+    "auto-round-8": Form(
+        gptq(8, symmetric=False, version=2, has_index=False),
+        _GPTQ | {"quant_method": "auto-round", "bits": 8, "packing_format": "auto_round"},
+    ),
+    "auto-round-one-layer": Form(
+        gptq(4, symmetric=False, version=2, has_index=False),
+        _GPTQ
+        | {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel", "sym": True}
+        | {"extra_config": {"model.language_model.layers.0.mlp.up_proj": {"sym": False}}},
+    ),
     "awq": Form(awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}),
 }

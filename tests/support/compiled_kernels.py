@@ -1,6 +1,6 @@
 """Compiles and assembles every Triton kernel as production launches it, without a GPU: a script.
 
-    python tests/support/compiled_kernels.py 80 86 89 90
+    python tests/support/compiled_kernels.py 80 86 89 90 [KERNEL ...]
 
 The launches are the project's own, on the meta device: whole steps of Llama-3.2-11B-Vision in
 bfloat16, and the attention of 11B and 90B, alone and over 8 ranks. Each kernel is
@@ -8,7 +8,8 @@ replaced by a recorder of what it is launched with. Writes one JSON document: an
 launch and compute capability, or the compiler's error. An entry has the bytes of shared memory,
 the copies of 16 bytes to shared memory, the largest number of such groups that a wait leaves in
 flight, and what the assembler of triton's wheel counts: registers and bytes spilled a thread.
-A separate process, as TRITON_INTERPRET must not be set when triton is imported.
+With names of kernels, only theirs. A separate process, as TRITON_INTERPRET must not be set when
+triton is imported.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ from vlmserve.models.decoder.operations import TritonOperations
 from vlmserve.models.execution.graphs.decode import DecodeGraphs, GraphLimits
 from vlmserve.models.execution.graphs.recorder import Computation, Recorder
 from vlmserve.models.kv_cache.paged_cache import KVPools, LayerCache, PagedStep
+from vlmserve.models.lora import kernel_rows, lora_kernels
+from vlmserve.models.lora.kernel_rows import KernelRows
+from vlmserve.models.lora.slots import SiteSlots
 
 META = torch.device("meta")
 DTYPE = torch.bfloat16
@@ -60,8 +64,12 @@ NUM_PATCHES = 1601
 HEAD_DIM = 128
 # query and KV heads of a rank: 11B and 90B, alone and over 8 ranks
 HEADS = [(32, 8), (64, 8), (4, 1), (8, 1)]
+# over 2 and 4 ranks: the kernels differ from these by one constant, so text that is cut is enough
+HEADS_OF_OTHER_RANKS = [(16, 4), (8, 2), (32, 4), (16, 2)]
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 BLOCK_SIZE = 16
+# keys of a piece: no row is cut, or all are
+PIECES = (1 << 20, 256)
 OPTIONS = ("num_warps", "num_stages")
 # of CUDA 12.8: what torch's oldest wheels of the supported range bring
 PTX_VERSION = 87
@@ -122,14 +130,15 @@ class LaunchKeeper:
 
 def main() -> None:
     """Record, compile for the given capabilities, tell."""
-    entries = []
-    for capability in map(int, sys.argv[1:]):
+    entries, named = [], {word for word in sys.argv[1:] if not word.isdigit()}
+    for capability in [int(word) for word in sys.argv[1:] if word.isdigit()]:
         triton_paged.capability_of = lambda device, c=capability: divmod(c, 10)  # type: ignore[assignment,misc]
         launches: dict[str, Launch] = {}
         with torch.inference_mode():
             record(launches)
-        entries += [compiled(launch, capability) for launch in launches.values()]
-    kernels = [fused_kernels, triton_kernels, int8_kernels, coded_kernels]
+        chosen = [one for one in launches.values() if not named or one.kernel.__name__ in named]
+        entries += [compiled(launch, capability) for launch in chosen]
+    kernels = [fused_kernels, triton_kernels, int8_kernels, coded_kernels, lora_kernels]
     names = sorted(
         name
         for module in kernels
@@ -148,10 +157,15 @@ def record(launches: dict[str, Launch]) -> None:
 
     for heads, kv_heads in HEADS:
         for dtype in (torch.bfloat16, torch.float16) if heads == 32 else (torch.bfloat16,):
-            for splits in (1, 32):
-                backend = TritonBackend(splits)
+            for piece in PIECES:
+                backend = TritonBackend(piece)
                 backend._kernels = recorders(triton_kernels)  # type: ignore[assignment]
                 attend(backend, heads, kv_heads, dtype)
+
+    for heads, kv_heads in HEADS_OF_OTHER_RANKS:
+        backend = TritonBackend(PIECES[1])
+        backend._kernels = recorders(triton_kernels)  # type: ignore[assignment]
+        attend(backend, heads, kv_heads, torch.bfloat16, sees=False)
 
     kernel_launch.fused_kernels = recorders(fused_kernels)  # type: ignore[assignment]
     product.int8_kernels = recorders(int8_kernels)  # type: ignore[assignment]
@@ -159,26 +173,41 @@ def record(launches: dict[str, Launch]) -> None:
         **vars(coded_kernels) | vars(recorders(coded_kernels))
     )
     decoder, pools = model_and_pools()
-    for splits in (1, 2, 32):
-        backend = TritonBackend(splits)
+    for piece in PIECES:
+        backend = TritonBackend(piece)
         backend._kernels = recorders(triton_kernels)  # type: ignore[assignment]
         for lens in ([1], [1, 1, 1], [40, 1, 300]):
             for sees in (False, True):
                 run_step(decoder, pools, backend, lens, sees)
     record_graphs(decoder, pools, backend)
-    for num_rows in (1, 17, 40):
+    for num_rows in (1, 32, 64, 130):
         for num_out, num_in in ((28672, 4096), (4096, 14336)):
             rows = torch.empty(num_rows, num_in, dtype=DTYPE, device=META)
             codes = torch.empty(num_out, num_in, dtype=torch.int8, device=META)
             product.fused_product(rows, codes, torch.empty(num_out, dtype=DTYPE, device=META))
             launch_coded(rows, num_out, num_in)
+    kernel_rows.lora_kernels = recorders(lora_kernels)  # type: ignore[assignment]
+    for num_rows in (1, 16, 301):
+        for num_in, num_outs in (
+            (4096, (4096, 1024, 1024)),
+            (4096, (14336,) * 2),
+            (14336, (4096,)),
+        ):
+            change_by_adapters(num_rows, num_in, num_outs)
 
 
-def attend(backend: TritonBackend, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> None:
-    """Decodes beside a chunk of a prompt, over text and over four tiles."""
+def attend(
+    backend: TritonBackend,
+    num_heads: int,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    sees: bool = True,
+) -> None:
+    """Decodes beside a chunk of a prompt, over text and, if it sees images, over four tiles."""
     starts = np.array([0, 1, 301])
     query = torch.empty(301, num_heads, HEAD_DIM, dtype=dtype, device=META)
-    for size, is_causal in ((BLOCK_SIZE, True), (NUM_PATCHES, False)):
+    pools = ((BLOCK_SIZE, True), (NUM_PATCHES, False)) if sees else ((BLOCK_SIZE, True),)
+    for size, is_causal in pools:
         width = 512 if is_causal else 4
         lens = np.full(2, 8_000 if is_causal else 4 * NUM_PATCHES)
         rows = PagedRows(starts, lens, np.zeros((2, width), dtype=np.int64), size, is_causal)
@@ -200,6 +229,14 @@ def launch_coded(rows: torch.Tensor, num_out: int, num_in: int) -> None:
         table = meta(16) if coding is Coding.TABLE4 else None
         weight = CodedWeight(coding, codes, meta(num_out, groups), zeros, table)
         coded_product.fused_product(rows, weight)
+
+
+def change_by_adapters(num_rows: int, num_in: int, num_outs: tuple[int, ...]) -> None:
+    """A product changed by three of eight adapters, to rank 64."""
+    site = SiteSlots.empty(8, 64, num_in, num_outs, DTYPE, META)
+    rows = KernelRows(np.arange(num_rows) % 3, 8, META)
+    result = torch.empty(num_rows, sum(num_outs), dtype=DTYPE, device=META)
+    rows.change(result, torch.empty(num_rows, num_in, dtype=DTYPE, device=META), site)
 
 
 def model_and_pools() -> tuple[FusedDecoder, KVPools]:

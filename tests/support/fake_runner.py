@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vlmserve.models.batch import (
+    AdapterInfo,
+    AdapterRef,
     ImageTiles,
     ModelInfo,
     OnLaunch,
@@ -46,6 +48,47 @@ class _Cell:
     token_id: int
     position: int
     visible: tuple[bytes, ...]
+    adapter: str = ""
+
+
+@dataclass
+class FakeAdapters:
+    """Adapters whose name says what they change: text, images, both or nothing.
+
+    `broken` names fail to be read. before_read: called with each in the reading thread.
+    """
+
+    max_loras: int = 2
+    num_bytes: int = 10
+    before_read: Callable[[AdapterRef], None] | None = None
+    known: dict[str, AdapterInfo] = field(default_factory=dict)
+    read_names: list[str] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+
+    def read(self, ref: AdapterRef) -> AdapterInfo:
+        """What the name says."""
+        self.read_names.append(ref.name)
+        if self.before_read is not None:
+            self.before_read(ref)
+        if "broken" in ref.name:
+            raise ValueError("adapter_model.safetensors: it is broken")
+        return self.known.setdefault(ref.digest, adapter_info(ref, self.num_bytes))
+
+    def forget(self, digest: str) -> None:
+        """A step that uses it from now on is an error."""
+        del self.known[digest]
+        self.forgotten.append(digest)
+
+
+def fake_adapter(name: str) -> AdapterRef:
+    """An adapter that `FakeAdapters` knows by its name, such as text1, images2 or both3."""
+    return AdapterRef(name, f"/adapters/{name}", hashlib.sha256(name.encode()).hexdigest())
+
+
+def adapter_info(ref: AdapterRef, num_bytes: int = 10) -> AdapterInfo:
+    """What `FakeAdapters` says of it."""
+    is_both = "both" in ref.name
+    return AdapterInfo(4, num_bytes, is_both or "text" in ref.name, is_both or "images" in ref.name)
 
 
 def fake_image(name: str, num_tiles: int = 1, tile_size: int = 2) -> ImageTiles:
@@ -109,12 +152,17 @@ def expected_prompt_logprobs(
 def _cells_of(request: AddRequest, token_ids: list[int], begin: int) -> list[_Cell]:
     """What the positions from `begin` on depend on, from the spans alone."""
     cells = []
+    of_text, of_images = "", ""
+    if request.adapter is not None:
+        info = adapter_info(request.adapter)
+        of_text = request.adapter.digest if info.changes_text else ""
+        of_images = request.adapter.digest if info.changes_images else ""
     for position in range(begin, len(token_ids)):
         visible: tuple[bytes, ...] = ()
         for image, span in zip(request.images, request.spans, strict=True):
             if span.covers(position):
-                visible += _tile_contents(image)
-        cells.append(_Cell(token_ids[position], position, visible))
+                visible += _tile_contents(image, of_images)
+        cells.append(_Cell(token_ids[position], position, visible, of_text))
     return cells
 
 
@@ -129,6 +177,7 @@ class FakeRunner:
     """
 
     info: ModelInfo = field(default_factory=fake_info)
+    adapters: FakeAdapters | None = None
     step_seconds: float = 0.0
     before_step: Callable[[StepBatch], None] | None = None
     num_steps: int = 0
@@ -138,10 +187,11 @@ class FakeRunner:
     num_rows_ahead: int = 0
     max_batched_tokens: int = 0
     max_batched_sequences: int = 0
+    max_batched_adapters: int = 0
     _text: dict[tuple[int, int], _Cell] = field(default_factory=dict)
     _images: dict[int, bytes] = field(default_factory=dict)
     _prepared: list[tuple[ScheduledSequence, object]] = field(default_factory=list)
-    _begun: tuple[bytes, int] | None = None
+    _begun: tuple[bytes, str, int] | None = None
     _copied: set[int] = field(default_factory=set)
     _num_computed: dict[str, int] = field(default_factory=dict)
 
@@ -159,11 +209,13 @@ class FakeRunner:
             self.before_step(batch)
         if self.step_seconds:
             time.sleep(self.step_seconds)
+        self._check_adapters(batch)
         self._count(batch)
         self._copy(batch)
         self._encode_layers(batch)
         for due in batch.finished_images:
-            for block_id, content in zip(due.block_ids, _tile_contents(due.image), strict=True):
+            contents = _tile_contents(due.image, due.adapter)
+            for block_id, content in zip(due.block_ids, contents, strict=True):
                 self._images[block_id] = content
         for sequence in batch.sequences:
             self._write(sequence)
@@ -180,6 +232,19 @@ class FakeRunner:
     def compile_grammar(self, grammar: str, eos_token_ids: list[int], tenant: str) -> TokenMatcher:
         """This runner has no text that a grammar could be about."""
         raise ValueError("the fake model takes no grammar")
+
+    def _check_adapters(self, batch: StepBatch) -> None:
+        if not batch.adapters:
+            return
+        assert self.adapters is not None
+        self.max_batched_adapters = max(self.max_batched_adapters, len(batch.adapters))
+        if len(batch.adapters) > self.adapters.max_loras:
+            raise SchedulingError(f"{len(batch.adapters)} adapters in one step")
+        if missing := batch.adapters - self.adapters.known.keys():
+            raise SchedulingError(f"{len(missing)} adapters of a step were not read")
+        for due in batch.images:
+            if due.adapter and not self.adapters.known[due.adapter].changes_images:
+                raise SchedulingError("an image is encoded for an adapter that does not change it")
 
     def _count(self, batch: StepBatch) -> None:
         if not batch.sequences:
@@ -226,13 +291,14 @@ class FakeRunner:
         if len(batch.images) != len({due.block_ids[0] for due in batch.images}):
             raise SchedulingError("an image is encoded twice in one step")
         for due in batch.images:
-            if due.begin and (due.image.content_hash, due.begin) != self._begun:
+            name = due.image.content_hash, due.adapter
+            if due.begin and (*name, due.begin) != self._begun:
                 raise SchedulingError(f"an image goes on at {due.begin}, kept is {self._begun}")
             end = due.end or self.info.num_image_layers
             if not due.begin < end <= self.info.num_image_layers:
                 raise SchedulingError(f"layers {due.begin} to {end} of an image")
             if not due.is_whole:
-                self._begun = None if due.end is None else (due.image.content_hash, due.end)
+                self._begun = None if due.end is None else (*name, due.end)
 
     def _write(self, sequence: ScheduledSequence) -> None:
         self._check_progress(sequence)
@@ -241,10 +307,17 @@ class FakeRunner:
             visible = tuple(self._images[block_id] for block_id in segment.block_ids)
             for _ in range(segment.num_tokens):
                 token_id = sequence.token_ids[position - sequence.start]
-                self._text[self._slot(sequence, position)] = _Cell(token_id, position, visible)
+                cell = _Cell(token_id, position, visible, self._of_text(sequence))
+                self._text[self._slot(sequence, position)] = cell
                 position += 1
         if position != sequence.start + len(sequence.token_ids):
             raise SchedulingError("the segments do not add up to the tokens")
+
+    def _of_text(self, sequence: ScheduledSequence) -> str:
+        """The adapter, if it changes a token's keys and values."""
+        if not sequence.adapter or self.adapters is None:
+            return ""
+        return sequence.adapter if self.adapters.known[sequence.adapter].changes_text else ""
 
     def _check_progress(self, sequence: ScheduledSequence) -> None:
         num_computed = self._num_computed.get(sequence.request_id, 0)
@@ -295,8 +368,9 @@ def _prompt_entry(cells: list[_Cell], token_id: int) -> PromptLogprobs:
     return PromptLogprobs(token_id, -float(_next_token_id(cells, token_id, 1000)), 1, [], [])
 
 
-def _tile_contents(image: ImageTiles) -> tuple[bytes, ...]:
-    return tuple(image.content_hash + bytes([tile]) for tile in range(image.num_tiles))
+def _tile_contents(image: ImageTiles, adapter: str = "") -> tuple[bytes, ...]:
+    content = image.content_hash + adapter.encode()
+    return tuple(content + bytes([tile]) for tile in range(image.num_tiles))
 
 
 def _next_token_id(cells: list[_Cell], seed: int, vocab_size: int) -> int:

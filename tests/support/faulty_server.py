@@ -43,6 +43,8 @@ def main(options: dict[str, Any]) -> int:
     supervision = {"drain_time_s": 2.0} | options.get("supervision", {})
     limits = EngineTimeouts(**supervision.pop("engine_timeouts", {}))
     worker_timeouts = WorkerTimeouts(**supervision.pop("worker_timeouts", {}))
+    port = options.get("metrics_port")
+    probes = None if port is None else listen("127.0.0.1", port)
     with listen("127.0.0.1", options["port"]) as listener:
         supervisor = Supervisor(
             engine,
@@ -55,6 +57,7 @@ def main(options: dict[str, Any]) -> int:
                 worker_timeouts=worker_timeouts,
                 **supervision,
             ),
+            probes,
         )
         return asyncio.run(supervisor.run())
 

@@ -7,7 +7,9 @@ end by every reason, with log-probabilities where asked for; one picture behind 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+import functools
+import unittest.mock
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 from support.http_side import MODEL, ScriptedEngine, running_server
 from support.openapi_hooks import VOCAB_SIZE
@@ -16,12 +18,15 @@ from support.pictures import encoded, picture
 from vlmserve.models.batch import PromptLogprobs, TokenLogprobs
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.router.messages import AddRequest, EngineReady, SequenceOutput
+from vlmserve.server.routes import pages
 from vlmserve.server.settings import ServerSettings
 
 # No prompt that a fuzzer sends is too long for it.
 CONTEXT = 2**40
 KEY = "key-of-tests"
 TOKENS = [300, 301, 302]
+# "safe" and the end of the turn: the answer of a guard.
+SAFE = [82, 64, 583, 761]
 PICTURE = encoded(picture(8, 8))
 
 
@@ -35,11 +40,11 @@ class OnePicture:
         """Nothing is open."""
 
 
-def answers(request: AddRequest) -> Iterator[SequenceOutput]:
-    """A few tokens for each answer asked for; the last one ends by itself, others by length."""
+def answers(request: AddRequest, answer: Sequence[int] = TOKENS) -> Iterator[SequenceOutput]:
+    """The tokens for each answer asked for; the last one ends by itself, others by length."""
     num_top = request.sampling.num_logprobs
     for choice, _ in enumerate(request.answer_ids):
-        token_ids = TOKENS[: max(1, min(request.max_tokens, len(TOKENS)))]
+        token_ids = answer[: max(1, min(request.max_tokens, len(answer)))]
         for place, token_id in enumerate(token_ids):
             is_last = place == len(token_ids) - 1
             yield SequenceOutput(
@@ -66,7 +71,8 @@ def _of_prompt(request: AddRequest) -> list[PromptLogprobs | None] | None:
 @contextlib.asynccontextmanager
 async def fuzzed_server(*, is_ready: bool = True, **settings) -> AsyncIterator[str]:
     """Its base URL. is_ready: the engine has loaded its model."""
-    engine = ScriptedEngine(answers)
+    is_guard = settings.get("task") == "moderation"
+    engine = ScriptedEngine(functools.partial(answers, answer=SAFE) if is_guard else answers)
     engine.info = EngineReady(
         pid=1,
         max_model_len=CONTEXT,
@@ -81,5 +87,12 @@ async def fuzzed_server(*, is_ready: bool = True, **settings) -> AsyncIterator[s
         engine.info, engine.is_ready = None, False
     fields = {"served_model_names": [MODEL]} | settings
     options = ServerSettings(model=str(CHECKPOINT), engine_socket="", **fields)
-    async with running_server(options, engine_client=engine, fetcher=OnePicture()) as url:
-        yield url
+    with unittest.mock.patch.object(pages, "_seconds", two_seconds):
+        async with running_server(options, engine_client=engine, fetcher=OnePicture()) as url:
+            yield url
+
+
+async def two_seconds(_: object) -> AsyncIterator[None]:
+    """A live stream that ends without its reader."""
+    for _second in range(2):
+        yield

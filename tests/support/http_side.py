@@ -20,8 +20,8 @@ import httpx2
 import msgspec
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from vlmserve.models.batch import ImageTiles
-from vlmserve.router.errors import EngineError, QueueFullError
+from vlmserve.models.batch import AdapterInfo, AdapterRef, ImageTiles
+from vlmserve.router.errors import AdapterUnusableError, EngineError, QueueFullError
 from vlmserve.router.messages import AddRequest, EngineReady, EngineStats, SequenceOutput
 from vlmserve.server.app import build_app
 from vlmserve.server.http.protocol import StrictProtocol
@@ -184,6 +184,8 @@ class ScriptedEngine:
         self.refused: QueueFullError | None = None
         self.requests: list[AddRequest] = []
         self.aborted: list[str] = []
+        self.loaded: list[AdapterRef] = []
+        self.unloaded: list[str] = []
         self.open: set[str] = set()
         self.info: EngineReady | None = EngineReady(
             pid=1,
@@ -231,6 +233,17 @@ class ScriptedEngine:
                 yield msgspec.structs.replace(item, request_id=request_id)
             else:
                 await asyncio.sleep(item)
+
+    async def load_adapter(self, adapter: AdapterRef) -> AdapterInfo:
+        """Keep the adapter; those named broken cannot be used."""
+        if "broken" in adapter.name:
+            raise AdapterUnusableError("adapter_model.safetensors: it is broken")
+        self.loaded.append(adapter)
+        return AdapterInfo(4, 10, changes_text=True, changes_images=False)
+
+    async def unload_adapter(self, digest: str) -> None:
+        """Keep the digest."""
+        self.unloaded.append(digest)
 
     def leave(self, request_id: str) -> None:
         """Keep the id of a request that is left before its end."""
@@ -351,7 +364,7 @@ def error_of(response: httpx2.Response, status: int) -> dict[str, Any]:
 
 def frames_of(response: httpx2.Response) -> list[str]:
     """The contents of the `data:` frames; comments are left out."""
-    assert response.headers["content-type"] == "text/event-stream"
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     frames = [part for part in response.text.split("\n\n") if part and not part.startswith(":")]
     assert all(frame.startswith("data: ") for frame in frames)
     return [frame.removeprefix("data: ") for frame in frames]

@@ -367,6 +367,16 @@ class Standing:
         assert is_back, "; ".join(self.snapshot().exceeds(base))
 
 
+class StandingElsewhere(Standing):
+    """The same of a server whose processes cannot be seen: it answers afterwards."""
+
+    @contextlib.contextmanager
+    def holds(self, *, same_engine: bool = True) -> Iterator[None]:  # type: ignore[override]
+        """A probe is answered after the block."""
+        yield
+        self.probe()
+
+
 def kind_of(pid: int) -> str:
     """What a child of the server is, by its name or its command line."""
     try:

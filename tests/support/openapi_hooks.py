@@ -131,7 +131,7 @@ def valid_data_is_accepted(ctx, response, case):
 @schemathesis.check
 def answers_hold_no_key_that_is_not_documented(ctx, response, case):
     """The document allows further keys in answers; the server sends none yet."""
-    kind = (response.headers.get("content-type") or [""])[0]
+    kind = (response.headers.get("content-type") or [""])[0].partition(";")[0]
     told = case.operation.definition.raw["responses"].get(str(response.status_code), {})
     if not kind.startswith(JSON_KINDS) or case.method == "HEAD" or not told:
         return

@@ -41,7 +41,8 @@ TILE_SIZE = 28
 # tile grids by aspect_ratio_id, from 1, as transformers numbers them for four tiles
 NUM_TILES = {1: 1, 2: 2, 3: 3, 4: 4, 5: 2, 6: 4, 7: 3, 8: 4}
 BLOCK_SIZE = 4
-TINY_LAYOUTS = [name for name in LAYOUTS if name not in ("m100", "vision-heavy")]
+LARGE_LAYOUTS = ("m100", "vision-heavy", "wide")
+TINY_LAYOUTS = [name for name in LAYOUTS if name not in LARGE_LAYOUTS]
 GREEDY = SamplingParams(temperature=0.0)
 EXCUSED_GAP = 1e-4
 
@@ -116,6 +117,7 @@ class Request:
     num_computed_tokens: int = 0
     num_prompt_tokens: int = 0
     spans: list[ImageSpan] = field(default_factory=list)
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
@@ -176,7 +178,7 @@ def schedule(request: Request, count: int, blocks: Blocks) -> StepBatch:
             break
         tiles = request.images[index]
         request.image_blocks.append([blocks.image.pop() for _ in range(tiles.num_tiles)])
-        due.append(ImageToEncode(tiles, request.image_blocks[index]))
+        due.append(ImageToEncode(tiles, request.image_blocks[index], adapter=request.adapter))
     is_last = end == len(request.token_ids)
     sequence = ScheduledSequence(
         request_id=request.request_id,
@@ -186,6 +188,7 @@ def schedule(request: Request, count: int, blocks: Blocks) -> StepBatch:
         segments=list(_segments(request, start, end)),
         sampling=request.sampling if is_last else None,
         sample_index=len(request.generated),
+        adapter=request.adapter,
     )
     request.num_computed_tokens = end
     return StepBatch(sequences=[sequence], images=due)
@@ -280,19 +283,33 @@ def image_arguments(request: Request, max_num_tiles: int = 4) -> dict[str, Tenso
 
 
 @torch.inference_mode()
-def oracle_logits(layout: str, request: Request) -> Tensor:
-    """The oracle's logits at every position of one request alone, [num_tokens, vocab_size]."""
+def oracle_logits(
+    layout: str, request: Request, model: MllamaForConditionalGeneration | None = None
+) -> Tensor:
+    """The oracle's logits at every position of one request alone, [num_tokens, vocab_size].
+
+    model: another oracle than the layout's.
+    """
     input_ids = torch.tensor([request.token_ids])
-    output = oracle(layout)(input_ids=input_ids, use_cache=False, **image_arguments(request))
+    model = model or oracle(layout)
+    output = model(input_ids=input_ids, use_cache=False, **image_arguments(request))
     return output.logits[0].float()
 
 
-def count_excuses(layout: str, request: Request, generated: list[int]) -> int:
-    """0 if all tokens are the oracle's, 1 if the first other one is a near tie; else fails."""
+def count_excuses(
+    layout: str,
+    request: Request,
+    generated: list[int],
+    model: MllamaForConditionalGeneration | None = None,
+) -> int:
+    """0 if all tokens are the oracle's, 1 if the first other one is a near tie; else fails.
+
+    model: another oracle than the layout's.
+    """
     whole = prompt("whole", "x")
     whole.token_ids, whole.images = request.token_ids + generated, request.images
     whole.spans = request.spans
-    logits = oracle_logits(layout, whole)[len(request.token_ids) - 1 : -1]
+    logits = oracle_logits(layout, whole, model)[len(request.token_ids) - 1 : -1]
     for token_id, row in zip(generated, logits, strict=True):
         best = row.topk(2)
         if token_id != best.indices[0]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from .client_environments import INSTALL_TIMEOUT_S, ROOT
+from .client_environments import INSTALL_TIMEOUT_S, ROOT, made_by_one
 
 PACKAGE = "llama-models==0.0.63"
 SHA256 = "7ee43e1f07cb125c64e8514825cd0ba40f2358915fb7207285dc1ff693214423"
@@ -40,11 +40,12 @@ class _RanksConverter(TikTokenConverter):
 
 def published_wheel() -> Path:
     """The package's wheel, downloaded once; raises if it is another than was pinned."""
-    found = list(FOLDER.glob("llama_models-*.whl"))
-    if not found:
-        command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", PACKAGE]
-        subprocess.run([*command, "-d", FOLDER], check=True, timeout=INSTALL_TIMEOUT_S)
+    with made_by_one(FOLDER):
         found = list(FOLDER.glob("llama_models-*.whl"))
+        if not found:
+            command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", PACKAGE]
+            subprocess.run([*command, "-d", FOLDER], check=True, timeout=INSTALL_TIMEOUT_S)
+            found = list(FOLDER.glob("llama_models-*.whl"))
     (wheel,) = found
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != SHA256:

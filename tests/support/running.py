@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,10 +29,16 @@ RESERVED: list[socket.socket] = []
 class RunningServer:
     """A server under test: its process, its address, and what it wrote to stderr."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen | None
     port: int
-    log: Path
+    log: Path | None
     scheme: str = "http"
+
+    @classmethod
+    def elsewhere(cls, url: str) -> RunningServer:
+        """A server on loopback that someone else started: to be asked, not to be looked into."""
+        address = urllib.parse.urlsplit(url)
+        return cls(None, address.port, None, address.scheme)
 
     @property
     def url(self) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from vlmserve.models.batch import TokenLogprobs
+from vlmserve.models.batch import SamplingContext, TokenLogprobs
 from vlmserve.models.device_copies import fetch
 from vlmserve.models.sampling import sampler
 from vlmserve.models.sampling.logprobs import RawLogprobs
+from vlmserve.models.sampling.token_counts import TokenCounts
 
 
 def sample(*args: Any, **kwargs: Any) -> Tensor:
@@ -20,6 +22,16 @@ def sample(*args: Any, **kwargs: Any) -> Tensor:
     while not sampled.is_decided(fetch([sampled.token_ids])[0]):
         pass
     return sampled.token_ids
+
+
+def context_of(
+    prompt: Sequence[int], generated: Sequence[int], banned: Sequence[int] = ()
+) -> SamplingContext:
+    """The context of a request with these tokens, each of them as often as it comes."""
+    counts = TokenCounts()
+    for token_id in generated:
+        counts.add(token_id)
+    return SamplingContext(prompt, counts.token_ids, banned, counts.counts)
 
 
 def told_of(raw: RawLogprobs, token_ids: Tensor) -> dict[int, TokenLogprobs]:

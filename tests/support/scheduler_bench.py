@@ -5,12 +5,21 @@ Owns no request. Every step checks both pools from scratch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from support.fake_runner import FakeRunner, fake_info
+import msgspec
+from support.fake_runner import FakeAdapters, FakeRunner, fake_info
 
-from vlmserve.models.batch import PoolSizes, ScheduledSequence, StepBatch, StepResult
-from vlmserve.router.messages import AddRequest
+from vlmserve.models.batch import (
+    ImageRef,
+    ImageTiles,
+    PoolSizes,
+    ScheduledSequence,
+    StepBatch,
+    StepResult,
+)
+from vlmserve.router.messages import AddRequest, ImagePiece, NeedImage
 from vlmserve.router.scheduler.admission import AdmissionLimits, check_request
 from vlmserve.router.scheduler.interface import SchedulerLimits
 from vlmserve.router.scheduler.request_queue import QueueLimits, RequestQueue
@@ -34,6 +43,8 @@ class AnyText:
 class Bench:
     """A scheduler, its queue and a fake runner, stepped by hand.
 
+    seconds_of: the measured time of a step; None: no step is measured. tiles_after: how many plans
+    after its question an image arrives, in pieces of 5 bytes; None: it comes with its request.
     num_lost_runs: preemptions of sequences that had been in a step since they last started. A
     follower that has just forked may lose its blocks before its first step: nothing is lost then.
     """
@@ -48,12 +59,16 @@ class Bench:
     image_cost_tokens: int = 0
     num_image_layers: int = 1
     plans_ahead: bool = False
+    seconds_of: Callable[[StepBatch], float] | None = None
+    tiles_after: int | None = None
+    max_loras: int = 0
 
     def __post_init__(self) -> None:
         info = fake_info(
             self.pools, self.max_model_len, self.image_cost_tokens, self.num_image_layers
         )
-        self.runner = FakeRunner(info)
+        self.adapters = FakeAdapters(self.max_loras)
+        self.runner = FakeRunner(info, self.adapters)
         self.queue = RequestQueue(QueueLimits(1000, 10**6, 10**9))
         self.limits = AdmissionLimits.of(self.runner.info)
         limits = SchedulerLimits(
@@ -63,8 +78,13 @@ class Bench:
             self.limits.max_model_len,
             self.prefix_cache,
             self.image_cache,
+            max_loras=self.max_loras,
         )
-        self.scheduler = Scheduler(self.runner.info, limits, self.queue)
+        self.scheduler = Scheduler(self.runner.info, limits, self.queue, self._take_question)
+        self.questions: list[NeedImage] = []
+        self._due: list[tuple[int, NeedImage]] = []
+        self._num_plans = 0
+        self._images: dict[tuple[str, bytes], ImageRef] = {}
         self.tokens: dict[str, list[int]] = {}
         self.endings: dict[str, str] = {}
         self.sequences: dict[str, Sequence] = {}
@@ -73,10 +93,19 @@ class Bench:
         self._have_run: set[str] = set()
         self._streaming: dict[str, int] = {}
         self.rows_ahead: list[ScheduledSequence] = []
+        self._waited = False
 
     def add(self, request: AddRequest) -> Sequence:
         check_request(request, self.limits)
+        if self.tiles_after is not None:
+            self._images |= {(request.request_id, one.content_hash): one for one in request.images}
+            refs = [one.ref for one in request.images if isinstance(one, ImageTiles)]
+            request = msgspec.structs.replace(request, images=refs)
         sequences = Sequence.of(0, request)
+        if request.adapter is not None:
+            info = self.adapters.read(request.adapter)
+            for sequence in sequences:
+                sequence.take(info)
         self.queue.put(sequences[0])
         for sequence in sequences:
             sequence.sequence_id = sequence.request_id
@@ -90,8 +119,34 @@ class Bench:
             if not self.sequences[request_id].is_finished:
                 self.scheduler.make_ready(self.sequences[request_id], AnyText())
 
+    @property
+    def has_coming(self) -> bool:
+        """Whether an image was asked for and is not here yet."""
+        return bool(self._due)
+
+    def _take_question(self, worker_id: int, question: NeedImage) -> None:
+        self.questions.append(question)
+        self._due.append((self._num_plans + (self.tiles_after or 0), question))
+
+    def _deliver(self) -> None:
+        """What the worker sends of a request that is open, and of one that has just ended."""
+        due = [one for one in self._due if one[0] <= self._num_plans]
+        self._due = [one for one in self._due if one[0] > self._num_plans]
+        self._num_plans += 1
+        for _, question in due:
+            image = self._images[question.request_id, question.content_hash]
+            assert isinstance(image, ImageTiles)
+            for offset in range(0, len(image.data), 5):
+                data = image.data[offset : offset + 5]
+                piece = ImagePiece(question=question.question, offset=offset, data=data)
+                self.queue.receive(0, piece)
+
     def plan(self) -> StepBatch | None:
-        """The next step. Asserts that the protected sequence proceeds in it, or its image."""
+        """The next step. Asserts that the protected sequence proceeds in it, or its image.
+
+        Or else in the step after it, which is for an owner that runs nothing.
+        """
+        self._deliver()
         first = self.scheduler.protected
         batch = self.scheduler.schedule()
         for one in batch.sequences if batch else ():
@@ -103,7 +158,9 @@ class Bench:
             is_seeing = any(
                 one.block_ids in [entry.block_ids for entry in first.images] for one in batch.images
             )
-            assert is_computed or is_seeing
+            is_newcomers = self.seconds_of is not None and len(batch.sequences) == 1
+            assert is_computed or is_seeing or (is_newcomers and not self._waited)
+            self._waited = not (is_computed or is_seeing)
         self.rows_ahead = rows
         self._count_lost_runs()
         self._have_run |= {one.request_id for one in batch.sequences} if batch else set()
@@ -127,7 +184,8 @@ class Bench:
 
     def finish(self, batch: StepBatch) -> None:
         self._streaming.clear()
-        for progress in self.scheduler.update(self._execute(batch)):
+        seconds = None if self.seconds_of is None else self.seconds_of(batch)
+        for progress in self.scheduler.update(self._execute(batch), seconds):
             self._take(progress)
             if progress.token_ids:
                 sequence = progress.sequence
@@ -159,7 +217,7 @@ class Bench:
 
     def run(self, max_steps: int = 100_000) -> None:
         for _ in range(max_steps):
-            if self.step() is None:
+            if self.step() is None and not self._due:
                 return
         raise AssertionError("the requests do not finish")
 
@@ -179,5 +237,6 @@ class Bench:
         assert self.scheduler.snapshot().images.used == 0
         assert len(self.queue) == self.queue.num_tokens == self.queue.num_bytes == 0
         assert len(self.queue.lines) == len(self.queue.owners) == 0
+        assert self.scheduler.tiles.num_images == self.scheduler.tiles.num_bytes == 0
         assert self.queue.owners.num_remembered == self.queue.owners.num_running.total() == 0
         self.scheduler.check()

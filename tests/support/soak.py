@@ -1,38 +1,60 @@
 """Thousands of random requests through one engine on tiny pools, each checked against itself alone.
 
 Owns the load and the check. Requests come in bursts, leave early, repeat pictures and prompts, and
-are greedy or seeded. What each must answer is what it answers alone: on roomy pools, with no cache
-and no company. Where the first other token of a greedy answer is the oracle's second best by less
-than 1e-4, rounding decided between them: such excuses are counted.
+are greedy or seeded. With a folder for adapters, half of them use one of eight, of which a few have
+places, fewer are kept in memory, and some are unloaded meanwhile.
+
+What each must answer is what it answers alone: on roomy pools, with no cache and no company. A
+greedy one with an adapter must answer what the merged model answers. Where the first other token of
+a greedy answer is the oracle's second best by less than 1e-4, rounding decided between them: such
+excuses are counted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+import torch
 from msgspec.structs import replace
-from support.oracle import count_excuses, image, loaded, prompt
+from support.adapters import MIXED
+from support.oracle import count_excuses, image, loaded, oracle, prompt
 from support.stepped import MAX_MODEL_LEN, SteppedEngine
+from transformers import MllamaForConditionalGeneration
 
-from vlmserve.models.batch import ImageTiles, PoolSizes, SamplingParams
+from vlmserve.models.batch import AdapterRef, ImageTiles, PoolSizes, SamplingParams
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
+from vlmserve.models.lora.limits import AdapterLimits
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine.engine import Engine
 from vlmserve.router.errors import EngineDeadError
-from vlmserve.router.messages import AddRequest, FromEngine, RequestFailed, StepOutputs
+from vlmserve.router.messages import (
+    AddRequest,
+    FromEngine,
+    ImagePiece,
+    NeedImage,
+    RequestFailed,
+    StepOutputs,
+)
 from vlmserve.router.scheduler.sequence import Sequence
 
 LAYOUT = "tiny"
 POOLS = PoolSizes(num_text_blocks=24, num_image_blocks=14, block_size=4)
 ROOMY_POOLS = PoolSizes(num_text_blocks=64, num_image_blocks=32, block_size=4)
 NUM_RECURRING = 6
+# Several for each image.
+PIECE_BYTES = 1000
 MAX_OPEN = 24
 TIMEOUT_S = 3600.0
+# Places, and the memory of about three adapters, for eight.
+MAX_LORAS, ADAPTER_BYTES = 2, 400_000
+MAX_RANK = 8
 
 
 @dataclass
@@ -49,9 +71,12 @@ class Report:
 
     endings: Counter[str] = field(default_factory=Counter)
     num_excuses: int = 0
+    num_adapted: int = 0
+    num_slot_loads: int = 0
     num_preemptions: int = 0
     num_evictions: int = 0
     num_image_hits: int = 0
+    num_images_sent: int = 0
     num_prefix_hits: int = 0
     rss_early: int = 0
     rss_late: int = 0
@@ -63,14 +88,22 @@ class Soak:
     Each request is drawn from its number, and drawn again for the check: nothing of it is kept.
     """
 
-    def __init__(self, num_requests: int, seed: int) -> None:
+    def __init__(self, num_requests: int, seed: int, adapters: Path | None = None) -> None:
+        self._refs: list[AdapterRef | None] = [None]
+        if adapters is not None:
+            written = [
+                one.write(adapters / name, oracle(LAYOUT), name) for name, one in MIXED.items()
+            ]
+            self._refs = [None] * len(written) + written
         self._seed = seed
         self._rng = np.random.default_rng(seed)
         self._num_requests = num_requests
         self._answers: dict[str, Answer] = {}
         self._open: set[str] = set()
         self._changed = asyncio.Event()
-        runner = ModelRunner(loaded(LAYOUT), PoolPlan(POOLS, MAX_MODEL_LEN))
+        self._unloading: set[asyncio.Task[None]] = set()
+        max_loras = MAX_LORAS if adapters is not None else 0
+        runner = runner_on(POOLS, max_loras)
         config = EngineConfig(
             model=LAYOUT,
             socket_path="unused",
@@ -78,7 +111,10 @@ class Soak:
             max_num_batched_tokens=24,
             max_num_batched_images=2,
             poison_freed_blocks=True,
+            max_loras=max_loras,
+            lora_host_bytes=ADAPTER_BYTES,
         )
+        self.runner = runner
         self.engine = Engine(runner, config, self._receive)
         self.report = Report()
 
@@ -101,6 +137,7 @@ class Soak:
         for number in range(self._num_requests):
             while len(self._open) >= MAX_OPEN or (self._open and self._rng.random() < 0.3):
                 self._abort_one()
+                self._unload_one()
                 await self._change()
             self._add(self._draw(number))
             if number == self._num_requests // 5:
@@ -111,12 +148,34 @@ class Soak:
         for request_id in request.answer_ids:
             self._answers[request_id] = Answer()
             self._open.add(request_id)
-        self.engine.add(1, request)
+        refs = [image.ref for image in request.images if isinstance(image, ImageTiles)]
+        self.engine.add(1, replace(request, images=refs))
+
+    def _reply(self, question: NeedImage) -> None:
+        """Send the tiles of an image, as a worker does while its request is open."""
+        request = self._draw(int(question.request_id.removeprefix("r")))
+        if self._open.isdisjoint(request.answer_ids):
+            return
+        self.report.num_images_sent += 1
+        (image, *_) = (one for one in request.images if one.content_hash == question.content_hash)
+        assert isinstance(image, ImageTiles)
+        for offset in range(0, len(image.data), PIECE_BYTES):
+            data = image.data[offset : offset + PIECE_BYTES]
+            piece = ImagePiece(question=question.question, offset=offset, data=data)
+            self.engine.receive(1, piece)
 
     def _abort_one(self) -> None:
         """Now and then a client leaves, whatever its request is just doing."""
         if self._open and self._rng.random() < 0.05:
             self.engine.abort(1, [str(self._rng.choice(sorted(self._open)))])
+
+    def _unload_one(self) -> None:
+        """Now and then an adapter is unloaded, and read again for the next request."""
+        ref = self._refs[self._rng.integers(len(self._refs))] if self._rng.random() < 0.2 else None
+        if ref is not None:
+            unloading = asyncio.create_task(self.engine.unload_adapter(ref.digest))
+            self._unloading.add(unloading)
+            unloading.add_done_callback(self._unloading.discard)
 
     async def _change(self) -> None:
         """Return when something came back."""
@@ -126,7 +185,10 @@ class Soak:
     def _receive(self, worker_id: int, message: FromEngine) -> None:
         assert worker_id == 1
         self._changed.set()
-        if isinstance(message, RequestFailed):
+        if isinstance(message, NeedImage):
+            delay_s = float(self._rng.choice([0.0, 0.0, 0.02]))
+            asyncio.get_running_loop().call_later(delay_s, self._reply, message)
+        elif isinstance(message, RequestFailed):
             self._end(message.request_id, message.kind)
         elif isinstance(message, StepOutputs):
             for output in message.outputs:
@@ -166,6 +228,7 @@ class Soak:
             tenant=str(rng.choice(["", "t"])),
             choice_ids=[f"{name}-{i}" for i in range(1, int(rng.choice([1, 1, 1, 2, 4])))],
             priority=int(rng.choice([0, 0, 0, 1])),
+            adapter=self._refs[rng.integers(len(self._refs))],
         )
 
     def _check_pools(self) -> None:
@@ -173,15 +236,18 @@ class Soak:
         scheduler.check()
         assert scheduler.snapshot().text.used == 0
         assert scheduler.snapshot().images.used == 0
+        assert scheduler.tiles.num_images == scheduler.tiles.num_bytes == 0
         assert self.engine.stats().num_waiting == self.engine.stats().num_running == 0
         stats = self.engine.stats()
         self.report.num_preemptions = stats.num_preemptions
         self.report.num_evictions = stats.image_cache_evictions
         self.report.num_image_hits = stats.image_cache_hits
         self.report.num_prefix_hits = stats.prefix_tokens_hit
+        if self.runner.adapters is not None:
+            self.report.num_slot_loads = self.runner.adapters.num_loads
 
     def _check_answers(self) -> None:
-        alone = ModelRunner(loaded(LAYOUT), PoolPlan(ROOMY_POOLS, MAX_MODEL_LEN))
+        alone = runner_on(ROOMY_POOLS, len(self._refs))
         for number in range(self._num_requests):
             request = self._draw(number)
             for request_id, solo in zip(request.answer_ids, solos_of(request), strict=True):
@@ -192,18 +258,38 @@ class Soak:
 
     def _check_answer(self, request: AddRequest, answer: Answer, alone: ModelRunner) -> None:
         caches_off = {"prefix_cache": False, "image_cache": False}
-        solo = SteppedEngine(alone, caches_off)
+        solo = SteppedEngine(alone, caches_off | {"max_loras": 1})
         solo.add(request)
+        if request.adapter is not None:
+            assert alone.adapters is not None
+            part = alone.adapters.read(request.adapter)
+            solo.scheduler.make_ready(solo.sequences[request.request_id], part)
         solo.run()
         expected = solo.generated(request.request_id)
         if answer.ending == "abort":
             expected = expected[: len(answer.token_ids)]
-        if answer.token_ids != expected:
+        is_other = answer.token_ids != expected
+        if is_other:
             assert request.sampling.is_greedy, f"{request.request_id}: another seeded answer"
+        if is_other or (request.adapter is not None and request.sampling.is_greedy):
             whole = prompt(request.request_id, "x")
             whole.token_ids, whole.images = request.prompt_token_ids, request.images
             whole.spans = request.spans
-            self.report.num_excuses += count_excuses(LAYOUT, whole, answer.token_ids)
+            model = None if request.adapter is None else merged(request.adapter.name)
+            self.report.num_excuses += count_excuses(LAYOUT, whole, answer.token_ids, model)
+            self.report.num_adapted += request.adapter is not None
+
+
+def runner_on(pools: PoolSizes, max_loras: int) -> ModelRunner:
+    """A runner of the model; with room for adapters if max_loras is not 0."""
+    limits = AdapterLimits(max_loras, MAX_RANK, torch.float32) if max_loras else None
+    return ModelRunner(loaded(LAYOUT), PoolPlan(pools, MAX_MODEL_LEN), None, limits)
+
+
+@functools.cache
+def merged(name: str) -> MllamaForConditionalGeneration:
+    """The oracle with an adapter in its weights."""
+    return MIXED[name].merged(oracle(LAYOUT))
 
 
 def solos_of(request: AddRequest) -> list[AddRequest]:

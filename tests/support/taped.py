@@ -8,6 +8,7 @@ results whose shape depends on values, and tensors made of Python's numbers.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -31,6 +32,8 @@ FORBIDDEN = {
 }
 
 Entry = Callable[[], None]
+# triton's interpreter keeps a program's place in a global: one thread at a time
+INTERPRETER = threading.Lock()
 
 
 class TapeRecorder(Recorder):
@@ -71,7 +74,8 @@ class _TapedKernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
             def again() -> None:
-                self._kernel[grid](*args, **kwargs)
+                with INTERPRETER:
+                    self._kernel[grid](*args, **kwargs)
 
             self._recorder.is_launching = True
             again()
@@ -122,9 +126,29 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def taped_backend(recorder: TapeRecorder, num_splits: int | None = None) -> TritonBackend:
+class TapedGroup:
+    """A rank's group whose sums the recorder keeps: a replay adds up again, as NCCL's does."""
+
+    def __init__(self, group: Any, recorder: TapeRecorder) -> None:
+        self._group, self._recorder = group, recorder
+        self.rank, self.size = group.rank, group.size
+        self.join, self.least = group.join, group.least
+
+    def add_up(self, states: Tensor) -> Tensor:
+        """See `Group.add_up`."""
+        self._recorder.is_launching = True
+        try:
+            total = self._group.add_up(states)
+        finally:
+            self._recorder.is_launching = False
+        if self._recorder.tape is not None:
+            self._recorder.tape.append(lambda: total.copy_(self._group.add_up(states)))
+        return total
+
+
+def taped_backend(recorder: TapeRecorder, piece: int | None = None) -> TritonBackend:
     """A Triton backend whose launches the recorder keeps."""
-    backend = TritonBackend(num_splits)
+    backend = TritonBackend(piece)
     backend._kernels = recorder.taped(backend._kernels)
     return backend
 

@@ -18,6 +18,7 @@ import httpx2
 from support.http_side import (
     MODEL,
     OneTileImages,
+    Script,
     ScriptedEngine,
     meta_like_tokenizer,
     running_server,
@@ -39,14 +40,20 @@ async def one_tile_images() -> AsyncIterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def server_in_thread(
-    checkpoint: Path, *, tls: Any = None, parts: Parts = one_tile_images, **settings: Any
+    checkpoint: Path,
+    *,
+    tls: Any = None,
+    parts: Parts = one_tile_images,
+    script: Script | None = None,
+    **settings: Any,
 ) -> Iterator[int]:
     """The port of a server whose engine answers "What?"; it ends with the block.
 
-    parts: gives `build_app`'s own parts but the engine, entered in the server's event loop.
+    script: other answers of the engine. parts: gives `build_app`'s own parts but the engine,
+    entered in the server's event loop.
     """
     tokenizer = meta_like_tokenizer()
-    engine = ScriptedEngine(lambda request: list(tokens_one_by_one(tokenizer, "What?")))
+    engine = ScriptedEngine(script or (lambda request: list(tokens_one_by_one(tokenizer, "What?"))))
     options = ServerSettings(
         model=str(checkpoint), engine_socket="", **{"served_model_names": [MODEL]} | settings
     )

@@ -23,11 +23,13 @@ SOURCE = ROOT / "tests" / "support" / "clock_shift.c"
 DAY_S = 24 * 60 * 60
 # Where the date itself is wanted: in answers, logs and prompts, and when a stored response expires.
 WALL_CLOCK_READERS = {
+    "server/adapters/updates.py",
     "server/api/response_store.py",
     "server/api/services.py",
     "server/app.py",
     "server/bench/report.py",
     "server/bench/runner.py",
+    "server/cli/adapter_sources.py",
     "server/prompts/chat_template.py",
     "server/prompts/templates/child.py",
     "server/prompts/templates/environment.py",
@@ -35,6 +37,7 @@ WALL_CLOCK_READERS = {
     "server/schemas/openai/answer_frames.py",
     "server/schemas/openai/response_answers.py",
     "server/telemetry/request_record.py",
+    "server/telemetry/vllm_names.py",
 }
 WALL_CLOCKS = {"time.time", "time.time_ns", "datetime.datetime.now", "datetime.datetime.utcnow"}
 
@@ -51,6 +54,7 @@ def library(tmp_path: Path) -> Path:
     return built
 
 
+@pytest.mark.slow
 def test_row_73_a_jump_of_the_wall_clock_fails_no_request(
     library, unused_port, tmp_path, wait_for
 ) -> None:

@@ -1,6 +1,7 @@
 """The container files: what they name is what the server has."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from compose_spec import PyOptions
 from support.containers import health_command, is_ignored, read_dockerfile
 
 from vlmserve.server.routes.health import LIVE, READY
@@ -131,6 +133,17 @@ def test_the_ignore_file_is_read_as_docker_reads_it(name, expected):
     assert is_ignored(name, IGNORE_FILE) is expected
 
 
+def test_compose_is_valid():
+    """By a strict parser of the Compose Specification, with the variables' default values."""
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / "compose.yaml").read_text())
+    parse = PyOptions(apply_merge=True).from_yaml
+    parsed = parse(text)
+    parsed.validate()
+    assert set(parsed.service_names()) == {"vlmserve", "vlmserve-cpu"}
+    with pytest.raises(ValueError, match="imge"):
+        parse(text.replace("image:", "imge:"))
+
+
 def test_compose_serves_on_a_gpu_and_by_profile_on_the_cpu(compose, image):
     gpu, cpu = compose["services"]["vlmserve"], compose["services"]["vlmserve-cpu"]
     (device,) = gpu["deploy"]["resources"]["reservations"]["devices"]
@@ -156,7 +169,8 @@ def test_every_variable_of_compose_and_kubernetes_is_one_that_is_read(compose, c
     known = (ROOT / "docs" / "settings.md").read_text()  # tests hold it to the options
     names = set(compose["services"]["vlmserve"]["environment"])
     names |= {variable["name"] for variable in container["env"]}
-    assert names == {"HF_TOKEN", "VLMSERVE_API_KEY", "VLMSERVE_MODEL"}
+    options = {"VLMSERVE_API_KEY", "VLMSERVE_METRICS_PORT", "VLMSERVE_MODEL"}
+    assert names == options | {"HF_TOKEN"}
     for name in names - {"HF_TOKEN"}:
         assert f"`{name}`" in known
 
@@ -183,7 +197,7 @@ def test_the_model_may_come_from_the_environment():
 
 
 def test_probes_ask_routes_that_there_are_on_a_port_that_is_open(container):
-    (port,) = container["ports"]
+    port = container["ports"][0]
     assert port["containerPort"] == PORT
     paths = {}
     for kind in ("startup", "readiness", "liveness"):
@@ -191,6 +205,16 @@ def test_probes_ask_routes_that_there_are_on_a_port_that_is_open(container):
         assert probe["port"] == port["name"]
         paths[kind] = probe["path"]
     assert paths == {"startup": READY, "readiness": READY, "liveness": LIVE}
+
+
+def test_scrapers_find_the_port_that_needs_no_key(manifests, container):
+    template = manifests["deployment.yaml"]["spec"]["template"]
+    (value,) = [v["value"] for v in container["env"] if v["name"] == "VLMSERVE_METRICS_PORT"]
+    named = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert template["metadata"]["annotations"]["prometheus.io/port"] == value
+    assert named["metrics"] == int(value)
+    ports = manifests["service.yaml"]["spec"]["ports"]
+    assert [port["targetPort"] for port in ports] == ["http"], "metrics stay inside the cluster"
 
 
 def test_the_startup_probe_waits_for_a_download_and_liveness_outlasts_a_pause(container):
@@ -238,7 +262,11 @@ def test_secrets_come_from_a_file_that_the_repository_does_not_hold(container):
     assert secret["envs"] == ["secret.env"]
     example = (KUBERNETES / "secret.env.example").read_text().splitlines()
     keys = {line.partition("=")[0] for line in example if not line.startswith("#")}
-    references = [variable["valueFrom"]["secretKeyRef"] for variable in container["env"]]
+    references = [
+        variable["valueFrom"]["secretKeyRef"]
+        for variable in container["env"]
+        if "valueFrom" in variable
+    ]
     assert {reference["key"] for reference in references} == keys
     assert {reference["name"] for reference in references} == {secret["name"]}
     assert "deploy/kubernetes/secret.env" in (ROOT / ".gitignore").read_text().splitlines()

@@ -74,7 +74,7 @@ def test_row_28_an_exhausted_cache_preempts_and_changes_no_greedy_answer(tmp_pat
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("fault", ["raise", "memory"])
+@pytest.mark.parametrize("fault", ["raise", pytest.param("memory", marks=pytest.mark.slow)])
 def test_row_29_a_failed_step_is_a_500_for_those_in_it_and_for_nobody_else(
     start_faulty_server, wait_for, fault
 ):

@@ -38,6 +38,7 @@ def ask(server, key: str, text: str, max_tokens: int) -> int:
         return json.load(answer)["usage"]["completion_tokens"]
 
 
+@pytest.mark.slow
 def test_row_70_a_flood_of_one_key_ends_no_answer_before_anothers_small_ones(
     start_faulty_server, key_file, wait_for
 ):

@@ -76,6 +76,7 @@ def fill(folder: Path) -> None:
             file.write(bytes(4096))
 
 
+@pytest.mark.slow
 @needs_mounts
 def test_row_67_a_server_that_can_write_nowhere_serves_and_replaces_a_worker(
     unused_port, tmp_path, wait_for

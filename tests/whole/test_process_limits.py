@@ -6,8 +6,10 @@ The limit on processes does not hold for root, so the server runs as another use
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -63,6 +65,7 @@ def _limit(pid: int, num_processes: str) -> None:
     subprocess.run(command, check=True, timeout=60)
 
 
+@pytest.mark.slow
 @needs_another_user
 def test_row_69_without_processes_images_and_grammars_are_refused_and_texts_answered(
     server, wait_for, draw_picture
@@ -85,6 +88,7 @@ def test_row_69_without_processes_images_and_grammars_are_refused_and_texts_answ
     assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.slow
 @needs_another_user
 def test_row_69_a_child_that_cannot_be_forked_is_started_later(server, wait_for) -> None:
     standing = Standing(server, is_warm=True)
@@ -103,6 +107,29 @@ def test_row_69_a_child_that_cannot_be_forked_is_started_later(server, wait_for)
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(60) == 0
     assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["worker", "engine"])
+def test_row_69_a_process_that_gets_no_more_memory_hangs_no_request(
+    start_faulty_server, wait_for, kind
+) -> None:
+    """Its address space is limited while it serves: a large request fails, or ends the process."""
+    server = start_faulty_server(supervision={"has_standby": False, "max_restarts": 100})
+    standing = Standing(server, is_warm=True)
+    (pid,) = standing.pids(kind)
+    num_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    limit = num_pages * resource.getpagesize() + 2**20
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
+    large = body_for(CHAT, text="word " * 200_000)
+    for _ in range(3):
+        # Refused as too long, an error of the server, or a connection that its worker's end closes.
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            assert standing.post(CHAT, large).status in (400, 500, 503)
+    assert wait_for(lambda: is_ready(server.url))
+    assert standing.post(CHAT, body_for(CHAT)).status == 200
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0
 
 
 @pytest.mark.slow

@@ -159,6 +159,7 @@ def test_row_72_answers_and_errors_pass_and_connections_are_used_again(proxy: Pr
     assert (long_head.status, json.loads(long_head.body)["code"]) == (431, 431)
 
 
+@pytest.mark.slow
 def test_row_72_a_stream_comes_token_by_token_and_a_cancel_reaches_the_engine(
     proxy: Proxy, wait_for
 ) -> None:

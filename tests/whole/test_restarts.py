@@ -124,7 +124,9 @@ def hang_in_a_step(server, standing):
     server.suffer("hang")
 
 
-@pytest.mark.parametrize("hang", [hang_by_stopping, hang_in_a_step])
+@pytest.mark.parametrize(
+    "hang", [hang_in_a_step, pytest.param(hang_by_stopping, marks=pytest.mark.slow)]
+)
 def test_row_34_a_hung_engine_is_not_ready_and_then_restarted(start_faulty_server, wait_for, hang):
     server = start_faulty_server(supervision=QUICK, server={"ready_stall_s": 0.5})
     standing = standing_of(server)
@@ -166,6 +168,7 @@ def test_row_35_a_killed_worker_is_replaced_and_its_requests_leave_the_engine(
         assert wait_for(lambda: not any(map(is_running, decoders)))
 
 
+@pytest.mark.slow
 def test_row_35_a_hung_worker_is_ended_and_replaced_and_its_requests_leave_the_engine(
     start_faulty_server, wait_for
 ):
@@ -240,6 +243,7 @@ def test_row_35_a_killed_supervisor_leaves_nothing_running(start_faulty_server, 
     assert wait_for(lambda: not any(map(is_running, family)))
 
 
+@pytest.mark.slow
 def test_row_35_two_workers_are_each_replaced(start_faulty_server, wait_for):
     server = start_faulty_server(supervision={"num_workers": 2})
     standing = standing_of(server)
@@ -252,6 +256,7 @@ def test_row_35_two_workers_are_each_replaced(start_faulty_server, wait_for):
     assert restarts(standing) == {"engine": (0, 0), "worker": (2, 0)}
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_all_workers_and_outlive_them(start_faulty_server, wait_for):
     """Whichever worker answers /metrics tells the sum; a killed one's counts do not vanish."""
     server = start_faulty_server(supervision={"num_workers": 2})
@@ -317,6 +322,7 @@ def assert_not_ready(answer):
     assert (answer.status, answer.json) == (503, message)
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_again_and_again_ends_the_server_with_one_line(start_faulty_server):
     server = start_faulty_server(supervision={"max_restarts": 2, "has_standby": False})
     server.suffer("dies loading")
@@ -342,7 +348,7 @@ def without_descriptors(pid):
             resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
 
-@pytest.mark.parametrize("role", ["worker", "engine"])
+@pytest.mark.parametrize("role", ["worker", pytest.param("engine", marks=pytest.mark.slow)])
 def test_row_60_a_child_that_the_system_cannot_start_is_started_later(
     start_faulty_server, wait_for, role
 ):
@@ -360,6 +366,7 @@ def test_row_60_a_child_that_the_system_cannot_start_is_started_later(
     assert server.process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_row_60_a_worker_that_can_never_be_started_ends_the_server_without_a_traceback(
     start_faulty_server, wait_for
 ):
@@ -374,6 +381,7 @@ def test_row_60_a_worker_that_can_never_be_started_ends_the_server_without_a_tra
     assert wait_for(lambda: not any(map(is_running, family)))
 
 
+@pytest.mark.slow
 def test_files_of_metrics_do_not_pile_up(start_faulty_server, wait_for):
     server = start_faulty_server()
     standing = standing_of(server)

@@ -1,6 +1,6 @@
 """Nothing is lost, mixed up or leaked over many random requests on pools far too small for them.
 
-`make soak` runs ten thousand; every run of the tests takes a hundred of the same kind.
+`make soak` runs ten thousand; `make test-slow` takes a hundred of the same kind.
 """
 
 import asyncio
@@ -11,12 +11,25 @@ from support.soak import Soak
 FLAT_BYTES = 32 << 20
 
 
+@pytest.mark.slow
 def test_a_hundred_random_requests_answer_as_alone_and_leave_nothing_behind():
     report = asyncio.run(Soak(100, seed=7).run())
     assert report.endings["abort"] > 0
     assert report.endings["length"] > 50
     assert report.num_preemptions > 0, "the pools are too large to test preemption"
     assert report.num_evictions > 0
+    assert report.num_image_hits > 0
+    assert report.num_images_sent > report.num_evictions // 2
+    assert report.num_prefix_hits > 0
+    assert report.num_excuses <= 1
+
+
+@pytest.mark.slow
+def test_random_requests_with_adapters_answer_as_the_merged_model_alone(tmp_path):
+    report = asyncio.run(Soak(60, seed=9, adapters=tmp_path).run())
+    assert report.num_adapted > 15
+    assert report.num_slot_loads > 8, "adapters never left their slots"
+    assert report.num_preemptions > 0
     assert report.num_image_hits > 0
     assert report.num_prefix_hits > 0
     assert report.num_excuses <= 1

@@ -21,6 +21,7 @@ def run(*arguments, timeout_s=1200) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_no_client_is_left_hanging_when_engines_are_killed_under_load():
     figures = run("kills", "--engine", "hashing", "--count", "3", "--clients", "8", "--slack", "5")
     assert (figures["kills"], figures["hanging"], figures["broken"]) == (3, 0, [])

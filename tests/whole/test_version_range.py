@@ -64,6 +64,7 @@ def oldest_python(tmp_path_factory) -> Path:
     subprocess.run([other_python(), "-m", "venv", str(folder)], check=True, timeout=300)
     python = folder / "bin" / "python"
     pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    pip.append("--no-compile")  # of torch's thousands of modules few are imported
     index = os.environ.get("TORCH_INDEX_URL")
     if index:
         subprocess.run(

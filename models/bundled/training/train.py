@@ -66,28 +66,38 @@ class Trainee(nn.Module):
             pictures.pixel_values, pictures.aspect_ratio_ids, pictures.aspect_ratio_mask
         ).last_hidden_state
 
-    def answer_loss(self, features: Tensor, tile_mask: Tensor, buckets: list[Rows]) -> Tensor:
-        """Mean cross entropy over all answer tokens; one vision pass serves all rows."""
-        states = self.model.model.multi_modal_projector(features).flatten(1, 3)
-        losses, num_targets = [], 0
-        for rows in buckets:
-            hidden = self._read(states, tile_mask, rows)
-            is_learned = rows.targets != IGNORE
-            logits = self.model.lm_head(hidden[is_learned]).float()
-            targets = rows.targets[is_learned]
-            losses.append(functional.cross_entropy(logits, targets, reduction="sum"))
-            num_targets += len(targets)
-        return torch.stack(losses).sum() / num_targets
 
-    def _read(self, states: Tensor, tile_mask: Tensor, rows: Rows) -> Tensor:
-        """The decoder's last hidden states, [rows, tokens, hidden]."""
-        sees_tiles = rows.sees[..., None] * tile_mask[rows.pictures, 0][:, None]
-        return self.model.model(
-            input_ids=rows.input_ids,
-            cross_attention_states=states[rows.pictures].flatten(1, 2),
-            cross_attention_mask=sees_tiles,
-            use_cache=False,
-        ).last_hidden_state
+def answer_loss(
+    model: MllamaForConditionalGeneration, features: Tensor, tile_mask: Tensor, buckets: list[Rows]
+) -> Tensor:
+    """Mean cross entropy over all answer tokens; one vision pass serves all rows.
+
+    features: of the vision encoder, [pictures, 1, 4, 17, 384].
+    """
+    states = model.model.multi_modal_projector(features).flatten(1, 3)
+    losses, num_targets = [], 0
+    for rows in buckets:
+        hidden = _read(model, states, tile_mask, rows)
+        is_learned = rows.targets != IGNORE
+        logits = model.lm_head(hidden[is_learned]).float()
+        targets = rows.targets[is_learned]
+        losses.append(functional.cross_entropy(logits, targets, reduction="sum"))
+        num_targets += len(targets)
+    return torch.stack(losses).sum() / num_targets
+
+
+def _read(
+    model: MllamaForConditionalGeneration, states: Tensor, tile_mask: Tensor, rows: Rows
+) -> Tensor:
+    """The decoder's last hidden states, [rows, tokens, hidden]."""
+    sees_tiles = rows.sees[..., None] * tile_mask[rows.pictures, 0][:, None]
+    hidden: Tensor = model.model(
+        input_ids=rows.input_ids,
+        cross_attention_states=states[rows.pictures].flatten(1, 2),
+        cross_attention_mask=sees_tiles,
+        use_cache=False,
+    ).last_hidden_state
+    return hidden
 
 
 class Run:
@@ -172,7 +182,7 @@ class Run:
             total = sum(losses.values(), torch.zeros(()))
             if batch.buckets:
                 mask = batch.pictures.aspect_ratio_mask
-                losses["answer"] = self.trainee.answer_loss(features, mask, batch.buckets)
+                losses["answer"] = answer_loss(self.trainee.model, features, mask, batch.buckets)
                 total = losses["answer"] + self.settings.auxiliary_weight * total
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()

@@ -2,9 +2,9 @@
 
 Owns the program. Knows nothing of layers; `product.py` launches it. Imported only with triton.
 
-A program computes BLOCK_N output channels of BLOCK_M rows over one of SPLIT_K stretches of the
-input: it reads codes once, decodes them in registers, rounds them to the compute type and
-multiplies. The caller adds the stretches in float32 and in order.
+A program computes BLOCK_N output channels of BLOCK_M rows over one part of the input: it decodes
+codes in registers, rounds them to the compute type and multiplies. Programs of the same channels
+are neighbours. The parts are added in float32 and in order.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def coded_product_kernel(
     output,
     num_rows,
     row_stride,
+    per_split,
     OUT: tl.constexpr,
     IN: tl.constexpr,
     GROUP: tl.constexpr,
@@ -34,28 +35,27 @@ def coded_product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PER_SPLIT: tl.constexpr,
     OPERAND: tl.constexpr,
     ROUNDED: tl.constexpr,
 ):
     """rows [num_rows, IN] x codes [OUT, IN or IN / 2] -> output [splits, num_rows, OUT].
 
-    PER_SPLIT: inputs of a split, a multiple of BLOCK_K. OPERAND: the type of the products' inputs;
+    per_split: inputs of a split, a multiple of BLOCK_K. OPERAND: the type of the products' inputs;
     ROUNDED: the compute type, to which decoded weights are rounded first.
     """
-    channel = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     is_channel = channel < OUT
     is_row = row < num_rows
-    inner = split * PER_SPLIT + tl.arange(0, BLOCK_K)
+    inner = split * per_split + tl.arange(0, BLOCK_K)
     row_at = rows + row.to(tl.int64)[:, None] * row_stride
     GROUPS: tl.constexpr = IN // GROUP
     IS_NIBBLE: tl.constexpr = CODING >= INT4
     PER_ROW: tl.constexpr = IN // 2 if IS_NIBBLE else IN
     code_at = codes + channel.to(tl.int64)[:, None] * PER_ROW
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(0, PER_SPLIT, BLOCK_K):
+    for step in range(0, tl.minimum(per_split, IN - split * per_split), BLOCK_K):
         place = inner + step
         is_place = place < IN
         x = tl.load(row_at + place[None, :], mask=is_row[:, None] & is_place[None, :], other=0.0)
@@ -73,10 +73,17 @@ def coded_product_kernel(
                 w = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
             else:
                 w = code.to(tl.float32)
-        at = channel.to(tl.int64)[:, None] * GROUPS + (place // GROUP)[None, :]
+        if GROUP % BLOCK_K == 0:
+            # all inputs of the round are in one group
+            group = (split * per_split + step) // GROUP
+            at = (channel.to(tl.int64) * GROUPS + group)[:, None]
+            is_group = is_channel[:, None]
+        else:
+            at = channel.to(tl.int64)[:, None] * GROUPS + (place // GROUP)[None, :]
+            is_group = mask
         if HAS_ZEROS:
-            w -= tl.load(zeros + at, mask=mask, other=0).to(tl.float32)
-        w *= tl.load(scales + at, mask=mask, other=0.0)
+            w -= tl.load(zeros + at, mask=is_group, other=0).to(tl.float32)
+        w *= tl.load(scales + at, mask=is_group, other=0.0)
         w = w.to(ROUNDED).to(OPERAND)
         sums += tl.dot(x.to(OPERAND), tl.trans(w), input_precision="ieee")
     at_out = (split.to(tl.int64) * num_rows + row[:, None]) * OUT + channel[None, :]

@@ -24,8 +24,9 @@ from ...kernels.self_test import are_usable
 from .layout import Coding
 from .weight import CodedWeight
 
-# with more rows than this a product costs arithmetic, so decoding first is cheaper
-FEW_ROWS_CUDA = 64
+# With more rows than this a product costs arithmetic, so decoding first is cheaper; with fewer the
+# weight is decoded again for each 64 rows, in registers (estimated).
+FEW_ROWS_CUDA = 256
 # weights that are decoded at once
 CHUNK_CPU = 1 << 20
 CHUNK_CUDA = 1 << 24
@@ -90,7 +91,9 @@ class CodedLinear(nn.Module):
 
 @functools.cache
 def has_kernel(coding: Coding, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether few rows use the fused kernel; loading tries it once."""
+    """Whether few rows use the fused kernel; loading tries it once. As int8's, not in float32."""
+    if dtype == torch.float32:
+        return False
 
     def trial() -> list[tuple[Tensor, Tensor]]:
         from .product import trial_pairs

@@ -1,6 +1,6 @@
 """Launches the fused product of few rows and a coded weight.
 
-Owns the shape of a launch; tiles and splits are those of the int8 product. Knows nothing of layers.
+Owns the shape of a launch; lines and splits are those of the int8 product. Knows nothing of layers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.triton_support import operand_of
-from ..int8.product import MAX_BLOCK_M, MIN_SPLIT, TILES, Launch, Tiles
+from ..int8.product import MIN_SPLIT, TRIED_ROWS, Launch, Tiles, block_m_of
 from . import coded_kernels as kernels
 from .layout import Coding
 from .weight import CodedWeight, quantize_fp8
@@ -22,9 +22,24 @@ _CODINGS = {
 }
 
 
-def fused_product(rows: Tensor, weight: CodedWeight, tiles: Tiles = TILES) -> Tensor:
-    """rows [n, in], columns in the weight's stored order, times the weight: [n, out]."""
+def tiles_of(num_rows: int, group: int) -> Tiles:
+    """The tiles of a product of so many rows.
+
+    A round reads inputs of one group where it can, and then one scale a channel: a scale for each
+    code took more copies, and more shared memory, than the codes.
+    """
+    if group % 128 and group % 64 == 0:
+        return Tiles(block_n=64, block_k=64)  # a table's values take the room of more stages
+    return Tiles(num_stages={16: 6, 32: 4, 64: 3}[block_m_of(num_rows)])
+
+
+def fused_product(rows: Tensor, weight: CodedWeight, tiles: Tiles | None = None) -> Tensor:
+    """rows [n, in], columns in the weight's stored order, times the weight: [n, out].
+
+    tiles: None chooses by the rows and the weight's groups.
+    """
     num_rows, (num_out, num_in) = len(rows), weight.shape
+    tiles = tiles or tiles_of(num_rows, weight.group)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     launch = Launch.of(rows, num_out, tiles)
     kernels.coded_product_kernel[launch.grid](
@@ -36,6 +51,7 @@ def fused_product(rows: Tensor, weight: CodedWeight, tiles: Tiles = TILES) -> Te
         launch.output,
         num_rows,
         rows.stride(0),
+        launch.per_split,
         OUT=num_out,
         IN=num_in,
         GROUP=weight.group,
@@ -44,7 +60,6 @@ def fused_product(rows: Tensor, weight: CodedWeight, tiles: Tiles = TILES) -> Te
         BLOCK_M=launch.block_m,
         BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k,
-        PER_SPLIT=launch.per_split,
         OPERAND=operand_of(rows),
         ROUNDED=kernels.type_of(rows.dtype),
         num_warps=tiles.num_warps,
@@ -80,12 +95,12 @@ def random_weight(
 def trial_pairs(
     coding: Coding, device: torch.device, dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor]]:
-    """The kernel's and torch's results for one row and for the most rows of a program."""
-    num_in = 2 * MIN_SPLIT
-    has_zeros = coding is Coding.INT4
-    weight = random_weight(coding, 3 * TILES.block_n, num_in, num_in // 128, has_zeros=has_zeros)
+    """The kernel's and torch's results, for every number of rows of a program."""
+    num_out, num_in = 96, 2 * MIN_SPLIT
+    groups = num_in // (64 if coding is Coding.TABLE4 else 128)  # as the formats have them
+    weight = random_weight(coding, num_out, num_in, groups, has_zeros=coding is Coding.INT4)
     generator, pairs = torch.Generator().manual_seed(1), []
-    for num_rows in (1, MAX_BLOCK_M):
+    for num_rows in TRIED_ROWS:
         rows = torch.randn(num_rows, num_in, generator=generator).to(dtype)
         expected = rows.float() @ weight.decode(dtype=torch.float32).T
         actual = fused_product(rows.to(device), weight.to(device))

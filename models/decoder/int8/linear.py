@@ -1,8 +1,8 @@
 """A linear layer with an int8 weight, by the fastest product of the device.
 
     rows of the input      CUDA                   CPU, bfloat16          CPU, float32
-    few (a decode step)    fused Triton kernel    torch's int8 kernel    unpacked, in parts
-                           (if its trial is
+    few (decodes, also     fused Triton kernel    torch's int8 kernel    unpacked, in parts
+    beside a small chunk)  (if its trial is
                            right)
     many (a prefill)       unpacked, in parts     unpacked, in parts     unpacked, in parts
 
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from ...kernels.self_test import are_usable
 from .quantizer import Int8Weight
 
-# with more rows arithmetic dominates: measured on a CPU, estimated on a GPU
+# With more rows arithmetic dominates: measured on a CPU. On a GPU unpacking costs 5 bytes a weight
+# (read 1, write 2, read 2) and the fused product at most 1 for each line of 64 rows: estimated.
 FEW_ROWS_CPU = 8
-FEW_ROWS_CUDA = 64
+FEW_ROWS_CUDA = 256
 # codes to unpack at once
 CHUNK_CPU = 1 << 20
 CHUNK_CUDA = 1 << 24
@@ -87,7 +88,12 @@ class Int8Linear(nn.Module):
 
 @functools.cache
 def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether few rows use the fused kernel; it is tried once, while the model loads."""
+    """Whether few rows use the fused kernel; it is tried once, while the model loads.
+
+    Not in float32, whose products take no tensor cores and more registers than there are.
+    """
+    if dtype == torch.float32:
+        return False
 
     def trial() -> list[tuple[Tensor, Tensor]]:
         from .product import trial_pairs

@@ -3,7 +3,8 @@
 Owns the padded sizes, the two variants, and the buffer that replays read.
 
     sizes       1, 2, 4, 8, 16, 24 ... rows; a step uses the next size that fits
-    variants    text only, without the cross-attention layers; or some rows see images
+    variants    text only, without the cross-attention layers; or some rows see images; each also
+                with adapters, if there are any
 
 Steps of one token a row are replayed. A chunk of a prompt, a new image or a longer table runs
 eager.
@@ -14,19 +15,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...attention.triton_paged import TritonBackend
+from ...attention.work_items import aligned
 from ...decoder.decoder import FusedDecoder, LayerCount
+from ...decoder.operations import LayerOperations
 from ...kv_cache.paged_cache import KVPools, PagedStep
 from ...kv_cache.step_inputs import StepInputs
-from .layout import Ints, Layout, Parts, write
+from ...lora.rows import sorted_rows
+from ...lora.store import AdapterStore
+from .layout import Ints, Layout, Parts, write, write_padding
 from .recorder import Recorder, frozen_objects
 
 # rows of the largest graph: a larger step takes longer to compute than to launch
 MAX_ROWS = 256
-# ids of a text table, 512 KiB; every replay copies it to the device
+# ids of a text table, 512 KiB; a replay copies those of its longest row times its rows
 MAX_TABLE = 1 << 17
 # images with the most tiles that fit a row's table
 MAX_IMAGES = 8
@@ -46,12 +53,12 @@ class GraphLimits:
 class _Graph:
     """A recorded step.
 
-    host: where its inputs are written; num_entries: their length in the buffer. num_layers: how
-    many layers it starts. step: kept alive, since replays read its tensors.
+    host: where its inputs are written. num_layers: how many layers it starts. step: kept alive,
+    since replays read its tensors.
     """
 
+    layout: Layout
     host: Parts[Ints]
-    num_entries: int
     replay: Callable[[], Tensor]
     num_layers: int
     step: PagedStep
@@ -68,22 +75,30 @@ class DecodeGraphs:
         limits: GraphLimits,
         recorder: Recorder,
         layers: LayerCount,
+        adapters: AdapterStore | None = None,
     ) -> None:
         """layers: the model's layer count, which a replay advances like a normal pass."""
         self._decoder, self._pools, self._backend = decoder, pools, backend
         self._limits, self._layers = limits, layers
         keys = pools.layers[0].keys
         self._dtype = keys.dtype
-        self._layouts = [_layout(size, limits) for size in padded_sizes(limits.max_num_seqs)]
-        self._buffer = _Buffer(max(lay.num_entries(True) for lay in self._layouts), keys.device)
-        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        self._layouts = [
+            _layout(size, limits, pools.num_patches, backend)
+            for size in padded_sizes(limits.max_num_seqs)
+        ]
+        self._buffer = _Buffer(max(lay.num_entries for lay in self._layouts), keys.device)
+        self._adapters = None
+        if adapters is not None and adapters.can_record(keys.device):
+            self._adapters = _Adapters(adapters, self._layouts[-1].size, keys.device)
+        self._graphs: dict[tuple[int, bool, bool], _Graph] = {}
         self.num_replays = 0
         variants = (True, False) if pools.cross_layers else (False,)
         with frozen_objects():
             for layout in reversed(self._layouts):
                 for has_images in variants:
-                    graph = self._record(layout, has_images, recorder)
-                    self._graphs[layout.size, has_images] = graph
+                    for has_adapters in (True, False) if self._adapters else (False,):
+                        graph = self._record(layout, has_images, has_adapters, recorder)
+                        self._graphs[layout.size, has_images, has_adapters] = graph
 
     @property
     def num_graphs(self) -> int:
@@ -93,32 +108,44 @@ class DecodeGraphs:
     def most_rows(self) -> int:
         return self._layouts[-1].size
 
-    def takes(self, inputs: StepInputs) -> bool:
+    def takes(self, inputs: StepInputs, has_adapters: bool = False) -> bool:
         """Whether there is a graph for the step; its images must be encoded already."""
-        return self._find(inputs) is not None
+        return self._find(inputs, has_adapters) is not None
 
-    def replay(self, inputs: StepInputs) -> Tensor:
-        """The normalised hidden states, [num_rows, hidden]; valid until the next replay."""
-        graph = self._find(inputs)
+    def replay(self, inputs: StepInputs, row_slots: NDArray[np.int64] | None = None) -> Tensor:
+        """The normalised hidden states, [num_rows, hidden]; valid until the next replay.
+
+        row_slots: of the rows' adapters; None if no row has one.
+        """
+        graph = self._find(inputs, row_slots is not None)
         assert graph is not None, "the step has no graph"
+        if row_slots is not None and self._adapters is not None:
+            self._adapters.write(row_slots)
         self._buffer.wait()
-        write(graph.host, inputs)
-        self._buffer.send(graph.num_entries)
+        write(graph.layout, graph.host, inputs, self._backend)
+        self._buffer.send(graph.layout.num_used(inputs))
         self._layers.num_started += graph.num_layers
         self.num_replays += 1
         return graph.replay()[: len(inputs.token_ids)]
 
-    def _find(self, inputs: StepInputs) -> _Graph | None:
+    def _find(self, inputs: StepInputs, has_adapters: bool) -> _Graph | None:
         num_rows = len(inputs.token_ids)
         layout = next((layout for layout in self._layouts if layout.size >= num_rows), None)
         if layout is None or not layout.takes(inputs):
             return None
-        return self._graphs[layout.size, inputs.cross_rows is not None]
+        return self._graphs.get((layout.size, inputs.cross_rows is not None, has_adapters))
 
-    def _record(self, layout: Layout, has_images: bool, recorder: Recorder) -> _Graph:
+    def _record(
+        self, layout: Layout, has_images: bool, has_adapters: bool, recorder: Recorder
+    ) -> _Graph:
         parts = layout.parts(self._buffer.device)
-        self._buffer.clear(layout)
-        step = self._step(parts, has_images)
+        self._buffer.wait()
+        write_padding(layout, layout.parts(self._buffer.host), self._backend)
+        self._buffer.send(layout.num_entries)
+        step = self._step(layout, parts, has_images)
+        operations = None
+        if has_adapters and self._adapters is not None:
+            operations = self._adapters.operations(self._decoder, layout.size)
         # the recorder runs several passes; a replay counts the layers of one
         counts: list[int] = []
 
@@ -126,31 +153,62 @@ class DecodeGraphs:
             before = self._layers.num_started
             row_mask = parts.row_mask.to(self._dtype)[:, None] if has_images else None
             hidden = self._decoder(
-                parts.token_ids, parts.positions, None, row_mask, self._pools, step
+                parts.token_ids, parts.positions, None, row_mask, self._pools, step, operations
             )
             counts.append(self._layers.num_started - before)
             return hidden
 
         replay = recorder.record(compute)
-        host, num_entries = layout.parts(self._buffer.host), layout.num_entries(has_images)
-        return _Graph(host, num_entries, replay, counts[-1], step)
+        return _Graph(layout, layout.parts(self._buffer.host), replay, counts[-1], step)
 
-    def _step(self, parts: Parts[Tensor], has_images: bool) -> PagedStep:
-        limits, num_patches = self._limits, self._pools.num_patches
+    def _step(self, layout: Layout, parts: Parts[Tensor], has_images: bool) -> PagedStep:
         plan = self._backend.fixed_plan
         cross = None
         if has_images:
-            longest = limits.max_num_tiles * num_patches
-            cross = plan(parts.cross_lens, parts.cross_table, num_patches, longest)
+            cross = plan(
+                parts.cross_lens,
+                parts.cross_table,
+                self._pools.num_patches,
+                layout.cross_work.views(parts.cross_work),
+            )
         return PagedStep(
             backend=self._backend,
             text_slots=parts.slots,
             image_slots=None,
             text_plan=plan(
-                parts.key_lens, parts.text_table, limits.block_size, limits.max_model_len
+                parts.key_lens,
+                parts.text_table,
+                self._limits.block_size,
+                layout.text_work.views(parts.text_work),
             ),
             cross_plan=cross,
         )
+
+
+class _Adapters:
+    """Which rows use which adapter, in memory that all graphs with adapters read.
+
+    starts | order
+    """
+
+    def __init__(self, store: AdapterStore, most_rows: int, device: torch.device) -> None:
+        self._store, self._max_loras = store, store.limits.max_loras
+        self._begin = aligned(self._max_loras + 1)
+        self._buffer = _Buffer(self._begin + most_rows, device)
+
+    def operations(self, decoder: FusedDecoder, num_rows: int) -> LayerOperations:
+        """The decoder's operations for a graph of that many rows."""
+        device = self._buffer.device
+        starts, order = device[: self._max_loras + 1], device[self._begin :][:num_rows]
+        return self._store.recorded_operations(decoder.operations, order, starts)
+
+    def write(self, row_slots: NDArray[np.int64]) -> None:
+        """Write a step's rows; a graph's further rows have no adapter."""
+        order, starts = sorted_rows(row_slots, self._max_loras)
+        self._buffer.wait()
+        self._buffer.host[: len(starts)] = starts
+        self._buffer.host[self._begin :][: len(order)] = order
+        self._buffer.send(self._begin + len(order))
 
 
 class _Buffer:
@@ -174,11 +232,6 @@ class _Buffer:
         if self._copied is not None:
             self._copied.synchronize()
 
-    def clear(self, layout: Layout) -> None:
-        """Make all rows of a layout padding."""
-        self.device.zero_()
-        layout.parts(self.device).slots.fill_(-1)
-
 
 def padded_sizes(max_num_seqs: int) -> list[int]:
     """The recorded numbers of rows: 1, 2, 4, then multiples of 8 to 64, then of 32."""
@@ -187,6 +240,13 @@ def padded_sizes(max_num_seqs: int) -> list[int]:
     return sorted(size for size in sizes if size <= most)
 
 
-def _layout(size: int, limits: GraphLimits) -> Layout:
+def _layout(size: int, limits: GraphLimits, num_patches: int, backend: TritonBackend) -> Layout:
     blocks = -(-limits.max_model_len // limits.block_size)
-    return Layout(size, min(blocks, MAX_TABLE // size), MAX_IMAGES * limits.max_num_tiles)
+    text_width, cross_width = min(blocks, MAX_TABLE // size), MAX_IMAGES * limits.max_num_tiles
+    return Layout(
+        size,
+        text_width,
+        cross_width,
+        backend.work_layout(size, text_width * limits.block_size),
+        backend.work_layout(size, cross_width * num_patches),
+    )

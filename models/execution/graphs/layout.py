@@ -1,11 +1,15 @@
 """The layout of a padded decode step's inputs in one buffer, a numpy array or a torch tensor.
 
-    token_ids | positions | slots | key_lens | text_table | row_mask | cross_lens | cross_table
-    [size]      [size]      [size]  [size]     [size, ..]  [size]     [size]       [size, ..]
-    `------------------- a step of text alone ----------'
+    token_ids | positions | slots | key_lens | text_work | row_mask | cross_lens | cross_work
+    [size]      [size]      [size]  [size]     [..]        [size]     [size]       [..]
 
-All int32, one row a sequence, each part at a multiple of ALIGNMENT. A padding row changes nothing
-and reads nothing: its slot is -1, it has no keys and sees no image.
+    | cross_table | text_table
+      [size, ..]    [size * ..]
+
+All int32, one row a sequence, each part at a multiple of 128 bytes. A padding row changes nothing
+and reads nothing: its slot is -1, it has no keys and sees no image. The text table is last and its
+rows are as long as the step's longest, so that a step copies what it uses of it. The work parts
+are the items of attention (`attention/work_items.py`).
 """
 
 from __future__ import annotations
@@ -16,13 +20,13 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ...attention.triton_paged import TritonBackend
+from ...attention.work_items import WorkLayout, aligned, put
 from ...kv_cache.step_inputs import StepInputs
 
 Buffer = TypeVar("Buffer")
 Ints = NDArray[np.int32]
 
-# entries; 128 bytes
-ALIGNMENT = 32
 NO_SLOT = -1
 
 
@@ -34,27 +38,39 @@ class Parts(Generic[Buffer]):
     positions: Buffer
     slots: Buffer
     key_lens: Buffer
-    text_table: Buffer
+    text_work: Buffer
     row_mask: Buffer
     cross_lens: Buffer
+    cross_work: Buffer
     cross_table: Buffer
+    text_table: Buffer
 
 
 @dataclass(slots=True, frozen=True)
 class Layout:
-    """The parts of a step of `size` rows. text_width, cross_width: blocks in a row's table."""
+    """The parts of a step of `size` rows. text_width, cross_width: most blocks in a row's table.
+
+    text_work, cross_work: room for the items of attention.
+    """
 
     size: int
     text_width: int
     cross_width: int
+    text_work: WorkLayout
+    cross_work: WorkLayout
 
-    def num_entries(self, has_images: bool) -> int:
+    @property
+    def num_entries(self) -> int:
+        """Entries of the buffer that the largest step uses."""
+        return sum(map(_aligned, self._shapes()))
+
+    def num_used(self, inputs: StepInputs) -> int:
         """How many entries of the buffer a step uses."""
-        shapes = self._shapes()
-        return sum(map(_aligned, shapes if has_images else shapes[:5]))
+        num_rows, width = inputs.text_rows.block_table.shape
+        return sum(map(_aligned, self._shapes()[:-1])) + num_rows * width
 
     def parts(self, buffer: Any) -> Parts[Any]:
-        """Views into a one-dimensional buffer of at least `num_entries(True)`."""
+        """Views into a one-dimensional buffer of at least `num_entries`."""
         views, start = [], 0
         for shape in self._shapes():
             views.append(buffer[start : start + _count(shape)].reshape(shape))
@@ -73,36 +89,50 @@ class Layout:
         )
 
     def _shapes(self) -> list[tuple[int, ...]]:
-        rows = (self.size,)
-        text, cross = (self.size, self.text_width), (self.size, self.cross_width)
-        return [rows, rows, rows, rows, text, rows, rows, cross]
+        rows, cross = (self.size,), (self.size, self.cross_width)
+        works = [(work.num_entries,) for work in (self.text_work, self.cross_work)]
+        table = (self.size * self.text_width,)
+        return [rows, rows, rows, rows, works[0], rows, rows, works[1], cross, table]
 
 
-def write(parts: Parts[Ints], inputs: StepInputs) -> None:
-    """Write a step that the parts' layout takes.
+def write_padding(layout: Layout, parts: Parts[Ints], backend: TritonBackend) -> None:
+    """Write a step of padding rows."""
+    for part in (getattr(parts, name) for name in parts.__slots__):
+        part[...] = 0
+    parts.slots[:] = NO_SLOT
+    _write_text_work(layout, parts, layout.text_width, backend)
+    _write_cross_work(layout, parts, backend)
+
+
+def write(layout: Layout, parts: Parts[Ints], inputs: StepInputs, backend: TritonBackend) -> None:
+    """Write a step that the layout takes.
 
     Tables keep ids of earlier steps after a row's own ids; a row's keys end before them.
     """
     rows, cross = inputs.text_rows, inputs.cross_rows
-    _put(parts.token_ids, inputs.token_ids, 0)
-    _put(parts.positions, inputs.positions, 0)
-    _put(parts.slots, inputs.text_slots, NO_SLOT)
-    _put(parts.key_lens, rows.key_lens, 0)
-    _put_table(parts.text_table, rows.block_table)
+    put(parts.token_ids, inputs.token_ids, 0)
+    put(parts.positions, inputs.positions, 0)
+    put(parts.slots, inputs.text_slots, NO_SLOT)
+    put(parts.key_lens, rows.key_lens, 0)
+    num_rows, width = rows.block_table.shape
+    parts.text_table[: num_rows * width] = rows.block_table.reshape(-1)
+    _write_text_work(layout, parts, width, backend)
     if cross is not None:
-        _put(parts.row_mask, inputs.sees_image, 0)
-        _put(parts.cross_lens, cross.key_lens, 0)
-        _put_table(parts.cross_table, cross.block_table)
+        put(parts.row_mask, inputs.sees_image, 0)
+        put(parts.cross_lens, cross.key_lens, 0)
+        parts.cross_table[:num_rows, : cross.block_table.shape[1]] = cross.block_table
+        _write_cross_work(layout, parts, backend)
 
 
-def _put(part: Ints, values: NDArray[Any], padding: int) -> None:
-    part[: len(values)] = values
-    part[len(values) :] = padding
+def _write_text_work(
+    layout: Layout, parts: Parts[Ints], width: int, backend: TritonBackend
+) -> None:
+    backend.write_work(layout.text_work.views(parts.text_work), parts.key_lens, width)
 
 
-def _put_table(part: Ints, table: NDArray[np.int64]) -> None:
-    num_rows, width = table.shape
-    part[:num_rows, :width] = table
+def _write_cross_work(layout: Layout, parts: Parts[Ints], backend: TritonBackend) -> None:
+    work = layout.cross_work.views(parts.cross_work)
+    backend.write_work(work, parts.cross_lens, layout.cross_width)
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -110,4 +140,4 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _aligned(shape: tuple[int, ...]) -> int:
-    return -(-_count(shape) // ALIGNMENT) * ALIGNMENT
+    return aligned(_count(shape))

@@ -3,7 +3,8 @@
 Owns their tensors' names and packing (AutoGPTQ, GPTQModel, AutoAWQ).
 
     gptq  qweight I32 [in*bits/32, out], codes along inputs; qzeros I32 [groups, out*bits/32], zero
-          points along outputs, less 1 in version 1; scales [groups, out]; g_idx I32 [in]
+          points along outputs, less 1 in version 1; scales [groups, out]; g_idx I32 [in].
+          auto-round names the second version auto_round or auto_round:gptqmodel
     awq   qweight I32 [in, out/8], qzeros I32 [groups, out/8], both along outputs in the order
           0 2 4 6 1 3 5 7; scales [groups, out]
 """
@@ -26,6 +27,10 @@ GPTQ, AWQ = "gptq", "awq"
 # AutoAWQ's place of each code of a word
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _CODINGS = {4: Coding.INT4, 8: Coding.INT8}
+# auto-round's names for packings with zero points as they are
+_SECOND_VERSION = ("auto_round", "auto_round:gptqmodel")
+# where auto-round and GPTQModel keep settings of single layers
+_OF_LAYERS = ("extra_config", "dynamic")
 
 
 def is_mine(parts: Mapping[str, StoredTensor]) -> bool:
@@ -48,7 +53,7 @@ def read(module: Module, config: Mapping[str, Any]) -> CodedTensor:
         )
     if num_in % num_groups:
         raise module.error(f"its {num_in} inputs have {num_groups} groups")
-    is_symmetric = packing == GPTQ and bool(config.get("sym", False))
+    is_symmetric = packing == GPTQ and _are_all_symmetric(config)
     if not is_symmetric and QZEROS not in module.parts:
         raise module.error("its qzeros are missing")
     has_order = GROUP_INDEX in module.parts and bool(config.get("desc_act", False))
@@ -80,7 +85,15 @@ def packing_of(config: Mapping[str, Any]) -> str:
 def _zero_offset(config: Mapping[str, Any]) -> int:
     """What is added to a stored zero point: 1 in version 1 of GPTQ's format."""
     is_second = config.get("checkpoint_format") == "gptq_v2"
-    return 0 if is_second or config.get("packing_format") == "auto_round:gptq" else 1
+    return 0 if is_second or config.get("packing_format") in _SECOND_VERSION else 1
+
+
+def _are_all_symmetric(config: Mapping[str, Any]) -> bool:
+    """Whether every layer has its zero points in the middle, so that they need not be read."""
+    groups = [config.get(key) for key in _OF_LAYERS]
+    layers = [one for group in groups if isinstance(group, dict) for one in group.values()]
+    found = [one.get("sym", True) for one in layers if isinstance(one, dict)]
+    return all([config.get("sym", False), *found])
 
 
 def build(tensor: CodedTensor, found: Mapping[str, Any]) -> CodedWeight:

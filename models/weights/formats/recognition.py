@@ -42,6 +42,12 @@ _SERVED_FORMATS = frozenset(
 )
 _AWQ_VERSIONS = frozenset({"gemm"})
 _GPTQ_FORMATS = frozenset({"gptq", "gptq_v2"})
+_AUTO_ROUND_FORMATS = frozenset(
+    {
+        *("auto", "auto_round", "auto_round:gptq", "auto_round:auto_gptq", "auto_round:gptqmodel"),
+        *("auto_round:awq", "auto_round:auto_awq", "auto_round:fp8", "auto_round:fp8_static"),
+    }
+)
 _KEYS = ("quantization_config", "compression_config")
 
 
@@ -80,6 +86,7 @@ def check_method(settings: Mapping[str, Any], source: str) -> None:
         "compressed-tensors": ("format", _SERVED_FORMATS),
         "awq": ("version", _AWQ_VERSIONS),
         "gptq": ("checkpoint_format", _GPTQ_FORMATS),
+        "auto-round": ("packing_format", _AUTO_ROUND_FORMATS),
     }
     key, served = formats.get(method, ("", frozenset()))
     found = settings.get(key)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ _BITS = {
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
     "F8_E8M0": 8, "F4": 4,
 }  # fmt: skip
+# where auto-round adds weights that it takes for missing, because it saves them under old names
+EXTRA = "model_extra_tensors.safetensors"
 # what PEFT leaves in front of the names of merged weights
 PEFT_PREFIX = "base_model.model."
 # names in checkpoints published before transformers 4.52 -> names now
@@ -65,25 +68,36 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by its name in the module.
 
     Reads headers only. A whole file is loaded even if there is also an index, as transformers
-    does: the index may be of an earlier save. Raises ModelError, one line, for a damaged file, and
-    for a tensor that is in the index but not in its shard.
+    does: the index may be of an earlier save. Raises ModelError, one line, for a damaged file,
+    a tensor that is in the index but not in its shard, and a tensor that is there twice. Copies in
+    auto-round's file of extra tensors are ignored.
     """
     if (folder / SINGLE).is_file():
         if (folder / INDEX).is_file():
             logger.info("%s: %s is loaded, %s is ignored", folder, SINGLE, INDEX)
-        return {tensor.name: tensor for tensor in _read_header(folder / SINGLE)}
+        return _by_name(folder, [SINGLE])
     shards: dict[str, str] = read_json(folder / INDEX)["weight_map"]
-    found = {
-        tensor.name: tensor
-        for file in sorted(set(shards.values()))
-        for tensor in _read_header(folder / file)
-    }
+    found = _by_name(folder, sorted(set(shards.values())))
     for source, file in shards.items():
         tensor = found.get(module_name(source))
-        if tensor is None or tensor.file != file:
+        if tensor is None or file not in (tensor.file, EXTRA):
             raise ModelError(
                 f"{folder}: {INDEX} lists {source} in {file}, which does not have it; "
                 "download both again"
+            )
+    return found
+
+
+def _by_name(folder: Path, files: Sequence[str]) -> dict[str, StoredTensor]:
+    """The tensors of files. A name may be there twice, as an older and as a newer one."""
+    found: dict[str, StoredTensor] = {}
+    for tensor in (tensor for file in files for tensor in _read_header(folder / file)):
+        first = found.setdefault(tensor.name, tensor)
+        if first is not tensor and tensor.file != EXTRA:
+            where = " and in ".join(dict.fromkeys((first.file, tensor.file)))
+            raise ModelError(
+                f"{folder}: {tensor.name} is twice in {where}, under an old and a new name: remove "
+                "one of them"
             )
     return found
 

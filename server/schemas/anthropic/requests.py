@@ -6,22 +6,23 @@ Owns names, ranges and spellings of the request, and how it becomes a `Generatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
 from ...generation.request import GenerationRequest, sampling_params
+from ...prompts.chat_template import TemplateOptions
 from ...prompts.conversation import Message, Tool
-from ...structured_output.grammar_text import json_schema_grammar
 from .. import rules
 from ..allowed_values import ANY_VALUE, Notes
 from ..decoding import ModelName
 from ..foreign import FOREIGN_ELSEWHERE
 from ..openai.chat_messages import bounded
+from ..openai.template_options import template_options
 from ..rules import all_of
 from ..sampling import MaxTokens, Neutral, StopString, only_neutral, refuse_unless_neutral, stops_of
-from ..structured import Form, answer_form
+from ..structured import Form, answer_form, schema_form
 from ..tools import MAX_TOOLS, ToolName, check_choice, check_names, tool_of
 from .turns import AssistantTurn, CacheControl, SystemBlocks, UserTurn, messages_of
 
@@ -171,9 +172,11 @@ def messages_generation(body: MessagesRequest) -> GenerationRequest:
     form = answer_form(_output_forms(body), tools, _choice_of(body), max_calls, schema_field=field)
     # top_p 0 keeps the most likely token alone: greedy.
     temperature = 0.0 if body.top_p == 0 else body.temperature
+    messages = conversation_of(body)
     return GenerationRequest(
         is_streamed=bool(body.stream),
-        messages=conversation_of(body),
+        messages=messages,
+        template_options=template_options_of(messages),
         tools=tools,
         grammar=form.grammar if form else None,
         grammar_field=form.field if form else "",
@@ -189,8 +192,7 @@ def messages_generation(body: MessagesRequest) -> GenerationRequest:
 def _output_forms(body: MessagesRequest) -> list[Form]:
     if body.output_config is None or body.output_config.format is None:
         return []
-    field = "output_config.format.schema"
-    return [Form(json_schema_grammar(body.output_config.format.schema, field), field)]
+    return [schema_form(body.output_config.format.schema, "output_config.format.schema")]
 
 
 def offered_tools(body: _Prompt) -> tuple[Tool, ...]:
@@ -215,3 +217,10 @@ def _choice_of(body: _Prompt) -> str | None:
 def conversation_of(body: _Prompt) -> tuple[Message, ...]:
     """The conversation of a body. Raises BadRequestError that names the field."""
     return bounded(messages_of(body.system, body.messages))
+
+
+def template_options_of(messages: Sequence[Message]) -> TemplateOptions:
+    """How the conversation is rendered: an assistant's last message with text is continued."""
+    last = messages[-1]
+    is_continued = last.role == "assistant" and not last.tool_calls and bool(last.text.strip())
+    return template_options(messages, None, is_continued, None)

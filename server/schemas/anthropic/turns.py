@@ -54,11 +54,12 @@ class ImageBlock(_Block, frozen=True, tag="image", kw_only=True):
 
 
 class ToolUseBlock(_Block, frozen=True, tag="tool_use", kw_only=True):
-    """A call in an earlier answer."""
+    """A call in an earlier answer. caller: as an answer had it, without effect."""
 
     id: CallId
     name: ToolName
     input: dict[str, Any]
+    caller: dict[str, Any] | None = None
     cache_control: CacheControl | None = None
 
 

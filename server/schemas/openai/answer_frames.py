@@ -9,16 +9,18 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NotRequired, TypedDict
+from typing import Any, ClassVar, NotRequired, TypedDict
 
 from ...generation.events import (
     Event,
     Finish,
     PromptLogprobs,
     TextDelta,
+    Timings,
     ToolCallDelta,
     Usage,
 )
+from ...generation.preparer import PreparedGeneration
 from ...generation.token_text import PromptCandidate
 from ..sampling import SharedFields, StreamOptions
 from ..streamed_answers import StreamedAnswers
@@ -61,6 +63,59 @@ def usage_counts(usage: Usage) -> UsageCounts:
     if usage.cached_tokens:
         counts["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
     return counts
+
+
+class ImageSeen(TypedDict):
+    """An image as the model saw it. aspect_ratio_id: the checkpoint's id of the tile grid."""
+
+    num_tiles: int
+    tile_size: int
+    aspect_ratio_id: int
+
+
+class TimingsAnswer(TypedDict):
+    """Where the time went, in seconds; ttft_s and total_s since the request's arrival.
+
+    images_s: to fetch and decode images. queue_s: in the engine's queue. vision_s: in the vision
+    encoder, 0 for cached images. prefill_s: from the first step to the first token, vision_s
+    included. decode_s: from the first token to the last. images: in the order of the prompt.
+    """
+
+    images_s: float
+    queue_s: float
+    vision_s: float
+    prefill_s: float
+    decode_s: float
+    ttft_s: float
+    total_s: float
+    images: list[ImageSeen]
+
+
+def images_seen(prepared: PreparedGeneration) -> list[ImageSeen]:
+    """The images of all prompts, in order."""
+    return [
+        {
+            "num_tiles": image.num_tiles,
+            "tile_size": image.tile_size,
+            "aspect_ratio_id": image.aspect_ratio_id,
+        }
+        for request in prepared.requests
+        for image in request.images
+    ]
+
+
+def timings_answer(timings: Timings, images: list[ImageSeen]) -> TimingsAnswer:
+    """The timings with microseconds as the last digit."""
+    return {
+        "images_s": round(timings.images_s, 6),
+        "queue_s": round(timings.queue_s, 6),
+        "vision_s": round(timings.vision_s, 6),
+        "prefill_s": round(timings.prefill_s, 6),
+        "decode_s": round(timings.decode_s, 6),
+        "ttft_s": round(timings.ttft_s, 6),
+        "total_s": round(timings.total_s, 6),
+        "images": images,
+    }
 
 
 @dataclass(slots=True)
@@ -121,6 +176,7 @@ class OpenAIChunk(TypedDict):
     created: int
     model: str
     usage: NotRequired[UsageCounts | None]
+    timings: NotRequired[TimingsAnswer]
     obfuscation: NotRequired[str]
 
 
@@ -130,7 +186,9 @@ class OpenAIAnswers(StreamedAnswers):
 
     include_usage: a stream ends with a chunk of the usage. running_usage: every chunk has the
     usage so far. is_obfuscated: every chunk has random characters. prompts: token ids of each
-    prompt, if the answers have those of tokens.
+    prompt, if the answers report them. has_token_ids: they report those of their own tokens too.
+    has_prompt_ids: each choice has those of its prompt. images: those of the prompts, if the answer
+    has timings; a stream has them in its last chunk.
     """
 
     has_done: ClassVar[bool] = True
@@ -140,12 +198,25 @@ class OpenAIAnswers(StreamedAnswers):
     is_obfuscated: bool = False
     running_usage: RunningUsage | None = None
     prompts: Sequence[list[int]] | None = None
+    images: list[ImageSeen] | None = None
+    has_token_ids: bool = False
+    has_prompt_ids: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     def count(self, event: Event) -> None:
         """Count the tokens of an event, before its chunks are made."""
         if self.running_usage is not None:
             self.running_usage.add(event)
+
+    @property
+    def has_end(self) -> bool:
+        """A stream ends with a chunk without choices: of the usage, the timings or both."""
+        return self.include_usage or self.images is not None
+
+    def add_timings(self, answer: Any, timings: Timings) -> None:
+        """Add the timings to an answer or a last chunk, if they were requested."""
+        if self.images is not None:
+            answer["timings"] = timings_answer(timings, self.images)
 
     def complete(self, chunk: OpenAIChunk, text: str) -> None:
         """Add what every chunk ends with. text: the chunk's."""
@@ -165,10 +236,14 @@ class FrameOptions(TypedDict):
     is_obfuscated: bool
     running_usage: RunningUsage | None
     prompts: Sequence[list[int]] | None
+    images: list[ImageSeen] | None
+    has_token_ids: bool
+    has_prompt_ids: bool
 
 
-def frames_of(body: SharedFields, prompts: Sequence[list[int]]) -> FrameOptions:
-    """The options that a body asks for. prompts: their token ids."""
+def frames_of(body: SharedFields, prepared: PreparedGeneration) -> FrameOptions:
+    """The options that a body asks for."""
+    prompts = prepared.prompts
     options = body.stream_options or StreamOptions()
     running_usage = None
     if options.continuous_usage_stats:
@@ -178,5 +253,8 @@ def frames_of(body: SharedFields, prompts: Sequence[list[int]]) -> FrameOptions:
         "include_usage": bool(options.include_usage),
         "is_obfuscated": bool(options.include_obfuscation),
         "running_usage": running_usage,
-        "prompts": prompts if body.return_token_ids else None,
+        "images": images_seen(prepared) if body.return_timings else None,
+        "prompts": prompts if body.return_token_ids or body.return_prompt_token_ids else None,
+        "has_token_ids": bool(body.return_token_ids),
+        "has_prompt_ids": bool(body.return_prompt_token_ids),
     }

@@ -20,7 +20,6 @@ from ...generation.events import (
     PromptLogprobs,
     TextDelta,
     ToolCallDelta,
-    Usage,
 )
 from ...generation.token_text import TokenEntry, TokenLogprob
 from ..json_parts import EntryTexts
@@ -28,6 +27,7 @@ from .answer_frames import (
     OpenAIAnswers,
     OpenAIChunk,
     PromptCandidates,
+    TimingsAnswer,
     UsageCounts,
     prompt_candidates,
     usage_counts,
@@ -89,10 +89,14 @@ class ChatChoice(TypedDict):
     finish_reason: FinishReason
     stop_reason: str | int | None
     token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class ChatCompletion(TypedDict):
-    """The whole answer. prompt_token_ids: only with return_token_ids."""
+    """The whole answer. prompt_token_ids: only with return_token_ids or return_prompt_token_ids.
+
+    timings: only with return_timings.
+    """
 
     id: str
     object: Literal["chat.completion"]
@@ -102,6 +106,7 @@ class ChatCompletion(TypedDict):
     usage: UsageCounts
     prompt_logprobs: PromptCandidates | None
     prompt_token_ids: NotRequired[list[int]]
+    timings: NotRequired[TimingsAnswer]
 
 
 class PartOfFunction(TypedDict):
@@ -131,7 +136,8 @@ class ChatDelta(TypedDict):
 class ChatChunkChoice(TypedDict):
     """finish_reason and stop_reason come with the choice's last chunk.
 
-    token_ids: only with return_token_ids, of the tokens since the last chunk.
+    token_ids: only with return_token_ids, of the tokens since the last chunk. prompt_token_ids:
+    only with return_prompt_token_ids, in the choice's first chunk.
     """
 
     index: int
@@ -140,6 +146,7 @@ class ChatChunkChoice(TypedDict):
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class ChatCompletionChunk(OpenAIChunk):
@@ -148,7 +155,8 @@ class ChatCompletionChunk(OpenAIChunk):
     usage: only with stream_options.include_usage, null in all but the last chunk, whose
     choices are empty; with continuous_usage_stats every chunk has the usage so far.
     obfuscation: only with stream_options.include_obfuscation. prompt_token_ids: only with
-    return_token_ids, in the first chunk.
+    return_token_ids or return_prompt_token_ids, in the first chunk. timings: only with
+    return_timings, in the last chunk.
     """
 
     object: Literal["chat.completion.chunk"]
@@ -187,6 +195,7 @@ class ChatAnswers(OpenAIAnswers):
         }
         if self.prompts is not None:
             answer["prompt_token_ids"] = self.prompts[0]
+        self.add_timings(answer, completion.timings)
         return answer
 
     def new_log(self) -> EntryTexts:
@@ -199,6 +208,8 @@ class ChatAnswers(OpenAIAnswers):
         chunks = [self._chunk(choice, delta) for choice in range(self.num_choices)]
         if self.prompts is not None:
             chunks[0]["prompt_token_ids"] = self.prompts[0]
+            for chunk in chunks if self.has_prompt_ids else ():
+                chunk["choices"][0]["prompt_token_ids"] = self.prompts[0]
         return chunks
 
     def chunks(self, event: Event) -> list[ChatCompletionChunk]:
@@ -212,7 +223,7 @@ class ChatAnswers(OpenAIAnswers):
             # Streams cannot request them.
             return []
         if isinstance(event, End):
-            return [self._usage_chunk(event.usage)] if self.include_usage else []
+            return [self._end_chunk(event)] if self.has_end else []
         return [self._chunk(event.choice, {}, event, event.reason, event.stop_reason)]
 
     def _call_chunks(self, event: ToolCallDelta) -> list[ChatCompletionChunk]:
@@ -249,7 +260,7 @@ class ChatAnswers(OpenAIAnswers):
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }
-        if self.prompts is not None:
+        if self.has_token_ids:
             choice["token_ids"] = list(tokens.token_ids) if tokens else []
         chunk = self._frame([choice])
         self.complete(chunk, delta.get("content") or "")
@@ -264,13 +275,17 @@ class ChatAnswers(OpenAIAnswers):
             "finish_reason": answer.finish.reason,
             "stop_reason": answer.finish.stop_reason,
         }
-        if self.prompts is not None:
+        if self.has_token_ids:
             choice["token_ids"] = list(answer.token_ids)
+        if self.has_prompt_ids and self.prompts is not None:
+            choice["prompt_token_ids"] = self.prompts[0]
         return choice
 
-    def _usage_chunk(self, usage: Usage) -> ChatCompletionChunk:
+    def _end_chunk(self, end: End) -> ChatCompletionChunk:
         chunk = self._frame([])
-        chunk["usage"] = usage_counts(usage)
+        if self.include_usage:
+            chunk["usage"] = usage_counts(end.usage)
+        self.add_timings(chunk, end.timings)
         return chunk
 
     def _frame(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:

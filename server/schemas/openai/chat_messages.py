@@ -16,7 +16,6 @@ from ...errors import BadRequestError
 from ...prompts.conversation import ImagePart, Message, Part, Role, TextPart
 from ..allowed_values import IMAGES_OF_USERS, Notes
 from ..decoding import no_nul
-from ..rules import any_of, given, having
 from ..tools import CallId, CallList, calls_of
 
 Name = Annotated[str, msgspec.Meta(max_length=256)]
@@ -127,16 +126,10 @@ class UserMessage(_Turn, frozen=True, tag="user", kw_only=True):
 class AssistantMessage(_Turn, frozen=True, tag="assistant", kw_only=True):
     """An earlier answer, with the fields that SDKs add to it, which have no effect.
 
-    content may be null beside tool_calls or a refusal only. parsed: openai's parse(). reasoning,
-    reasoning_content, thinking_blocks, provider_specific_fields: LiteLLM and vLLM.
-    invalid_tool_calls: LangChain.
+    content is null beside tool_calls or a refusal, or where an answer has no text. parsed: openai's
+    parse(). reasoning, reasoning_content, thinking_blocks, provider_specific_fields: LiteLLM and
+    vLLM. invalid_tool_calls: LangChain.
     """
-
-    schema_rules: ClassVar[dict[str, Any]] = any_of(
-        given("content"),
-        having("tool_calls", {"type": "array", "minItems": 1}),
-        having("refusal", {"type": "string", "minLength": 1}),
-    )
 
     content: str | AnswerList | None = None
     refusal: str | None = None
@@ -218,9 +211,7 @@ def _role(turn: AnyMessage) -> Role:
 
 def _parts(turn: AnyMessage, field: str) -> tuple[Part, ...]:
     if turn.content is None:
-        if isinstance(turn, AssistantMessage) and (turn.tool_calls or turn.refusal):
-            return ()
-        raise BadRequestError(f"{field} is required where there are no tool_calls", param=field)
+        return ()
     if isinstance(turn.content, str):
         text = no_nul(turn.content, field)
         return parts_of_text(text, field) if isinstance(turn, UserMessage) else (TextPart(text),)

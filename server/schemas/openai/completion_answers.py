@@ -17,6 +17,7 @@ from .answer_frames import (
     OpenAIAnswers,
     OpenAIChunk,
     PromptCandidates,
+    TimingsAnswer,
     UsageCounts,
     prompt_candidates,
     usage_counts,
@@ -29,8 +30,8 @@ Reason = Literal["stop", "length"]
 class CompletionChoice(TypedDict):
     """stop_reason: the stop string or token id that ended the text.
 
-    token_ids, prompt_token_ids: only with return_token_ids; token_ids has one for each token that
-    usage counts.
+    token_ids: only with return_token_ids; one for each token that usage counts. prompt_token_ids:
+    also with return_prompt_token_ids.
     """
 
     index: int
@@ -44,7 +45,7 @@ class CompletionChoice(TypedDict):
 
 
 class TextCompletion(TypedDict):
-    """The whole answer."""
+    """The whole answer. timings: only with return_timings."""
 
     id: str
     object: Literal["text_completion"]
@@ -52,13 +53,14 @@ class TextCompletion(TypedDict):
     model: str
     choices: list[CompletionChoice]
     usage: UsageCounts
+    timings: NotRequired[TimingsAnswer]
 
 
 class CompletionChunkChoice(TypedDict):
     """finish_reason and stop_reason come with the choice's last chunk.
 
-    token_ids, prompt_token_ids: only with return_token_ids; of the tokens since the last chunk, and
-    of the prompt in the choice's first chunk.
+    token_ids: only with return_token_ids; of the tokens since the last chunk. prompt_token_ids:
+    also with return_prompt_token_ids, in the choice's first chunk.
     """
 
     index: int
@@ -75,7 +77,8 @@ class CompletionChunk(OpenAIChunk):
 
     usage: only with stream_options.include_usage, null in all but the last chunk, whose
     choices are empty; with continuous_usage_stats every chunk has the usage so far.
-    obfuscation: only with stream_options.include_obfuscation.
+    obfuscation: only with stream_options.include_obfuscation. timings: only with return_timings, in
+    the last chunk.
     """
 
     object: Literal["text_completion"]
@@ -109,7 +112,7 @@ class CompletionAnswers(OpenAIAnswers):
     def plain(self, completion: Completion) -> TextCompletion:
         """The whole answers, in the order of the prompts."""
         prompts = {logprobs.prompt: logprobs for logprobs in completion.prompts}
-        return {
+        answer: TextCompletion = {
             "id": self.id,
             "object": "text_completion",
             "created": self.created,
@@ -120,6 +123,8 @@ class CompletionAnswers(OpenAIAnswers):
             ],
             "usage": self._usage(completion.usage),
         }
+        self.add_timings(answer, completion.timings)
+        return answer
 
     def new_log(self) -> ColumnTexts:
         """For one answer's log-probabilities."""
@@ -141,7 +146,7 @@ class CompletionAnswers(OpenAIAnswers):
         if isinstance(event, PromptLogprobs):
             return self._echoed(event)
         if isinstance(event, End):
-            return [self._usage_chunk(event.usage)] if self.include_usage else []
+            return [self._end_chunk(event)] if self.has_end else []
         if isinstance(event, Finish):
             return [self._last(event)]
         if isinstance(event, TextDelta) and not self.is_echo_only:
@@ -166,8 +171,9 @@ class CompletionAnswers(OpenAIAnswers):
             "stop_reason": None if self.is_echo_only else answer.finish.stop_reason,
             "prompt_logprobs": candidates,
         }
-        if self.prompts is not None:
+        if self.has_token_ids:
             choice["token_ids"] = [] if self.is_echo_only else list(answer.token_ids)
+        if self.prompts is not None:
             choice["prompt_token_ids"] = self.prompts[index // self.num_answers]
         return choice
 
@@ -231,11 +237,11 @@ class CompletionAnswers(OpenAIAnswers):
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }
-        if self.prompts is not None:
+        if self.has_token_ids:
             choice["token_ids"] = list(token_ids)
-            if index not in self._started:
-                self._started.add(index)
-                choice["prompt_token_ids"] = self.prompts[index // self.num_answers]
+        if self.prompts is not None and index not in self._started:
+            self._started.add(index)
+            choice["prompt_token_ids"] = self.prompts[index // self.num_answers]
         chunk = self._frame([choice])
         self.complete(chunk, text)
         return chunk
@@ -245,9 +251,11 @@ class CompletionAnswers(OpenAIAnswers):
             usage = Usage(usage.prompt_tokens, 0, usage.cached_tokens)
         return usage_counts(usage)
 
-    def _usage_chunk(self, usage: Usage) -> CompletionChunk:
+    def _end_chunk(self, end: End) -> CompletionChunk:
         chunk = self._frame([])
-        chunk["usage"] = self._usage(usage)
+        if self.include_usage:
+            chunk["usage"] = self._usage(end.usage)
+        self.add_timings(chunk, end.timings)
         return chunk
 
     def _frame(self, choices: list[CompletionChunkChoice]) -> CompletionChunk:

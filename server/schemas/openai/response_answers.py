@@ -36,15 +36,17 @@ from .responses import ResponsesRequest
 class ResponseAnswers(StreamedAnswers):
     """The answer to one request, whole or as events.
 
-    keep: called with the whole response where it is stored, before its client reads that it ended.
+    keep: called with the whole response where it is stored, before its client reads that it ended;
+    returns whether it was stored.
     """
 
     is_named: ClassVar[bool] = True
 
     body: ResponsesRequest
-    keep: Callable[[Response], Awaitable[None]] | None = None
+    keep: Callable[[Response], Awaitable[bool]] | None = None
     id: str = field(default_factory=lambda: f"resp_{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
+    _is_kept: bool = True
     _sequence: int = -1
     _items: list[ResponseItem] = field(default_factory=list)
     _is_open: bool = False
@@ -94,7 +96,7 @@ class ResponseAnswers(StreamedAnswers):
     async def store(self, event: Event) -> None:
         """Keep the whole response."""
         if isinstance(event, End) and self.keep is not None:
-            await self.keep(self._ended_stream(event.usage))
+            self._is_kept = await self.keep(self._ended_stream(event.usage))
 
     def _ended_stream(self, usage: Usage) -> Response:
         assert self._finish is not None, "a choice has a Finish before the End"
@@ -214,7 +216,7 @@ class ResponseAnswers(StreamedAnswers):
             "previous_response_id": body.previous_response_id,
             "reasoning": {"effort": None, "summary": None},
             "service_tier": "default",
-            "store": self.keep is not None,
+            "store": self.keep is not None and self._is_kept,
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": text,
             "tool_choice": _plain(body.tool_choice or "auto"),

@@ -40,11 +40,14 @@ class InputImage(
 class OutputText(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="output_text"
 ):
-    """A text of an earlier answer; annotations and logprobs are taken without effect."""
+    """A text of an earlier answer; annotations, logprobs and parsed (of openai's parse()) are taken
+    without effect.
+    """
 
     text: str
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+    parsed: Any = None
 
 
 class OutputRefusal(
@@ -64,6 +67,7 @@ class InputItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     message: role and content. function_call: call_id, name and arguments. function_call_output:
     call_id and output. item_reference: id. reasoning: another model's, left out of the prompt.
+    caller, and parsed_arguments of openai's parse(), are taken without effect.
     """
 
     notes: ClassVar[Notes] = {
@@ -90,6 +94,8 @@ class InputItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     output: str | ResultList | None = None
     summary: list[Any] | None = None
     encrypted_content: str | None = None
+    caller: dict[str, Any] | None = None
+    parsed_arguments: Any = None
 
 
 def messages_of(items: Sequence[tuple[InputItem, str]]) -> Iterator[Message]:

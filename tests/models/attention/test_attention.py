@@ -76,7 +76,10 @@ def test_cross_rows_equal_dense_attention(subject: Subject, lens: list[tuple[int
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize(("num_kv_heads", "group"), [(1, 1), (1, 4), (4, 1), (2, 4), (8, 3)])
+@pytest.mark.parametrize(
+    ("num_kv_heads", "group"),
+    [(1, 1), (1, 4), (4, 1), (2, 4), pytest.param(8, 3, marks=pytest.mark.slow)],
+)
 def test_every_ratio_of_query_to_kv_heads(
     subject: Subject, num_kv_heads: int, group: int, is_causal: bool
 ) -> None:

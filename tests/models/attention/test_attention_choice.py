@@ -146,7 +146,9 @@ def test_a_block_size_that_was_asked_for_stands(everything_works, caplog) -> Non
         choose_backend("varlen", CPU, 32, get=lambda name: FAKES[name]())
 
 
-@pytest.mark.parametrize("name", ["flash_attn", "triton", "varlen"])
+@pytest.mark.parametrize(
+    "name", ["flash_attn", pytest.param("triton", marks=pytest.mark.slow), "varlen"]
+)
 @pytest.mark.parametrize("num_heads", [2, 6])
 def test_a_trial_finds_nothing_wrong_with_kernels_that_compute_rightly(name, num_heads) -> None:
     geometry = Geometry(CPU.device, CPU.dtype, num_heads, 2, 16, 5)

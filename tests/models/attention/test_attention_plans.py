@@ -13,11 +13,12 @@ from support.attention_cases import SCALE, Subject, attend, dense, make_case
 from support.fake_kernels import FLASH_ATTN, varlen_attn_of
 from support.oracle import BLOCK_SIZE, loaded, oracle_logits, prefill_logits, requests
 
+from vlmserve.models import device_copies
 from vlmserve.models.attention import PagedRows, get_backend, sdpa, tiles
 from vlmserve.models.attention.flash_attn_package import FlashAttnBackend, FlashAttnKernels
 from vlmserve.models.attention.tiles import plan_tiles
 from vlmserve.models.attention.torch_varlen import NEEDED, VarlenBackend
-from vlmserve.models.attention.triton_paged import TritonBackend, choose_splits
+from vlmserve.models.attention.triton_paged import TritonBackend
 from vlmserve.models.batch import PoolSizes
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
@@ -125,7 +126,7 @@ def test_the_stand_in_for_varlen_attn_has_torchs_own_signature() -> None:
         FlashAttnBackend(FLASH_ATTN),
         VarlenBackend(varlen_attn_of("FA2"), "FA2"),
         pytest.param(TritonBackend(), marks=pytest.mark.slow),
-        TritonBackend(num_splits=2),
+        pytest.param(TritonBackend(piece=32), marks=pytest.mark.slow),
     ],
     ids=lambda backend: backend.name,
 )
@@ -142,25 +143,17 @@ def test_a_model_on_every_backend_equals_the_oracle_at_every_position(backend, m
         torch.testing.assert_close(logits[request.request_id], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_few_long_rows_are_split_and_many_or_short_ones_are_not() -> None:
-    assert choose_splits(num_rows=1, longest=6_404) == 32
-    assert choose_splits(num_rows=4, longest=6_404) == 8
-    assert choose_splits(num_rows=64, longest=6_404) == 1
-    assert choose_splits(num_rows=1, longest=100) == 1
-    assert choose_splits(num_rows=1, longest=600) == 4
-
-
-def test_a_long_prompt_beside_short_decodes_does_not_split_their_keys() -> None:
+def test_a_long_prompt_beside_short_decodes_does_not_cut_their_keys() -> None:
     """Most of the pieces were empty, and cost a merge."""
     case = make_case([(1, 100), (40, 3000)], is_causal=True)
     single, _ = TritonBackend().prepare(case.rows, CPU, torch.float32).launches
-    assert single.num_splits == 1
+    assert not single.is_cut
 
 
-def test_partial_results_are_as_many_as_the_rows_that_are_split() -> None:
+def test_partial_results_are_as_many_as_the_items() -> None:
     """They were as many as the step's tokens: a GiB for one decode beside a chunk of 2,048."""
     case = make_case([(1, 600), (40, 40), (1, 9)], is_causal=True)
-    backend, partials = TritonBackend(num_splits=4), []
+    backend, partials = TritonBackend(piece=256), []
     kernel = backend._kernels.attend_kernel
 
     class Kept:
@@ -176,18 +169,61 @@ def test_partial_results_are_as_many_as_the_rows_that_are_split() -> None:
     )
     check(backend, case)
     num_heads, head_dim = case.query.shape[1:]
-    assert partials[0][0].shape == (4, 2, num_heads, head_dim)
-    assert partials[0][1].shape == (4, 2, num_heads)
+    assert partials[0][0].shape == (4, 1, num_heads, head_dim)
+    assert partials[0][1].shape == (4, 1, num_heads)
 
 
-def test_single_queries_and_longer_rows_are_launched_apart() -> None:
-    case = make_case([(1, 300), (40, 50), (1, 9), (16, 16)], is_causal=True)
+def test_single_queries_and_longer_rows_are_launched_apart_the_longest_first() -> None:
+    case = make_case([(1, 9), (40, 50), (1, 300), (16, 16)], is_causal=True)
     single, longer = TritonBackend().prepare(case.rows, CPU, torch.float32).launches
-    assert (single.tile_rows.tolist(), single.tile_offsets.tolist()) == ([0, 2], [0, 0])
-    assert (single.block_q, single.num_splits) == (1, 2)
-    assert longer.tile_rows.tolist() == [1, 1, 1, 3]
-    assert longer.tile_offsets.tolist() == [0, 16, 32, 0]
-    assert (longer.block_q, longer.num_splits) == (16, 1)
+    assert single.block_q == 1
+    assert single.items.rows.tolist() == [2, 2, 2, 0]
+    assert single.items.pieces.tolist() == [0, 1, 2, 0]
+    assert single.items.split.tolist() == [0]
+    assert single.items.sizes.tolist() == [128, 75]
+    assert (longer.block_q, longer.is_cut) == (16, False)
+    assert longer.items.rows.tolist() == [1, 1, 1, 3]
+    assert longer.offsets.tolist() == [32, 16, 0, 0]
+
+
+def test_a_few_queries_behind_a_long_past_are_cut_too() -> None:
+    """A turn of a long chat: two tiles of queries had a GPU for themselves."""
+    case = make_case([(20, 2_500), (1, 9)], is_causal=True, num_kv_heads=1, group=2)
+    plan = TritonBackend().prepare(case.rows, CPU, torch.float32)
+    _, longer = plan.launches
+    assert longer.items.rows.tolist() == [0] * 6
+    assert longer.offsets.tolist() == [16, 16, 16, 0, 0, 0]
+    assert longer.items.split.tolist() == [0, 3]
+    check(TritonBackend(), case)
+
+
+def test_images_are_cut_in_the_middle_of_a_tile() -> None:
+    case = make_case([(3, 0), (1, 40), (20, 15), (1, 5)], is_causal=False, block_size=NUM_PATCHES)
+    check(TritonBackend(piece=7), case)
+
+
+def test_the_lists_of_a_step_reach_a_device_in_one_copy(monkeypatch) -> None:
+    """Each was pinned and copied by itself: a third of a millisecond a step."""
+    uploads = []
+    monkeypatch.setattr(
+        device_copies, "_to_device", lambda host, device: uploads.append(host) or host
+    )
+    case = make_case([(1, 9), (40, 50), (1, 300), (16, 16)], is_causal=True)
+    meta = TritonBackend().prepare(case.rows, torch.device("meta"), torch.float32)
+    (packed,) = uploads
+    on_cpu = TritonBackend().prepare(case.rows, CPU, torch.float32)
+    for moved, direct in zip(lists_of(meta), lists_of(on_cpu), strict=True):
+        assert torch.equal(moved, direct)
+        assert (moved.data_ptr() - packed.data_ptr()) % device_copies.ALIGNMENT == 0
+
+
+def lists_of(plan) -> list[torch.Tensor]:
+    """All tensors of a plan that have elements."""
+    found = [plan.query_starts, plan.key_lens, plan.block_table]
+    for launch in plan.launches:
+        items = launch.items
+        found += [items.rows, items.pieces, items.split, items.sizes, launch.offsets]
+    return [one for one in found if one.numel()]
 
 
 def test_a_token_without_a_slot_is_stored_nowhere() -> None:

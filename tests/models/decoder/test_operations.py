@@ -209,7 +209,8 @@ def test_a_gpu_whose_kernels_fail_computes_by_torch_and_says_why(monkeypatch, ca
     assert caplog.messages[-1].endswith("compute capability 7.5 is below 8.0")
 
 
-@pytest.mark.parametrize("layout", ["tiny", pytest.param("cross-first", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tiny", "cross-first"])
 def test_a_model_of_kernels_gives_the_oracles_logits(layout: str) -> None:
     """float32, 1e-4; every prompt at every position, in chunks, batched."""
     runner = ModelRunner(loaded(layout), PLAN)

@@ -11,25 +11,26 @@ import os
 import signal
 import threading
 from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
 import openai
 import pytest
 import torch
+from support.adapters import MIXED
 from support.coded_checkpoints import FORMS, Form, compressed, pack, write
 from support.oracle import (
     BLOCK_SIZE,
     checkpoint,
     generate,
+    oracle,
     oracle_logits,
     prefill_logits,
     requests,
 )
 from support.polling import wait_until
 from support.running import MODEL_NAME, serving
+from support.thread_ranks import ThreadGroup, on_ranks
 from torch import Tensor
 
 from vlmserve.models.batch import BlockCopy, CrossSegment, PoolSizes, ScheduledSequence, StepBatch
@@ -52,56 +53,6 @@ from vlmserve.models.weights.loader import LoadedModel, load, load_model, open_c
 SIZES = PoolSizes(200, 40, BLOCK_SIZE)
 # transformers and accelerate build modules under process-wide switches
 BUILDING = threading.Lock()
-
-
-class Meeting:
-    """Where threads that play ranks put what they computed and take what all did."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._barrier = threading.Barrier(size, timeout=60)
-        self._given: list = [None] * size
-
-    def leave(self) -> None:
-        """Let nobody wait for a rank that failed."""
-        self._barrier.abort()
-
-    def exchange(self, rank: int, value):
-        self._given[rank] = value
-        self._barrier.wait()
-        everything = list(self._given)
-        self._barrier.wait()
-        return everything
-
-
-class ThreadGroup:
-    def __init__(self, rank: int, meeting: Meeting) -> None:
-        self.rank, self.size, self._meeting = rank, meeting.size, meeting
-
-    def add_up(self, states: Tensor) -> Tensor:
-        return torch.stack(self._meeting.exchange(self.rank, states)).sum(0)
-
-    def join(self, states: Tensor) -> Tensor:
-        return torch.cat(self._meeting.exchange(self.rank, states), dim=-1)
-
-    def least(self, numbers: list[int]) -> list[int]:
-        return [min(column) for column in zip(*self._meeting.exchange(self.rank, numbers))]  # noqa: B905
-
-
-def on_ranks(size: int, work: Callable):
-    """What `work(group)` gives on each rank, all at once."""
-    meeting = Meeting(size)
-
-    def run(rank: int):
-        try:
-            return work(ThreadGroup(rank, meeting))
-        except BaseException:
-            meeting.leave()
-            raise
-
-    with ThreadPoolExecutor(size) as pool:
-        futures = [pool.submit(run, rank) for rank in range(size)]
-        return [future.result() for future in futures]
 
 
 def rank_part(layout: str, group: ThreadGroup | None, quantize: str | None = None) -> LoadedModel:
@@ -313,13 +264,15 @@ def test_a_step_is_told_without_its_grammars() -> None:
         freed_text_blocks=[3],
         freed_image_blocks=[4],
     )
-    told = wire.batch_decoder.decode(wire.frame_of(batch)[4:])
+    told = wire.step_decoder.decode(wire.frame_of(wire.RankStep(batch))[4:]).batch
     without = [dataclasses.replace(batch.sequences[0], matcher=None)]
     assert told == dataclasses.replace(batch, sequences=without)
     assert batch.sequences[0].matcher is not None
 
 
 class FailingRunner:
+    adapters = None
+
     def __init__(self, error: Exception) -> None:
         self.error = error
 
@@ -364,14 +317,24 @@ def meeting_places() -> list[str]:
     return [str(file) for file in files if file.is_symlink() and "ranks" in os.readlink(file)]
 
 
-def test_ranks_in_processes_of_their_own_give_the_tokens_of_one() -> None:
-    """Over gloo, prompts with pictures and without, batched; then a rank is killed."""
+@pytest.mark.slow
+def test_ranks_in_processes_of_their_own_give_the_tokens_of_one(tmp_path: Path) -> None:
+    """Over gloo, prompts with pictures and without, with adapters, batched; a rank is killed."""
     whole, shared = requests("text", "one", "adjacent"), requests("text", "one", "adjacent")
-    model = checkpoint("tiny")
-    generate(create_runner(model, RunnerConfig(**OPTIONS)), whole, num_tokens=6, chunk=7)
+    model, config = checkpoint("tiny"), RunnerConfig(**OPTIONS, max_loras=2, max_lora_rank=8)
+    adapters = [MIXED[name].write(tmp_path / name, oracle("tiny")) for name in ("all", "vision")]
+    for request, ref in zip([*whole[1:], *shared[1:]], adapters * 2, strict=True):
+        request.adapter = ref.digest
+    alone = create_runner(model, config)
     deaths: list[str] = []
-    runner = create_parallel_runner(model, 2, RunnerConfig(**OPTIONS), deaths.append)
+    runner = create_parallel_runner(model, 2, config, deaths.append)
     try:
+        for one in (alone, runner):
+            infos = [one.adapters.read(ref) for ref in adapters]
+            assert [info.changes_text for info in infos] == [True, False]
+        runner.adapters.forget(adapters[1].digest)
+        runner.adapters.read(adapters[1])
+        generate(alone, whole, num_tokens=6, chunk=7)
         generate(runner, shared, num_tokens=6, chunk=7)
         assert [r.generated for r in shared] == [r.generated for r in whole]
         # once it was not told, and the engine's first heartbeat within a step was its last
@@ -396,6 +359,7 @@ def rank_settings(folder: Path, **options) -> RankSettings:
     )
 
 
+@pytest.mark.slow
 def test_a_rank_that_ends_while_it_loads_is_named(tmp_path: Path) -> None:
     """Its options name a device that there is not, which it tells before it goes."""
     deaths: list[str] = []
@@ -408,6 +372,7 @@ def test_a_rank_that_ends_while_it_loads_is_named(tmp_path: Path) -> None:
     assert deaths == []
 
 
+@pytest.mark.slow
 def test_a_first_rank_that_fails_while_others_wait_for_it_says_so(monkeypatch) -> None:
     """It waited for their word, as they did for it, for an hour."""
 
@@ -421,6 +386,7 @@ def test_a_first_rank_that_fails_while_others_wait_for_it_says_so(monkeypatch) -
     assert not meeting_places()
 
 
+@pytest.mark.slow
 def test_ranks_end_when_the_first_one_goes_away(tmp_path: Path) -> None:
     """Also in the middle of waiting for the others: here the first rank never comes."""
     ranks = Ranks(rank_settings(tmp_path), lambda line: None)

@@ -31,6 +31,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from vlmserve.models.attention.sdpa import SdpaBackend
 from vlmserve.models.attention.triton_paged import TritonBackend, TritonPlan
+from vlmserve.models.attention.work_items import ALIGNMENT, WorkLayout
 from vlmserve.models.batch import PoolSizes, StepBatch
 from vlmserve.models.create_runner import _record_graphs
 from vlmserve.models.decoder.decoder import FusedDecoder
@@ -39,11 +40,12 @@ from vlmserve.models.execution.graphs.decode import (
     MAX_TABLE,
     DecodeGraphs,
     GraphLimits,
+    _Buffer,
     _layout,
     padded_sizes,
 )
 from vlmserve.models.execution.graphs.eligibility import why_not, why_not_with
-from vlmserve.models.execution.graphs.layout import ALIGNMENT, Layout
+from vlmserve.models.execution.graphs.layout import Layout
 from vlmserve.models.execution.graphs.recorder import Computation, CudaRecorder
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
@@ -57,12 +59,12 @@ class Pair:
     of kernels, with graphs."""
 
     def __init__(
-        self, layout: str, monkeypatch: pytest.MonkeyPatch, max_num_seqs: int, num_splits: int
+        self, layout: str, monkeypatch: pytest.MonkeyPatch, max_num_seqs: int, piece: int | None
     ) -> None:
         recorder = TapeRecorder()
         tape_operations(recorder, monkeypatch)
         self.eager = ModelRunner(loaded(layout), PLAN)
-        self.replaying = ModelRunner(loaded(layout), PLAN, taped_backend(recorder, num_splits))
+        self.replaying = ModelRunner(loaded(layout), PLAN, taped_backend(recorder, piece))
         text_model = loaded(layout).model.model.language_model
         self.replaying._fused = FusedDecoder(text_model, TritonOperations())
         self.graphs: DecodeGraphs = self.replaying.record_graphs(max_num_seqs, recorder)
@@ -103,7 +105,7 @@ class Pair:
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch) -> Pair:
-    return Pair("tiny", monkeypatch, max_num_seqs=4, num_splits=1)
+    return Pair("tiny", monkeypatch, max_num_seqs=4, piece=None)
 
 
 def texts(count: int) -> list[Request]:
@@ -111,6 +113,7 @@ def texts(count: int) -> list[Request]:
     return [prompt(f"t{i}", "word " * (1 + 3 * i)) for i in range(count)]
 
 
+@pytest.mark.slow
 def test_text_steps_of_every_size_are_those_of_eager_ones(pair: Pair) -> None:
     """In no order, so that each replay finds others' rows, longer tables and padding."""
     running = texts(4)
@@ -125,7 +128,7 @@ def test_mixed_steps_of_every_size_are_those_of_eager_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows that see one image, several or none, then text alone, then mixed again; keys split."""
-    pair = Pair("tiny", monkeypatch, max_num_seqs=4, num_splits=2)
+    pair = Pair("tiny", monkeypatch, max_num_seqs=4, piece=16)
     words, seeing = texts(2), requests("three", "one")
     pair.prefill([*words, *seeing])
     for running in (
@@ -140,19 +143,22 @@ def test_mixed_steps_of_every_size_are_those_of_eager_ones(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tiny", "cross-first", "one-kv-head"])
+@pytest.mark.parametrize(
+    ("layout", "largest"), [("tiny", 16), ("cross-first", 8), ("one-kv-head", 8)]
+)
 def test_larger_steps_of_other_layouts_are_those_of_eager_ones(
-    layout: str, monkeypatch: pytest.MonkeyPatch
+    layout: str, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pair = Pair(layout, monkeypatch, max_num_seqs=16, num_splits=3)
+    pair = Pair(layout, monkeypatch, max_num_seqs=largest, piece=24)
     running = [*texts(6), *requests("one", "adjacent", "three", "late", "apart")]
     pair.prefill(running)
-    for count in (11, 5, 9, 2, 7):
+    for count in (largest * 2 // 3, 5, largest // 2 + 1, 2, 7):
         pair.decode([running[i] for i in pair.rng.permutation(len(running))[:count]])
         pair.decode([running[i] for i in pair.rng.permutation(6)[:count]])
     pair.assert_same_keys()
 
 
+@pytest.mark.slow
 def test_a_row_is_replayed_alike_to_its_last_token(pair: Pair) -> None:
     """Up to the longest sequence, whose table is as wide as the graph's."""
     request = prompt("long", "x" * (PLAN.max_model_len - 2))
@@ -183,6 +189,7 @@ def test_which_steps_are_replayed(pair: Pair) -> None:
     assert not pair.graphs.takes(pack(step(pair, [seeing], 1)))  # its table would be too wide
 
 
+@pytest.mark.slow
 def test_a_step_with_a_new_image_runs_eager(pair: Pair) -> None:
     """A prompt of one token that is the image: a single token, and not to be replayed."""
     before = pair.graphs.num_replays
@@ -193,6 +200,7 @@ def test_a_step_with_a_new_image_runs_eager(pair: Pair) -> None:
     assert pair.graphs.num_replays == before
 
 
+@pytest.mark.slow
 def test_a_replay_counts_the_layers_that_a_pass_begins(pair: Pair) -> None:
     """A watchdog would take a step of replays for one that hangs."""
     words, seeing = texts(1), requests("one")
@@ -233,15 +241,15 @@ def test_what_replays_read_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def noted(*args: Any) -> TritonPlan:
         plan = fixed_plan(*args)
-        tensors = [plan.query_starts, *(one.tile_offsets for one in plan.launches)]
+        tensors = [plan.query_starts]
         made.extend(weakref.ref(tensor) for tensor in tensors)
         return plan
 
     monkeypatch.setattr(TritonBackend, "fixed_plan", noted)
-    runner = ModelRunner(loaded("tiny"), PLAN, TritonBackend(1))
+    runner = ModelRunner(loaded("tiny"), PLAN, TritonBackend())
     runner.record_graphs(1, Forgetful())
     gc.collect()
-    assert len(made) == 6  # text alone has one plan, with images there are two
+    assert len(made) == 3  # text alone has one plan, with images there are two
     assert all(reference() is not None for reference in made)
 
 
@@ -254,23 +262,52 @@ def test_sizes_go_up_to_the_most_sequences() -> None:
 
 
 def test_parts_of_a_layout_lie_apart_and_aligned() -> None:
-    layout = Layout(5, 7, 3)
-    buffer = np.zeros(layout.num_entries(True), dtype=np.int32)
+    layout = Layout(5, 7, 3, WorkLayout(5, 9), WorkLayout(5, 5))
+    buffer = np.zeros(layout.num_entries, dtype=np.int32)
     parts = layout.parts(buffer)
-    named = [getattr(parts, name) for name in parts.__slots__]
+    works = [(layout.text_work, parts.text_work), (layout.cross_work, parts.cross_work)]
+    named = [getattr(parts, name) for name in parts.__slots__ if "work" not in name]
+    for work, part in works:
+        views = work.views(part)
+        named += [views.sizes, views.rows, views.pieces]
+    named.append(layout.text_work.views(parts.text_work).split)
     for number, part in enumerate(named, start=1):
         part += number
-    assert {int(value) for value in buffer} == set(range(9))  # each its own, gaps stay 0
+    assert {int(value) for value in buffer} == set(range(16))  # each its own, gaps stay 0
     for part in named:
         start = (part.ctypes.data - buffer.ctypes.data) // buffer.itemsize
         assert start % ALIGNMENT == 0
-    assert layout.num_entries(False) <= (parts.row_mask.ctypes.data - buffer.ctypes.data) // 4
 
 
 def test_a_table_is_no_wider_than_what_is_copied_at_once() -> None:
     limits = GraphLimits(64, 131_072, 16, 4)
-    assert _layout(1, limits).text_width == 8192
-    assert _layout(64, limits).text_width * 64 == MAX_TABLE
+    layouts = [_layout(size, limits, 1601, TritonBackend()) for size in (1, 64)]
+    assert layouts[0].text_width == 8192
+    assert layouts[1].text_width * 64 == MAX_TABLE
+
+
+@pytest.mark.slow
+def test_a_replay_copies_the_used_width_of_the_text_table(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it was copied: 512 KiB a step for contexts of a few hundred tokens."""
+    sent: list[int] = []
+    send = _Buffer.send
+
+    def noted(buffer: _Buffer, num_entries: int) -> None:
+        sent.append(num_entries)
+        send(buffer, num_entries)
+
+    monkeypatch.setattr(_Buffer, "send", noted)
+    running = texts(4)
+    pair.prefill(running)
+    for size, count in ((2, 2), (4, 3)):
+        pair.decode(running[:count])
+        (layout,) = [one for one in pair.graphs._layouts if one.size == size]
+        width = max(len(one.text_blocks) for one in running[:count])
+        assert width < layout.text_width / 2
+        table = -(-size * layout.text_width // ALIGNMENT) * ALIGNMENT
+        assert sent.pop() == layout.num_entries - table + count * width
 
 
 def test_a_cpu_has_no_graphs_and_says_why() -> None:

@@ -315,4 +315,4 @@ def test_pixel_values_equal_transformers_processor_bit_for_bit(grid: tuple[int, 
         content_hash=b"",
     )
     encoder = VisionEncoder(loaded("tiny").model, normalization, torch.device("cpu"))
-    assert torch.equal(encoder.pixel_values([cut]), expected["pixel_values"])
+    assert torch.equal(encoder.pixel_values([cut]), expected["pixel_values"][:, 0])

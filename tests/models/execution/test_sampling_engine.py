@@ -54,7 +54,8 @@ def requests() -> list[AddRequest]:
             sampling=SamplingParams(**wish),
             max_tokens=NUM_TOKENS,
         )
-        made.append(msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=AddRequest))
+        read = msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=AddRequest)
+        made.append(msgspec.structs.replace(read, images=request.images))
     return made
 
 
@@ -171,8 +172,47 @@ def test_ids_that_end_the_answer_come_after_min_tokens_only() -> None:
     assert not {10, 11} & set(answers.token_ids["20"])
 
 
+def test_only_allowed_tokens_come_and_no_banned_sequence() -> None:
+    plain = AddRequest(
+        request_id="plain",
+        prompt_token_ids=[5, 6, 7],
+        max_tokens=30,
+        sampling=SamplingParams(temperature=0.0, logit_bias=((9, 95.0), (12, 70.0), (13, 40.0))),
+    )
+    wishes: dict[str, dict[str, Any]] = {
+        # The prompt's 7 is not generated, so the first 9 is no end of the pair 7, 9.
+        "pair": {"banned_sequences": ((9, 9), (7, 9))},
+        "one": {"banned_sequences": ((9,),)},
+        "three": {"banned_sequences": ((9, 9, 9), (12, 12))},
+        "allowed": {"allowed_token_ids": (12, 13), "banned_sequences": ((12, 12),)},
+        "drawn": {"allowed_token_ids": (20, 21, 22, 999_999), "temperature": 2.0, "top_p": 0.9},
+    }
+    added = [
+        msgspec.structs.replace(
+            plain, request_id=name, sampling=msgspec.structs.replace(plain.sampling, **wish)
+        )
+        for name, wish in wishes.items()
+    ]
+    answers, _ = answers_of(runner("tiny"), [plain, *added])
+    got = answers.token_ids
+    assert got["plain"] == [9] * 30
+    assert got["pair"] == [9, 12] * 15
+    assert got["one"] == [12] * 30
+    assert got["three"] == [9, 9, 12] * 10
+    assert got["allowed"] == [12, 13] * 15
+    assert set(got["drawn"]) == {20, 21, 22}
+
+
 def test_a_step_is_told_of_the_text_only_where_the_choice_depends_on_it() -> None:
     batches: list[StepBatch] = []
+    generated: dict[str, list[int]] = {}
+
+    def keep(batch: StepBatch) -> None:
+        batches.append(batch)
+        for one in batch.sequences:
+            if one.context is not None:
+                generated[one.request_id] = list(one.context.generated_token_ids)
+
     wishes: list[dict[str, Any]] = [
         {},
         {"repetition_penalty": 1.1},
@@ -189,7 +229,7 @@ def test_a_step_is_told_of_the_text_only_where_the_choice_depends_on_it() -> Non
         )
         for number, wish in enumerate(wishes)
     ]
-    answers, _ = answers_of(FakeRunner(before_step=batches.append), added)
+    answers, _ = answers_of(FakeRunner(before_step=keep), added)
     last = {one.request_id: one for one in batches[-1].sequences}
     assert last["0/0"].context is None
     assert last["0/3"].context is None
@@ -201,5 +241,5 @@ def test_a_step_is_told_of_the_text_only_where_the_choice_depends_on_it() -> Non
     assert present is not None
     assert sorted(repeated.prompt_token_ids) == [8, 9]
     assert list(present.prompt_token_ids) == []
-    assert list(repeated.generated_token_ids) == answers.token_ids["1"][:2]
-    assert list(present.generated_token_ids) == answers.token_ids["2"][:2]
+    assert generated["0/1"] == answers.token_ids["1"][:2]
+    assert generated["0/2"] == answers.token_ids["2"][:2]

@@ -19,11 +19,13 @@ from support.oracle import (
     requests,
     schedule,
 )
+from support.sampled import context_of
 from support.waits import counted
 
+from vlmserve.models import device_copies
 from vlmserve.models.attention.triton_paged import TritonBackend
-from vlmserve.models.batch import PoolSizes, SamplingContext, SamplingParams, StepBatch
-from vlmserve.models.device_copies import fetch, upload
+from vlmserve.models.batch import PoolSizes, SamplingParams, StepBatch
+from vlmserve.models.device_copies import Stopwatch, fetch, upload
 from vlmserve.models.execution.graphs.recorder import CudaRecorder
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
@@ -59,7 +61,7 @@ def decode_batch(runner: ModelRunner, params: list[SamplingParams]) -> StepBatch
     for sequence, one in zip(batch.sequences, params, strict=True):
         sequence.sampling = one
         if one.has_penalties:
-            sequence.context = SamplingContext([1, 2, 3], [4, 4, 5], [6])
+            sequence.context = context_of([1, 2, 3], [4, 4, 5], [6])
     return batch
 
 
@@ -74,6 +76,70 @@ def test_a_decode_step_waits_once(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert waits.num_fetches == 1
     assert waits.num_uploads > 0
     assert len(result.token_ids) == 7
+
+
+def image_batch() -> StepBatch:
+    """Whole prompts, with and without images."""
+    blocks = Blocks(PLAN.sizes)
+    return join([schedule(one, len(one.token_ids), blocks) for one in requests()])
+
+
+def test_a_step_with_images_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waited for the whole device, to measure the seconds, and for each upload of an image."""
+    runner, batch = ModelRunner(loaded("tiny"), PLAN), image_batch()
+    assert len(batch.images) > 4  # more than a pass
+    uploads: list[tuple[str, int]] = []
+    to_device = device_copies._to_device
+    monkeypatch.setattr(
+        device_copies,
+        "_to_device",
+        lambda host, device: (
+            uploads.append((str(host.dtype), host.numel())) or to_device(host, device)
+        ),
+    )
+    with counted(monkeypatch, loaded("tiny").model) as waits:
+        result = runner.execute(batch)
+    assert not waits.others, dict(waits.others)
+    assert waits.num_fetches == 1
+    assert result.vision_seconds > 0
+    pixels = [size for dtype, size in uploads if dtype == "torch.uint8"]
+    assert pixels == [len(one.image.data) for one in batch.images]
+
+
+class FakeEvent:
+    """A CUDA event on a stream that is done when the test says so."""
+
+    is_done = False
+    count = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        FakeEvent.count += 1
+        self._number = FakeEvent.count
+
+    def record(self, stream: object) -> None:
+        assert stream == "the stream"
+
+    def query(self) -> bool:
+        return FakeEvent.is_done
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1e3 * (end._number - self._number)
+
+
+def test_the_seconds_of_images_are_read_when_the_device_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a wait: a step without tokens leaves them to the next step."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the stream")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: pytest.fail("it waited"))
+    runner = ModelRunner(loaded("tiny"), PLAN)
+    monkeypatch.setattr(runner._vision, "start_watch", lambda: Stopwatch(torch.device("cuda", 0)))
+    batch = image_batch()
+    assert runner.execute(batch).vision_seconds == 0
+    monkeypatch.setattr(FakeEvent, "is_done", True)
+    assert runner.execute(batch).vision_seconds == 2 * 1.0
+    assert runner.execute(StepBatch(batch.sequences)).vision_seconds == 0
 
 
 def test_a_cut_beyond_the_window_waits_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,15 +188,15 @@ def test_values_come_up_and_down_as_they_are() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", [*STEPS, "images"])
 @pytest.mark.parametrize("has_graphs", [False, True], ids=["eager", "graphs"])
-def test_a_decode_step_on_a_gpu_waits_once(has_graphs: bool, name: str) -> None:
+def test_a_step_on_a_gpu_waits_once(has_graphs: bool, name: str) -> None:
     """torch warns at each wait that it knows of; the first step compiles and is not counted."""
     model = load_model(checkpoint("tiny"), "cuda", "float32")
     runner = ModelRunner(model, PLAN, TritonBackend())
     if has_graphs:
         runner.record_graphs(8, CudaRecorder(model.device))
-    batch = decode_batch(runner, STEPS[name])
+    batch = image_batch() if name == "images" else decode_batch(runner, STEPS[name])
     runner.execute(batch)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")

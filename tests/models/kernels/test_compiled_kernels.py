@@ -66,6 +66,22 @@ def test_keys_and_values_are_loaded_while_others_are_multiplied(document: dict[s
         assert one["left_in_flight"] >= 1, one
 
 
+def test_a_decode_step_has_the_codes_of_several_rounds_in_flight(
+    document: dict[str, Any],
+) -> None:
+    """A wait leaves two copies a round, of rows and of codes, of four rounds: 16 KiB of codes."""
+    entries = [
+        one
+        for one in document["launches"]
+        if one["kernel"] == "int8_product_kernel" and "'BLOCK_M': 16" in one["launch"]
+    ]
+    assert entries
+    for one in entries:
+        assert one["left_in_flight"] >= 8, one
+        # two programs share a processor of 100 KB
+        assert 2 * (one["shared_bytes"] + 1024) <= 100 * 1024, one
+
+
 @pytest.mark.parametrize("kernel", ["attend_kernel", "int8_product_kernel"])
 def test_keys_values_and_weights_are_read_ahead_16_bytes_at_a_time(
     document: dict[str, Any], kernel: str

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.client_environments import ROOT
 from support.coded_checkpoints import FORMS, write
 from support.oracle import checkpoint
 from transformers import MllamaConfig, MllamaForConditionalGeneration
@@ -21,12 +22,15 @@ from vlmserve.models.errors import ModelError
 from vlmserve.models.kv_cache.pool_sizes import PoolRequest
 from vlmserve.models.memory.available import AvailableMemory
 from vlmserve.models.memory.fit import Plan, check_fits, needs_of, needs_on
+from vlmserve.models.memory.fit_report import report
 from vlmserve.models.memory.peak_step import StepLimits
+from vlmserve.models.settings.byte_text import shown_bytes
 from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.models.weights import loader
 from vlmserve.models.weights.device_map import given_map, on_one_device
 from vlmserve.models.weights.loader import open_checkpoint
 from vlmserve.models.weights.tensor_loader import RankShare
+from vlmserve.server.cli.check import cell
 
 CPU = torch.device("cpu")
 KIB, MIB = 1 << 10, 1 << 20
@@ -200,11 +204,8 @@ def test_max_model_len_over_the_context_is_refused_before_weights_are_read() -> 
     assert "the model's context is 16,384" in refusal(8 << 30, max_model_len=20_000)
 
 
-@pytest.fixture(scope="module")
-def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of Llama-3.2-11B-Vision's shapes: true headers before 21 GB of a hole."""
-    folder = tmp_path_factory.mktemp("large")
-    config = MllamaConfig(vision_config={"image_size": 560})
+def with_a_hole(config: MllamaConfig, folder: Path) -> Path:
+    """A checkpoint of a configuration: true headers before a hole in the place of the weights."""
     config.save_pretrained(folder)
     with torch.device("meta"):
         meta_model = MllamaForConditionalGeneration(config)
@@ -220,6 +221,44 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of Llama-3.2-11B-Vision's shapes."""
+    config = MllamaConfig(vision_config={"image_size": 560})
+    return with_a_hole(config, tmp_path_factory.mktemp("large"))
+
+
+# The shapes of Llama-3.2-90B-Vision's text model.
+TEXT_90B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28_672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 100,
+    "cross_attention_layers": list(range(3, 100, 5)),
+}
+
+
+@pytest.mark.slow
+def test_the_documented_table_of_gpus_is_that_of_check(large_folder: Path, tmp_path: Path) -> None:
+    config = MllamaConfig(vision_config={"image_size": 560}, text_config=TEXT_90B)
+    folders = {"11B": large_folder, "90B": with_a_hole(config, tmp_path)}
+    lines = []
+    for name, folder in folders.items():
+        rows = {row["quantize"]: row for row in report(folder)["rows"]}
+        assert rows["int8"]["gpus"] == rows["fp8"]["gpus"]
+        said = {
+            name: None,
+            f"{name}, `int8` or `fp8`": "int8",
+            f"{name}, a 4-bit checkpoint": "int4",
+        }
+        for words, method in said.items():
+            cells = [shown_bytes(rows[method]["weights"]), *map(cell, rows[method]["gpus"])]
+            lines.append(f"| {words} | {' | '.join(cells)} |")
+    documented = (ROOT / "docs" / "loading.md").read_text().splitlines()
+    assert [line for line in documented if line.startswith(("| 11B", "| 90B"))] == lines
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -227,16 +266,16 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {},
             "weights 19.9 GiB (vision 1.7 GiB, decoder 16.3 GiB, embedding and head 2.0 GiB) + KV "
             "cache of at least 456.1 MiB (2,048 text tokens, 4 image tiles) + activations of a "
-            "step 4.8 GiB = 25.2 GiB, and 17.6 GiB are available (as a test says): use --quantize "
-            "int8 (17.0 GiB in all), or --quantize fp8 (17.0 GiB in all), or --quantize "
-            "bitsandbytes (17.0 GiB in all), or --quantize bitsandbytes-nf4 (13.5 GiB in all), or "
+            "step 819.0 MiB = 21.1 GiB, and 17.6 GiB are available (as a test says): use "
+            "--quantize int8 (13.0 GiB in all), or --quantize fp8 (13.0 GiB in all), or --quantize "
+            "bitsandbytes (13.0 GiB in all), or --quantize bitsandbytes-nf4 (9.4 GiB in all), or "
             "--device-map auto, which offloads the weights that do not fit",
         ),
         (
             {"max_model_len": 131_072},
-            "(131,072 text tokens, 4 image tiles) + activations of a step 4.8 GiB = 40.9 GiB, and "
+            "(131,072 text tokens, 4 image tiles) + activations of a step 1.7 GiB = 37.8 GiB, and "
             "17.6 GiB are available (as a test says): use --quantize int8 with --max-model-len "
-            "4096, or --device-map auto",
+            "32768, or --device-map auto",
         ),
     ],
     ids=["by default", "its whole context"],

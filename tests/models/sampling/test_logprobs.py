@@ -19,10 +19,10 @@ from support.http_side import (
     running_server,
     write_checkpoint,
 )
-from support.sampled import sample, told_of
+from support.sampled import context_of, sample, told_of
 from tokenizers import Tokenizer, decoders, models
 
-from vlmserve.models.batch import SamplingContext, SamplingParams, TokenLogprobs
+from vlmserve.models.batch import SamplingParams, TokenLogprobs
 from vlmserve.models.sampling.logprobs import RawLogprobs
 from vlmserve.router.messages import AddRequest, SequenceOutput
 from vlmserve.server.generation.answer_stream import AnswerStream
@@ -56,7 +56,7 @@ def test_logprobs_are_those_of_the_raw_logits_whatever_the_parameters() -> None:
         SamplingParams(top_k=1, num_logprobs=20, logit_bias=((7, 100.0),)),
     ]
     raw = RawLogprobs(logits, params)
-    context = SamplingContext([1, 2, 3], [4], [5])
+    context = context_of([1, 2, 3], [4], [5])
     token_ids = sample(logits, params, [0] * 4, [context] * 4)
     assert token_ids[3] == 7
     found = told_of(raw, token_ids)

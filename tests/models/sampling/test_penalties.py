@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.sampled import NUM_DRAWS, chi_square_is_plausible, sample
+from support.sampled import NUM_DRAWS, chi_square_is_plausible, context_of, sample
 from torch import Tensor
 from transformers import (
     MinPLogitsWarper,
@@ -16,14 +16,16 @@ from transformers import (
 )
 
 from vlmserve.models.batch import SamplingContext, SamplingParams
+from vlmserve.models.device_copies import upload
 from vlmserve.models.errors import NonFiniteLogitsError
-from vlmserve.models.sampling import sampler
+from vlmserve.models.sampling import penalties, sampler
 from vlmserve.models.sampling.penalties import adjust
+from vlmserve.models.sampling.token_counts import DistinctIds
 
 VOCAB = 40
 PROMPT = [3, 3, 7, 11, 30]
 GENERATED = [7, 5, 5, 5, 39]
-CONTEXT = SamplingContext(PROMPT, GENERATED)
+CONTEXT = context_of(PROMPT, GENERATED)
 
 
 def random_logits(rows: int = 1, seed: int = 0, vocab: int = VOCAB) -> Tensor:
@@ -42,8 +44,8 @@ def defined(logits: Tensor, params: SamplingParams, context: SamplingContext) ->
     for token_id in {*context.prompt_token_ids, *context.generated_token_ids}:
         factor = params.repetition_penalty
         values[token_id] *= factor if values[token_id] < 0 else 1 / factor
-    for token_id in set(context.generated_token_ids):
-        count = list(context.generated_token_ids).count(token_id)
+    counts = zip(context.generated_token_ids, context.generated_counts, strict=True)
+    for token_id, count in counts:
         values[token_id] -= params.presence_penalty + count * params.frequency_penalty
     for token_id, bias in params.logit_bias:
         values[token_id] += bias
@@ -138,13 +140,13 @@ def test_presence_and_frequency_count_what_was_generated_and_not_the_prompt() ->
         ),
     ],
 )
-@pytest.mark.parametrize("banned", [(), (1, 9)], ids=["", "banned"])
+@pytest.mark.parametrize("banned", [pytest.param((), marks=pytest.mark.slow), (1, 9)])
 def test_draws_follow_the_exact_distribution(
     params: SamplingParams, banned: tuple[int, ...]
 ) -> None:
     vocab = 14
     logits = random_logits(seed=2, vocab=vocab) / 2
-    context = SamplingContext([3, 3, 7, 11], [7, 5, 5, 13], banned)
+    context = context_of([3, 3, 7, 11], [7, 5, 5, 13], banned)
     token_ids = sample(
         logits.repeat(NUM_DRAWS, 1), [params] * NUM_DRAWS, range(NUM_DRAWS), [context] * NUM_DRAWS
     )
@@ -179,7 +181,7 @@ def test_a_greedy_choice_heeds_penalties_biases_and_bans() -> None:
         SamplingParams(**greedy, logit_bias=((9, 5.0),)),
         SamplingParams(**greedy, logit_bias=((5, 100.0),)),
     ]
-    contexts = [None, SamplingContext((), [5, 5, 5]), None, SamplingContext((), (), [5, 7])]
+    contexts = [None, context_of((), [5, 5, 5]), None, SamplingContext((), (), [5, 7])]
     assert sample(logits, params, [0] * 4, contexts).tolist() == [5, 7, 9, 9]
 
 
@@ -200,7 +202,7 @@ def test_a_rows_wishes_change_no_other_row() -> None:
         ids = rng.integers(0, VOCAB, 6).tolist()
         is_needed = params[row].has_penalties or row % 7 == 0
         banned = [row % VOCAB] if row % 7 == 0 else ()
-        contexts.append(SamplingContext(ids[:3], ids[3:], banned) if is_needed else None)
+        contexts.append(context_of(ids[:3], ids[3:], banned) if is_needed else None)
     together = sample(logits.clone(), params, [0] * 60, contexts).tolist()
     alone = [
         sample(logits[row : row + 1].clone(), [params[row]], [0], [contexts[row]]).item()
@@ -210,6 +212,30 @@ def test_a_rows_wishes_change_no_other_row() -> None:
     plain = [row for row in range(0, 60, 10) if contexts[row] is None]
     assert plain
     assert [together[row] for row in plain] == logits[plain].argmax(-1).tolist()
+
+
+def test_a_prompt_is_uploaded_in_its_first_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its distinct tokens, thousands in a long prompt, were gathered in every step."""
+    sizes: list[int] = []
+
+    def counted(values: np.ndarray, *more: object) -> Tensor:
+        sizes.append(np.size(values))
+        return upload(values, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(penalties, "upload", counted)
+    logits = random_logits(rows=2, vocab=5000)
+    prompt = DistinctIds([*range(4000), 5000])
+    params = [SamplingParams(), SamplingParams(repetition_penalty=1.5)]
+    steps = []
+    for generated in ([], [4500], [4500, 4500, 7]):
+        changed = logits.clone()
+        adjust(changed, params, [None, context_of(prompt, generated)])
+        expected = defined(logits[1], params[1], context_of(range(4000), generated))
+        np.testing.assert_allclose(changed[1].double().numpy(), expected, rtol=1e-5)
+        steps.append(sum(sizes))
+        sizes.clear()
+    assert steps[0] == 4000 + 2
+    assert max(steps[1:]) <= 2 + 2 * 2
 
 
 def test_rows_without_wishes_are_left_untouched_bit_for_bit() -> None:
@@ -240,7 +266,7 @@ def test_ids_without_a_logit_are_passed_over() -> None:
     params = SamplingParams(
         repetition_penalty=1.5, presence_penalty=1.0, logit_bias=((VOCAB, 100.0),)
     )
-    context = SamplingContext([VOCAB, VOCAB + 8], [VOCAB], [VOCAB])
+    context = context_of([VOCAB, VOCAB + 8], [VOCAB], [VOCAB])
     assert torch.equal(adjusted(logits, params, context), logits)
 
 
@@ -254,6 +280,19 @@ def test_a_client_that_bans_every_token_fails_nobody() -> None:
         assert token_ids[1] == sample(logits[1:].clone(), params[:1], [0]).item()
 
 
+def test_allowed_tokens_keep_their_logits_and_a_grammar_goes_first() -> None:
+    logits = random_logits(rows=1)
+    params = SamplingParams(allowed_token_ids=(3, 7, VOCAB + 5))
+    changed = adjusted(logits, params, None)[0]
+    assert changed[[3, 7]].equal(logits[0, [3, 7]])
+    others = [token_id for token_id in range(VOCAB) if token_id not in (3, 7)]
+    assert set(changed[others].tolist()) == {torch.finfo(torch.float32).min}
+    # What a form allows comes although it is not allowed otherwise: -inf is never undone.
+    logits[0, :20] = -torch.inf
+    token_id = sample(logits.clone(), [params], [0]).item()
+    assert token_id >= 20
+
+
 @pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e-39])
 def test_the_smallest_repetition_penalty_leaves_finite_logits(penalty: float) -> None:
     logits = random_logits(rows=1)
@@ -264,7 +303,7 @@ def test_the_smallest_repetition_penalty_leaves_finite_logits(penalty: float) ->
 
 
 def test_no_penalty_hides_that_the_models_logits_are_not_finite() -> None:
-    context = SamplingContext([3], [3], [3])
+    context = context_of([3], [3], [3])
     for value in (float("nan"), float("inf")):
         logits = random_logits(rows=2)
         logits[1, 3] = value
@@ -279,6 +318,6 @@ def test_what_the_model_rules_out_stays_so() -> None:
     params = SamplingParams(
         repetition_penalty=0.5, presence_penalty=-2.0, logit_bias=((3, 100.0),), temperature=2.0
     )
-    context = SamplingContext([3], [3, 3])
+    context = context_of([3], [3, 3])
     token_ids = sample(logits.repeat(2000, 1), [params] * 2000, range(2000), [context] * 2000)
     assert 3 not in token_ids.tolist()

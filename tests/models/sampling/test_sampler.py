@@ -183,16 +183,67 @@ def test_the_window_of_best_tokens_cuts_as_a_sort_of_the_whole_row_does(
         )
         for _ in range(60)
     ]
-    weights = torch.from_numpy(np.exp(logits - logits.max(axis=1, keepdims=True)))
-    whole = sampler._filter(weights, params, is_whole=True).weights
-    monkeypatch.setattr(sampler, "WINDOW", 64)
-    cut = sampler._filter(weights, params, is_whole=False)
-    assert cut.is_undecided is not None
-    assert torch.equal(cut.weights[~cut.is_undecided], whole[~cut.is_undecided])
+    logits = torch.from_numpy(logits).float()
+    best = logits.amax(dim=-1)
+
+    def cut(window: sampler._Window) -> tuple[Tensor, Tensor | None]:
+        kept, is_undecided = sampler._cut(logits, best, window, params)
+        weights = torch.zeros(logits.shape, dtype=torch.float64)
+        return weights.scatter_(-1, window.token_ids, kept), is_undecided
+
+    whole, none = cut(sampler._ordered(logits, None))
+    assert none is None
+    ids = logits.topk(64, dim=-1).indices.sort(dim=-1).values
+    windowed, is_undecided = cut(sampler._ordered(logits, ids))
+    assert is_undecided is not None
+    assert torch.equal(windowed[~is_undecided], whole[~is_undecided])
     is_beyond = (whole > 0).sum(-1) > 64
-    assert cut.is_undecided[is_beyond].all()
+    assert is_undecided[is_beyond].all()
     assert is_beyond.any()
-    assert num_levels == 3 or not cut.is_undecided.all()
+    assert num_levels == 3 or not is_undecided.all()
+
+
+def token_by_definition(logits: Tensor, params: SamplingParams, number: float) -> tuple[int, bool]:
+    """The token in float64 over the whole vocabulary, and whether rounding could change it."""
+    weights = ((logits.double() - logits.double().max()) / params.temperature).exp()
+    ordered, order = weights.sort(descending=True, stable=True)
+    may_differ = False
+    if params.top_k > 0:
+        ordered[params.top_k :] = 0.0
+    if params.top_p < 1.0:
+        before, total = ordered.cumsum(-1) - ordered, ordered.sum()
+        may_differ = bool((before / total - params.top_p).abs().min() < 1e-6)
+        is_over = before >= params.top_p * total
+        is_over[0] = False
+        ordered[is_over] = 0.0
+    kept = torch.zeros_like(weights).scatter_(-1, order, ordered)
+    kept[kept < params.min_p] = 0.0
+    cumulative = kept.cumsum(-1)
+    return int(torch.searchsorted(cumulative, number * cumulative[-1], right=True)), may_differ
+
+
+@pytest.mark.parametrize("num_levels", [1, 3, 40, 100_000])
+def test_tokens_are_those_of_float64_over_the_whole_vocabulary(num_levels: int) -> None:
+    """As before the cut worked on a window of float32 logits; few levels make many ties."""
+    rng = np.random.default_rng(num_levels)
+    levels = rng.integers(0, num_levels, (60, 3000)) * (14.0 / num_levels)
+    logits = torch.from_numpy(levels * rng.choice([0.2, 1.0, 3.0], (60, 1))).float()
+    params = [
+        SamplingParams(
+            temperature=float(rng.choice([1e-40, 0.3, 1.0, 1.7])),
+            top_k=int(rng.choice([-1, 1, 40, 1023, 1024, 2000])),
+            top_p=float(rng.choice([1.0, 0.1, 0.5, 0.9, 0.999])),
+            min_p=float(rng.choice([0.0, 0.0, 0.05])),
+            seed=row,
+        )
+        for row in range(60)
+    ]
+    drawn = sample(logits, params, range(60)).tolist()
+    for row, param in enumerate(params):
+        expected, may_differ = token_by_definition(logits[row], param, uniform(param.seed, row))
+        # equal logits have equal weights, whose sums are exact in both
+        assert drawn[row] == expected or (may_differ and num_levels > 1), (row, param)
+    assert len(set(drawn)) > 30
 
 
 def test_rows_whose_cut_lies_beyond_the_window_are_drawn_all_the_same(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +99,61 @@ def test_files_of_any_dtype_load_whole_or_in_shards(tmp_path, dtype, shard_size,
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+INDEX = "model.safetensors.index.json"
+
+
+def sharded(folder: Path, **index: Any) -> dict[str, str]:
+    """Store the folder's weights in two shards, with these keys in their index; the weight map."""
+    tensors = load_file(folder / WHOLE)
+    names = list(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, listed in shards.items():
+        save_file({name: tensors[name] for name in listed}, folder / file)
+    (folder / WHOLE).unlink()
+    weight_map = {name: file for file, listed in shards.items() for name in listed}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map} | index))
+    return weight_map
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"metadata": None}, {"metadata": [1]}])
+def test_shards_load_whatever_the_metadata_of_their_index(folder, metadata) -> None:
+    """transformers reads an index only with metadata that is an object."""
+    sharded(folder, **(metadata if metadata is not None else {"metadata": {"total_size": 7}}))
+    for quantize in (None, "int8"):
+        found, expected = weights(folder, quantize), tiny_weights(quantize)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_shards_without_metadata_are_one_line_where_transformers_reads_them(folder) -> None:
+    sharded(folder)
+    with pytest.raises(ModelError, match=r'has no metadata, .*; or add "metadata": \{\}') as error:
+        load_model(folder, "cpu", "float32", quantize="bitsandbytes")
+    assert "\n" not in str(error.value)
+    sharded_index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps(sharded_index | {"metadata": {}}))
+    load_model(folder, "cpu", "float32", quantize="bitsandbytes")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda names: {}, "lists no weights in weight_map"),
+        (lambda names: names | {"x.weight": "c.safetensors"}, "c.safetensors is missing"),
+        (lambda names: names | {"x.weight": "a.safetensors"}, "lists x.weight in a.safetensors"),
+        (lambda names: dict.fromkeys(names, 3), "names '3', not a safetensors file"),
+        (lambda names: dict.fromkeys(names, "a.safetensors"), "which does not have it"),
+        (lambda names: [*names], "lists no weights in weight_map"),
+    ],
+    ids=["empty", "absent shard", "extra name", "a number", "another shard", "a list"],
+)
+def test_an_index_that_does_not_fit_its_shards_is_one_line(folder, change, words) -> None:
+    weight_map = sharded(folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": change(weight_map)}))
+    with pytest.raises(ModelError, match=re.escape(words)) as error:
+        load_model(folder, "cpu", "float32")
+    assert "\n" not in str(error.value)
+
+
 def test_newer_shards_beside_a_whole_file_are_ignored_by_every_loader(folder, tmp_path) -> None:
     """The whole file counts for every loader, and the newer shards beside it for none."""
     model = MllamaForConditionalGeneration.from_pretrained(TINY)
@@ -109,6 +166,14 @@ def test_newer_shards_beside_a_whole_file_are_ignored_by_every_loader(folder, tm
     for quantize in (None, "int8", "bitsandbytes"):
         found, expected = weights(folder, quantize), tiny_weights(quantize)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_weight_under_two_names_is_one_line_with_its_files(folder) -> None:
+    tensors = load_file(folder / WHOLE)
+    name = next(name for name in tensors if "norm" in name)
+    write(folder, tensors | {former(today(name)): tensors[name], today(name): tensors[name] * 2})
+    with pytest.raises(ModelError, match=r"is twice in model\.safetensors, under an old and a new"):
+        weights(folder)
 
 
 def test_a_whole_file_without_all_weights_beside_an_index_is_one_line_with_both(folder) -> None:
@@ -231,7 +296,7 @@ def test_a_folder_of_an_adapter_is_named_with_its_base_model(tmp_path, has_confi
     save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     if has_config:
         shutil.copy(TINY / "config.json", tmp_path)
-    expected = r"this is a LORA adapter of meta-llama/base, .* not served; merge it .*merge_and_un"
+    expected = r"LORA adapter of meta-llama/base, not a model; serve .* --lora NAME=.* or merge it"
     with pytest.raises(ModelError, match=expected):
         check_folder(tmp_path)
     with pytest.raises(ModelFilesError, match=expected):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.coded_checkpoints import FORMS, Form, bnb4, kept_and_counted, set_config, write
 from support.oracle import BLOCK_SIZE, PROMPTS, checkpoint, prefill_logits
 
@@ -21,6 +23,7 @@ from vlmserve.models.kv_cache.pool_sizes import PoolPlan
 from vlmserve.models.weights import loader
 from vlmserve.models.weights.device_map import given_map
 from vlmserve.models.weights.formats.coded_tensor import CodedTensor
+from vlmserve.models.weights.formats.safetensors_headers import module_name
 from vlmserve.models.weights.loader import LoadedModel, load, load_model, open_checkpoint
 
 TINY = Path(checkpoint("tiny"))
@@ -36,7 +39,14 @@ def plain_logits(name: str) -> torch.Tensor:
     return logits_of(load_model(TINY, "cpu", "float32"), name)
 
 
-@pytest.fixture(scope="module", params=FORMS)
+# One of each packing in every run, all forms in the long one.
+QUICK = {"fp8-channel", "w8a8", "w4a16-zeros", "nf4-nested", "gptq-act-order", "awq"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in FORMS],
+)
 def written(request, tmp_path_factory) -> tuple[Path, Path]:
     """A quantized checkpoint and its dequantized one."""
     return write(TINY, FORMS[request.param], tmp_path_factory.mktemp(request.param))
@@ -63,6 +73,23 @@ def test_weights_take_what_the_arithmetic_says(written) -> None:
 @pytest.mark.parametrize("name", ["nf4-dynamic", "fp8-channel", "w4a16-zeros"])
 def test_names_of_before_transformers_4_52_load(name, tmp_path) -> None:
     coded, dequantized = write(TINY, FORMS[name], tmp_path, has_old_names=True)
+    model, plain = (load_model(folder, "cpu", "float32") for folder in (coded, dequantized))
+    torch.testing.assert_close(
+        logits_of(model, "one"), logits_of(plain, "one"), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_layers_that_auto_round_adds_under_newer_names_are_ignored(tmp_path) -> None:
+    """It takes them for missing. A layer's own tensors are those under the older name."""
+    coded, dequantized = write(TINY, FORMS["auto-round"], tmp_path, has_old_names=True)
+    tensors = load_file(coded / "model.safetensors")
+    (coded / "model.safetensors").unlink()
+    shard, extra = "model-00001-of-00001.safetensors", "model_extra_tensors.safetensors"
+    added = {module_name(name): tensor * 2 for name, tensor in tensors.items()}
+    save_file(tensors, coded / shard, metadata={"format": "pt"})
+    save_file(added, coded / extra, metadata={"format": "pt"})
+    index = {"weight_map": dict.fromkeys(tensors, shard) | dict.fromkeys(added, extra)}
+    (coded / "model.safetensors.index.json").write_text(json.dumps(index))
     model, plain = (load_model(folder, "cpu", "float32") for folder in (coded, dequantized))
     torch.testing.assert_close(
         logits_of(model, "one"), logits_of(plain, "one"), atol=1e-4, rtol=1e-4
@@ -103,6 +130,28 @@ def test_fp8_is_made_while_loading() -> None:
     exact = logits_of(load_model(TINY, "cpu", "float32"), "one")
     error = (logits_of(model, "one") - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert 0 < error < 0.15
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("w4a16-groups", torch.nan), ("w4a16-groups", -1e9), ("nf4", torch.inf), ("gptq", torch.nan)],
+)
+def test_scales_that_no_weight_has_are_named(name, value, tmp_path) -> None:
+    """llm-compressor writes such ones for layers that its calibration does not reach."""
+
+    def broken(weight):
+        parts, whole = FORMS[name].code(weight)
+        scale = next(
+            one for key, one in parts.items() if key.endswith(("scale", "scales", "absmax"))
+        )
+        scale[(0,) * scale.dim()] = value
+        return parts, whole
+
+    coded, _ = write(TINY, Form(broken, FORMS[name].settings), tmp_path)
+    with pytest.raises(
+        ModelError, match=r"scales that are NaN or too large.*calibrate with images"
+    ):
+        load_model(coded, "cpu", "float32")
 
 
 def test_nan_in_fp8_is_named(tmp_path) -> None:
@@ -151,42 +200,3 @@ def test_a_damaged_layer_is_named_before_a_weight_is_read(tmp_path) -> None:
     coded, _ = write(TINY, form, tmp_path)
     with pytest.raises(ModelError, match=r"down_proj cannot be read as quantized: its quant_state"):
         open_checkpoint(coded, torch.float32)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-        {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-        {"load_in_8bit": True},
-    ],
-    ids=["nf4", "fp4", "int8"],
-)
-def test_what_bitsandbytes_itself_saves_answers_as_its_dequantized_weights(
-    settings, tmp_path
-) -> None:
-    """Through transformers, with the vision encoder in fewer bits too, as Unsloth's forms have."""
-    from bitsandbytes.functional import dequantize_4bit
-    from transformers import BitsAndBytesConfig, MllamaForConditionalGeneration
-
-    config = BitsAndBytesConfig(**settings, llm_int8_skip_modules=["lm_head"])
-    model = MllamaForConditionalGeneration.from_pretrained(
-        TINY, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
-    )
-    shutil.copytree(TINY, coded := tmp_path / "coded", ignore=shutil.ignore_patterns("model*"))
-    model.save_pretrained(coded)
-    whole = MllamaForConditionalGeneration.from_pretrained(TINY)
-    for name, parameter in model.named_parameters():
-        target = whole.get_parameter(name).data
-        if (state := getattr(parameter, "quant_state", None)) is not None:
-            target.copy_(dequantize_4bit(parameter.data, state).view(target.shape))
-        elif (scale := getattr(parameter, "SCB", None)) is not None:
-            target.copy_(parameter.data.float() * scale[:, None] / 127)
-    shutil.copytree(TINY, plain := tmp_path / "plain", ignore=shutil.ignore_patterns("model*"))
-    whole.save_pretrained(plain)
-    for name in ("text", "one"):
-        logits, expected = (
-            logits_of(load_model(folder, "cpu", "float32"), name) for folder in (coded, plain)
-        )
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)

@@ -19,9 +19,8 @@ from transformers import MllamaForConditionalGeneration, MllamaProcessor, Mllama
 
 from vlmserve.bench.checkpoints import build
 from vlmserve.models.batch import PoolSizes
-from vlmserve.models.create_runner import create_runner
+from vlmserve.models.create_runner import create_runner, set_threads
 from vlmserve.models.errors import ModelError
-from vlmserve.models.execution.runner import set_threads
 from vlmserve.models.kv_cache.paged_cache import allocate_pools, tile_bytes, token_bytes
 from vlmserve.models.kv_cache.pool_sizes import PoolRequest, plan_pools
 from vlmserve.models.settings.runner_config import RunnerConfig
@@ -51,7 +50,8 @@ def test_a_checkpoint_loads_in_eval_mode_without_gradients() -> None:
 def test_only_the_text_model_gets_the_paged_attention() -> None:
     config = loaded("tiny").model.config
     assert config.text_config._attn_implementation == "vlmserve_paged"
-    assert config.vision_config._attn_implementation == "sdpa"
+    # a runner gives the vision encoder its own
+    assert config.vision_config._attn_implementation in ("sdpa", "vlmserve_real_first")
 
 
 def test_a_sharded_checkpoint_loads(folder: Path, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a shard that is missing": (write_index("x.safetensors"), "x.safetensors is missing"),
     "an adapter": (
         lambda f: (f / "adapter_config.json").write_text("{}"),
-        "adapters are not served",
+        "not a model",
     ),
     "normalisation of two channels": (
         lambda f: edit(f / "preprocessor_config.json", image_mean=[0.5, 0.5]),
@@ -232,6 +232,17 @@ def test_bytes_of_a_token_and_a_tile_are_those_of_llama_3_2_11b() -> None:
 
 
 # --- the entry of the engine process -----------------------------------------------------------
+
+
+def test_a_tokenizer_that_supports_no_grammars_is_logged_at_the_start(folder: Path, caplog) -> None:
+    """The engine used to fail at its start."""
+    words = {"type": "WordLevel", "vocab": {"a": 0, "?": 1}, "unk_token": "?"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": words}))
+    config = RunnerConfig(device="cpu", dtype="float32", kv_cache_bytes=1 << 20, max_model_len=64)
+    create_runner(str(folder), config)
+    (line,) = [one for one in caplog.records if "grammar" in one.getMessage()]
+    assert line.levelname == "WARNING"
+    assert "rejected: the tokenizer does not support grammars" in line.getMessage()
 
 
 def test_create_runner_makes_a_runner_that_answers() -> None:

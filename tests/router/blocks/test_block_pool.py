@@ -61,7 +61,7 @@ def test_check_finds_a_corrupted_pool():
 
 def acquire(pool: ImagePool, *names: str, tenant: str = ""):
     images = [fake_image(name, num_tiles=int(name[-1])) for name in names]
-    return pool.acquire([ImageKey.of(image, tenant) for image in images], images)
+    return pool.acquire([ImageKey.of(image, tenant) for image in images])
 
 
 def test_one_picture_has_one_entry_until_its_last_reference_goes():

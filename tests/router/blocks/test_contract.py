@@ -17,7 +17,7 @@ from vlmserve.router.blocks.text_pool import TextPool
 # Public methods beside the contract: counters and the debug mode, which change no block.
 EXTRA = {
     BlockPool: {"record_freed", "take_freed"},
-    TextPool: {"num_references"},
+    TextPool: {"evicted_since", "num_references"},
     ImagePool: {"count_lookups"},
 }
 
@@ -81,7 +81,7 @@ def test_image_handles_and_the_pool_agree_after_any_operations(operations):
             image = fake_image(f"p{number}", num_tiles=1 + number % 3)
             key = ImageKey.of(image, "")
             if pool.can_acquire([key]):
-                (entry,) = pool.acquire([key], [image])
+                (entry,) = pool.acquire([key])
                 entry.is_encoded |= number % 2 == 0
                 handles.append(entry)
         elif operation == 1 and handles:

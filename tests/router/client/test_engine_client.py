@@ -13,10 +13,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from support.fake_runner import expected_token_ids
+from support.fake_runner import expected_token_ids, fake_image
 from support.polling import until, wait_until
 
-from vlmserve.models.batch import PromptLogprobs, TokenLogprobs
+from vlmserve.models.batch import ImageSpan, PromptLogprobs, TokenLogprobs
 from vlmserve.router.client.engine_client import EngineClient
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.errors import (
@@ -31,6 +31,7 @@ from vlmserve.router.messages import (
     EngineReady,
     EngineStats,
     Heartbeat,
+    ImagePiece,
     Rejection,
     RequestFailed,
     SequenceOutput,
@@ -528,6 +529,43 @@ def test_the_process_serves_and_ends_cleanly_on_sigterm(tmp_path):
     asyncio.run(scenario())
     assert end(process)[0] == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_process_that_is_killed_while_it_is_sent_an_image(tmp_path):
+    """Its requests fail at once, and the next engine is sent the whole image."""
+    setup = EngineProcess(tmp_path)
+    process = setup.start()
+    request = request_of(images=[fake_image("p", 2)], spans=[ImageSpan(1)])
+
+    async def scenario() -> int:
+        client = await setup.client()
+        await client.wait_ready(DEADLINE_S)
+        is_asked = asyncio.Event()
+
+        async def held(piece: ImagePiece) -> None:
+            is_asked.set()
+            await asyncio.Event().wait()
+
+        client._images._send = held
+        waiting = asyncio.create_task(tokens_of(client, request))
+        await is_asked.wait()
+        process.kill()
+        with pytest.raises(EngineDeadError):
+            await waiting
+        assert client._images._images == {}
+        next_process = setup.start()
+        try:
+            await client.connect(DEADLINE_S)
+            await client.wait_ready(DEADLINE_S)
+            assert await tokens_of(client, request) == expected_token_ids(request)
+            await client.close()
+            next_process.send_signal(signal.SIGTERM)
+        finally:
+            ended = end(next_process)
+        return ended[0]
+
+    assert asyncio.run(scenario()) == 0
+    assert end(process)[0] == -signal.SIGKILL
 
 
 def test_an_engine_whose_device_is_lost_ends_rather_than_fail_every_request(tmp_path):

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.engine_side import engine_at
-from support.fake_runner import FakeRunner, fake_image
+from support.fake_runner import FakeRunner, fake_adapter, fake_image
 from support.invariants import CHAT, SLACK, Standing, assert_error, assert_stream_error, body_for
 
-from vlmserve.models.batch import ImageSpan
+from vlmserve.models.batch import AdapterInfo, ImageSpan
 from vlmserve.models.distributed.replica import Replica
 from vlmserve.models.errors import ModelError
 from vlmserve.models.memory.available import (
@@ -35,7 +35,12 @@ from vlmserve.router.client.replica_chooser import (
 )
 from vlmserve.router.client.replica_pool import ReplicaPool, sum_of
 from vlmserve.router.config import EngineConfig
-from vlmserve.router.errors import EngineDeadError, InvalidRequestError, QueueFullError
+from vlmserve.router.errors import (
+    AdapterUnusableError,
+    EngineDeadError,
+    InvalidRequestError,
+    QueueFullError,
+)
 from vlmserve.router.messages import AddRequest, EngineReady, EngineStats, SequenceOutput
 
 READY = EngineReady(
@@ -44,10 +49,10 @@ READY = EngineReady(
 )  # fmt: skip
 
 
-def request_of(tokens=(1, 2, 3), images=(), tenant="", request_id="a") -> AddRequest:
+def request_of(tokens=(1, 2, 3), images=(), tenant="", request_id="a", adapter=None) -> AddRequest:
     return AddRequest(
         request_id=request_id, prompt_token_ids=list(tokens), images=list(images),
-        spans=[ImageSpan(0) for _ in images], tenant=tenant, max_tokens=4,
+        spans=[ImageSpan(0) for _ in images], tenant=tenant, max_tokens=4, adapter=adapter,
     )  # fmt: skip
 
 
@@ -55,12 +60,23 @@ def request_of(tokens=(1, 2, 3), images=(), tenant="", request_id="a") -> AddReq
 
 
 def test_equals_take_turns():
-    chooser = ReplicaChooser(3, first=1)
+    chooser = ReplicaChooser(range(3), first=1)
     assert [chooser.choose([], range(3), 1) for _ in range(6)] == [1, 2, 0, 1, 2, 0]
 
 
+def test_replicas_that_are_idle_again_take_turns():
+    """What was left of weights that were added and subtracted kept all requests on one of them."""
+    chooser = ReplicaChooser(range(3))
+    for number in (0, 1):
+        load = chooser.loads[number]
+        for weight in (0.1, 0.2, -0.3, -0.1, 0.1):
+            load.own += weight
+        assert load.own != 0
+    assert sorted(chooser.choose([], range(3), 1.0) for _ in range(3)) == [0, 1, 2]
+
+
 def test_the_least_loaded_is_chosen_and_only_of_those_that_are_able():
-    chooser = ReplicaChooser(3)
+    chooser = ReplicaChooser(range(3))
     for number, load in enumerate([3, 1, 2]):
         chooser.loads[number].report(load)
     assert chooser.choose([], range(3), 1) == 1
@@ -72,7 +88,7 @@ def test_the_least_loaded_is_chosen_and_only_of_those_that_are_able():
 def test_a_request_goes_where_it_went_before_unless_that_is_more_loaded_than_the_margin(
     lead, again
 ):
-    chooser = ReplicaChooser(2)
+    chooser = ReplicaChooser(range(2))
     assert chooser.choose([b"k"], [0, 1], 2) == 0
     chooser.loads[0].report(lead)
     assert chooser.choose([b"k"], [0, 1], 2) == (0 if again else 1)
@@ -82,7 +98,7 @@ def test_a_request_goes_where_it_went_before_unless_that_is_more_loaded_than_the
 
 
 def test_what_died_has_forgotten_everything_and_takes_part_again():
-    chooser = ReplicaChooser(2)
+    chooser = ReplicaChooser(range(2))
     chooser.choose([b"k"], [0], 1)
     chooser.loads[0].report(5)
     chooser.died(0)
@@ -96,13 +112,13 @@ def test_what_died_has_forgotten_everything_and_takes_part_again():
 @given(st.lists(st.integers(0, 5), max_size=200))
 def test_replicas_are_never_further_apart_than_the_margin_and_one(keys):
     """Whatever is asked for again and again, nobody starves and nobody is swamped."""
-    chooser, margin = ReplicaChooser(3), 2.0
+    chooser, margin = ReplicaChooser(range(3)), 2.0
     for key in keys:
-        before = [load.now for load in chooser.loads]
+        before = [load.now for load in chooser.loads.values()]
         chosen = chooser.choose([bytes([key])], range(3), margin)
         assert before[chosen] <= min(before) + margin
         chooser.loads[chosen].own += 1
-    loads = [load.now for load in chooser.loads]
+    loads = [load.now for load in chooser.loads.values()]
     assert max(loads) - min(loads) <= margin + 1
 
 
@@ -148,6 +164,19 @@ def test_requests_are_known_by_their_first_image_and_tenants_are_kept_apart():
     assert set(affinity_keys(request_of(range(99)))).isdisjoint(
         affinity_keys(request_of(range(99), tenant="t"))
     )
+
+
+def test_requests_of_an_adapter_are_known_by_it_too():
+    french, german = fake_adapter("french"), fake_adapter("german")
+    short = affinity_keys(request_of(adapter=french))
+    assert short == affinity_keys(request_of([9], tenant="t", adapter=french))
+    assert len(short) == 1
+    long = affinity_keys(request_of(range(200), adapter=french))
+    assert long[-1:] == short
+    assert set(long).isdisjoint(affinity_keys(request_of(range(200))))
+    assert set(long).isdisjoint(affinity_keys(request_of(range(200), adapter=german)))
+    picture = affinity_keys(request_of(images=[fake_image("one")], adapter=french))
+    assert picture[1:] == short
 
 
 # One face for several clients
@@ -202,6 +231,14 @@ def pool_of(*clients):
     return ReplicaPool(clients, HealthThresholds(), moves.append), moves
 
 
+def test_each_replica_that_is_asked_is_reported_in_the_requests_task():
+    chosen = []
+    clients = [ScriptedClient(FULL), ScriptedClient(TOKEN, END)]
+    pool = ReplicaPool(clients, HealthThresholds(), on_chosen=chosen.append)
+    asyncio.run(outcome(pool))
+    assert chosen == [0, 1]
+
+
 def test_a_prompt_weighs_until_its_first_output_and_an_answer_until_its_end():
     client = ScriptedClient(TOKEN, END)
     pool, _ = pool_of(client)
@@ -248,7 +285,7 @@ def test_a_request_moves_once_if_its_replica_dies_before_it_begins_and_past_full
     assert type(end) is (error or type(None))
     if error is QueueFullError:
         assert end.retry_after_s == 3.0
-    assert all(load.now == 0 for load in pool.chooser.loads)
+    assert all(load.now == 0 for load in pool.chooser.loads.values())
     assert pool.num_open_requests == 0
 
 
@@ -305,6 +342,48 @@ def test_figures_of_replicas_are_summed():
     parts = [EngineStats(num_running=1, vision_step_counts=[1, 2]), EngineStats(num_running=2)]
     total = sum_of(parts)
     assert (total.num_running, total.vision_step_counts) == (3, [1, 2])
+    parts = [EngineStats(running_adapters={"a": 1}), EngineStats(running_adapters={"a": 2, "b": 1})]
+    assert sum_of(parts).running_adapters == {"a": 3, "b": 1}
+
+
+def test_an_adapter_is_loaded_and_unloaded_by_every_replica_that_is_ready():
+    def client(answer) -> ScriptedClient:
+        found = ScriptedClient()
+
+        async def load_adapter(adapter):
+            found.asked.append(adapter.name)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        async def unload_adapter(digest):
+            found.asked.append(digest)
+            if isinstance(answer, Exception):
+                raise answer
+
+        found.load_adapter, found.unload_adapter = load_adapter, unload_adapter
+        return found
+
+    async def load(*clients):
+        try:
+            return await pool_of(*clients)[0].load_adapter(fake_adapter("text"))
+        except Exception as error:
+            return error
+
+    info, bad = AdapterInfo(4, 10, True, False), AdapterUnusableError("bad")
+    away = client(info)
+    away.is_there = False
+    clients = [client(info), client(info), away]
+    assert asyncio.run(load(*clients)) == info
+    assert [one.asked for one in clients] == [["text"], ["text"], []]
+    # a replica that dies reads it when it is back; a replica that cannot use it fails the call
+    assert asyncio.run(load(client(info), client(DEAD))) == info
+    assert asyncio.run(load(client(info), client(bad))) is bad
+    assert asyncio.run(load(client(DEAD), client(DEAD))) is DEAD
+    assert isinstance(asyncio.run(load(away)), EngineDeadError)
+    clients = [client(info), client(DEAD), away]
+    asyncio.run(pool_of(*clients)[0].unload_adapter("digest"))
+    assert [one.asked for one in clients] == [["digest"], ["digest"], []]
 
 
 # What an engine takes of the machine
@@ -372,7 +451,7 @@ def test_load_and_open_requests_return_to_nothing_over_two_engines(tmp_path):
             )
             assert all(error is None and outputs for outputs, error in answers)
             assert pool.num_open_requests == 0
-            assert [load.now for load in pool.chooser.loads if load.own] == []
+            assert [load.now for load in pool.chooser.loads.values() if load.own] == []
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
@@ -384,6 +463,7 @@ def long_body(stream):
     return body_for(CHAT, max_tokens=400, stream=stream, ignore_eos=True)
 
 
+@pytest.mark.slow
 def test_a_killed_replica_costs_only_its_own_requests_and_comes_back(start_faulty_server, wait_for):
     server = start_faulty_server(engine={"num_replicas": 2}, server={"max_num_seqs": 64})
     standing = Standing(server, is_warm=True)
@@ -430,6 +510,7 @@ def text_of(answer):
     return "".join(c["delta"].get("content") or "" for one in chunks for c in one["choices"])
 
 
+@pytest.mark.slow
 def test_one_replica_that_dies_too_often_rests_and_the_server_ends_only_with_all(
     start_faulty_server, wait_for
 ):
@@ -488,6 +569,7 @@ def test_what_waits_at_a_replica_that_dies_is_answered_by_another(start_faulty_s
         )
 
 
+@pytest.mark.slow
 def test_a_request_that_kills_engines_costs_one(start_faulty_server, wait_for):
     """It was moved, as nothing had come of it, and killed the other one too."""
     server = start_faulty_server(engine={"num_replicas": 2}, supervision={"has_standby": False})
@@ -555,3 +637,53 @@ def test_two_engines_of_the_bundled_model_answer_rightly_while_one_is_killed(
             )
         # At the worst all that ran where the kill fell; not all of them.
         assert num_failed < num_kills * len(bodies) * 4
+
+
+def test_of_many_replicas_two_at_random_are_compared():
+    """Loads stay even, and the loads of the others are not looked at."""
+    chooser = ReplicaChooser(range(100))
+    for _ in range(1_000):
+        number = chooser.choose([], range(100), margin=1.0)
+        chooser.loads[number].own += 1
+    loads = [load.own for load in chooser.loads.values()]
+    assert max(loads) <= 15
+    assert min(loads) >= 5
+
+
+def test_given_affinities_are_used_while_they_are_empty():
+    affinities = Affinities(limit=1)
+    chooser = ReplicaChooser(range(2), affinities=affinities)
+    assert chooser.choose([b"a"], range(2), margin=1.0) == 0
+    assert len(affinities) == 1
+
+
+def test_choosers_that_share_nothing_agree_on_the_replica_of_a_key():
+    one, other = (ReplicaChooser("abc", first=first, has_homes=True) for first in (0, 1))
+    keys = [bytes([number]) for number in range(60)]
+    homes = [one.choose([key], "abc", margin=100.0) for key in keys]
+    assert [other.choose([key], "abc", margin=100.0) for key in reversed(keys)] == homes[::-1]
+    assert all(homes.count(replica) >= 10 for replica in "abc")
+    # The keys of the others stay where they are when one is gone.
+    left = [ReplicaChooser("ab", has_homes=True).choose([key], "ab", 100.0) for key in keys]
+    assert all(now == home for now, home in zip(left, homes, strict=True) if home != "c")
+    one.loads["a"].own = 101.0
+    assert "a" not in {one.choose([key], "abc", margin=100.0) for key in keys}
+
+
+def test_a_replica_that_is_gone_is_forgotten_and_a_new_one_is_used():
+    chooser = ReplicaChooser("ab")
+    assert chooser.choose([b"key"], "ab", margin=8.0) == "a"
+    chooser.loads["b"].own = 3.0
+    chooser.update("bc")
+    assert set(chooser.loads) == {"b", "c"}
+    assert chooser.choose([b"key"], "bc", margin=8.0) == "c"
+    chooser.update("abc")
+    assert chooser.affinities.find([b"key"]) == "c"
+    assert chooser.loads["a"].now == 0
+
+
+def test_the_requests_of_others_are_added_to_ones_own():
+    load = ReplicaChooser("a").loads["a"]
+    load.own, load.own_answers = 2.0, 2
+    load.report_others(3)
+    assert load.now == 5.0

@@ -6,10 +6,9 @@ import asyncio
 import contextlib
 import os
 import stat
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 import pytest
+from support.engine_rig import engine_of, image_request, request_of, tokens_of
 from support.fake_runner import FakeRunner, expected_token_ids, fake_image, fake_info
 from support.polling import until
 from support.step_gate import StepGate
@@ -25,59 +24,10 @@ from vlmserve.router.errors import (
     InvalidRequestError,
     QueueFullError,
 )
-from vlmserve.router.messages import AbortRequests, AddRequest, RequestFailed, SequenceOutput
+from vlmserve.router.messages import AbortRequests, AddRequest, RequestFailed
 from vlmserve.router.processes import wire
 
 DEADLINE_S = 120
-
-
-@dataclass
-class Rig:
-    """A running engine in this process, and clients of it."""
-
-    config: EngineConfig
-    runner: FakeRunner
-    server: EngineServer
-    engine: Engine
-    clients: list[EngineClient]
-
-    async def connect(self, **options) -> EngineClient:
-        client = EngineClient(self.config.socket_path, **options)
-        await client.connect(5)
-        await client.wait_ready(5)
-        self.clients.append(client)
-        return client
-
-    async def settled(self) -> None:
-        """Wait until nothing runs or waits, then check that every block is free."""
-        await until(lambda: not self.engine.scheduler.has_work)
-        self.engine.scheduler.check()
-        stats = self.engine.stats()
-        assert (stats.text_blocks_used, stats.image_blocks_used) == (0, 0)
-        assert not self.engine.snapshot().open
-
-
-@contextlib.asynccontextmanager
-async def engine_of(tmp_path, runner: FakeRunner | None = None, **options) -> AsyncIterator[Rig]:
-    path = str(tmp_path / "engine.sock")
-    config = EngineConfig(model="fake", socket_path=path, **options)
-    runner = runner or FakeRunner()
-    server = EngineServer(config)
-    await server.start()
-    engine = Engine(runner, config, server.send)
-    server.attach(engine)
-    running = asyncio.create_task(engine.run())
-    rig = Rig(config, runner, server, engine, [])
-    try:
-        yield rig
-        await rig.settled()
-        assert not running.done(), running
-    finally:
-        for client in rig.clients:
-            await client.close()
-        running.cancel()
-        engine.close(EngineDeadError("over"))
-        await server.close()
 
 
 async def until_refused(reader: asyncio.StreamReader, request_id: str) -> None:
@@ -88,29 +38,9 @@ async def until_refused(reader: asyncio.StreamReader, request_id: str) -> None:
             return
 
 
-def request_of(request_id="a", prompt=(1, 2, 3), max_tokens=4, **fields) -> AddRequest:
-    return AddRequest(
-        request_id=request_id, prompt_token_ids=list(prompt), max_tokens=max_tokens, **fields
-    )
-
-
-def image_request(request_id="a", name="p", **fields) -> AddRequest:
-    return request_of(request_id, images=[fake_image(name, 2)], spans=[ImageSpan(1)], **fields)
-
-
-async def tokens_of(client: EngineClient, request: AddRequest) -> list[int]:
-    token_ids: list[int] = []
-    output: SequenceOutput | None = None
-    async for output in client.generate(request):
-        token_ids += output.token_ids
-    assert output is not None
-    assert output.finish_reason in ("stop", "length")
-    return token_ids
-
-
 def test_sixty_four_requests_over_two_workers_answer_as_if_alone(tmp_path):
     async def scenario() -> None:
-        runner = FakeRunner(fake_info(PoolSizes(40, 24, 4)))
+        runner = FakeRunner(fake_info(PoolSizes(24, 24, 4)))
         async with engine_of(tmp_path, runner, max_num_batched_tokens=48, max_num_seqs=16) as rig:
             workers = [await rig.connect(), await rig.connect()]
             requests = [mixed_request(number) for number in range(64)]
@@ -119,7 +49,7 @@ def test_sixty_four_requests_over_two_workers_answer_as_if_alone(tmp_path):
             )
             assert answers == [expected_token_ids(request) for request in requests]
             assert rig.engine.stats().num_preemptions > 0, "the pool was meant to run out"
-            assert runner.max_batched_sequences > 8
+            assert runner.max_batched_sequences > 4
 
     asyncio.run(scenario())
 

@@ -100,13 +100,28 @@ def test_penalties_and_banned_ids_see_the_newest_token():
     sampling = SamplingParams(temperature=0.0, presence_penalty=1.0, min_tokens=2)
     bench.add(request_of("a", sampling=sampling, eos_token_ids=[1001]))
     told = []
-    while (batch := bench.step()) is not None:
+    while (batch := bench.plan()) is not None:
         context = batch.sequences[0].context
         assert context is not None
         told.append((list(context.generated_token_ids), list(context.banned_token_ids)))
+        bench.finish(batch)
     answer = bench.tokens["a"]
     assert told == [(answer[:count], [1001] if count < 2 else []) for count in range(6)]
     assert bench.runner.num_rows_ahead == 5
+
+
+def test_a_banned_sequence_sees_the_newest_token():
+    bench = Bench(plans_ahead=True)
+    alone = expected_token_ids(request_of("a"))
+    sequences = ((alone[0], 77), (alone[1], alone[2], 78), (79,))
+    sampling = SamplingParams(temperature=0.0, banned_sequences=sequences)
+    bench.add(request_of("a", sampling=sampling))
+    told = []
+    while (batch := bench.step()) is not None:
+        context = batch.sequences[0].context
+        assert context is not None
+        told.append(list(context.banned_token_ids))
+    assert told[:4] == [[79], [79, 77], [79], [79, 78]]
 
 
 def test_after_a_failed_step_nothing_that_was_planned_ahead_is_used():

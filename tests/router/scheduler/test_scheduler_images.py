@@ -6,10 +6,14 @@ position sees; test_scheduler_mixes.py mixes all of this.
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
+import pytest
 from support.fake_runner import expected_token_ids, fake_image
 from support.scheduler_bench import Bench
 
-from vlmserve.models.batch import ImageSpan, StepBatch
+from vlmserve.models.batch import ImageSpan, StepBatch, StepResult
 from vlmserve.router.messages import AddRequest
 from vlmserve.router.scheduler.step_budget import ImageCost
 
@@ -207,3 +211,30 @@ def test_costs_are_shared_out_over_layers_and_rounded_up():
     assert [cost.of(count) for count in range(5)] == [0, 3, 5, 8, 10]
     assert [cost.layers_for(count) for count in (2, 3, 5, 10, 100)] == [0, 1, 2, 4, 40]
     assert ImageCost(num_tokens=0, num_layers=1).of(1) == 0
+
+
+def test_the_encoders_time_is_shared_by_the_images_of_a_step_and_cached_ones_take_none():
+    bench = Bench()
+    execute = bench.runner.execute
+
+    num_encoding = 0
+
+    def timed(batch: StepBatch, *others: Any) -> StepResult:
+        nonlocal num_encoding
+        result = execute(batch, *others)
+        num_encoding += bool(batch.images)
+        result.vision_seconds = 1.0 if batch.images else 0.0
+        return result
+
+    bench.runner.execute = timed  # type: ignore[method-assign]
+    bench.add(picture("one"))
+    bench.add(picture("two", num_images=2))
+    bench.run()
+    parts = [bench.sequences[name].vision_s for name in ("one", "two")]
+    assert all(part > 0 for part in parts)
+    assert sum(parts) == pytest.approx(num_encoding)
+    again = msgspec.structs.replace(picture("one"), request_id="again")
+    bench.add(again)
+    bench.run()
+    assert bench.sequences["again"].vision_s == 0.0
+    bench.assert_all_free()

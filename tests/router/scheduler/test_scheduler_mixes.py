@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from support.fake_runner import (
     expected_prompt_logprobs,
     expected_token_ids,
+    fake_adapter,
     fake_image,
 )
 from support.scheduler_bench import Bench
@@ -21,6 +22,7 @@ from support.scheduler_bench import Bench
 from vlmserve.models.batch import ImageSpan, PoolSizes, SamplingParams, StepBatch
 from vlmserve.router.messages import AddRequest, OwnerPolicy
 
+ADAPTERS = [None, None, *map(fake_adapter, ("text", "images", "both", "text2"))]
 POLICIES = {
     "": OwnerPolicy(),
     "x": OwnerPolicy(weight=3.0),
@@ -57,6 +59,7 @@ def requests(draw, request_id: str, max_model_len: int, num_image_blocks: int) -
         num_prompt_logprobs=draw(st.sampled_from([None, None, 0])),
         # Compiled after so many steps.
         grammar=draw(st.sampled_from([None, None, None, "0", "3", "8"])),
+        adapter=draw(st.sampled_from(ADAPTERS)),
     )
 
 
@@ -76,6 +79,8 @@ def scenarios(draw):
         image_cost_tokens=draw(st.integers(0, 30)),
         num_image_layers=draw(st.integers(1, 5)),
         plans_ahead=draw(st.booleans()),
+        tiles_after=draw(st.sampled_from([None, 0, 1, 4])),
+        max_loras=draw(st.integers(1, 3)),
     )
     count = draw(st.integers(1, 7))
     plan = []
@@ -112,7 +117,7 @@ def run_mix(scenario, aborts_in_step: bool) -> None:
     aborted: set[str] = set()
     last_arrival = max(ready_at(arrives_at, request) for arrives_at, request, _ in plan)
     now = 0
-    while now <= last_arrival or bench.scheduler.has_work:
+    while now <= last_arrival or bench.scheduler.has_work or bench.has_coming:
         for arrives_at, request, _ in plan:
             if arrives_at == now:
                 bench.add(request)

@@ -148,7 +148,8 @@ def test_a_body_s_strings_take_its_place_among_bytes_in_flight(checkpoint, tmp_p
 
     def script(request):
         gc.collect()
-        requests = [one for one in gc.get_objects() if isinstance(one, LenientRequest)]
+        # Not isinstance: some libraries' objects answer it with a warning.
+        requests = [one for one in gc.get_objects() if issubclass(type(one), LenientRequest)]
         bodies = [len(one.body) for one in requests if one.path == CHAT]
         seen.append((bodies, apps[0].ctx.bytes_in_flight.num_bytes))
         yield from tokens_one_by_one(TOKENIZER, "a")

@@ -14,14 +14,14 @@ import pytest
 
 from vlmserve.server.api import openapi
 from vlmserve.server.app import ROUTES
-from vlmserve.server.http.auth import DOCS_PATHS
+from vlmserve.server.http.page_files import DOCS_PATHS, UI_PATHS
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs/api.md").read_text("utf-8")
 ADDRESS = "http://127.0.0.1:8000"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-# Files of the page at /docs, which no client requests by hand.
-PARTS_OF_PAGES = DOCS_PATHS - {"/docs"}
+# Files of the pages, which no client requests by hand.
+PARTS_OF_PAGES = (DOCS_PATHS | UI_PATHS) - {"/docs", "/"}
 DEADLINE_S = 120.0
 # The end of an id, or a hash.
 RANDOM = re.compile(r"[0-9a-f]{24,64}$")

@@ -94,6 +94,34 @@ def test_the_log_remembers_a_bounded_number_of_names(checkpoint, monkeypatch, ca
     assert len([one for one in caplog.records if "unknown field" in one.getMessage()]) == 2
 
 
+TOOL = {"type": "function", "funtion": {"name": "f"}}
+SOURCE = {"type": "base64", "media_typ": "image/png", "data": ""}
+PICTURE = [{"role": "user", "content": [{"type": "image", "source": SOURCE}]}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "meant"),
+    [
+        (CHAT, {"messages": [{"role": "user", "contnet": "a"}]}, "messages[0].contnet", "content"),
+        (CHAT, {"tools": [TOOL]}, "tools[0].funtion", "function"),
+        ("/v1/messages", {"messages": PICTURE}, "content[0].source.media_typ", "media_type"),
+        ("/tokenize", {"promt": "a", "messages": None}, "promt", "prompt"),
+    ],
+)
+def test_a_misspelt_required_field_is_named_too(checkpoint, path, body, param, meant):
+    """The error used to say only that the field is required."""
+    answer, _ = answers(checkpoint, body, path=path)
+    assert answer.status_code == 400
+    assert param in answer.json()["error"]["param"]
+    assert f"{param} is not a field of this API: did you mean" in answer.json()["message"]
+    assert meant in answer.json()["message"]
+
+
+def test_a_required_field_that_nothing_resembles_is_required(checkpoint):
+    body = {"messages": [{"role": "user", "Zcontent_of_it": "a"}, {"rol": "user"}]}
+    assert "messages[0].content is required" in answers(checkpoint, body)[0].json()["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param", "meant"),
     [

@@ -14,7 +14,8 @@ from support.http_side import MODEL, OneTileImages, ScriptedEngine, client_of
 from vlmserve.server.api import openapi
 from vlmserve.server.app import build_app
 from vlmserve.server.errors import ApiError
-from vlmserve.server.http.auth import DOCS_PATHS, KEYLESS_PATHS
+from vlmserve.server.http.auth import KEYLESS_PATHS
+from vlmserve.server.http.page_files import DOCS_PATHS, UI_PATHS
 from vlmserve.server.routes import samples
 from vlmserve.server.settings import ServerSettings
 
@@ -81,7 +82,14 @@ def get(checkpoint, path, headers=None, **settings):
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("settings", [{}, {"api_keys": ["k"]}, {"unknown_fields": "refuse"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"api_keys": ["k"]}, marks=pytest.mark.slow),
+        pytest.param({"unknown_fields": "refuse"}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_document_is_valid_openapi(checkpoint, settings):
     document = document_of(checkpoint, **settings)
     assert document["openapi"].startswith("3.1.")
@@ -168,7 +176,7 @@ def test_the_server_sends_the_document_and_the_page(checkpoint, document):
     assert "script-src 'self'" in page.headers["content-security-policy"]
 
 
-@pytest.mark.parametrize("path", sorted(DOCS_PATHS))
+@pytest.mark.parametrize("path", sorted(DOCS_PATHS | UI_PATHS))
 def test_the_page_and_its_files_need_no_key_but_an_allowed_host(checkpoint, path):
     """A browser can send a key only after the page has loaded and asked for it."""
     response = get(checkpoint, path, api_keys=["k"], allowed_hosts=["127.0.0.1"])

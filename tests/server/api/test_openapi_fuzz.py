@@ -69,12 +69,23 @@ def test_a_seeded_sample_of_requests_is_answered_as_the_document_says():
 
 
 @pytest.mark.slow
+def test_a_seeded_sample_of_the_page_rendering_and_moderation_is_answered_as_documented():
+    paths = ("/v1/live", "/v1/playground", "/v1/chat/completions/render", "/v1/completions/render")
+    options = [part for path in (*paths, "/v1/moderations") for part in ("--include-path", path)]
+    options += ["--max-examples", "8", "--phases", "examples,coverage,fuzzing"]
+    said = fuzz(*options, seed="2", task="moderation")
+    assert said.endswith("exit code 0"), said[-20_000:]
+    assert "Operations:       7 selected" in said
+
+
+@pytest.mark.slow
 def test_a_server_with_keys_asks_for_them_wherever_its_document_says_so():
     options = ("--max-examples", "2", "--phases", "examples,fuzzing", *PREFIXED)
     said = fuzz("-H", f"Authorization: Bearer {KEY}", *options, api_keys=[KEY])
     assert said.endswith("exit code 0"), said[-20_000:]
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_unknown_fields_says_so_in_its_document():
     options = ("--max-examples", "2", "--phases", "coverage", "--include-path", "/tokenize")
     said = fuzz(*options, unknown_fields="refuse")

@@ -78,7 +78,7 @@ BROKEN = {
     rules.TOKENS: ("/v1/completions", {"prompt": [[]]}),
     rules.TEMPLATE: (
         CHAT,
-        {"messages": [user("a"), {"role": "assistant", "content": "b", "tool_calls": [CALL]}]},
+        {"messages": [{"role": "system", "content": "a"}], "tools": [TOOL]},
     ),
     rules.CONTINUED: (CHAT, {"continue_final_message": True}),
     rules.VARIABLES: (
@@ -117,7 +117,6 @@ UNFIT = [
     (MODERATIONS, {"input": ["a", {"type": "text", "text": "b"}]}),
     (CHAT, {"guided_choice": []}),
     (CHAT, {"guided_choice": [""]}),
-    (CHAT, {"messages": [{"role": "assistant"}]}),
     (CHAT, {"messages": [user([{"text": "no type"}])]}),
     (STACK, {"model": None}),
     (STACK, {"messages": [user({"type": "image"})]}),

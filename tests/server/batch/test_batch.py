@@ -35,20 +35,26 @@ def files(tmp_path):
     return tmp_path / "in.jsonl", tmp_path / "out.jsonl"
 
 
-def run(checkpoint, requests, out, script=None, images=None, **options):
-    """The counts of a run against a server with a scripted engine, and the engine's requests."""
+def run(checkpoint, requests, out, script=None, images=None, *, end="", keys=(), **options):
+    """The counts of a run against a server with a scripted engine, and the engine's requests.
+
+    end: what follows the server's address. keys: those that it asks for.
+    """
     says = script or (lambda request: list(tokens_one_by_one(TOKENIZER, "What?")))
 
     async def scenario():
         engine = ScriptedEngine(says)
         settings = ServerSettings(
-            model=str(checkpoint), engine_socket="", served_model_names=[MODEL]
+            model=str(checkpoint),
+            engine_socket="",
+            served_model_names=[MODEL],
+            api_keys=list(keys),
         )
         images_of = images or OneTileImages()
         async with running_server(settings, engine_client=engine, images=images_of) as url:
             results = Results(out)
             try:
-                counts = await run_batch(requests, results, BatchOptions(url, **options))
+                counts = await run_batch(requests, results, BatchOptions(url + end, **options))
             finally:
                 results.close()
             return counts, engine.requests
@@ -198,6 +204,37 @@ def test_a_server_that_cannot_be_asked_is_one_line(files):
 
     with pytest.raises(BatchError, match=r"http://127\.0\.0\.1:1.* cannot be asked"):
         asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("127.0.0.1:8000", "is no address"),
+        ("", "is no address"),
+        ("ftp://host/v1", "is no address"),
+        ("http://[::1", "is no address"),
+    ],
+)
+def test_an_url_that_is_no_address_is_one_line(files, url, message):
+    files[0].write_text(line("a"))
+    results = Results(files[1])
+    with pytest.raises(BatchError, match=message):
+        asyncio.run(run_batch(RequestFile(files[0]), results, BatchOptions(url)))
+    results.close()
+
+
+@pytest.mark.parametrize("end", ["/v1", "/v1/", "/"])
+def test_the_address_may_end_as_openai_s_clients_write_it(checkpoint, files, end):
+    """It was asked for /v1/v1/models."""
+    files[0].write_text(line("a"))
+    counts, _ = run(checkpoint, RequestFile(files[0]), files[1], end=end)
+    assert counts.num_done == 1
+
+
+def test_a_server_that_asks_for_a_key_says_where_to_put_it(checkpoint, files):
+    files[0].write_text(line("a"))
+    with pytest.raises(BatchError, match="set VLMSERVE_API_KEY"):
+        run(checkpoint, RequestFile(files[0]), files[1], keys=["secret"])
 
 
 def test_two_runs_cannot_write_one_file(files):

@@ -77,7 +77,7 @@ def settings_for(monkeypatch):
     """settings_for(*arguments, **variables): the settings that a start would hand on."""
 
     class Caught:
-        def __init__(self, engine, server, listener, on_ready, supervision):
+        def __init__(self, engine, server, listener, on_ready, supervision, probes):
             raise Seen(engine, server, supervision)
 
     for name in list(os.environ):

@@ -116,7 +116,9 @@ def test_row_04_half_open_heads_cost_others_nothing(checkpoint):
 def test_row_04_the_oldest_unfinished_head_is_answered_503_and_the_others_stay(checkpoint):
     with server_in_thread(checkpoint, max_connections=3) as port, contextlib.ExitStack() as stack:
         clients = Clients(port, stack)
-        idle, oldest, newest = (clients.connect(start) for start in (b"", b"GET / HT", b"GET / HT"))
+        idle, oldest, newest = (
+            clients.connect(start) for start in (b"", b"GET /a HT", b"GET /a HT")
+        )
         assert only_answer(exchange(port, MODELS)).status == 200
         assert read_all(idle) == b"", "it owed a request for the longest time, and had sent none"
         clients.connect(b"PUT / HT")

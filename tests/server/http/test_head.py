@@ -48,6 +48,20 @@ def test_a_good_head_is_read_as_it_says():
         read(GET + b"Host: " + host + b"\r\n\r\n")
 
 
+def test_the_same_key_twice_is_one_key_where_that_is_set():
+    """sglang-router sends its key beside the client's equal one."""
+    limits = HeadLimits(takes_repeated_key=True)
+    key, other = b"Authorization: Bearer a\r\n", b"Authorization: Bearer b\r\n"
+    assert read_head(GET + HOST + key + key + b"\r\n", limits)
+    for head, taken in (
+        (key + key, HeadLimits()),
+        (key + other, limits),
+        (2 * b"Content-Type: a\r\n", limits),
+    ):
+        with pytest.raises(BadRequestError, match="more than once"):
+            read_head(GET + HOST + head + b"\r\n", taken)
+
+
 @pytest.mark.parametrize(
     ("line", "path"),
     [

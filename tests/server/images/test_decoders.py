@@ -30,10 +30,11 @@ from vlmserve.models.batch import ImageTiles
 from vlmserve.server.errors import NotReadyError
 from vlmserve.server.images import decoders
 from vlmserve.server.images.decoder_child import DecoderConfig
+from vlmserve.server.images.decoder_frames import PIECE_BYTES
 from vlmserve.server.images.decoders import DecoderPool
 from vlmserve.server.images.decoding import content_hash
 from vlmserve.server.images.settings import ImageError, ImageSettings, PoolClosed
-from vlmserve.server.images.tiling import cut
+from vlmserve.server.images.tiling import TilingConfig, cut
 
 CHILD = "vlmserve.server.images.decoder_child"
 
@@ -344,7 +345,8 @@ def test_child_ends_with_its_stdin(rest: bytes) -> None:
     with start_child(os.getpid()) as child:
         out, _ = child.communicate(rest, timeout=60)
         assert child.returncode == 0
-        assert len(out) == 4 + int.from_bytes(out[:4], "big"), "one frame: ready"
+        assert len(out) == 12 + int.from_bytes(out[:4], "big"), "one frame: ready"
+        assert out[4:12] == bytes(8), "without tiles"
 
 
 def test_child_of_another_parent_ends_at_once() -> None:
@@ -434,3 +436,32 @@ def test_image_side_never_imports_torch() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_no_turn_of_the_loop_copies_a_whole_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of up to 20 MB was one write, and its 3.8 MB of tiles one read."""
+    reads: list[int] = []
+    writes: list[int] = []
+    read, write = asyncio.StreamReader.readexactly, asyncio.StreamWriter.write
+
+    async def counted_read(reader: asyncio.StreamReader, num_bytes: int) -> bytes:
+        reads.append(num_bytes)
+        return await read(reader, num_bytes)
+
+    def counted_write(writer: asyncio.StreamWriter, data: bytes) -> None:
+        writes.append(len(data))
+        write(writer, data)
+
+    async def run() -> None:
+        large = TilingConfig(tile_size=560, max_image_tiles=4)
+        async with asyncio.timeout(FAR_S), DecoderPool(SETTINGS, large) as pool:
+            monkeypatch.setattr(asyncio.StreamReader, "readexactly", counted_read)
+            monkeypatch.setattr(asyncio.StreamWriter, "write", counted_write)
+            data = encoded(picture(600, 600))
+            tiles = await pool.decode(data)
+            assert len(tiles.data) == tiles.num_bytes > 3_700_000
+            assert sum(reads) > 3_700_000
+            assert sum(writes) > len(data) > 500_000
+            assert max(reads + writes) == PIECE_BYTES
+
+    asyncio.run(run())

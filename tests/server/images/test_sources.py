@@ -34,7 +34,7 @@ def refusal(url: str, settings: ImageSettings = SETTINGS) -> str:
     [
         "data:image/png;base64,", "data:image/jpeg;base64,", "DATA:IMAGE/PNG;BASE64,",
         "data:;base64,", "data:application/octet-stream;base64,",
-        "data:image/png;charset=utf-8;base64,",
+        "data:image/png;charset=utf-8;base64,", "data:image/png; name=a.png; base64,",
     ],
 )  # fmt: skip
 def test_data_url_gives_its_bytes_whatever_its_label(label: str) -> None:
@@ -79,8 +79,12 @@ def outcome_in_one_piece(payload: str) -> bytes | None:
         ("aGVsbG8===", "base64"),
         ("-_-_", "URL-safe"),
         ("aGVsbG8_", "URL-safe"),
-        ("aGVsb", "base64"),
-        ("aGVs%2BbG8", "base64"),
+        ("aGVsb", "not valid base64: its length"),
+        ("aGVs==aGVs", "not valid base64: its length"),
+        ("aGVs%2BbG8", "percent-encoded base64"),
+        ("data:image/png;base64,aGVs", "starts with data: again"),
+        ("b'aGVs'", "as Python prints bytes"),
+        ("aGVs!bG8", "standard alphabet"),
         ("aGéé", "base64"),
         ("\ud800aaa", "base64"),
         ("", "is empty"),
@@ -231,3 +235,12 @@ def test_a_path_is_told_to_send_the_file(path: str) -> None:
     message = refusal(path)
     assert "data:image/png;base64,<" in message
     assert "cat" not in message
+
+
+@pytest.mark.parametrize(
+    "link",
+    ["www.example.com/cat.png", "example.com/a/cat.jpg", "cdn.example.co.uk:8443/cat", "WWW.x"],
+)
+def test_a_link_without_a_scheme_is_told_to_put_it_in_front(link: str) -> None:
+    """It used to be told that it is the path of a file."""
+    assert refusal(link) == "image URL has no scheme: put https:// before the host"

@@ -163,13 +163,15 @@ def check_refusal(title, talk, theirs, reason):
 
 
 def check_meta(title, talk, theirs, reason):
-    """Only for the two things that are promised, and only where the template refuses them."""
+    """Only for the three things that are promised, and only where the template refuses them."""
     assert isinstance(theirs, Exception) or not is_whole(theirs, talk), title
     has_images = any(isinstance(part, int) for one in talk["messages"] for part in one["parts"])
     has_system = any(one["role"] == "system" for one in talk["messages"]) or talk["tools"]
     if reason == "system_and_images":
         assert has_images, title
         assert has_system, title
+    elif reason == "text_and_calls":
+        assert any(one["calls"] and any(one["parts"]) for one in talk["messages"]), title
     else:
         assert reason == "several_calls", title
         assert any(len(one["calls"]) > 1 for one in talk["messages"]), title

@@ -11,10 +11,11 @@ from support.http_side import SPECIAL_IDS, write_checkpoint
 from support.tool_template import TOOL_TEMPLATE
 
 from vlmserve.server.generation.tool_calls.python_arguments import json_of_arguments
-from vlmserve.server.prompts.chat_template import ChatTemplate, TemplateRefusedError
+from vlmserve.server.prompts.chat_template import AS_USUAL, ChatTemplate, TemplateRefusedError
 from vlmserve.server.prompts.conversation import ImagePart, Message, TextPart, Tool, ToolCall
 from vlmserve.server.prompts.meta_format import python_literal, render_as_meta
 from vlmserve.server.prompts.processor import Processor, PromptTooLongError
+from vlmserve.server.prompts.rendering import Renderer
 
 LIMIT = 100_000
 BEGIN = "<|begin_of_text|>"
@@ -157,12 +158,24 @@ def test_several_calls_of_one_turn_are_rendered_in_metas_format(published, metas
     )
 
 
-def test_a_text_beside_a_call_is_not_lost(published, metas):
+def test_a_text_beside_a_call_is_rendered_in_metas_format(published, metas):
     """The published template drops it."""
-    messages = [text("user", "Hot?"), text("assistant", "Let me see.", CALL)]
-    assert 'Let me see.\n{"name": "get_weather"' in rendered(metas, messages, [WEATHER])
+    turn = text("assistant", "Let me see.", CALL)
+    messages = [text("user", "Hot?"), turn, text("tool", "yes")]
+    found = published.prepare(messages, LIMIT, [WEATHER])
+    assert found.meta_reason == "text_and_calls"
+    assert rendered(published, messages, [WEATHER]) == rendered(metas, messages, [WEATHER])
+    assert 'Let me see.\n{"name": "get_weather"' in rendered(published, messages, [WEATHER])
+
+
+def test_a_text_that_is_lost_elsewhere_is_refused_beside_a_call_too():
+    """Only the text beside the call is promised."""
+    source = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}"
+    source += "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}{% endfor %}"
+    template = ChatTemplate(source, {})
+    turns = [text("user", "Hot?"), text("assistant", "Let me see.", CALL), text("tool", "yes")]
     with pytest.raises(TemplateRefusedError, match=r"leaves out the text of messages\[1\]"):
-        published.prepare(messages, LIMIT, [WEATHER])
+        Renderer(template).render(turns, [], "json", AS_USUAL)
 
 
 @pytest.mark.parametrize(

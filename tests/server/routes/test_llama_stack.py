@@ -50,7 +50,7 @@ def post(checkpoint, path, body, script=None, **options):
 
 def events_of(response):
     """The events of a stream, checked to be `data:` frames and nothing else."""
-    assert response.headers["content-type"] == "text/event-stream"
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     frames = response.text.removesuffix("\n\n").split("\n\n")
     assert all(frame.startswith("data: {") for frame in frames)
     return [json.loads(frame.removeprefix("data: ")) for frame in frames]

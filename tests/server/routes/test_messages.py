@@ -24,6 +24,7 @@ TOKENIZER = meta_like_tokenizer()
 MESSAGES = "/v1/messages"
 ANSWER = "This image shows a böardwalk 🐻 in a field."
 CALL = '{"name": "get_weather", "parameters": {"city": "Zürich"}}'
+HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 QUESTION = {"role": "user", "content": "What is in this image?"}
 BODY = {"model": MODEL, "max_tokens": 64, "messages": [QUESTION]}
 TOOLS = [
@@ -221,12 +222,50 @@ def test_results_become_messages_of_the_tool_in_their_order(tool_checkpoint):
     prompt = prompt_of(requests[0])
     assert "hidden" not in prompt
     assert prompt.index("It is hot.") < prompt.index("And now?")
-    # The published template would drop a text beside a call.
+    # The published template would drop a text beside a call: Meta's format keeps it.
     turns[1]["content"].append({"type": "text", "text": "I look."})
     response, requests = ask(tool_checkpoint, BODY | {"messages": turns, "tools": TOOLS})
-    assert response.status_code == 400
-    assert "text of messages[1], which has calls of tools" in response.json()["message"]
-    assert requests == []
+    assert response.status_code == 200, response.text
+    assert 'I look.\n{"name": "get_weather"' in prompt_of(requests[0])
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["This image", [{"type": "text", "text": "This "}, {"type": "text", "text": "image"}]],
+)
+def test_an_answer_that_the_client_begins_is_continued(checkpoint, content):
+    """Such a prefill used to be a turn of its own, which the model answered."""
+    body = BODY | {"messages": [QUESTION, {"role": "assistant", "content": content}]}
+    response, requests = ask(checkpoint, body, says(" shows a field."))
+    assert response.json()["content"][0]["text"] == " shows a field."
+    assert prompt_of(requests[0]).endswith("assistant<|end_header_id|>\n\nThis image")
+    conversation = {"model": MODEL, "messages": body["messages"]}
+    count, _ = ask(checkpoint, conversation, path=f"{MESSAGES}/count_tokens")
+    assert count.json()["input_tokens"] == len(requests[0].prompt_token_ids)
+
+
+@pytest.mark.parametrize("content", ["", " ", [{"type": "thinking", "thinking": "hm"}]])
+def test_an_answer_that_begins_with_nothing_is_not_continued(checkpoint, content):
+    body = BODY | {"messages": [QUESTION, {"role": "assistant", "content": content}]}
+    response, requests = ask(checkpoint, body)
+    assert response.status_code == 200
+    assert prompt_of(requests[0]).endswith("<|eot_id|>" + HEADER)
+
+
+def test_a_picture_s_answer_is_continued(checkpoint):
+    turns = [{"role": "user", "content": [PICTURE]}, {"role": "assistant", "content": "It is"}]
+    response, requests = ask(checkpoint, BODY | {"messages": turns, "tools": TOOLS})
+    assert response.status_code == 200, response.text
+    assert prompt_of(requests[0]).endswith(HEADER + "It is")
+
+
+def test_what_no_grammar_can_enforce_is_reported(checkpoint):
+    """It was dropped from output_config without a word."""
+    schema = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
+    form = {"output_config": {"format": {"type": "json_schema", "schema": schema}}, "": 1}
+    response, _ = ask(checkpoint, BODY | form, says("[]"))
+    names = response.headers["x-ignored-fields"]
+    assert names == '"", output_config.format.schema.uniqueItems'
 
 
 def test_a_result_of_no_call_is_refused_by_its_place(checkpoint):

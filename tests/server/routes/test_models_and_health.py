@@ -36,7 +36,7 @@ BODY = {"model": MODEL, "messages": [{"role": "user", "content": "What?"}]}
 ROUTES = [
     ("GET", "/v1/models"),
     ("GET", "/v1/models/a/b"),
-    ("GET", "/health"),
+    ("GET", "/server_info"),
     ("POST", "/tokenize"),
     ("POST", "/v1/detokenize"),
     ("GET", "/metrics"),

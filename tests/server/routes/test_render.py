@@ -41,13 +41,22 @@ def ask(checkpoint, *bodies):
 
 def test_a_rendered_chat_is_the_prompt_that_the_engine_gets(checkpoint):
     body = {"messages": [QUESTION]}
-    (rendered, _), requests, _ = ask(checkpoint, (f"{CHAT}/render", body), (CHAT, body))
+    (rendered, answered), requests, _ = ask(checkpoint, (f"{CHAT}/render", body), (CHAT, body))
     answer = rendered.json()
     assert len(requests) == 1, "to render generates nothing"
     (prompt,) = answer["prompts"]
     assert prompt["token_ids"] == requests[0].prompt_token_ids
     assert len(prompt["token_ids"]) == 17
-    assert prompt["images"] == [{"position": 5, "num_tokens": 1, "num_tiles": 1}]
+    digest = requests[0].images[0].content_hash.hex()
+    image = {"position": 5, "num_tokens": 1, "num_tiles": 1, "digest": digest}
+    assert prompt["images"] == [image]
+    # As routers for vLLM read it.
+    assert answer["token_ids"] == prompt["token_ids"]
+    assert answer["features"] == {
+        "mm_hashes": {"image": [digest]},
+        "mm_placeholders": {"image": [{"offset": 5, "length": 1}]},
+    }
+    assert answered.headers["x-image-digests"] == digest
     assert prompt["text"].startswith("<|begin_of_text|><|start_header_id|>user")
     assert answer["format"] == "chat_template"
     assert answer["reason"] is None
@@ -55,7 +64,9 @@ def test_a_rendered_chat_is_the_prompt_that_the_engine_gets(checkpoint):
     assert answer["content_format"] == "both"
 
 
-@pytest.mark.parametrize("reason", ["system_and_images", "several_calls", "no_template"])
+@pytest.mark.parametrize(
+    "reason", ["system_and_images", "several_calls", "text_and_calls", "no_template"]
+)
 def test_metas_format_is_named_logged_once_and_counted(checkpoint, tmp_path, caplog, reason):
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     talks = {
@@ -63,6 +74,10 @@ def test_metas_format_is_named_logged_once_and_counted(checkpoint, tmp_path, cap
         "several_calls": [
             {"role": "user", "content": "a"},
             {"role": "assistant", "content": None, "tool_calls": [call, call | {"id": "b"}]},
+        ],
+        "text_and_calls": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "I look.", "tool_calls": [call]},
         ],
         "no_template": [QUESTION],
     }

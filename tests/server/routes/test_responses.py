@@ -1,7 +1,9 @@
 """POST /v1/responses and the kept responses, through the OpenAI SDK and a scripted engine."""
 
 import asyncio
+import contextlib
 import json
+import sqlite3
 
 import openai
 import pytest
@@ -18,6 +20,7 @@ from support.http_side import (
 from support.tool_template import TOOL_TEMPLATE
 
 from vlmserve.router.errors import EngineDeadError
+from vlmserve.server.api import response_store
 
 TOKENIZER = meta_like_tokenizer()
 PATH = "/v1/responses"
@@ -167,6 +170,18 @@ def test_a_kept_response_can_be_read_listed_and_deleted(checkpoint):
     assert error_of(continued, 400)["param"] == "previous_response_id"
 
 
+def test_a_kept_response_is_not_streamed_again(checkpoint):
+    """The SDK found no event in the JSON, without an error."""
+
+    async def use(client, sdk, engine):
+        response = await sdk.responses.create(model=MODEL, input="What")
+        assert (await client.get(f"{PATH}/{response.id}?stream=false")).status_code == 200
+        with pytest.raises(openai.BadRequestError, match="leave stream out"):
+            await sdk.responses.retrieve(response.id, stream=True)
+
+    serve(checkpoint, use)
+
+
 def test_pages_of_input_items(checkpoint):
     async def use(client, sdk, engine):
         turns = [{"role": "user", "content": f"What {number}"} for number in range(5)]
@@ -230,6 +245,63 @@ def test_a_file_keeps_responses_over_a_restart(checkpoint, tmp_path):
 
     made = serve(checkpoint, make, responses_store=file)
     assert serve(checkpoint, read, responses_store=file) == ANSWER
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_row_67_a_store_that_cannot_be_written_costs_no_answer(
+    checkpoint, tmp_path, stream, monkeypatch, caplog
+):
+    """A full disk, a quota or a lock: the client got a 500 for an answer that was complete."""
+    monkeypatch.setattr(response_store, "BUSY_TIMEOUT_S", 0.01)
+    file = str(tmp_path / "responses.db")
+
+    async def use(client, sdk, engine):
+        with contextlib.closing(sqlite3.connect(file)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            first = await whole(sdk, stream)
+        second = await whole(sdk, stream)
+        return first, second, (await client.get(f"{PATH}/{first.id}")).status_code
+
+    first, second, status = serve(checkpoint, use, responses_store=file)
+    assert (first.output_text, first.store, status) == (ANSWER, False, 404)
+    assert (second.output_text, second.store) == (ANSWER, True)
+    assert f"database is locked; the response {first.id} is not stored" in caplog.text
+
+
+async def whole(sdk, stream):
+    made = await sdk.responses.create(**BODY, stream=stream)
+    return [event async for event in made][-1].response if stream else made
+
+
+def test_row_67_a_store_that_cannot_be_read_is_a_503(checkpoint, tmp_path):
+    file = str(tmp_path / "responses.db")
+
+    async def use(client, sdk, engine):
+        made = await sdk.responses.create(**BODY)
+        with contextlib.closing(sqlite3.connect(file)) as other:
+            other.execute("DROP TABLE responses")
+        path = f"{PATH}/{made.id}"
+        return [
+            await client.get(path),
+            await client.get(f"{path}/input_items"),
+            await client.delete(path),
+            await client.post(PATH, json=BODY | {"previous_response_id": made.id}),
+            await client.post(PATH, json=BODY),
+        ]
+
+    *reads, answer = serve(checkpoint, use, responses_store=file)
+    for response in reads:
+        assert "cannot be read at the moment" in error_of(response, 503)["message"]
+        assert response.headers["retry-after"] == "1"
+    assert answer.json()["store"] is False
+
+
+def test_a_response_larger_than_the_store_is_reported_as_not_stored(checkpoint):
+    async def use(client, sdk, engine):
+        made = await sdk.responses.create(**BODY)
+        return made.store, (await client.get(f"{PATH}/{made.id}")).status_code
+
+    assert serve(checkpoint, use, responses_store_bytes=100) == (False, 404)
 
 
 def test_a_streamed_response_is_kept_before_its_end_is_sent(checkpoint):

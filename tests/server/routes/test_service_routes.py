@@ -139,6 +139,29 @@ def test_metadata_names_what_is_served(licensed, checkpoint):
     assert local["licenseInfo"]["size"] == 0
 
 
+@pytest.mark.parametrize("prefix", ["/", "/get_"])
+def test_sglangs_router_finds_the_models_name_and_kind(tmp_path, prefix):
+    """Without them it lists the model as `unknown`."""
+    folder = write_checkpoint(tmp_path / "named")
+    config = json.loads((folder / "config.json").read_text())
+    kind = {"model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"]}
+    (folder / "config.json").write_text(json.dumps(config | kind))
+
+    async def use(client, engine):
+        return [(await client.get(f"{prefix}{name}_info")).json() for name in ("server", "model")]
+
+    server, model = served(folder, use, served_model_names=["one", "two"], max_num_seqs=7)
+    assert server == {
+        "served_model_name": "one",
+        "dp_size": 1,
+        "max_running_requests": 7,
+        "version": __version__,
+    }
+    about = {"is_generation": True, "has_image_understanding": True}
+    assert model == {"model_path": "one", "tokenizer_path": "one", **about, **kind}
+    assert get(folder, "/model_info", hub_id="owner/model").json()["model_path"] == "owner/model"
+
+
 def test_the_manifest_lists_the_models_files_and_no_others(licensed):
     (licensed / "pytorch_model.bin").write_bytes(b"no")
     (licensed / "model.safetensors").write_bytes(b"12345")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import pytest
 from support.http_side import (
@@ -16,6 +17,7 @@ from support.http_side import (
 
 from vlmserve.models.batch import TokenLogprobs
 from vlmserve.router.messages import SequenceOutput
+from vlmserve.server.prompts.processor import Processor
 
 TOKENIZER = meta_like_tokenizer()
 TURN = {"role": "user", "content": "What is in this image?"}
@@ -261,3 +263,93 @@ def test_a_cut_does_not_take_an_image_away(checkpoint):
     assert kept_span.start == whole_span.start - num_cut
     assert second.prompt_token_ids[kept_span.start] == 128256
     assert len(second.images) == 1
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_timings_come_once_and_only_where_they_are_requested(checkpoint, path, stream):
+    def script(request):
+        yield SequenceOutput(request_id="r", token_ids=[3923], queue_s=0.25, vision_s=0.125)
+        yield SequenceOutput(request_id="r", token_ids=[EOT], finish_reason="stop")
+
+    bodies = [{"stream": stream, "return_timings": True}, {"stream": stream}]
+    (answer, without), _ = ask(checkpoint, path, *bodies, script=script)
+    parts = chunks_of(answer) if stream else [answer.json()]
+    (timings,) = [part["timings"] for part in parts if "timings" in part]
+    assert (timings["queue_s"], timings["vision_s"], timings["images"]) == (0.25, 0.125, [])
+    assert 0 <= timings["decode_s"] <= timings["total_s"]
+    assert timings["ttft_s"] <= timings["total_s"]
+    assert parts[-1]["timings"] is timings
+    assert "timings" not in without.text
+
+
+def test_timings_have_the_tiles_of_each_image(checkpoint):
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    turn = {"role": "user", "content": [picture, {"type": "text", "text": "What"}]}
+    body = {"messages": [turn], "return_timings": True}
+    (answer,), requests = ask(checkpoint, CHAT, body)
+    (image,) = requests[0].images
+    seen = {name: getattr(image, name) for name in ("num_tiles", "tile_size", "aspect_ratio_id")}
+    assert answer.json()["timings"]["images"] == [seen]
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_sglang_s_clients_get_the_ids_of_the_prompt_in_each_choice(checkpoint, path):
+    body = {"return_prompt_token_ids": True}
+    (plain, streamed), requests = ask(checkpoint, path, body, body | {"stream": True})
+    (choice,) = plain.json()["choices"]
+    assert choice["prompt_token_ids"] == requests[0].prompt_token_ids
+    assert "token_ids" not in choice
+    first, *others = chunks_of(streamed)
+    assert first["choices"][0]["prompt_token_ids"] == requests[0].prompt_token_ids
+    choices = [one for chunk in others for one in chunk["choices"]]
+    assert not any({"prompt_token_ids", "token_ids"} & one.keys() for one in choices)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_allowed_tokens_and_bad_words_reach_the_engine(checkpoint, path):
+    body = {"allowed_token_ids": [3, 3, 5], "bad_words": ["image", " image", "helpful assistant"]}
+    (answer,), requests = ask(checkpoint, path, body)
+    assert "x-ignored-fields" not in answer.headers
+    sampling = requests[0].sampling
+    assert sampling.allowed_token_ids == (3, 5)
+    # Each word as it is at the start of an answer, and as it is within a text.
+    words = ("image", " image", "helpful assistant", " helpful assistant")
+    assert sampling.banned_sequences == tuple(tuple(ids_of(word)) for word in words)
+    assert all(map(len, sampling.banned_sequences))
+
+
+def test_many_bad_words_are_tokenized_beside_the_event_loop(checkpoint, monkeypatch):
+    threads = []
+
+    def tokens_of(self, text):
+        threads.append(threading.current_thread() is threading.main_thread())
+        return [1, 2]
+
+    monkeypatch.setattr(Processor, "tokens_of", tokens_of)
+    ask(checkpoint, CHAT, {"bad_words": ["a" * 256] * 128}, {"bad_words": ["a", "b"]})
+    assert threads == [False] * 256 + [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"allowed_token_ids": [128_264]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids[0]"),
+        ({"bad_words": [""]}, "bad_words[0]"),
+        ({"bad_words": ["a\0"]}, "bad_words[0]"),
+        ({"bad_words": ["a"] * 129}, "bad_words"),
+    ],
+)
+def test_words_and_tokens_out_of_bounds_are_refused(checkpoint, body, param):
+    (answer,), requests = ask(checkpoint, CHAT, body)
+    assert error_of(answer, 400)["param"] == param
+    assert requests == []
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_no_word_and_no_token_change_nothing(checkpoint, path):
+    empty = {"allowed_token_ids": [], "bad_words": [], "return_prompt_token_ids": False}
+    (answer, _), requests = ask(checkpoint, path, empty | {"seed": 1}, {"seed": 1})
+    assert "x-ignored-fields" not in answer.headers
+    assert requests[0].sampling == requests[1].sampling

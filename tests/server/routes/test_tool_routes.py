@@ -97,7 +97,7 @@ def post(checkpoint, script, *bodies, path=CHAT):
 
 
 def frames_of(response):
-    assert response.headers["content-type"] == "text/event-stream", response.text
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8", response.text
     frames = [part for part in response.text.split("\n\n") if part and not part.startswith(":")]
     return [json.loads(frame.removeprefix("data: ")) for frame in frames if frame[6] == "{"]
 
@@ -116,6 +116,27 @@ def accumulated(deltas):
                 assert list(part) == ["index", "function"]
                 calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
     return content, calls
+
+
+@pytest.mark.parametrize(("reply", "content", "calls"), REPLIES)
+def test_an_answers_own_message_can_be_sent_back(checkpoint, reply, content, calls):
+    """With several calls, or a text beside one, the published template fails or drops the text."""
+
+    async def use(client, engine):
+        answer = (await client.post(CHAT, json=BODY)).json()["choices"][0]["message"]
+        results = [
+            {"role": "tool", "tool_call_id": call["id"], "content": "yes"}
+            for call in answer["tool_calls"]
+        ]
+        turns = [QUESTION, answer, *results, {"role": "user", "content": "And now?"}]
+        return await client.post(CHAT, json=BODY | {"messages": turns}), engine.requests
+
+    response, requests = serve(checkpoint, says(reply, "It is hot."), use)
+    assert response.status_code == 200, response.text
+    prompt = TOKENIZER.decode(requests[1].prompt_token_ids, skip_special_tokens=False)
+    assert (content or "").strip() in prompt
+    for name, _ in calls:
+        assert prompt.count(f'"name": "{name}", "parameters": {{') == 1
 
 
 @pytest.mark.parametrize(("reply", "content", "calls"), REPLIES)

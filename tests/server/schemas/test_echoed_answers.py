@@ -9,6 +9,7 @@ from vlmserve.server.prompts.conversation import Message, TextPart, ToolCall
 from vlmserve.server.schemas.anthropic.requests import MessagesRequest, messages_generation
 from vlmserve.server.schemas.decoding import decode_with_names
 from vlmserve.server.schemas.openai.chat import ChatCompletionRequest, chat_generation
+from vlmserve.server.schemas.openai.responses import ResponsesRequest, responses_generation
 
 TURN = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "Yes."}
@@ -48,6 +49,13 @@ def test_an_answers_message_is_accepted_with_what_sdks_add(fields):
     assert echoed(ANSWER | fields) == (Message("assistant", (TextPart("Yes."),)),)
 
 
+@pytest.mark.parametrize("fields", [{}, {"tool_calls": []}, {"reasoning_content": "hm"}])
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": []}])
+def test_an_answer_without_text_is_accepted(fields, content):
+    """Agents send an empty answer back with a null content, which used to be a 400."""
+    assert echoed({"role": "assistant"} | fields | content) == (Message("assistant", ()),)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -80,3 +88,25 @@ def test_the_anthropic_sdks_parsed_output_is_accepted():
     body = {"model": "m", "max_tokens": 1, "messages": [TURN, answer, TURN]}
     decoded = decode_with_names(msgspec.json.encode(body), MessagesRequest, "refuse")
     assert messages_generation(decoded.value).messages[1].text == "a"
+
+
+def test_a_call_of_the_anthropic_sdk_has_a_caller():
+    call = {"type": "tool_use", "id": "c1", "name": "f", "input": {}, "caller": {"type": "direct"}}
+    turns = [TURN, {"role": "assistant", "content": [call]}]
+    body = {"model": "m", "max_tokens": 1, "messages": turns}
+    decoded = decode_with_names(msgspec.json.encode(body), MessagesRequest, "refuse")
+    assert messages_generation(decoded.value).messages[1].tool_calls == (ToolCall("f", {}),)
+
+
+def test_items_of_parsed_responses_are_accepted():
+    text = {"type": "output_text", "text": "a", "annotations": [], "parsed": {"b": 1}}
+    called = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+    items = [
+        {"type": "message", "role": "assistant", "content": [text]},
+        called | {"parsed_arguments": {}, "caller": {"type": "direct"}},
+        {"type": "function_call_output", "call_id": "c1", "output": "x"},
+    ]
+    body = msgspec.json.encode({"model": "m", "input": [TURN, *items]})
+    decoded = decode_with_names(body, ResponsesRequest, "refuse").value
+    generation = responses_generation(decoded)
+    assert [message.text for message in generation.messages] == ["hi", "a", "x"]

@@ -13,7 +13,7 @@ from vlmserve.server.schemas.foreign import ANY, FOREIGN, FOREIGN_ELSEWHERE
 from vlmserve.server.schemas.openai.chat import ChatCompletionRequest, chat_generation
 from vlmserve.server.schemas.openai.completions import CompletionRequest, completion_generation
 from vlmserve.server.schemas.openai.responses import ResponsesRequest, responses_generation
-from vlmserve.server.telemetry.metrics import USUAL_FOREIGN_FIELDS
+from vlmserve.server.telemetry.usual_fields import USUAL_FOREIGN_FIELDS
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "parameters.md"
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}

@@ -85,7 +85,9 @@ def test_a_whole_answer_has_the_entries_that_its_stream_has(api):
     assert whole == json.loads(json.dumps(expected))
 
 
-@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize(
+    "api", [pytest.param(api, marks=() if api == "chat" else pytest.mark.slow) for api in APIS]
+)
 def test_row_57_a_whole_answer_keeps_no_object_of_a_token(api):
     """Each token with 20 candidates was kept as 2 KB of objects, then as 6 KB of dicts."""
     count = 1_000

@@ -51,6 +51,8 @@ SHARED_CASES = {
     "include_stop_str_in_output": {"include_stop_str_in_output": True},
     "no_stop_trim": {"no_stop_trim": True},
     "skip_special_tokens": {"skip_special_tokens": False},
+    "allowed_token_ids": {"allowed_token_ids": [1]},
+    "bad_words": {"bad_words": ["a"]},
     "return_token_ids": {"return_token_ids": True},
     "return_tokens_as_token_ids": {"return_tokens_as_token_ids": True},
     "truncate_prompt_tokens": {"truncate_prompt_tokens": 5},
@@ -103,7 +105,9 @@ CASES = {
     },
 }
 # What the routes do with it is tested with them.
-OF_ROUTES = {"model", "stream", "stream_options", "cache_salt"}
+OF_ROUTES = {"model", "return_prompt_token_ids", "stream", "stream_options", "cache_salt"} | {
+    "return_timings"
+}
 # Taken where it asks for nothing that `n` does not.
 OF_CHECKS = {"chat": set(), "completions": {"best_of"}}
 ASKING = {

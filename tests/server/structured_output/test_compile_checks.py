@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.grammar import Grammars
@@ -26,6 +27,7 @@ from vlmserve.server.structured_output.grammar_text import (
     choice_grammar,
     ebnf_grammar,
     lark_grammar,
+    regex_grammar,
 )
 
 # Milliseconds, where a look at each character from each other one would take minutes.
@@ -193,6 +195,79 @@ def test_row_60_a_grammar_whose_process_cannot_start_is_a_503(monkeypatch, probl
         monkeypatch.undo()
         try:
             assert await checks.check(choice_grammar(["a"]), "f", "t")
+        finally:
+            await checks.close()
+
+    asyncio.run(scenario())
+
+
+def takes(grammar: str, text: str, grammars: Grammars) -> bool:
+    """Whether the text is a whole one of the grammar."""
+    matcher = grammars.compile(grammar)
+    for token_id in TOKENIZER.encode(text, add_special_tokens=False).ids:
+        matcher.accept(token_id)
+    return not matcher.has_failed and bool(matcher.inner.is_accepting())
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (r'"\u00e9\U0001F600"', "\u00e9\U0001f600"),
+        (r"[\u00e9-\u00ff]", "\u00f0"),
+        (r"[^\x00-\u00ff]", "\u0100"),
+        (r'"\u005c\u0022"', '\\"'),
+        (r"[\u005d\x5e]", "]"),
+        (r'"\\u00e9"', "\\u00e9"),
+    ],
+)
+def test_gbnf_may_escape_every_character(rule: str, text: str, grammars: Grammars) -> None:
+    """The translation of `\\u00e9` dropped its zeros, and the grammar was a 400."""
+    verdict = judge(ebnf_grammar(f"root ::= {rule}"), grammars)
+    assert verdict.grammar is not None, verdict.error
+    assert takes(verdict.grammar, text, grammars)
+    assert not takes(verdict.grammar, text + "a", grammars)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "words"),
+    [
+        (regex_grammar("("), "a regular expression is invalid: unclosed group"),
+        (regex_grammar("(?=a)b"), "look-around"),
+        (regex_grammar("[(?" * 10_000), "a regular expression is invalid"),
+        (ebnf_grammar("root ::= [^\\]"), ""),
+        (ebnf_grammar("start: foo"), 'unknown name: "foo"'),
+    ],
+)
+def test_a_reason_shows_no_lines_of_the_library(grammar, words, grammars: Grammars) -> None:
+    error = judge(grammar, grammars).error
+    assert error is not None
+    assert words in error
+    assert "|" not in error
+    assert "llguidance" not in error
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [(["<|eot_id|>"], "the tokenizer does not support grammars"), ([], "names no end token")],
+)
+def test_a_tokenizer_that_supports_no_grammars_is_a_400_that_says_so(
+    tmp_path, names: list[str], reason: str
+) -> None:
+    """It used to be a 503 about processor time, and a start of a process for each request."""
+    tokenizer = Tokenizer(WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    tokenizer.add_special_tokens(names)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    words = f"response_format cannot be used with this model: .*{reason}"
+
+    async def scenario() -> None:
+        checks = GrammarChecks(tmp_path)
+        try:
+            with pytest.raises(BadRequestError, match=words) as refused:
+                await checks.check(choice_grammar(["a"]), "response_format", "")
+            assert refused.value.param == "response_format"
+            checks._start = None  # type: ignore[assignment,method-assign]
+            with pytest.raises(BadRequestError, match=words):
+                await checks.check(choice_grammar(["b"]), "response_format", "")
         finally:
             await checks.close()
 

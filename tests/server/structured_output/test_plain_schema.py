@@ -10,12 +10,14 @@ from vlmserve.server.errors import BadRequestError
 from vlmserve.server.prompts.conversation import Tool
 from vlmserve.server.schemas.structured import call_form, schema_form
 from vlmserve.server.schemas.tools import check_schema
+from vlmserve.server.structured_output import grammar_text
 from vlmserve.server.structured_output.compile_checks import GrammarChecks
 from vlmserve.server.structured_output.compile_child import judge
 from vlmserve.server.structured_output.plain_schema import FORMATS, plain_schema
 
 STRING = {"type": "string"}
 OBJECT = {"type": "object", "properties": {"a": STRING}}
+NUMBER = {"type": "number"}
 # The formats that pydantic, zod and OpenAPI write.
 ANNOTATIONS = [
     "password", "binary", "byte", "path", "file-path", "directory-path", "int32", "int64",
@@ -89,6 +91,78 @@ def test_unique_items_are_dropped_and_named_wherever_they_stand(grammars):
     compiled(grammars, schema)
 
 
+def test_what_no_grammar_can_enforce_is_dropped_and_named(grammars):
+    """Pydantic and zod write all of them; each used to be a 400."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "host": STRING | {"pattern": "^(?=.{1,5}$)a+$"},
+            "duration": STRING | {"format": "duration", "pattern": "^P(?!.*W)"},
+            "int64": {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+            "double": {"type": "number", "maximum": 1.7976931348623157e308},
+            "low": {"type": "number", "minimum": 1e17},
+            "never": {"not": {}},
+            "uuids": {"type": "object", "propertyNames": {"format": "uuid"}},
+        },
+    }
+    plain, dropped = plain_schema(schema)
+    assert dropped == [
+        "schema.properties.duration.pattern",
+        "schema.properties.int64.minimum",
+        "schema.properties.int64.maximum",
+        "schema.properties.uuids.propertyNames",
+    ]
+    properties = plain["properties"]
+    assert properties["host"] == STRING | {
+        "pattern": "^a+$",
+        "allOf": [{"pattern": "^(?:.{1,5}$)"}],
+    }
+    assert properties["duration"]["pattern"] == "^P"
+    assert properties["double"] == {"type": "number"}
+    assert properties["low"]["minimum"] == 1e17
+    assert properties["never"] is False
+    compiled(grammars, schema)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"enum": ["x", "y"]}, {"properties": {"x": NUMBER, "y": NUMBER}}),
+        ({"const": "x", "type": "string"}, {"properties": {"x": NUMBER}}),
+        ({"$ref": "#/$defs/Colour"}, {"properties": {"red": NUMBER, "blue": NUMBER}}),
+        ({"pattern": r"^\d$"}, {"patternProperties": {"^[0-9]$": NUMBER}}),
+    ],
+)
+def test_a_dictionary_has_the_names_that_its_keys_may_be(grammars, names, expected):
+    schema = {
+        "type": "object",
+        "propertyNames": names,
+        "additionalProperties": NUMBER,
+        "$defs": {"Colour": {"enum": ["red", "blue"], "title": "Colour", "type": "string"}},
+    }
+    plain, dropped = plain_schema(schema)
+    assert dropped == []
+    kept = {"type": "object", "additionalProperties": False, "$defs": schema["$defs"]}
+    assert plain == kept | expected
+    compiled(grammars, schema)
+
+
+def test_names_of_a_dictionary_do_not_multiply_a_schema():
+    """A kilobyte could become gigabytes: each name has a copy of the values' schema."""
+    names = {"enum": [f"k{number}" for number in range(2_000)]}
+    value = {"type": "object", "properties": {f"v{number}": STRING for number in range(500)}}
+    one = {"type": "object", "propertyNames": names, "additionalProperties": value}
+    plain, dropped = plain_schema({"properties": {"a": one, "b": one}})
+    assert dropped == ["schema.properties.a.propertyNames", "schema.properties.b.propertyNames"]
+    assert plain["properties"]["a"] == {"type": "object", "additionalProperties": value}
+
+
+def test_a_schema_is_measured_before_it_is_gone_through(monkeypatch):
+    monkeypatch.setattr(grammar_text, "plain_schema", None)
+    with pytest.raises(BadRequestError, match="the limit is 65,536"):
+        schema_form(STRING | {"pattern": "a" * 300_000}, "schema")
+
+
 def test_values_are_no_keywords():
     schema = {"const": None, "enum": [None, {"uniqueItems": True}], "default": {"format": "x"}}
     assert plain_schema(schema) == (schema, [])
@@ -110,7 +184,17 @@ def test_parameters_of_an_object_or_null_are_an_objects():
         ({"not": STRING}, 'the keywords "not" are not supported'),
         ({"type": "integer", "minimum": 5, "maximum": 1}, "no JSON fulfils it"),
         ({"$ref": "#/$defs/x"}, "points to nothing"),
-        (STRING | {"pattern": "^(?=a)b"}, "look-around"),
+        (STRING | {"pattern": "("}, "a regular expression is invalid: unclosed group"),
+        (STRING | {"pattern": r"(a)\1"}, "back-references"),
+        (STRING | {"pattern": "^a$", "minLength": 5}, "exclude each other"),
+        ({"type": "integer", "multipleOf": 7, "minimum": 1, "maximum": 3}, "no multiple of 7"),
+        ({"enum": []}, "no possible value"),
+        ({"type": "strin"}, "strin is not a type"),
+        (STRING | {"minLength": -1}, "'minLength' must be an integer from 0, not -1"),
+        ({"type": "number", "minimum": "a"}, "'minimum' must be a number"),
+        (STRING | {"pattern": 3}, "'pattern' must be of the type string, not 3"),
+        ({"$ref": "http://x/y"}, "must start with #/"),
+        (OBJECT | {"required": ["z"], "additionalProperties": False}, "property 'z' has no"),
     ],
 )
 def test_an_error_about_a_schema_names_no_option_of_the_library(grammars, schema, words):

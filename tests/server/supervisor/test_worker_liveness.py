@@ -10,6 +10,7 @@ from support.fake_clock import first_reason
 from vlmserve.server.supervisor.restart_counter import FILE_NAME, RestartCounter, RestartCounts
 from vlmserve.server.supervisor.settings import WorkerTimeouts
 from vlmserve.server.supervisor.worker_liveness import LivenessPipe, beat
+from vlmserve.server.telemetry.metrics import METRICS_FOLDER_VARIABLE, Metrics
 
 LIMITS = WorkerTimeouts(stall_s=10, starting_s=300)
 
@@ -103,15 +104,25 @@ def test_a_pulse_gives_its_descriptors_back():
 def test_restarts_are_counted_by_process_and_reason_and_read_by_others(tmp_path):
     assert RestartCounts.read(tmp_path) == RestartCounts()
     counter = RestartCounter(tmp_path)
-    counter.count("engine", "hung")
+    counter.count_engine("hung", 1)
     for _ in range(2):
-        counter.count("worker", "ended")
+        counter.count_worker("ended")
     told = RestartCounts.read(tmp_path)
     assert told.engine == {"ended": 0, "hung": 1}
+    assert told.of_replicas == {1: 1}
     assert told.worker == {"ended": 2, "hung": 0}
     assert os.listdir(tmp_path) == [FILE_NAME]
 
 
+def test_a_worker_reads_the_restarts_of_each_replica(tmp_path, monkeypatch):
+    monkeypatch.setenv(METRICS_FOLDER_VARIABLE, str(tmp_path))
+    assert Metrics(1).restarts().of_replicas == {}
+    counter = RestartCounter(tmp_path)
+    for _ in range(2):
+        counter.count_engine("ended", 1)
+    assert Metrics(1).restarts().of_replicas == {1: 2}
+
+
 def test_a_restart_that_cannot_be_written_ends_nothing(tmp_path, caplog):
-    RestartCounter(tmp_path / "gone").count("engine", "ended")
+    RestartCounter(tmp_path / "gone").count_engine("ended", 0)
     assert "/metrics misses a restart" in caplog.text

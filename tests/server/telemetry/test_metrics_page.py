@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from vlmserve.models.batch import AdapterRef
 from vlmserve.router.client.replica_pool import ReplicaState
 from vlmserve.router.messages import EngineStats
 from vlmserve.server.telemetry.engine_metrics import RestartMetrics
@@ -28,6 +29,7 @@ def rows_of_program(folder):
     metrics = Metrics(num_request_max=1)
     metrics.watch_replicas(lambda: [ReplicaState(is_ready=True, stats=EngineStats())])
     metrics.http_requests.labels("GET", "/", "200")  # has no series before its first count
+    metrics.adapters.count(AdapterRef("a", "/a", "digest"))
     found = {}
     for family in [*metrics.registry.collect(), *RestartMetrics(folder).collect()]:
         name = f"{family.name}_total" if family.type == "counter" else family.name

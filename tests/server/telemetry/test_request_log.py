@@ -32,7 +32,7 @@ from vlmserve.router.processes.logs import EventFormatter, StrayLines, escaped, 
 from vlmserve.server.admission.lanes import LANE_NAMES
 from vlmserve.server.images.settings import ImageError
 from vlmserve.server.prompts.rendering import META_REASONS
-from vlmserve.server.telemetry.metrics import USUAL_FOREIGN_FIELDS
+from vlmserve.server.telemetry.usual_fields import USUAL_FOREIGN_FIELDS
 
 TOKENIZER = meta_like_tokenizer()
 CERTIFICATE = Path(__file__).resolve().parents[2] / "data" / "tls_test_only.pem"
@@ -141,7 +141,7 @@ def test_every_answer_of_a_request_tells_its_reason(checkpoint, lines):
     ("method", "path", "status", "route"),
     [
         ("GET", "/v1/models", 200, "/v1/models"),
-        ("HEAD", "/v1/health/live", 200, "/v1/health/live"),
+        ("HEAD", "/v1/models", 200, "/v1/models"),
         ("GET", "/metrics", 200, "/metrics"),
         ("GET", "/nothing/secret-path", 404, "unmatched"),
         ("GET", CHAT, 405, "unmatched"),
@@ -157,6 +157,17 @@ def test_other_requests_are_one_line_each(checkpoint, lines, method, path, statu
     assert (line["method"], line["route"], line["status"]) == (method, route, status)
     assert len(line["request_id"]) == 32
     assert "prompt_tokens" not in line
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/health/live", "/v1/health/ready"])
+def test_a_health_check_is_logged_only_if_it_fails(checkpoint, lines, path):
+    async def use(client, engine):
+        passed = await client.get(path)
+        failed = await client.post(path)
+        return passed.status_code, failed.status_code
+
+    assert served(checkpoint, use) == (200, 405)
+    assert [line["status"] for line in lines.requests] == [405]
 
 
 def test_a_refused_key_is_a_line_with_the_route_it_was_for(checkpoint, lines):

@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from vlmserve.models.decoder.coded import linear
 from vlmserve.models.decoder.coded.layout import Coding, Layout
 from vlmserve.models.decoder.coded.linear import CodedLinear
-from vlmserve.models.decoder.coded.product import fused_product, random_weight, trial_pairs
+from vlmserve.models.decoder.coded.product import (
+    fused_product,
+    random_weight,
+    tiles_of,
+    trial_pairs,
+)
 from vlmserve.models.decoder.coded.weight import CodedWeight, can_join, join, quantize_fp8
 from vlmserve.models.kernels.self_test import TOLERANCE, _largest_error
 
@@ -99,6 +104,14 @@ def test_the_fused_kernel_equals_the_dense_product(
     # the interpreter truncates to bfloat16
     tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * expected.abs().max().item()
     torch.testing.assert_close(result.double(), expected, atol=tolerance, rtol=0.0)
+
+
+def test_a_round_reads_one_scale_a_channel_for_groups_of_64_and_128() -> None:
+    """It read a scale for each code: four bytes beside one, or beside half a one."""
+    for group in (64, 128, 192, 512, 4_096):
+        for num_rows in (1, 32, 64, 256):
+            assert group % tiles_of(num_rows, group).block_k == 0
+    assert tiles_of(1, 96).block_k == 128  # no round fits its groups
 
 
 @pytest.mark.parametrize("coding", list(Coding))

@@ -12,9 +12,18 @@ from support.oracle import dequantize
 from torch import nn
 
 from vlmserve.models.decoder.int8 import linear, quantizer
-from vlmserve.models.decoder.int8.linear import Int8Linear
-from vlmserve.models.decoder.int8.product import choose_splits, fused_product
+from vlmserve.models.decoder.int8.linear import FEW_ROWS_CUDA, Int8Linear
+from vlmserve.models.decoder.int8.product import (
+    TRIED_ROWS,
+    Launch,
+    block_m_of,
+    choose_splits,
+    fused_product,
+    tiles_of,
+    trial_pairs,
+)
 from vlmserve.models.decoder.int8.quantizer import Int8Weight, quantize
+from vlmserve.models.kernels.self_test import TOLERANCE, _largest_error
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICES = [
@@ -111,7 +120,7 @@ def test_the_layer_takes_half_the_bytes_of_bfloat16() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("num_rows", "num_in", "num_out"),
-    [(1, 64, 48), (3, 200, 33), (16, 2048, 32), (20, 1100, 70), (64, 96, 16), (70, 128, 40)],
+    [(1, 64, 48), (3, 200, 33), (16, 2048, 32), (20, 1100, 70), (64, 96, 16), (130, 2100, 40)],
 )
 def test_the_fused_kernel_equals_the_dense_product(
     device, dtype, num_rows, num_in, num_out
@@ -141,6 +150,58 @@ def test_small_weights_are_split_over_their_inputs_and_large_ones_are_not() -> N
     assert choose_splits(num_tiles=32, num_in=4096) == 4
     assert choose_splits(num_tiles=32, num_in=512) == 1
     assert choose_splits(num_tiles=128, num_in=14336) == 2
+
+
+def test_the_trial_that_loading_runs_is_right_for_every_number_of_rows() -> None:
+    pairs = trial_pairs(torch.device("cpu"), torch.float32)
+    assert len(pairs) == len(TRIED_ROWS)
+    assert max(_largest_error(*pair) for pair in pairs) < TOLERANCE
+    blocks = [(tiles_of(rows), block_m_of(rows)) for rows in range(1, FEW_ROWS_CUDA + 1)]
+    assert {(tiles_of(rows), block_m_of(rows)) for rows in TRIED_ROWS} == set(blocks)
+
+
+def shapes_of(hidden: int, inner: int, kv_width: int, ranks: int) -> list[tuple[int, int]]:
+    """Outputs and inputs of a rank's products in a self-attention layer."""
+    qkv, gate_up = (hidden + 2 * kv_width) // ranks, 2 * inner // ranks
+    return [(qkv, hidden), (hidden, hidden // ranks), (gate_up, hidden), (hidden, inner // ranks)]
+
+
+MODELS = {"11B": (4_096, 14_336, 1_024), "90B": (8_192, 28_672, 1_024)}
+
+
+def launch_of(num_rows: int, num_out: int, num_in: int) -> Launch:
+    rows = torch.empty(num_rows, num_in, dtype=torch.bfloat16, device="meta")
+    return Launch.of(rows, num_out, tiles_of(num_rows))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_the_fused_product_moves_fewer_bytes_than_unpacking(model, ranks) -> None:
+    """A decode step beside a prompt's chunk read 1 and wrote 2 bytes a weight, and read 2 again.
+
+    Even if no line of rows finds the codes in the GPU's cache.
+    """
+    shapes = shapes_of(*model, ranks)
+    num_weights = sum(num_out * num_in for num_out, num_in in shapes)
+    for num_rows in range(1, FEW_ROWS_CUDA + 1):
+        num_bytes = 0
+        for num_out, num_in in shapes:
+            launch = launch_of(num_rows, num_out, num_in)
+            lines, _, splits = launch.grid
+            num_bytes += lines * num_out * num_in
+            if splits > 1:
+                num_bytes += 2 * launch.output.numel() * 4
+        assert num_bytes < 5 * num_weights, num_rows
+        if num_rows <= 16:
+            assert num_bytes < 1.15 * num_weights
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_a_decode_step_has_enough_codes_in_flight_for_the_bandwidth(model) -> None:
+    """About 25 KB a processor of an H100, by Little's law; it was 12 for queries, keys, values."""
+    for num_out, num_in in shapes_of(*model, 1):
+        lines, columns, splits = launch_of(1, num_out, num_in).grid
+        assert lines * columns * splits / 132 * tiles_of(1).ahead_bytes >= 25_000
 
 
 def test_few_rows_of_bfloat16_take_the_int8_kernel_and_others_are_unpacked_for(monkeypatch) -> None:

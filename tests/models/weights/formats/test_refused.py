@@ -116,6 +116,11 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         quantized(quant_method="awq", bits=4, version="gemv"),
         r"version gemv, which is not served \(served: gemm\)",
     ),
+    "auto-round in another packing": (
+        GPTQ,
+        quantized(quant_method="auto-round", bits=4, packing_format="auto_round:mlx"),
+        "packing_format auto_round:mlx, which is not served",
+    ),
     "packed weights of no named packing": (
         GPTQ,
         {},
