@@ -92,6 +92,9 @@ class TileCache:
             except Exception:
                 if is_first:
                     raise
+            finally:
+                # The task keeps its failure, whose frames include this one: a cycle.
+                del decoding
 
     def _start(
         self, key: TileKey, decode: Callable[[], Coroutine[Any, Any, ImageTiles]]
@@ -122,6 +125,7 @@ class TileCache:
                 # No other request may wait for what is being cancelled.
                 if self._decoding.get(key) is decoding:
                     del self._decoding[key]
+            del decoding  # as in get_or_decode
 
     def get(self, key: TileKey) -> ImageTiles | None:
         """The tiles, which become the most recently used; None if they are gone."""

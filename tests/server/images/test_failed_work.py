@@ -90,9 +90,13 @@ WAYS = {
     "a download that fails": (encoded(picture()), {}, ["http://a.example/fails"]),
     "a decoder that rejects": (png_header(100, 100) + bytes(5_000), {}, []),
 }
+ORDINARY_WAYS = ("no image", "a download that fails", "a decoder that rejects")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, marks=() if way in ORDINARY_WAYS else pytest.mark.slow) for way in WAYS],
+)
 def test_row_49_failed_image_requests_free_their_bodies_without_a_garbage_collection(tmp_path, way):
     """72 requests of 16 oversized pictures, each a correct 400, took the worker to 6.2 GB."""
     file, limits, more = WAYS[way]
@@ -164,5 +168,34 @@ def test_row_49_memory_after_failed_image_requests_is_that_after_the_first_tenth
                     after_tenth = max(after_tenth, worker.resident_bytes)
             # The last request's downloads may still be on their way out.
             await until(lambda: worker.resident_bytes <= after_tenth * 1.05)
+
+    asyncio.run(run())
+
+
+def test_row_49_a_download_that_is_cancelled_at_any_point_leaves_no_request_in_the_pool():
+    """Cancelled while its response closed, each left 11 KB: a worker grew with failed requests."""
+
+    async def run() -> None:
+        site = Site({"/a": plain_response(png_header(10, 10) + bytes(100_000))})
+        settings = ImageSettings(allow_private_addresses=True)
+        fetcher = ImageFetcher(settings)
+        async with await asyncio.start_server(site, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            source = RemoteImage("http", "127.0.0.1", port, "/a")
+            whole = await fetcher.fetch(source)
+            num_cancelled = 0
+            for num_turns in range(400):
+                task = asyncio.ensure_future(fetcher.fetch(source))
+                for _ in range(num_turns):
+                    await asyncio.sleep(0)
+                task.cancel()
+                try:
+                    assert await task == whole
+                    break
+                except asyncio.CancelledError:
+                    num_cancelled += 1
+            assert num_cancelled > 10
+            await until(lambda: "Requests: 0 active, 0 queued" in repr(fetcher._pool))
+        await fetcher.close()
 
     asyncio.run(run())
