@@ -197,6 +197,8 @@ class TokenMatcher(Protocol):
     def has_failed(self) -> bool: ...
     def accept(self, token_id: int) -> None: ...
     def copy(self) -> TokenMatcher: ...
+    def num_allowed(self, token_ids: list[int]) -> int: ...
+    def forced(self) -> list[int]: ...
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -248,7 +250,8 @@ class ScheduledSequence:
     request's random stream. `context` is None if the choice depends on the logits alone, `prompt`
     if no log-probabilities of the prompt are due, `matcher` if there is no grammar. `adapter` is
     the digest of the adapter that all its tokens use, empty for the base model; the runner must
-    have read it.
+    have read it. The last num_drafts tokens are drafts: a token is sampled in front of each of them
+    too. draft_contexts: the context behind each draft; empty if `context` is None.
     """
 
     request_id: str
@@ -262,6 +265,8 @@ class ScheduledSequence:
     matcher: TokenMatcher | None = None
     prompt: PromptTargets | None = None
     adapter: str = ""
+    num_drafts: int = 0
+    draft_contexts: Sequence[SamplingContext | None] = ()
 
 
 @dataclass(slots=True)
@@ -324,19 +329,31 @@ class StepBatch:
         return [image for image in self.images if image.end is None]
 
 
+@dataclass(slots=True, frozen=True)
+class Accepted:
+    """What a row with drafts sampled after its first token: as many as its first drafts were right.
+
+    logprobs: one a token if requested, else empty.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+
+
 @dataclass(slots=True)
 class StepResult:
     """What one model step sampled: request_id -> token_id.
 
     Has an entry for each sequence with `sampling`, and in `logprobs` for each that requested them.
     prompt_logprobs: for each sequence with `prompt`, one entry a target; None at `<|image|>`, which
-    has no logit.
+    has no logit. accepted: for sequences with drafts of which some were right.
     """
 
     token_ids: dict[str, int]
     vision_seconds: float = 0.0
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[PromptLogprobs | None]] = field(default_factory=dict)
+    accepted: dict[str, Accepted] = field(default_factory=dict)
 
 
 @dataclass(slots=True, frozen=True)

@@ -9,6 +9,7 @@ Python's global lock. A matcher that reaches one of its limits does not raise; i
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,7 +18,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import fill_next_token_bitmask_par
+from llguidance.numpy import (
+    fill_next_token_bitmask_par,
+    fill_next_token_bitmask_par_with_draft_tokens,
+)
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
@@ -52,6 +56,17 @@ class Matcher:
     def accept(self, token_id: int) -> None:
         """Advance past this token, which the mask allowed."""
         self.inner.consume_token(token_id)
+
+    def num_allowed(self, token_ids: list[int]) -> int:
+        """How many of these tokens, from the first, may follow one after the other."""
+        return 0 if self.has_failed else int(self.inner.validate_tokens(token_ids))
+
+    def forced(self) -> list[int]:
+        """The tokens of the text that must come next, as the tokenizer cuts it; often none.
+
+        Other tokens may spell the same text, so a mask may allow more than these.
+        """
+        return [] if self.has_failed else list(self.inner.compute_ff_tokens())
 
     def copy(self) -> Matcher:
         """A matcher at the same position, for another sequence."""
@@ -135,18 +150,32 @@ class Grammars:
             self._tokenizers[eos_token_ids] = known
         return self._tokenizers[eos_token_ids]
 
-    def fill(self, matchers: Sequence[Matcher]) -> NDArray[np.uint8]:
-        """Which tokens may come next, a bit each, uint8 [num_matchers, ceil(vocab_size / 8)].
+    def fill(
+        self, matchers: Sequence[Matcher], drafts: Sequence[list[int]] | None = None
+    ) -> NDArray[np.uint8]:
+        """Which tokens may come next, a bit each, uint8 [num_rows, ceil(vocab_size / 8)].
+
+        drafts: tokens behind each matcher; None: none. A matcher has one row, and one behind each
+        of its drafts. The rows behind a forbidden draft allow anything or nothing. No matcher
+        changes its position.
 
         Token i is bit i % 8 of byte i // 8, lowest bit first. A row that would allow no token,
         because its matcher failed, allows one end token alone: its request ends with this step.
         """
-        masks = np.zeros((len(matchers), -(-self._mask_size // 32)), dtype=np.int32)
-        at = [(m.inner, row) for row, m in enumerate(matchers) if not m.has_failed]
+        drafts = drafts or [[] for _ in matchers]
+        firsts = list(itertools.accumulate((1 + len(one) for one in drafts), initial=0))
+        masks = np.zeros((firsts[-1], -(-self._mask_size // 32)), dtype=np.int32)
+        at = [
+            (matcher.inner, row, tokens)
+            for matcher, row, tokens in zip(matchers, firsts, drafts, strict=False)
+            if not matcher.has_failed
+        ]
         if self._executor is None:
             self._executor = LLExecutor()
-        if at:
-            fill_next_token_bitmask_par(self._executor, at, masks)
+        if with_drafts := [one for one in at if one[2]]:
+            fill_next_token_bitmask_par_with_draft_tokens(self._executor, with_drafts, masks)
+        if without := [one[:2] for one in at if not one[2]]:
+            fill_next_token_bitmask_par(self._executor, without, masks)
         num_bytes, num_odd = -(-self._vocab_size // 8), self._vocab_size % 8
         allowed = masks.view(np.uint8)[:, :num_bytes]
         if num_odd:

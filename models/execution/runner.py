@@ -51,6 +51,7 @@ from ..lora.store import AdapterStore, StepAdapters
 from ..malloc import KeptMemory
 from ..sampling.logprobs import RawLogprobs, prompt_logprobs
 from ..sampling.sampler import Masks, Sampled, sample
+from ..sampling.verification import Places, drafts_of
 from ..vision.encoder import VisionEncoder, as_it_is
 from ..vision.image_cost import image_cost_tokens
 from ..weights.device_map import VISION
@@ -335,15 +336,17 @@ class ModelRunner:
         return self.grammars.compile(grammar, eos_token_ids, tenant)
 
     def _start_masks(self, inputs: StepInputs) -> Future[Masks] | None:
-        """The masks of the rows with a grammar; None if there are none."""
-        pairs = [(i, s.matcher) for i, s in enumerate(inputs.sampled_sequences) if s.matcher]
-        if not pairs:
+        """The masks of the places with a grammar; None if there are none."""
+        places, matchers, drafts, first = [], [], [], 0
+        for one in inputs.sampled_sequences:
+            if one.matcher is not None:
+                places += range(first, first + 1 + one.num_drafts)
+                matchers.append(cast(Matcher, one.matcher))
+                drafts.append(drafts_of(one))
+            first += 1 + one.num_drafts
+        if not matchers:
             return None
-        rows, matchers = zip(*pairs, strict=True)
-        return self._mask_thread.submit(self._fill_masks, rows, matchers)
-
-    def _fill_masks(self, rows: Sequence[int], matchers: Sequence[TokenMatcher]) -> Masks:
-        return Masks(rows, self.grammars.fill(cast(Sequence[Matcher], matchers)))
+        return self._mask_thread.submit(lambda: Masks(places, self.grammars.fill(matchers, drafts)))
 
     def _sample(
         self,
@@ -356,18 +359,13 @@ class ModelRunner:
         if not sequences:
             return StepResult({})
         logits = self._logits(hidden.index_select(0, self._upload(inputs.sampled, hidden.device)))
-        params = [s.sampling for s in sequences if s.sampling is not None]
-        raw = RawLogprobs(logits, params)
-        indices, contexts = [s.sample_index for s in sequences], [s.context for s in sequences]
+        places = Places.of(sequences)
+        raw = RawLogprobs(logits, places.params)
         allowed = None if masks is None else masks.result()
-        sampled = sample(logits, params, indices, contexts, allowed)
+        sampled = sample(logits, places.params, places.indices, places.contexts, allowed)
         if logits.is_cuda:
             on_launch()  # the rest waits for the device
-        token_ids, logprobs = _collect(sampled, raw)
-        return StepResult(
-            token_ids=dict(zip((s.request_id for s in sequences), token_ids, strict=True)),
-            logprobs={sequences[row].request_id: found for row, found in logprobs.items()},
-        )
+        return places.result_of(*_collect(sampled, raw))
 
     def _prompt_logprobs(
         self, hidden: Tensor, batch: StepBatch

@@ -26,8 +26,8 @@ class StepInputs:
 
     token_ids, positions, text_slots: int64 [num_tokens]. text_rows: one causal row a sequence.
     cross_rows: one row a segment, over its images' tiles; None if no token sees an image.
-    sees_image: bool [num_tokens]. sampled: int64, the packed positions of the last tokens of
-    `sampled_sequences`.
+    sees_image: bool [num_tokens]. sampled: int64, the packed positions behind which
+    `sampled_sequences` sample: each its last token, and the tokens in front of its drafts.
     """
 
     token_ids: Ints
@@ -54,6 +54,7 @@ def pack(batch: StepBatch, block_size: int, num_patches: int) -> StepInputs:
         [segment.num_tokens for segment in segments],
     )
     is_sampled = [sequence.sampling is not None for sequence in sequences]
+    sampled = [sequence for sequence in sequences if sequence.sampling is not None]
     return StepInputs(
         token_ids=np.concatenate([np.array(s.token_ids, dtype=np.int64) for s in sequences]),
         positions=np.concatenate([_positions(s) for s in sequences]),
@@ -61,9 +62,20 @@ def pack(batch: StepBatch, block_size: int, num_patches: int) -> StepInputs:
         text_rows=_text_rows(sequences, lens, block_size),
         cross_rows=_cross_rows(segments, num_patches) if sees_image.any() else None,
         sees_image=sees_image,
-        sampled=ends[is_sampled] - 1,
-        sampled_sequences=[s for s in sequences if s.sampling is not None],
+        sampled=_with_drafts(ends[is_sampled] - 1, sampled),
+        sampled_sequences=sampled,
     )
+
+
+def _with_drafts(lasts: Ints, sequences: list[ScheduledSequence]) -> Ints:
+    """The places in front of drafts too. lasts: the last token of each sequence that samples."""
+    if not any(one.num_drafts for one in sequences):
+        return lasts
+    places = [
+        np.arange(last - one.num_drafts, last + 1)
+        for last, one in zip(lasts, sequences, strict=True)
+    ]
+    return np.concatenate(places).astype(np.int64)
 
 
 @dataclass(slots=True, frozen=True)

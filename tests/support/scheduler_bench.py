@@ -38,6 +38,12 @@ class AnyText:
     def copy(self) -> AnyText:
         return self
 
+    def num_allowed(self, token_ids: list[int]) -> int:
+        return len(token_ids)
+
+    def forced(self) -> list[int]:
+        return []
+
 
 @dataclass
 class Bench:
