@@ -361,12 +361,13 @@ class PoolSizes:
     """How many blocks each pool has, and the size of a block.
 
     A text block has `block_size` tokens of every self-attention layer; an image block has one tile
-    of every cross-attention layer.
+    of every cross-attention layer. has_int8_images: these are stored in int8.
     """
 
     num_text_blocks: int
     num_image_blocks: int
     block_size: int
+    has_int8_images: bool = False
 
 
 @dataclass(slots=True, frozen=True)

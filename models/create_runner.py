@@ -101,8 +101,9 @@ def create_runner(
     before = {device: bounded(device).num_bytes for device in placement.devices()}
     loaded = load(checkpoint, placement, config.quantize, group=group)
     reason = _why_no_graphs(loaded, config, group)
+    geometry = replace(loaded.geometry, has_int8_images=config.has_int8_images)
     attention = choose_backend(
-        config.attention_backend, loaded.geometry, config.block_size, with_graphs=reason is None
+        config.attention_backend, geometry, config.block_size, with_graphs=reason is None
     )
     plan = replace(plan, pools=replace(plan.pools, block_size=attention.block_size))
     reason = reason or why_not_with(attention.backend)

@@ -3,6 +3,7 @@
 This file registers the backends by name. In the order in which to read the others:
 
     base                                  the interface, and the rows of a step
+    int8_states                           images' keys and values in int8
     sdpa                                  the reference backend: torch's SDPA on gathered keys
     work_items                            cuts the keys of long rows into pieces
     triton_paged, triton_kernels          this project's kernels

@@ -17,12 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .int8_states import States, write_states
+
 
 @dataclass(slots=True, frozen=True)
 class Geometry:
     """The device, dtype and sizes that decide whether a backend can run.
 
-    num_patches: tokens of an image block; head counts are of the text model.
+    num_patches: tokens of an image block; head counts are of the text model. has_int8_images: the
+    image pool has `Int8States`.
     """
 
     device: torch.device
@@ -31,6 +34,7 @@ class Geometry:
     num_kv_heads: int
     head_dim: int
     num_patches: int
+    has_int8_images: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -85,7 +89,7 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def attend(
-        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any, scale: float
+        self, query: Tensor, key_cache: States, value_cache: States, plan: Any, scale: float
     ) -> Tensor:
         """The attention output of the plan's rows, [num_queries, num_heads, head_dim].
 
@@ -94,13 +98,12 @@ class AttentionBackend(ABC):
         """
 
     def write(
-        self, keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+        self, keys: Tensor, values: Tensor, key_cache: States, value_cache: States, slots: Tensor
     ) -> None:
         """Store this step's keys and values in their slots.
 
         keys, values: [num_tokens, num_kv_heads, head_dim]; slots: [num_tokens] int64.
         Layout: PagedAttention (Kwon et al., 2023), section 4.1.
         """
-        width = keys.shape[-2] * keys.shape[-1]
-        key_cache.view(-1, width).index_copy_(0, slots, keys.reshape(-1, width))
-        value_cache.view(-1, width).index_copy_(0, slots, values.reshape(-1, width))
+        write_states(keys, key_cache, slots)
+        write_states(values, value_cache, slots)

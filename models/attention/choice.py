@@ -26,10 +26,11 @@ REFERENCE = "sdpa"
 
 @dataclass(slots=True, frozen=True)
 class ChosenBackend:
-    """A backend that works here, and its tokens of a text block."""
+    """A backend that works here, its tokens of a text block, and whether it reads int8 images."""
 
     backend: AttentionBackend
     block_size: int
+    has_int8_images: bool = False
 
 
 def choose_backend(
@@ -74,7 +75,8 @@ def _try(
     except ImportError as error:
         return f"it cannot be imported: {error}", None
     backend = backend.sized_for(geometry)
-    chosen = ChosenBackend(backend, block_size or max(DEFAULT_BLOCK_SIZE, multiple))
+    size = block_size or max(DEFAULT_BLOCK_SIZE, multiple)
+    chosen = ChosenBackend(backend, size, geometry.has_int8_images)
     wrong = None
     if name != REFERENCE:
         wrong = what_is_wrong(backend, geometry, chosen.block_size)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..device_copies import upload
 from ..kernels.triton_support import why_too_old
 from .base import AttentionBackend, Geometry, PagedRows
+from .int8_states import States
 from .tiles import RaggedCall, TilePart, attend_tiles, plan_tiles
 
 MAX_HEAD_DIM = 256
@@ -67,6 +68,8 @@ class FlashBackend(AttentionBackend):
             return f"it computes in bfloat16 and float16, not {dtype}"
         if geometry.head_dim % 8 or geometry.head_dim > MAX_HEAD_DIM:
             return f"head_dim {geometry.head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}"
+        if geometry.has_int8_images:
+            return "it cannot read images in int8"
         return why_too_old(geometry.device) or cls.why_not_importable()
 
     @classmethod
@@ -94,8 +97,10 @@ class FlashBackend(AttentionBackend):
         return _paged(rows, device) if rows.is_causal else plan_tiles(rows, device)
 
     def attend(
-        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: FlashPlan, scale: float
+        self, query: Tensor, key_cache: States, value_cache: States, plan: FlashPlan, scale: float
     ) -> Tensor:
+        assert isinstance(key_cache, Tensor), "see `why_not`"
+        assert isinstance(value_cache, Tensor), "see `why_not`"
         if isinstance(plan, PagedCall):
             return self.attend_paged(query.contiguous(), key_cache, value_cache, plan, scale)
         return attend_tiles(query, key_cache, value_cache, plan, scale, self.attend_ragged)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..device_copies import upload
 from .base import AttentionBackend, PagedRows
+from .int8_states import States, gather_states
 
 # most keys that a bucket gathers: 128 MiB of keys of Llama-3.2-11B in bf16
 MAX_BUCKET_KEYS = 65_536
@@ -75,8 +76,8 @@ class SdpaBackend(AttentionBackend):
     def attend(
         self,
         query: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
+        key_cache: States,
+        value_cache: States,
         plan: list[Bucket],
         scale: float,
     ) -> Tensor:
@@ -179,14 +180,13 @@ def _additive(mask: NDArray[np.bool_], device: torch.device, dtype: torch.dtype)
 
 
 def _attend_bucket(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, bucket: Bucket, scale: float
+    query: Tensor, key_cache: States, value_cache: States, bucket: Bucket, scale: float
 ) -> Tensor:
     """One dense call, [num_rows * query_len, num_heads, head_dim] to the same."""
     num_kv_heads, head_dim = key_cache.shape[-2:]
     shape = (bucket.num_rows, bucket.key_len, num_kv_heads, head_dim)
     keys, values = (
-        cache.view(-1, num_kv_heads * head_dim).index_select(0, bucket.slots).view(shape)
-        for cache in (key_cache, value_cache)
+        gather_states(cache, bucket.slots).view(shape) for cache in (key_cache, value_cache)
     )
     # [num_rows, query_len, num_kv_heads, group, head_dim]
     grouped = query.reshape(bucket.num_rows, bucket.query_len, num_kv_heads, -1, head_dim)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels import self_test
 from .base import AttentionBackend, Geometry, PagedRows
+from .int8_states import SCALE_DTYPE, Int8States, States
 from .sdpa import SdpaBackend
 
 NUM_BLOCKS = 6
@@ -52,9 +53,23 @@ def _outputs(
     def attend(by: AttentionBackend, dtype: torch.dtype) -> Tensor:
         plan = by.prepare(rows, geometry.device, dtype)
         query, keys, values = (tensor.to(dtype) for tensor in tensors)
-        return by.attend(query, keys, values, plan, geometry.head_dim**-0.5)
+        stored = (_stored(states, geometry, rows) for states in (keys, values))
+        key_cache, value_cache = stored
+        return by.attend(query, key_cache, value_cache, plan, geometry.head_dim**-0.5)
 
     return attend(backend, geometry.dtype), attend(SdpaBackend(), torch.float32)
+
+
+def _stored(states: Tensor, geometry: Geometry, rows: PagedRows) -> States:
+    """A layer's keys or values as the pool of these rows has them."""
+    if rows.is_causal or not geometry.has_int8_images:
+        return states
+    codes = torch.zeros(states.shape, dtype=torch.int8, device=states.device)
+    scales = torch.zeros(states.shape[:-1], dtype=SCALE_DTYPE, device=states.device)
+    stored = Int8States(codes, scales, states.dtype)
+    num_slots = states.shape[0] * states.shape[1]
+    stored.write(states.flatten(0, 1), torch.arange(num_slots, device=states.device))
+    return stored
 
 
 def _tensors(geometry: Geometry, rows: PagedRows) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,8 @@ def attend_kernel(
     query,
     key_cache,
     value_cache,
+    key_scales,
+    value_scales,
     output,
     partial,
     partial_lse,
@@ -45,12 +47,14 @@ def attend_kernel(
     BLOCK_N: tl.constexpr,
     IS_CUT: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    IS_INT8: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
     """Attend one tile of queries to one piece of its row's keys.
 
     query: [num_queries, num_heads, head_dim], query_stride elements from token to token; caches:
-    one layer's, [num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM]; output: as query, contiguous.
+    one layer's, [num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM]; scales: of the caches' tokens if
+    IS_INT8, [num_blocks, BLOCK_SIZE, NUM_KV_HEADS], else any tensor; output: as query, contiguous.
     item_rows, item_offsets, item_pieces: int32 [num_items], the item's row, negative for no item,
     its first query within the row, 0 if BLOCK_Q is 1, and its piece. sizes: int32 [2], keys of a
     piece and ids of a row of the table. query_starts, key_lens, block_table: the rows', int32.
@@ -110,6 +114,10 @@ def attend_kernel(
         is_loaded = is_key[:, None] & is_dim[None, :]
         k = tl.load(key_cache + key_at, mask=is_loaded, other=0.0).to(OPERAND)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        scale_at = slot * NUM_KV_HEADS + kv_head
+        if IS_INT8:
+            key_scale = tl.load(key_scales + scale_at, mask=is_key, other=0.0)
+            scores = scores * key_scale.to(tl.float32)[None, :]
         is_seen = is_key[None, :]
         if IS_CAUSAL:
             is_seen = is_seen & (key[None, :] <= last_seen[:, None])
@@ -120,6 +128,9 @@ def attend_kernel(
         weights = tl.exp2(scores - base[:, None])
         kept = tl.exp2(highest - base)
         total = total * kept + tl.sum(weights, 1)
+        if IS_INT8:
+            value_scale = tl.load(value_scales + scale_at, mask=is_key, other=0.0)
+            weights = weights * value_scale.to(tl.float32)[None, :]
         v = tl.load(value_cache + key_at, mask=is_loaded, other=0.0).to(OPERAND)
         mixed = mixed * kept[:, None]
         mixed += tl.dot(weights.to(OPERAND), v, input_precision="ieee")

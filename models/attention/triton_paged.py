@@ -31,6 +31,7 @@ from ..kernels.triton_support import (
     why_no_kernels,
 )
 from .base import AttentionBackend, Geometry, PagedRows
+from .int8_states import Int8States, States
 from .work_items import (
     KEYS_AT_ONCE,
     MIN_PIECE,
@@ -196,7 +197,7 @@ class TritonBackend(AttentionBackend):
         )
 
     def attend(
-        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan, scale: float
+        self, query: Tensor, key_cache: States, value_cache: States, plan: TritonPlan, scale: float
     ) -> Tensor:
         """The attention output of all launches; see `AttentionBackend.attend`."""
         query = _heads_together(query)
@@ -210,8 +211,8 @@ class TritonBackend(AttentionBackend):
     def _attend(
         self,
         query: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
+        key_cache: States,
+        value_cache: States,
         output: Tensor,
         plan: TritonPlan,
         launch: Launch,
@@ -225,14 +226,20 @@ class TritonBackend(AttentionBackend):
         # a row's only query is its last token, so it sees every key
         is_causal = plan.is_causal and block_q > 1
         partial, lse = output, output
+        keys, values, key_scales, value_scales = key_cache, value_cache, output, output
+        if isinstance(key_cache, Int8States) and isinstance(value_cache, Int8States):
+            keys, values = key_cache.codes, value_cache.codes
+            key_scales, value_scales = key_cache.scales, value_cache.scales
         if launch.is_cut:
             rows = (num_items, block_q, num_heads)
             partial = torch.empty((*rows, head_dim), dtype=torch.float32, device=query.device)
             lse = torch.empty(rows, dtype=torch.float32, device=query.device)
         self._kernels.attend_kernel[num_kv_heads, num_items](
             query,
-            key_cache,
-            value_cache,
+            keys,
+            values,
+            key_scales,
+            value_scales,
             output,
             partial,
             lse,
@@ -255,6 +262,7 @@ class TritonBackend(AttentionBackend):
             BLOCK_N=keys_at_once(query.device, num_query_rows),
             IS_CUT=launch.is_cut,
             IS_CAUSAL=is_causal,
+            IS_INT8=isinstance(key_cache, Int8States),
             OPERAND=operand_of(query),
             num_warps=max(4, num_query_rows // 16),
             num_stages=3,
@@ -279,9 +287,12 @@ class TritonBackend(AttentionBackend):
             )
 
     def write(
-        self, keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+        self, keys: Tensor, values: Tensor, key_cache: States, value_cache: States, slots: Tensor
     ) -> None:
-        """See `AttentionBackend.write`; a token with a negative slot is skipped."""
+        """See `AttentionBackend.write`; a token with a negative slot is skipped, but in int8."""
+        if isinstance(key_cache, Int8States):
+            super().write(keys, values, key_cache, value_cache, slots)
+            return
         width = keys.shape[-2] * keys.shape[-1]
         keys, values = _heads_together(keys), _heads_together(values)
         with torch.cuda.device_of(keys):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from ..attention.int8_states import States
 from ..kv_cache.paged_cache import (
     KVPools,
     PagedCache,
@@ -47,7 +48,7 @@ class SplitCache(PagedCache):
 def split_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
+    key: States,
     *args: Any,
     paged_step: SplitStep,
     **kwargs: Any,

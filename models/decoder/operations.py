@@ -187,7 +187,7 @@ class TritonOperations(LayerOperations):
     ) -> Tensor:
         """As the base class; all backends use the same layout of a layer's cache."""
         return self._launch.rotate_and_write(
-            joined, rotation.cos, rotation.sin, cache.keys, cache.values, slots, heads.num_heads
+            joined, rotation.cos, rotation.sin, *cache.tensors, slots, heads.num_heads
         )
 
     def gated(self, joined: Tensor, activation: Activation) -> Tensor:
@@ -261,7 +261,7 @@ def _trial(
     rotation = Rotation(cos, sin)
     query = operations.rotate_and_write(joined, heads, rotation, cache, slots, SdpaBackend())
     gated = operations.gated(random(3, 2 * sizes.inner), nn.SiLU())
-    return [normed, gated_normed, stream.hidden, query, cache.keys, cache.values, gated]
+    return [normed, gated_normed, stream.hidden, query, *cache.tensors, gated]
 
 
 class _Given(LinearProduct):

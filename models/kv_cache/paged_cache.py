@@ -6,9 +6,9 @@ registered with transformers. The router decides which block belongs to which re
     text pool    each self-attention layer   [num_text_blocks, block_size, num_kv_heads, head_dim]
     image pool   each cross-attention layer  [num_image_blocks, num_patches, num_kv_heads, head_dim]
 
-One image block is one real tile. All tokens of a step are in one row, [1, num_tokens]. The step
-passes through the unmodified module as a keyword argument and in the cache object, without global
-state.
+The image pool may be in int8, with scales (`attention/int8_states.py`). One image block is one
+real tile. All tokens of a step are in one row, [1, num_tokens]. The step passes through the
+unmodified module as a keyword argument and in the cache object, without global state.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
 from ..attention import AttentionBackend
+from ..attention.int8_states import SCALE_DTYPE, Int8States, States, entry_bytes
 from ..batch import BlockCopy, PoolSizes
 from ..device_copies import upload
 
@@ -38,8 +39,15 @@ POISON = 1000.0
 class LayerCache:
     """One layer's keys and values, in the layouts above."""
 
-    keys: Tensor
-    values: Tensor
+    keys: States
+    values: States
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer that is never in int8: a self-attention layer."""
+        assert isinstance(self.keys, Tensor), "text is never in int8"
+        assert isinstance(self.values, Tensor), "text is never in int8"
+        return self.keys, self.values
 
 
 @dataclass(slots=True, frozen=True)
@@ -91,7 +99,8 @@ def allocate_pools(
         is_cross = index in cross_layers
         blocks = (sizes.num_image_blocks, num_patches) if is_cross else text_shape
         shape = (*blocks, config.num_key_value_heads // num_ranks, head_dim)
-        keys, values = (_zeros(shape, dtype, devices[index]) for _ in range(2))
+        zeros = _int8_zeros if is_cross and sizes.has_int8_images else _zeros
+        keys, values = (zeros(shape, dtype, devices[index]) for _ in range(2))
         layers.append(LayerCache(keys, values))
     return KVPools(layers, cross_layers, num_patches)
 
@@ -110,6 +119,11 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return raw[offset : offset + num_bytes].view(dtype).view(shape)
 
 
+def _int8_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Int8States:
+    codes, scales = _zeros(shape, torch.int8, device), _zeros(shape[:-1], SCALE_DTYPE, device)
+    return Int8States(codes, scales, dtype)
+
+
 def copy_blocks(pools: KVPools, copies: Sequence[BlockCopy]) -> None:
     """Copy text blocks in every self-attention layer; all sources are read first."""
     if not copies:
@@ -120,8 +134,8 @@ def copy_blocks(pools: KVPools, copies: Sequence[BlockCopy]) -> None:
         targets = upload([copy.target for copy in copies], device, np.int64)
         for layer in layers:
             if layer.keys.device == device:
-                layer.keys[targets] = layer.keys[sources]
-                layer.values[targets] = layer.values[sources]
+                for states in layer.tensors:
+                    states[targets] = states[sources]
 
 
 def poison_blocks(pools: KVPools, text_blocks: Sequence[int], image_blocks: Sequence[int]) -> None:
@@ -133,8 +147,11 @@ def poison_blocks(pools: KVPools, text_blocks: Sequence[int], image_blocks: Sequ
         block_ids = image_blocks if index in pools.cross_layers else text_blocks
         if block_ids:
             rows = upload(list(block_ids), layer.keys.device, np.int64)
-            layer.keys[rows] = POISON
-            layer.values[rows] = POISON
+            for states in (layer.keys, layer.values):
+                if isinstance(states, Int8States):
+                    states.fill(rows, POISON)
+                else:
+                    states[rows] = POISON
 
 
 def token_bytes(config: MllamaTextConfig, dtype: torch.dtype) -> int:
@@ -143,9 +160,15 @@ def token_bytes(config: MllamaTextConfig, dtype: torch.dtype) -> int:
     return num_self * _entry_bytes(config, dtype)
 
 
-def tile_bytes(config: MllamaTextConfig, num_patches: int, dtype: torch.dtype) -> int:
+def tile_bytes(
+    config: MllamaTextConfig, num_patches: int, dtype: torch.dtype, is_int8: bool = False
+) -> int:
     """Bytes of one tile in the image pool, over all cross-attention layers."""
-    return len(config.cross_attention_layers or ()) * num_patches * _entry_bytes(config, dtype)
+    head_dim = config.hidden_size // config.num_attention_heads
+    num_bytes = _entry_bytes(config, dtype)
+    if is_int8:
+        num_bytes = 2 * config.num_key_value_heads * entry_bytes(head_dim)
+    return len(config.cross_attention_layers or ()) * num_patches * num_bytes
 
 
 def _entry_bytes(config: MllamaTextConfig, dtype: torch.dtype) -> int:
@@ -176,17 +199,17 @@ class PagedLayer:
         return self._is_active
 
     @property
-    def keys(self) -> Tensor:
+    def keys(self) -> States:
         return self._cache.keys if self._is_active else self._cache.keys[:0]
 
     @property
-    def values(self) -> Tensor:
+    def values(self) -> States:
         return self._cache.values if self._is_active else self._cache.values[:0]
 
     def get_seq_length(self) -> int:
         return int(self._is_active)
 
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor) -> tuple[States, States]:
         """Write [1, num_kv_heads, num_tokens, head_dim] to slots; returns the whole pool."""
         assert self._slots is not None, "a layer without slots got keys"
         self._step.backend.write(
@@ -219,7 +242,7 @@ class PagedCache:
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[States, States]:
         """See `PagedLayer.update`; older releases pass more arguments."""
         return self.layers[layer_idx].update(keys, values)
 
@@ -238,8 +261,8 @@ class PagedCache:
 def paged_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: States,
+    value: States,
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,

@@ -8,7 +8,7 @@ at most half of the budget, and text gets the rest.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..batch import PoolSizes
 from ..errors import ModelError
@@ -33,6 +33,7 @@ class PoolRequest:
     tile_bytes: int
     num_text_blocks: int | None = None
     num_image_blocks: int | None = None
+    has_int8_images: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -60,7 +61,9 @@ def plan_pools(request: PoolRequest, budget_bytes: int) -> PoolPlan:
             f"max_model_len is {length:,} but the text pool has only {max(capacity, 0):,} "
             "tokens: lower --max-model-len or raise --kv-cache-memory"
         )
-    sizes = PoolSizes(num_text_blocks, num_image_blocks, request.block_size)
+    sizes = PoolSizes(
+        num_text_blocks, num_image_blocks, request.block_size, request.has_int8_images
+    )
     return PoolPlan(sizes, min(length, capacity))
 
 
@@ -95,5 +98,6 @@ def plan_over_devices(requests: Sequence[PoolRequest], budgets: Sequence[int]) -
     ]
     num_text_blocks = min(plan.sizes.num_text_blocks for plan in plans)
     num_image_blocks = min(plan.sizes.num_image_blocks for plan in plans)
-    sizes = PoolSizes(num_text_blocks, num_image_blocks, requests[0].block_size)
+    first = plans[0].sizes
+    sizes = replace(first, num_text_blocks=num_text_blocks, num_image_blocks=num_image_blocks)
     return PoolPlan(sizes, min(plan.max_model_len for plan in plans))

@@ -59,8 +59,10 @@ def plan_of(checkpoint: Checkpoint, config: RunnerConfig, share: RankShare) -> P
         block_size=config.block_size or 1,
         num_text_blocks=config.num_text_blocks,
         num_image_blocks=config.num_image_blocks,
+        has_int8_images=config.has_int8_images,
         token_bytes=token_bytes(text, checkpoint.dtype) // share.size,
-        tile_bytes=tile_bytes(text, num_patches, checkpoint.dtype) // share.size,
+        tile_bytes=tile_bytes(text, num_patches, checkpoint.dtype, config.has_int8_images)
+        // share.size,
     )
     limits = StepLimits(
         config.max_num_seqs,

@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,6 +32,8 @@ GPU_GB = (24, 40, 48, 80, 141)
 SHARE = 0.9
 # each --quantize, and a checkpoint that is in 4 bits already
 FORMS = (None, *METHODS, INT4)
+CacheDtype = Literal["auto", "int8"]
+CACHE_DTYPES: tuple[CacheDtype, ...] = ("auto", "int8")
 
 
 def report(folder: Path) -> dict[str, Any]:
@@ -45,8 +47,15 @@ def report(folder: Path) -> dict[str, Any]:
         "layers": config.text_config.num_hidden_layers,
         "context": config.text_config.max_position_embeddings,
         "stored": stored_form(checkpoint),
+        "image_bytes": {name: image_bytes(checkpoint, name) for name in CACHE_DTYPES},
         "rows": [row(checkpoint, method) for method in methods],
     }
+
+
+def image_bytes(checkpoint: Checkpoint, cache_dtype: CacheDtype) -> int:
+    """Bytes of an image of the most tiles in the image cache, in bfloat16 or in int8."""
+    pools = plan_of(checkpoint, RunnerConfig(image_cache_dtype=cache_dtype), WHOLE).pools
+    return pools.max_num_tiles * pools.tile_bytes
 
 
 def stored_form(checkpoint: Checkpoint) -> str:

@@ -41,9 +41,11 @@ class StepLimits:
     max_model_len: int
 
 
-def probe_plan(max_num_tiles: int, block_size: int, max_model_len: int) -> PoolPlan:
+def probe_plan(
+    max_num_tiles: int, block_size: int, max_model_len: int, has_int8_images: bool = False
+) -> PoolPlan:
     """The smallest pools that `peak_batch` runs on: its sequences share one block of text."""
-    return PoolPlan(PoolSizes(1, max_num_tiles, block_size), max_model_len)
+    return PoolPlan(PoolSizes(1, max_num_tiles, block_size, has_int8_images), max_model_len)
 
 
 def peak_batch(info: ModelInfo, limits: StepLimits) -> StepBatch:
@@ -79,7 +81,8 @@ def measure_peak(
     """
     devices = [device for device in loaded.placement.devices() if device.type == "cuda"]
     max_num_tiles = int(loaded.model.model.vision_model.max_num_tiles)
-    plan = probe_plan(max_num_tiles, attention.block_size, limits.max_model_len)
+    size, length = attention.block_size, limits.max_model_len
+    plan = probe_plan(max_num_tiles, size, length, attention.has_int8_images)
     runner = ModelRunner(loaded, plan, attention.backend)
     torch.cuda.empty_cache()
     before = {}

@@ -146,7 +146,7 @@ def _log_memory(
         on_device = needs_on(loaded.placement, needs, device)
         logger.info(
             "memory of %s: weights %s, %sactivations of a step %s, text pool %s (%s tokens), image "
-            "pool %s (%s tiles)",
+            "pool %s (%s tiles%s)",
             device,
             shown_bytes(on_device.resident_bytes),
             _adapters_text(plan, on_device.adapters),
@@ -155,6 +155,7 @@ def _log_memory(
             f"{num_tokens:,}",
             shown_bytes(sizes.num_image_blocks * request.tile_bytes),
             f"{sizes.num_image_blocks:,}",
+            " in int8" if sizes.has_int8_images else "",
         )
 
 

@@ -106,6 +106,12 @@ def show(report: dict[str, Any], console: Console) -> None:
         name = NAMES.get(row["quantize"], row["quantize"])
         table.add_row(name, shown_bytes(row["weights"]), *map(cell, row["gpus"]))
     console.print(table)
+    images = {name: shown_bytes(size) for name, size in report["image_bytes"].items()}
+    console.print(
+        f"A cached image of the most tiles takes {images['auto']}, and {images['int8']} with "
+        "--image-cache-dtype int8.",
+        highlight=False,
+    )
     console.print(
         "Each GPU: longest context in tokens + cached images of the most tiles; -: does not fit. "
         "By arithmetic, in bfloat16, with the default options and 90 % of the GPU's memory.",

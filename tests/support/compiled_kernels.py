@@ -37,6 +37,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, mangle_type
 
 from vlmserve.models.attention import PagedRows, triton_kernels, triton_paged
+from vlmserve.models.attention.int8_states import SCALE_DTYPE, Int8States
 from vlmserve.models.attention.triton_paged import TritonBackend
 from vlmserve.models.decoder import fused_kernels, kernel_launch
 from vlmserve.models.decoder.coded import coded_kernels
@@ -167,6 +168,10 @@ def record(launches: dict[str, Launch]) -> None:
         backend._kernels = recorders(triton_kernels)  # type: ignore[assignment]
         attend(backend, heads, kv_heads, torch.bfloat16, sees=False)
 
+    backend = TritonBackend(PIECES[1])
+    backend._kernels = recorders(triton_kernels)  # type: ignore[assignment]
+    attend_int8(backend, *HEADS[0])
+
     kernel_launch.fused_kernels = recorders(fused_kernels)  # type: ignore[assignment]
     product.int8_kernels = recorders(int8_kernels)  # type: ignore[assignment]
     coded_product.kernels = SimpleNamespace(  # type: ignore[assignment]
@@ -213,6 +218,18 @@ def attend(
         rows = PagedRows(starts, lens, np.zeros((2, width), dtype=np.int64), size, is_causal)
         cache = torch.empty(64, size, num_kv_heads, HEAD_DIM, dtype=dtype, device=META)
         backend.attend(query, cache, cache, backend.prepare(rows, META, dtype), HEAD_DIM**-0.5)
+
+
+def attend_int8(backend: TritonBackend, num_heads: int, num_kv_heads: int) -> None:
+    """Decodes beside a chunk of a prompt, over four tiles in int8."""
+    query = torch.empty(301, num_heads, HEAD_DIM, dtype=DTYPE, device=META)
+    table = np.zeros((2, 4), dtype=np.int64)
+    lens = np.full(2, 4 * NUM_PATCHES)
+    rows = PagedRows(np.array([0, 1, 301]), lens, table, NUM_PATCHES, is_causal=False)
+    codes = torch.empty(64, NUM_PATCHES, num_kv_heads, HEAD_DIM, dtype=torch.int8, device=META)
+    scales = torch.empty(codes.shape[:-1], dtype=SCALE_DTYPE, device=META)
+    cache = Int8States(codes, scales, DTYPE)
+    backend.attend(query, cache, cache, backend.prepare(rows, META, DTYPE), HEAD_DIM**-0.5)
 
 
 def launch_coded(rows: torch.Tensor, num_out: int, num_in: int) -> None:

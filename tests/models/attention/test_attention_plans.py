@@ -159,7 +159,7 @@ def test_partial_results_are_as_many_as_the_items() -> None:
     class Kept:
         def __getitem__(self, grid):
             def launch(*args, **constants):
-                partials.append(args[4:6])
+                partials.append(args[6:8])
                 kernel[grid](*args, **constants)
 
             return launch
