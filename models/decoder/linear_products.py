@@ -45,6 +45,10 @@ class LinearProduct(nn.Module):
         change(result, states)
         return result
 
+    def changed_plus(self, states: Tensor, change: Change, addend: Tensor) -> Tensor:
+        """The changed product plus `addend`, of its shape, which is not written to."""
+        return self.changed(states, change) + addend
+
 
 class PlainProduct(LinearProduct):
     """Of weights in the compute type."""
@@ -70,6 +74,12 @@ class PlainProduct(LinearProduct):
             return self._packed.product_plus(states, addend)
         assert self._weight is not None
         return torch.addmm(addend, states, self._weight.T)
+
+    def changed_plus(self, states: Tensor, change: Change, addend: Tensor) -> Tensor:
+        """See `LinearProduct.changed_plus`; the change is added to the sum of both."""
+        result = self.plus(states, addend)
+        change(result, states)
+        return result
 
 
 class Int8Product(LinearProduct):

@@ -23,7 +23,7 @@ from ..attention import AttentionBackend
 from ..attention.sdpa import SdpaBackend
 from ..kernels.self_test import are_usable
 from ..kv_cache.paged_cache import LayerCache
-from .linear_products import LinearProduct
+from .linear_products import Change, LinearProduct
 
 Activation = Callable[[Tensor], Tensor]
 # transformers has its own class
@@ -89,6 +89,12 @@ class LayerOperations:
     def add(self, stream: Stream, product: LinearProduct, states: Tensor) -> None:
         """Add a product of `states` to the stream."""
         stream.hidden = product.plus(states, stream.hidden)
+
+    def add_changed(
+        self, stream: Stream, product: LinearProduct, states: Tensor, change: Change
+    ) -> None:
+        """Add a product of `states` to the stream, after `change` has added to it."""
+        stream.hidden = product.changed_plus(states, change, stream.hidden)
 
     def add_gated(
         self,
@@ -156,6 +162,11 @@ class TritonOperations(LayerOperations):
 
     def add(self, stream: Stream, product: LinearProduct, states: Tensor) -> None:
         self.add_update(stream, product(states))
+
+    def add_changed(
+        self, stream: Stream, product: LinearProduct, states: Tensor, change: Change
+    ) -> None:
+        self.add_update(stream, product.changed(states, change))
 
     def add_update(
         self,

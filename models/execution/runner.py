@@ -192,6 +192,7 @@ class ModelRunner:
         prepared, self._prepared = self._prepared, None
         if self._loaded.device.type != "cuda":
             on_launch()
+            batch = batch if self.adapters is None else self.adapters.in_order(batch)
         adapters = self._place(batch)
         vision_states = self._encode(batch, adapters)
         inputs = self._pack(batch, prepared)

@@ -141,7 +141,7 @@ class AdaptedOperations(LayerOperations):
         change = self._change_of(product)
         if change is None:
             return self._inner.add(stream, product, states)
-        self._inner.add_update(stream, product.changed(states, change))
+        self._inner.add_changed(stream, product, states, change)
 
     def add_gated(
         self,

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..settings.runner_config import RunnerConfig
 from ..tensor_parallel.plan import Side
+from ..weights.device_choice import choose_device, cpu_has_bfloat16
 from ..weights.tensor_loader import RankShare
 from .sites import groups_of, linear_shapes, part_of
 
@@ -26,8 +27,20 @@ def limits_of(config: RunnerConfig, dtype: torch.dtype) -> AdapterLimits | None:
     """The limits in the settings; None without adapters. dtype: in which the model computes."""
     if config.max_loras == 0:
         return None
-    named = dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)
+    is_auto = config.lora_dtype == "auto"
+    named = _fastest(config.device, dtype) if is_auto else getattr(torch, config.lora_dtype)
     return AdapterLimits(config.max_loras, config.max_lora_rank, named)
+
+
+def _fastest(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of the weights for a model that computes in `dtype`.
+
+    float32 on a CPU that does not multiply `dtype` itself: products of few rows are several times
+    faster, and the weights are small beside the model's.
+    """
+    if choose_device(device).type != "cpu":
+        return dtype
+    return dtype if dtype == torch.bfloat16 and cpu_has_bfloat16() else torch.float32
 
 
 def slot_bytes(

@@ -20,13 +20,36 @@ from .sites import Site
 NUM_ENDS = 4
 
 
+@dataclass(slots=True, frozen=True)
+class Block:
+    """A layer's share of B: ranks [begin, end) change the outputs from `first` on.
+
+    b: [..., ranks, outputs], a view of the slots.
+    """
+
+    begin: int
+    end: int
+    first: int
+    b: Tensor
+
+
+@dataclass(slots=True, frozen=True)
+class SlotWeights:
+    """One slot's weights at a site. a: [in, rank], a view; ends: of the layers' ranks, from 0."""
+
+    a: Tensor
+    ends: tuple[int, ...]
+    blocks: Sequence[Block]
+
+
 @dataclass(slots=True, eq=False)
 class SiteSlots:
     """The weights of all slots at one site.
 
     a: [slots, rank, in]; b: [slots, rank, out], see `sites.py`. begins: the layers' first outputs.
     ranks: of each slot's adapter at this site, 0 if it does not change the site. ends: int32
-    [slots, NUM_ENDS], 0 and the end of each layer's ranks; the last repeats.
+    [slots, NUM_ENDS], 0 and the end of each layer's ranks; the last repeats. weights: views of each
+    slot, computed when it is written, so that a step creates none.
     """
 
     a: Tensor
@@ -34,6 +57,7 @@ class SiteSlots:
     begins: tuple[int, ...]
     ranks: list[int]
     ends: Tensor
+    weights: list[SlotWeights]
 
     @classmethod
     def empty(
@@ -54,7 +78,8 @@ class SiteSlots:
         )
         begins = tuple(sum(num_outs[:index]) for index in range(len(num_outs)))
         ends = torch.zeros(max_loras, NUM_ENDS, dtype=torch.int32, device=device)
-        return cls(a, b, begins, [0] * max_loras, ends)
+        nothing = SlotWeights(a[0, :0].T, (), ())
+        return cls(a, b, begins, [0] * max_loras, ends, [nothing] * max_loras)
 
     def write(self, slot: int, weights: SiteWeights | None) -> None:
         """Put an adapter's weights in a slot; None: it has none at this site."""
@@ -69,8 +94,21 @@ class SiteSlots:
             for row, column, block in weights.blocks:
                 target = self.b[slot, row : row + block.shape[0], column : column + block.shape[1]]
                 target.copy_(block, non_blocking=True)
-        self.ends[slot] = torch.tensor(self._ends_of(weights), dtype=torch.int32)
+        ends = self._ends_of(weights)
+        self.ends[slot] = torch.tensor(ends, dtype=torch.int32)
         self.ranks[slot] = rank
+        blocks = self.blocks_of(self.b[slot], ends)
+        self.weights[slot] = SlotWeights(self.a[slot, :rank].T, tuple(ends), blocks)
+
+    def blocks_of(self, b: Tensor, ends: Sequence[int]) -> list[Block]:
+        """The layers that have ranks. b: [..., rank, out]; ends: of each layer's ranks, from 0."""
+        lasts = (*self.begins[1:], b.shape[-1])
+        layers = zip(ends, ends[1:], self.begins, lasts, strict=False)
+        return [
+            Block(begin, end, first, b[..., begin:end, first:last])
+            for begin, end, first, last in layers
+            if end > begin
+        ]
 
     def _ends_of(self, weights: SiteWeights | None) -> list[int]:
         ranks = [0] * (NUM_ENDS - 1)

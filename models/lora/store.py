@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..batch import AdapterInfo, AdapterRef, ImageToEncode, StepBatch
+from ..batch import AdapterInfo, AdapterRef, ImageToEncode, ScheduledSequence, StepBatch
 from ..decoder.operations import LayerOperations
 from ..errors import StepError
 from ..weights.loader import LoadedModel
@@ -98,6 +99,20 @@ class AdapterStore:
         """Free an adapter's host memory; its slot is the next to be taken. It may be read again."""
         with self._reading:
             self._hosts.pop(digest, None)
+
+    def in_order(self, batch: StepBatch) -> StepBatch:
+        """The step with its sequences in the order of their slots, as torch changes them fastest.
+
+        The same step if it has one adapter at most for all.
+        """
+        if len({one.adapter for one in batch.sequences}) < 2:
+            return batch
+
+        def place_of(one: ScheduledSequence) -> tuple[int, str]:
+            slot = self._slots.slot_of(one.adapter)
+            return self.limits.max_loras if slot is None else slot, one.adapter
+
+        return replace(batch, sequences=sorted(batch.sequences, key=place_of))
 
     def place(self, batch: StepBatch) -> StepAdapters | None:
         """Put the adapters of a step into slots; None if it uses none.

@@ -136,7 +136,11 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 64
     lora_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        Option("Type of the adapters' weights. auto: the compute type.", ADAPTERS),
+        Option(
+            "Type of the adapters' weights. auto: the compute type; float32 on a CPU that does not "
+            "multiply it.",
+            ADAPTERS,
+        ),
     ] = "auto"
     num_text_blocks: Annotated[
         Positive | None, Limit("Number of text blocks. Default: computed from the memory.")

@@ -81,13 +81,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
             return torch.bfloat16
         return torch.float16 if capability >= (7, 0) else torch.float32
     if name == "auto":
-        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+        return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
     if name not in _DTYPES:
         raise ModelError(f"dtype {name!r} is unknown: use auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
 
-def _cpu_has_bfloat16() -> bool:
+def cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware; torch may remove these private probes."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)

@@ -74,3 +74,16 @@ def test_a_second_turn_is_measured_with_nothing_encoded_in_it():
     assert document["encoded_in_second_turns"] == 0
     assert document["vision_ms"] > 0
     assert min(document["ttft_ms"].values()) > 0
+
+
+@pytest.mark.slow
+def test_steps_with_adapters_are_measured_beside_the_same_steps_without():
+    document = last_document(
+        *("adapters.py", "--sequences", "2", "--adapters", "2", "--rank", "4"),
+        *("--rounds", "2", "--steps", "1"),
+    )
+    kinds = [level["kind"] for level in document["levels"]]
+    assert kinds == ["none", "unused", "one", "several"]
+    assert document["levels"][0]["wall_ratio"] == document["levels"][0]["cpu_ratio"] == 1
+    for level in document["levels"]:
+        assert min(level["wall_ms"], level["cpu_ms"], level["wall_ratio"]) > 0

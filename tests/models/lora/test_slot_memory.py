@@ -59,8 +59,31 @@ def test_a_ranks_slots_have_its_shares_alone():
         ),
     ],
 )
-def test_limits_come_from_the_settings(options, expected):
+def test_limits_come_from_the_settings(options, expected, monkeypatch):
+    monkeypatch.setattr("vlmserve.models.lora.limits.cpu_has_bfloat16", lambda: True)
     assert limits_of(RunnerConfig(**options), torch.bfloat16) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "has_it", "dtype", "expected"),
+    [
+        ("cpu", True, "bfloat16", "bfloat16"),
+        ("cpu", False, "bfloat16", "float32"),
+        ("cpu", True, "float16", "float32"),
+        ("cuda", False, "bfloat16", "bfloat16"),
+    ],
+)
+def test_adapters_are_float32_on_a_cpu_that_lacks_the_compute_type(
+    device, has_it, dtype, expected, monkeypatch
+):
+    monkeypatch.setattr("vlmserve.models.lora.limits.cpu_has_bfloat16", lambda: has_it)
+    monkeypatch.setattr(
+        "vlmserve.models.lora.limits.choose_device", lambda name: torch.device(name)
+    )
+    chosen = limits_of(RunnerConfig(max_loras=1, device=device), getattr(torch, dtype))
+    assert chosen == AdapterLimits(1, 64, getattr(torch, expected))
+    given = limits_of(RunnerConfig(max_loras=1, device=device, lora_dtype=dtype), torch.float32)
+    assert given == AdapterLimits(1, 64, getattr(torch, dtype))
 
 
 def test_slots_are_subtracted_from_the_pools_and_logged(caplog):

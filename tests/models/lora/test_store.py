@@ -45,6 +45,24 @@ def step(model: ModelRunner, *digests: str) -> StepBatch:
     return join(batches)
 
 
+def test_a_step_is_computed_in_the_order_of_its_slots(refs):
+    """So the rows of an adapter are in one piece; each request gets its own token all the same."""
+    model = runner(max_loras=2)
+    a, b = (refs[name].digest for name in ("all", "text"))
+    model.adapters.read(refs["all"])
+    model.adapters.read(refs["text"])
+    alone = {one: model.execute(step(model, one)).token_ids["0"] for one in (a, b, "")}
+    mixed = step(model, "", b, a, "", b, a)
+    assert [one.adapter for one in model.adapters.in_order(mixed).sequences] == [
+        *([a] * 2), *([b] * 2), *([""] * 2)
+    ]  # fmt: skip
+    found = model.execute(mixed).token_ids
+    assert found == {one.request_id: alone[one.adapter] for one in mixed.sequences}
+    assert len(set(alone.values())) > 1
+    same = step(model, a, a)
+    assert model.adapters.in_order(same) is same
+
+
 # --- slots ----------------------------------------------------------------------------------------
 
 
