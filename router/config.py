@@ -6,7 +6,7 @@ models/settings/runner_config.py.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -64,6 +64,22 @@ class EngineConfig(RunnerConfig, frozen=True, kw_only=True):
             ENGINE,
         ),
     ] = None
+    speculative: Annotated[
+        Literal["none", "ngram"],
+        Option(
+            "ngram: draft the next tokens of a request from its own text or grammar, and verify "
+            "them in one step. Answers do not change.",
+            ENGINE,
+        ),
+    ] = "none"
+    num_speculative_tokens: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=64)],
+        Option(
+            "With --speculative: maximum number of drafts of a request in a step. Fewer while "
+            "many requests run, or after wrong drafts.",
+            ENGINE,
+        ),
+    ] = 8
     lora_host_bytes: Annotated[
         Positive,
         Option(
@@ -122,6 +138,11 @@ class EngineConfig(RunnerConfig, frozen=True, kw_only=True):
                 "--replicas gives each engine its own devices; --device-map and --max-memory "
                 "spread one engine over several: use one or the other"
             )
+
+    @property
+    def max_drafts(self) -> int:
+        """How many drafts a request may have in a step; 0 without --speculative."""
+        return 0 if self.speculative == "none" else self.num_speculative_tokens
 
     def plans_ahead(self, device: str) -> bool:
         """Whether an engine whose model is on `device` plans ahead."""

@@ -141,6 +141,8 @@ class EngineStats(msgspec.Struct, kw_only=True):
     vision_step_counts: how many steps spent up to each of VISION_BOUNDS_S seconds in the vision
     encoder; the last count is above all bounds. block_size: tokens of a text block.
     running_adapters, waiting_adapters: numbers of answers by the name of their adapter.
+    num_drafts: how often a request had drafts in a step; num_draft_tokens: how many;
+    num_accepted_tokens: how many of them became tokens of answers.
     """
 
     num_running: NonNegative = 0
@@ -161,6 +163,9 @@ class EngineStats(msgspec.Struct, kw_only=True):
     vision_step_counts: list[NonNegative] = []
     prefix_tokens_queried: NonNegative = 0
     prefix_tokens_hit: NonNegative = 0
+    num_drafts: NonNegative = 0
+    num_draft_tokens: NonNegative = 0
+    num_accepted_tokens: NonNegative = 0
     block_size: NonNegative = 0
     running_adapters: dict[str, NonNegative] = {}
     waiting_adapters: dict[str, NonNegative] = {}

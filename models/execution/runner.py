@@ -338,7 +338,8 @@ class ModelRunner:
 
     def _start_masks(self, inputs: StepInputs) -> Future[Masks] | None:
         """The masks of the places with a grammar; None if there are none."""
-        places, matchers, drafts, first = [], [], [], 0
+        places: list[int] = []
+        matchers, drafts, first = [], [], 0
         for one in inputs.sampled_sequences:
             if one.matcher is not None:
                 places += range(first, first + 1 + one.num_drafts)

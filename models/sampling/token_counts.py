@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
 
@@ -34,6 +35,14 @@ class DistinctIds(Sequence[int]):
         return iter(self.ids)
 
 
+@dataclass(slots=True, frozen=True)
+class CountsAfter:
+    """The counts of an answer and of tokens that may follow it; see `TokenCounts`."""
+
+    token_ids: array[int]
+    counts: array[int]
+
+
 class TokenCounts:
     """token_ids: the distinct tokens, in the order of their first time. counts: one for each.
 
@@ -54,3 +63,17 @@ class TokenCounts:
             self.token_ids.append(token_id)
             self.counts.append(0)
         self.counts[place] += 1
+
+    def after(self, more: Sequence[int]) -> CountsAfter:
+        """A copy that counts these tokens too."""
+        copy = CountsAfter(self.token_ids[:], self.counts[:])
+        places: dict[int, int] = {}
+        for token_id in more:
+            place = self._places.get(token_id)
+            if place is None:
+                place = places.setdefault(token_id, len(copy.token_ids))
+            if place == len(copy.token_ids):
+                copy.token_ids.append(token_id)
+                copy.counts.append(0)
+            copy.counts[place] += 1
+        return copy

@@ -379,6 +379,7 @@ class Engine:
             image_cache=self._config.image_cache,
             poison_freed_blocks=self._config.poison_freed_blocks,
             max_loras=self._config.max_loras,
+            num_speculative_tokens=self._config.max_drafts,
         )
 
 

@@ -43,7 +43,7 @@ def output_of(progress: Progress) -> SequenceOutput:
         vision_s=sequence.vision_s if is_first else 0.0,
         finish_reason=progress.finish_reason,
         stop_token_id=progress.stop_token_id,
-        logprobs=[] if progress.logprobs is None else [progress.logprobs],
+        logprobs=progress.logprobs,
         prompt_logprobs=sequence.prompt_logprobs if is_first else None,
     )
 
@@ -67,6 +67,9 @@ def stats_of(counts: SchedulerCounts, num_open: int) -> EngineStats:
         image_cache_evictions=images.num_evictions,
         prefix_tokens_queried=counts.prefix_tokens_queried,
         prefix_tokens_hit=counts.prefix_tokens_hit,
+        num_drafts=counts.drafts.num_rows,
+        num_draft_tokens=counts.drafts.num_tokens,
+        num_accepted_tokens=counts.drafts.num_accepted,
     )
 
 

@@ -165,8 +165,23 @@ class BlockManager:
             sequence.block_ids += self.text_pool.allocate(1)
         return True
 
+    def grow_for_drafts(self, sequence: Sequence, num_drafts: int, num_spare: int) -> int:
+        """Allocate blocks for drafts behind the newest token; returns for how many there is room.
+
+        num_spare: text blocks that must stay available. Blocks of drafts that turn out wrong stay
+        with the sequence, for its next tokens.
+        """
+        lack = self.num_blocks(sequence.num_tokens + num_drafts) - len(sequence.block_ids)
+        while lack > 0 and not self.text_pool.can_allocate(lack + num_spare):
+            lack -= 1
+        if lack > 0:
+            sequence.block_ids += self.text_pool.allocate(lack)
+        num_places = len(sequence.block_ids) * self._block_size
+        return min(num_drafts, num_places - sequence.num_tokens)
+
     def _num_missing(self, sequence: Sequence) -> int:
-        return self.num_blocks(sequence.num_tokens) - len(sequence.block_ids)
+        num_blocks = self.num_blocks(sequence.num_tokens)
+        return max(0, num_blocks - len(sequence.block_ids))  # drafts may have left blocks
 
     def commit(self, sequence: Sequence) -> None:
         """Let other sequences find the blocks that `sequence` has filled."""

@@ -5,7 +5,7 @@ Owns the types alone; steps are in `models/batch.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...models.batch import TokenLogprobs
 from ..blocks.contract import PoolSnapshot
@@ -25,6 +25,7 @@ class SchedulerLimits:
     image_cache: bool = True
     poison_freed_blocks: bool = False
     max_loras: int = 0
+    num_speculative_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,22 @@ class Progress:
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
-    logprobs: TokenLogprobs | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class DraftCounts:
+    """Rows that had drafts, their drafts, and how many of these became tokens of answers."""
+
+    num_rows: int = 0
+    num_tokens: int = 0
+    num_accepted: int = 0
+
+    def add(self, num_tokens: int, num_accepted: int) -> None:
+        """Count a row."""
+        self.num_rows += 1
+        self.num_tokens += num_tokens
+        self.num_accepted += num_accepted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +65,7 @@ class SchedulerCounts:
     num_images_encoded: int
     prefix_tokens_queried: int
     prefix_tokens_hit: int
+    drafts: DraftCounts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,9 +50,9 @@ from ..blocks.adapter_places import AdapterPlaces
 from ..blocks.image_pool import ImageEntry
 from ..blocks.tile_store import Ask, TileStore, ask_nobody
 from ..blocks.visibility import is_seen
-from .batch_rows import fill, row_of
+from .batch_rows import add_drafts, fill, row_of, sampled_of
 from .block_manager import BlockManager
-from .interface import Progress, SchedulerCounts, SchedulerLimits, SchedulerSnapshot
+from .interface import DraftCounts, Progress, SchedulerCounts, SchedulerLimits, SchedulerSnapshot
 from .lifecycle import Lifecycle
 from .preemption import has_far_less, newcomer, protected, yielding
 from .request_queue import RequestQueue
@@ -73,8 +73,8 @@ class Scheduler:
         )
         if limits.poison_freed_blocks:
             self.blocks.record_freed()
-        self._num_images_encoded = 0
-        self._limits = limits
+        self._num_images_encoded, self._draft_counts = 0, DraftCounts()
+        self._limits, self._info = limits, info
         self._image_cost = ImageCost(info.image_cost_tokens, info.num_image_layers)
         self.queue = queue
         self.owners = queue.owners
@@ -128,6 +128,7 @@ class Scheduler:
             num_images_encoded=self._num_images_encoded,
             prefix_tokens_queried=self.blocks.num_prefix_tokens_queried,
             prefix_tokens_hit=self.blocks.num_prefix_tokens_hit,
+            drafts=self._draft_counts,
         )
 
     def check(self) -> None:
@@ -153,6 +154,7 @@ class Scheduler:
             if step.quotas:
                 step.quotas = {}  # what owners left of their parts
                 self._admit(step)
+            add_drafts(step, self.blocks, limits, self._info)
         if not step.sequences:
             assert not self.has_work, "requests wait, but none can run"
             return None
@@ -293,7 +295,7 @@ class Scheduler:
         """
         assert self._step is not None, "no step is being computed"
         rows = zip(self._step.sequences, self._step.batch.sequences, strict=True)
-        sampled = {sequence for sequence, row in rows if row.sampling is not None}
+        sampled = {one for one, row in rows if row.sampling is not None and not row.num_drafts}
         self._ahead = {
             sequence: self._row(sequence, sequence.num_tokens, sequence.num_tokens + 1)
             for sequence in self._running
@@ -333,23 +335,11 @@ class Scheduler:
         if seconds is not None and not step.batch.images:
             self._step_times.record(step.batch.num_tokens, seconds)
         step.share_vision(result.vision_seconds)
-        self._update_images(step)
+        self._partial = step.record_images(self._partial, self.tiles)
+        self._num_images_encoded += len(step.due_images)
         advanced = zip(step.sequences, step.batch.sequences, strict=True)
         changes = (self._advance(sequence, planned, result) for sequence, planned in advanced)
         return [progress for progress in changes if progress is not None]
-
-    def _update_images(self, step: Step) -> None:
-        """Record how far the step has encoded its images."""
-        for entry in step.due_images:
-            entry.is_encoded = True
-            self.tiles.forget_encoded(entry.key)
-        self._num_images_encoded += len(step.due_images)
-        if self._partial in step.due_images:
-            self._partial = None
-        if step.partial is not None:
-            if self._partial is not None:
-                self._partial.num_layers = 0  # the runner keeps only the newest part
-            step.partial.num_layers, self._partial = step.partial_end, step.partial
 
     def fail_step(self) -> list[Sequence]:
         """End and return the sequences of the planned step, whose computation failed.
@@ -379,7 +369,7 @@ class Scheduler:
     def _advance(
         self, sequence: Sequence, planned: ScheduledSequence, result: StepResult
     ) -> Progress | None:
-        sequence.num_computed_tokens += len(planned.token_ids)
+        sequence.num_computed_tokens += len(planned.token_ids) - planned.num_drafts
         self.blocks.commit(sequence)
         if planned.prompt is not None and sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs += result.prompt_logprobs[sequence.sequence_id]
@@ -390,11 +380,21 @@ class Scheduler:
             return Progress(sequence, [], "abort")
         if planned.sampling is None:
             return None
-        token_id = result.token_ids[sequence.sequence_id]
-        logprobs = result.logprobs.get(sequence.sequence_id)
-        finish_reason = sequence.append(token_id, self._limits.max_model_len)
-        if finish_reason is None:
-            return Progress(sequence, [token_id], logprobs=logprobs)
-        self._lifecycle.finish(sequence, SequenceEvent.FINISH)
-        stop_token_id = sequence.matched_stop_token_id()
-        return Progress(sequence, [token_id], finish_reason, stop_token_id, logprobs)
+        return self._append(sequence, planned, result)
+
+    def _append(
+        self, sequence: Sequence, planned: ScheduledSequence, result: StepResult
+    ) -> Progress:
+        """Add the sampled token, and those behind drafts that were right."""
+        sampled = sampled_of(result, sequence.sequence_id)
+        added = sequence.extend(sampled.token_ids, self._limits.max_model_len)
+        num_added = len(added.token_ids)
+        if planned.num_drafts:
+            self._draft_counts.add(planned.num_drafts, num_added - 1)
+            sequence.accept_drafts(planned.num_drafts, num_added - 1)
+            self.owners.charge_positions(sequence, planned.start, sequence.num_computed_tokens)
+            self.blocks.commit(sequence)
+        if added.finish_reason is not None:
+            self._lifecycle.finish(sequence, SequenceEvent.FINISH)
+        stop, logprobs = sequence.matched_stop_token_id(), sampled.logprobs[:num_added]
+        return Progress(sequence, added.token_ids, added.finish_reason, stop, logprobs)

@@ -27,12 +27,21 @@ from ...models.sampling.token_counts import DistinctIds, TokenCounts
 from ..blocks.image_pool import ImageEntry, ImageKey
 from ..blocks.prefix_keys import extend_block_keys, scope_of
 from ..blocks.prefix_lookup import PrefixLookup
+from ..drafts.draft_source import DraftSource
 from ..messages import AddRequest, FinishReason
 from ..state_table import next_state
 from .sequence_states import TRANSITIONS, SequenceEvent, Status
 
 # What a sequence may have to wait for before it can run.
 Part = TokenMatcher | AdapterInfo
+
+
+@dataclass(slots=True, frozen=True)
+class Appended:
+    """The tokens that an answer got, and why it ends with the last of them; None: it continues."""
+
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -58,6 +67,7 @@ class Sequence:
     spent on them until the first token.
     lookup: what the prefix cache has of it, while it waits.
     generated: the counts of its generated tokens; kept only if a penalty needs them.
+    drafts: where drafts of its next tokens come from; None before the first.
     banned: the banned sequences by the token before their last one; None: they have no such token.
     queued_at, ran_at: `time.monotonic()`; ran_at is its first start and stays after preemption.
     """
@@ -93,6 +103,7 @@ class Sequence:
     num_charged_tokens: int = 0
     matcher: TokenMatcher | None = None
     lookup: PrefixLookup | None = None
+    drafts: DraftSource | None = None
     adapter: AdapterInfo | None = None
     prompt_logprobs: list[PromptLogprobs | None] | None = None
     queued_at: float = field(default_factory=time.monotonic)
@@ -256,6 +267,24 @@ class Sequence:
             return "stop"
         return None if self._has_room(max_model_len) else "length"
 
+    def extend(self, token_ids: list[int], max_model_len: int) -> Appended:
+        """Add generated tokens up to the one that ends the answer; the others are dropped."""
+        for count, token_id in enumerate(token_ids, 1):
+            if (reason := self.append(token_id, max_model_len)) is not None:
+                return Appended(token_ids[:count], reason)
+        return Appended(token_ids)
+
+    def accept_drafts(self, num_drafts: int, num_right: int) -> None:
+        """After a step with drafts: those that were right are in the sequence, and computed."""
+        assert self.drafts is not None
+        self.drafts.record(num_drafts, num_right)
+        self.num_computed_tokens += num_right
+
+    def num_drafts_allowed(self, max_model_len: int) -> int:
+        """How many drafts may count: the token sampled behind them must have room too."""
+        num_left = self.request.max_tokens - self.num_generated_tokens
+        return min(num_left, max_model_len - self.num_tokens) - 1
+
     def full_block_keys(self, block_size: int) -> list[bytes]:
         """The prefix cache's keys of all full blocks; each is computed once."""
         if len(self.block_keys) < self.num_tokens // block_size:
@@ -270,27 +299,34 @@ class Sequence:
             )
         return self.block_keys
 
-    def sampling_context(self) -> SamplingContext | None:
-        """What the next token depends on besides the logits; None if nothing."""
-        params = self.sampling
-        is_short = self.num_generated_tokens < params.min_tokens
+    def sampling_context(self, drafts: list[int] | None = None) -> SamplingContext | None:
+        """What the next token depends on besides the logits; None if nothing.
+
+        drafts: tokens in front of it that are not in the sequence yet.
+        """
+        params, more = self.sampling, drafts or []
+        is_short = self.num_generated_tokens + len(more) < params.min_tokens
         if not is_short and not params.has_penalties and not params.banned_sequences:
             return None
         banned = [*self.end_token_ids, *self.stop_token_ids] if is_short else []
-        banned += self._ends_of_banned_sequences()
+        banned += self._ends_of_banned_sequences(more)
+        generated = self.generated.after(more) if more else self.generated
         return SamplingContext(
             prompt_token_ids=self.penalized_prompt_ids,
-            generated_token_ids=self.generated.token_ids,
+            generated_token_ids=generated.token_ids if params.has_penalties else (),
             banned_token_ids=banned,
-            generated_counts=self.generated.counts,
+            generated_counts=generated.counts if params.has_penalties else (),
         )
 
-    def _ends_of_banned_sequences(self) -> Iterator[int]:
+    def _ends_of_banned_sequences(self, drafts: list[int]) -> Iterator[int]:
         """The tokens that would complete a banned sequence, whose start was generated."""
-        for one in (*self.banned.get(None, ()), *self.banned.get(self.token_ids[-1], ())):
+        last_id = drafts[-1] if drafts else self.token_ids[-1]
+        for one in (*self.banned.get(None, ()), *self.banned.get(last_id, ())):
             *start, last = one
-            is_generated = len(start) <= self.num_generated_tokens
-            if is_generated and self.token_ids[self.num_tokens - len(start) :] == start:
+            num_known = max(0, len(start) - len(drafts))
+            known = self.token_ids[self.num_tokens - num_known :]
+            is_generated = num_known <= self.num_generated_tokens
+            if is_generated and known + drafts[len(drafts) - len(start) + num_known :] == start:
                 yield last
 
     @property

@@ -125,6 +125,26 @@ class Step:
         claims = {one: Claim(owners.weight(one), used[one], wanted[one]) for one in wanted}
         self.quotas = quotas_of(claims, self.budget)
 
+    def record_images(
+        self, part: ImageEntry | None, tiles: TileStore[Sequence]
+    ) -> ImageEntry | None:
+        """After the step: record how far its images are encoded.
+
+        part: the image of which the runner had a part before the step. Returns the one of which it
+        has a part now.
+        """
+        for entry in self.due_images:
+            entry.is_encoded = True
+            tiles.forget_encoded(entry.key)
+        if part in self.due_images:
+            part = None
+        if self.partial is None:
+            return part
+        if part is not None:
+            part.num_layers = 0  # the runner keeps only the newest part
+        self.partial.num_layers = self.partial_end
+        return self.partial
+
     def share_vision(self, seconds: float) -> None:
         """Add the seconds that the step spent in the vision encoder to its images, equal parts."""
         entries = [*self.due_images, *([] if self.partial is None else [self.partial])]

@@ -131,6 +131,12 @@ def _counters(stats: EngineStats) -> dict[str, tuple[str, float]]:
         "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", hit),
         "vlmserve_steps": ("Model steps.", stats.num_steps),
         "vlmserve_preemptions": ("Requests preempted to free blocks.", stats.num_preemptions),
+        "vlmserve_drafted_rows": ("Times a request had drafts in a step.", stats.num_drafts),
+        "vlmserve_draft_tokens": ("Drafts, with --speculative.", stats.num_draft_tokens),
+        "vlmserve_accepted_draft_tokens": (
+            "Drafts that became tokens of answers.",
+            stats.num_accepted_tokens,
+        ),
         "vlmserve_images_encoded": ("Images encoded.", stats.num_images_encoded),
         "vlmserve_vision_seconds": ("Seconds spent in the vision encoder.", stats.vision_seconds),
         "vlmserve_image_cache_hits": (

@@ -34,6 +34,9 @@ SAME_NAME = frozenset(
 RENAMED = {
     "request_finish": "request_success",
     "vlmserve_image_cache_hits": "mm_cache_hits",
+    "vlmserve_drafted_rows": "spec_decode_num_drafts",
+    "vlmserve_draft_tokens": "spec_decode_num_draft_tokens",
+    "vlmserve_accepted_draft_tokens": "spec_decode_num_accepted_tokens",
 }
 
 

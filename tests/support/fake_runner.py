@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vlmserve.models.batch import (
+    Accepted,
     AdapterInfo,
     AdapterRef,
     ImageTiles,
@@ -124,14 +125,17 @@ def fake_info(
     )
 
 
-def expected_token_ids(request: AddRequest, vocab_size: int = 1000) -> list[int]:
+def expected_token_ids(
+    request: AddRequest, vocab_size: int = 1000, repeats: bool = False
+) -> list[int]:
     """What the fake model answers to `request` alone, ended by eos, stop id or max_tokens."""
     cells: list[_Cell] = []
     token_ids = list(request.prompt_token_ids)
     ends = {*request.eos_token_ids, *request.stop_token_ids}
     while True:
         cells += _cells_of(request, token_ids, len(cells))
-        token_ids.append(_next_token_id(cells, _seed_of(request.sampling), vocab_size))
+        seed = _seed_of(request.sampling)
+        token_ids.append(_next_token_id(cells, seed, vocab_size, repeats))
         num_generated = len(token_ids) - len(request.prompt_token_ids)
         if token_ids[-1] in ends or num_generated == request.max_tokens:
             return token_ids[len(request.prompt_token_ids) :]
@@ -172,7 +176,8 @@ class FakeRunner:
 
     step_seconds: how long each step takes at least. num_restarts: sequences that
     were computed from their start once more. num_rows_ahead: rows that had
-    been planned ahead. before_step: called with each batch in the step's thread; what it
+    been planned ahead. repeats: most tokens repeat earlier ones; num_drafts, num_right_drafts: what
+    rows had. before_step: called with each batch in the step's thread; what it
     raises is the step's failure.
     """
 
@@ -185,6 +190,9 @@ class FakeRunner:
     num_images_encoded: int = 0
     num_restarts: int = 0
     num_rows_ahead: int = 0
+    repeats: bool = False
+    num_drafts: int = 0
+    num_right_drafts: int = 0
     max_batched_tokens: int = 0
     max_batched_sequences: int = 0
     max_batched_adapters: int = 0
@@ -225,9 +233,10 @@ class FakeRunner:
             for one in batch.sequences
             if one.prompt is not None
         }
-        return StepResult(
-            {one.request_id: self._sample(one) for one in sampled}, prompt_logprobs=prompts
-        )
+        result = StepResult({}, prompt_logprobs=prompts)
+        for one in sampled:
+            self._sample(one, result)
+        return result
 
     def compile_grammar(self, grammar: str, eos_token_ids: list[int], tenant: str) -> TokenMatcher:
         """This runner has no text that a grammar could be about."""
@@ -332,11 +341,27 @@ class FakeRunner:
         if len(sequence.block_ids) != -(-end // self.info.pools.block_size):
             raise SchedulingError(f"{len(sequence.block_ids)} blocks for {end} tokens")
 
-    def _sample(self, sequence: ScheduledSequence) -> int:
+    def _sample(self, sequence: ScheduledSequence, result: StepResult) -> None:
+        """Sample behind the known tokens, and behind each draft that was right."""
         assert sequence.sampling is not None
         end = sequence.start + len(sequence.token_ids)
         cells = [self._text[self._slot(sequence, position)] for position in range(end)]
-        return _next_token_id(cells, _seed_of(sequence.sampling), self.info.vocab_size)
+        first = end - sequence.num_drafts
+        token_ids: list[int] = []
+        for place in range(first, end + 1):
+            if token_ids and cells[place - 1].token_id != token_ids[-1]:
+                break
+            token_ids.append(self._next(cells[:place], sequence.sampling))
+        num_right = len(token_ids) - 1
+        result.token_ids[sequence.request_id] = token_ids[0]
+        if num_right:
+            result.accepted[sequence.request_id] = Accepted(token_ids[1:], [])
+        self._num_computed[sequence.request_id] = first + num_right
+        self.num_drafts += sequence.num_drafts
+        self.num_right_drafts += num_right
+
+    def _next(self, cells: list[_Cell], sampling: SamplingParams) -> int:
+        return _next_token_id(cells, _seed_of(sampling), self.info.vocab_size, self.repeats)
 
     def _prompt_logprobs(self, sequence: ScheduledSequence) -> list[PromptLogprobs | None]:
         """At each target a hash of all that stands before it; None beyond the vocabulary."""
@@ -373,9 +398,13 @@ def _tile_contents(image: ImageTiles, adapter: str = "") -> tuple[bytes, ...]:
     return tuple(content + bytes([tile]) for tile in range(image.num_tiles))
 
 
-def _next_token_id(cells: list[_Cell], seed: int, vocab_size: int) -> int:
+def _next_token_id(cells: list[_Cell], seed: int, vocab_size: int, repeats: bool = False) -> int:
+    """repeats: three of four times the token three places before, which drafts find."""
     digest = hashlib.blake2b(repr((seed, cells)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % vocab_size
+    number = int.from_bytes(digest, "big")
+    if repeats and len(cells) > 2 and number % 4:
+        return cells[-3].token_id
+    return number % vocab_size
 
 
 class OrdinaryRunner(FakeRunner):
@@ -384,4 +413,8 @@ class OrdinaryRunner(FakeRunner):
     def execute(self, batch: StepBatch, *on_launch: OnLaunch) -> StepResult:
         result = super().execute(batch, *on_launch)
         result.token_ids = {name: one % NUM_ORDINARY for name, one in result.token_ids.items()}
+        result.accepted = {
+            name: Accepted([one % NUM_ORDINARY for one in more.token_ids], [])
+            for name, more in result.accepted.items()
+        }
         return result

@@ -68,13 +68,15 @@ class Bench:
     seconds_of: Callable[[StepBatch], float] | None = None
     tiles_after: int | None = None
     max_loras: int = 0
+    num_speculative_tokens: int = 0
+    repeats: bool = False
 
     def __post_init__(self) -> None:
         info = fake_info(
             self.pools, self.max_model_len, self.image_cost_tokens, self.num_image_layers
         )
         self.adapters = FakeAdapters(self.max_loras)
-        self.runner = FakeRunner(info, self.adapters)
+        self.runner = FakeRunner(info, self.adapters, repeats=self.repeats)
         self.queue = RequestQueue(QueueLimits(1000, 10**6, 10**9))
         self.limits = AdmissionLimits.of(self.runner.info)
         limits = SchedulerLimits(
@@ -85,6 +87,7 @@ class Bench:
             self.prefix_cache,
             self.image_cache,
             max_loras=self.max_loras,
+            num_speculative_tokens=self.num_speculative_tokens,
         )
         self.scheduler = Scheduler(self.runner.info, limits, self.queue, self._take_question)
         self.questions: list[NeedImage] = []

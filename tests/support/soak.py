@@ -5,9 +5,10 @@ are greedy or seeded. With a folder for adapters, half of them use one of eight,
 places, fewer are kept in memory, and some are unloaded meanwhile.
 
 What each must answer is what it answers alone: on roomy pools, with no cache and no company. A
-greedy one with an adapter must answer what the merged model answers. Where the first other token of
-a greedy answer is the oracle's second best by less than 1e-4, rounding decided between them: such
-excuses are counted.
+greedy one with an adapter must answer what the merged model answers. With drafts, requests have
+stop tokens, penalties and grammars too, and the one alone has no drafts. Where the first other
+token of a greedy answer is the oracle's second best by less than 1e-4, rounding decided between
+them: such excuses are counted.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from support.oracle import count_excuses, image, loaded, oracle, prompt
 from support.stepped import MAX_MODEL_LEN, SteppedEngine
 from transformers import MllamaForConditionalGeneration
 
+from vlmserve.models import bundled
 from vlmserve.models.batch import AdapterRef, ImageTiles, PoolSizes, SamplingParams
 from vlmserve.models.execution.runner import ModelRunner
+from vlmserve.models.grammar import Grammars
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
 from vlmserve.models.lora.limits import AdapterLimits
 from vlmserve.router.config import EngineConfig
@@ -78,6 +81,8 @@ class Report:
     num_image_hits: int = 0
     num_images_sent: int = 0
     num_prefix_hits: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     rss_early: int = 0
     rss_late: int = 0
 
@@ -88,7 +93,9 @@ class Soak:
     Each request is drawn from its number, and drawn again for the check: nothing of it is kept.
     """
 
-    def __init__(self, num_requests: int, seed: int, adapters: Path | None = None) -> None:
+    def __init__(
+        self, num_requests: int, seed: int, adapters: Path | None = None, has_drafts: bool = False
+    ) -> None:
         self._refs: list[AdapterRef | None] = [None]
         if adapters is not None:
             written = [
@@ -113,7 +120,9 @@ class Soak:
             poison_freed_blocks=True,
             max_loras=max_loras,
             lora_host_bytes=ADAPTER_BYTES,
+            speculative="ngram" if has_drafts else "none",
         )
+        self._has_drafts = has_drafts
         self.runner = runner
         self.engine = Engine(runner, config, self._receive)
         self.report = Report()
@@ -218,7 +227,7 @@ class Soak:
             seed=int(rng.integers(1000)),
             repetition_penalty=float(rng.choice([1.0, 1.0, 1.2])) if not greedy else 1.0,
         )
-        return AddRequest(
+        drawn = AddRequest(
             request_id=name,
             prompt_token_ids=request.token_ids,
             images=request.images,
@@ -230,6 +239,7 @@ class Soak:
             priority=int(rng.choice([0, 0, 0, 1])),
             adapter=self._refs[rng.integers(len(self._refs))],
         )
+        return _with_more(drawn, rng) if self._has_drafts else drawn
 
     def _check_pools(self) -> None:
         scheduler = self.engine.scheduler
@@ -243,6 +253,8 @@ class Soak:
         self.report.num_evictions = stats.image_cache_evictions
         self.report.num_image_hits = stats.image_cache_hits
         self.report.num_prefix_hits = stats.prefix_tokens_hit
+        self.report.num_draft_tokens = stats.num_draft_tokens
+        self.report.num_accepted_tokens = stats.num_accepted_tokens
         if self.runner.adapters is not None:
             self.report.num_slot_loads = self.runner.adapters.num_loads
 
@@ -252,7 +264,8 @@ class Soak:
             request = self._draw(number)
             for request_id, solo in zip(request.answer_ids, solos_of(request), strict=True):
                 answer = self._answers[request_id]
-                assert answer.ending in ("length", "abort"), f"{request_id}: {answer.ending}"
+                endings = ("length", "abort", "stop") if self._has_drafts else ("length", "abort")
+                assert answer.ending in endings, f"{request_id}: {answer.ending}"
                 self.report.endings[answer.ending] += 1
                 self._check_answer(solo, answer, alone)
 
@@ -264,14 +277,18 @@ class Soak:
             assert alone.adapters is not None
             part = alone.adapters.read(request.adapter)
             solo.scheduler.make_ready(solo.sequences[request.request_id], part)
+        if request.grammar is not None:
+            matcher = alone.compile_grammar(request.grammar, request.eos_token_ids)
+            solo.scheduler.make_ready(solo.sequences[request.request_id], matcher)
         solo.run()
         expected = solo.generated(request.request_id)
         if answer.ending == "abort":
             expected = expected[: len(answer.token_ids)]
         is_other = answer.token_ids != expected
+        is_plain = request.sampling.is_greedy and _is_plain(request)
         if is_other:
-            assert request.sampling.is_greedy, f"{request.request_id}: another seeded answer"
-        if is_other or (request.adapter is not None and request.sampling.is_greedy):
+            assert is_plain, f"{request.request_id}: {answer.token_ids}, alone {expected}"
+        if is_other or (request.adapter is not None and is_plain):
             whole = prompt(request.request_id, "x")
             whole.token_ids, whole.images = request.prompt_token_ids, request.images
             whole.spans = request.spans
@@ -283,7 +300,53 @@ class Soak:
 def runner_on(pools: PoolSizes, max_loras: int) -> ModelRunner:
     """A runner of the model; with room for adapters if max_loras is not 0."""
     limits = AdapterLimits(max_loras, MAX_RANK, torch.float32) if max_loras else None
-    return ModelRunner(loaded(LAYOUT), PoolPlan(pools, MAX_MODEL_LEN), None, limits)
+    runner = ModelRunner(loaded(LAYOUT), PoolPlan(pools, MAX_MODEL_LEN), None, limits)
+    runner.grammars = _grammars()
+    return runner
+
+
+@functools.cache
+def _grammars() -> Grammars:
+    """Of the bundled tokenizer: the layout has as many tokens, and no tokenizer."""
+    return Grammars(bundled.CHECKPOINT, loaded(LAYOUT).text_config.vocab_size)
+
+
+GRAMMARS = (
+    '{"grammars": [{"json_schema": {"type": "object", "properties": {"first name": {"type": '
+    '"string", "maxLength": 4}, "age": {"type": "integer"}}, "required": ["first name", "age"]}}]}',
+    '{"grammars": [{"json_schema": {"type": "array", "items": {"enum": ["yes, it is", "no"]}}}]}',
+)
+
+
+def _with_more(request: AddRequest, rng: np.random.Generator) -> AddRequest:
+    """With what drafts must respect; the prompt's text often comes twice."""
+    sampling = replace(
+        request.sampling,
+        frequency_penalty=float(rng.choice([0.0, 0.0, 0.0, 0.3])),
+        min_tokens=int(rng.choice([0, 0, 4])),
+        logit_bias=((101, 3.0),) if rng.random() < 0.1 else (),
+        num_logprobs=1 if rng.random() < 0.1 else None,
+    )
+    token_ids = request.prompt_token_ids
+    if not request.images and rng.random() < 0.7:
+        token_ids = (token_ids * 3)[:30]
+    is_formed = rng.random() < 0.2
+    return replace(
+        request,
+        prompt_token_ids=token_ids,
+        sampling=sampling,
+        max_tokens=min(2 * request.max_tokens, MAX_MODEL_LEN - len(token_ids)),
+        stop_token_ids=rng.integers(0, 700, 8).tolist() if rng.random() < 0.3 else [],
+        grammar=str(rng.choice(GRAMMARS)) if is_formed else None,
+        eos_token_ids=[753] if is_formed else [],
+    )
+
+
+def _is_plain(request: AddRequest) -> bool:
+    """Whether the likeliest tokens are those of the logits alone."""
+    sampling = request.sampling
+    is_changed = sampling.has_penalties or sampling.logit_bias or sampling.min_tokens
+    return not is_changed and request.grammar is None
 
 
 @functools.cache

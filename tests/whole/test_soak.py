@@ -6,7 +6,7 @@
 import asyncio
 
 import pytest
-from support.soak import Soak
+from support.soak import Report, Soak
 
 FLAT_BYTES = 32 << 20
 
@@ -33,6 +33,29 @@ def test_random_requests_with_adapters_answer_as_the_merged_model_alone(tmp_path
     assert report.num_image_hits > 0
     assert report.num_prefix_hits > 0
     assert report.num_excuses <= 1
+
+
+@pytest.mark.slow
+def test_a_hundred_random_requests_answer_with_drafts_as_alone_without(tmp_path):
+    report = asyncio.run(Soak(100, seed=11, adapters=tmp_path, has_drafts=True).run())
+    check_drafts(report)
+
+
+@pytest.mark.soak
+def test_ten_thousand_random_requests_answer_with_drafts_as_alone_without(tmp_path):
+    report = asyncio.run(Soak(10_000, seed=12, adapters=tmp_path, has_drafts=True).run())
+    print(report)
+    check_drafts(report)
+    assert report.rss_late - report.rss_early <= FLAT_BYTES
+
+
+def check_drafts(report: Report) -> None:
+    assert report.num_draft_tokens > report.num_accepted_tokens > 50
+    assert report.endings["stop"] > 0
+    assert report.endings["abort"] > 0
+    assert report.num_preemptions > 0
+    assert report.num_adapted > 10
+    assert report.num_excuses <= 1 + sum(report.endings.values()) // 1000
 
 
 @pytest.mark.soak

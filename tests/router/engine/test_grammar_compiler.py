@@ -44,6 +44,12 @@ class CountingMatcher:
     def copy(self) -> CountingMatcher:
         return CountingMatcher(self.fails_at)
 
+    def num_allowed(self, token_ids: list[int]) -> int:
+        return len(token_ids)
+
+    def forced(self) -> list[int]:
+        return []
+
 
 class GrammarRunner(FakeRunner):
     """Compiles the grammar "slow" when it is let, "bad" never, "3" to a matcher that fails then."""

@@ -81,6 +81,8 @@ def scenarios(draw):
         plans_ahead=draw(st.booleans()),
         tiles_after=draw(st.sampled_from([None, 0, 1, 4])),
         max_loras=draw(st.integers(1, 3)),
+        num_speculative_tokens=draw(st.sampled_from([0, 1, 3, 8])),
+        repeats=draw(st.booleans()),
     )
     count = draw(st.integers(1, 7))
     plan = []
@@ -189,7 +191,7 @@ def assert_answered_as_if_alone(bench: Bench, request: AddRequest, aborted: set[
 def assert_choice_as_if_alone(bench: Bench, request: AddRequest, aborted: set[str]) -> None:
     got, ending = bench.tokens[request.request_id], bench.endings[request.request_id]
     room = bench.limits.max_model_len - len(request.prompt_token_ids)
-    alone = expected_token_ids(request)[:room]
+    alone = expected_token_ids(request, repeats=bench.repeats)[:room]
     if got:
         is_told = request.num_prompt_logprobs is not None
         told = expected_prompt_logprobs(request) if is_told else None

@@ -1,0 +1,137 @@
+"""Steps with drafts: the same tokens in fewer steps, and every block is free afterwards."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+from support.fake_runner import expected_token_ids, fake_image
+from support.scheduler_bench import Bench
+
+from vlmserve.models.batch import ImageSpan, PoolSizes, SamplingParams
+from vlmserve.models.sampling.token_counts import TokenCounts
+from vlmserve.router.messages import AddRequest
+from vlmserve.router.scheduler.sequence import Sequence
+
+PENALTIES = SamplingParams(
+    repetition_penalty=1.1, frequency_penalty=0.1, min_tokens=3, banned_sequences=((8, 9), (5,))
+)
+
+
+def request(name: str, **fields) -> AddRequest:
+    made = AddRequest(
+        request_id=name, prompt_token_ids=[1, 2, 3] * 4, max_tokens=40, eos_token_ids=[]
+    )
+    return replace(made, **fields)
+
+
+def bench_of(num_drafts: int, **fields) -> Bench:
+    fields = {"max_num_batched_tokens": 64, "repeats": True} | fields
+    return Bench(num_speculative_tokens=num_drafts, **fields)
+
+
+@pytest.mark.parametrize("num_drafts", [0, 1, 3, 8])
+def test_drafts_give_the_same_tokens_in_fewer_steps(num_drafts: int) -> None:
+    bench = bench_of(num_drafts)
+    one = request("a")
+    bench.add(one)
+    bench.run()
+    assert bench.tokens["a"] == expected_token_ids(one, repeats=True)
+    bench.assert_all_free()
+    counts = bench.scheduler.counts().drafts
+    assert counts.num_tokens == bench.runner.num_drafts
+    assert counts.num_accepted <= bench.runner.num_right_drafts
+    assert counts.num_rows <= bench.runner.num_steps == 40 - counts.num_accepted
+    assert (counts.num_accepted > 4) == (num_drafts > 0)
+
+
+def test_with_many_requests_there_are_no_drafts() -> None:
+    bench = bench_of(8, pools=PoolSizes(300, 8, 4), max_num_seqs=16)
+    for number in range(16):
+        bench.add(request(str(number), sampling=SamplingParams(seed=number)))
+    bench.run()
+    assert bench.runner.num_drafts == 0
+
+
+@pytest.mark.parametrize("num_blocks", [12, 14, 20])
+@pytest.mark.parametrize("plans_ahead", [False, True])
+def test_drafts_preempt_nothing_and_leave_no_block_behind(
+    num_blocks: int, plans_ahead: bool
+) -> None:
+    preemptions = []
+    for num_drafts in (0, 8):
+        bench = bench_of(num_drafts, pools=PoolSizes(num_blocks, 8, 4), plans_ahead=plans_ahead)
+        made = [request(name, sampling=SamplingParams(seed=ord(name)), max_tokens=20)
+                for name in "ab"]  # fmt: skip
+        for one in made:
+            bench.add(one)
+        bench.run()
+        for one in made:
+            assert bench.tokens[one.request_id] == expected_token_ids(one, repeats=True)
+        bench.assert_all_free()
+        preemptions.append(bench.scheduler.snapshot().num_preemptions)
+    assert bench.runner.num_right_drafts > 0
+    assert preemptions[1] <= preemptions[0] + 1
+
+
+def test_an_answer_ends_at_a_stop_token_among_right_drafts() -> None:
+    whole = expected_token_ids(request("a"), repeats=True)
+    stop = next(one for one in whole[12:] if one > 4 and one not in whole[:12])
+    one = request("a", stop_token_ids=[stop])
+    bench = bench_of(8)
+    bench.add(one)
+    bench.run()
+    assert bench.tokens["a"] == whole[: whole.index(stop) + 1]
+    assert bench.endings["a"] == "stop"
+    bench.assert_all_free()
+
+
+def test_only_tokens_of_the_answer_are_found_by_the_prefix_cache() -> None:
+    """A wrong draft's block must not be found: the second request continues the first one's."""
+    bench = bench_of(8, pools=PoolSizes(64, 8, 4), max_model_len=64)
+    first = request("a", max_tokens=30)
+    bench.add(first)
+    bench.run()
+    text = first.prompt_token_ids + bench.tokens["a"]
+    second = request("b", prompt_token_ids=text, max_tokens=8)
+    bench.add(second)
+    bench.run()
+    assert bench.scheduler.blocks.num_prefix_tokens_hit >= len(text) - 5
+    assert bench.tokens["b"] == expected_token_ids(second, repeats=True)
+    assert bench.runner.num_drafts > bench.runner.num_right_drafts > 0
+
+
+def test_drafts_see_the_images_that_the_answer_sees() -> None:
+    one = request("a", images=[fake_image("p", 2)], spans=[ImageSpan(3)])
+    bench = bench_of(8)
+    bench.add(one)
+    bench.run()
+    assert bench.tokens["a"] == expected_token_ids(one, repeats=True)
+    assert bench.runner.num_right_drafts > 0
+
+
+def test_the_contexts_behind_drafts_are_those_of_the_sequence_with_them() -> None:
+    def sequence_of(generated: list[int]) -> Sequence:
+        (made,) = Sequence.of(0, request("a", sampling=PENALTIES, stop_token_ids=[77]))
+        made.extend(generated, 1000)
+        return made
+
+    drafts = [8, 6, 9, 8]
+    for generated in ([7], [7, 8], [7, 8, 9, 9]):
+        sequence = sequence_of(generated)
+        for count in range(len(drafts) + 1):
+            found = sequence.sampling_context(drafts[:count])
+            expected = sequence_of(generated + drafts[:count]).sampling_context()
+            assert found is not None
+            assert expected is not None
+            assert sorted(found.banned_token_ids) == sorted(expected.banned_token_ids)
+            assert list(found.generated_token_ids) == list(expected.generated_token_ids)
+            assert list(found.generated_counts) == list(expected.generated_counts)
+        assert list(sequence.generated.token_ids) == list(dict.fromkeys(generated))
+
+
+def test_counts_after_tokens_are_a_copy() -> None:
+    counts = TokenCounts()
+    counts.add(5)
+    after = counts.after([6, 5, 6, 6])
+    assert dict(zip(after.token_ids, after.counts, strict=True)) == {5: 2, 6: 3}
+    assert dict(zip(counts.token_ids, counts.counts, strict=True)) == {5: 1}
