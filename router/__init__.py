@@ -8,7 +8,6 @@ In the order in which to read it:
     config                      the engine's settings
     engine/                     the engine's process, its socket, its loop
     scheduler/                  the request queue, and which tokens run in the next step
-    drafts/                     guesses of a request's next tokens
     blocks/                     the two pools of cache blocks, and what is found in them again
     state_table                 how everything with states changes them
     fair_shares                 the order of waiting work of several keys

@@ -15,4 +15,5 @@ In the order in which to read the files:
     lifecycle           starts, preempts and ends sequences
     preemption          which sequence yields its place, its blocks or a step to another
     batch_rows          a sequence's part of a step, as the runner gets it
+    drafts/             guesses of a request's next tokens, which a step verifies
 """

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from ...models.batch import Accepted, ModelInfo, SamplingContext, ScheduledSequence, StepResult
 from ..blocks.visibility import cut_segments
-from ..drafts.draft_length import room_for_drafts
-from ..drafts.draft_source import DraftSource
 from .block_manager import BlockManager
+from .drafts.draft_length import room_for_drafts
+from .drafts.draft_source import DraftSource
 from .interface import SchedulerLimits
 from .sequence import Sequence
 from .step_budget import Step

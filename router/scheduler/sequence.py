@@ -27,9 +27,9 @@ from ...models.sampling.token_counts import DistinctIds, TokenCounts
 from ..blocks.image_pool import ImageEntry, ImageKey
 from ..blocks.prefix_keys import extend_block_keys, scope_of
 from ..blocks.prefix_lookup import PrefixLookup
-from ..drafts.draft_source import DraftSource
 from ..messages import AddRequest, FinishReason
 from ..state_table import next_state
+from .drafts.draft_source import DraftSource
 from .sequence_states import TRANSITIONS, SequenceEvent, Status
 
 # What a sequence may have to wait for before it can run.

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from support.counted_list import CountedList
 
-from vlmserve.router.drafts import token_index
-from vlmserve.router.drafts.token_index import LONGEST_MATCH, MOST_PLACES, TokenIndex
+from vlmserve.router.scheduler.drafts import token_index
+from vlmserve.router.scheduler.drafts.token_index import LONGEST_MATCH, MOST_PLACES, TokenIndex
 
 
 def searched(token_ids: list[int], count: int) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from ...models.batch import TokenMatcher
+from ....models.batch import TokenMatcher
 from .draft_length import DraftLength
 from .token_index import TokenIndex
 

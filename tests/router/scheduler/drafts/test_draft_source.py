@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vlmserve.router.drafts.draft_length import CPU_TOKENS, DraftLength, room_for_drafts
-from vlmserve.router.drafts.draft_source import DraftSource
+from vlmserve.router.scheduler.drafts.draft_length import CPU_TOKENS, DraftLength, room_for_drafts
+from vlmserve.router.scheduler.drafts.draft_source import DraftSource
 
 TEXT = [1, 2, 3, 4, 5, 6, 1, 2]
 
