@@ -108,11 +108,24 @@ class Loop:
         assert batch is not None, "the requests ended before they were measured: ask for fewer"
         return batch
 
-    def execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
-        """Compute a step and plan ahead meanwhile, as the engine does on CUDA."""
+    def execute(
+        self, batch: StepBatch, on_launch: OnLaunch = ignore, on_start: OnLaunch = ignore
+    ) -> StepResult:
+        """Compute a step and plan ahead meanwhile, as the engine does on CUDA.
+
+        on_start: called when the next step's pass is about to be started.
+        """
 
         def launched() -> None:
             on_launch()
-            self.runner.prepare(self.scheduler.plan_ahead())
+            rows = self.scheduler.plan_ahead()
+            are_all = len(rows) == self.scheduler.num_running
+
+            def may_start() -> bool:
+                if may := are_all and not self._queue.has_ready:
+                    on_start()
+                return may
+
+            self.runner.prepare(rows, may_start)
 
         return self.runner.execute(batch, launched)

@@ -24,6 +24,7 @@ import numpy as np
 from engine_requests import open_runner, random_request
 from processes import BUNDLED, arguments, print_document
 from vlmserve.models.batch import SamplingParams
+from vlmserve.models.execution import runner as runner_module
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine.engine import Engine
@@ -94,7 +95,8 @@ class Measurement:
         self.shares: dict[str, float] = {}
         for owner, names, part in [
             (runner, ("_forward", "_logits"), MODEL),
-            (runner, ("_pack", "_step", "_row_mask"), "metadata"),
+            (runner, ("_pack",), "metadata"),
+            (runner_module, ("send",), "metadata"),
             (runner, ("_sample",), "sampling"),
             (self._engine.scheduler, ("schedule", "update"), "schedule"),
             (self._engine, ("_deliver",), "messages"),

@@ -27,6 +27,7 @@ import uvloop
 from processes import arguments, print_document
 from vlmserve.models.batch import (
     ImageSpan,
+    MayStart,
     ModelInfo,
     OnLaunch,
     PoolSizes,
@@ -35,6 +36,7 @@ from vlmserve.models.batch import (
     StepResult,
     TokenMatcher,
     ignore,
+    never,
 )
 from vlmserve.models.bundled.pictures import data_url, draw, random_scene
 from vlmserve.router.client.engine_client import EngineClient
@@ -97,7 +99,7 @@ class NoModel:
         ids = [one.request_id for one in batch.sequences if one.sampling is not None]
         return StepResult(dict.fromkeys(ids, 0))
 
-    def prepare(self, rows: list[ScheduledSequence]) -> None:
+    def prepare(self, rows: list[ScheduledSequence], may_start: MayStart = never) -> None:
         pass
 
     def compile_grammar(self, grammar: str, eos_token_ids: list[int], tenant: str) -> TokenMatcher:

@@ -24,6 +24,15 @@ def ignore() -> None:
     """An `OnLaunch` that does nothing."""
 
 
+# whether prepared rows still are the next step, so that it may be started; called from any thread
+MayStart = Callable[[], bool]
+
+
+def never() -> bool:
+    """A `MayStart` of rows that are only laid out."""
+    return False
+
+
 class DeviceLostError(RuntimeError):
     """A step failed, and all later steps will: only a new process can use the device again."""
 

@@ -79,25 +79,22 @@ def upload(values: ArrayLike, device: torch.device, dtype: DTypeLike | None = No
     return _to_device(torch.from_numpy(np.ascontiguousarray(values, dtype=dtype)), device)
 
 
-def upload_together(
-    arrays: Sequence[ArrayLike], device: torch.device, dtype: DTypeLike
-) -> list[Tensor]:
-    """The arrays on a device, in one numpy dtype, by one copy; each begins at 128 bytes.
+def upload_together(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """The arrays on a device, each in its dtype, by one copy; each begins at 128 bytes.
 
     See `upload`. Kernels are compiled for pointers at multiples of 16 bytes.
     """
     if device.type == "cpu":
-        return [upload(array, device, dtype) for array in arrays]
-    contiguous = [np.ascontiguousarray(array, dtype=dtype) for array in arrays]
-    entries = ALIGNMENT // np.dtype(dtype).itemsize
-    starts = np.cumsum([0, *(-(-array.size // entries) * entries for array in contiguous)])
-    packed = np.zeros(starts[-1], dtype=dtype)
-    for array, start in zip(contiguous, starts, strict=False):
-        packed[start : start + array.size] = array.ravel()
+        return [upload(array, device) for array in arrays]
+    contiguous = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+    starts = np.cumsum([0, *(-(-one.nbytes // ALIGNMENT) * ALIGNMENT for one in contiguous)])
+    packed = np.zeros(starts[-1], dtype=np.uint8)
+    for one, start in zip(contiguous, starts, strict=False):
+        packed[start : start + one.nbytes] = one.numpy().reshape(-1).view(np.uint8)
     on_device = upload(packed, device)
     return [
-        on_device[start : start + array.size].view(array.shape)
-        for array, start in zip(contiguous, starts, strict=False)
+        on_device[start : start + one.nbytes].view(one.dtype).view(one.shape)
+        for one, start in zip(contiguous, starts, strict=False)
     ]
 
 

@@ -38,7 +38,8 @@ LAUNCHES = (*KERNELS, "cudaGraphLaunch")
 class Step:
     """A step's marks, what it computed, and its result; it ends where the next step starts.
 
-    launched: the end of the work that is queued before the tokens are fetched, on a GPU.
+    launched: the end of the work that is queued before the tokens are fetched, on a GPU. starts:
+    where the next step's pass is launched, if that is before the next step.
     """
 
     start: Any
@@ -47,6 +48,7 @@ class Step:
     batch: StepBatch
     result: StepResult
     launched: Any
+    starts: Any
 
 
 class TimedLoop:
@@ -82,10 +84,16 @@ class TimedLoop:
         batch = self._loop.plan()
         executes = self.clock.mark()
         launched: list[Any] = []
-        result = self._loop.execute(batch, lambda: launched.append(self.clock.mark()))
+        starts: list[Any] = []
+        result = self._loop.execute(
+            batch,
+            lambda: launched.append(self.clock.mark()),
+            lambda: starts.append(self.clock.mark()),
+        )
         executed = self.clock.mark()
         self._loop.scheduler.update(result)
-        return Step(start, executes, executed, batch, result, launched[0] if launched else executed)
+        end = launched[0] if launched else executed
+        return Step(start, executes, executed, batch, result, end, starts[0] if starts else None)
 
     def start_decode(self, row: Row) -> None:
         """Compute the row's prompts until every sequence decodes and all kernels are compiled."""
@@ -138,7 +146,7 @@ def decode(runner: ModelRunner, row: Row, size: Size, machine: Machine) -> dict[
     num_rows = len(batch.sequences)
     num_bytes = decode_work(runner.config.text_config, num_rows, middle, *sizes).num_bytes
     bound_ms = 1e3 * num_bytes / machine.bytes_per_s
-    idle = [(a.launched, b.executes) for a, b in pairwise(steps)]
+    idle = [(a.launched, a.starts or b.executes) for a, b in pairwise(steps)]
     return {
         "context": middle,
         "tokens": batch.num_tokens,

@@ -9,6 +9,7 @@ Also describes a step's rows. The layout of one layer's keys and values, as flas
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,10 +65,21 @@ class PagedRows:
         return int(self.query_start_loc[-1])
 
 
+@dataclass(slots=True, frozen=True)
+class PlanLists:
+    """A plan that lacks its lists on the device, so that a step copies those of all its plans once.
+
+    arrays: the lists, on the host. plan: makes the plan of their copies, in that order.
+    """
+
+    arrays: list[NDArray[Any]]
+    plan: Callable[[Sequence[Tensor]], Any]
+
+
 class AttentionBackend(ABC):
     """Attention over paged keys and values. Keeps no state between steps.
 
-    A step calls `prepare` once for each pool and then, layer by layer, `write` and `attend`.
+    A step calls `lists` once for each pool and then, layer by layer, `write` and `attend`.
     """
 
     name: ClassVar[str]
@@ -86,6 +98,11 @@ class AttentionBackend(ABC):
     @abstractmethod
     def prepare(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> Any:
         """A plan for these rows, shared by all layers of the step; opaque to the caller."""
+
+    def lists(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> PlanLists:
+        """The same plan before its copy; by default `prepare` has copied it already."""
+        plan = self.prepare(rows, device, dtype)
+        return PlanLists([], lambda copies: plan)
 
     @abstractmethod
     def attend(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
@@ -30,7 +30,7 @@ from ..kernels.triton_support import (
     power_of_2,
     why_no_kernels,
 )
-from .base import AttentionBackend, Geometry, PagedRows
+from .base import AttentionBackend, Geometry, PagedRows, PlanLists
 from .int8_states import Int8States, States
 from .work_items import (
     KEYS_AT_ONCE,
@@ -125,19 +125,29 @@ class TritonBackend(AttentionBackend):
 
     def prepare(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> TritonPlan:
         """The launches of these rows; see `AttentionBackend.prepare`. One copy to the device."""
+        lists = self.lists(rows, device, dtype)
+        plan: TritonPlan = lists.plan(upload_together(lists.arrays, device))
+        return plan
+
+    def lists(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> PlanLists:
+        """See `AttentionBackend.lists`; nothing is copied yet."""
         parts = self._parts(rows)
         arrays = [rows.query_start_loc, rows.key_lens, rows.block_table]
         arrays += [array for part in parts.values() for array in part]
-        starts, key_lens, table, *lists = upload_together(arrays, device, np.int32)
-        left = iter(lists)
-        return TritonPlan(
-            query_starts=starts,
-            key_lens=key_lens,
-            block_table=table,
-            block_size=rows.block_size,
-            is_causal=rows.is_causal,
-            launches=[_launch(islice(left, len(part)), block_q) for block_q, part in parts.items()],
-        )
+
+        def plan(copies: Sequence[Tensor]) -> TritonPlan:
+            starts, key_lens, table, *rest = copies
+            left = iter(rest)
+            return TritonPlan(
+                query_starts=starts,
+                key_lens=key_lens,
+                block_table=table,
+                block_size=rows.block_size,
+                is_causal=rows.is_causal,
+                launches=[_launch(islice(left, len(part)), q) for q, part in parts.items()],
+            )
+
+        return PlanLists([array.astype(np.int32) for array in arrays], plan)
 
     def _parts(self, rows: PagedRows) -> dict[int, list[Ints]]:
         """What each launch reads, by the most queries of its items."""

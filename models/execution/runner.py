@@ -11,9 +11,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import MllamaConfig
 
@@ -21,6 +19,7 @@ from ..attention import AttentionBackend
 from ..attention.sdpa import SdpaBackend
 from ..attention.triton_paged import TritonBackend
 from ..batch import (
+    MayStart,
     ModelInfo,
     OnLaunch,
     PromptLogprobs,
@@ -30,10 +29,11 @@ from ..batch import (
     TokenLogprobs,
     TokenMatcher,
     ignore,
+    never,
 )
 from ..decoder.decoder import FusedDecoder, is_fused
 from ..decoder.multi_device import SplitCache, SplitStep
-from ..device_copies import WorkTimes, fetch, upload, upload_together
+from ..device_copies import WorkTimes, fetch
 from ..errors import StepError
 from ..grammar import Grammars, Matcher
 from ..kv_cache.paged_cache import (
@@ -46,6 +46,7 @@ from ..kv_cache.paged_cache import (
 )
 from ..kv_cache.pool_sizes import PoolPlan
 from ..kv_cache.step_inputs import PreparedRows, StepInputs, image_slots, pack
+from ..kv_cache.step_tensors import Hidden, StepTensors, send
 from ..lora.limits import AdapterLimits
 from ..lora.store import AdapterStore, StepAdapters
 from ..malloc import KeptMemory
@@ -59,6 +60,7 @@ from ..weights.loader import LoadedModel
 from .device_health import raise_if_lost
 from .graphs.decode import DecodeGraphs, GraphLimits
 from .graphs.recorder import Recorder
+from .next_pass import NextRows, StartedPass
 from .shared_cores import SharedCores
 from .step_checks import check_ids
 
@@ -91,7 +93,10 @@ class ModelRunner:
         config = loaded.text_config
         self.grammars = Grammars(loaded.folder, config.vocab_size)
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
-        self._prepared: PreparedRows | None = None
+        self._following: NextRows | None = None
+        self._started: StartedPass | None = None
+        # passes that began before their step, and those of them that were their step's
+        self.num_passes_started = self.num_passes_used = 0
         self._kept_memory: KeptMemory | None = None
         self._vision_times = WorkTimes()
         self.cores: SharedCores | None = None
@@ -189,29 +194,38 @@ class ModelRunner:
         return result
 
     def _execute(self, batch: StepBatch, on_launch: OnLaunch) -> StepResult:
-        prepared, self._prepared = self._prepared, None
+        following, self._following = self._following, None
+        started, self._started = self._started, None
         if self._loaded.device.type != "cuda":
             on_launch()
             batch = batch if self.adapters is None else self.adapters.in_order(batch)
         adapters = self._place(batch)
         vision_states = self._encode(batch, adapters)
-        inputs = self._pack(batch, prepared)
+        inputs = self._pack(batch, None if following is None else following.prepared)
         # Another thread fills the masks while the model computes; both release Python's lock.
         masks = self._start_masks(inputs)
-        hidden = self._forward(batch, inputs, vision_states, adapters)
-        result = self._sample(hidden, inputs, masks, on_launch)
-        result.prompt_logprobs = self._prompt_logprobs(hidden, batch)
+        hidden = None if started is None else started.of(batch)
+        if hidden is None:
+            hidden = self._forward(batch, inputs, vision_states, adapters)
+        else:
+            self.num_passes_used += 1
+        # the next pass may overwrite the hidden states, from which these log-probabilities come
+        may_start = not any(row.prompt for row in batch.sequences)
+        result = self._sample(hidden, inputs, masks, on_launch, may_start)
+        result.prompt_logprobs = self._prompt_logprobs(hidden.states, batch)
         result.vision_seconds = self._vision_times.take()
         return result
 
-    def prepare(self, rows: Sequence[ScheduledSequence]) -> None:
+    def prepare(self, rows: Sequence[ScheduledSequence], may_start: MayStart = never) -> None:
         """Lay out one-token rows that the next step may have; their tokens are not known yet.
 
-        Called from another thread, between a step's `on_launch` and the next step.
+        Called from another thread, between a step's `on_launch` and the next step. If `may_start`
+        is true when the step's tokens are known, the rows' pass starts then, if it is recorded.
         """
         if rows:
             sizes = self._sizes.block_size, self._loaded.num_patches
-            self._prepared = PreparedRows.of(rows, *sizes)
+            prepared = PreparedRows.of(rows, *sizes)
+            self._following = NextRows.of(prepared, self._graphs, may_start)
 
     @torch.inference_mode()
     def compute_logits(self, batch: StepBatch) -> Tensor:
@@ -224,7 +238,7 @@ class ModelRunner:
         around = as_it_is if adapters is None else adapters.encoding
         vision_states = self._vision.encode(batch.images, around)
         inputs = self._pack(batch)
-        return self._logits(self._forward(batch, inputs, vision_states, adapters))
+        return self._logits(self._forward(batch, inputs, vision_states, adapters).states)
 
     def _place(self, batch: StepBatch) -> StepAdapters | None:
         """The step's adapters, in slots; None if it uses none."""
@@ -258,73 +272,54 @@ class ModelRunner:
         inputs: StepInputs,
         vision: Tensor | None,
         adapters: StepAdapters | None = None,
-    ) -> Tensor:
-        """The normalised hidden states of all tokens, [num_tokens, hidden]."""
+    ) -> Hidden:
+        """The normalised hidden states of all tokens."""
         copy_blocks(self.pools, batch.copies)
         poison_blocks(self.pools, batch.freed_text_blocks, batch.freed_image_blocks)
         row_slots = None if adapters is None else adapters.row_slots
         graphs = self._graphs if vision is None else None
         if graphs is not None and graphs.takes(inputs, row_slots is not None):
             return graphs.replay(inputs, row_slots)
-        token_ids, positions, slots = upload_together(
-            [inputs.token_ids, inputs.positions, inputs.text_slots], self._loaded.device, np.int64
+        slots, dtype = None, self._loaded.dtype
+        if finished := batch.finished_images:
+            slots = image_slots(finished, self._loaded.num_patches)
+        devices = dict.fromkeys([self._loaded.device, *self._layer_devices])
+        sent = {one: send(inputs, slots, self._backend, one, dtype) for one in devices}
+        if self._fused is None:
+            return self._by_transformers(sent, vision, adapters)
+        own, fused = sent[self._loaded.device], self._fused
+        operations = None if adapters is None else adapters.operations(fused.operations)
+        states = fused(
+            own.token_ids, own.positions, vision, own.row_mask, self.pools, own.step, operations
         )
-        row_mask = self._row_mask(inputs)
-        if self._fused is not None:
-            step = self._step(batch, inputs, self._loaded.device, slots)
-            operations = None if adapters is None else adapters.operations(self._fused.operations)
-            return self._fused(token_ids, positions, vision, row_mask, self.pools, step, operations)
-        paged_step, cache = self._paged(batch, inputs)
+        return Hidden(states, own.sampled)
+
+    def _by_transformers(
+        self,
+        sent: dict[torch.device, StepTensors],
+        vision: Tensor | None,
+        adapters: StepAdapters | None,
+    ) -> Hidden:
+        """The same by transformers' layers, which may be on several devices."""
+        own = sent[self._loaded.device]
+        row_mask = own.row_mask
+        step: PagedStep | SplitStep = own.step
+        cache = PagedCache(self.pools, own.step)
+        if len(self._layer_devices) > 1:
+            step = SplitStep({device: tensors.step for device, tensors in sent.items()})
+            cache = SplitCache(self.pools, step)
         with nullcontext() if adapters is None else adapters.decoding():
             output = self._text_model(
-                input_ids=token_ids[None],
-                position_ids=positions[None],
+                input_ids=own.token_ids[None],
+                position_ids=own.positions[None],
                 cross_attention_states=None if vision is None else vision[None],
                 full_text_row_masked_out_mask=None if row_mask is None else row_mask[None, None],
                 past_key_values=cache,
                 use_cache=True,
-                paged_step=paged_step,
+                paged_step=step,
             )
-        hidden: Tensor = output.last_hidden_state[0]
-        return hidden
-
-    def _paged(
-        self, batch: StepBatch, inputs: StepInputs
-    ) -> tuple[PagedStep | SplitStep, PagedCache]:
-        """The step and its cache; one step for each device if layers are on several."""
-        if len(self._layer_devices) == 1:
-            step = self._step(batch, inputs, self._layer_devices[0])
-            return step, PagedCache(self.pools, step)
-        split = SplitStep({d: self._step(batch, inputs, d) for d in self._layer_devices})
-        return split, SplitCache(self.pools, split)
-
-    def _step(
-        self,
-        batch: StepBatch,
-        inputs: StepInputs,
-        device: torch.device,
-        text_slots: Tensor | None = None,
-    ) -> PagedStep:
-        """The step that all layers of a device share. text_slots: if they are there already."""
-        prepare, dtype = self._backend.prepare, self._loaded.dtype
-        cross, slots = inputs.cross_rows, None
-        if text_slots is None:
-            text_slots = self._upload(inputs.text_slots, device)
-        if finished := batch.finished_images:
-            slots = self._upload(image_slots(finished, self._loaded.num_patches), device)
-        return PagedStep(
-            backend=self._backend,
-            text_slots=text_slots,
-            image_slots=slots,
-            text_plan=prepare(inputs.text_rows, device, dtype),
-            cross_plan=None if cross is None else prepare(cross, device, dtype),
-        )
-
-    def _row_mask(self, inputs: StepInputs) -> Tensor | None:
-        """1 for a token that sees an image, else 0, [num_tokens, 1]; None if all tokens do."""
-        if inputs.sees_image.all():
-            return None
-        return self._upload(inputs.sees_image).to(self._loaded.dtype)[:, None]
+        states: Tensor = output.last_hidden_state[0]
+        return Hidden(states, None if own.sampled is None else own.sampled.to(states.device))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._model.lm_head(hidden).float()
@@ -352,22 +347,28 @@ class ModelRunner:
 
     def _sample(
         self,
-        hidden: Tensor,
+        hidden: Hidden,
         inputs: StepInputs,
         masks: Future[Masks] | None = None,
         on_launch: OnLaunch = ignore,
+        may_start: bool = False,
     ) -> StepResult:
         sequences = inputs.sampled_sequences
         if not sequences:
             return StepResult({})
-        logits = self._logits(hidden.index_select(0, self._upload(inputs.sampled, hidden.device)))
+        logits = self._logits(hidden.of_sampled())
         places = Places.of(sequences)
         raw = RawLogprobs(logits, places.params)
         allowed = None if masks is None else masks.result()
         sampled = sample(logits, places.params, places.indices, places.contexts, allowed)
         if logits.is_cuda:
             on_launch()  # the rest waits for the device
-        return places.result_of(*_collect(sampled, raw))
+        token_ids, logprobs = _collect(sampled, raw)
+        if may_start and self._graphs is not None and self._following is not None:
+            # at once: the device waits
+            self._started = self._following.start(sequences, token_ids, self._graphs)
+            self.num_passes_started += self._started is not None
+        return places.result_of(token_ids, logprobs)
 
     def _prompt_logprobs(
         self, hidden: Tensor, batch: StepBatch
@@ -382,11 +383,6 @@ class ModelRunner:
                 found[sequence.request_id] = prompt_logprobs(rows, targets, self._logits)
             begin += len(sequence.token_ids)
         return found
-
-    def _upload(
-        self, array: NDArray[np.int64] | NDArray[np.bool_], device: torch.device | None = None
-    ) -> Tensor:
-        return upload(array, device or self._loaded.device)
 
 
 def _collect(sampled: Sampled, raw: RawLogprobs) -> tuple[list[int], dict[int, TokenLogprobs]]:

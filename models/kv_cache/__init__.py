@@ -6,4 +6,5 @@ In the order in which to read them:
     paged_cache     the pools, and the cache and attention function for transformers
     block_table     a sequence's block ids as an array that grows with it
     step_inputs     a step's sequences as packed arrays: tokens, positions, slots, rows
+    step_tensors    these on the device, by one copy, and the hidden states after them
 """

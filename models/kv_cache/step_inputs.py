@@ -39,6 +39,11 @@ class StepInputs:
     sampled: Ints
     sampled_sequences: list[ScheduledSequence]
 
+    @property
+    def sampled_places(self) -> Ints | None:
+        """`sampled`, or None if a token is sampled after each packed one, as in most decodes."""
+        return None if len(self.sampled) == len(self.token_ids) else self.sampled
+
 
 def pack(batch: StepBatch, block_size: int, num_patches: int) -> StepInputs:
     """The packed inputs of a batch with at least one sequence.

@@ -35,7 +35,9 @@ class KernelRows:
         self._used = [int(slot) for slot in np.unique(slots[slots != NO_SLOT])]
         places, starts = sorted_rows(slots, max_loras)
         self._num_rows = len(places)
-        self._order, self._starts = upload_together([places, starts], device, np.int32)
+        self._order, self._starts = upload_together(
+            [places.astype(np.int32), starts.astype(np.int32)], device
+        )
 
     def changes(self, site: SiteSlots) -> bool:
         """Whether an adapter of the rows changes a site."""

@@ -255,7 +255,10 @@ class Engine:
         computing.add_done_callback(lambda _: is_launched.set())  # also if it fails before
         await is_launched.wait()
         if not computing.done():
-            self._runner.prepare(self.scheduler.plan_ahead())
+            rows = self.scheduler.plan_ahead()
+            # a step that was started cannot get drafts
+            are_all = not self._config.max_drafts and len(rows) == self.scheduler.num_running
+            self._runner.prepare(rows, lambda: are_all and not self._queue.has_ready)
         return await computing
 
     def _count_vision(self, seconds: float) -> None:

@@ -11,6 +11,7 @@ from typing import Protocol
 from ...models.batch import (
     AdapterInfo,
     AdapterRef,
+    MayStart,
     ModelInfo,
     OnLaunch,
     ScheduledSequence,
@@ -18,6 +19,7 @@ from ...models.batch import (
     StepResult,
     TokenMatcher,
     ignore,
+    never,
 )
 
 
@@ -61,10 +63,12 @@ class Runner(Protocol):
         """
         ...
 
-    def prepare(self, rows: list[ScheduledSequence]) -> None:
+    def prepare(self, rows: list[ScheduledSequence], may_start: MayStart = never) -> None:
         """Lay out the rows that the next step will probably have, without their tokens.
 
-        Called from the loop's thread, between a step's `on_launch` and the next step.
+        Called from the loop's thread, between a step's `on_launch` and the next step. The runner
+        may start that step when the tokens are known, if `may_start` is true then; `execute` is
+        called for it later, or for another step.
         """
         ...
 

@@ -20,6 +20,7 @@ from vlmserve.models.batch import (
     AdapterInfo,
     AdapterRef,
     ImageTiles,
+    MayStart,
     ModelInfo,
     OnLaunch,
     PoolSizes,
@@ -30,6 +31,7 @@ from vlmserve.models.batch import (
     StepResult,
     TokenMatcher,
     ignore,
+    never,
 )
 from vlmserve.router.messages import AddRequest
 
@@ -203,7 +205,7 @@ class FakeRunner:
     _copied: set[int] = field(default_factory=set)
     _num_computed: dict[str, int] = field(default_factory=dict)
 
-    def prepare(self, rows: list[ScheduledSequence]) -> None:
+    def prepare(self, rows: list[ScheduledSequence], may_start: MayStart = never) -> None:
         """Keep what the rows held when they were planned ahead."""
         self._prepared = [(one, _layout_of(one)) for one in rows]
 

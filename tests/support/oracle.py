@@ -323,3 +323,14 @@ def count_excuses(
 def dequantize(weight: Int8Weight) -> Tensor:
     """An int8 weight in the dtype of its scales, [out, in]."""
     return weight.codes.to(weight.scales.dtype) * weight.scales[:, None]
+
+
+def random_request(rng: np.random.Generator, name: str, sampling: SamplingParams) -> Request:
+    """A short prompt with none, one or two images, adjacent or apart; pictures recur."""
+    num_images = int(rng.choice([0, 0, 1, 1, 2]))
+    letters = list("abcdefgh"[: rng.integers(1, 9)]) + ["|"] * num_images
+    text = "".join(rng.permutation(letters)) + "?"
+    grids = [int(rng.integers(1, 9)) for _ in range(num_images)]
+    request = prompt(name, text, [image(grid, grid) for grid in grids])
+    request.sampling = sampling
+    return request

@@ -20,12 +20,16 @@ MAX_MODEL_LEN = 64
 
 @dataclass
 class SteppedEngine:
-    """A scheduler and a runner. `limits` change fields of SchedulerLimits."""
+    """A scheduler and a runner. `limits` change fields of SchedulerLimits.
+
+    plans_ahead: lay out the next step while one is computed, and let the runner start it.
+    """
 
     runner: Runner
     limits: dict[str, Any] = field(default_factory=dict)
     sequences: dict[str, Sequence] = field(default_factory=dict)
     num_tokens: int = 0
+    plans_ahead: bool = False
 
     def __post_init__(self) -> None:
         fields = {
@@ -54,9 +58,16 @@ class SteppedEngine:
         if batch is None:
             return False
         self.num_tokens += batch.num_tokens
-        self.scheduler.update(self.runner.execute(batch))
+        self.scheduler.update(self.runner.execute(batch, self._launched))
         self.scheduler.check()
         return True
+
+    def _launched(self) -> None:
+        """As the engine's loop does when a step is launched."""
+        if self.plans_ahead:
+            rows = self.scheduler.plan_ahead()
+            are_all = len(rows) == self.scheduler.num_running
+            self.runner.prepare(rows, lambda: are_all and not self.queue.has_ready)
 
     def run(self) -> int:
         """Step until all is done; how many tokens the steps computed."""
@@ -74,3 +85,15 @@ class SteppedEngine:
         assert self.scheduler.snapshot().images.used == 0
         assert len(self.queue) == 0
         self.scheduler.check()
+
+
+def message(request: Any, max_tokens: int) -> AddRequest:
+    """A hand-made request of `support/oracle.py`, as a worker sends it."""
+    return AddRequest(
+        request_id=request.request_id,
+        prompt_token_ids=request.token_ids,
+        images=request.images,
+        spans=request.spans,
+        sampling=request.sampling,
+        max_tokens=max_tokens,
+    )

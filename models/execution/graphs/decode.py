@@ -12,7 +12,7 @@ eager.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ from ...decoder.decoder import FusedDecoder, LayerCount
 from ...decoder.operations import LayerOperations
 from ...kv_cache.paged_cache import KVPools, PagedStep
 from ...kv_cache.step_inputs import StepInputs
+from ...kv_cache.step_tensors import Hidden
 from ...lora.rows import sorted_rows
 from ...lora.store import AdapterStore
 from .layout import Ints, Layout, Parts, write, write_padding
@@ -53,15 +54,28 @@ class GraphLimits:
 class _Graph:
     """A recorded step.
 
-    host: where its inputs are written. num_layers: how many layers it starts. step: kept alive,
-    since replays read its tensors.
+    host: where its inputs are written; num_fixed: entries of them before the text table. sampled: a
+    part of them on the device. num_layers: how many layers it starts. step: kept alive, since
+    replays read its tensors.
     """
 
     layout: Layout
     host: Parts[Ints]
+    num_fixed: int
+    sampled: Tensor
     replay: Callable[[], Tensor]
     num_layers: int
     step: PagedStep
+
+
+@dataclass(slots=True, frozen=True)
+class StagedStep:
+    """A step's inputs as they will be copied, but for its tokens. sampled: see `Hidden`."""
+
+    graph: _Graph
+    entries: Ints
+    num_rows: int
+    num_sampled: int | None
 
 
 class DecodeGraphs:
@@ -112,8 +126,8 @@ class DecodeGraphs:
         """Whether there is a graph for the step; its images must be encoded already."""
         return self._find(inputs, has_adapters) is not None
 
-    def replay(self, inputs: StepInputs, row_slots: NDArray[np.int64] | None = None) -> Tensor:
-        """The normalised hidden states, [num_rows, hidden]; valid until the next replay.
+    def replay(self, inputs: StepInputs, row_slots: NDArray[np.int64] | None = None) -> Hidden:
+        """The normalised hidden states of the rows; valid until the next replay.
 
         row_slots: of the rows' adapters; None if no row has one.
         """
@@ -123,10 +137,37 @@ class DecodeGraphs:
             self._adapters.write(row_slots)
         self._buffer.wait()
         write(graph.layout, graph.host, inputs, self._backend)
-        self._buffer.send(graph.layout.num_used(inputs))
+        return self._send_and_replay(graph, *_sizes_of(graph, inputs))
+
+    def stage(self, inputs: StepInputs) -> StagedStep | None:
+        """Lay out a step without adapters whose tokens are not known; None if it has no graph.
+
+        May be called from another thread than `replay`.
+        """
+        graph = self._find(inputs, False)
+        if graph is None:
+            return None
+        sizes = _sizes_of(graph, inputs)
+        entries = np.zeros(graph.layout.num_entries, dtype=np.int32)
+        write(graph.layout, graph.layout.parts(entries), inputs, self._backend)
+        return StagedStep(graph, entries[: sizes[0]], *sizes[1:])
+
+    def replay_staged(self, staged: StagedStep, token_ids: Sequence[int]) -> Hidden:
+        """As `replay`, of a staged step with these tokens, one a row."""
+        graph, num_entries = staged.graph, len(staged.entries)
+        self._buffer.wait()
+        self._buffer.host[:num_entries] = staged.entries
+        graph.host.token_ids[: len(token_ids)] = token_ids
+        return self._send_and_replay(graph, num_entries, staged.num_rows, staged.num_sampled)
+
+    def _send_and_replay(
+        self, graph: _Graph, num_entries: int, num_rows: int, num_sampled: int | None
+    ) -> Hidden:
+        self._buffer.send(num_entries)
         self._layers.num_started += graph.num_layers
         self.num_replays += 1
-        return graph.replay()[: len(inputs.token_ids)]
+        sampled = None if num_sampled is None else graph.sampled[:num_sampled]
+        return Hidden(graph.replay()[:num_rows], sampled)
 
     def _find(self, inputs: StepInputs, has_adapters: bool) -> _Graph | None:
         num_rows = len(inputs.token_ids)
@@ -159,7 +200,9 @@ class DecodeGraphs:
             return hidden
 
         replay = recorder.record(compute)
-        return _Graph(layout, layout.parts(self._buffer.host), replay, counts[-1], step)
+        host = layout.parts(self._buffer.host)
+        num_fixed = layout.num_fixed
+        return _Graph(layout, host, num_fixed, parts.sampled, replay, counts[-1], step)
 
     def _step(self, layout: Layout, parts: Parts[Tensor], has_images: bool) -> PagedStep:
         plan = self._backend.fixed_plan
@@ -231,6 +274,13 @@ class _Buffer:
         """Wait until the last copy is done and the host's side may be written."""
         if self._copied is not None:
             self._copied.synchronize()
+
+
+def _sizes_of(graph: _Graph, inputs: StepInputs) -> tuple[int, int, int | None]:
+    """Entries that a step uses, its rows, and its sampled rows unless these are all."""
+    num_rows, width = inputs.text_rows.block_table.shape
+    num_sampled = None if inputs.sampled_places is None else len(inputs.sampled)
+    return graph.num_fixed + num_rows * width, num_rows, num_sampled
 
 
 def padded_sizes(max_num_seqs: int) -> list[int]:

@@ -1,10 +1,10 @@
 """The layout of a padded decode step's inputs in one buffer, a numpy array or a torch tensor.
 
-    token_ids | positions | slots | key_lens | text_work | row_mask | cross_lens | cross_work
-    [size]      [size]      [size]  [size]     [..]        [size]     [size]       [..]
+    token_ids | positions | slots | sampled | key_lens | text_work | row_mask | cross_lens
+    [size]      [size]      [size]  [size]    [size]     [..]        [size]     [size]
 
-    | cross_table | text_table
-      [size, ..]    [size * ..]
+    | cross_work | cross_table | text_table
+      [..]         [size, ..]    [size * ..]
 
 All int32, one row a sequence, each part at a multiple of 128 bytes. A padding row changes nothing
 and reads nothing: its slot is -1, it has no keys and sees no image. The text table is last and its
@@ -14,6 +14,7 @@ are the items of attention (`attention/work_items.py`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -37,6 +38,7 @@ class Parts(Generic[Buffer]):
     token_ids: Buffer
     positions: Buffer
     slots: Buffer
+    sampled: Buffer
     key_lens: Buffer
     text_work: Buffer
     row_mask: Buffer
@@ -64,10 +66,10 @@ class Layout:
         """Entries of the buffer that the largest step uses."""
         return sum(map(_aligned, self._shapes()))
 
-    def num_used(self, inputs: StepInputs) -> int:
-        """How many entries of the buffer a step uses."""
-        num_rows, width = inputs.text_rows.block_table.shape
-        return sum(map(_aligned, self._shapes()[:-1])) + num_rows * width
+    @property
+    def num_fixed(self) -> int:
+        """Entries of the buffer before the text table."""
+        return sum(map(_aligned, self._shapes()[:-1]))
 
     def parts(self, buffer: Any) -> Parts[Any]:
         """Views into a one-dimensional buffer of at least `num_entries`."""
@@ -92,7 +94,7 @@ class Layout:
         rows, cross = (self.size,), (self.size, self.cross_width)
         works = [(work.num_entries,) for work in (self.text_work, self.cross_work)]
         table = (self.size * self.text_width,)
-        return [rows, rows, rows, rows, works[0], rows, rows, works[1], cross, table]
+        return [*[rows] * 5, works[0], rows, rows, works[1], cross, table]
 
 
 def write_padding(layout: Layout, parts: Parts[Ints], backend: TritonBackend) -> None:
@@ -113,6 +115,7 @@ def write(layout: Layout, parts: Parts[Ints], inputs: StepInputs, backend: Trito
     put(parts.token_ids, inputs.token_ids, 0)
     put(parts.positions, inputs.positions, 0)
     put(parts.slots, inputs.text_slots, NO_SLOT)
+    put(parts.sampled, inputs.sampled, 0)
     put(parts.key_lens, rows.key_lens, 0)
     num_rows, width = rows.block_table.shape
     parts.text_table[: num_rows * width] = rows.block_table.reshape(-1)
@@ -136,7 +139,7 @@ def _write_cross_work(layout: Layout, parts: Parts[Ints], backend: TritonBackend
 
 
 def _count(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape))
+    return math.prod(shape)
 
 
 def _aligned(shape: tuple[int, ...]) -> int:

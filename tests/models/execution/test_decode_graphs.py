@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -273,7 +274,7 @@ def test_parts_of_a_layout_lie_apart_and_aligned() -> None:
     named.append(layout.text_work.views(parts.text_work).split)
     for number, part in enumerate(named, start=1):
         part += number
-    assert {int(value) for value in buffer} == set(range(16))  # each its own, gaps stay 0
+    assert {int(value) for value in buffer} == set(range(17))  # each its own, gaps stay 0
     for part in named:
         start = (part.ctypes.data - buffer.ctypes.data) // buffer.itemsize
         assert start % ALIGNMENT == 0
@@ -308,6 +309,23 @@ def test_a_replay_copies_the_used_width_of_the_text_table(
         assert width < layout.text_width / 2
         table = -(-size * layout.text_width // ALIGNMENT) * ALIGNMENT
         assert sent.pop() == layout.num_entries - table + count * width
+
+
+def test_a_staged_step_with_its_tokens_is_that_of_a_replay(pair: Pair) -> None:
+    """Among others' rows: a staged step keeps nothing of the buffer that it is copied to."""
+    running = [*texts(2), *requests("one")]
+    pair.prefill(running)
+    inputs = pair.replaying._pack(step(pair, running, 1))
+    with torch.inference_mode():
+        expected = pair.graphs.replay(inputs).states.clone()
+        staged = pair.graphs.stage(replace(inputs, token_ids=np.zeros(3, dtype=np.int64)))
+        for request in running:
+            pair.append(request)
+        pair.graphs.replay(pair.replaying._pack(step(pair, running[:2], 1)))
+        assert staged is not None
+        actual = pair.graphs.replay_staged(staged, inputs.token_ids.tolist())
+    assert torch.equal(actual.states, expected)
+    assert actual.sampled is None
 
 
 def test_a_cpu_has_no_graphs_and_says_why() -> None:

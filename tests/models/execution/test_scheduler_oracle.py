@@ -10,18 +10,15 @@ import numpy as np
 import pytest
 from support.oracle import (
     GREEDY,
-    Request,
     count_excuses,
-    image,
     loaded,
-    prompt,
+    random_request,
 )
-from support.stepped import MAX_MODEL_LEN, SteppedEngine
+from support.stepped import MAX_MODEL_LEN, SteppedEngine, message
 
 from vlmserve.models.batch import PoolSizes, SamplingParams
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
-from vlmserve.router.messages import AddRequest
 
 POOLS = PoolSizes(num_text_blocks=16, num_image_blocks=12, block_size=4)
 
@@ -30,28 +27,6 @@ def engine(layout: str = "tiny", max_num_batched_tokens: int = 24) -> SteppedEng
     """Tiny pools under a runner of that layout."""
     runner = ModelRunner(loaded(layout), PoolPlan(POOLS, MAX_MODEL_LEN))
     return SteppedEngine(runner, {"max_num_batched_tokens": max_num_batched_tokens})
-
-
-def message(request: Request, max_tokens: int) -> AddRequest:
-    return AddRequest(
-        request_id=request.request_id,
-        prompt_token_ids=request.token_ids,
-        images=request.images,
-        spans=request.spans,
-        sampling=request.sampling,
-        max_tokens=max_tokens,
-    )
-
-
-def random_request(rng: np.random.Generator, name: str, sampling: SamplingParams) -> Request:
-    """A short prompt with none, one or two images, adjacent or apart; pictures recur."""
-    num_images = int(rng.choice([0, 0, 1, 1, 2]))
-    letters = list("abcdefgh"[: rng.integers(1, 9)]) + ["|"] * num_images
-    text = "".join(rng.permutation(letters)) + "?"
-    grids = [int(rng.integers(1, 9)) for _ in range(num_images)]
-    request = prompt(name, text, [image(grid, grid) for grid in grids])
-    request.sampling = sampling
-    return request
 
 
 @pytest.mark.parametrize("layout", ["tiny", "cross-first"])

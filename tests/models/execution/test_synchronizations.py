@@ -29,6 +29,8 @@ from vlmserve.models.device_copies import Stopwatch, fetch, upload
 from vlmserve.models.execution.graphs.recorder import CudaRecorder
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
+from vlmserve.models.kv_cache.step_inputs import image_slots
+from vlmserve.models.kv_cache.step_tensors import send
 from vlmserve.models.sampling import sampler
 from vlmserve.models.weights.loader import load_model
 
@@ -104,6 +106,34 @@ def test_a_step_with_images_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.vision_seconds > 0
     pixels = [size for dtype, size in uploads if dtype == "torch.uint8"]
     assert pixels == [len(one.image.data) for one in batch.images]
+
+
+@pytest.mark.parametrize("has_images", [False, True], ids=["decodes", "images"])
+def test_the_inputs_of_a_step_reach_a_device_in_one_copy(
+    has_images: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row mask, image slots and sampled places were copied by themselves, as was each plan."""
+    runner = ModelRunner(loaded("tiny"), PLAN)
+    batch = image_batch() if has_images else decode_batch(runner, STEPS["greedy"])
+    batch.sequences[0].sampling = None  # so that the sampled places are not all
+    inputs = runner._pack(batch)
+    slots = image_slots(batch.finished_images, loaded("tiny").num_patches) if has_images else None
+    copied: list[str] = []
+    monkeypatch.setattr(
+        device_copies, "_to_device", lambda host, device: copied.append(device.type) or host
+    )
+    sent = [
+        send(inputs, slots, TritonBackend(), torch.device(name), torch.float32)
+        for name in ("cpu", "meta")
+    ]
+    on_cpu, moved = sent
+    assert copied.count("meta") == 1
+    for name in ("token_ids", "positions", "row_mask", "sampled"):
+        assert torch.equal(getattr(moved, name), getattr(on_cpu, name)), name
+    assert torch.equal(moved.step.text_slots, on_cpu.step.text_slots)
+    assert torch.equal(moved.step.cross_plan.key_lens, on_cpu.step.cross_plan.key_lens)
+    if has_images:
+        assert torch.equal(moved.step.image_slots, on_cpu.step.image_slots)
 
 
 class FakeEvent:

@@ -24,6 +24,7 @@ from vlmserve.models.batch import (
     SamplingParams,
     StepBatch,
     StepResult,
+    never,
 )
 from vlmserve.models.kv_cache.step_inputs import PreparedRows, StepInputs, pack
 from vlmserve.router.config import EngineConfig
@@ -232,14 +233,19 @@ def test_by_default_a_gpu_plans_ahead(device: str, plan_ahead: bool | None, plan
 
 
 class LateLauncher(FakeRunner):
-    """Its launch is over when its step has begun; the step waits until the next is prepared."""
+    """Its launch is over when its step has begun; the step waits until the next is prepared.
+
+    may_start: of each step, whether the next could be started at its end.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.is_prepared = threading.Event()
+        self.may_start: list[bool] = []
 
-    def prepare(self, rows) -> None:
+    def prepare(self, rows, may_start=never) -> None:
         super().prepare(rows)
+        self._may_start = may_start
         self.is_prepared.set()
 
     def execute(self, batch: StepBatch, *on_launch: OnLaunch) -> StepResult:
@@ -250,7 +256,9 @@ class LateLauncher(FakeRunner):
             assert self.is_prepared.wait(DEADLINE_S)
 
         # what was prepared is looked at before, as this step's rows would be lost otherwise
-        return super().execute(batch, launched)
+        result = super().execute(batch, launched)
+        self.may_start.append(self._may_start())
+        return result
 
 
 def test_the_engine_plans_while_the_step_is_computed():
@@ -259,6 +267,34 @@ def test_the_engine_plans_while_the_step_is_computed():
     tokens = asyncio.run(answered(model, asked, plan_ahead=True))
     assert tokens == {one.request_id: expected_token_ids(one) for one in asked}
     assert model.num_rows_ahead == 4 * 11
+    assert model.may_start == [True] * 11 + [False]
+
+
+def test_the_next_step_is_not_started_without_a_request_that_arrived():
+    """It waits for its first chunk no longer than before."""
+
+    async def scenario() -> None:
+        model, answers = LateLauncher(), Answers()
+        engine = engine_on(model, answers, plan_ahead=True)
+        loop = asyncio.get_running_loop()
+
+        def before(batch: StepBatch) -> None:
+            if model.num_steps == 3:
+                added = threading.Event()
+                loop.call_soon_threadsafe(
+                    lambda: (engine.add(1, request_of("b", max_tokens=1)), added.set())
+                )
+                assert added.wait(DEADLINE_S)
+
+        model.before_step = before
+        engine.add(1, request_of("a", max_tokens=10))
+        running = asyncio.create_task(engine.run())
+        await answers.ended("a", "b")
+        running.cancel()
+        # b arrives in the fourth step and is computed in the fifth, of which it ends
+        assert model.may_start[:6] == [True, True, True, False, False, True]
+
+    asyncio.run(scenario())
 
 
 def test_an_aborted_request_ends_with_the_step_that_computes_it():

@@ -1,0 +1,143 @@
+"""The next step's pass, started before the step is planned: the same tokens, and when it is used.
+
+Eager passes stand in for recorded ones, which tests/models/execution/test_decode_graphs.py compares
+with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.oracle import GREEDY, count_excuses, loaded, prompt, random_request
+from support.stepped import MAX_MODEL_LEN, SteppedEngine, message
+
+from vlmserve.models.batch import PoolSizes, SamplingParams, StepBatch
+from vlmserve.models.execution.next_pass import StartedPass
+from vlmserve.models.execution.runner import ModelRunner
+from vlmserve.models.kv_cache.pool_sizes import PoolPlan
+from vlmserve.models.kv_cache.step_inputs import StepInputs
+from vlmserve.models.kv_cache.step_tensors import Hidden, send
+
+POOLS = PoolSizes(num_text_blocks=16, num_image_blocks=12, block_size=4)
+
+
+class EagerGraphs:
+    """Takes the steps that are recorded, and computes them eagerly."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+
+    def takes(self, inputs: StepInputs, has_adapters: bool = False) -> bool:
+        return inputs.text_rows.num_queries == len(inputs.text_rows.key_lens)
+
+    def stage(self, inputs: StepInputs) -> StepInputs | None:
+        return inputs if self.takes(inputs) else None
+
+    def replay_staged(self, staged: StepInputs, token_ids: list[int]) -> Hidden:
+        return self.replay(replace(staged, token_ids=np.array(token_ids)))
+
+    def replay(self, inputs: StepInputs, row_slots: Any = None) -> Hidden:
+        runner = self._runner
+        own = send(inputs, None, runner._backend, torch.device("cpu"), torch.float32)
+        assert runner._fused is not None
+        with torch.inference_mode():
+            states = runner._fused(
+                own.token_ids, own.positions, None, own.row_mask, runner.pools, own.step
+            )
+        return Hidden(states, own.sampled)
+
+
+def engine(layout: str = "tiny", pools: PoolSizes = POOLS) -> SteppedEngine:
+    runner = ModelRunner(loaded(layout), PoolPlan(pools, MAX_MODEL_LEN))
+    runner._graphs = EagerGraphs(runner)  # type: ignore[assignment]
+    return SteppedEngine(runner, plans_ahead=True)
+
+
+@pytest.mark.parametrize("layout", ["tiny", "cross-first"])
+def test_greedy_tokens_equal_the_oracle_under_arrivals_aborts_and_preemption(layout: str) -> None:
+    """Blocks are freed and given to others while a pass that was started still writes them."""
+    rng, running = np.random.default_rng(3), engine(layout)
+    requests = [random_request(rng, str(i), GREEDY) for i in range(48)]
+    waiting, excuses = list(requests), 0
+    aborts = {str(i) for i in range(0, 48, 3)}
+    while waiting or running.scheduler.has_work:
+        if rng.random() < (0.4 if len(waiting) > 24 else 0.1):  # crowded, then not
+            for _ in range(min(len(waiting), int(rng.integers(0, 4)))):
+                running.add(message(waiting.pop(0), max_tokens=int(rng.integers(1, 30))))
+        for name in sorted(aborts & running.sequences.keys()):
+            if rng.random() < 0.1:
+                running.abort(name)
+        running.step()
+    for request in requests:
+        excuses += count_excuses(layout, request, running.generated(request.request_id))
+    runner: Any = running.runner
+    assert excuses <= 1
+    assert running.scheduler.snapshot().num_preemptions > 0
+    assert 20 < runner.num_passes_used < runner.num_passes_started  # some were not the next step
+    running.assert_all_free()
+
+
+def sampled_alone(plans_ahead: bool) -> tuple[list[list[int]], SteppedEngine]:
+    """The tokens of four texts with penalties and sampling, some of which end early."""
+    running = engine(pools=PoolSizes(64, 4, 4))
+    running.plans_ahead = plans_ahead
+    for i in range(4):
+        request = prompt(str(i), "ab c"[: i + 1])
+        request.sampling = SamplingParams(
+            temperature=0.9, top_p=0.9, seed=i, repetition_penalty=1.3, num_logprobs=2
+        )
+        running.add(message(request, max_tokens=8 + 8 * i))
+    running.run()
+    return [running.generated(str(i)) for i in range(4)], running
+
+
+def test_sampled_tokens_are_those_without_and_nearly_every_step_was_started() -> None:
+    expected, _ = sampled_alone(plans_ahead=False)
+    actual, running = sampled_alone(plans_ahead=True)
+    assert actual == expected
+    runner: Any = running.runner
+    # of 32 steps: the prompts' has none before it, nor have those after an end that was foreseen
+    assert runner.num_passes_started == runner.num_passes_used == 31 - 4 + 1
+
+
+def test_no_pass_is_started_while_a_request_waits() -> None:
+    running = engine()
+    running.add(message(prompt("a", "ab"), max_tokens=20))
+    running.step()
+    runner: Any = running.runner
+    execute = runner.execute
+
+    def arriving(batch: StepBatch, on_launch: Any) -> Any:
+        def launched() -> None:
+            on_launch()
+            running.add(message(prompt("b", "ab"), max_tokens=20))
+
+        return execute(batch, launched)
+
+    runner.execute = arriving
+    before = runner.num_passes_started
+    running.step()
+    assert runner.num_passes_started == before
+
+
+def test_a_pass_is_used_for_its_own_rows_and_tokens_alone() -> None:
+    running = engine()
+    for name in ("a", "b"):
+        running.add(message(prompt(name, "ab"), max_tokens=20))
+    running.step()
+    runner: Any = running.runner
+    started: StartedPass = runner._started
+    batch = running.scheduler.schedule()
+    assert batch is not None
+    first, second = batch.sequences
+    assert started.of(batch) is started.hidden
+    alone = started.of(StepBatch([second]))
+    assert alone is not None
+    assert torch.equal(alone.of_sampled(), started.hidden.states[1:])
+    assert started.of(StepBatch([first, second], freed_text_blocks=[3])) is None
+    second.token_ids = [second.token_ids[0] + 1]
+    assert started.of(batch) is None
