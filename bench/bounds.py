@@ -133,8 +133,10 @@ class MachineProbe:
         return Machine(flops / product_s, max(2.0 * num_bytes / copy_s, num_bytes / read_s))
 
     def _products(self) -> Iterator[Callable[[], Tensor]]:
-        """The same product as torch computes it, and with a weight that was reordered before."""
+        """The same product as torch computes it, in float32, and with a reordered weight."""
         yield lambda: torch.nn.functional.linear(self._left, self._weight)
+        left, weight = self._left.float(), self._weight.float()
+        yield lambda: torch.nn.functional.linear(left, weight)
         if can_pack(self._weight):
             packed = PackedWeight(self._weight)
             yield lambda: packed.product(self._left)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..device_copies import upload
+from ..kernels.float32_products import is_bfloat16_slow
 from .base import AttentionBackend, PagedRows
 from .int8_states import States, gather_states
 
@@ -231,10 +232,15 @@ def _attend_folded(
 
 
 def _prefers_wide_products(query: Tensor, bucket: Bucket) -> bool:
-    """Whether plain products are faster than SDPA: half precision on a CPU, one query a row."""
+    """Whether plain products are faster than SDPA: half precision on a CPU, one query a row.
+
+    Not where products of bfloat16 are slow: there they take 8 to 20 times as long as SDPA, whose
+    sums are in float32.
+    """
     is_half = query.dtype in (torch.bfloat16, torch.float16)
     num_keys = bucket.num_rows * bucket.key_len
-    return is_half and query.device.type == "cpu" and bucket.query_len == 1 and num_keys >= 1024
+    is_wide = is_half and query.device.type == "cpu" and bucket.query_len == 1 and num_keys >= 1024
+    return is_wide and not (query.dtype == torch.bfloat16 and is_bfloat16_slow())
 
 
 def _attend_wide(

@@ -1,6 +1,6 @@
 """Products of linear layers that read the same states, joined into one.
 
-nn.Linear       weights joined; packed if the CPU has bfloat16 products
+nn.Linear       weights joined; packed if the CPU has bfloat16 products, else widened by parts
 Int8Linear      codes and scales joined: each output channel keeps its scale
 CodedLinear     the same, if coding, groups, tables and orders are equal
 SummedLinear    a rank's product, summed over the ranks; then the addend, once
@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import float32_products
 from ..tensor_parallel.layers import SummedLinear
 from .coded.linear import CodedLinear
 from .coded.weight import can_join as can_join_weights
@@ -66,14 +66,14 @@ class PlainProduct(LinearProduct):
         if self._packed is not None:
             return self._packed.product(states)
         assert self._weight is not None
-        return F.linear(states, self._weight)
+        return float32_products.linear(states, self._weight)
 
     def plus(self, states: Tensor, addend: Tensor) -> Tensor:
         """See `LinearProduct.plus`; rounded once."""
         if self._packed is not None:
             return self._packed.product_plus(states, addend)
         assert self._weight is not None
-        return torch.addmm(addend, states, self._weight.T)
+        return float32_products.linear(states, self._weight, addend)
 
     def changed_plus(self, states: Tensor, change: Change, addend: Tensor) -> Tensor:
         """See `LinearProduct.changed_plus`; the change is added to the sum of both."""

@@ -15,6 +15,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ..kernels.float32_products import WidenedLinear
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,9 +63,10 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Replace every bfloat16 linear layer on a CPU, in place. Returns how many were replaced.
+    """Replace every bfloat16 linear layer on a CPU, in place. Returns how many were packed.
 
-    One layer at a time, so that no second copy of the model is in memory.
+    One layer at a time, so that no second copy of the model is in memory. Where this CPU cannot
+    pack, a layer keeps its weight and multiplies many rows in float32.
     """
     count = 0
     for parent in list(model.modules()):
@@ -71,6 +74,8 @@ def pack_linears(model: nn.Module) -> int:
             if _is_packable(child):
                 setattr(parent, name, PackedLinear(child))
                 count += 1
+            elif type(child) is nn.Linear and _is_half_on_cpu(child.weight):
+                child.__class__ = WidenedLinear
     return count
 
 
@@ -81,8 +86,11 @@ def _is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 def can_pack(weight: Tensor) -> bool:
     """Whether to pack that weight: bfloat16 on a CPU that has the operators."""
-    is_half = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    return is_half and _has_operators()
+    return _is_half_on_cpu(weight) and _has_operators()
+
+
+def _is_half_on_cpu(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
 
 
 @functools.cache

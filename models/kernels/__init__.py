@@ -1,5 +1,6 @@
-"""What all Triton kernels of this project share.
+"""What all Triton kernels of this project share, and which products a CPU computes fast.
 
 triton_support.py: where kernels run, and their least sizes. self_test.py: tries a kernel on this
 machine before it is used. The kernels themselves stand next to the code that launches them.
+float32_products.py: products of bfloat16 for a CPU without such instructions.
 """

@@ -17,9 +17,9 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels import float32_products
 from ...kernels.self_test import are_usable
 from .layout import Coding
 from .weight import CodedWeight
@@ -81,7 +81,7 @@ class CodedLinear(nn.Module):
         for start in range(0, self.out_features, size):
             part = slice(start, start + size)
             decoded = weight.decode(part, dtype=rows.dtype, pairs=self._pairs)
-            products.append(F.linear(rows, decoded))
+            products.append(float32_products.linear(rows, decoded))
         return products[0] if len(products) == 1 else torch.cat(products, 1)
 
     def extra_repr(self) -> str:

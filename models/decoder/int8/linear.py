@@ -4,7 +4,8 @@
     few (decodes, also     fused Triton kernel    torch's int8 kernel    unpacked, in parts
     beside a small chunk)  (if its trial is
                            right)
-    many (a prefill)       unpacked, in parts     unpacked, in parts     unpacked, in parts
+    many (a prefill)       unpacked, in parts     unpacked, in parts;    unpacked, in parts
+                                                  float32 if faster
 
 With few rows, reading the weight dominates, and int8 halves that. With many rows arithmetic
 dominates: codes are converted to the compute dtype once for all rows, some channels at a time so
@@ -20,12 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels import float32_products
 from ...kernels.self_test import are_usable
 from .quantizer import Int8Weight
 
 # With more rows arithmetic dominates: measured on a CPU. On a GPU unpacking costs 5 bytes a weight
 # (read 1, write 2, read 2) and the fused product at most 1 for each line of 64 rows: estimated.
 FEW_ROWS_CPU = 8
+# Where bfloat16 products are slow, torch's int8 kernel is as fast as float32's up to here.
+FEW_ROWS_CPU_FLOAT32 = 16
 FEW_ROWS_CUDA = 256
 # codes to unpack at once
 CHUNK_CPU = 1 << 20
@@ -58,7 +62,10 @@ class Int8Linear(nn.Module):
     def _has_few(self, rows: Tensor) -> bool:
         if rows.device.type == "cuda":
             return len(rows) <= FEW_ROWS_CUDA and self._has_kernel
-        return len(rows) <= FEW_ROWS_CPU and rows.dtype == torch.bfloat16
+        if rows.dtype != torch.bfloat16:
+            return False
+        is_wide = float32_products.is_faster(rows)
+        return len(rows) <= (FEW_ROWS_CPU_FLOAT32 if is_wide else FEW_ROWS_CPU)
 
     def _few(self, rows: Tensor) -> Tensor:
         if rows.device.type == "cuda":
@@ -69,6 +76,8 @@ class Int8Linear(nn.Module):
         return product
 
     def _many(self, rows: Tensor) -> Tensor:
+        if float32_products.is_faster(rows):
+            return float32_products.sums(rows, self.codes).mul_(self.scales).to(rows.dtype)
         chunk = CHUNK_CUDA if rows.device.type == "cuda" else CHUNK_CPU
         size = max(1, chunk // self.in_features)
         unpacked = rows.new_empty(min(size, self.out_features), self.in_features)

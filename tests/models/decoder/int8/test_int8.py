@@ -23,6 +23,7 @@ from vlmserve.models.decoder.int8.product import (
     trial_pairs,
 )
 from vlmserve.models.decoder.int8.quantizer import Int8Weight, quantize
+from vlmserve.models.kernels import float32_products
 from vlmserve.models.kernels.self_test import TOLERANCE, _largest_error
 
 HAS_CUDA = torch.cuda.is_available()
@@ -204,12 +205,16 @@ def test_a_decode_step_has_enough_codes_in_flight_for_the_bandwidth(model) -> No
         assert lines * columns * splits / 132 * tiles_of(1).ahead_bytes >= 25_000
 
 
-def test_few_rows_of_bfloat16_take_the_int8_kernel_and_others_are_unpacked_for(monkeypatch) -> None:
+@pytest.mark.parametrize(("is_bfloat16_slow", "most"), [(False, 8), (True, 16)])
+def test_few_rows_of_bfloat16_take_the_int8_kernel_and_others_are_unpacked_for(
+    monkeypatch, is_bfloat16_slow, most
+) -> None:
     taken = []
+    monkeypatch.setattr(float32_products, "is_bfloat16_slow", lambda: is_bfloat16_slow)
     monkeypatch.setattr(Int8Linear, "_few", lambda self, rows: taken.append("few") or rows)
     monkeypatch.setattr(Int8Linear, "_many", lambda self, rows: taken.append("many") or rows)
     layer = Int8Linear(Int8Weight(torch.zeros(8, 8, dtype=torch.int8), torch.ones(8)))
-    for num_rows in (8, 9):
+    for num_rows in (most, most + 1):
         layer(torch.ones(num_rows, 8, dtype=torch.bfloat16))
     layer(torch.ones(2, 8))
     assert taken == ["few", "many", "many"]
