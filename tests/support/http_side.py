@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx2
 import msgspec
+from support.quick_routes import share_compiled_routes
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vlmserve.models.batch import AdapterInfo, AdapterRef, ImageTiles
@@ -28,6 +29,7 @@ from vlmserve.server.http.protocol import StrictProtocol
 from vlmserve.server.images.settings import ImageRequest
 from vlmserve.server.settings import ServerSettings
 
+share_compiled_routes()
 CLIENT_DEADLINE_S = 120.0
 # Reading the system's authorities takes a third of a client's start.
 NO_AUTHORITIES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
