@@ -10,7 +10,9 @@ No figure was measured on a GPU. Each term is what a row of `bench/gpu.py` measu
     sampling     argmax and copies, or top-p's passes over the vocabulary          decode/.../top-p
     host         the device waits for the next step's launch                       idle_ms
 
-Sources: data sheets, and the desk check of commit 33f2d30.
+Sources: data sheets, and the desk check of commit 33f2d30, which is where the times of a launch
+come from. What a step launches is counted in the code (`tests/bench/test_step_model.py`). The
+host's time between two passes is what `bench/between_passes.py` measures on two slow cores.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ class Code:
     has_pieces: long rows are cut for all programs. round_us: of 64 keys in a program. fused_rows:
     the most of an int8 product that unpacks no weight; int8_share: of the bandwidth. Top-p reads
     and writes the vocabulary top_p_passes times in float32, with top_p_float64 operations an entry
-    in float64, and takes window_ms for the best tokens.
+    in float64, and takes window_ms for the best tokens. sampling_starts: kernels and copies of a
+    greedy step outside its recorded pass. host_ms, host_row_ms: the device waits so long between
+    two recorded steps, and for each row.
     """
 
     name: str
@@ -69,14 +73,61 @@ class Code:
     top_p_passes: float
     top_p_float64: float
     window_ms: float
+    sampling_starts: int
+    host_ms: float
+    host_row_ms: float
 
 
-BEFORE = Code("33f2d30", False, 1.5, 64, 0.7, 40, 150, 0.6)
-TODAY = Code("today", True, 0.6, 256, 0.75, 12, 0, 0.15)
+# what a recorded pass of text launches: for each layer with self-attention, and once
+LAYER_LAUNCHES = {
+    "aten::linear": 4,
+    "add_norm_kernel": 2,
+    "rotate_and_write_kernel": 1,
+    "attend_kernel": 1,
+    "merge_kernel": 1,
+    "silu_gated_kernel": 1,
+}
+STEP_LAUNCHES = {
+    "aten::embedding": 1,
+    "aten::to": 3,
+    "aten::mul": 3,
+    "aten::cat": 1,
+    "aten::cos": 1,
+    "aten::sin": 1,
+    "aten::rms_norm": 1,
+}
+# a greedy step's, after its pass and the product of the head
+SAMPLING_LAUNCHES = {
+    "aten::to": 1,
+    "aten::max": 1,
+    "aten::sub": 1,
+    "aten::ne": 1,
+    "aten::masked_fill_": 1,
+}
+NUM_COPIES = 2  # the inputs up, the tokens down
+
+BEFORE = Code("33f2d30", False, 1.5, 64, 0.7, 40, 150, 0.6, 13, 0.34, 0.01)
+TODAY = Code(
+    name="today",
+    has_pieces=True,
+    round_us=0.6,
+    fused_rows=256,
+    int8_share=0.75,
+    top_p_passes=12,
+    top_p_float64=0,
+    window_ms=0.15,
+    sampling_starts=sum(SAMPLING_LAUNCHES.values()) + NUM_COPIES,
+    host_ms=0.09,
+    host_row_ms=0.0025,
+)
 
 PRODUCT_US, SMALL_US, ATTENTION_US = 4.3, 2.7, 3.0  # starts and ends of kernels in a graph
-SMALL_A_LAYER, PRODUCTS_A_LAYER = 7, 4
-HOST_MS, HOST_ROW_MS, EAGER_MS, COPIES_MS = 0.34, 0.01, 9.0, 0.1
+PRODUCTS_A_LAYER = LAYER_LAUNCHES["aten::linear"]
+SMALL_A_LAYER = sum(LAYER_LAUNCHES.values()) - PRODUCTS_A_LAYER - LAYER_LAUNCHES["attend_kernel"]
+# a step that is planned after the last one's tokens; the host alone, of a step that is not recorded
+HOST_MS, HOST_ROW_MS, EAGER_MS = 0.34, 0.01, 9.0
+# of the desk check's 0.1 ms for sampling, copies and a graph's launch: all but the 13 starts
+SAMPLING_MS = 0.1 - 13 * SMALL_US / 1e3
 
 
 @dataclass(slots=True, frozen=True)
@@ -128,18 +179,19 @@ def terms(card: Card, code: Code, step: Step, quantize: str | None = None) -> di
     rounds = min(longest, piece) / 64
     reading = step.num_keys * key_bytes / card.bytes_per_s
     attention = num_layers * (ATTENTION_US / 1e6 + max(reading, rounds * code.round_us / 1e6))
-    small = num_layers * SMALL_A_LAYER * SMALL_US / 1e6
+    small = (num_layers * SMALL_A_LAYER + sum(STEP_LAUNCHES.values())) * SMALL_US / 1e6
     small += num_layers * tokens * 10 * text.hidden_size * 2 / card.bytes_per_s
-    sampling = COPIES_MS / 1e3 + step.rows * text.vocab_size * 4 / card.bytes_per_s
+    sampling = SAMPLING_MS / 1e3 + code.sampling_starts * SMALL_US / 1e6
+    sampling += step.rows * text.vocab_size * 4 / card.bytes_per_s
     if step.top_p:
         entries = step.rows * text.vocab_size
         sampling += code.top_p_passes * entries * 4 / card.bytes_per_s + code.window_ms / 1e3
         sampling += code.top_p_float64 * entries / card.float64_per_s
     found = {"products": products, "attention": attention, "small": small, "sampling": sampling}
     milliseconds = {name: 1e3 * seconds for name, seconds in found.items()}
-    host = HOST_MS + HOST_ROW_MS * step.rows
+    host = code.host_ms + code.host_row_ms * step.rows
     if step.chunk:  # an eager step: the device waits where the host launches more slowly
-        host = max(host, EAGER_MS - sum(milliseconds.values()))
+        host = max(HOST_MS + HOST_ROW_MS * step.rows, EAGER_MS - sum(milliseconds.values()))
     return milliseconds | {"host": host}
 
 

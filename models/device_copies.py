@@ -100,7 +100,8 @@ def upload_together(arrays: Sequence[NDArray[Any]], device: torch.device) -> lis
 
 def fetch(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
     """The values of tensors on one device, by one copy; waits for it."""
-    flat = torch.cat([_bytes_of(tensor) for tensor in tensors])
+    parts = [_bytes_of(tensor) for tensor in tensors]
+    flat = parts[0] if len(parts) == 1 else torch.cat(parts)
     packed, arrays, start = _to_host(flat), [], 0
     for tensor in tensors:
         end = start + tensor.numel() * tensor.element_size()
