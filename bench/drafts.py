@@ -3,10 +3,13 @@
     python bench/checkpoints.py m100 --out m100
     OMP_NUM_THREADS=2 python bench/drafts.py --checkpoint m100 --dtype bfloat16
 
-The scheduler and the runner alone, without a server. Two tasks: `repeats`, greedy answers of eight
-allowed tokens, which soon repeat themselves, so that most drafts are right; and `free`, answers at
-temperature 1, in which almost none is. A random checkpoint cannot copy from a prompt, so the share
-of right drafts is the task's, not that of a trained model: it is printed beside each figure.
+The scheduler and the runner alone, without a server. Two tasks of greedy answers to random prompts:
+
+    copies   drafts are the answer itself, known from a run before, of which `--wrong` are spoilt: a
+             random checkpoint cannot copy from a prompt, so the share of right drafts is set here,
+             not reached by prompt lookup; how many drafts a step has is the server's own choice
+    free     prompt lookup as in the server; almost no draft is right, so this is what it costs
+
 Medians over the rounds, and of the rounds' ratios. The last line is one JSON document.
 """
 
@@ -15,20 +18,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from engine_requests import Loop, open_runner
 from processes import BUNDLED, arguments, numbers, print_document
-from vlmserve.models.batch import SamplingParams
 from vlmserve.models.execution.runner import ModelRunner
+from vlmserve.router.scheduler.drafts.draft_source import DraftSource
 from vlmserve.router.scheduler.interface import DraftCounts, SchedulerLimits
 
-TASKS = {
-    "repeats": SamplingParams(temperature=0.0, allowed_token_ids=tuple(range(100, 108))),
-    "free": SamplingParams(seed=1),
-}
+TASKS = ("copies", "free")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,10 +40,28 @@ def parse_arguments() -> argparse.Namespace:
         device="auto",
         concurrency="1,4,16",
         drafts=(8, "--num-speculative-tokens"),
+        wrong=(0.1, "share of spoilt drafts of the task `copies`"),
         prompt=(48, "tokens of a prompt"),
         answer=(128, "tokens of an answer"),
         rounds=5,
     )
+
+
+class KnownAnswer(DraftSource):
+    """Drafts from an answer that is known already, some of them spoilt."""
+
+    __slots__ = ("_answer", "_num_prompt", "_rng", "_wrong")
+
+    def __init__(self, answer: list[int], args: argparse.Namespace, vocab_size: int) -> None:
+        super().__init__(args.drafts, vocab_size)
+        self._answer, self._num_prompt, self._wrong = answer, args.prompt, args.wrong
+        self._rng = np.random.default_rng(0)
+
+    def _from_text(self, token_ids: Sequence[int], most: int) -> list[int]:
+        self._index.catch_up(token_ids)  # as prompt lookup does
+        place = len(token_ids) - self._num_prompt
+        drafts = self._answer[place : place + min(most, self._length.take())]
+        return [one ^ int(self._rng.random() < self._wrong) for one in drafts]
 
 
 @dataclass(slots=True)
@@ -65,9 +84,7 @@ class Runs:
         self.counts, self.num_steps = loop.scheduler.counts().drafts, num_steps
 
 
-def loop_of(
-    runner: ModelRunner, args: argparse.Namespace, num_seqs: int, task: str, num_drafts: int
-) -> Loop:
+def loop_of(runner: ModelRunner, args: argparse.Namespace, num_seqs: int, num_drafts: int) -> Loop:
     """The same requests each time, so that both ways compute the same answers."""
     limits = SchedulerLimits(
         max_num_seqs=num_seqs,
@@ -79,19 +96,35 @@ def loop_of(
     )
     loop = Loop(runner, limits, np.random.default_rng(0))
     for number in range(num_seqs):
-        loop.add(str(number), args.prompt, args.answer, sampling=TASKS[task])
+        loop.add(str(number), args.prompt, args.answer)
     return loop
+
+
+def answers_of(loop: Loop, num_prompt: int) -> dict[str, list[int]]:
+    """Run a loop to its end; the answers by sequence."""
+    batch = loop.plan()
+    loop.scheduler.update(loop.runner.execute(batch))
+    sequences = loop.scheduler.take_started()
+    Runs().take(loop, 0)
+    return {one.sequence_id: one.token_ids[num_prompt:] for one in sequences}
 
 
 def measure(
     runner: ModelRunner, args: argparse.Namespace, num_seqs: int, task: str
 ) -> dict[str, float]:
     """Both ways in turns; the one that goes first changes with the round."""
+    answers = answers_of(loop_of(runner, args, num_seqs, 0), args.prompt)
     runs = {0: Runs(), args.drafts: Runs()}
     for number in range(args.rounds):
         for num_drafts in sorted(runs, reverse=bool(number % 2)):
-            loop = loop_of(runner, args, num_seqs, task, num_drafts)
-            runs[num_drafts].take(loop, num_seqs * args.answer)
+            loop = loop_of(runner, args, num_seqs, num_drafts)
+            # The prompts are computed before the clock starts.
+            loop.scheduler.update(loop.runner.execute(loop.plan()))
+            for sequence in loop.scheduler.take_started() if num_drafts else ():
+                if task == "copies":
+                    answer = answers[sequence.sequence_id]
+                    sequence.drafts = KnownAnswer(answer, args, runner.info.vocab_size)
+            runs[num_drafts].take(loop, num_seqs * (args.answer - 1))
     return figures(runs[0], runs[args.drafts])
 
 

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 from support.oracle import PROMPTS, Blocks, Request, join, runner, schedule
+from support.stepped import SteppedEngine
 
 from vlmserve.models import bundled
 from vlmserve.models.batch import SamplingParams, StepResult
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.grammar import Grammars
 from vlmserve.models.sampling.verification import drafts_of
+from vlmserve.router.messages import AddRequest
 
 NUM_TOKENS = 6
 CHOICES = {
@@ -102,3 +104,53 @@ def test_the_drafts_are_a_row_s_last_tokens() -> None:
     row = schedule(request, 5, Blocks(model.info.pools)).sequences[0]
     assert drafts_of(row) == []
     assert drafts_of(replace(row, num_drafts=2)) == request.token_ids[3:5]
+
+
+FEW = tuple(range(90, 96))
+WISHES = [
+    SamplingParams(temperature=0.0, allowed_token_ids=FEW),
+    SamplingParams(temperature=0.7, seed=1, allowed_token_ids=FEW),
+    SamplingParams(temperature=0.0, frequency_penalty=0.05, allowed_token_ids=FEW),
+    SamplingParams(temperature=0.0, repetition_penalty=1.1, presence_penalty=0.1, top_k=3),
+    SamplingParams(
+        temperature=0.0, allowed_token_ids=FEW, banned_sequences=((91, 92), (90, 90, 90))
+    ),
+    SamplingParams(seed=2, top_p=0.9, logit_bias=((90, 6.0), (91, 6.0)), min_tokens=9),
+]
+GRAMMAR = '{"grammars": [{"json_schema": {"type": "array", "items": {"const": "the same"}}}]}'
+
+
+def answers_with(num_drafts: int, num_text_blocks: int) -> tuple[dict[str, list[int]], int]:
+    """The answers to all wishes together and how many drafts were right."""
+    model = runner("tiny", num_text_blocks)
+    model.grammars = Grammars(bundled.CHECKPOINT, model.info.vocab_size)
+    limits = {"num_speculative_tokens": num_drafts, "max_num_batched_tokens": 24}
+    engine = SteppedEngine(model, limits)
+    for number, sampling in enumerate([*WISHES, SamplingParams(temperature=0.0)]):
+        request = AddRequest(
+            request_id=str(number),
+            prompt_token_ids=[90, 91, 92] * 4,
+            sampling=sampling,
+            max_tokens=30,
+            stop_token_ids=[90] if sampling.min_tokens else [],
+            grammar=GRAMMAR if number == len(WISHES) else None,
+        )
+        engine.add(request)
+        if request.grammar is not None:
+            matcher = model.compile_grammar(GRAMMAR, [])
+            engine.scheduler.make_ready(engine.sequences[request.request_id], matcher)
+    engine.run()
+    engine.assert_all_free()
+    assert (engine.scheduler.snapshot().num_preemptions > 0) == (num_text_blocks < 100)
+    answers = {name: engine.generated(name) for name in engine.sequences}
+    return answers, engine.scheduler.counts().drafts.num_accepted
+
+
+def test_answers_with_drafts_are_those_without_in_any_company() -> None:
+    expected, num_right = answers_with(0, 200)
+    assert num_right == 0
+    assert len(expected["5"]) < 30, "no answer ends at a stop token"
+    for num_text_blocks in (200, 14):
+        answers, num_right = answers_with(6, num_text_blocks)
+        assert answers == expected
+        assert num_right > 20
