@@ -7,8 +7,8 @@ places, fewer are kept in memory, and some are unloaded meanwhile.
 What each must answer is what it answers alone: on roomy pools, with no cache and no company. A
 greedy one with an adapter must answer what the merged model answers. With drafts, requests have
 stop tokens, penalties and grammars too, and the one alone has no drafts. Where the first other
-token of a greedy answer is the oracle's second best by less than 1e-4, rounding decided between
-them: such excuses are counted.
+token of a greedy answer is the oracle's second best by less than 1e-4, or a random number lies
+within 1e-6 of the other token's part, rounding decided between them: such excuses are counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from msgspec.structs import replace
 from support.adapters import MIXED
-from support.oracle import count_excuses, image, loaded, oracle, prompt
+from support.oracle import EXCUSED_GAP, count_excuses, image, loaded, oracle, prompt
+from support.soak_requests import is_plain, recorded_gaps, with_more
 from support.stepped import MAX_MODEL_LEN, SteppedEngine
 from transformers import MllamaForConditionalGeneration
 
@@ -58,6 +59,7 @@ TIMEOUT_S = 3600.0
 # Places, and the memory of about three adapters, for eight.
 MAX_LORAS, ADAPTER_BYTES = 2, 400_000
 MAX_RANK = 8
+EXCUSED_DRAW = 1e-6
 
 
 @dataclass
@@ -239,7 +241,7 @@ class Soak:
             priority=int(rng.choice([0, 0, 0, 1])),
             adapter=self._refs[rng.integers(len(self._refs))],
         )
-        return _with_more(drawn, rng) if self._has_drafts else drawn
+        return with_more(drawn, rng) if self._has_drafts else drawn
 
     def _check_pools(self) -> None:
         scheduler = self.engine.scheduler
@@ -270,31 +272,49 @@ class Soak:
                 self._check_answer(solo, answer, alone)
 
     def _check_answer(self, request: AddRequest, answer: Answer, alone: ModelRunner) -> None:
-        caches_off = {"prefix_cache": False, "image_cache": False}
-        solo = SteppedEngine(alone, caches_off | {"max_loras": 1})
-        solo.add(request)
-        if request.adapter is not None:
-            assert alone.adapters is not None
-            part = alone.adapters.read(request.adapter)
-            solo.scheduler.make_ready(solo.sequences[request.request_id], part)
-        if request.grammar is not None:
-            matcher = alone.compile_grammar(request.grammar, request.eos_token_ids)
-            solo.scheduler.make_ready(solo.sequences[request.request_id], matcher)
+        solo = solo_of(alone, request)
         solo.run()
         expected = solo.generated(request.request_id)
         if answer.ending == "abort":
             expected = expected[: len(answer.token_ids)]
         is_other = answer.token_ids != expected
-        is_plain = request.sampling.is_greedy and _is_plain(request)
-        if is_other:
-            assert is_plain, f"{request.request_id}: {answer.token_ids}, alone {expected}"
-        if is_other or (request.adapter is not None and is_plain):
+        is_oracles = request.sampling.is_greedy and is_plain(request)
+        if is_other and not is_oracles:
+            self._excuse(solo_of(alone, request), request, answer, expected)
+        elif is_other or (request.adapter is not None and is_oracles):
             whole = prompt(request.request_id, "x")
             whole.token_ids, whole.images = request.prompt_token_ids, request.images
             whole.spans = request.spans
             model = None if request.adapter is None else merged(request.adapter.name)
             self.report.num_excuses += count_excuses(LAYOUT, whole, answer.token_ids, model)
             self.report.num_adapted += request.adapter is not None
+
+    def _excuse(
+        self, solo: SteppedEngine, request: AddRequest, answer: Answer, expected: list[int]
+    ) -> None:
+        """Count an answer whose first other token was chosen by rounding. Asserts that it was."""
+        with recorded_gaps() as gaps:
+            solo.run()
+        pairs = enumerate(zip(answer.token_ids, expected, strict=False))
+        place = next(place for place, (one, other) in pairs if one != other)
+        most = EXCUSED_GAP if request.sampling.is_greedy else EXCUSED_DRAW
+        message = f"{request.request_id}: {answer.token_ids}, alone {expected}, {gaps[place]}"
+        assert gaps[place] <= most, message
+        self.report.num_excuses += 1
+
+
+def solo_of(alone: ModelRunner, request: AddRequest) -> SteppedEngine:
+    """An engine with this request alone, ready to run: no caches, no drafts."""
+    solo = SteppedEngine(alone, {"prefix_cache": False, "image_cache": False, "max_loras": 1})
+    solo.add(request)
+    sequence = solo.sequences[request.request_id]
+    if request.adapter is not None:
+        assert alone.adapters is not None
+        solo.scheduler.make_ready(sequence, alone.adapters.read(request.adapter))
+    if request.grammar is not None:
+        matcher = alone.compile_grammar(request.grammar, request.eos_token_ids)
+        solo.scheduler.make_ready(sequence, matcher)
+    return solo
 
 
 def runner_on(pools: PoolSizes, max_loras: int) -> ModelRunner:
@@ -309,44 +329,6 @@ def runner_on(pools: PoolSizes, max_loras: int) -> ModelRunner:
 def _grammars() -> Grammars:
     """Of the bundled tokenizer: the layout has as many tokens, and no tokenizer."""
     return Grammars(bundled.CHECKPOINT, loaded(LAYOUT).text_config.vocab_size)
-
-
-GRAMMARS = (
-    '{"grammars": [{"json_schema": {"type": "object", "properties": {"first name": {"type": '
-    '"string", "maxLength": 4}, "age": {"type": "integer"}}, "required": ["first name", "age"]}}]}',
-    '{"grammars": [{"json_schema": {"type": "array", "items": {"enum": ["yes, it is", "no"]}}}]}',
-)
-
-
-def _with_more(request: AddRequest, rng: np.random.Generator) -> AddRequest:
-    """With what drafts must respect; the prompt's text often comes twice."""
-    sampling = replace(
-        request.sampling,
-        frequency_penalty=float(rng.choice([0.0, 0.0, 0.0, 0.3])),
-        min_tokens=int(rng.choice([0, 0, 4])),
-        logit_bias=((101, 3.0),) if rng.random() < 0.1 else (),
-        num_logprobs=1 if rng.random() < 0.1 else None,
-    )
-    token_ids = request.prompt_token_ids
-    if not request.images and rng.random() < 0.7:
-        token_ids = (token_ids * 3)[:30]
-    is_formed = rng.random() < 0.2
-    return replace(
-        request,
-        prompt_token_ids=token_ids,
-        sampling=sampling,
-        max_tokens=min(2 * request.max_tokens, MAX_MODEL_LEN - len(token_ids)),
-        stop_token_ids=rng.integers(0, 700, 8).tolist() if rng.random() < 0.3 else [],
-        grammar=str(rng.choice(GRAMMARS)) if is_formed else None,
-        eos_token_ids=[753] if is_formed else [],
-    )
-
-
-def _is_plain(request: AddRequest) -> bool:
-    """Whether the likeliest tokens are those of the logits alone."""
-    sampling = request.sampling
-    is_changed = sampling.has_penalties or sampling.logit_bias or sampling.min_tokens
-    return not is_changed and request.grammar is None
 
 
 @functools.cache
