@@ -159,18 +159,23 @@ def variables_of(options: Mapping[str, Any]) -> dict[str, str]:
         if name not in known:
             raise ValueError(f"{name} is not an option of vlmserve serve: see docs/settings.md")
     return {
-        variable_of(name): _text_of(value) for name, value in options.items() if value is not None
+        variable_of(name): _text_of(name, value)
+        for name, value in options.items()
+        if value is not None
     }
 
 
-def _text_of(value: Any) -> str:
-    """A value as an environment variable has it."""
+def _text_of(name: str, value: Any) -> str:
+    """A value as an environment variable has it. Raises ValueError for a list it cannot have."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, Mapping):
         return ",".join(f"{key}={item}" for key, item in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return " ".join(map(str, value))
+        texts = [str(item) for item in value]
+        if any(len(text.split()) != 1 for text in texts):
+            raise ValueError(f"{name}: a value on Ray is not empty and contains no blank")
+        return " ".join(texts)
     return str(value)
 
 

@@ -74,6 +74,27 @@ def test_later_turns_find_their_picture_and_no_replica_has_far_more_than_the_mea
     assert max(load.values()) <= 1.5 * sum(load.values()) / 3
 
 
+def test_requests_of_an_adapter_stay_at_one_replica_and_none_is_loaded_by_a_request(running):
+    """A load would reach one replica only, so its route is not served."""
+
+    async def run():
+        async with running.client() as client:
+            body = chat("Thank you!", max_tokens=16) | {"model": "german"}
+            answers = [await client.post("/v1/chat/completions", json=body) for _ in range(6)]
+            other = await client.post("/v1/chat/completions", json=body | {"model": MODEL})
+            load = {"lora_name": "a", "lora_path": "a"}
+            loaded = await client.post("/v1/load_lora_adapter", json=load)
+            return answers, other, loaded, (await client.get("/v1/models")).json()["data"]
+
+    answers, other, loaded, models = asyncio.run(run())
+    said = {one.json()["choices"][0]["message"]["content"] for one in answers}
+    assert said == {"Gern geschehen."}
+    assert other.json()["choices"][0]["message"]["content"] == "You are welcome."
+    assert len({one.headers["X-Replica"] for one in answers}) == 1
+    assert loaded.status_code == 404
+    assert [(one["id"], one["parent"]) for one in models] == [(MODEL, None), ("german", MODEL)]
+
+
 def test_greedy_answers_are_those_of_one_server(running, tmp_path):
     prompts = [f"What is the number {number}?" for number in range(6)]
 

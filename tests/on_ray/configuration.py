@@ -78,9 +78,28 @@ def test_options_become_the_variables_of_the_server():
     }
 
 
+def test_adapters_reach_every_replica_and_their_names_the_ingress(tmp_path):
+    """Otherwise requests of one adapter would not prefer one replica."""
+    options = {"lora": ["a=/x/a", '{"name":"b","path":"org/b"}'], "lora_source": str(tmp_path)}
+    application = app({"options": options | {"lora_refresh": 1, "max_loras": 2}})
+    variables = engine_of(application).init_args[0]
+    assert variables["VLMSERVE_LORA"] == 'a=/x/a {"name":"b","path":"org/b"}'
+    assert variables["VLMSERVE_LORA_SOURCE"] == str(tmp_path)
+    assert variables["VLMSERVE_LORA_REFRESH"] == "1"
+    assert application._bound_deployment.init_args[2] == {"a", "b"}
+    # and a node's own variable cannot switch on the routes that would reach one replica only
+    assert variables["VLMSERVE_ALLOW_LORA_UPDATES"] == variables["VLMSERVE_LORA_ROOT"] == ""
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        ({"options": {"lora": ["a=/x y"]}}, "lora: a value on Ray .* contains no blank"),
+        ({"options": {"lora": ["a"]}}, "--lora 'a': give NAME=FOLDER"),
+        (
+            {"options": {"allow_lora_updates": True}},
+            "allow_lora_updates does not apply on Ray: a request would reach one replica only",
+        ),
         ({"options": {"port": 1}}, "port does not apply on Ray: the port is Serve's"),
         ({"options": {"max_seqs": 1}}, "max_seqs is not an option of vlmserve serve"),
         ({"replicas": 0}, "replicas"),

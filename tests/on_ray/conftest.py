@@ -23,14 +23,16 @@ from vlmserve.server.ray.application import app
 
 KEY = "on-ray"
 MODEL = "vlmserve-tiny-vision"
+ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {
+    "lora": [f"german={ROOT / 'examples' / 'german'}"],
     "dtype": "float32",
     "device": "cpu",
     "spare_engine": False,
     "kv_cache_memory": "128MiB",
     "num_threads": 1,
 }
-CERTIFICATE = str(Path(__file__).resolve().parents[1] / "data" / "tls_test_only.pem")
+CERTIFICATE = str(ROOT / "tests" / "data" / "tls_test_only.pem")
 NODE = {
     "node_ip_address": "127.0.0.1",
     "num_cpus": 2,

@@ -9,11 +9,14 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support.adapters import MIXED
+from support.coded_checkpoints import FORMS
+from support.coded_checkpoints import write as write_coded
 from support.oracle import (
     BLOCK_SIZE,
     Request,
@@ -203,6 +206,27 @@ def test_adapters_are_added_to_quantized_weights(refs, quantize):
         assert error < 0.15
         if request.adapter:
             assert change > 3 * error
+
+
+@pytest.mark.parametrize("form", ["nf4-nested", "gptq-act-order", "fp8-channel", "w8a8"])
+def test_adapters_on_a_quantized_checkpoint_equal_those_on_its_dequantized_weights(
+    refs, form, tmp_path
+):
+    """nf4-nested is what QLoRA trains on."""
+    folders = write_coded(Path(checkpoint(LAYOUT)), FORMS[form], tmp_path)
+    batch = [one for one in requests(refs, ["", "all", "text"]) if one.request_id[:3] != "two"]
+    coded, plain = (
+        prefill_logits(runner_of(load_model(one, "cpu", "float32"), refs), again(batch), 5)
+        for one in folders
+    )
+    for name, logits in plain.items():
+        torch.testing.assert_close(coded[name], logits, atol=TOLERANCE, rtol=TOLERANCE)
+    base = prefill_logits(
+        runner_of(load_model(folders[0], "cpu", "float32"), refs), again(batch, False), 5
+    )
+    for one in batch:
+        change = (coded[one.request_id] - base[one.request_id]).abs().max()
+        assert (change > 1e-2) == bool(one.adapter)
 
 
 def again(batch: Sequence[Request], keeps_adapters: bool = True) -> list[Request]:

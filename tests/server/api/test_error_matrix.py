@@ -8,7 +8,7 @@ import copy
 import functools
 import random
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from support.http_side import (
@@ -22,7 +22,10 @@ from support.http_side import (
 )
 from support.schema_cases import cases_of
 
+from vlmserve.models.lora.files import CONFIG, WEIGHTS
+from vlmserve.server.adapters.settings import AdapterSettings
 from vlmserve.server.app import ROUTES
+from vlmserve.server.routes import adapters
 from vlmserve.server.structured_output.compile_checks import GrammarChecks
 
 TOKENIZER = meta_like_tokenizer()
@@ -37,7 +40,10 @@ BASES = {
     "MessagesRequest": {"model": MODEL, "max_tokens": 8, "messages": [TURN]},
     "CountTokensRequest": {"model": MODEL, "messages": [TURN]},
     "ResponsesRequest": {"model": MODEL, "input": "What"},
+    "LoadAdapterRequest": {"lora_name": "new", "lora_path": "good", "load_inplace": True},
+    "UnloadAdapterRequest": {"lora_name": "new"},
 }
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 URL = "https://host/a.png"
 # Structs whose rules between fields ask for more than their required ones.
 SAMPLES = {
@@ -60,19 +66,37 @@ REFUSED_NULLS = {
     "MessagesRequest": r"(?!)",
     "CountTokensRequest": r"(?!)",
     "ResponsesRequest": r"input\[0\]\.(role|content)",
+    "LoadAdapterRequest": r"(?!)",
+    "UnloadAdapterRequest": r"(?!)",
     "StackChatRequest": r"model_id|messages\[0\]\.(content|context)(\[0\])?\.(text|image\.uri)",
 }
 ANTHROPIC = ("MessagesRequest", "CountTokensRequest")
 KINDS = ("missing", "null", "type", "range", "choice", "unknown")
-POSTS = [one for group in ROUTES for one in group.endpoints if one.body is not None]
+# The adapters' routes are served with --allow-lora-updates only.
+SERVED = [*ROUTES, adapters.ROUTES]
+ADAPTERS = ("LoadAdapterRequest", "UnloadAdapterRequest")
+WITHOUT_CHOICES = ("CompletionRequest", "DetokenizeRequest", *ADAPTERS)
+POSTS = [one for group in SERVED for one in group.endpoints if one.body is not None]
 # The first path of each body takes every case, the others a sample of them.
 FIRST = {one.body: one.path for one in reversed(POSTS)}
 
 
+@dataclass(frozen=True)
+class Folders:
+    """What a server is started with. root: the folder of adapters."""
+
+    checkpoint: str
+    root: str
+
+
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def server(tmp_path_factory):
     """Without a template: Meta's format takes every conversation that the schemas take."""
-    return write_checkpoint(tmp_path_factory.mktemp("matrix"), None)
+    root = tmp_path_factory.mktemp("adapters")
+    (root / "good").mkdir()
+    (root / "good" / CONFIG).write_text("{}")
+    (root / "good" / WEIGHTS).write_text("good")
+    return Folders(write_checkpoint(tmp_path_factory.mktemp("matrix"), None), str(root))
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +115,7 @@ def test_every_post_route_is_in_the_matrix():
         cases = all_cases(body)
         assert {case.kind for case in cases} >= {"null", "type", "unknown"}
         assert {case.field for case in cases} >= set(body.__struct_fields__)
-        has_choices = body.__name__ not in ("CompletionRequest", "DetokenizeRequest")
+        has_choices = body.__name__ not in WITHOUT_CHOICES
         assert not has_choices or len([case for case in cases if case.kind == "choice"]) > 2
 
 
@@ -141,7 +165,15 @@ def with_turns_that_fit(schema, body):
     return body
 
 
-def send(checkpoint, path, body, cases, unknown_fields="refuse"):
+async def make_ready(client, schema):
+    """Serve the adapter new before it is unloaded, and not before it is loaded."""
+    if schema == "LoadAdapterRequest":
+        await client.post(UNLOAD, json=BASES["UnloadAdapterRequest"])
+    elif schema == "UnloadAdapterRequest":
+        await client.post(LOAD, json=BASES["LoadAdapterRequest"])
+
+
+def send(server, path, body, cases, unknown_fields="refuse"):
     """The answers to all cases, from one server, which then still answers a good body."""
 
     schema = body.__name__
@@ -151,8 +183,14 @@ def send(checkpoint, path, body, cases, unknown_fields="refuse"):
         text = "safe" if is_guard else "What?"
         engine = ScriptedEngine(lambda request: tokens_one_by_one(TOKENIZER, text))
         options = {"unknown_fields": unknown_fields, "task": "moderation" if is_guard else "auto"}
-        async with client_of(checkpoint, engine, **options) as client:
-            answers = [await client.post(path, json=completed(schema, case)) for case in cases]
+        if schema in ADAPTERS:
+            options["adapters"] = AdapterSettings(allow_lora_updates=True, lora_root=server.root)
+        answers = []
+        async with client_of(server.checkpoint, engine, **options) as client:
+            for case in cases:
+                await make_ready(client, schema)
+                answers.append(await client.post(path, json=completed(schema, case)))
+            await make_ready(client, schema)
             assert (await client.post(path, json=BASES[schema])).status_code == 200
             assert engine.open == set()
             return answers
@@ -187,9 +225,9 @@ def problem_of(schema, case, answer):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("body", list(FIRST), ids=lambda body: body.__name__)
-def test_every_field_is_judged_and_named(checkpoint, body, kind):
+def test_every_field_is_judged_and_named(server, body, kind):
     cases = [case for case in all_cases(body) if case.kind == kind]
-    answers = send(checkpoint, FIRST[body], body, cases)
+    answers = send(server, FIRST[body], body, cases)
     problems = {
         (case.field, str(case.body)[:150]): problem
         for case, answer in zip(cases, answers, strict=True)
@@ -199,13 +237,13 @@ def test_every_field_is_judged_and_named(checkpoint, body, kind):
 
 
 @pytest.mark.parametrize("body", list(FIRST), ids=lambda body: body.__name__)
-def test_by_default_unknown_fields_are_reported_and_the_others_judged_alike(checkpoint, body):
+def test_by_default_unknown_fields_are_reported_and_the_others_judged_alike(server, body):
     schema = body.__name__
     cases = all_cases(body)
     unknown = [replace(case, is_neutral=True) for case in cases if case.kind == "unknown"]
     others = [case for case in cases if case.kind != "unknown"]
     others = random.Random(schema).sample(others, min(40, len(others)))
-    answers = send(checkpoint, FIRST[body], body, [*unknown, *others], "report")
+    answers = send(server, FIRST[body], body, [*unknown, *others], "report")
     problems = {}
     for case, answer in zip(unknown, answers, strict=False):
         # A result stands behind the turn that `completed` puts before it.
@@ -221,11 +259,11 @@ def test_by_default_unknown_fields_are_reported_and_the_others_judged_alike(chec
 
 
 @pytest.mark.parametrize("path", [one.path for one in POSTS if one.path != FIRST[one.body]])
-def test_sibling_paths_judge_alike(checkpoint, path):
+def test_sibling_paths_judge_alike(server, path):
     (body,) = [one.body for one in POSTS if one.path == path]
     cases = random.Random(path).sample(all_cases(body), 12)
-    answers = send(checkpoint, path, body, cases)
-    first = send(checkpoint, FIRST[body], body, cases)
+    answers = send(server, path, body, cases)
+    first = send(server, FIRST[body], body, cases)
     for case, answer, other in zip(cases, answers, first, strict=True):
         assert answer.status_code == other.status_code, case
         if answer.status_code == 400:
