@@ -17,6 +17,7 @@ import torch
 from ..batch import (
     AdapterInfo,
     AdapterRef,
+    MayStart,
     ModelInfo,
     OnLaunch,
     ScheduledSequence,
@@ -24,6 +25,7 @@ from ..batch import (
     StepResult,
     TokenMatcher,
     ignore,
+    never,
 )
 from ..create_runner import create_runner
 from ..errors import ModelError, StepError
@@ -113,8 +115,8 @@ class ParallelRunner:
         """See `ModelRunner.compile_grammar`; only the first rank applies grammars."""
         return self._local.compile_grammar(grammar, eos_token_ids, tenant)
 
-    def prepare(self, rows: Sequence[ScheduledSequence]) -> None:
-        """See `ModelRunner.prepare`; the other ranks get their rows with the step."""
+    def prepare(self, rows: Sequence[ScheduledSequence], may_start: MayStart = never) -> None:
+        """See `ModelRunner.prepare`; no pass is started: other ranks get their rows with a step."""
         self._local.prepare(rows)
 
     def execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:

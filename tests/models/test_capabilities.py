@@ -13,11 +13,14 @@ import pytest
 import torch
 from triton.runtime.errors import PTXASError
 
+from vlmserve.models import create_runner
 from vlmserve.models.attention import Geometry, choice, triton_paged
 from vlmserve.models.attention.choice import choose_backend
 from vlmserve.models.attention.triton_paged import MIN_DOT, TritonBackend, keys_at_once
+from vlmserve.models.errors import ModelError
 from vlmserve.models.execution.graphs.eligibility import why_not_with
 from vlmserve.models.kernels.self_test import are_usable
+from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.models.weights.device_choice import choose_dtype
 
 GPU = torch.device("cuda", 0)
@@ -108,3 +111,14 @@ def test_a_kernel_that_the_chip_refuses_falls_back_with_its_reason(
     assert f"not triton: {reason}" in caplog.messages[0]
     assert caplog.messages[1].startswith("norms use torch's operations: ")
     assert ("PTXASError" in caplog.messages[1]) is gets.has_kernels
+
+
+def test_float32_on_a_gpu_uses_no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patch embedding is a convolution, for which torch allows TF32 by default."""
+    monkeypatch.setattr(create_runner, "choose_device", lambda name: GPU)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with pytest.raises(ModelError):
+        create_runner.create_runner("no folder", RunnerConfig(dtype="float32"))
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32

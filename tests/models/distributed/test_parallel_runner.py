@@ -32,8 +32,16 @@ from support.polling import wait_until
 from support.running import MODEL_NAME, serving
 from support.thread_ranks import ThreadGroup, on_ranks
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
-from vlmserve.models.batch import BlockCopy, CrossSegment, PoolSizes, ScheduledSequence, StepBatch
+from vlmserve.models.batch import (
+    BlockCopy,
+    CrossSegment,
+    PoolSizes,
+    ScheduledSequence,
+    StepBatch,
+    never,
+)
 from vlmserve.models.bundled.pictures import data_url, draw, random_scene
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.decoder.decoder import is_fused
@@ -47,6 +55,7 @@ from vlmserve.models.kv_cache.pool_sizes import PoolPlan
 from vlmserve.models.memory import sizing
 from vlmserve.models.memory.available import AvailableMemory
 from vlmserve.models.settings.runner_config import RunnerConfig
+from vlmserve.models.tensor_parallel.group import DistributedGroup
 from vlmserve.models.tensor_parallel.plan import Side, check_size, cut_linears, narrow, rank_slice
 from vlmserve.models.weights.loader import LoadedModel, load, load_model, open_checkpoint
 
@@ -295,6 +304,34 @@ def test_a_step_that_is_refused_goes_on_and_one_that_fails_ends_the_process() ->
     with pytest.raises(StepError, match="one rank only"):
         failed.execute(StepBatch())
     assert deaths == ["the ranks are out of step"]
+
+
+def test_a_rank_starts_no_pass_that_the_others_do_not_have() -> None:
+    """It would wait in its first sum for ranks that have no step."""
+
+    class Local(FailingRunner):
+        def prepare(self, rows: object, may_start: object = never) -> None:
+            self.may_start = may_start
+
+    local = Local(StepError("no"))
+    ParallelRunner(local, NoRanks(), lambda reason: None).prepare([], lambda: True)
+    assert local.may_start is never
+
+
+def test_after_loading_a_collective_waits_two_minutes(tmp_path: Path) -> None:
+    """A rank whose GPU hangs would hold the others for the hour that loading may take."""
+    group = DistributedGroup(0, 1, torch.device("cpu"), tmp_path / "meeting")
+    try:
+
+        def timeout_s() -> float:
+            backend = distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+            return backend.options._timeout.total_seconds()
+
+        assert timeout_s() == 3600
+        group.has_loaded()
+        assert timeout_s() == 120
+    finally:
+        group.close()
 
 
 # Ranks in processes of their own
