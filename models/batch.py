@@ -285,7 +285,7 @@ class ImageToEncode:
     Layers begin .. end - 1 run. If end is None, all layers to the last run, and the image's
     cross-attention keys and values go to its blocks. An image with begin > 0 continues where the
     last step stopped: only one image at a time is kept between steps. adapter: the digest of the
-    adapter that encodes it, empty for the base model.
+    adapter that encodes it, empty for the base model. keep_as: its name in `StepResult.kept`.
     """
 
     image: ImageTiles
@@ -293,11 +293,7 @@ class ImageToEncode:
     begin: int = 0
     end: int | None = None
     adapter: str = ""
-
-    @property
-    def is_whole(self) -> bool:
-        """All of its layers run in this step."""
-        return self.begin == 0 and self.end is None
+    keep_as: str = ""
 
 
 @dataclass(slots=True, frozen=True)
@@ -313,11 +309,13 @@ class StepBatch:
     """Everything one model step computes.
 
     copies run first: every source is read before any block is written. Then the freed blocks, which
-    are listed in debug mode only, are overwritten, so that a read of them shows.
+    are listed in debug mode only, are overwritten, so that a read of them shows. loads: bytes of
+    images that a former step encoded, by the blocks that get them.
     """
 
     sequences: list[ScheduledSequence] = field(default_factory=list)
     images: list[ImageToEncode] = field(default_factory=list)
+    loads: dict[tuple[int, ...], memoryview] = field(default_factory=dict)
     copies: list[BlockCopy] = field(default_factory=list)
     freed_text_blocks: list[int] = field(default_factory=list)
     freed_image_blocks: list[int] = field(default_factory=list)
@@ -363,6 +361,7 @@ class StepResult:
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[PromptLogprobs | None]] = field(default_factory=dict)
     accepted: dict[str, Accepted] = field(default_factory=dict)
+    kept: dict[str, Callable[[], memoryview]] = field(default_factory=dict)
 
 
 @dataclass(slots=True, frozen=True)
@@ -383,9 +382,9 @@ class PoolSizes:
 class ModelInfo:
     """What the router needs to know about a loaded model.
 
-    image_cost_tokens: how many prompt tokens take as long to compute as one image to encode; 0 if
-    unknown. num_image_layers: in how many parts an image can be encoded. max_memory_bytes: memory
-    of the process, requests that wait not included; 0 if unknown.
+    image_cost_tokens: how many prompt tokens take as long to compute as one image to encode.
+    num_image_layers: in how many parts an image can be encoded. max_memory_bytes: of the process,
+    without requests that wait. tile_bytes: of a tile in the image pool. 0 is unknown.
     """
 
     vocab_size: int
@@ -398,3 +397,4 @@ class ModelInfo:
     image_cost_tokens: int = 0
     num_image_layers: int = 1
     max_memory_bytes: int = 0
+    tile_bytes: int = 0

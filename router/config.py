@@ -25,7 +25,7 @@ class EngineConfig(RunnerConfig, frozen=True, kw_only=True):
     devices or on its share of a CPU's cores and memory. parent_pid: the engine exits when this
     process exits; None: when the process that started it exits. adapters: read before the engine is
     ready. requires_adapters: the engine fails if it cannot use one of them; a restarted engine only
-    logs it.
+    logs it. image_folder: of --image-cache-host; empty without it.
     """
 
     model: str
@@ -56,6 +56,18 @@ class EngineConfig(RunnerConfig, frozen=True, kw_only=True):
     image_cache: Annotated[
         bool, Option("Cache encoded images for requests that send them again.", ENGINE)
     ] = True
+    image_cache_host_bytes: Annotated[
+        Positive | None,
+        Option(
+            "Memory in /dev/shm for encoded images, such as 16GiB, shared by all replicas. An "
+            "evicted image, or one that an engine encoded before it restarted, is read from there. "
+            "Not with --tensor-parallel-size. Default: off.",
+            ENGINE,
+            name="image-cache-host",
+            metavar="BYTES",
+        ),
+    ] = None
+    image_folder: str = ""
     plan_ahead: Annotated[
         bool | None,
         Option(

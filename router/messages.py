@@ -143,6 +143,8 @@ class EngineStats(msgspec.Struct, kw_only=True):
     running_adapters, waiting_adapters: numbers of answers by the name of their adapter.
     num_drafts: how often a request had drafts in a step; num_draft_tokens: how many;
     num_accepted_tokens: how many of them became tokens of answers.
+    image_host_...: images in host memory that were read, looked up in vain, damaged, evicted, and
+    not kept because writing was behind; and the bytes of all.
     """
 
     num_running: NonNegative = 0
@@ -160,6 +162,12 @@ class EngineStats(msgspec.Struct, kw_only=True):
     image_cache_hits: NonNegative = 0
     image_cache_misses: NonNegative = 0
     image_cache_evictions: NonNegative = 0
+    image_host_hits: NonNegative = 0
+    image_host_misses: NonNegative = 0
+    image_host_bytes: NonNegative = 0
+    image_host_damaged: NonNegative = 0
+    image_host_evictions: NonNegative = 0
+    image_host_dropped: NonNegative = 0
     vision_step_counts: list[NonNegative] = []
     prefix_tokens_queried: NonNegative = 0
     prefix_tokens_hit: NonNegative = 0

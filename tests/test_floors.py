@@ -31,6 +31,7 @@ SERVER_MAY_IMPORT = {
     "vlmserve.router.fair_shares",
     "vlmserve.router.processes",
     "vlmserve.router.processes.logs",
+    "vlmserve.router.processes.memory_folder",
     "vlmserve.router.messages",
     "vlmserve.router.processes.parent_death",
     # One rule of affinity for engines on one machine and for those of Ray Serve.

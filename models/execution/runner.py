@@ -36,6 +36,7 @@ from ..decoder.multi_device import SplitCache, SplitStep
 from ..device_copies import WorkTimes, fetch
 from ..errors import StepError
 from ..grammar import Grammars, Matcher
+from ..kv_cache.image_copies import ImageCopies
 from ..kv_cache.paged_cache import (
     KVPools,
     PagedCache,
@@ -79,15 +80,13 @@ class ModelRunner:
 
         backend: of attention; None uses the reference backend.
         """
-        self._loaded = loaded
-        self._model = loaded.model
+        self._loaded, self._model = loaded, loaded.model
         self._text_model = loaded.model.model.language_model
         self._fused = FusedDecoder(self._text_model) if is_fused(self._text_model) else None
         self._vision = VisionEncoder(
             loaded.model, loaded.normalization, loaded.placement.device_of(VISION)
         )
-        self._backend = backend or SdpaBackend()
-        self._sizes = plan.sizes
+        self._backend, self._sizes = backend or SdpaBackend(), plan.sizes
         self._layer_devices = loaded.layer_devices
         self._graphs: DecodeGraphs | None = None
         config = loaded.text_config
@@ -109,6 +108,7 @@ class ModelRunner:
             loaded.placement.layer_devices(),
             loaded.num_ranks,
         )
+        self._images = ImageCopies(self.pools)
         self.adapters = None if adapters is None else AdapterStore(loaded, adapters)
         self.info = ModelInfo(
             vocab_size=config.vocab_size,
@@ -120,6 +120,7 @@ class ModelRunner:
             pools=plan.sizes,
             image_cost_tokens=image_cost_tokens(self.config),
             num_image_layers=self._vision.num_layers,
+            tile_bytes=self._images.tile_bytes if loaded.num_ranks == 1 else 0,
         )
 
     def bound_memory(self, limit_bytes: int) -> None:
@@ -214,6 +215,7 @@ class ModelRunner:
         result = self._sample(hidden, inputs, masks, on_launch, may_start)
         result.prompt_logprobs = self._prompt_logprobs(hidden.states, batch)
         result.vision_seconds = self._vision_times.take()
+        result.kept = self._images.after_step(batch)
         return result
 
     def prepare(self, rows: Sequence[ScheduledSequence], may_start: MayStart = never) -> None:
@@ -276,6 +278,7 @@ class ModelRunner:
         """The normalised hidden states of all tokens."""
         copy_blocks(self.pools, batch.copies)
         poison_blocks(self.pools, batch.freed_text_blocks, batch.freed_image_blocks)
+        self._images.before_step(batch)
         row_slots = None if adapters is None else adapters.row_slots
         graphs = self._graphs if vision is None else None
         if graphs is not None and graphs.takes(inputs, row_slots is not None):

@@ -246,10 +246,15 @@ def _passes(
         end = begin + 1
         while (
             end < min(len(images), begin + num_together)
-            and images[begin].is_whole
-            and images[end].is_whole
+            and _is_whole(images[begin])
+            and _is_whole(images[end])
             and images[begin].adapter == images[end].adapter
         ):
             end += 1
         yield images[begin:end]
         begin = end
+
+
+def _is_whole(image: ImageToEncode) -> bool:
+    """All of its layers run in this step."""
+    return image.begin == 0 and image.end is None

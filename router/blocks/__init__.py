@@ -8,6 +8,7 @@ In the order in which to read the files:
     prefix_lookup   what the pool has of a prompt that waits, kept up to date
     prefix_keys     the key under which a full text block is found again
     image_pool      image blocks, shared by requests with the same image
+    image_files     encoded images as files in memory, outside the engine's process
     tile_store      the tiles of images that are not encoded yet, asked from the workers
     visibility      which image blocks each token of a chunk sees
     adapter_places  which adapters may run at once, counted alike

@@ -6,6 +6,8 @@ wait for it. Knows nothing of sockets, of queues or of steps.
 A request comes without its tiles. Those that the pool does not have are asked from the worker whose
 answer wants them first; others wait for the same reply. If that request ends before, the next one's
 worker is asked. An encoded image is forgotten here: who needs it after its eviction asks again.
+
+If host memory has an image that was encoded before (`Host`), it is read and no worker is asked.
 """
 
 from __future__ import annotations
@@ -38,6 +40,18 @@ W = TypeVar("W", bound=Wanting)
 Ask = Callable[[int, NeedImage], None]
 
 
+class Host(Protocol):
+    """Encoded images in host memory: `engine/host_images.py`."""
+
+    def start_read(self, key: ImageKey) -> bool:
+        """Read an image if it is there; `take_stored` gets it. False: it is not there."""
+        ...
+
+    def keep_as(self, key: ImageKey) -> str:
+        """The name under which to keep an image that is encoded now; empty if not at all."""
+        ...
+
+
 def ask_nobody(worker_id: int, question: NeedImage) -> None:
     """An `Ask` for callers in this process, whose requests come with their tiles."""
 
@@ -64,11 +78,15 @@ class TileStore(Generic[W]):
         self._tiles: dict[ImageKey, ImageTiles] = {}
         self._coming: dict[int, _Coming] = {}
         self._questions: dict[ImageKey, int] = {}
+        self.host: Host | None = None
+        self._reading: set[ImageKey] = set()
+        self._stored: dict[ImageKey, memoryview] = {}
 
     @property
     def num_bytes(self) -> int:
         """The bytes of tiles that are here."""
         whole = sum(image.num_bytes for image in self._tiles.values())
+        whole += sum(map(len, self._stored.values()))
         return whole + sum(len(coming.data) for coming in self._coming.values())
 
     @property
@@ -85,19 +103,38 @@ class TileStore(Generic[W]):
             if self._pool.has_encoded(key):
                 continue
             self._wanting.setdefault(key, {})[sequence] = None
-            if key in self._tiles:
+            if key in self._tiles or key in self._stored:
                 continue
             if isinstance(image, ImageTiles):  # of a caller in this process
                 self._tiles[key] = image
                 continue
             sequence.lacking.add(key)
-            if key not in self._questions:
-                self._ask_for(key, sequence)
+            if key not in self._questions and key not in self._reading:
+                self._find(key, sequence)
         return bool(sequence.lacking)
 
     def take(self, key: ImageKey) -> ImageTiles:
         """The tiles of an image that a running answer wants."""
         return self._tiles[key]
+
+    def stored(self, key: ImageKey) -> memoryview | None:
+        """The blocks' bytes of an image that was encoded before; None without them."""
+        return self._stored.get(key)
+
+    def keep_as(self, key: ImageKey) -> str:
+        """See `Host.keep_as`."""
+        return "" if self.host is None else self.host.keep_as(key)
+
+    def take_stored(self, key: ImageKey, data: memoryview | None) -> list[W]:
+        """What host memory has of an image; None: it must be encoded. Returns as `receive`."""
+        self._reading.discard(key)
+        if not (wanting := self._wanting.get(key)):
+            return []
+        if data is None:
+            self._ask_for(key, next(iter(wanting)))
+            return []
+        self._stored[key] = data
+        return self._complete(key)
 
     def receive(self, worker_id: int, piece: ImagePiece) -> list[W]:
         """Add the next bytes of an image. Returns the answers that lack nothing any more.
@@ -118,15 +155,19 @@ class TileStore(Generic[W]):
             return []
         self._forget_question(coming.key)
         self._tiles[coming.key] = ImageTiles.of(coming.image, coming.data)
-        lacking = [one for one in self._wanting[coming.key] if coming.key in one.lacking]
+        return self._complete(coming.key)
+
+    def _complete(self, key: ImageKey) -> list[W]:
+        lacking = [one for one in self._wanting[key] if key in one.lacking]
         for sequence in lacking:
-            sequence.lacking.remove(coming.key)
+            sequence.lacking.remove(key)
         return [sequence for sequence in lacking if not sequence.lacking]
 
     def forget_encoded(self, key: ImageKey) -> None:
         """A step has encoded this image, if the pool still knows it."""
         if self._pool.has_encoded(key):
             self._tiles.pop(key, None)
+            self._stored.pop(key, None)
             self._wanting.pop(key, None)
 
     def leave(self, sequence: W) -> None:
@@ -140,6 +181,7 @@ class TileStore(Generic[W]):
             if not wanting:
                 del self._wanting[key]
                 self._tiles.pop(key, None)
+                self._stored.pop(key, None)
                 self._forget_question(key)
             elif not self._will_come(key, wanting):
                 self._forget_question(key)
@@ -152,6 +194,12 @@ class TileStore(Generic[W]):
         coming = self._coming[self._questions[key]]
         asked = coming.worker_id, coming.request_id
         return any((one.worker_id, one.request.request_id) == asked for one in wanting)
+
+    def _find(self, key: ImageKey, sequence: W) -> None:
+        if self.host is not None and self.host.start_read(key):
+            self._reading.add(key)
+        else:
+            self._ask_for(key, sequence)
 
     def _ask_for(self, key: ImageKey, sequence: W) -> None:
         image = sequence.request.images[sequence.image_keys.index(key)]

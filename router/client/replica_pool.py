@@ -28,7 +28,9 @@ MoveReason = Literal["full", "dead"]
 MOVE_REASONS: tuple[MoveReason, ...] = ("full", "dead")
 
 
-_NOT_SUMS = ("vision_step_counts", "block_size", "running_adapters", "waiting_adapters")
+# What all engines report alike.
+_SHARED = ("block_size", "image_host_bytes")
+_NOT_SUMS = (*_SHARED, "vision_step_counts", "running_adapters", "waiting_adapters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +288,8 @@ def sum_of(all_stats: Sequence[EngineStats]) -> EngineStats:
         for name in EngineStats.__struct_fields__:
             if name not in _NOT_SUMS:
                 setattr(total, name, getattr(total, name) + getattr(stats, name))
-    total.block_size = max((stats.block_size for stats in all_stats), default=0)
+    for name in _SHARED:
+        setattr(total, name, max((getattr(stats, name) for stats in all_stats), default=0))
     running = sum((Counter(stats.running_adapters) for stats in all_stats), Counter[str]())
     waiting = sum((Counter(stats.waiting_adapters) for stats in all_stats), Counter[str]())
     total.running_adapters, total.waiting_adapters = dict(running), dict(waiting)

@@ -9,6 +9,7 @@ In the order in which to read the files:
     runner_protocol     what it expects of the code that computes a step
     grammar_compiler    the thread that compiles grammars
     adapter_loader      the thread that reads adapters, and which are in memory
+    host_images         keeps encoded images in host memory, and reads them again
     reports             what an engine reports
     step_watchdog       how long the running step has made no progress
 """

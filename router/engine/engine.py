@@ -57,6 +57,7 @@ from ..scheduler.throughput import WaitEstimator
 from .adapter_loader import AdapterLoader
 from .gate import Gate
 from .grammar_compiler import GrammarCompiler
+from .host_images import HostImages
 from .reports import EngineSnapshot, add_adapters, output_of, stats_of
 from .runner_protocol import Runner
 from .step_watchdog import StepWatchdog
@@ -75,8 +76,7 @@ class DuplicateRequestError(ValueError):
 class Engine:
     """Takes requests by `add`, sends messages by `send(worker_id, message)`, while `run` runs.
 
-    executor: the one thread that loaded the runner. None: the engine creates it.
-    wait_estimator: None: the engine creates it.
+    executor: the one thread that loaded the runner. The engine creates what is None.
     """
 
     def __init__(
@@ -87,13 +87,12 @@ class Engine:
         executor: ThreadPoolExecutor | None = None,
         wait_estimator: WaitEstimator | None = None,
     ) -> None:
-        self._runner = runner
-        self._config = config
-        self._send = send
+        self._runner, self._config, self._send = runner, config, send
         self._limits = AdmissionLimits.of(runner.info)
         self._wait_estimator = wait_estimator or WaitEstimator()
         self._queue = RequestQueue(_queue_limits(config), self._wait_estimator)
         self.scheduler = Scheduler(runner.info, self._scheduler_limits(), self._queue, send)
+        self._host_images = HostImages.of(config, runner.info, self._queue)
         self._gate = Gate(
             self._queue, self._wait_estimator, config, lambda: self.scheduler.num_running
         )
@@ -103,8 +102,7 @@ class Engine:
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="model")
         self.step_watchdog = StepWatchdog(lambda: runner.num_layers_started)
         self._plans_ahead = config.plans_ahead(runner.info.device)
-        self._num_steps = 0
-        self._vision_seconds = 0.0
+        self._num_steps, self._vision_seconds = 0, 0.0
         self._vision_step_counts = [0] * (len(VISION_BOUNDS_S) + 1)
 
     def _new_loader(self) -> AdapterLoader | None:
@@ -235,6 +233,7 @@ class Engine:
             is_computed = True
             self._wait_estimator.record_step(started_at, batch.num_tokens)
             self._count_vision(result.vision_seconds)
+            self._host_images.write(result.kept)
             seconds = time.monotonic() - started_at
             self._deliver(self.scheduler.update(result, seconds))
         finally:
@@ -284,6 +283,7 @@ class Engine:
     def close(self, error: EngineError) -> None:
         """End every open request with `error`. Call it after `run`; a step may still run."""
         self._grammar_compiler.close()
+        self._host_images.close()
         self._fail(list(self._open.values()), error)
         if self._adapters is not None:
             self._adapters.close()
@@ -368,6 +368,7 @@ class Engine:
         stats.vision_seconds = self._vision_seconds
         stats.vision_step_counts = list(self._vision_step_counts)
         stats.block_size = self._runner.info.pools.block_size
+        self._host_images.add_to(stats)
         if self._adapters is not None:
             add_adapters(stats, self._open.values())
         return stats

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..blocks.adapter_places import AdapterPlaces
-from ..blocks.image_pool import ImagePool
+from ..blocks.image_pool import ImageKey, ImagePool
 from ..blocks.tile_store import TileStore
 from ..errors import QueueFullError
 from ..messages import ImagePiece
@@ -162,6 +162,11 @@ class RequestQueue:
     def receive(self, worker_id: int, piece: ImagePiece) -> None:
         """Take a piece of an image that was asked for. Raises MalformedFrameError."""
         for sequence in self.tiles.receive(worker_id, piece):
+            self.make_ready(sequence)
+
+    def take_stored(self, key: ImageKey, data: memoryview | None) -> None:
+        """Take what host memory has of an image; None: it must be encoded."""
+        for sequence in self.tiles.take_stored(key, data):
             self.make_ready(sequence)
 
     def _want(self, sequence: Sequence) -> None:

@@ -336,7 +336,7 @@ class Scheduler:
             self._step_times.record(step.batch.num_tokens, seconds)
         step.share_vision(result.vision_seconds)
         self._partial = step.record_images(self._partial, self.tiles)
-        self._num_images_encoded += len(step.due_images)
+        self._num_images_encoded += len(step.due_images) - len(step.loaded)
         advanced = zip(step.sequences, step.batch.sequences, strict=True)
         changes = (self._advance(sequence, planned, result) for sequence, planned in advanced)
         return [progress for progress in changes if progress is not None]

@@ -44,7 +44,8 @@ class Step:
 
     budget: how many more tokens it may compute; image_budget: how many more images. quotas: how
     many of these tokens each owner may use; empty if they do not share. has_streams: it has the
-    next token of running streams. due_images: encoded completely in this step. partial: the image
+    next token of running streams. due_images: complete after this step. loaded: those of them that
+    were encoded before. partial: the image
     that is encoded up to the layer partial_end only.
     """
 
@@ -55,6 +56,7 @@ class Step:
     batch: StepBatch = field(default_factory=StepBatch)
     sequences: list[Sequence] = field(default_factory=list)
     due_images: list[ImageEntry] = field(default_factory=list)
+    loaded: list[ImageEntry] = field(default_factory=list)
     partial: ImageEntry | None = None
     partial_end: int = 0
     copies: dict[Sequence, BlockCopy] = field(default_factory=dict)
@@ -79,11 +81,16 @@ class Step:
         return self._layers_within(self.image_cost.num_layers, self.room(owner)) > 0
 
     def encode(self, entry: ImageEntry, owner: str, tiles: TileStore[Sequence]) -> bool:
-        """Plan as much of `entry` as fits; True if this step encodes it completely.
+        """Plan as much of `entry` as fits; True if it is complete after this step.
 
-        tiles: has its tiles.
+        tiles: has its tiles, or what a former step encoded of them, which costs nothing.
         """
         if entry in self.due_images:
+            return True
+        if (data := tiles.stored(entry.key)) is not None:
+            self.batch.loads[tuple(entry.block_ids)] = data
+            self.loaded.append(entry)
+            self.due_images.append(entry)
             return True
         total = self.image_cost.num_layers
         begin = entry.num_layers
@@ -92,8 +99,9 @@ class Step:
             return False
         end = begin + num_layers
         image, last = tiles.take(entry.key), None if end == total else end
+        name = tiles.keep_as(entry.key) if last is None else ""
         self.batch.images.append(
-            ImageToEncode(image, entry.block_ids, begin, last, entry.key.adapter)
+            ImageToEncode(image, entry.block_ids, begin, last, entry.key.adapter, name)
         )
         self.image_budget -= 1
         if self.has_streams:
@@ -147,7 +155,8 @@ class Step:
 
     def share_vision(self, seconds: float) -> None:
         """Add the seconds that the step spent in the vision encoder to its images, equal parts."""
-        entries = [*self.due_images, *([] if self.partial is None else [self.partial])]
+        encoded = [entry for entry in self.due_images if entry not in self.loaded]
+        entries = [*encoded, *([] if self.partial is None else [self.partial])]
         for entry in entries:
             entry.vision_s += seconds / len(entries)
 

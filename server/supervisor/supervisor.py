@@ -27,6 +27,7 @@ from ...router.client.engine_client import EngineClient
 from ...router.config import EngineConfig
 from ...router.messages import EngineReady
 from ...router.processes.logs import say
+from ...router.processes.memory_folder import memory_folder
 from ..children.processes import ChildStartError
 from ..settings import ServerSettings
 from .child import Child
@@ -122,9 +123,10 @@ class Supervisor:
                 f"cannot create a temporary folder: {error.strerror}; set TMPDIR to a writable one"
             )
             return EXIT_FAILED
-        with temporary as folder:
+        wants_images = self._engines[0].config.image_cache_host_bytes is not None
+        with temporary as folder, memory_folder(wants_images) as images:
             try:
-                return await self._supervise(Path(folder))
+                return await self._supervise(Path(folder), images)
             finally:
                 await self._kill_all()
 
@@ -151,13 +153,15 @@ class Supervisor:
             if slot.child is not None:
                 slot.child.send_hangup()
 
-    async def _supervise(self, folder: Path) -> int:
+    async def _supervise(self, folder: Path, images: str) -> int:
         self._metrics_folder = folder / "metrics"
         self._metrics_folder.mkdir()
         self._restarts = RestartCounter(self._metrics_folder)
         for number, engine in enumerate(self._engines):
             path = str(folder / f"engine{number}.sock")
-            engine.config = msgspec.structs.replace(engine.config, socket_path=path)
+            engine.config = msgspec.structs.replace(
+                engine.config, socket_path=path, image_folder=images
+            )
         keepers = [
             *(asyncio.create_task(self._keep_engine(engine)) for engine in self._engines),
             *(asyncio.create_task(self._keep_worker(worker)) for worker in self._workers),

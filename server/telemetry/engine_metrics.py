@@ -60,6 +60,10 @@ class EngineMetrics(Collector):
                 "Image blocks cached for reuse.",
                 stats.image_blocks_cached,
             ),
+            "vlmserve_image_host_bytes": (
+                "Bytes of encoded images in host memory, after the last write.",
+                stats.image_host_bytes,
+            ),
         }
 
 
@@ -151,6 +155,7 @@ def _counters(stats: EngineStats) -> dict[str, tuple[str, float]]:
             "Images evicted from the image cache.",
             stats.image_cache_evictions,
         ),
+        **_host_counters(stats),
         "vlmserve_prefix_cache_queried_tokens": (
             "Prompt tokens looked up in the prefix cache.",
             queried,
@@ -158,6 +163,31 @@ def _counters(stats: EngineStats) -> dict[str, tuple[str, float]]:
         "vlmserve_prefix_cache_hit_tokens": (
             "Prompt tokens found in the prefix cache.",
             hit,
+        ),
+    }
+
+
+def _host_counters(stats: EngineStats) -> dict[str, tuple[str, float]]:
+    return {
+        "vlmserve_image_host_hits": (
+            "Images read from host memory instead of encoded.",
+            stats.image_host_hits,
+        ),
+        "vlmserve_image_host_misses": (
+            "Images looked up in host memory and not found.",
+            stats.image_host_misses,
+        ),
+        "vlmserve_image_host_evictions": (
+            "Images evicted from host memory.",
+            stats.image_host_evictions,
+        ),
+        "vlmserve_image_host_damaged": (
+            "Images in host memory that were damaged, and removed.",
+            stats.image_host_damaged,
+        ),
+        "vlmserve_image_host_dropped": (
+            "Images not written to host memory because writing was behind.",
+            stats.image_host_dropped,
         ),
     }
 

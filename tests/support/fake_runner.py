@@ -308,7 +308,7 @@ class FakeRunner:
             end = due.end or self.info.num_image_layers
             if not due.begin < end <= self.info.num_image_layers:
                 raise SchedulingError(f"layers {due.begin} to {end} of an image")
-            if not due.is_whole:
+            if due.begin or due.end is not None:
                 self._begun = None if due.end is None else (*name, due.end)
 
     def _write(self, sequence: ScheduledSequence) -> None:
