@@ -131,7 +131,7 @@ def test_row_49_failed_image_requests_free_their_bodies_without_a_garbage_collec
     "count",
     [
         60,
-        pytest.param(1_000, marks=pytest.mark.slow),
+        pytest.param(300, marks=pytest.mark.slow),
         pytest.param(10_000, marks=pytest.mark.torture),
     ],
 )

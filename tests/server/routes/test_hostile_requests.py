@@ -133,7 +133,14 @@ def held_bytes(standing) -> int:
     return sum(resident_bytes(pid) for kind in kinds for pid in standing.pids(kind))
 
 
-@pytest.mark.parametrize("count", [110, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count",
+    [
+        110,
+        pytest.param(2_000, marks=pytest.mark.slow),
+        pytest.param(10_000, marks=pytest.mark.torture),
+    ],
+)
 def test_row_09_however_many_distinct_grammars_come_64_mb_are_kept(standing, count):
     """By the tenth of them every cache is full, or as full as it gets."""
     numbers = itertools.count(random.Random(count).randrange(10**6) * 10_000)
