@@ -4,11 +4,12 @@ import asyncio
 import base64
 import io
 import random
+import shutil
 import time
 from collections import Counter
 
 import pytest
-from conftest import KEY, MODEL, Load, chat
+from conftest import GERMAN, KEY, MODEL, Load, chat
 from PIL import Image
 from support.polling import FAR_S
 from support.running import serving
@@ -93,6 +94,34 @@ def test_requests_of_an_adapter_stay_at_one_replica_and_none_is_loaded_by_a_requ
     assert len({one.headers["X-Replica"] for one in answers}) == 1
     assert loaded.status_code == 404
     assert [(one["id"], one["parent"]) for one in models] == [(MODEL, None), ("german", MODEL)]
+
+
+def test_every_replica_serves_what_is_put_into_the_watched_folder(running):
+    """The last test of adapters: the folder is left as it was."""
+    shutil.copytree(GERMAN, running.adapters / ".coming")
+    (running.adapters / ".coming").rename(running.adapters / "watched")
+
+    body = chat("Thank you!", max_tokens=16) | {"model": "watched"}
+
+    async def ask_until(is_over):
+        """Ask nine at once, again and again, until is_over(the answers so far) is true."""
+        found = []
+        async with running.client() as client, asyncio.timeout(FAR_S):
+            while not is_over(found):
+                asking = [client.post("/v1/chat/completions", json=body) for _ in range(9)]
+                found += await asyncio.gather(*asking)
+        return [one for one in found if one.status_code == 200]
+
+    def is_everywhere(found):
+        return len({one.headers["X-Replica"] for one in found if one.status_code == 200}) == 3
+
+    def is_gone(found):
+        return len(found) >= 9 and all(one.status_code == 404 for one in found[-9:])
+
+    said = asyncio.run(ask_until(is_everywhere))
+    assert {one.json()["choices"][0]["message"]["content"] for one in said} == {"Gern geschehen."}
+    shutil.rmtree(running.adapters / "watched")
+    asyncio.run(ask_until(is_gone))
 
 
 def test_greedy_answers_are_those_of_one_server(running, tmp_path):

@@ -24,8 +24,9 @@ from vlmserve.server.ray.application import app
 KEY = "on-ray"
 MODEL = "vlmserve-tiny-vision"
 ROOT = Path(__file__).resolve().parents[2]
+GERMAN = ROOT / "examples" / "german"
 OPTIONS = {
-    "lora": [f"german={ROOT / 'examples' / 'german'}"],
+    "lora": [f"german={GERMAN}"],
     "dtype": "float32",
     "device": "cpu",
     "spare_engine": False,
@@ -44,15 +45,20 @@ TIMEOUT_S = 240.0
 
 @dataclass
 class Running:
-    """The cluster, the URL of its head's proxy, and the file of keys of all engines."""
+    """The cluster, the URL of its head's proxy, and of all engines the file of keys and the
+    watched folder of adapters.
+    """
 
     cluster: Cluster
     url: str
     keys: Path
+    adapters: Path
 
     def deploy(self, **args):
         """Deploy the application, or change it; returns when it is healthy."""
-        options = OPTIONS | {"api_key_file": str(self.keys)} | args.pop("options", {})
+        options = OPTIONS | {"api_key_file": str(self.keys)}
+        options |= {"lora_source": str(self.adapters), "lora_refresh": 0.5}
+        options |= args.pop("options", {})
         serve.run(app({"cpus": 2, "options": options} | args), name="vlmserve")
 
     def nodes_with_engines_alone(self):
@@ -78,6 +84,7 @@ class Running:
 def running(tmp_path_factory):
     keys = tmp_path_factory.mktemp("keys") / "keys.txt"
     keys.write_text(f"{KEY}\n")
+    adapters = tmp_path_factory.mktemp("adapters")
     cluster = Cluster()
     for _ in range(3):
         cluster.add_node(**NODE)
@@ -87,7 +94,7 @@ def running(tmp_path_factory):
         http = {"host": "127.0.0.1", "port": port}
         http |= {"ssl_certfile": CERTIFICATE, "ssl_keyfile": CERTIFICATE}
         serve.start(proxy_location="HeadOnly", http_options=http)
-        made = Running(cluster, f"https://127.0.0.1:{port}", keys)
+        made = Running(cluster, f"https://127.0.0.1:{port}", keys, adapters)
         made.deploy(replicas=3)
         yield made
         serve.shutdown()
