@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 from support.fake_runner import expected_token_ids, fake_image
@@ -135,3 +136,57 @@ def test_counts_after_tokens_are_a_copy() -> None:
     after = counts.after([6, 5, 6, 6])
     assert dict(zip(after.token_ids, after.counts, strict=True)) == {5: 2, 6: 3}
     assert dict(zip(counts.token_ids, counts.counts, strict=True)) == {5: 1}
+
+
+def random_mix(number: int, num_requests: int) -> None:
+    """Requests on tiny pools, some of which leave: each must answer as alone."""
+    rng = np.random.default_rng(number)
+    bench = bench_of(
+        int(rng.integers(1, 10)),
+        pools=PoolSizes(int(rng.integers(12, 30)), 8, 4),
+        max_num_seqs=int(rng.integers(1, 7)),
+        max_num_batched_tokens=int(rng.integers(8, 40)),
+        plans_ahead=bool(rng.integers(2)),
+        max_model_len=44,
+    )
+    made = [random_request(rng, str(i)) for i in range(num_requests)]
+    due, gone = list(made), set()
+    while due or bench.scheduler.has_work:
+        for one in due[: int(rng.integers(0, 3))]:
+            bench.add(one)
+            due.remove(one)
+        batch = bench.plan()
+        if rng.random() < 0.1 and bench.sequences:
+            gone.add(name := str(rng.choice(sorted(bench.sequences))))
+            bench.abort(name)
+        if batch is not None:
+            bench.finish(batch)
+    for one in made:
+        alone = expected_token_ids(one, repeats=True)[: 44 - len(one.prompt_token_ids)]
+        got = bench.tokens[one.request_id]
+        assert got == (alone[: len(got)] if one.request_id in gone else alone)
+    assert bench.runner.num_drafts > 0
+    bench.assert_all_free()
+
+
+def random_request(rng: np.random.Generator, name: str) -> AddRequest:
+    return request(
+        name,
+        prompt_token_ids=rng.integers(0, 4, int(rng.integers(1, 16))).tolist(),
+        max_tokens=int(rng.integers(1, 30)),
+        sampling=SamplingParams(seed=int(rng.integers(3))),
+        stop_token_ids=list(range(4, 1000, 17)) if rng.random() < 0.3 else [],
+        images=[fake_image("p", 2)] if (has_image := rng.random() < 0.3) else [],
+        spans=[ImageSpan(0)] if has_image else [],
+    )
+
+
+def test_random_mixes_with_drafts_answer_as_alone() -> None:
+    for number in range(3):
+        random_mix(number, num_requests=6)
+
+
+@pytest.mark.soak
+def test_ten_thousand_requests_with_drafts_answer_as_alone() -> None:
+    for number in range(500):
+        random_mix(number, num_requests=20)
