@@ -12,7 +12,8 @@ No figure was measured on a GPU. Each term is what a row of `bench/gpu.py` measu
 
 Sources: data sheets, and the desk check of commit 33f2d30, which is where the times of a launch
 come from. What a step launches is counted in the code (`tests/bench/test_step_model.py`). The
-host's time between two passes is what `bench/between_passes.py` measures on two slow cores.
+host's time is that from a step's tokens to the next launch, on two slow cores; a pass that starts
+before the tokens does not wait for it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Copies between the host and a device, and times on it: no wait but for one download a step.
 
-A step waits for its device once, when it fetches its tokens. Any other read of a device's value,
-and any copy from memory that is not pinned, would wait too
+A step waits for its device once, for the copy of its tokens (`Download`). Any other read of a
+device's value, and any copy from memory that is not pinned, would wait too
 (tests/models/execution/test_synchronizations.py counts the waits).
 """
 
@@ -98,17 +98,40 @@ def upload_together(arrays: Sequence[NDArray[Any]], device: torch.device) -> lis
     ]
 
 
+class Download:
+    """Values of tensors on one device on their way to the host, by one copy.
+
+    `wait` waits for this copy alone, not for work that was queued after it.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Queue the copy."""
+        parts = [_bytes_of(tensor) for tensor in tensors]
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+        self._tensors = tensors
+        self._packed, self._copied = _to_host(flat)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` returns at once."""
+        return self._copied is None or bool(self._copied.query())
+
+    def wait(self) -> list[NDArray[Any]]:
+        """The values, in the tensors' shapes."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        arrays, start = [], 0
+        for tensor in self._tensors:
+            end = start + tensor.numel() * tensor.element_size()
+            dtype = _NUMPY_TYPES[tensor.dtype]
+            arrays.append(self._packed[start:end].view(dtype).reshape(tensor.shape))
+            start = end
+        return arrays
+
+
 def fetch(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
     """The values of tensors on one device, by one copy; waits for it."""
-    parts = [_bytes_of(tensor) for tensor in tensors]
-    flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-    packed, arrays, start = _to_host(flat), [], 0
-    for tensor in tensors:
-        end = start + tensor.numel() * tensor.element_size()
-        dtype = _NUMPY_TYPES[tensor.dtype]
-        arrays.append(packed[start:end].view(dtype).reshape(tensor.shape))
-        start = end
-    return arrays
+    return Download(tensors).wait()
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
@@ -124,6 +147,12 @@ def _to_device(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-def _to_host(tensor: Tensor) -> NDArray[np.uint8]:
-    array: NDArray[np.uint8] = tensor.cpu().numpy()
-    return array
+def _to_host(tensor: Tensor) -> tuple[NDArray[np.uint8], Any]:
+    """Memory that will have the values, and the event after which it has them; None: it has."""
+    if not tensor.is_cuda:
+        return tensor.cpu().numpy(), None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+    return host.numpy(), copied

@@ -71,8 +71,8 @@ class EngineConfig(RunnerConfig, frozen=True, kw_only=True):
     plan_ahead: Annotated[
         bool | None,
         Option(
-            "Prepare the next step while the current one runs. Answers do not change. Default: on "
-            "CUDA only.",
+            "Prepare the next step while the current one runs, and start it before the current "
+            "tokens reach the host. Answers do not change. Default: on CUDA only.",
             ENGINE,
         ),
     ] = None

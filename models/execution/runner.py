@@ -26,14 +26,13 @@ from ..batch import (
     ScheduledSequence,
     StepBatch,
     StepResult,
-    TokenLogprobs,
     TokenMatcher,
     ignore,
     never,
 )
 from ..decoder.decoder import FusedDecoder, is_fused
 from ..decoder.multi_device import SplitCache, SplitStep
-from ..device_copies import WorkTimes, fetch
+from ..device_copies import WorkTimes
 from ..errors import StepError
 from ..grammar import Grammars, Matcher
 from ..kv_cache.image_copies import ImageCopies
@@ -52,7 +51,7 @@ from ..lora.limits import AdapterLimits
 from ..lora.store import AdapterStore, StepAdapters
 from ..malloc import KeptMemory
 from ..sampling.logprobs import RawLogprobs, prompt_logprobs
-from ..sampling.sampler import Masks, Sampled, sample
+from ..sampling.sampler import Masks, sample
 from ..sampling.verification import Places, drafts_of
 from ..vision.encoder import VisionEncoder, as_it_is
 from ..vision.image_cost import image_cost_tokens
@@ -61,7 +60,7 @@ from ..weights.loader import LoadedModel
 from .device_health import raise_if_lost
 from .graphs.decode import DecodeGraphs, GraphLimits
 from .graphs.recorder import Recorder
-from .next_pass import NextRows, StartedPass
+from .next_pass import NextPass, NextRows
 from .shared_cores import SharedCores
 from .step_checks import check_ids
 
@@ -92,10 +91,7 @@ class ModelRunner:
         config = loaded.text_config
         self.grammars = Grammars(loaded.folder, config.vocab_size)
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
-        self._following: NextRows | None = None
-        self._started: StartedPass | None = None
-        # passes that began before their step, and those of them that were their step's
-        self.num_passes_started = self.num_passes_used = 0
+        self.next_pass = NextPass()
         self._kept_memory: KeptMemory | None = None
         self._vision_times = WorkTimes()
         self.cores: SharedCores | None = None
@@ -195,21 +191,20 @@ class ModelRunner:
         return result
 
     def _execute(self, batch: StepBatch, on_launch: OnLaunch) -> StepResult:
-        following, self._following = self._following, None
-        started, self._started = self._started, None
+        prepared, started = self.next_pass.take()
         if self._loaded.device.type != "cuda":
             on_launch()
             batch = batch if self.adapters is None else self.adapters.in_order(batch)
         adapters = self._place(batch)
         vision_states = self._encode(batch, adapters)
-        inputs = self._pack(batch, None if following is None else following.prepared)
+        inputs = self._pack(batch, prepared)
         # Another thread fills the masks while the model computes; both release Python's lock.
         masks = self._start_masks(inputs)
         hidden = None if started is None else started.of(batch)
         if hidden is None:
             hidden = self._forward(batch, inputs, vision_states, adapters)
         else:
-            self.num_passes_used += 1
+            self.next_pass.num_used += 1
         # the next pass may overwrite the hidden states, from which these log-probabilities come
         may_start = not any(row.prompt for row in batch.sequences)
         result = self._sample(hidden, inputs, masks, on_launch, may_start)
@@ -222,12 +217,13 @@ class ModelRunner:
         """Lay out one-token rows that the next step may have; their tokens are not known yet.
 
         Called from another thread, between a step's `on_launch` and the next step. If `may_start`
-        is true when the step's tokens are known, the rows' pass starts then, if it is recorded.
+        is true then, the rows' pass starts behind the step's sampling, if it is recorded.
         """
+        following = None
         if rows:
-            sizes = self._sizes.block_size, self._loaded.num_patches
-            prepared = PreparedRows.of(rows, *sizes)
-            self._following = NextRows.of(prepared, self._graphs, may_start)
+            prepared = PreparedRows.of(rows, self._sizes.block_size, self._loaded.num_patches)
+            following = NextRows.of(prepared, self._graphs, may_start)
+        self.next_pass.prepare(following)
 
     @torch.inference_mode()
     def compute_logits(self, batch: StepBatch) -> Tensor:
@@ -364,14 +360,14 @@ class ModelRunner:
         raw = RawLogprobs(logits, places.params)
         allowed = None if masks is None else masks.result()
         sampled = sample(logits, places.params, places.indices, places.contexts, allowed)
-        if logits.is_cuda:
-            on_launch()  # the rest waits for the device
-        token_ids, logprobs = _collect(sampled, raw)
-        if may_start and self._graphs is not None and self._following is not None:
-            # at once: the device waits
-            self._started = self._following.start(sequences, token_ids, self._graphs)
-            self.num_passes_started += self._started is not None
-        return places.result_of(token_ids, logprobs)
+        collected = self.next_pass.collect(
+            sequences,
+            sampled,
+            raw,
+            self._graphs if may_start else None,
+            on_launch if logits.is_cuda else ignore,  # the rest waits for the device
+        )
+        return places.result_of(*collected)
 
     def _prompt_logprobs(
         self, hidden: Tensor, batch: StepBatch
@@ -386,11 +382,3 @@ class ModelRunner:
                 found[sequence.request_id] = prompt_logprobs(rows, targets, self._logits)
             begin += len(sequence.token_ids)
         return found
-
-
-def _collect(sampled: Sampled, raw: RawLogprobs) -> tuple[list[int], dict[int, TokenLogprobs]]:
-    """Each row's token, and the requested log-probabilities, almost always by one copy."""
-    while True:
-        token_ids, *arrays = fetch([sampled.token_ids, *raw.tensors(sampled.token_ids)])
-        if sampled.is_decided(token_ids):
-            return token_ids.tolist(), raw.of(arrays)

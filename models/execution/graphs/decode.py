@@ -54,14 +54,15 @@ class GraphLimits:
 class _Graph:
     """A recorded step.
 
-    host: where its inputs are written; num_fixed: entries of them before the text table. sampled: a
-    part of them on the device. num_layers: how many layers it starts. step: kept alive, since
-    replays read its tensors.
+    host: where its inputs are written; num_fixed: entries of them before the text table. token_ids,
+    sampled: parts of them on the device. num_layers: how many layers it starts. step: kept alive,
+    since replays read its tensors.
     """
 
     layout: Layout
     host: Parts[Ints]
     num_fixed: int
+    token_ids: Tensor
     sampled: Tensor
     replay: Callable[[], Tensor]
     num_layers: int
@@ -137,7 +138,9 @@ class DecodeGraphs:
             self._adapters.write(row_slots)
         self._buffer.wait()
         write(graph.layout, graph.host, inputs, self._backend)
-        return self._send_and_replay(graph, *_sizes_of(graph, inputs))
+        num_entries, *sizes = _sizes_of(graph, inputs)
+        self._buffer.send(num_entries)
+        return self._replay(graph, *sizes)
 
     def stage(self, inputs: StepInputs) -> StagedStep | None:
         """Lay out a step without adapters whose tokens are not known; None if it has no graph.
@@ -152,18 +155,21 @@ class DecodeGraphs:
         write(graph.layout, graph.layout.parts(entries), inputs, self._backend)
         return StagedStep(graph, entries[: sizes[0]], *sizes[1:])
 
-    def replay_staged(self, staged: StagedStep, token_ids: Sequence[int]) -> Hidden:
-        """As `replay`, of a staged step with these tokens, one a row."""
+    def replay_staged(self, staged: StagedStep, token_ids: Tensor, places: Sequence[int]) -> Hidden:
+        """As `replay`, of a staged step whose tokens are on the device; does not wait for them.
+
+        token_ids: int64; a negative one counts as 0. places: the place in it of each row's token.
+        """
         graph, num_entries = staged.graph, len(staged.entries)
         self._buffer.wait()
         self._buffer.host[:num_entries] = staged.entries
-        graph.host.token_ids[: len(token_ids)] = token_ids
-        return self._send_and_replay(graph, num_entries, staged.num_rows, staged.num_sampled)
-
-    def _send_and_replay(
-        self, graph: _Graph, num_entries: int, num_rows: int, num_sampled: int | None
-    ) -> Hidden:
+        graph.host.token_ids[: len(places)] = places
         self._buffer.send(num_entries)
+        own = graph.token_ids[: len(places)]
+        own.copy_(token_ids.index_select(0, own).clamp_(min=0))
+        return self._replay(graph, staged.num_rows, staged.num_sampled)
+
+    def _replay(self, graph: _Graph, num_rows: int, num_sampled: int | None) -> Hidden:
         self._layers.num_started += graph.num_layers
         self.num_replays += 1
         sampled = None if num_sampled is None else graph.sampled[:num_sampled]
@@ -201,8 +207,16 @@ class DecodeGraphs:
 
         replay = recorder.record(compute)
         host = layout.parts(self._buffer.host)
-        num_fixed = layout.num_fixed
-        return _Graph(layout, host, num_fixed, parts.sampled, replay, counts[-1], step)
+        return _Graph(
+            layout,
+            host,
+            layout.num_fixed,
+            parts.token_ids,
+            parts.sampled,
+            replay,
+            counts[-1],
+            step,
+        )
 
     def _step(self, layout: Layout, parts: Parts[Tensor], has_images: bool) -> PagedStep:
         plan = self._backend.fixed_plan

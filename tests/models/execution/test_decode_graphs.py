@@ -323,7 +323,8 @@ def test_a_staged_step_with_its_tokens_is_that_of_a_replay(pair: Pair) -> None:
             pair.append(request)
         pair.graphs.replay(pair.replaying._pack(step(pair, running[:2], 1)))
         assert staged is not None
-        actual = pair.graphs.replay_staged(staged, inputs.token_ids.tolist())
+        sampled = torch.cat([torch.tensor([-1]), torch.from_numpy(inputs.token_ids).flip(0)])
+        actual = pair.graphs.replay_staged(staged, sampled, [3, 2, 1])
     assert torch.equal(actual.states, expected)
     assert actual.sampled is None
 

@@ -1,4 +1,4 @@
-"""The next step's pass, started before the step is planned: the same tokens, and when it is used.
+"""The next step's pass, started before its tokens are on the host: the same answers, and its use.
 
 Eager passes stand in for recorded ones, which tests/models/execution/test_decode_graphs.py compares
 with them.
@@ -6,8 +6,10 @@ with them.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,21 +17,25 @@ import torch
 from support.oracle import GREEDY, count_excuses, loaded, prompt, random_request
 from support.stepped import MAX_MODEL_LEN, SteppedEngine, message
 
+from vlmserve.models import device_copies
 from vlmserve.models.batch import PoolSizes, SamplingParams, StepBatch
-from vlmserve.models.execution.next_pass import StartedPass
+from vlmserve.models.device_copies import Download
+from vlmserve.models.execution.next_pass import NextPass, StartedPass
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
 from vlmserve.models.kv_cache.step_inputs import StepInputs
 from vlmserve.models.kv_cache.step_tensors import Hidden, send
+from vlmserve.models.sampling import sampler
 
 POOLS = PoolSizes(num_text_blocks=16, num_image_blocks=12, block_size=4)
 
 
 class EagerGraphs:
-    """Takes the steps that are recorded, and computes them eagerly."""
+    """Takes the steps that are recorded, and computes them eagerly, all into the same memory."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
+        self._states: torch.Tensor | None = None
 
     def takes(self, inputs: StepInputs, has_adapters: bool = False) -> bool:
         return inputs.text_rows.num_queries == len(inputs.text_rows.key_lens)
@@ -37,8 +43,11 @@ class EagerGraphs:
     def stage(self, inputs: StepInputs) -> StepInputs | None:
         return inputs if self.takes(inputs) else None
 
-    def replay_staged(self, staged: StepInputs, token_ids: list[int]) -> Hidden:
-        return self.replay(replace(staged, token_ids=np.array(token_ids)))
+    def replay_staged(
+        self, staged: StepInputs, token_ids: torch.Tensor, places: list[int]
+    ) -> Hidden:
+        chosen = token_ids[torch.tensor(places)].clamp(min=0)
+        return self.replay(replace(staged, token_ids=chosen.numpy()))
 
     def replay(self, inputs: StepInputs, row_slots: Any = None) -> Hidden:
         runner = self._runner
@@ -48,7 +57,9 @@ class EagerGraphs:
             states = runner._fused(
                 own.token_ids, own.positions, None, own.row_mask, runner.pools, own.step
             )
-        return Hidden(states, own.sampled)
+        if self._states is None:
+            self._states = states.new_zeros(64, states.shape[-1])
+        return Hidden(self._states[: len(states)].copy_(states), own.sampled)
 
 
 def engine(layout: str = "tiny", pools: PoolSizes = POOLS) -> SteppedEngine:
@@ -77,7 +88,9 @@ def test_greedy_tokens_equal_the_oracle_under_arrivals_aborts_and_preemption(lay
     runner: Any = running.runner
     assert excuses <= 1
     assert running.scheduler.snapshot().num_preemptions > 0
-    assert 20 < runner.num_passes_used < runner.num_passes_started  # some were not the next step
+    assert (
+        20 < runner.next_pass.num_used < runner.next_pass.num_started
+    )  # some were not the next step
     running.assert_all_free()
 
 
@@ -101,7 +114,7 @@ def test_sampled_tokens_are_those_without_and_nearly_every_step_was_started() ->
     assert actual == expected
     runner: Any = running.runner
     # of 32 steps: the prompts' has none before it, nor have those after an end that was foreseen
-    assert runner.num_passes_started == runner.num_passes_used == 31 - 4 + 1
+    assert runner.next_pass.num_started == runner.next_pass.num_used == 31 - 4 + 1
 
 
 def test_no_pass_is_started_while_a_request_waits() -> None:
@@ -119,9 +132,9 @@ def test_no_pass_is_started_while_a_request_waits() -> None:
         return execute(batch, launched)
 
     runner.execute = arriving
-    before = runner.num_passes_started
+    before = runner.next_pass.num_started
     running.step()
-    assert runner.num_passes_started == before
+    assert runner.next_pass.num_started == before
 
 
 def test_a_pass_is_used_for_its_own_rows_and_tokens_alone() -> None:
@@ -130,7 +143,7 @@ def test_a_pass_is_used_for_its_own_rows_and_tokens_alone() -> None:
         running.add(message(prompt(name, "ab"), max_tokens=20))
     running.step()
     runner: Any = running.runner
-    started: StartedPass = runner._started
+    started: StartedPass = runner.next_pass._started
     batch = running.scheduler.schedule()
     assert batch is not None
     first, second = batch.sequences
@@ -139,5 +152,108 @@ def test_a_pass_is_used_for_its_own_rows_and_tokens_alone() -> None:
     assert alone is not None
     assert torch.equal(alone.of_sampled(), started.hidden.states[1:])
     assert started.of(StepBatch([first, second], freed_text_blocks=[3])) is None
+    assert started.of(StepBatch([first, second], loads={(1,): memoryview(b"")})) is None
     second.token_ids = [second.token_ids[0] + 1]
     assert started.of(batch) is None
+
+
+def test_a_pass_is_started_before_its_tokens_are_on_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was started behind the copy of the tokens, for which the device waited."""
+    events: list[str] = []
+    wait, replay = Download.wait, EagerGraphs.replay_staged
+
+    def waiting(download: Download) -> Any:
+        events.append("tokens")
+        return wait(download)
+
+    def replaying(*args: Any) -> Hidden:
+        events.append("pass")
+        return replay(*args)
+
+    monkeypatch.setattr(Download, "wait", waiting)
+    monkeypatch.setattr(EagerGraphs, "replay_staged", replaying)
+    running = engine()
+    running.add(message(prompt("a", "ab"), max_tokens=6))
+    running.run()
+    assert events == ["pass", "tokens"] * 5 + ["tokens"]
+    assert running.runner.next_pass.num_used == 5
+
+
+def flat(plans_ahead: bool) -> tuple[list[list[int]], SteppedEngine]:
+    """The tokens of two texts: the cut of one is outside the window in most steps."""
+    running = engine(pools=PoolSizes(64, 4, 4))
+    running.plans_ahead = plans_ahead
+    wide = SamplingParams(temperature=2.0, top_p=0.9, seed=1)
+    for name, sampling in (("a", wide), ("b", SamplingParams(seed=2))):
+        request = prompt(name, "ab c")
+        request.sampling = sampling
+        running.add(message(request, max_tokens=24))
+    running.run()
+    return [running.generated(name) for name in "ab"], running
+
+
+def test_tokens_that_are_drawn_again_are_not_those_of_an_early_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The early pass had no token of that row. From then on passes start behind the tokens."""
+    monkeypatch.setattr(sampler, "WINDOW", 600)  # of 768
+    expected, _ = flat(plans_ahead=False)
+    actual, running = flat(plans_ahead=True)
+    assert actual == expected
+    counts: Any = running.runner.next_pass
+    assert counts.num_used == 23
+    assert 23 < counts.num_started < 2 * 23, "no early pass was thrown away, or every one"
+
+
+class SlowDownload:
+    """A copy that arrives after the third look."""
+
+    def __init__(self) -> None:
+        self.num_looks = 0
+
+    @property
+    def is_done(self) -> bool:
+        self.num_looks += 1
+        return self.num_looks > 3
+
+
+def test_the_runner_waits_for_the_next_rows_no_longer_than_for_the_tokens() -> None:
+    counts, download = NextPass(), SlowDownload()
+    counts._wait_prepared(download)  # type: ignore[arg-type]
+    assert download.num_looks == 4
+    threading.Timer(0.01, counts.prepare, [None]).start()
+    endless: Any = SimpleNamespace(is_done=False)
+    counts._wait_prepared(endless)
+    counts.take()
+    assert not counts._is_prepared.is_set()
+
+
+class FakeEvent:
+    """A CUDA event that notes what happens with it."""
+
+    log: ClassVar[list[str]] = []
+
+    def record(self, stream: object) -> None:
+        self.log.append(f"record on {stream}")
+
+    def query(self) -> bool:
+        return "synchronize" in self.log
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+
+
+def test_a_download_waits_for_its_own_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waited for the stream, and so for the pass that was started behind the copy."""
+    event = FakeEvent()
+    monkeypatch.setattr(
+        device_copies, "_to_host", lambda tensor: (event.record("x"), (tensor.numpy(), event))[1]
+    )
+    download = Download([torch.tensor([3, 4])])
+    assert event.log == ["record on x"]
+    assert not download.is_done
+    assert download.wait()[0].tolist() == [3, 4]
+    assert event.log == ["record on x", "synchronize"]
+    assert download.is_done
