@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,12 +61,12 @@ def send(
     if inputs.cross_rows is not None:
         plans.append(backend.lists(inputs.cross_rows, device, dtype))
     is_every_token_seeing = bool(inputs.sees_image.all())
-    optional = [
+    optional: list[NDArray[Any] | None] = [
         None if is_every_token_seeing else inputs.sees_image,
         inputs.sampled_places,
         image_slots,
     ]
-    arrays = [inputs.token_ids, inputs.positions, inputs.text_slots]
+    arrays: list[NDArray[Any]] = [inputs.token_ids, inputs.positions, inputs.text_slots]
     arrays += [array for array in optional if array is not None]
     arrays += [array for plan in plans for array in plan.arrays]
     copies = iter(upload_together(arrays, device))
