@@ -5,8 +5,10 @@ are greedy or seeded. With a folder for adapters, half of them use one of eight,
 places, fewer are kept in memory, and some are unloaded meanwhile.
 
 What each must answer is what it answers alone: on roomy pools, with no cache and no company. A
-greedy one with an adapter must answer what the merged model answers. With drafts, requests have
-stop tokens, penalties and grammars too, and the one alone has no drafts. Where the first other
+greedy one with an adapter must answer what the merged model answers. With drafts or overlap,
+requests have stop tokens, penalties and grammars too, and the one alone has neither. With overlap,
+decode steps are replayed from a tape, and fewer requests are open most of the time, since no pass
+is started while one waits. Where the first other
 token of a greedy answer is the oracle's second best by less than 1e-4, or a random number lies
 within 1e-6 of the other token's part, rounding decided between them: such excuses are counted.
 """
@@ -27,6 +29,7 @@ from support.adapters import MIXED
 from support.oracle import EXCUSED_GAP, count_excuses, image, loaded, oracle, prompt
 from support.soak_requests import is_plain, recorded_gaps, with_more
 from support.stepped import MAX_MODEL_LEN, SteppedEngine
+from support.taped import TapedTorchBackend, TapeRecorder
 from transformers import MllamaForConditionalGeneration
 
 from vlmserve.models import bundled
@@ -55,6 +58,8 @@ NUM_RECURRING = 6
 # Several for each image.
 PIECE_BYTES = 1000
 MAX_OPEN = 24
+# with overlap, for three of four stretches of so many requests
+FEW_OPEN, STRETCH = 2, 10
 TIMEOUT_S = 3600.0
 # Places, and the memory of about three adapters, for eight.
 MAX_LORAS, ADAPTER_BYTES = 2, 400_000
@@ -85,6 +90,8 @@ class Report:
     num_prefix_hits: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_passes_started: int = 0
+    num_passes_used: int = 0
     rss_early: int = 0
     rss_late: int = 0
 
@@ -96,7 +103,12 @@ class Soak:
     """
 
     def __init__(
-        self, num_requests: int, seed: int, adapters: Path | None = None, has_drafts: bool = False
+        self,
+        num_requests: int,
+        seed: int,
+        adapters: Path | None = None,
+        has_drafts: bool = False,
+        has_overlap: bool = False,
     ) -> None:
         self._refs: list[AdapterRef | None] = [None]
         if adapters is not None:
@@ -112,7 +124,9 @@ class Soak:
         self._changed = asyncio.Event()
         self._unloading: set[asyncio.Task[None]] = set()
         max_loras = MAX_LORAS if adapters is not None else 0
-        runner = runner_on(POOLS, max_loras)
+        runner = runner_on(POOLS, max_loras, TapedTorchBackend() if has_overlap else None)
+        if has_overlap:
+            runner.record_graphs(8, TapeRecorder())
         config = EngineConfig(
             model=LAYOUT,
             socket_path="unused",
@@ -123,8 +137,9 @@ class Soak:
             max_loras=max_loras,
             lora_host_bytes=ADAPTER_BYTES,
             speculative="ngram" if has_drafts else "none",
+            plan_ahead=has_overlap,
         )
-        self._has_drafts = has_drafts
+        self._has_more, self._has_overlap = has_drafts or has_overlap, has_overlap
         self.runner = runner
         self.engine = Engine(runner, config, self._receive)
         self.report = Report()
@@ -146,7 +161,9 @@ class Soak:
 
     async def _send_all(self) -> None:
         for number in range(self._num_requests):
-            while len(self._open) >= MAX_OPEN or (self._open and self._rng.random() < 0.3):
+            is_few = self._has_overlap and number // STRETCH % 4 > 0
+            most = FEW_OPEN if is_few else MAX_OPEN
+            while len(self._open) >= most or (self._open and self._rng.random() < 0.3):
                 self._abort_one()
                 self._unload_one()
                 await self._change()
@@ -241,7 +258,7 @@ class Soak:
             priority=int(rng.choice([0, 0, 0, 1])),
             adapter=self._refs[rng.integers(len(self._refs))],
         )
-        return with_more(drawn, rng) if self._has_drafts else drawn
+        return with_more(drawn, rng) if self._has_more else drawn
 
     def _check_pools(self) -> None:
         scheduler = self.engine.scheduler
@@ -257,6 +274,8 @@ class Soak:
         self.report.num_prefix_hits = stats.prefix_tokens_hit
         self.report.num_draft_tokens = stats.num_draft_tokens
         self.report.num_accepted_tokens = stats.num_accepted_tokens
+        self.report.num_passes_started = self.runner.next_pass.num_started
+        self.report.num_passes_used = self.runner.next_pass.num_used
         if self.runner.adapters is not None:
             self.report.num_slot_loads = self.runner.adapters.num_loads
 
@@ -266,7 +285,7 @@ class Soak:
             request = self._draw(number)
             for request_id, solo in zip(request.answer_ids, solos_of(request), strict=True):
                 answer = self._answers[request_id]
-                endings = ("length", "abort", "stop") if self._has_drafts else ("length", "abort")
+                endings = ("length", "abort", "stop") if self._has_more else ("length", "abort")
                 assert answer.ending in endings, f"{request_id}: {answer.ending}"
                 self.report.endings[answer.ending] += 1
                 self._check_answer(solo, answer, alone)
@@ -317,10 +336,12 @@ def solo_of(alone: ModelRunner, request: AddRequest) -> SteppedEngine:
     return solo
 
 
-def runner_on(pools: PoolSizes, max_loras: int) -> ModelRunner:
+def runner_on(
+    pools: PoolSizes, max_loras: int, backend: TapedTorchBackend | None = None
+) -> ModelRunner:
     """A runner of the model; with room for adapters if max_loras is not 0."""
     limits = AdapterLimits(max_loras, MAX_RANK, torch.float32) if max_loras else None
-    runner = ModelRunner(loaded(LAYOUT), PoolPlan(pools, MAX_MODEL_LEN), None, limits)
+    runner = ModelRunner(loaded(LAYOUT), PoolPlan(pools, MAX_MODEL_LEN), backend, limits)
     runner.grammars = _grammars()
     return runner
 

@@ -13,11 +13,14 @@ from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vlmserve.models.attention.triton_paged import TritonBackend
+from vlmserve.models.attention.base import AttentionBackend, PagedRows
+from vlmserve.models.attention.sdpa import SdpaBackend
+from vlmserve.models.attention.triton_paged import TritonBackend, TritonPlan
 from vlmserve.models.decoder import kernel_launch
 from vlmserve.models.execution.graphs.recorder import Computation, Recorder
 
@@ -156,3 +159,52 @@ def taped_backend(recorder: TapeRecorder, piece: int | None = None) -> TritonBac
 def tape_operations(recorder: TapeRecorder, monkeypatch: Any) -> None:
     """Let the kernels between the products be kept too."""
     monkeypatch.setattr(kernel_launch, "fused_kernels", recorder.taped(kernel_launch.fused_kernels))
+
+
+class TapedTorchBackend(TritonBackend):
+    """Attention of recorded steps by torch's operations alone, which a tape replays fast.
+
+    Other steps use `SdpaBackend`. Triton's interpreter takes seconds for what takes milliseconds
+    here; test_decode_graphs.py compares its kernels.
+    """
+
+    lists = AttentionBackend.lists
+
+    def prepare(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> Any:
+        """See `AttentionBackend.prepare`."""
+        return SdpaBackend().prepare(rows, device, dtype)
+
+    def attend(
+        self, query: Tensor, key_cache: Any, value_cache: Any, plan: Any, scale: float
+    ) -> Tensor:
+        """See `AttentionBackend.attend`."""
+        if not isinstance(plan, TritonPlan):
+            return SdpaBackend().attend(query, key_cache, value_cache, plan, scale)
+        table, num_rows = plan.block_table.reshape(-1), len(plan.key_lens)
+        stride = plan.launches[0].items.sizes[1]
+        firsts = torch.arange(num_rows)[:, None] * stride
+        places = (firsts + torch.arange(table.numel() // num_rows)).clamp(max=table.numel() - 1)
+        # behind a row's own ids there may be anything of other steps
+        ids = table[places].clamp(0, len(key_cache) - 1)
+        group = query.shape[1] // key_cache.shape[-2]
+        keys, values = (
+            cache[ids].flatten(1, 2).transpose(1, 2).repeat_interleave(group, dim=1)
+            for cache in (key_cache, value_cache)
+        )
+        is_key = (torch.arange(keys.shape[2]) < plan.key_lens[:, None])[:, None]
+        scores = (keys * query[:, :, None]).sum(dim=-1) * scale
+        weights = scores.masked_fill(~is_key, -torch.inf).softmax(dim=-1)
+        # rows without keys, and blocks whose contents do not count, may be NaN
+        weights = weights.masked_fill(~is_key, 0.0)
+        return (weights[..., None] * values.masked_fill(~is_key[..., None], 0.0)).sum(dim=2)
+
+    def write(
+        self, keys: Tensor, values: Tensor, key_cache: Any, value_cache: Any, slots: Tensor
+    ) -> None:
+        """See `AttentionBackend.write`; rows without a slot write what the first row writes."""
+        is_row = (slots >= 0)[:, None, None]
+        places = torch.where(slots >= 0, slots, slots[:1]).clamp(min=0).long()
+        for states, cache in ((keys, key_cache), (values, value_cache)):
+            flat = cache.view(-1, *cache.shape[2:])
+            first = torch.where(is_row[:1], states[:1], flat[places[:1]])
+            flat.index_copy_(0, places, torch.where(is_row, states, first))

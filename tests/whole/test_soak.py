@@ -41,6 +41,29 @@ def test_a_hundred_random_requests_answer_with_drafts_as_alone_without(tmp_path)
     check_drafts(report)
 
 
+@pytest.mark.slow
+def test_sixty_random_requests_answer_with_overlap_as_alone_without():
+    check_overlap(asyncio.run(Soak(60, seed=13, has_overlap=True).run()))
+
+
+@pytest.mark.soak
+def test_ten_thousand_random_requests_answer_with_overlap_as_alone_without():
+    report = asyncio.run(Soak(10_000, seed=14, has_overlap=True).run())
+    print(report)
+    check_overlap(report)
+    assert report.rss_late - report.rss_early <= FLAT_BYTES
+
+
+def check_overlap(report: Report) -> None:
+    assert report.num_passes_used > 50
+    assert report.num_passes_started > report.num_passes_used, "no pass was thrown away"
+    assert report.endings["stop"] > 0
+    assert report.endings["abort"] > 0
+    assert report.num_preemptions > 0
+    assert report.num_image_hits > 0
+    assert report.num_excuses <= 1 + sum(report.endings.values()) // 1000
+
+
 @pytest.mark.soak
 def test_ten_thousand_random_requests_answer_with_drafts_as_alone_without(tmp_path):
     report = asyncio.run(Soak(10_000, seed=12, adapters=tmp_path, has_drafts=True).run())

@@ -11,11 +11,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import msgspec
 import numpy as np
 import pytest
 import torch
-from support.oracle import GREEDY, count_excuses, loaded, prompt, random_request
+from support.oracle import GREEDY, count_excuses, image, loaded, prompt, random_request
 from support.stepped import MAX_MODEL_LEN, SteppedEngine, message
+from support.taped import TapedTorchBackend, TapeRecorder
 
 from vlmserve.models import device_copies
 from vlmserve.models.batch import PoolSizes, SamplingParams, StepBatch
@@ -28,6 +30,11 @@ from vlmserve.models.kv_cache.step_tensors import Hidden, send
 from vlmserve.models.sampling import sampler
 
 POOLS = PoolSizes(num_text_blocks=16, num_image_blocks=12, block_size=4)
+ALIKE = {
+    "a": SamplingParams(temperature=0.0, frequency_penalty=0.5, num_logprobs=2),
+    "b": SamplingParams(temperature=0.9, seed=3),
+    "c": SamplingParams(temperature=0.7, top_k=20, seed=4),
+}
 
 
 class EagerGraphs:
@@ -257,3 +264,31 @@ def test_a_download_waits_for_its_own_copy(monkeypatch: pytest.MonkeyPatch) -> N
     assert download.wait()[0].tolist() == [3, 4]
     assert event.log == ["record on x", "synchronize"]
     assert download.is_done
+
+
+def test_passes_replayed_from_a_tape_give_the_same_tokens() -> None:
+    """Greedy with a penalty, seeded, and with a picture; one ends by a stop token."""
+    answers = []
+    for plans_ahead in (False, True):
+        plan = PoolPlan(PoolSizes(64, 8, 4), MAX_MODEL_LEN)
+        runner = ModelRunner(loaded("tiny"), plan, TapedTorchBackend())
+        runner.record_graphs(4, TapeRecorder())
+        running = SteppedEngine(runner, plans_ahead=plans_ahead)
+        for name, text, images in (
+            ("a", "ab c", []),
+            ("b", "what", []),
+            ("c", "a|", [image(2, 1)]),
+        ):
+            request = prompt(name, text, images)
+            request.sampling = ALIKE[name]
+            stops = answers[0]["b"][5:6] if name == "b" and answers else []
+            asked = msgspec.structs.replace(message(request, max_tokens=14), stop_token_ids=stops)
+            running.add(asked)
+        running.run()
+        running.assert_all_free()
+        answers.append({name: running.generated(name) for name in "abc"})
+    assert runner.next_pass.num_used >= 11
+    expected, actual = answers
+    assert actual["b"] == expected["b"][: len(actual["b"])]
+    assert len(actual["b"]) <= 6
+    assert [actual[name] for name in "ac"] == [expected[name] for name in "ac"]
