@@ -10,7 +10,9 @@ transformers:
 Each filter sees what the one before it kept: top_p is a share of top_k's tokens. min_p compares
 with the best token, which both keep.
 
-A row costs only what it uses: a step of greedy rows without other options is one argmax.
+A row costs only what it uses: a step of greedy rows without other options is one argmax. Weights
+over a whole vocabulary are float32, unless min_p cuts them: float64 is slow on most GPUs. Only sums
+of them, a window of the best, and the part in which a draw ends are float64.
 
 Nothing here waits for the device. Rows that are not finite, and cuts outside a window, are reported
 by negative token ids, which arrive with the tokens' copy.
@@ -25,11 +27,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..batch import SamplingContext, SamplingParams
 from ..device_copies import upload
@@ -45,6 +49,8 @@ NOT_FINITE, UNDECIDED = -1, -2
 # best tokens of a row that top-k and top-p sort before they sort the whole vocabulary
 WINDOW = 1024
 _LOWEST_TEMPERATURE = 1e-30
+# a draw without a cut sums the weights of so many tokens, then looks at each in one such part
+PART = 256
 # at a time: sorting takes many times a row's memory
 _ROWS_SORTED_WHOLE = 8
 
@@ -188,20 +194,32 @@ def _draw(
 
     UNDECIDED for a row that must be sorted whole; `is_whole` sorts all rows whole.
     """
-    groups: dict[bool, list[int]] = {}
+    groups: dict[_Cut, list[int]] = {}
     for row, param in enumerate(params):
-        groups.setdefault(param.top_k > 0 or param.top_p < 1.0, []).append(row)
+        groups.setdefault(_Cut.of(param), []).append(row)
     if len(groups) == 1:
-        (is_cut,) = groups
-        return _draw_alike(logits, best, params, uniforms, is_cut, is_whole)
+        (cut,) = groups
+        return _draw_alike(logits, best, params, uniforms, cut, is_whole)
     drawn = torch.empty(len(params), dtype=torch.int64, device=logits.device)
-    for is_cut, rows in groups.items():
+    for cut, rows in groups.items():
         at = _places(rows, logits.device)
         drawn[at] = _draw_alike(
             logits[at], best[at], [params[row] for row in rows], [uniforms[row] for row in rows],
-            is_cut, is_whole,
+            cut, is_whole,
         )  # fmt: skip
     return drawn
+
+
+class _Cut(Enum):
+    """What removes tokens of a row: nothing, min-p alone, or top-k or top-p (and min-p)."""
+
+    NONE, MIN_P, BEST = range(3)
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> _Cut:
+        if params.top_k > 0 or params.top_p < 1.0:
+            return cls.BEST
+        return cls.MIN_P if params.min_p > 0.0 else cls.NONE
 
 
 def _draw_alike(
@@ -209,11 +227,13 @@ def _draw_alike(
     best: Tensor,
     params: Sequence[SamplingParams],
     uniforms: list[float],
-    is_cut: bool,
+    cut: _Cut,
     is_whole: bool,
 ) -> Tensor:
-    """`_draw` for rows that all have top-k or top-p (is_cut), or all have neither."""
-    if not is_cut:
+    """`_draw` for rows that are all cut alike."""
+    if cut is _Cut.NONE:
+        return _pick_uncut(_float32_weights(logits, best, params), uniforms)
+    if cut is _Cut.MIN_P:
         return _pick(_weights(logits, best, params), params, uniforms)
     if is_whole or logits.shape[-1] <= WINDOW:
         window = _ordered(logits, None)
@@ -247,6 +267,32 @@ def _pick(weights: Tensor, params: Sequence[SamplingParams], uniforms: list[floa
     # the first token whose cumulative weight passes the target; its weight is never 0
     picked = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
     return picked.clamp_(max=weights.shape[-1] - 1)  # NaN, whose row is reported, passes none
+
+
+def _pick_uncut(weights: Tensor, uniforms: list[float]) -> Tensor:
+    """`_pick` of rows without min-p, by float32 weights.
+
+    A random number within 1e-6 of the end of a token's share may fall on the other side of it than
+    by float64 weights.
+    """
+    device, (num_rows, vocab_size) = weights.device, weights.shape
+    if vocab_size % PART:
+        weights = pad(weights, (0, -vocab_size % PART))
+    parts = weights.view(num_rows, -1, PART)
+    # sixteen at a time in float32: rounded by less than 1e-6 of a share
+    sums = parts.view(num_rows, -1, PART // 16, 16).sum(dim=-1)
+    ends = pad(sums.sum(dim=-1, dtype=torch.float64).cumsum_(dim=-1), (1, 0))
+    target = (upload(uniforms, device, np.float64) * ends[:, -1])[:, None]
+    # the first part whose end passes the target; its sum is never 0
+    part = torch.searchsorted(ends[:, 1:].contiguous(), target, right=True)
+    part.clamp_(max=parts.shape[1] - 1)
+    chosen = parts.gather(1, part[:, :, None].expand(-1, -1, PART)).squeeze(1)
+    cumulative = chosen.double().cumsum_(dim=-1)
+    total = cumulative[:, -1:]
+    # the part's sum may be rounded otherwise than `total`
+    rest = torch.minimum(target - ends.gather(-1, part), total.nextafter(total.new_zeros(())))
+    place = torch.searchsorted(cumulative, rest, right=True)
+    return (part * PART + place).squeeze(1).clamp_(max=vocab_size - 1)  # as in `_pick`
 
 
 @dataclass(slots=True, frozen=True)
@@ -302,9 +348,13 @@ def _cut(
 
 
 def _sum(logits: Tensor, best: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """The sum of each row's weights, each computed in float32: float64 is slow on most GPUs."""
+    """The sum of each row's weights, each computed in float32."""
+    return _float32_weights(logits, best, params).sum(dim=-1, dtype=torch.float64)
+
+
+def _float32_weights(logits: Tensor, best: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """`_weights` in float32."""
     # 0 in float32 would divide the best token's 0 by 0
     lowest = [max(p.temperature, _LOWEST_TEMPERATURE) for p in params]
     temperature = upload(lowest, logits.device, np.float32)
-    weights = (logits - best[:, None]).div_(temperature[:, None]).exp_()
-    return weights.sum(dim=-1, dtype=torch.float64)
+    return (logits - best[:, None]).div_(temperature[:, None]).exp_()

@@ -64,7 +64,7 @@ def recorded_gaps() -> Iterator[list[float]]:
     number to the next token's part of the distribution.
     """
     gaps: list[float] = []
-    adjust, pick = sampler.adjust, sampler._pick
+    adjust, pick, pick_uncut = sampler.adjust, sampler._pick, sampler._pick_uncut
 
     def adjusting(logits: Tensor, *more: Any) -> list[int]:
         changed = adjust(logits, *more)
@@ -74,11 +74,18 @@ def recorded_gaps() -> Iterator[list[float]]:
 
     def picking(weights: Tensor, params: Any, uniforms: list[float]) -> Tensor:
         picked = pick(weights, params, uniforms)  # cumulates the weights in place
-        cumulative, place = weights[0], int(picked[0])
+        record(weights[0], int(picked[0]), uniforms)
+        return picked
+
+    def picking_uncut(weights: Tensor, uniforms: list[float]) -> Tensor:
+        picked = pick_uncut(weights, uniforms)
+        record(weights[0].double().cumsum(0), int(picked[0]), uniforms)
+        return picked
+
+    def record(cumulative: Tensor, place: int, uniforms: list[float]) -> None:
         target = uniforms[0] * float(cumulative[-1])
         low = float(cumulative[place - 1]) if place else 0.0
         gaps[-1] = min(target - low, float(cumulative[place]) - target) / float(cumulative[-1])
-        return picked
 
-    with mock.patch.multiple(sampler, adjust=adjusting, _pick=picking):
+    with mock.patch.multiple(sampler, adjust=adjusting, _pick=picking, _pick_uncut=picking_uncut):
         yield gaps

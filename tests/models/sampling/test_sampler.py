@@ -284,3 +284,39 @@ def test_a_cut_within_the_window_sorts_no_whole_row(monkeypatch: pytest.MonkeyPa
     logits = torch.from_numpy(np.random.default_rng(5).normal(0, 4, (2, 20_000))).float()
     sample(logits, [SamplingParams(top_p=0.9, seed=1), SamplingParams(top_k=50, seed=2)], [0, 0])
     assert sizes == [sampler.WINDOW]
+
+
+@pytest.mark.parametrize("vocab_size", [7, 256, 3000])
+def test_a_draw_without_a_cut_is_that_of_float64_weights(vocab_size: int) -> None:
+    """At random numbers across the whole range, with banned tokens and ends of parts."""
+    rng = np.random.default_rng(vocab_size)
+    logits = torch.from_numpy(rng.normal(0, 3, (400, vocab_size))).float()
+    logits[rng.random(logits.shape) < 0.3] = -torch.inf
+    logits[:, vocab_size // 2] = 0.0
+    params = [SamplingParams(temperature=float(rng.choice([0.2, 1.0, 2.0]))) for _ in logits]
+    uniforms = [0.0, *rng.random(398).tolist(), 1 - 2.0**-52]
+    best = logits.amax(dim=-1)
+    expected = sampler._pick(sampler._weights(logits, best, params), params, uniforms)
+    actual = sampler._pick_uncut(sampler._float32_weights(logits, best, params), uniforms)
+    assert actual[:-1].equal(expected[:-1])
+    assert (logits.gather(-1, actual[:, None]) > -torch.inf).all(), "a banned token"
+
+
+def test_only_a_cut_makes_float64_weights_of_a_whole_vocabulary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each plain draw made five passes of float64, slow on most GPUs."""
+    shapes: list[tuple[int, ...]] = []
+    weights = sampler._weights
+
+    def noted(logits: Tensor, best: Tensor, params: list[SamplingParams]) -> Tensor:
+        shapes.append(tuple(logits.shape))
+        return weights(logits, best, params)
+
+    monkeypatch.setattr(sampler, "_weights", noted)
+    logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(2))
+    kinds = [{}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 0.0}]
+    sample(logits, [SamplingParams(**kind) for kind in kinds], [0] * 4)
+    assert shapes == [(2, sampler.WINDOW)]
+    sample(logits[:1], [SamplingParams(min_p=0.1)], [0])
+    assert shapes[1:] == [(1, 3000)]
