@@ -138,9 +138,9 @@ class DecodeGraphs:
             self._adapters.write(row_slots)
         self._buffer.wait()
         write(graph.layout, graph.host, inputs, self._backend)
-        num_entries, *sizes = _sizes_of(graph, inputs)
+        num_entries, num_rows, num_sampled = _sizes_of(graph, inputs)
         self._buffer.send(num_entries)
-        return self._replay(graph, *sizes)
+        return self._replay(graph, num_rows, num_sampled)
 
     def stage(self, inputs: StepInputs) -> StagedStep | None:
         """Lay out a step without adapters whose tokens are not known; None if it has no graph.

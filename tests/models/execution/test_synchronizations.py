@@ -220,8 +220,11 @@ def test_values_come_up_and_down_as_they_are() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("name", [*STEPS, "images"])
 @pytest.mark.parametrize("has_graphs", [False, True], ids=["eager", "graphs"])
-def test_a_step_on_a_gpu_waits_once(has_graphs: bool, name: str) -> None:
-    """torch warns at each wait that it knows of; the first step compiles and is not counted."""
+def test_a_step_on_a_gpu_waits_for_nothing_but_its_tokens(has_graphs: bool, name: str) -> None:
+    """torch warns at each wait that it knows of, but not at that for the event behind the tokens.
+
+    The first step compiles and is not counted.
+    """
     model = load_model(checkpoint("tiny"), "cuda", "float32")
     runner = ModelRunner(model, PLAN, TritonBackend())
     if has_graphs:
@@ -237,4 +240,4 @@ def test_a_step_on_a_gpu_waits_once(has_graphs: bool, name: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [one for one in seen if "synchroniz" in str(one.message)]
-    assert len(waits) == 1, [str(one.message) for one in waits]
+    assert not waits, [str(one.message) for one in waits]
