@@ -166,7 +166,8 @@ class Soak:
             while len(self._open) >= most or (self._open and self._rng.random() < 0.3):
                 self._abort_one()
                 self._unload_one()
-                await self._change()
+                if self._open:  # the abort may have ended the last
+                    await self._change()
             self._add(self._draw(number))
             if number == self._num_requests // 5:
                 self.report.rss_early = _resident_bytes()
