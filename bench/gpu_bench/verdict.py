@@ -42,6 +42,8 @@ STATEMENTS: Sequence[tuple[str, str, Sequence[Callable[[Found], bool]]]] = (
     ("docs/benchmarks.md", "anything on a GPU", [_has_tests, _has_rows(DECODE)]),
     ("docs/gpus.md", "what to expect, of this card", [_has_rows(DECODE, "encode")]),
     ("docs/explanation/fleet.md", "requests a second of a GPU", [_has_rows(DECODE, "encode")]),
+    ("docs/explanation/caches.md", "int8 images and host memory on a GPU", [_has_tests]),
+    ("docs/explanation/drafts.md", "drafts on a GPU", [_has_tests]),
     ("docs/attention.md", "triton on a GPU", [_has_tests, _has_rows(DECODE, load=LONG)]),
     ("docs/architecture.md", "fused kernels; planning ahead", [_has_tests, _has_rows("profile")]),
     ("docs/settings.md", "--cuda-graphs", [_has_tests, _replays]),

@@ -15,7 +15,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ..kernels.float32_products import WidenedLinear
+from ..kernels.float32_products import WidenedLinear, WidenedPatches
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def pack_linears(model: nn.Module) -> int:
     """Replace every bfloat16 linear layer on a CPU, in place. Returns how many were packed.
 
     One layer at a time, so that no second copy of the model is in memory. Where this CPU cannot
-    pack, a layer keeps its weight and multiplies many rows in float32.
+    pack, a layer keeps its weight and multiplies many rows in float32; so do convolutions.
     """
     count = 0
     for parent in list(model.modules()):
@@ -76,6 +76,8 @@ def pack_linears(model: nn.Module) -> int:
                 count += 1
             elif type(child) is nn.Linear and _is_half_on_cpu(child.weight):
                 child.__class__ = WidenedLinear
+            elif WidenedPatches.can_replace(child) and _is_half_on_cpu(child.weight):
+                child.__class__ = WidenedPatches
     return count
 
 

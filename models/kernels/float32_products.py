@@ -82,6 +82,30 @@ class WidenedLinear(nn.Linear):
         return linear(rows, self.weight, self.bias).view(*states.shape[:-1], self.out_features)
 
 
+class WidenedPatches(nn.Conv2d):
+    """A convolution whose patches do not overlap, as a product of the patches' pixels."""
+
+    @classmethod
+    def can_replace(cls, layer: nn.Module) -> bool:
+        """Whether a layer is such a convolution, without a bias."""
+        if type(layer) is not nn.Conv2d or layer.bias is not None:
+            return False
+        has_gaps = layer.stride != layer.kernel_size or layer.dilation != (1, 1)
+        return not has_gaps and layer.groups == 1 and layer.padding in ("valid", (0, 0))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[images, channels, height, width] to [images, out_channels, rows, columns]."""
+        height, width = self.kernel_size
+        rows, columns = pixels.shape[2] // height, pixels.shape[3] // width
+        whole = pixels[:, :, : rows * height, : columns * width]
+        patches = whole.unflatten(3, (columns, width)).unflatten(2, (rows, height))
+        flat = patches.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).flatten(1)
+        if not is_faster(flat):
+            return super().forward(pixels)
+        product = linear(flat, self.weight.flatten(1)).unflatten(0, (-1, rows * columns))
+        return product.transpose(1, 2).unflatten(2, (rows, columns))
+
+
 @functools.cache
 def is_bfloat16_slow() -> bool:
     """Whether this CPU computes products of bfloat16 faster in float32: a trial of 20 ms, once.

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 
-from ..kernels import float32_products
 from .real_first import REAL_FIRST_NAME, RealFirst
 
 _MULTIPLE = 8  # transformers pads a tile's patches to a multiple of it
@@ -30,21 +29,6 @@ _MULTIPLE = 8  # transformers pads a tile's patches to a multiple of it
 def padded_patches(num_patches: int) -> int:
     """How many positions a tile with that many patches has in the encoder."""
     return -(-num_patches // _MULTIPLE) * _MULTIPLE
-
-
-def patches_of(embedding: nn.Conv2d, tiles: Tensor) -> Tensor:
-    """tiles [num_tiles, 3, tile_size, tile_size] to [num_tiles, num_patches, hidden].
-
-    The embedding's patches do not overlap, so it is also a product of the patches' pixels. That is
-    faster where a CPU has no products of bfloat16.
-    """
-    (size, _), weight = embedding.kernel_size, embedding.weight
-    is_whole = tiles.shape[2] % size == tiles.shape[3] % size == 0 and weight.device == tiles.device
-    if not is_whole or not float32_products.is_faster(tiles.flatten(0, 2)):
-        return embedding(tiles).flatten(2).transpose(1, 2)
-    pixels = tiles.unflatten(3, (-1, size)).unflatten(2, (-1, size))
-    rows = pixels.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).flatten(1)
-    return float32_products.linear(rows, weight.flatten(1)).unflatten(0, (len(tiles), -1))
 
 
 @dataclass(slots=True)
@@ -89,7 +73,7 @@ class LayeredVision:
         model = self._model
         weight, shape = model.patch_embedding.weight, pixel_values.shape[:2]
         tiles = pixel_values.flatten(0, 1).to(weight.dtype)
-        patches = patches_of(model.patch_embedding, tiles).unflatten(0, shape)
+        patches = model.patch_embedding(tiles).flatten(2).transpose(1, 2).unflatten(0, shape)
         placed = model.pre_tile_positional_embedding(patches, aspect_ratio_ids)
         states = model.apply_class_embedding(placed.flatten(0, 1)).unflatten(0, shape)
         states = model.layernorm_pre(model.gated_positional_embedding(states, aspect_ratio_ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,13 @@ from vlmserve.models.decoder.int8.linear import FEW_ROWS_CPU_FLOAT32, Int8Linear
 from vlmserve.models.decoder.int8.quantizer import quantize
 from vlmserve.models.decoder.packed_linear import can_pack, pack_linears
 from vlmserve.models.kernels import float32_products
-from vlmserve.models.kernels.float32_products import CHUNK, MIN_ROWS, WidenedLinear, sums
-from vlmserve.models.vision.layered_encoder import patches_of
+from vlmserve.models.kernels.float32_products import (
+    CHUNK,
+    MIN_ROWS,
+    WidenedLinear,
+    WidenedPatches,
+    sums,
+)
 
 HALF = torch.bfloat16
 
@@ -122,11 +128,14 @@ def test_a_cpu_that_packs_weights_never_asks_for_the_trial(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(2, 3, 56, 56), (1, 3, 60, 56)])
 @torch.inference_mode()
-def test_patches_are_those_of_the_convolution(is_faster, shape):
+def test_patches_are_those_of_the_convolution(is_faster, shape, monkeypatch):
     embedding = nn.Conv2d(3, 32, 14, stride=14, bias=False, dtype=HALF)
-    tiles = random(*shape)
-    found = patches_of(embedding, tiles)
-    exact = embedding.float()(tiles.float()).flatten(2).transpose(1, 2)
+    model, tiles = nn.Sequential(embedding), random(*shape)
+    exact = copy.deepcopy(embedding).float()(tiles.float())
+    monkeypatch.setattr("vlmserve.models.decoder.packed_linear._has_operators", lambda: False)
+    pack_linears(model)
+    assert type(model[0]) is WidenedPatches
+    found = model(tiles)
     assert found.shape == exact.shape
     assert found.dtype == HALF
     torch.testing.assert_close(found.float(), exact, atol=1e-2, rtol=2**-8)

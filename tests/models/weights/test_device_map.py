@@ -256,8 +256,10 @@ def test_hooks_change_nothing_whatever_the_linear_layers_are(
     hooked = load(opened(dtype), placed_on_cpu, method, is_fused=False)
     dispatch_model(hooked.model, dict(hooked.placement.places), force_hooks=True)
     assert hasattr(hooked.model.get_submodule(f"{LAYERS}.0"), "_hf_hook")
+    # the same rows in each product: the sums of more rows may be ordered otherwise
+    found = logits_of(hooked, "apart", "text")
     for name, logits in logits_of(plain, "apart", "text").items():
-        assert torch.equal(logits_of(hooked, name)[name], logits)
+        assert torch.equal(found[name], logits)
 
 
 def split_over(first_on_meta: int) -> LoadedModel:
