@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +87,7 @@ class WidenedPatches(nn.Conv2d):
     """A convolution whose patches do not overlap, as a product of the patches' pixels."""
 
     @classmethod
-    def can_replace(cls, layer: nn.Module) -> bool:
+    def can_replace(cls, layer: nn.Module) -> TypeGuard[nn.Conv2d]:
         """Whether a layer is such a convolution, without a bias."""
         if type(layer) is not nn.Conv2d or layer.bias is not None:
             return False
