@@ -15,6 +15,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ..kernels import float32_products
 from ..kernels.float32_products import WidenedLinear, WidenedPatches
 
 logger = logging.getLogger(__name__)
@@ -65,8 +66,9 @@ class PackedLinear(nn.Module):
 def pack_linears(model: nn.Module) -> int:
     """Replace every bfloat16 linear layer on a CPU, in place. Returns how many were packed.
 
-    One layer at a time, so that no second copy of the model is in memory. Where this CPU cannot
-    pack, a layer keeps its weight and multiplies many rows in float32; so do convolutions.
+    One layer at a time, so that no second copy of the model is in memory. On a CPU without
+    bfloat16 instructions a layer keeps its weight and multiplies many rows in float32; so do
+    convolutions.
     """
     count = 0
     for parent in list(model.modules()):
@@ -74,9 +76,9 @@ def pack_linears(model: nn.Module) -> int:
             if _is_packable(child):
                 setattr(parent, name, PackedLinear(child))
                 count += 1
-            elif type(child) is nn.Linear and _is_half_on_cpu(child.weight):
+            elif type(child) is nn.Linear and _is_slow(child.weight):
                 child.__class__ = WidenedLinear
-            elif WidenedPatches.can_replace(child) and _is_half_on_cpu(child.weight):
+            elif WidenedPatches.can_replace(child) and _is_slow(child.weight):
                 child.__class__ = WidenedPatches
     return count
 
@@ -89,6 +91,11 @@ def _is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
 def can_pack(weight: Tensor) -> bool:
     """Whether to pack that weight: bfloat16 on a CPU that has the operators."""
     return _is_half_on_cpu(weight) and _has_operators()
+
+
+def _is_slow(weight: Tensor) -> bool:
+    """Whether this CPU multiplies that weight faster in float32; tried while the model loads."""
+    return _is_half_on_cpu(weight) and float32_products.is_bfloat16_slow()
 
 
 def _is_half_on_cpu(weight: Tensor) -> bool:

@@ -101,18 +101,19 @@ class WidenedPatches(nn.Conv2d):
         whole = pixels[:, :, : rows * height, : columns * width]
         patches = whole.unflatten(3, (columns, width)).unflatten(2, (rows, height))
         flat = patches.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).flatten(1)
-        if not is_faster(flat):
-            return super().forward(pixels)
         product = linear(flat, self.weight.flatten(1)).unflatten(0, (-1, rows * columns))
         return product.transpose(1, 2).unflatten(2, (rows, columns))
 
 
 @functools.cache
 def is_bfloat16_slow() -> bool:
-    """Whether this CPU computes products of bfloat16 faster in float32: a trial of 20 ms, once.
+    """Whether this CPU computes products of bfloat16 faster in float32.
 
-    By the processor time of one thread, so that other work on the cores does not change it.
+    Never with instructions for them. Without, a trial of 20 ms decides, once: by the processor time
+    of one thread, so that other work on the cores does not change it.
     """
+    if _has_instructions():
+        return False
     with torch.inference_mode(), _one_thread():
         rows = torch.ones(TRIED_ROWS, TRIED_SIZE, dtype=torch.bfloat16)
         weight = torch.ones(TRIED_SIZE, TRIED_SIZE, dtype=torch.bfloat16)
@@ -120,6 +121,14 @@ def is_bfloat16_slow() -> bool:
         full_s = _fastest_s(lambda: sums(rows, weight).to(rows.dtype))
     logger.debug("a trial product took %.2g s in bfloat16, %.2g s in float32", half_s, full_s)
     return half_s > LEAST_GAIN * full_s
+
+
+def _has_instructions() -> bool:
+    """Whether oneDNN has bfloat16 products for this CPU; True if this torch cannot say."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # a private name: torch's compiler asks it
+        return True
 
 
 def _fastest_s(run: Callable[[], object]) -> float:

@@ -149,3 +149,26 @@ def test_a_decode_leaves_wide_products_where_they_are_slow(monkeypatch):
         monkeypatch.setattr(sdpa, "is_bfloat16_slow", lambda found=is_slow: found)
         assert sdpa._prefers_wide_products(query, bucket) is not is_slow
         assert sdpa._prefers_wide_products(query.half(), bucket)
+
+
+@pytest.mark.parametrize(
+    ("has_instructions", "seconds", "is_slow"),
+    [(True, [], False), (False, [2.0, 1.0], True), (False, [1.1, 1.0], False)],
+)
+def test_only_a_cpu_without_instructions_is_tried(
+    monkeypatch, has_instructions, seconds, is_slow
+) -> None:
+    left = list(seconds)
+    monkeypatch.setattr(float32_products, "_has_instructions", lambda: has_instructions)
+    monkeypatch.setattr(float32_products, "_fastest_s", lambda run: left.pop(0))
+    assert float32_products.is_bfloat16_slow.__wrapped__() is is_slow
+    assert not left
+
+
+@pytest.mark.parametrize("is_faster", [False], indirect=True)
+def test_without_a_gain_layers_keep_their_class(is_faster, monkeypatch):
+    monkeypatch.setattr("vlmserve.models.decoder.packed_linear._has_operators", lambda: False)
+    patches = nn.Conv2d(3, 8, 14, stride=14, bias=False, dtype=HALF)
+    model = nn.Sequential(patches, nn.Linear(8, 8, dtype=HALF))
+    assert pack_linears(model) == 0
+    assert [type(layer) for layer in model] == [nn.Conv2d, nn.Linear]
