@@ -116,6 +116,17 @@ def start_shared_faulty_server(tmp_path_factory):
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch computes in one thread: the order of its sums does not change."""
+    import torch  # here: most tests need no torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def unused_port():
     return free_port()
 

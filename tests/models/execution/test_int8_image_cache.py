@@ -49,12 +49,7 @@ MAX_ERROR, MEAN_ERROR = 0.1, 0.005
 BUDGET = 640 << 10
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_exams_answers_stay_and_their_logits_err_by_little() -> None:

@@ -6,8 +6,6 @@ random checkpoints with all gates at 0.7.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -44,12 +42,7 @@ from vlmserve.models.weights.loader import load_model
 TOLERANCE = 2e-5
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_as_oracle(layout: str, request: Request, logits: Tensor) -> None:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from support.engine_rig import Rig, engine_of, tokens_of
 from support.oracle import BLOCK_SIZE, image, loaded, prompt
 from support.polling import until
@@ -24,12 +23,7 @@ SIZES = PoolSizes(100, 40, BLOCK_SIZE)
 GREEDY = SamplingParams(temperature=0.0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def about(request_id: str, *seeds: int, text: str = "what?", **fields: object) -> AddRequest:
