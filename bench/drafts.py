@@ -112,7 +112,7 @@ def answers_of(loop: Loop, num_prompt: int) -> dict[str, list[int]]:
 def measure(
     runner: ModelRunner, args: argparse.Namespace, num_seqs: int, task: str
 ) -> dict[str, float]:
-    """Both ways in turns; the one that goes first changes with the round."""
+    """Runs with and without drafts alternate; each round starts with the other of the two."""
     answers = answers_of(loop_of(runner, args, num_seqs, 0), args.prompt)
     runs = {0: Runs(), args.drafts: Runs()}
     for number in range(args.rounds):

@@ -59,8 +59,8 @@ class EngineConfig(RunnerConfig, frozen=True, kw_only=True):
     image_cache_host_bytes: Annotated[
         Positive | None,
         Option(
-            "Memory in /dev/shm for encoded images, such as 16GiB, shared by all replicas. An "
-            "evicted image, or one that an engine encoded before it restarted, is read from there. "
+            "Memory in /dev/shm for encoded images, such as 16GiB, shared by all replicas. Evicted "
+            "images are read from there, also after a restart of the engine. "
             "Not with --tensor-parallel-size. Default: off.",
             ENGINE,
             name="image-cache-host",

@@ -1,4 +1,4 @@
-"""Which tokens a prompt has, and how often an answer has each of its own.
+"""The tokens of a prompt, and how often each token occurs in the answer.
 
 Owns these numbers of one sequence, so that no step counts them again. Knows nothing of penalties,
 and imports neither torch nor numpy.

@@ -3,9 +3,9 @@
 Owns the places of a step: every position behind which a token is sampled, one a sequence and one
 more for each of its drafts. Knows nothing of where drafts come from.
 
-A draft is accepted if it is the token that is sampled in front of it, from the logits, the context
-and the random number of its own place. So an answer has the tokens that it has without drafts, for
-any sampling parameters: no distribution is changed, and no probability of a draft is needed.
+At each place a token is sampled from the logits, the context and the random number of that place. A
+draft is accepted if it equals that token. So answers are the same as without drafts, for any
+sampling parameters: no distribution is changed, and no probability of a draft is needed.
 """
 
 from __future__ import annotations
