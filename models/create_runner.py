@@ -22,11 +22,11 @@ from .execution.graphs.recorder import CudaRecorder
 from .execution.runner import ModelRunner
 from .execution.shared_cores import CoreUse, SharedCores
 from .execution.warm_up import warm_up
+from .kernels.float32_products import widens
 from .kv_cache.pool_sizes import PoolPlan
 from .malloc import SLACK_BYTES, keep_freed_buffers, private_bytes
 from .memory.available import AvailableMemory, AvailableMemoryOf, available_memory
-from .memory.estimate import peak_bytes
-from .memory.fit import Plan, check_fits, needs_of, plan_of
+from .memory.fit import Plan, check_fits, needs_of, peak_of, plan_of
 from .memory.peak_step import StepLimits
 from .memory.sizing import MemoryReadings, size_pools
 from .settings.byte_text import shown_bytes
@@ -93,6 +93,7 @@ def create_runner(
         checkpoint = open_checkpoint(checkpoint, choose_dtype(config.dtype, chosen))
     share = share_with(checkpoint, group)
     plan = plan_of(checkpoint, config, share)
+    plan = replace(plan, is_widened=widens(checkpoint.dtype, chosen))
     available = available or _free_memory(config)
     max_memory = config.max_memory
     bounded = available if max_memory is None else partial(_bounded, available, max_memory)
@@ -151,8 +152,7 @@ def _most_bytes(plan: Plan, sized: PoolPlan) -> int:
     text_bytes = sizes.num_text_blocks * sizes.block_size * pools.token_bytes
     image_bytes = sizes.num_image_blocks * pools.tile_bytes
     limits = replace(plan.limits, max_model_len=sized.max_model_len)
-    config, dtype = plan.checkpoint.meta_model.config, plan.checkpoint.dtype
-    now, step = private_bytes(), peak_bytes(config, limits, dtype).most
+    now, step = private_bytes(), peak_of(plan, limits).most
     caches = text_bytes + image_bytes
     # slots, and as much in host memory
     adapters = 2 * sum(needs_of(plan).adapters.values())

@@ -39,12 +39,12 @@ _buffers = threading.local()
 
 def is_faster(rows: Tensor) -> bool:
     """Whether a product of these rows, [num_rows, in_features], is faster in float32 here."""
-    return (
-        rows.dtype == torch.bfloat16
-        and rows.device.type == "cpu"
-        and len(rows) >= MIN_ROWS
-        and is_bfloat16_slow()
-    )
+    return len(rows) >= MIN_ROWS and widens(rows.dtype, rows.device)
+
+
+def widens(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of this type on this device may be computed in float32."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and is_bfloat16_slow()
 
 
 def sums(rows: Tensor, weight: Tensor) -> Tensor:

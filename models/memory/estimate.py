@@ -10,6 +10,8 @@ A step's peak is that of its largest phase, plus what stays from earlier phases:
               gathered for one bucket of attention
     sampling  the hidden states, logits in float32, weights in float64
     prompt    log-probabilities of PROMPT_ROWS rows at a time
+
+Where a CPU multiplies bfloat16 states in float32, each phase has those of its largest product too.
 """
 
 from __future__ import annotations
@@ -87,9 +89,16 @@ def by_kind(sizes: Mapping[str, int]) -> dict[str, int]:
     return kinds
 
 
-def peak_bytes(config: MllamaConfig, limits: StepLimits, dtype: torch.dtype) -> PeakBytes:
-    """The activations of `peak_step.peak_batch`, with attention by the reference backend."""
-    shape = _Shape(config.vision_config, config.text_config, limits, dtype.itemsize)
+def peak_bytes(
+    config: MllamaConfig, limits: StepLimits, dtype: torch.dtype, *, is_widened: bool = False
+) -> PeakBytes:
+    """The activations of `peak_step.peak_batch`, with attention by the reference backend.
+
+    is_widened: the device computes products in float32 (`kernels/float32_products.py`).
+    """
+    shape = _Shape(
+        config.vision_config, config.text_config, limits, dtype.itemsize, is_widened=is_widened
+    )
     phases = (_vision_bytes(shape), _text_bytes(shape), _sampling_bytes(shape))
     vision, text, sampling = (int(phase * _SMALL_TENSORS) for phase in phases)
     return PeakBytes(vision, text, sampling)
@@ -97,12 +106,18 @@ def peak_bytes(config: MllamaConfig, limits: StepLimits, dtype: torch.dtype) -> 
 
 @dataclass(slots=True, frozen=True)
 class _Shape:
-    """The sizes in the sums. vision, text: the model's configurations; size: bytes of a value."""
+    """The sizes in the sums.
+
+    vision, text: the model's configurations
+    size: bytes of a value
+    is_widened: products of bfloat16 states are computed in float32
+    """
 
     vision: Any
     text: Any
     limits: StepLimits
     size: int
+    is_widened: bool
 
     @property
     def num_patches(self) -> int:
@@ -139,6 +154,10 @@ class _Shape:
         num_states = self.limits.max_num_batched_images * self.image_patches
         return int(num_states * self.text.hidden_size * self.size)
 
+    def product(self, num_rows: int, num_in: int, num_out: int) -> int:
+        """Bytes in float32 while rows [num_rows, num_in] become [num_rows, num_out]."""
+        return num_rows * (num_in + num_out) * _FLOAT32 if self.is_widened else 0
+
 
 def _vision_bytes(s: _Shape) -> int:
     vision = s.vision
@@ -149,6 +168,7 @@ def _vision_bytes(s: _Shape) -> int:
     num_taps = len(vision.intermediate_layers_indices)
     attention = 6 * state
     mlp = 2 * state + 2 * tokens * vision.intermediate_size * s.size
+    mlp += s.product(tokens, vision.hidden_size, vision.intermediate_size)
     # the taps stacked, then joined to the last state
     joined = (2 * num_taps + 2) * state + s.vision_states
     kept = (num_taps + 2) * state
@@ -161,6 +181,7 @@ def _text_bytes(s: _Shape) -> int:
     norm = num_tokens * hidden * 3 * _FLOAT32
     # gate and up in one product, the activated gate, then their product
     mlp = 2 * row * hidden + max(norm, 4 * row * s.text.intermediate_size)
+    mlp += s.product(num_tokens, hidden, 2 * s.text.intermediate_size)
     gathered = 2 * _bucket_keys(s) * s.kv_width * s.size
     attention = 8 * row * hidden + 4 * row * s.kv_width + gathered
     new_keys = s.limits.max_num_batched_images * s.image_patches * s.kv_width

@@ -34,7 +34,7 @@ class Plan:
     """The model and the options that decide its memory.
 
     share: this rank's share of the cut layers; pools are in a rank's bytes already. adapters: None
-    without any.
+    without any. is_widened: the device computes products in float32.
     """
 
     checkpoint: Checkpoint
@@ -44,6 +44,7 @@ class Plan:
     kv_cache_bytes: int | None = None
     share: RankShare = WHOLE
     adapters: AdapterLimits | None = None
+    is_widened: bool = False
 
 
 def plan_of(checkpoint: Checkpoint, config: RunnerConfig, share: RankShare) -> Plan:
@@ -103,6 +104,12 @@ class Needs:
         return {one: self.caches.get(one, 0) + self.adapters.get(one, 0) for one in parts}
 
 
+def peak_of(plan: Plan, limits: StepLimits) -> PeakBytes:
+    """The activations of a step within these limits."""
+    config, dtype = plan.checkpoint.meta_model.config, plan.checkpoint.dtype
+    return peak_bytes(config, limits, dtype, is_widened=plan.is_widened)
+
+
 def needs_of(plan: Plan) -> Needs:
     """The least memory that a plan needs, from the headers of its weights."""
     checkpoint, pools = plan.checkpoint, plan.pools
@@ -115,7 +122,7 @@ def needs_of(plan: Plan) -> Needs:
     return Needs(
         weights=part_bytes(parts, checkpoint.tensors, checkpoint.dtype, plan.quantize, plan.share),
         caches=_caches(plan, tokens, tiles),
-        peak=peak_bytes(checkpoint.meta_model.config, limits, checkpoint.dtype),
+        peak=peak_of(plan, limits),
         text_tokens=tokens,
         tiles=tiles,
         adapters=slot_bytes(checkpoint.meta_model, plan.share, plan.adapters),

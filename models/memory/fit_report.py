@@ -24,8 +24,8 @@ from ..weights.formats.recognition import method_of, quantization_of
 from ..weights.loader import Checkpoint, open_checkpoint
 from ..weights.quantization import INT4, METHODS
 from ..weights.tensor_loader import WHOLE
-from .estimate import by_kind, peak_bytes
-from .fit import LEAST_TEXT_TOKENS, Plan, needs_of, plan_of
+from .estimate import by_kind
+from .fit import LEAST_TEXT_TOKENS, Plan, needs_of, peak_of, plan_of
 
 # of common GPUs, in GB of 10 ** 9 bytes: no GPU of that name has less
 GPU_GB = (24, 40, 48, 80, 141)
@@ -89,11 +89,11 @@ def fit(plan: Plan, num_bytes: int) -> dict[str, int] | dict[str, None]:
     The context is halved as at a start, not below 2,048 tokens.
     """
     weights = sum(needs_of(plan).weights.values())
-    length, model = plan.limits.max_model_len, plan.checkpoint.meta_model.config
+    length = plan.limits.max_model_len
     shortest = min(length, LEAST_TEXT_TOKENS)
     while True:
         limits = replace(plan.limits, max_model_len=length)
-        left = num_bytes - weights - peak_bytes(model, limits, plan.checkpoint.dtype).most
+        left = num_bytes - weights - peak_of(plan, limits).most
         try:
             sized = plan_pools(replace(plan.pools, context_len=length), max(0, left))
         except ModelError:

@@ -14,6 +14,7 @@ import torch
 
 from ..attention.choice import ChosenBackend
 from ..errors import ModelError, StepTooLargeError
+from ..kernels.float32_products import widens
 from ..kv_cache.pool_sizes import PoolPlan, PoolRequest, plan_over_devices
 from ..settings.byte_text import shown_bytes
 from ..tensor_parallel.group import Group
@@ -79,7 +80,8 @@ def peaks_by_device(
     devices = loaded.placement.devices()
     if any(device.type == "cuda" for device in devices):
         return measure_peak(loaded, attention, limits, with_graphs)
-    peak = peak_bytes(loaded.model.config, limits, loaded.dtype)
+    is_widened = widens(loaded.dtype, loaded.device)
+    peak = peak_bytes(loaded.model.config, limits, loaded.dtype, is_widened=is_widened)
     return {device: peak_on(loaded.placement, peak, device) for device in devices}
 
 

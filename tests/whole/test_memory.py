@@ -54,8 +54,9 @@ class Likely(FakeRunner):
     def _write(self, sequence: ScheduledSequence) -> None:
         pass
 
-    def _sample(self, sequence: ScheduledSequence) -> int:
-        return (7 * sequence.start + len(sequence.token_ids)) % NUM_ORDINARY
+    def _sample(self, sequence: ScheduledSequence, result: StepResult) -> None:
+        token_id = (7 * sequence.start + len(sequence.token_ids)) % NUM_ORDINARY
+        result.token_ids[sequence.request_id] = token_id
 
     def execute(self, batch: StepBatch, *on_launch: OnLaunch) -> StepResult:
         result = super().execute(batch, *on_launch)

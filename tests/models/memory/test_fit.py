@@ -19,6 +19,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.errors import ModelError
+from vlmserve.models.kernels import float32_products
 from vlmserve.models.kv_cache.pool_sizes import PoolRequest
 from vlmserve.models.memory.available import AvailableMemory
 from vlmserve.models.memory.fit import Plan, check_fits, needs_of, needs_on
@@ -281,8 +282,10 @@ def test_the_documented_table_of_gpus_is_that_of_check(large_folder: Path, tmp_p
     ids=["by default", "its whole context"],
 )
 def test_llama_3_2_11b_is_refused_on_a_small_machine_with_its_true_sizes(
-    large_folder: Path, settings: dict[str, Any], told: str
+    large_folder: Path, settings: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Such a CPU needs more: the same figures on all of them.
+    monkeypatch.setattr(float32_products, "is_bfloat16_slow", lambda: False)
     with pytest.raises(ModelError) as raised:
         create_runner(
             str(large_folder),
@@ -292,6 +295,13 @@ def test_llama_3_2_11b_is_refused_on_a_small_machine_with_its_true_sizes(
             available=available(int(17.6 * 2**30)),
         )
     assert told in str(raised.value)
+
+
+def test_products_in_float32_take_memory_of_a_step() -> None:
+    asked = replace(plan(), limits=StepLimits(1, 2048, 1, 2048))
+    widened = needs_of(replace(asked, is_widened=True)).peak
+    narrow = needs_of(asked).peak
+    assert widened.text > narrow.text
 
 
 def test_fewer_images_a_step_are_named_where_they_would_fit() -> None:
