@@ -9,12 +9,11 @@ import time
 from collections import Counter
 
 import pytest
-from conftest import GERMAN, KEY, MODEL, Load, chat
+from conftest import FAR_S, GERMAN, KEY, MODEL, Load, chat
 from PIL import Image
-from support.polling import FAR_S
 from support.running import serving
 
-NUM_CONVERSATIONS, NUM_TURNS, AT_ONCE = 200, 5, 8
+AT_ONCE = 8
 
 
 def picture(seed):
@@ -25,12 +24,12 @@ def picture(seed):
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-async def converse(client, seed, load):
-    """Five turns about one picture; the replicas that answered them."""
+async def converse(client, seed, num_turns, load):
+    """Turns about one picture; the replicas that answered them."""
     image = {"type": "image_url", "image_url": {"url": picture(seed)}}
     messages = [{"role": "user", "content": [image, {"type": "text", "text": "What is this?"}]}]
     replicas = []
-    for turn in range(NUM_TURNS):
+    for turn in range(num_turns):
         answer = await client.post("/v1/chat/completions", json=chat(messages, max_tokens=2))
         assert answer.status_code == 200, answer.text
         replicas.append(answer.headers["X-Replica"])
@@ -48,7 +47,7 @@ async def metric(client, name):
     return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} "))
 
 
-def test_later_turns_find_their_picture_and_no_replica_has_far_more_than_the_mean(running):
+def test_later_turns_find_their_picture_and_no_replica_has_far_more_than_the_mean(running, size):
     load = Counter()
 
     async def run():
@@ -56,17 +55,17 @@ def test_later_turns_find_their_picture_and_no_replica_has_far_more_than_the_mea
 
         async def one(client, seed):
             async with places:
-                return await converse(client, seed, load)
+                return await converse(client, seed, size.turns, load)
 
         async with running.client() as client:
             before = await metric(client, "vlmserve_image_cache_hits_total")
             conversations = await asyncio.gather(
-                *(one(client, seed) for seed in range(NUM_CONVERSATIONS))
+                *(one(client, seed) for seed in range(size.conversations))
             )
             return conversations, await metric(client, "vlmserve_image_cache_hits_total") - before
 
     conversations, hits = asyncio.run(run())
-    later = NUM_CONVERSATIONS * (NUM_TURNS - 1)
+    later = size.conversations * (size.turns - 1)
     stayed = sum(one.count(one[0]) - 1 for one in conversations)
     print(f"stayed {stayed}/{later}, found {hits:g}, load {dict(load)}")
     assert stayed >= 0.95 * later

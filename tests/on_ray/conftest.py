@@ -39,8 +39,38 @@ NODE = {
     "num_cpus": 2,
     "object_store_memory": 80 * 2**20,
     "include_dashboard": False,
+    "include_log_monitor": False,
+    "no_monitor": True,
 }
-TIMEOUT_S = 240.0
+# Far off: on two cores shared with two other test processes, two engines that started at once were
+# not ready after 200 s.
+FAR_S = 900.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the checks do.
+
+    most_engines: after scaling up. pause_s: of clients that only have to be there, between their
+    requests: what they ask takes cores from what they wait for.
+    """
+
+    conversations: int
+    turns: int
+    most_engines: int
+    pause_s: float
+
+
+SHORT, LONG = Size(100, 3, 2, 0.5), Size(200, 5, 3, 0.2)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="the size of `make torture`")
+
+
+@pytest.fixture(scope="session")
+def size(request):
+    return LONG if request.config.getoption("--long") else SHORT
 
 
 @dataclass
@@ -74,7 +104,7 @@ class Running:
         return httpx2.AsyncClient(
             base_url=url or self.url,
             headers=headers,
-            timeout=TIMEOUT_S,
+            timeout=FAR_S,
             verify=ssl._create_unverified_context(),
             trust_env=False,
         )
@@ -164,5 +194,5 @@ def under_load(running, number, pause_s=0.0, **fields):
         yield load
     finally:
         load.is_stopped = True
-        thread.join(TIMEOUT_S)
-        assert not thread.is_alive()
+        thread.join(FAR_S)
+        assert not thread.is_alive(), f"a request did not end: {load}"
