@@ -3,14 +3,19 @@
     python bench/checkpoints.py m100 --out m100
     OMP_NUM_THREADS=2 python bench/drafts.py --checkpoint m100 --dtype bfloat16
 
-The scheduler and the runner alone, without a server. Two tasks of greedy answers to random prompts:
+The scheduler and the runner alone, without a server. Tasks:
 
-    copies   drafts are the answer itself, known from a run before, of which `--wrong` are spoilt: a
-             random checkpoint cannot copy from a prompt, so the share of right drafts is set here,
-             not reached by prompt lookup; how many drafts a step has is the server's own choice
-    free     prompt lookup as in the server; almost no draft is right, so this is what it costs
+    json, table, question   answers that repeat their prompts; see `repeating_texts.py`
+    free                    the model's own greedy answers to random prompts, which repeat nothing:
+                            what drafts cost
 
-Medians over the rounds, and of the rounds' ratios. The last line is one JSON document.
+A random checkpoint repeats nothing. So in the first three tasks each sampled token is replaced by
+the next one of a written answer, right behind the sampling. All else is the server's: lookup, the
+number of drafts, the step that verifies them. So the share of right drafts is that of prompt
+lookup in such texts, in the bundled tokenizer's short tokens.
+
+Prompts come from the prefix cache; a clock runs over the answers alone. Medians over the rounds,
+and of the rounds' ratios, after a round that does not count. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -18,18 +23,21 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from engine_requests import Loop, open_runner
+from engine_requests import GREEDY, Loop, open_runner, random_request
 from processes import BUNDLED, arguments, numbers, print_document
+from repeating_texts import KINDS, texts_of
+from vlmserve.models import bundled
+from vlmserve.models.batch import ScheduledSequence
 from vlmserve.models.execution.runner import ModelRunner
-from vlmserve.router.scheduler.drafts.draft_source import DraftSource
+from vlmserve.router.messages import AddRequest
 from vlmserve.router.scheduler.interface import DraftCounts, SchedulerLimits
-
-TASKS = ("copies", "free")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,120 +48,160 @@ def parse_arguments() -> argparse.Namespace:
         device="auto",
         concurrency="1,4,16",
         drafts=(8, "--num-speculative-tokens"),
-        wrong=(0.1, "share of spoilt drafts of the task `copies`"),
-        prompt=(48, "tokens of a prompt"),
-        answer=(128, "tokens of an answer"),
+        tasks=",".join((*KINDS, "free")),
+        records=(8, "records of a prompt"),
+        answer=(400, "tokens of an answer, at most"),
         rounds=5,
     )
 
 
-class KnownAnswer(DraftSource):
-    """Drafts from an answer that is known already, some of them spoilt."""
+@dataclass(slots=True)
+class Written:
+    """Answers that replace the sampled tokens, by sequence id; sampled ones are kept without."""
 
-    __slots__ = ("_answer", "_num_prompt", "_rng", "_wrong")
+    answers: dict[str, list[int]] = field(default_factory=dict)
 
-    def __init__(self, answer: list[int], args: argparse.Namespace, vocab_size: int) -> None:
-        super().__init__(args.drafts, vocab_size)
-        self._answer, self._num_prompt, self._wrong = answer, args.prompt, args.wrong
-        self._rng = np.random.default_rng(0)
+    def place_behind(self, runner: ModelRunner) -> None:
+        """Replace tokens between the sampling and the comparison with the drafts."""
+        collect = runner.next_pass.collect
 
-    def _from_text(self, token_ids: Sequence[int], most: int) -> list[int]:
-        self._index.catch_up(token_ids)  # as prompt lookup does
-        place = len(token_ids) - self._num_prompt
-        drafts = self._answer[place : place + min(most, self._length.take())]
-        return [one ^ int(self._rng.random() < self._wrong) for one in drafts]
+        def replaced(rows: list[ScheduledSequence], *more: Any) -> tuple[list[int], dict[int, Any]]:
+            token_ids, logprobs = collect(rows, *more)
+            first = 0
+            for row in rows:
+                num_places = 1 + row.num_drafts
+                if (answer := self.answers.get(row.request_id)) is not None:
+                    written = answer[row.sample_index : row.sample_index + num_places]
+                    token_ids[first : first + len(written)] = written
+                first += num_places
+            return token_ids, logprobs
+
+        runner.next_pass.collect = replaced  # type: ignore[method-assign, assignment]
 
 
 @dataclass(slots=True)
-class Runs:
-    """Tokens a wall-clock second and a CPU second, one a round, and the drafts of the last."""
+class Side:
+    """A scheduler with drafts or without, and its figures, one a round."""
 
+    loop: Loop
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
-    counts: DraftCounts = field(default_factory=DraftCounts)
     num_steps: int = 0
+    before: DraftCounts = field(default_factory=DraftCounts)
 
-    def take(self, loop: Loop, num_tokens: int) -> None:
-        """Run all requests of a loop to their ends."""
-        wall, cpu, num_steps = time.perf_counter(), time.process_time(), 0
-        while (batch := loop.scheduler.schedule()) is not None:
-            loop.scheduler.update(loop.runner.execute(batch))
-            num_steps += 1
+    def run(self, requests: list[AddRequest]) -> None:
+        """Answer these requests; the clock starts when all prompts are computed."""
+        for request in requests:
+            self.loop.put(request)
+        while not self._step(is_prompt=True):
+            pass
+        counts = self.loop.scheduler.counts().drafts
+        self.before = DraftCounts(counts.num_rows, counts.num_tokens, counts.num_accepted)
+        wall, cpu, self.num_steps, num_tokens = time.perf_counter(), time.process_time(), 0, 0
+        while num_new := self._step():
+            num_tokens += num_new
+            self.num_steps += 1
         self.wall.append(num_tokens / (time.perf_counter() - wall))
         self.cpu.append(num_tokens / (time.process_time() - cpu))
-        self.counts, self.num_steps = loop.scheduler.counts().drafts, num_steps
+
+    def _step(self, *, is_prompt: bool = False) -> int:
+        """Compute a step as the engine does; how many tokens answers got. 0: all have ended.
+
+        is_prompt: 0 as well if some prompt is not computed afterwards.
+        """
+        scheduler = self.loop.scheduler
+        batch = scheduler.schedule()
+        if batch is None:
+            return 0
+        started_at = time.perf_counter()
+        result = self.loop.runner.execute(batch)
+        progress = scheduler.update(result, time.perf_counter() - started_at)
+        if is_prompt and len(progress) < self.loop.limits.max_num_seqs:
+            return 0
+        return sum(len(one.token_ids) for one in progress)
 
 
-def loop_of(runner: ModelRunner, args: argparse.Namespace, num_seqs: int, num_drafts: int) -> Loop:
-    """The same requests each time, so that both ways compute the same answers."""
+def loop_of(runner: ModelRunner, num_seqs: int, num_drafts: int) -> Loop:
+    """A scheduler for this many requests at once."""
     limits = SchedulerLimits(
         max_num_seqs=num_seqs,
         max_num_batched_tokens=2048,
         max_num_batched_images=1,
         max_model_len=runner.info.max_model_len,
-        prefix_cache=False,
         num_speculative_tokens=num_drafts,
     )
-    loop = Loop(runner, limits, np.random.default_rng(0))
+    return Loop(runner, limits, np.random.default_rng(0))
+
+
+def requests_of(
+    runner: ModelRunner, args: argparse.Namespace, task: str, num_seqs: int
+) -> tuple[list[AddRequest], dict[str, list[int]]]:
+    """The requests of a round, and the written answers by sequence id."""
+    tokenizer = Tokenizer.from_file(str(bundled.CHECKPOINT / "tokenizer.json"))
+    requests, answers = [], {}
     for number in range(num_seqs):
-        loop.add(str(number), args.prompt, args.answer)
-    return loop
-
-
-def answers_of(loop: Loop, num_prompt: int) -> dict[str, list[int]]:
-    """Run a loop to its end; the answers by sequence."""
-    batch = loop.plan()
-    loop.scheduler.update(loop.runner.execute(batch))
-    sequences = loop.scheduler.take_started()
-    Runs().take(loop, 0)
-    return {one.sequence_id: one.token_ids[num_prompt:] for one in sequences}
+        name = str(number)
+        if task == "free":
+            rng = np.random.default_rng(number)
+            requests.append(random_request(rng, runner, name, 48, args.answer))
+            continue
+        prompt, answer = (tokenizer.encode(one).ids for one in texts_of(task, number, args.records))
+        answers[f"0/{name}"] = answer = answer[: args.answer]
+        requests.append(
+            AddRequest(
+                request_id=name,
+                prompt_token_ids=prompt,
+                sampling=GREEDY,
+                max_tokens=len(answer),
+                eos_token_ids=[],
+            )
+        )
+    return requests, answers
 
 
 def measure(
-    runner: ModelRunner, args: argparse.Namespace, num_seqs: int, task: str
+    runner: ModelRunner, written: Written, args: argparse.Namespace, num_seqs: int, task: str
 ) -> dict[str, float]:
     """Runs with and without drafts alternate; each round starts with the other of the two."""
-    answers = answers_of(loop_of(runner, args, num_seqs, 0), args.prompt)
-    runs = {0: Runs(), args.drafts: Runs()}
-    for number in range(args.rounds):
-        for num_drafts in sorted(runs, reverse=bool(number % 2)):
-            loop = loop_of(runner, args, num_seqs, num_drafts)
-            # The prompts are computed before the clock starts.
-            loop.scheduler.update(loop.runner.execute(loop.plan()))
-            for sequence in loop.scheduler.take_started() if num_drafts else ():
-                if task == "copies":
-                    answer = answers[sequence.sequence_id]
-                    sequence.drafts = KnownAnswer(answer, args, runner.info.vocab_size)
-            runs[num_drafts].take(loop, num_seqs * (args.answer - 1))
-    return figures(runs[0], runs[args.drafts])
+    requests, written.answers = requests_of(runner, args, task, num_seqs)
+    sides = [Side(loop_of(runner, num_seqs, num_drafts)) for num_drafts in (0, args.drafts)]
+    for number in range(1 + args.rounds):
+        for side in sides[:: -1 if number % 2 else 1]:
+            side.run(requests)
+    return figures(*sides)
 
 
-def figures(plain: Runs, drafted: Runs) -> dict[str, float]:
+def figures(plain: Side, drafted: Side) -> dict[str, float]:
     """Medians, ratios of drafts over none, and the share of drafts that were right."""
-    pairs = {"wall": (plain.wall, drafted.wall), "cpu": (plain.cpu, drafted.cpu)}
+    pairs: Mapping[str, tuple[list[float], list[float]]] = {
+        "wall": (plain.wall[1:], drafted.wall[1:]),
+        "cpu": (plain.cpu[1:], drafted.cpu[1:]),
+    }
     ratios = {
         f"{name}_ratio": round(statistics.median(b / a for a, b in zip(*both, strict=True)), 3)
         for name, both in pairs.items()
     }
-    counts = drafted.counts
+    counts, before = drafted.loop.scheduler.counts().drafts, drafted.before
+    num_drafts = counts.num_tokens - before.num_tokens
     return {
-        "tokens_per_s": round(statistics.median(plain.wall), 1),
-        "tokens_per_s_with_drafts": round(statistics.median(drafted.wall), 1),
+        "tokens_per_s": round(statistics.median(pairs["wall"][0]), 1),
+        "tokens_per_s_with_drafts": round(statistics.median(pairs["wall"][1]), 1),
         **ratios,
         "steps": plain.num_steps,
         "steps_with_drafts": drafted.num_steps,
-        "drafts": counts.num_tokens,
-        "right": round(counts.num_accepted / max(1, counts.num_tokens), 3),
+        "drafts": num_drafts,
+        "right": round((counts.num_accepted - before.num_accepted) / max(1, num_drafts), 3),
     }
 
 
 def main() -> None:
     args = parse_arguments()
     runner = open_runner(args.checkpoint, dtype=args.dtype, device=args.device)
-    found = {}
-    for task in TASKS:
-        for num_seqs in numbers(args.concurrency):
-            row = found[f"{task}/{num_seqs}"] = measure(runner, args, num_seqs, task)
+    written, found = Written(), {}
+    written.place_behind(runner)
+    for num_seqs in numbers(args.concurrency):
+        for task in args.tasks.split(","):
+            row = found[f"{task}/{num_seqs}"] = measure(runner, written, args, num_seqs, task)
             print(f"{task:<8} {num_seqs:>3} at once", row, flush=True)
     print_document(args, results=found)
 

@@ -99,7 +99,11 @@ class Loop:
     ) -> None:
         """Put a random request into the queue; see `random_request`."""
         args = (self.rng, self.runner, name, num_tokens, max_tokens, num_tiles, sampling)
-        for sequence in Sequence.of(0, random_request(*args)):
+        self.put(random_request(*args))
+
+    def put(self, request: AddRequest) -> None:
+        """Put a request into the queue."""
+        for sequence in Sequence.of(0, request):
             self._queue.put(sequence)
 
     def plan(self) -> StepBatch:

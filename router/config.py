@@ -87,8 +87,8 @@ class EngineConfig(RunnerConfig, frozen=True, kw_only=True):
     num_speculative_tokens: Annotated[
         Annotated[int, msgspec.Meta(ge=1, le=64)],
         Option(
-            "With --speculative: maximum number of drafts of a request in a step. Fewer while "
-            "many requests run, or after wrong drafts.",
+            "With --speculative: maximum number of drafts of a request in a step. Fewer if "
+            "measured step times, or the request's share of right drafts, make more a loss.",
             ENGINE,
         ),
     ] = 8

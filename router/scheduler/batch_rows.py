@@ -6,19 +6,29 @@ token (`add_drafts`). Knows nothing of the order of sequences.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
-from ...models.batch import Accepted, ModelInfo, SamplingContext, ScheduledSequence, StepResult
+from ...models.batch import (
+    Accepted,
+    ModelInfo,
+    SamplingContext,
+    ScheduledSequence,
+    StepBatch,
+    StepResult,
+)
 from ..blocks.visibility import cut_segments
 from .block_manager import BlockManager
-from .drafts.draft_length import room_for_drafts
 from .drafts.draft_source import DraftSource
 from .interface import SchedulerLimits
 from .sequence import Sequence
 from .step_budget import Step
+from .throughput import DraftTimes
 
 # a token that is still being sampled
 _UNKNOWN = 0
+# Tokens of a step with drafts, at most: each has a row of logits, and more were not measured.
+MOST_TOKENS = 64
 
 
 def row_of(sequence: Sequence, start: int, end: int, num_blocks: int) -> ScheduledSequence:
@@ -50,32 +60,39 @@ def fill(row: ScheduledSequence, sequence: Sequence) -> None:
         row.context = sequence.sampling_context()
 
 
-def add_drafts(step: Step, blocks: BlockManager, limits: SchedulerLimits, info: ModelInfo) -> None:
-    """Put drafts behind the decodes of a planned step, as its budget and its size allow.
+def add_drafts(
+    step: Step, blocks: BlockManager, limits: SchedulerLimits, info: ModelInfo, times: DraftTimes
+) -> None:
+    """Put drafts behind the decodes of a planned step of decodes alone, as many as pay.
 
-    Nothing is preempted for drafts, and they change no answer. Equal parts for all decodes.
+    Nothing is preempted for drafts, and they change no answer. The likeliest come first.
     """
-    if not limits.num_speculative_tokens:
+    rows = step.batch.sequences
+    if not limits.num_speculative_tokens or not _has_decodes_alone(step.batch):
         return
-    room = min(step.budget, room_for_drafts(step.batch.num_tokens, info.device))
-    decodes = [place for place, row in enumerate(step.batch.sequences) if _is_decode(row)]
-    part = -(-room // len(decodes)) if decodes else 0
-    for place in decodes:
-        sequence, row = step.sequences[place], step.batch.sequences[place]
-        most = min(part, room, sequence.num_drafts_allowed(limits.max_model_len))
-        if most < 1:
-            continue
-        if sequence.drafts is None:
-            sequence.drafts = DraftSource(limits.num_speculative_tokens, info.vocab_size)
-        ends = sequence.end_token_ids | sequence.stop_token_ids
-        drafts = sequence.drafts.next(sequence.token_ids, sequence.matcher, ends, most)
+    found = [_find_drafts(sequence, limits, info) for sequence in step.sequences]
+    chances = [
+        (chance, place)
+        for place, sequence in enumerate(step.sequences)
+        if found[place] and sequence.drafts is not None
+        for chance in sequence.drafts.chances()
+    ]
+    chances = sorted(chances, reverse=True)[: max(0, min(step.budget, MOST_TOKENS - len(rows)))]
+    num_drafts = times.num_worth(len(rows), [chance for chance, _ in chances])
+    for place, count in Counter(place for _, place in chances[:num_drafts]).items():
+        sequence = step.sequences[place]
         # As at admission, a block stays available for each sequence of the step.
-        drafts = drafts[: blocks.grow_for_drafts(sequence, len(drafts), len(step.sequences))]
+        drafts = found[place][: blocks.grow_for_drafts(sequence, count, len(rows))]
         if drafts:
             num_blocks = blocks.num_blocks(sequence.num_tokens + len(drafts))
-            step.batch.sequences[place] = _with_drafts(row, sequence, drafts, num_blocks)
+            rows[place] = _with_drafts(rows[place], sequence, drafts, num_blocks)
             step.spend(sequence.owner, len(drafts))
-            room -= len(drafts)
+
+
+def record_decodes(batch: StepBatch, seconds: float, times: DraftTimes) -> None:
+    """Record the time of a step, if it had decodes alone."""
+    if _has_decodes_alone(batch):
+        times.record(len(batch.sequences), batch.num_tokens - len(batch.sequences), seconds)
 
 
 def sampled_of(result: StepResult, sequence_id: str) -> Accepted:
@@ -88,9 +105,25 @@ def sampled_of(result: StepResult, sequence_id: str) -> Accepted:
     )
 
 
-def _is_decode(row: ScheduledSequence) -> bool:
-    """One token, behind at least one that was generated."""
-    return row.sampling is not None and len(row.token_ids) == 1 and row.sample_index > 0
+def _has_decodes_alone(batch: StepBatch) -> bool:
+    """Of each sequence one token, behind at least one that was generated, and its drafts."""
+    is_moving = batch.images or batch.loads or batch.copies
+    return not is_moving and all(
+        row.sampling is not None
+        and row.sample_index > 0
+        and len(row.token_ids) == 1 + row.num_drafts
+        for row in batch.sequences
+    )
+
+
+def _find_drafts(sequence: Sequence, limits: SchedulerLimits, info: ModelInfo) -> list[int]:
+    most = sequence.num_drafts_allowed(limits.max_model_len)
+    if most < 1:
+        return []
+    if sequence.drafts is None:
+        sequence.drafts = DraftSource(limits.num_speculative_tokens, info.vocab_size)
+    ends = sequence.end_token_ids | sequence.stop_token_ids
+    return sequence.drafts.next(sequence.token_ids, sequence.matcher, ends, most)
 
 
 def _with_drafts(

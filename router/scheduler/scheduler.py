@@ -50,7 +50,7 @@ from ..blocks.adapter_places import AdapterPlaces
 from ..blocks.image_pool import ImageEntry
 from ..blocks.tile_store import Ask, TileStore, ask_nobody
 from ..blocks.visibility import is_seen
-from .batch_rows import add_drafts, fill, row_of, sampled_of
+from .batch_rows import add_drafts, fill, record_decodes, row_of, sampled_of
 from .block_manager import BlockManager
 from .interface import DraftCounts, Progress, SchedulerCounts, SchedulerLimits, SchedulerSnapshot
 from .lifecycle import Lifecycle
@@ -59,7 +59,7 @@ from .request_queue import RequestQueue
 from .sequence import Part, Sequence
 from .sequence_states import SequenceEvent, Status
 from .step_budget import ImageCost, Step
-from .throughput import StepTimes
+from .throughput import DraftTimes, StepTimes
 
 
 class Scheduler:
@@ -88,9 +88,8 @@ class Scheduler:
         self._ahead: dict[Sequence, ScheduledSequence] = {}
         # The one image of which the runner has encoded a part.
         self._partial: ImageEntry | None = None
-        self._step_times = StepTimes()
-        # Whether the last step had a newcomer's prompt alone.
-        self._is_newcomers = False
+        self._step_times, self._draft_times = StepTimes(), DraftTimes()
+        self._is_newcomers = False  # the last step had a newcomer's prompt alone
 
     @property
     def num_running(self) -> int:
@@ -154,7 +153,7 @@ class Scheduler:
             if step.quotas:
                 step.quotas = {}  # what owners left of their parts
                 self._admit(step)
-            add_drafts(step, self.blocks, limits, self._info)
+            add_drafts(step, self.blocks, limits, self._info, self._draft_times)
         if not step.sequences:
             assert not self.has_work, "requests wait, but none can run"
             return None
@@ -334,6 +333,7 @@ class Scheduler:
         step = self._end_step()
         if seconds is not None and not step.batch.images:
             self._step_times.record(step.batch.num_tokens, seconds)
+            record_decodes(step.batch, seconds, self._draft_times)
         step.share_vision(result.vision_seconds)
         self._partial = step.record_images(self._partial, self.tiles)
         self._num_images_encoded += len(step.due_images) - len(step.loaded)
@@ -391,7 +391,7 @@ class Scheduler:
         num_added = len(added.token_ids)
         if planned.num_drafts:
             self._draft_counts.add(planned.num_drafts, num_added - 1)
-            sequence.accept_drafts(planned.num_drafts, num_added - 1)
+            sequence.num_computed_tokens += num_added - 1
             self.owners.charge_positions(sequence, planned.start, sequence.num_computed_tokens)
             self.blocks.commit(sequence)
         if added.finish_reason is not None:

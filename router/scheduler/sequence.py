@@ -269,16 +269,12 @@ class Sequence:
 
     def extend(self, token_ids: list[int], max_model_len: int) -> Appended:
         """Add generated tokens up to the one that ends the answer; the others are dropped."""
+        if self.drafts is not None:
+            self.drafts.record(token_ids)
         for count, token_id in enumerate(token_ids, 1):
             if (reason := self.append(token_id, max_model_len)) is not None:
                 return Appended(token_ids[:count], reason)
         return Appended(token_ids)
-
-    def accept_drafts(self, num_drafts: int, num_right: int) -> None:
-        """After a step with drafts: those that were right are in the sequence, and computed."""
-        assert self.drafts is not None
-        self.drafts.record(num_drafts, num_right)
-        self.num_computed_tokens += num_right
 
     def num_drafts_allowed(self, max_model_len: int) -> int:
         """How many drafts may count: the token sampled behind them must have room too."""

@@ -1,7 +1,7 @@
 """Estimates how long a request will wait and a step will take, from recent requests and steps.
 
-Owns the tokens computed in the last seconds, the run times of the last requests, and the times of
-steps by their size. Knows nothing of the queue.
+Owns the tokens computed in the last seconds, the run times of the last requests, the times of steps
+by their size, and how many drafts a step has for them. Knows nothing of the queue.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from statistics import median_low
 from typing import NamedTuple
 
 WINDOW_S = 10.0
 SHORTEST_S, LONGEST_S = 1.0, 60.0
 # The average run time covers at most MAX_RUNS requests; with fewer than MIN_RUNS it is unknown.
 MAX_RUNS, MIN_RUNS = 64, 4
-# The weight of a new time in the average of its size.
-NEW_TIME = 0.25
+# Times of steps of one size that are kept: their median ignores two that something held up.
+NUM_TIMES = 5
+# Steps after which the times of steps with drafts are measured anew. Up to 14 of these are trials.
+NUM_REMEMBERED = 512
 
 
 class _Step(NamedTuple):
@@ -73,19 +76,26 @@ class WaitEstimator:
 
 
 class StepTimes:
-    """The average seconds of a step, for each power of two of its number of tokens.
+    """The usual seconds of a step, by its size: the median of the last five of that size.
 
-    Only steps that encode no image count.
+    Sizes are powers of two and half-way between them: 8 to 11 tokens are one size, 12 to 15 the
+    next. Only steps that encode no image count.
     """
 
     def __init__(self) -> None:
-        self._averages: dict[int, float] = {}
+        self._times: dict[int, deque[float]] = {}
 
     def record(self, num_tokens: int, seconds: float) -> None:
         """Record the time of a step."""
-        size = num_tokens.bit_length()
-        average = self._averages.get(size, seconds)
-        self._averages[size] = average + NEW_TIME * (seconds - average)
+        self._times.setdefault(size_of(num_tokens), deque(maxlen=NUM_TIMES)).append(seconds)
+
+    def seconds(self, num_tokens: int) -> float | None:
+        """The usual time of a step of this size; None if fewer than two were measured.
+
+        The first of a size may be slow for reasons of its own, such as kernels that compile.
+        """
+        times = self._times.get(size_of(num_tokens), ())
+        return median_low(times) if len(times) > 1 else None
 
     def is_at_most_half(self, num_tokens: int, num_more: int) -> bool:
         """Whether a step of num_tokens takes at most half as long as one of num_more tokens.
@@ -93,8 +103,68 @@ class StepTimes:
         True, so that it is measured, if no step of the first size was. Of the second size, the
         next smaller one that was measured counts; False without any.
         """
-        sizes = [size for size in self._averages if size <= num_more.bit_length()]
+        sizes = [size for size in self._times if size <= num_more]
         if not sizes:
             return False
-        alone = self._averages.get(num_tokens.bit_length(), 0.0)
-        return 2 * alone <= self._averages[max(sizes)]
+        alone = self._times.get(size_of(num_tokens))
+        return alone is None or 2 * median_low(alone) <= median_low(self._times[max(sizes)])
+
+
+class DraftTimes:
+    """How many drafts of a step are worth their time, from the times of recent steps.
+
+    Only steps of decodes alone count. Those with drafts are apart from those without: a device may
+    compute them in another way. After NUM_REMEMBERED steps all is measured anew, since texts grow
+    and other programs come and go.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._plain, self._drafted, self._num_steps = StepTimes(), StepTimes(), 0
+
+    def record(self, num_decodes: int, num_drafts: int, seconds: float) -> None:
+        """Record the time of a step of decodes alone."""
+        if self._num_steps == NUM_REMEMBERED:
+            self._forget()
+        self._num_steps += 1
+        times = self._drafted if num_drafts else self._plain
+        times.record(num_decodes + num_drafts, seconds)
+
+    def num_worth(self, num_decodes: int, chances: list[float]) -> int:
+        """How many drafts give the most expected tokens a second; 0 if none is best.
+
+        chances: of each draft that there is, that it counts, the largest first. A size that was
+        not measured is tried, the smallest first, if at least half of its tokens are expected to
+        count: then the trial wastes less than half a step, even where each row costs the same.
+        """
+        plain_s = self._plain.seconds(num_decodes)
+        if plain_s is None:
+            return 0
+        best, most_per_s = 0, num_decodes / plain_s
+        for num_drafts in _ends_of_sizes(num_decodes, len(chances)):
+            num_tokens = num_decodes + num_drafts
+            expected = num_decodes + sum(chances[:num_drafts])
+            seconds = self._drafted.seconds(num_tokens)
+            if seconds is None:
+                if 2 * expected >= num_tokens:
+                    return num_drafts
+            elif expected / seconds > most_per_s:
+                best, most_per_s = num_drafts, expected / seconds
+        return best
+
+
+def size_of(num_tokens: int) -> int:
+    """The smallest number of tokens of the same size of step: its first two bits."""
+    shift = max(0, num_tokens.bit_length() - 2)
+    return num_tokens >> shift << shift
+
+
+def _ends_of_sizes(num_decodes: int, most: int) -> list[int]:
+    """Numbers of drafts, 1 to most, with which a step is the last of its size, or has most."""
+    return [
+        count
+        for count in range(1, most + 1)
+        if count == most or size_of(num_decodes + count) != size_of(num_decodes + count + 1)
+    ]

@@ -28,7 +28,7 @@ from msgspec.structs import replace
 from support.adapters import MIXED
 from support.oracle import EXCUSED_GAP, count_excuses, image, loaded, oracle, prompt
 from support.soak_requests import is_plain, recorded_gaps, with_more
-from support.stepped import MAX_MODEL_LEN, SteppedEngine
+from support.stepped import MAX_MODEL_LEN, SteppedEngine, time_all_steps_alike
 from support.taped import TapedTorchBackend, TapeRecorder
 from transformers import MllamaForConditionalGeneration
 
@@ -142,6 +142,8 @@ class Soak:
         self._has_more, self._has_overlap = has_drafts or has_overlap, has_overlap
         self.runner = runner
         self.engine = Engine(runner, config, self._receive)
+        if has_drafts:
+            time_all_steps_alike(self.engine.scheduler)
         self.report = Report()
 
     async def run(self) -> Report:

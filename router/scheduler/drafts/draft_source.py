@@ -1,6 +1,7 @@
 """The drafts of one request: what its grammar forces, else what its text had before.
 
-Owns the request's index and its number of drafts. Whether drafts are right, the model decides.
+Owns the request's index, and the share of its drafts that were right. Whether drafts are right, the
+model decides; how many are computed, `throughput.py`.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from ....models.batch import TokenMatcher
-from .draft_length import DraftLength
 from .token_index import TokenIndex
+
+# What is expected of a request's first drafts, and the weight of a new one.
+FIRST_SHARE, NEW_DRAFT = 0.5, 0.125
 
 
 class DraftSource:
@@ -18,13 +21,14 @@ class DraftSource:
     vocab_size: a prompt's tokens from there on, such as `<|image|>`, have no logit.
     """
 
-    __slots__ = ("_index", "_is_forced", "_length", "_most", "_vocab_size")
+    __slots__ = ("_drafts", "_index", "_most", "_shares", "_source", "_vocab_size")
 
     def __init__(self, most: int, vocab_size: int) -> None:
         self._most, self._vocab_size = most, vocab_size
         self._index = TokenIndex()
-        self._length = DraftLength(most)
-        self._is_forced = False
+        self._drafts: list[int] = []
+        self._source = "text"
+        self._shares = {"grammar": FIRST_SHARE, "text": FIRST_SHARE}
 
     def next(
         self,
@@ -39,7 +43,7 @@ class DraftSource:
         """
         most = min(most, self._most)
         forced = matcher.forced()[:most] if matcher is not None else []
-        self._is_forced = bool(forced)
+        self._source = "grammar" if forced else "text"
         drafts = forced or self._from_text(token_ids, most)
         for place, token_id in enumerate(drafts):
             if token_id in ends or token_id >= self._vocab_size:
@@ -47,14 +51,27 @@ class DraftSource:
                 break
         if drafts and matcher is not None:
             drafts = drafts[: matcher.num_allowed(drafts)]
+        self._drafts = drafts
         return drafts
 
     def _from_text(self, token_ids: Sequence[int], most: int) -> list[int]:
         if not self._index.catch_up(token_ids):
             return []
-        return self._index.following(token_ids, min(most, self._length.take()))
+        return self._index.following(token_ids, most)
 
-    def record(self, num_drafts: int, num_right: int) -> None:
-        """How many of the last drafts, from the first, were right."""
-        if not self._is_forced:
-            self._length.record(num_drafts, num_right)
+    def chances(self) -> list[float]:
+        """Of each of the last drafts, that it and all before it are right."""
+        share = self._shares[self._source]
+        return [share**count for count in range(1, len(self._drafts) + 1)]
+
+    def record(self, token_ids: Sequence[int]) -> None:
+        """The tokens that followed: the share of right drafts changes, computed or not.
+
+        So drafts that are never computed, since few were right, are when they become right.
+        """
+        share = self._shares[self._source]
+        for draft, token_id in zip(self._drafts, token_ids, strict=False):
+            share += NEW_DRAFT * ((draft == token_id) - share)
+            if draft != token_id:
+                break
+        self._shares[self._source], self._drafts = share, []

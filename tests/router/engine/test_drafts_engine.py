@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from support.engine_rig import engine_of, request_of, tokens_of
 from support.fake_runner import FakeRunner, expected_token_ids
+from support.stepped import time_all_steps_alike
 
 from vlmserve.router.config import EngineConfig
 
@@ -16,6 +17,7 @@ def test_the_option_changes_the_steps_and_not_the_answer(tmp_path, speculative: 
     async def run() -> None:
         runner = FakeRunner(repeats=True)
         async with engine_of(tmp_path, runner, speculative=speculative) as rig:
+            time_all_steps_alike(rig.engine.scheduler)
             request = request_of("a", prompt=(1, 2, 3) * 4, max_tokens=40)
             found = await tokens_of(await rig.connect(), request)
             assert found == expected_token_ids(request, repeats=True)

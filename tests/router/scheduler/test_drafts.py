@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from support.fake_runner import expected_token_ids, fake_image
 from support.scheduler_bench import Bench
 
-from vlmserve.models.batch import ImageSpan, PoolSizes, SamplingParams
+from vlmserve.models.batch import ImageSpan, PoolSizes, SamplingParams, StepBatch
 from vlmserve.models.sampling.token_counts import TokenCounts
 from vlmserve.router.messages import AddRequest
 from vlmserve.router.scheduler.sequence import Sequence
@@ -25,8 +25,16 @@ def request(name: str, **fields) -> AddRequest:
     return replace(made, **fields)
 
 
+def alike(batch: StepBatch) -> float:
+    return 1.0
+
+
+def by_tokens(batch: StepBatch) -> float:
+    return float(batch.num_tokens)
+
+
 def bench_of(num_drafts: int, **fields) -> Bench:
-    fields = {"max_num_batched_tokens": 64, "repeats": True} | fields
+    fields = {"max_num_batched_tokens": 64, "repeats": True, "seconds_of": alike} | fields
     return Bench(num_speculative_tokens=num_drafts, **fields)
 
 
@@ -45,12 +53,36 @@ def test_drafts_give_the_same_tokens_in_fewer_steps(num_drafts: int) -> None:
     assert (counts.num_accepted > 4) == (num_drafts > 0)
 
 
-def test_with_many_requests_there_are_no_drafts() -> None:
-    bench = bench_of(8, pools=PoolSizes(300, 8, 4), max_num_seqs=16)
-    for number in range(16):
-        bench.add(request(str(number), sampling=SamplingParams(seed=number)))
+@pytest.mark.parametrize("curve", [alike, by_tokens])
+def test_the_times_of_steps_decide_whether_many_requests_have_drafts(curve) -> None:
+    bench = bench_of(8, pools=PoolSizes(300, 8, 4), max_num_seqs=16, seconds_of=curve)
+    made = [request(str(number), sampling=SamplingParams(seed=number)) for number in range(16)]
+    for one in made:
+        bench.add(one)
     bench.run()
-    assert bench.runner.num_drafts == 0
+    for one in made:
+        assert bench.tokens[one.request_id] == expected_token_ids(one, repeats=True)
+    in_trials = 2 * (7 + 15 + 31 + 47 + 48)
+    assert (bench.runner.num_drafts > in_trials) == (curve is alike)
+    assert bench.runner.num_drafts > 0
+    assert bench.runner.max_batched_tokens <= 64
+
+
+def test_a_step_with_a_chunk_has_no_drafts() -> None:
+    bench = bench_of(8, max_num_batched_tokens=9, max_model_len=200)
+    bench.add(request("a"))
+    for _ in range(4):
+        bench.step()
+    bench.add(request("b", prompt_token_ids=list(range(100))))
+    batches = [bench.plan()]
+    while len(batches[-1].sequences) == 2 and len(batches[-1].sequences[1].token_ids) > 1:
+        assert batches[-1].sequences[0].num_drafts == 0
+        bench.finish(batches[-1])
+        batches.append(bench.plan())
+    assert len(batches) > 10
+    bench.finish(batches[-1])
+    bench.run()
+    assert bench.runner.num_right_drafts > 0
 
 
 @pytest.mark.parametrize("num_blocks", [12, 14, 20])

@@ -1,9 +1,10 @@
-"""How many drafts a request gets, and which tokens are no drafts."""
+"""How likely a request's drafts are, and which tokens are no drafts."""
 
 from __future__ import annotations
 
-from vlmserve.router.scheduler.drafts.draft_length import CPU_TOKENS, DraftLength, room_for_drafts
-from vlmserve.router.scheduler.drafts.draft_source import DraftSource
+import pytest
+
+from vlmserve.router.scheduler.drafts.draft_source import FIRST_SHARE, DraftSource
 
 TEXT = [1, 2, 3, 4, 5, 6, 1, 2]
 
@@ -29,32 +30,32 @@ class Forcing:
         return self._forced
 
 
-def test_right_drafts_get_more_and_wrong_ones_fewer_and_then_a_pause() -> None:
-    length = DraftLength(8)
-    assert length.take() == 4
-    length.record(4, 4)
-    assert length.take() == 8
-    length.record(8, 2)
-    assert length.take() == 3
-    length.record(3, 0)
-    assert length.take() == 1
-    length.record(1, 0)
-    assert [length.take() for _ in range(4)] == [0, 0, 1, 1]
-    length.record(1, 0)
-    assert [length.take() for _ in range(5)] == [0, 0, 0, 0, 1]
-    for _ in range(20):
-        length.record(1, 0)
-    pauses = 0
-    while not length.take():
-        pauses += 1
-    assert pauses == 64
-    length.record(1, 1)
-    assert length.take() == 2
+def test_each_right_draft_makes_the_next_likelier_and_a_wrong_one_less() -> None:
+    source = DraftSource(8, 1000)
+    shares = []
+    for followed in ([3, 4, 5, 6], [3, 9], [9], [9], [9, 4, 5, 6]):
+        assert source.next(TEXT, None, set(), 4) == [3, 4, 5, 6]
+        share, *others = source.chances()
+        assert others == pytest.approx([share**2, share**3, share**4])
+        shares.append(share)
+        source.record(followed)
+    assert shares[0] == FIRST_SHARE < shares[2] < shares[1]
+    assert shares[4] < shares[3] < shares[2]
 
 
-def test_a_step_has_fewer_drafts_the_more_tokens_it_has() -> None:
-    rooms = [room_for_drafts(count, "cpu") for count in (1, 8, CPU_TOKENS, 500)]
-    assert rooms == [CPU_TOKENS - 1, CPU_TOKENS - 8, 0, 0]
+def test_drafts_that_are_not_computed_count_too_and_only_once() -> None:
+    source = DraftSource(8, 1000)
+    for _ in range(30):
+        source.next(TEXT, None, set(), 1)
+        source.record([9])
+    assert source.next(TEXT, None, set(), 1) == [3]
+    assert source.chances()[0] < 0.02
+    for _ in range(30):
+        source.next(TEXT, None, set(), 1)
+        source.record([3])
+        source.record([9])  # a step without a look-up
+    source.next(TEXT, None, set(), 1)
+    assert source.chances()[0] > 0.9
 
 
 def test_drafts_end_before_a_stop_token_and_before_a_token_without_a_logit() -> None:
@@ -69,11 +70,11 @@ def test_a_grammar_s_forced_tokens_come_first_and_forbidden_drafts_never() -> No
     assert DraftSource(8, 1000).next(TEXT, Forcing([]), set(), 8) == [3, 4, 5]
 
 
-def test_wrong_forced_tokens_pause_no_drafts_from_the_text() -> None:
+def test_wrong_forced_tokens_make_no_drafts_from_the_text_less_likely() -> None:
     source = DraftSource(8, 1000)
     assert source.next(TEXT, Forcing([4]), set(), 8) == [4]
-    source.record(1, 0)
-    assert source.next(TEXT, None, set(), 8) == [3, 4, 5, 6]
-    source.record(4, 0)
-    source.record(2, 0)
-    assert source.next(TEXT, None, set(), 8) == []
+    source.record([9])
+    assert source.next(TEXT, Forcing([4]), set(), 8) == [4]
+    assert source.chances()[0] < FIRST_SHARE
+    assert source.next(TEXT, None, set(), 8) == [3, 4, 5, 6, 1, 2, 3, 4]
+    assert source.chances()[0] == FIRST_SHARE
