@@ -16,7 +16,7 @@ GAUGES = (
     "vlmserve_image_blocks_used",
 )
 ENGINE_NAME = "vlmserve-engine"
-HTTP_WORKER = "vlmserve.server.worker"
+HTTP_WORKER = "vlmserve.server.worker.process"
 
 
 def descendants(pid: int) -> list[int]:

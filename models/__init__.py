@@ -17,5 +17,5 @@ In the order in which to read them:
     distributed/            the ranks' processes; what one of several engines uses
     bundled/                the tiny model that comes with the server
 
-device_copies, eos_tokens, malloc and threads are small helpers.
+device_copies, eos_tokens and malloc are small helpers.
 """

@@ -6,7 +6,7 @@ In the order in which to read it:
     settings                a worker's settings
     adapters/               LoRA adapters: names, files, updates
     supervisor/             starts, watches, restarts and stops the processes
-    worker, app             one HTTP worker: its process, its Sanic application
+    worker/                 one HTTP worker: its process, its Sanic application
     http/, admission/       protocol and keys; access to bounded resources
     routes/, api/           the endpoints; how they are declared and documented
     schemas/, errors        the JSON of requests, answers and errors
@@ -15,7 +15,6 @@ In the order in which to read it:
     structured_output/      grammars for answers
     telemetry/              metrics, the request log, traces
     children/               what all killable children share; a whole server as a child
-    tasks                   cancelling asyncio tasks
     bench/, batch/          the load generator; many requests from a file
     ray/                    the same server as an application of Ray Serve
 

@@ -59,7 +59,7 @@ def test_every_python_file_that_a_text_names_exists():
 
 
 def test_every_module_that_a_text_names_exists():
-    """`vlmserve.server.app.build_app` needs server/app.py; a package's name needs the folder."""
+    """`vlmserve.router.errors.Busy` needs router/errors.py; a package's name needs the folder."""
     missing = []
     for path in texts():
         for name in re.findall(r"\bvlmserve(?:\.[a-z_0-9]+){2,}", path.read_text("utf-8")):

@@ -33,6 +33,7 @@ SERVER_MAY_IMPORT = {
     "vlmserve.router.processes.logs",
     "vlmserve.router.processes.memory_folder",
     "vlmserve.router.messages",
+    "vlmserve.router.processes.tasks",
     "vlmserve.router.processes.parent_death",
     # One rule of affinity for engines on one machine and for those of Ray Serve.
     "vlmserve.router.client.replica_chooser",
@@ -93,18 +94,17 @@ ENGINE_PROCESS_MAY_IMPORT = ROUTER_MAY_IMPORT | {
     "vlmserve.models.distributed.parallel_runner",
     "vlmserve.models.distributed.replica",
     "vlmserve.models.execution.runner",
-    "vlmserve.models.threads",
+    "vlmserve.models.settings.threads",
 }
 TENSORS = {"torch", "transformers", "accelerate", "safetensors"}
 # `router` knows nothing of tensors, text, pictures or HTTP.
 NOT_IN_ROUTER = TENSORS | {"numpy", "tokenizers", "llguidance", "PIL", "sanic", "httpx2"}
 # Rooms (folders and modules) at a floor's root, and modules in a folder.
-MOST_ROOMS = {"server": 22, "router": 10, "models": 23}
+MOST_ROOMS = {"server": 20, "router": 10, "models": 22}
 LEAST_MODULES, MOST_MODULES = 2, 13
 # Folders with fewer modules, and why.
 SMALL_FOLDERS = {
     "models/bundled": "its parts are folders: the dataset, the training, the exam",
-    "server/admission": "a room that is being furnished",
 }
 NEEDS_RAY = ("vlmserve.server.ray.", "vlmserve.server.cli.on_ray")
 FORBIDDEN_CALLS = {"eval", "exec"}

@@ -32,8 +32,8 @@ from ..errors import ModelError, StepError
 from ..execution.runner import ModelRunner
 from ..lora.store import AdapterStore
 from ..settings.runner_config import RunnerConfig
+from ..settings.threads import threads_of_one
 from ..tensor_parallel.group import DistributedGroup, MeetingPlace
-from ..threads import threads_of_one
 from ..weights.device_choice import check_gpus, choose_device
 from .ranks import Ranks, end_process
 from .wire import RankSettings, RankStep

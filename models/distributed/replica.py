@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from ..settings.runner_config import RunnerConfig
-from ..threads import threads_of_one
+from ..settings.threads import threads_of_one
 from ..weights.device_choice import check_gpus, choose_device
 
 

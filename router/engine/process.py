@@ -27,7 +27,7 @@ import msgspec
 from ...models.malloc import use_growing_segments, use_one_heap
 from ...models.settings.byte_text import shown_bytes
 from ...models.settings.runner_config import RunnerConfig
-from ...models.threads import wait_briefly
+from ...models.settings.threads import wait_briefly
 from ..config import EngineConfig
 from ..errors import AdapterUnusableError, EngineDeadError
 from ..processes.logs import say, set_up_logging

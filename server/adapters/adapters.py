@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..tasks import end_tasks
+from ...router.processes.tasks import end_tasks
 from .registry import AdapterRegistry
 from .settings import AdapterSettings
 from .source import AdapterSource

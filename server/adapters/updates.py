@@ -16,8 +16,8 @@ from ...models.batch import AdapterInfo, AdapterRef
 from ...models.errors import AdapterError
 from ...models.lora.files import digest_of
 from ...router.errors import AdapterUnusableError, EngineDeadError
+from ...router.processes.tasks import end_tasks
 from ..errors import BadRequestError, NotFoundError, NotReadyError
-from ..tasks import end_tasks
 from .names import folder_below, why_not
 from .registry import AdapterRegistry
 from .settings import Origin, ServedAdapter

@@ -14,11 +14,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 import orjson
 from sanic import HTTPResponse, Request
 
+from ...router.processes.tasks import end_tasks
 from ..errors import ApiError, InternalError
 from ..generation.events import Event
 from ..generation.generator import PreparedGeneration
 from ..schemas.streamed_answers import StreamedAnswers
-from ..tasks import end_tasks
 from .services import services_of
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ...router.client.engine_client import EngineClient
 from ...router.errors import EngineDeadError
-from ..tasks import end_tasks
+from ...router.processes.tasks import end_tasks
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from pathlib import Path
 import msgspec
 
 from ...models.batch import ImageTiles
+from ...router.processes.tasks import end_tasks, run_together
 from ..admission.fair_lane import FairLane, LaneLimits
 from ..admission.lanes import IMAGE_DECODERS
 from ..children.processes import ChildStartError, child_environment, end_child, start_python
 from ..errors import NotReadyError
-from ..tasks import end_tasks, run_together
 from .decoder_child import DecoderConfig
 from .decoder_frames import DecodeReply, read_reply, write_request
 from .header import check_header, read_header

@@ -20,9 +20,9 @@ from urllib.parse import urljoin
 
 import httpcore2
 
+from ...router.processes.tasks import finish
 from ..admission.fair_lane import FairLane, LaneLimits
 from ..admission.lanes import IMAGE_FETCHES
-from ..tasks import finish
 from .addresses import Address, is_allowed, parse_literal
 from .names import UNRESOLVED, DnsResolver, NameLookups, Resolver
 from .settings import ImageError, ImageSettings

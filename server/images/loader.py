@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ...models.batch import ImageTiles
+from ...router.processes.tasks import run_together
 from ..admission.bytes_in_flight import keep_bytes
 from ..admission.fair_lane import FairLane
 from ..admission.lanes import Lanes
-from ..tasks import run_together
 from .decoders import DecoderPool
 from .fetch import ImageFetcher
 from .header import check_header, read_header

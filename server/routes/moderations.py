@@ -7,6 +7,7 @@ import contextlib
 
 from sanic import HTTPResponse, Request
 
+from ...router.processes.tasks import run_together
 from ..api.endpoint import GENERATION_REFUSALS, Reply, Routes
 from ..api.services import check_model, json_response, prepare, services_of
 from ..errors import BadRequestError
@@ -21,7 +22,6 @@ from ..schemas.moderation.verdicts import (
     result_of,
     verdict_of,
 )
-from ..tasks import run_together
 from . import samples
 
 ROUTES = Routes("moderations", "Moderations")

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import msgspec
 
+from ...router.processes.tasks import end_tasks
 from ..admission.fair_lane import FairLane, LaneLimits, Place
 from ..admission.lanes import GRAMMARS
 from ..children.processes import ChildStartError, child_environment, end_child, start_python
 from ..children.questions import LENGTH_BYTES, question_frame
 from ..errors import BadRequestError, NotReadyError
-from ..tasks import end_tasks
 from .compile_child import Verdict
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
+from ...router.processes.tasks import end_tasks
 from ..children.processes import start_python
-from ..tasks import end_tasks
 
 
 class Child:

@@ -2,7 +2,7 @@
 
     supervisor
       engine x R       python -m vlmserve.router.engine.process
-      HTTP worker x N  python -m vlmserve.server.worker, which inherits the socket
+      HTTP worker x N  python -m vlmserve.server.worker.process, which inherits the socket
 
 Children read their settings on stdin. The supervisor starts them, logs when the server is ready,
 and restarts a child that ends or hangs, by the states in `child_states.py`. It stops all children
@@ -50,7 +50,7 @@ from .settings import SupervisorSettings
 from .standby_engine import EngineStarter
 from .worker_liveness import LivenessPipe
 
-WORKER_COMMAND = ("-m", "vlmserve.server.worker")
+WORKER_COMMAND = ("-m", "vlmserve.server.worker.process")
 EXIT_OK = 0
 EXIT_FAILED = 1
 # Time to exit after the drain.

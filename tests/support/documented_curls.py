@@ -33,10 +33,10 @@ from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.bundled.dataset.questions import describe
 from vlmserve.models.bundled.pictures import draw, encode, random_scene
 from vlmserve.router.config import EngineConfig
-from vlmserve.server.app import build_app
 from vlmserve.server.images.fetch import ImageFetcher, TcpConnector
 from vlmserve.server.images.settings import ImageSettings
 from vlmserve.server.settings import ServerSettings
+from vlmserve.server.worker.app import build_app
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 PUBLIC_ADDRESS = "198.35.26.112"

@@ -24,10 +24,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from vlmserve.models.batch import AdapterInfo, AdapterRef, ImageTiles
 from vlmserve.router.errors import AdapterUnusableError, EngineError, QueueFullError
 from vlmserve.router.messages import AddRequest, EngineReady, EngineStats, SequenceOutput
-from vlmserve.server.app import build_app
 from vlmserve.server.http.protocol import StrictProtocol
 from vlmserve.server.images.settings import ImageRequest
 from vlmserve.server.settings import ServerSettings
+from vlmserve.server.worker.app import build_app
 
 share_compiled_routes()
 CLIENT_DEADLINE_S = 120.0

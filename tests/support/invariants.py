@@ -82,7 +82,7 @@ MAX_GRAMMARS = 2
 PIPES_OF_GRAMMARS = 2
 KINDS = {
     b"vlmserve.router.engine.process": "engine",
-    b"vlmserve.server.worker": "worker",
+    b"vlmserve.server.worker.process": "worker",
     b"vlmserve.server.images.decoder_child": "decoder",
     b"vlmserve.server.structured_output.compile_child": GRAMMARS,
 }

@@ -47,7 +47,7 @@ async def worker_process(engine_socket: str, **settings: Any) -> AsyncIterator[W
             **settings,
         )
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "vlmserve.server.worker"),
+            *(sys.executable, "-m", "vlmserve.server.worker.process"),
             stdin=asyncio.subprocess.PIPE,
             pass_fds=[listening.fileno()],
         )

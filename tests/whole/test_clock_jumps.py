@@ -26,7 +26,7 @@ WALL_CLOCK_READERS = {
     "server/adapters/updates.py",
     "server/api/response_store.py",
     "server/api/services.py",
-    "server/app.py",
+    "server/worker/app.py",
     "server/bench/report.py",
     "server/bench/runner.py",
     "server/cli/adapter_sources.py",

@@ -265,7 +265,7 @@ def test_a_server_that_restarts_in_the_middle_leaves_the_text_and_answers_again(
         page.wait_for_selector(".prose > *")
         server.suffer("")
         for child in psutil.Process(server.process.pid).children(recursive=True):
-            if "vlmserve.server.worker" in " ".join(child.cmdline()):
+            if "vlmserve.server.worker.process" in " ".join(child.cmdline()):
                 os.kill(child.pid, signal.SIGKILL)
         page.wait_for_selector(".answer.failed")
         assert (

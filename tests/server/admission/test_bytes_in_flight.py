@@ -21,9 +21,9 @@ from support.invariants import CHAT, PICTURE, body_for
 from support.polling import until
 
 from vlmserve.server.admission.bytes_in_flight import BytesInFlight, keep_bytes
-from vlmserve.server.app import build_app
 from vlmserve.server.errors import OverloadedError
 from vlmserve.server.settings import ServerSettings
+from vlmserve.server.worker.app import build_app
 
 
 def fill(bytes_in_flight: BytesInFlight, key: str) -> int:

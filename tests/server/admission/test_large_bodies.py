@@ -23,10 +23,10 @@ from support.http_side import (
 from support.polling import until
 
 from vlmserve.server.admission.key_file import digest_of, owner_of_digest
-from vlmserve.server.app import build_app
 from vlmserve.server.http.protocol import LenientRequest
 from vlmserve.server.schemas.json_text import INLINE_BYTES
 from vlmserve.server.settings import ServerSettings
+from vlmserve.server.worker.app import build_app
 
 CHAT = "/v1/chat/completions"
 FLOOD, OTHER = "flood-key", "other-key"

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from vlmserve.server.api import openapi
-from vlmserve.server.app import ROUTES
 from vlmserve.server.http.page_files import DOCS_PATHS, UI_PATHS
+from vlmserve.server.worker.app import ROUTES
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs/api.md").read_text("utf-8")

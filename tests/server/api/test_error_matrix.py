@@ -24,9 +24,9 @@ from support.schema_cases import cases_of
 
 from vlmserve.models.lora.files import CONFIG, WEIGHTS
 from vlmserve.server.adapters.settings import AdapterSettings
-from vlmserve.server.app import ROUTES
 from vlmserve.server.routes import adapters
 from vlmserve.server.structured_output.compile_checks import GrammarChecks
+from vlmserve.server.worker.app import ROUTES
 
 TOKENIZER = meta_like_tokenizer()
 TURN = {"role": "user", "content": "What"}

@@ -12,12 +12,12 @@ import pytest
 from support.http_side import MODEL, OneTileImages, ScriptedEngine, client_of
 
 from vlmserve.server.api import openapi
-from vlmserve.server.app import build_app
 from vlmserve.server.errors import ApiError
 from vlmserve.server.http.auth import KEYLESS_PATHS
 from vlmserve.server.http.page_files import DOCS_PATHS, UI_PATHS
 from vlmserve.server.routes import samples
 from vlmserve.server.settings import ServerSettings
+from vlmserve.server.worker.app import build_app
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 PAGES = Path(openapi.__file__).parent / "pages"

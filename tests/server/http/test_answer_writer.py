@@ -11,10 +11,10 @@ from support.http_side import MODEL, ScriptedEngine, running_app, tokens_one_by_
 from support.http_side import meta_like_tokenizer as tokenizer
 
 from vlmserve.server.api.whole_answer import send_parts
-from vlmserve.server.app import build_app
 from vlmserve.server.http.answer_writer import PART_BYTES
 from vlmserve.server.http.protocol import StrictProtocol
 from vlmserve.server.settings import ServerSettings
+from vlmserve.server.worker.app import build_app
 
 PARTS = [bytes([65 + number]) * 50_000 for number in range(26)]
 TEXT = b"".join(PARTS)

@@ -19,10 +19,10 @@ from support.http_side import (
 )
 from support.invariants import GENERATION_ROUTES, TEXT_ROUTES, body_for
 
-from vlmserve.server.app import build_app
 from vlmserve.server.http.auth import ApiKeys, KeyFileError
 from vlmserve.server.http.page_files import DOCS_PATHS, UI_PATHS
 from vlmserve.server.settings import ServerSettings
+from vlmserve.server.worker.app import build_app
 
 TOKENIZER = meta_like_tokenizer()
 # The page asks for the key itself; its files are the same on every server.

@@ -301,7 +301,7 @@ def worker_process(checkpoint, tmp_path, **settings):
             **settings,
         )
         process = subprocess.Popen(
-            [sys.executable, "-m", "vlmserve.server.worker"],
+            [sys.executable, "-m", "vlmserve.server.worker.process"],
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
             pass_fds=[listening.fileno()],
@@ -335,7 +335,7 @@ def test_a_worker_serves_an_inherited_socket_and_knows_no_torch(checkpoint, tmp_
 
 def test_importing_the_worker_loads_no_torch_and_no_transformers():
     code = (
-        "import sys, vlmserve.server.worker; "
+        "import sys, vlmserve.server.worker.process; "
         "print(sorted({'torch', 'transformers', 'sanic_ext'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -345,7 +345,7 @@ def test_importing_the_worker_loads_no_torch_and_no_transformers():
 def test_a_worker_ends_with_its_parent(checkpoint, tmp_path):
     code = (
         "import os, subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-m', 'vlmserve.server.worker'],"
+        "child = subprocess.Popen([sys.executable, '-m', 'vlmserve.server.worker.process'],"
         " stdin=subprocess.PIPE, pass_fds=[int(sys.argv[1])])\n"
         "child.stdin.write(sys.argv[2].encode()); child.stdin.close()\n"
         "print(child.pid, flush=True); sys.stdin.read()\n"
@@ -383,7 +383,7 @@ def is_running(pid):
 @pytest.mark.parametrize("stdin", [b"", b"{}", b'{"model": "/nowhere", "x": 1}'])
 def test_a_worker_without_good_settings_says_so_in_one_line(stdin):
     done = subprocess.run(
-        [sys.executable, "-m", "vlmserve.server.worker"], input=stdin, capture_output=True
+        [sys.executable, "-m", "vlmserve.server.worker.process"], input=stdin, capture_output=True
     )
     assert done.returncode == 2
     assert done.stderr.count(b"\n") == 1

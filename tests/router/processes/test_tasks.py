@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vlmserve.server.tasks import raise_stored, run_together
+from vlmserve.router.processes.tasks import raise_stored, run_together
 
 
 class Payload:

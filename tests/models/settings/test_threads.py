@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from vlmserve.models.malloc import use_growing_segments
-from vlmserve.models.threads import wait_briefly
+from vlmserve.models.settings.threads import wait_briefly
 
 
 def test_threads_spin_a_moment_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

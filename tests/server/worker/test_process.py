@@ -6,7 +6,7 @@ import asyncio
 import gc
 from collections.abc import Awaitable, Callable
 
-from vlmserve.server.worker import _freeze_startup_objects
+from vlmserve.server.worker.process import _freeze_startup_objects
 
 
 class App:

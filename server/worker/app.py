@@ -20,45 +20,46 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from sanic import HTTPResponse, Request, Sanic
 
-from .. import __version__
-from ..router.client.replica_pool import ReplicaPool
-from .adapters.adapters import WorkerAdapters
-from .admission.bytes_in_flight import (
+from ... import __version__
+from ...router.client.replica_pool import ReplicaPool
+from ...router.processes.tasks import end_tasks
+from ..adapters.adapters import WorkerAdapters
+from ..admission.bytes_in_flight import (
     BytesInFlight,
     release_current_reservation,
     set_current_reservation,
 )
-from .admission.lanes import GRAMMARS, IMAGE_DECODERS, IMAGE_FETCHES, NAME_LOOKUPS, Lanes
-from .admission.rate_limits import RateLimits
-from .admission.worker_memory import WorkerMemory
-from .api.answer_headers import name_origin
-from .api.endpoint import Routes
-from .api.error_answers import answer_error
-from .api.ignored_fields import name_ignored
-from .api.openapi import document
-from .api.response_store import IN_MEMORY, ResponseStore
-from .api.services import Services, check_text, context_of, services_of
-from .generation.engine_connection import EngineConnection
-from .generation.generator import Engine, Generator, Images
-from .http.auth import Access, keyless_paths, shared_folder
-from .http.connection_places import (
+from ..admission.lanes import GRAMMARS, IMAGE_DECODERS, IMAGE_FETCHES, NAME_LOOKUPS, Lanes
+from ..admission.rate_limits import RateLimits
+from ..admission.worker_memory import WorkerMemory
+from ..api.answer_headers import name_origin
+from ..api.endpoint import Routes
+from ..api.error_answers import answer_error
+from ..api.ignored_fields import name_ignored
+from ..api.openapi import document
+from ..api.response_store import IN_MEMORY, ResponseStore
+from ..api.services import Services, check_text, context_of, services_of
+from ..generation.engine_connection import EngineConnection
+from ..generation.generator import Engine, Generator, Images
+from ..http.auth import Access, keyless_paths, shared_folder
+from ..http.connection_places import (
     MAX_LINGERING,
     NUM_PROBE_PLACES,
     NUM_RESERVED_PLACES,
     ConnectionPlaces,
 )
-from .http.drain import Drain
-from .http.head import HeadLimits
-from .http.protocol import LenientRequest, receive_body
-from .http.sanic_config import sanic_config
-from .images.decoders import DecoderPool
-from .images.fetch import ImageFetcher
-from .images.loader import ImageLoader
-from .images.names import MAX_LOOKUPS
-from .images.tiling import TilingConfig
-from .prompts.processor import Processor
-from .prompts.templates.environment import Clock
-from .routes import (
+from ..http.drain import Drain
+from ..http.head import HeadLimits
+from ..http.protocol import LenientRequest, receive_body
+from ..http.sanic_config import sanic_config
+from ..images.decoders import DecoderPool
+from ..images.fetch import ImageFetcher
+from ..images.loader import ImageLoader
+from ..images.names import MAX_LOOKUPS
+from ..images.tiling import TilingConfig
+from ..prompts.processor import Processor
+from ..prompts.templates.environment import Clock
+from ..routes import (
     adapters,
     chat,
     completions,
@@ -72,17 +73,16 @@ from .routes import (
     service,
     tokenization,
 )
-from .settings import ServerSettings
-from .structured_output.compile_checks import NUM_CHILDREN, GrammarChecks
-from .tasks import end_tasks
-from .telemetry.event_loop_lag import watch_lag
-from .telemetry.metrics import Metrics
-from .telemetry.recorded_app import RecordedApp
-from .telemetry.request_log import RequestLog
-from .telemetry.request_record import RequestRecord, note_replica, record_of
+from ..settings import ServerSettings
+from ..structured_output.compile_checks import NUM_CHILDREN, GrammarChecks
+from ..telemetry.event_loop_lag import watch_lag
+from ..telemetry.metrics import Metrics
+from ..telemetry.recorded_app import RecordedApp
+from ..telemetry.request_log import RequestLog
+from ..telemetry.request_record import RequestRecord, note_replica, record_of
 
 if TYPE_CHECKING:
-    from .telemetry.tracing import Tracer
+    from ..telemetry.tracing import Tracer
 
 ROUTES = (
     chat.ROUTES,
@@ -175,7 +175,7 @@ def _bytes_in_flight(settings: ServerSettings) -> BytesInFlight:
 def _tracer_of(settings: ServerSettings) -> Tracer | None:
     if settings.traces is None:
         return None
-    from .telemetry.tracing import Tracer  # needs an extra
+    from ..telemetry.tracing import Tracer  # needs an extra
 
     return Tracer(settings.traces)
 

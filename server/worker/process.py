@@ -20,15 +20,15 @@ from typing import Any
 import msgspec
 from sanic import Sanic
 
-from ..models.malloc import return_freed_buffers
-from ..router.processes.logs import say, set_up_logging
-from ..router.processes.parent_death import ParentGoneError, die_with_parent
+from ...models.malloc import return_freed_buffers
+from ...router.processes.logs import say, set_up_logging
+from ...router.processes.parent_death import ParentGoneError, die_with_parent
+from ..http.connection_places import MAX_LINGERING, NUM_PROBE_PLACES, NUM_RESERVED_PLACES
+from ..http.protocol import ProbeProtocol, StrictProtocol
+from ..http.tls import ServerTls
+from ..settings import ServerSettings
+from ..supervisor.worker_liveness import beat
 from .app import build_app
-from .http.connection_places import MAX_LINGERING, NUM_PROBE_PLACES, NUM_RESERVED_PLACES
-from .http.protocol import ProbeProtocol, StrictProtocol
-from .http.tls import ServerTls
-from .settings import ServerSettings
-from .supervisor.worker_liveness import beat
 
 # Listening socket, engine, children's pipes, fetches, the event loop's own, and connections that
 # have no place of their own (`http/connection_places.py`).
