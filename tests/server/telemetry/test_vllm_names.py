@@ -17,6 +17,9 @@ STATS = EngineStats(
     block_size=16,
     image_cache_hits=4,
     image_cache_misses=6,
+    num_drafts=3,
+    num_draft_tokens=9,
+    num_accepted_tokens=5,
 )
 
 
@@ -54,6 +57,10 @@ def test_each_vllm_name_has_the_figures_of_the_ordinary_one(monkeypatch):
     assert found["vllm:request_success_total", frozenset(stopped.items())] == 2
     assert found["vllm:mm_cache_queries_total", frozenset(LABELS.items())] == 10
     assert found["vllm:mm_cache_hits_total", frozenset(LABELS.items())] == 4
+    assert found["vllm:spec_decode_num_drafts_total", frozenset(LABELS.items())] == 3
+    assert found["vllm:spec_decode_num_draft_tokens_total", frozenset(LABELS.items())] == 9
+    assert found["vllm:spec_decode_num_accepted_tokens_total", frozenset(LABELS.items())] == 5
+    assert found["vlmserve_accepted_draft_tokens_total", frozenset()] == 5
     ((settings, one),) = [
         (dict(labels), value) for (name, labels), value in found.items() if "cache_config" in name
     ]
