@@ -42,6 +42,8 @@ def serve_on_ray(address: str, values: Mapping[str, Any]) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A proxy that imports slowly on a busy machine is no dead one. Read by a local cluster's parts.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    # Ray's workers would run at nice 15, and so would engines: beside a busy process they starve.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     _connect(address)
     # After Ray has set its own handlers.
     stop = _signals()

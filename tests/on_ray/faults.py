@@ -8,6 +8,7 @@ import ray
 from conftest import FAR_S, NODE, under_load
 from ray import serve
 from support.polling import wait_until
+from support.running import descendants
 
 NUM_CLIENTS = 6
 # Looked for seldom: each look asks Ray's controller, and takes cores from what it waits for.
@@ -112,12 +113,7 @@ def test_a_hung_server_is_replaced(running, size):
     with under_load(running, 1, size.pause_s) as load:
         wait_for_answers_of(load, 1)
         first = load.recent[-1]
-    waiting, processes = processes_of_engines(), []
-    while waiting:
-        for children in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
-            found = [int(pid) for pid in children.read_text().split()]
-            waiting += found
-            processes += found
+    processes = descendants(processes_of_engines()[0])
     for pid in processes:
         os.kill(pid, signal.SIGSTOP)
     with under_load(running, 1, size.pause_s) as load:

@@ -80,9 +80,6 @@ def ray_python(name: str) -> tuple[Path, dict[str, str]]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-        # Less of the cores for Ray itself.
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
-        "RAY_prestart_worker_first_driver": "0",
         "OMP_NUM_THREADS": "1",
     }
 

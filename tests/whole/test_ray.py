@@ -11,6 +11,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from support.client_checks import run_checks, variables_of
@@ -23,7 +24,7 @@ from support.client_environments import (
 )
 from support.http_side import write_checkpoint
 from support.polling import wait_until
-from support.running import free_port, running_command
+from support.running import descendants, free_port, running_command
 from support.tool_template import TOOL_TEMPLATE
 
 # Small, so that three engines fit beside other tests.
@@ -45,6 +46,12 @@ OF_THE_API = (
     "whole/test_structured.py",
     "whole/test_tool_choice.py",
 )
+# Engines get their share of cores beside other tests, and Ray itself takes less of them.
+CLUSTER_VARIABLES = {
+    "RAY_worker_niceness": "0",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
+    "RAY_prestart_worker_first_driver": "0",
+}
 CLUSTER_CHECKS = ("configuration.py", "router.py", "affinity.py", "faults.py")
 # Far off: on two cores shared with two other test processes they took 24 minutes.
 CLUSTER_TIMEOUT_S, STOP_TIMEOUT_S = 5400, 300
@@ -171,6 +178,16 @@ def test_a_response_is_found_on_the_replica_that_keeps_it(server):
 
 
 @pytest.mark.slow
+def test_engines_run_at_the_priority_of_the_command(server):
+    """Ray starts what it runs at nice 15: beside one busy process an engine got 3 % of a core."""
+    engine = b"-m\0vlmserve.router.engine.process\0"
+    processes = descendants(server.process.pid)
+    engines = [pid for pid in processes if engine in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    own = os.getpriority(os.PRIO_PROCESS, server.process.pid)
+    assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in engines] == [own, own]
+
+
+@pytest.mark.slow
 def test_the_server_stops_on_a_signal(server):
     """The last of the tests with this server, which it ends."""
     server.process.terminate()
@@ -190,7 +207,7 @@ def test_the_checks_on_a_cluster_of_three_nodes_pass(options, tmp_path):
     folder = ROOT / "tests" / "on_ray"
     files = [folder / name for name in CLUSTER_CHECKS]
     command = [python, "-m", "pytest", "-s", "-c", folder / "pytest.ini", *options, *files]
-    status, output = output_of(command, variables, tmp_path)
+    status, output = output_of(command, variables | CLUSTER_VARIABLES, tmp_path)
     if status != 0:
         # The first line is in pytest's summary; the end, the same, is what is seen of a long log.
         pytest.fail("\n".join([*FAILED.findall(output)[:1], output]))
