@@ -10,8 +10,8 @@ from sanic.exceptions import (
     PayloadTooLarge,
 )
 
-from vlmserve.server import app
 from vlmserve.server.errors import ApiError, type_of_status
+from vlmserve.server.worker import app
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 # Sanic raises these itself; `answer_error` gives them the API's form.
