@@ -19,7 +19,7 @@ MAX_RUNS, MIN_RUNS = 64, 4
 # Times of steps of one size that are kept: their median ignores two that something held up.
 NUM_TIMES = 5
 # Steps after which the times of steps with drafts are measured anew. Up to 14 of these are trials.
-NUM_REMEMBERED = 512
+NUM_REMEMBERED = 1024
 
 
 class _Step(NamedTuple):
@@ -136,22 +136,21 @@ class DraftTimes:
         """How many drafts give the most expected tokens a second; 0 if none is best.
 
         chances: of each draft that there is, that it counts, the largest first. A size that was
-        not measured is tried, the smallest first, if at least half of its tokens are expected to
-        count: then the trial wastes less than half a step, even where each row costs the same.
+        not measured is tried, the smallest first, if at least half of its drafts are expected to
+        count: then the trial wastes little, even where each row costs the same.
         """
         plain_s = self._plain.seconds(num_decodes)
         if plain_s is None:
             return 0
         best, most_per_s = 0, num_decodes / plain_s
         for num_drafts in _ends_of_sizes(num_decodes, len(chances)):
-            num_tokens = num_decodes + num_drafts
-            expected = num_decodes + sum(chances[:num_drafts])
-            seconds = self._drafted.seconds(num_tokens)
+            num_right = sum(chances[:num_drafts])
+            seconds = self._drafted.seconds(num_decodes + num_drafts)
             if seconds is None:
-                if 2 * expected >= num_tokens:
+                if 2 * num_right >= num_drafts:
                     return num_drafts
-            elif expected / seconds > most_per_s:
-                best, most_per_s = num_drafts, expected / seconds
+            elif (num_decodes + num_right) / seconds > most_per_s:
+                best, most_per_s = num_drafts, (num_decodes + num_right) / seconds
         return best
 
 

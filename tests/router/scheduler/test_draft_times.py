@@ -61,7 +61,7 @@ def test_the_first_steps_have_no_drafts_and_the_next_few_ones() -> None:
 
 def test_where_rows_cost_nothing_all_drafts_are_computed() -> None:
     times = DraftTimes()
-    assert chosen(alike, [0.3], 40, times)[-1] == 1, "no more is worth a trial"
+    assert chosen(alike, [0.7], 40, times)[-1] == 2, "no more is worth a trial"
     assert chosen(alike, [0.9], 40, times)[-1] == 8
     assert chosen(alike, [0.3], 40, times)[-1] == 8
     assert chosen(alike, [0.9] * 4)[-1] == 32
@@ -80,16 +80,17 @@ def test_it_finds_that_eight_rows_are_cheaper_than_three() -> None:
     assert chosen(dear_below_eight, [0.4])[-1] == 0
 
 
-def test_unlikely_drafts_are_not_tried() -> None:
-    assert not any(chosen(alike, [0.05] * 16, 40)[:2])
+def test_drafts_of_which_fewer_than_half_are_expected_to_count_are_not_tried() -> None:
+    assert not any(chosen(alike, [0.1] * 16))
     times = DraftTimes()
     for _ in range(2):
         times.record(1, 0, 1.0)
-    assert times.num_worth(1, [0.9] * 3) == 1
-    assert times.num_worth(1, [0.0]) == 1
-    times.record(1, 1, 2.0)
-    times.record(1, 1, 2.0)
-    assert times.num_worth(1, [0.1, 0.0]) == 0
+    assert times.num_worth(1, [0.4]) == 0
+    assert times.num_worth(1, [0.5]) == 1
+    for _ in range(2):
+        times.record(1, 1, 1.5)
+    assert times.num_worth(1, [0.4]) == 0
+    assert times.num_worth(1, [0.6, 0.3]) == 1
     assert times.num_worth(1, [0.9, 0.5]) == 2
 
 
