@@ -14,8 +14,12 @@ the next one of a written answer, right behind the sampling. All else is the ser
 number of drafts, the step that verifies them. So the share of right drafts is that of prompt
 lookup in such texts, in the bundled tokenizer's short tokens.
 
-Prompts come from the prefix cache; a clock runs over the answers alone. Medians over the rounds,
-and of the rounds' ratios, after a round that does not count. The last line is one JSON document.
+Both ways share a scheduler, so prompts are computed once and come from its prefix cache then; the
+clock runs over the answers alone. Medians over the rounds, and of the rounds' ratios, after a round
+that does not count. The last line is one JSON document.
+
+--clock cpu: the scheduler learns from the CPU seconds of steps. With one thread, on a machine that
+other programs use, these are what a quiet machine's wall clock shows.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +42,7 @@ from vlmserve.models import bundled
 from vlmserve.models.batch import ScheduledSequence
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.router.messages import AddRequest
+from vlmserve.router.scheduler import scheduler
 from vlmserve.router.scheduler.interface import DraftCounts, SchedulerLimits
 
 
@@ -51,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
         tasks=",".join((*KINDS, "free")),
         records=(8, "records of a prompt"),
         answer=(400, "tokens of an answer, at most"),
+        clock=["wall", "cpu"],
         rounds=5,
     )
 
@@ -81,9 +88,10 @@ class Written:
 
 @dataclass(slots=True)
 class Side:
-    """A scheduler with drafts or without, and its figures, one a round."""
+    """Figures of the rounds with drafts or without, of a shared scheduler."""
 
     loop: Loop
+    clock: Callable[[], float]
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     num_steps: int = 0
@@ -95,8 +103,7 @@ class Side:
             self.loop.put(request)
         while not self._step(is_prompt=True):
             pass
-        counts = self.loop.scheduler.counts().drafts
-        self.before = DraftCounts(counts.num_rows, counts.num_tokens, counts.num_accepted)
+        self.before = replace(self.loop.scheduler.counts().drafts)
         wall, cpu, self.num_steps, num_tokens = time.perf_counter(), time.process_time(), 0, 0
         while num_new := self._step():
             num_tokens += num_new
@@ -109,16 +116,27 @@ class Side:
 
         is_prompt: 0 as well if some prompt is not computed afterwards.
         """
-        scheduler = self.loop.scheduler
-        batch = scheduler.schedule()
+        plans = self.loop.scheduler
+        batch = plans.schedule()
         if batch is None:
             return 0
-        started_at = time.perf_counter()
+        started_at = self.clock()
         result = self.loop.runner.execute(batch)
-        progress = scheduler.update(result, time.perf_counter() - started_at)
+        progress = plans.update(result, self.clock() - started_at)
         if is_prompt and len(progress) < self.loop.limits.max_num_seqs:
             return 0
         return sum(len(one.token_ids) for one in progress)
+
+
+@contextmanager
+def without_drafts() -> Iterator[None]:
+    """As without the option, for a scheduler that has it: nothing is looked up or measured."""
+    parts = {name: getattr(scheduler, name) for name in ("add_drafts", "record_decodes")}
+    for name in parts:
+        setattr(scheduler, name, lambda *_: None)
+    yield
+    for name, part in parts.items():
+        setattr(scheduler, name, part)
 
 
 def loop_of(runner: ModelRunner, num_seqs: int, num_drafts: int) -> Loop:
@@ -164,11 +182,14 @@ def measure(
 ) -> dict[str, float]:
     """Runs with and without drafts alternate; each round starts with the other of the two."""
     requests, written.answers = requests_of(runner, args, task, num_seqs)
-    sides = [Side(loop_of(runner, num_seqs, num_drafts)) for num_drafts in (0, args.drafts)]
+    loop = loop_of(runner, num_seqs, args.drafts)
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    plain, drafted = Side(loop, clock), Side(loop, clock)
     for number in range(1 + args.rounds):
-        for side in sides[:: -1 if number % 2 else 1]:
-            side.run(requests)
-    return figures(*sides)
+        for side in (plain, drafted)[:: -1 if number % 2 else 1]:
+            with without_drafts() if side is plain else nullcontext():
+                side.run(requests)
+    return figures(plain, drafted)
 
 
 def figures(plain: Side, drafted: Side) -> dict[str, float]:
