@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,9 @@ class NoModel:
 
     def prepare(self, rows: list[ScheduledSequence], may_start: MayStart = never) -> None:
         pass
+
+    def call_between_layers(self, callback: Callable[[], None]) -> bool:
+        return False
 
     def compile_grammar(self, grammar: str, eos_token_ids: list[int], tenant: str) -> TokenMatcher:
         raise ValueError("there is no model")

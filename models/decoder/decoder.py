@@ -13,6 +13,7 @@ an operation keeps float32 inside: sums, rotations and norms are rounded once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch.nn.functional as F
@@ -258,11 +259,12 @@ class LayerCount:
     """How many decoder and vision layers a model has started since it was loaded.
 
     Read from another thread: the count grows while a step computes, and stops if it hangs. One a
-    model, however many runners use it.
+    model, however many runners use it. before_each: called before each layer, in its thread.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.num_started = 0
+        self.before_each: Callable[[], None] | None = None
         for module in model.modules():
             if isinstance(module, nn.ModuleList):
                 for layer in module:
@@ -270,3 +272,5 @@ class LayerCount:
 
     def _count(self, module: nn.Module, inputs: Any) -> None:
         self.num_started += 1
+        if self.before_each is not None:
+            self.before_each()

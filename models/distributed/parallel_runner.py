@@ -119,6 +119,10 @@ class ParallelRunner:
         """See `ModelRunner.prepare`; no pass is started: other ranks get their rows with a step."""
         self._local.prepare(rows)
 
+    def call_between_layers(self, callback: Callable[[], None]) -> bool:
+        """False: other ranks would have to compute the other step at the same layer."""
+        return False
+
     def execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
         """Compute one step on all ranks; see `ModelRunner.execute`.
 

@@ -5,7 +5,7 @@ Owns the order of a step and the pools' memory. The router decides what a step r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -57,6 +57,7 @@ from ..vision.encoder import VisionEncoder, as_it_is
 from ..vision.image_cost import image_cost_tokens
 from ..weights.device_map import VISION
 from ..weights.loader import LoadedModel
+from .between_layers import BetweenLayers
 from .device_health import raise_if_lost
 from .graphs.decode import DecodeGraphs, GraphLimits
 from .graphs.recorder import Recorder
@@ -95,6 +96,7 @@ class ModelRunner:
         self._kept_memory: KeptMemory | None = None
         self._vision_times = WorkTimes()
         self.cores: SharedCores | None = None
+        self._between = BetweenLayers(loaded.layers)
         self._num_embeddings = self._text_model.embed_tokens.num_embeddings
         self.pools: KVPools = allocate_pools(
             config,
@@ -173,6 +175,16 @@ class ModelRunner:
         )
         return self._graphs
 
+    def call_between_layers(self, callback: Callable[[], None]) -> bool:
+        """From now on call `callback` before each decoder layer of a step; it may call `execute`.
+
+        False on GPUs, whose layers are not waited for, and with adapters: a step places them all.
+        """
+        if self.info.device != "cpu" or self._fused is None or self.adapters is not None:
+            return False
+        self._between.callback = callback
+        return True
+
     @torch.inference_mode()
     def execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
         """Encode the batch's images, run its tokens, sample the due tokens.
@@ -180,6 +192,9 @@ class ModelRunner:
         on_launch: see `OnLaunch`. Raises StepError if the step cannot be computed; the contents of
         its blocks are then undefined. Raises DeviceLostError if no later step can be computed.
         """
+        if self._between.is_inside:
+            with nullcontext() if self.cores is None else self.cores.left_out():
+                return self._execute(batch, on_launch)
         try:
             with nullcontext() if self.cores is None else self.cores.step(batch):
                 result = self._execute(batch, on_launch)
@@ -209,7 +224,8 @@ class ModelRunner:
         may_start = not any(row.prompt for row in batch.sequences)
         result = self._sample(hidden, inputs, masks, on_launch, may_start)
         result.prompt_logprobs = self._prompt_logprobs(hidden.states, batch)
-        result.vision_seconds = self._vision_times.take()
+        if not self._between.is_inside:
+            result.vision_seconds = self._vision_times.take()
         result.kept = self._images.after_step(batch)
         return result
 
@@ -234,9 +250,8 @@ class ModelRunner:
         """
         adapters = self._place(batch)
         around = as_it_is if adapters is None else adapters.encoding
-        vision_states = self._vision.encode(batch.images, around)
-        inputs = self._pack(batch)
-        return self._logits(self._forward(batch, inputs, vision_states, adapters).states)
+        vision = self._vision.encode(batch.images, around)
+        return self._logits(self._forward(batch, self._pack(batch), vision, adapters).states)
 
     def _place(self, batch: StepBatch) -> StepAdapters | None:
         """The step's adapters, in slots; None if it uses none."""
@@ -288,9 +303,10 @@ class ModelRunner:
             return self._by_transformers(sent, vision, adapters)
         own, fused = sent[self._loaded.device], self._fused
         operations = None if adapters is None else adapters.operations(fused.operations)
-        states = fused(
-            own.token_ids, own.positions, vision, own.row_mask, self.pools, own.step, operations
-        )
+        with self._between.calling():
+            states = fused(
+                own.token_ids, own.positions, vision, own.row_mask, self.pools, own.step, operations
+            )
         return Hidden(states, own.sampled)
 
     def _by_transformers(

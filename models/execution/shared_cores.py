@@ -109,6 +109,7 @@ class SharedCores:
         self._fewer: int | None = None
         self._read_at = clock()
         self._tries: dict[tuple[Kind, int], _Tries] = {}
+        self._left_out_s = 0.0
 
     @property
     def num_threads(self) -> int:
@@ -120,9 +121,16 @@ class SharedCores:
         """Set the threads of the step that the context computes, in this thread."""
         kind = batch.num_tokens.bit_length(), bool(batch.images)
         self._choose_threads(kind)
+        started, self._left_out_s = self._clock(), 0.0
+        yield
+        self._record(kind, self._clock() - started - self._left_out_s)
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Within a step: what the context computes does not count as its time."""
         started = self._clock()
         yield
-        self._record(kind, self._clock() - started)
+        self._left_out_s += self._clock() - started
 
     def _choose_threads(self, kind: Kind) -> None:
         now = self._clock()

@@ -6,6 +6,7 @@ In the order in which to read the files:
     server              its Unix socket: workers connect, heartbeats go out
     engine              its loop: requests in, steps computed, messages out
     gate                which requests may wait for a place
+    insertions          steps inside the running one, between its layers
     runner_protocol     what it expects of the code that computes a step
     grammar_compiler    the thread that compiles grammars
     adapter_loader      the thread that reads adapters, and which are in memory

@@ -58,8 +58,9 @@ from .adapter_loader import AdapterLoader
 from .gate import Gate
 from .grammar_compiler import GrammarCompiler
 from .host_images import HostImages
+from .insertions import Insertions
 from .reports import EngineSnapshot, add_adapters, output_of, stats_of
-from .runner_protocol import Runner
+from .runner_protocol import Runner, check_result
 from .step_watchdog import StepWatchdog
 
 logger = logging.getLogger("vlmserve.engine")
@@ -102,6 +103,10 @@ class Engine:
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="model")
         self.step_watchdog = StepWatchdog(lambda: runner.num_layers_started)
         self._plans_ahead = config.plans_ahead(runner.info.device)
+        self._insertions = Insertions(self.scheduler, self._execute, self._deliver, self._fail_step)
+        self._inserts = not self._plans_ahead and runner.call_between_layers(
+            self._insertions.compute
+        )
         self._num_steps, self._vision_seconds = 0, 0.0
         self._vision_step_counts = [0] * (len(VISION_BOUNDS_S) + 1)
 
@@ -137,6 +142,8 @@ class Engine:
             self._grammar_compiler.start(request, sequences)
         if self._adapters is not None and request.adapter is not None:
             self._adapters.use(request.adapter, sequences)
+        if self._inserts and self._insertions.insert():
+            self._report_started()
 
     def _sequences_of(self, worker_id: int, request: AddRequest) -> list[Sequence]:
         """Its answers, with their adapter if that is in memory. Raises InvalidRequestError."""
@@ -216,6 +223,7 @@ class Engine:
                 await self._queue.wait()
             else:
                 await self._run_step(batch)
+                await self._insertions.end(self._executor)
 
     async def _run_step(self, batch: StepBatch) -> None:
         started_at = time.monotonic()
@@ -228,13 +236,13 @@ class Engine:
             raise  # the process exits, and the supervisor starts another
         except Exception:
             logger.exception("a step of %d sequences failed", len(batch.sequences))
-            self._fail(self.scheduler.fail_step(), _step_failure())
+            self._fail_step(self.scheduler.fail_step())
         else:
             is_computed = True
             self._wait_estimator.record_step(started_at, batch.num_tokens)
             self._count_vision(result.vision_seconds)
             self._host_images.write(result.kept)
-            seconds = time.monotonic() - started_at
+            seconds = time.monotonic() - started_at - self._insertions.seconds
             self._deliver(self.scheduler.update(result, seconds))
         finally:
             self._num_steps += 1
@@ -268,22 +276,14 @@ class Engine:
     def _execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
         """In the step's thread: compute, and check that the result is complete."""
         result = self._runner.execute(batch, on_launch)
-        rows = batch.sequences
-        sampled = {row.request_id for row in rows if row.sampling is not None}
-        if result.token_ids.keys() != sampled:
-            raise RuntimeError(
-                f"the runner sampled {len(result.token_ids)} tokens, {len(sampled)} were due"
-            )
-        due = {row.request_id: len(row.prompt.token_ids) for row in rows if row.prompt is not None}
-        computed = {name: len(entries) for name, entries in result.prompt_logprobs.items()}
-        if computed != due:
-            raise RuntimeError("the runner returned other prompt log-probabilities than were due")
+        check_result(batch, result)
         return result
 
     def close(self, error: EngineError) -> None:
         """End every open request with `error`. Call it after `run`; a step may still run."""
         self._grammar_compiler.close()
         self._host_images.close()
+        self._insertions.close()
         self._fail(list(self._open.values()), error)
         if self._adapters is not None:
             self._adapters.close()
@@ -313,6 +313,11 @@ class Engine:
         if self._config.num_replicas > 1:
             for worker_id, request_ids in started.items():
                 self._send(worker_id, RequestsStarted(request_ids))
+
+    def _fail_step(self, sequences: list[Sequence]) -> None:
+        # Only the log has the cause: it may name paths or quote a prompt.
+        message = "the engine failed while it computed this request; send it again"
+        self._fail(sequences, EngineInternalError(message))
 
     def _fail(self, sequences: list[Sequence], error: EngineError) -> None:
         for sequence in sequences:
@@ -393,8 +398,3 @@ def _queue_limits(config: EngineConfig) -> QueueLimits:
         max_tokens=config.max_queue_tokens,
         max_bytes=config.max_queue_bytes,
     )
-
-
-def _step_failure() -> EngineInternalError:
-    # Only the log has the cause: it may name paths or quote a prompt.
-    return EngineInternalError("the engine failed while it computed this request; send it again")

@@ -1,11 +1,13 @@
 """What the engine expects of the code that computes its steps.
 
-Owns the interface alone. `models/execution/runner.py` implements it, and for several ranks
-`models/distributed/parallel_runner.py`. Tests implement it by hashing instead of computing.
+Owns the interface, and the check of a result. `models/execution/runner.py` implements it, and for
+several ranks `models/distributed/parallel_runner.py`. Tests implement it by hashing instead of
+computing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from ...models.batch import (
@@ -72,6 +74,13 @@ class Runner(Protocol):
         """
         ...
 
+    def call_between_layers(self, callback: Callable[[], None]) -> bool:
+        """From now on call `callback` before each layer of a step, in the step's thread.
+
+        It may call `execute` for another step. False if this runner cannot do that.
+        """
+        ...
+
     def compile_grammar(self, grammar: str, eos_token_ids: list[int], tenant: str) -> TokenMatcher:
         """A matcher at a grammar's start. Called from its own thread.
 
@@ -79,3 +88,17 @@ class Runner(Protocol):
         Raises ValueError, with a message for the client, if the grammar cannot be compiled.
         """
         ...
+
+
+def check_result(batch: StepBatch, result: StepResult) -> None:
+    """Raise RuntimeError if the result lacks what the step was to compute, or has more."""
+    rows = batch.sequences
+    sampled = {row.request_id for row in rows if row.sampling is not None}
+    if result.token_ids.keys() != sampled:
+        raise RuntimeError(
+            f"the runner sampled {len(result.token_ids)} tokens, {len(sampled)} were due"
+        )
+    due = {row.request_id: len(row.prompt.token_ids) for row in rows if row.prompt is not None}
+    computed = {name: len(entries) for name, entries in result.prompt_logprobs.items()}
+    if computed != due:
+        raise RuntimeError("the runner returned other prompt log-probabilities than were due")

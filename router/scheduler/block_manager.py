@@ -36,6 +36,9 @@ class Lack:
         )
 
 
+NO_LACK = Lack(0, 0)
+
+
 class BlockManager:
     """Allocates and releases the blocks of sequences. The pools cache what is released."""
 

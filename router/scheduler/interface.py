@@ -5,11 +5,12 @@ Owns the types alone; steps are in `models/batch.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from ...models.batch import TokenLogprobs
 from ..blocks.contract import PoolSnapshot
 from ..messages import FinishReason
+from .request_queue import RequestQueue
 from .sequence import Sequence
 
 
@@ -79,3 +80,17 @@ class SchedulerSnapshot(SchedulerCounts):
     running: tuple[str, ...]
     waiting_tokens: int
     waiting_bytes: int
+
+    @classmethod
+    def of(
+        cls, counts: SchedulerCounts, queue: RequestQueue, running: list[Sequence]
+    ) -> SchedulerSnapshot:
+        """The counts with what waits and runs."""
+        waiting = sorted(queue, key=lambda sequence: sequence.rank)
+        return cls(
+            **{one.name: getattr(counts, one.name) for one in fields(counts)},
+            waiting=tuple(sequence.sequence_id for sequence in waiting),
+            running=tuple(sequence.sequence_id for sequence in running),
+            waiting_tokens=queue.num_tokens,
+            waiting_bytes=queue.num_bytes,
+        )

@@ -74,32 +74,38 @@ def yielding(running: list[Sequence], head: Sequence, lack: Lack, owners: Owners
     return victims
 
 
+def surplus(running: list[Sequence], owners: Owners) -> Sequence:
+    """The sequence to preempt because one too many runs: the last of the owner with most places."""
+    lasts = _lasts(running, {protected(running)})
+    return max(lasts.values(), key=lambda one: (one.level, owners.places(one.owner), one.arrival))
+
+
 def newcomer(
     queue: RequestQueue,
     running: list[Sequence],
     blocks: BlockManager,
     times: StepTimes,
     budget: int,
+    num_others: int,
 ) -> tuple[Sequence, list[int]] | None:
-    """The next waiting sequence, if its prompt is computed alone in the next step.
+    """The next waiting sequence, if its prompt is computed alone: in the next step, or inside one.
 
-    With it the cached blocks of its beginning. Its owner runs nothing while others' decodes run.
-    The whole prompt fits `budget` tokens, its images are encoded, and the step takes at most half
-    as long as one that has the decodes too. So decodes lose at most a third of the time, if every
-    other step is a newcomer's. Where a step with many decodes takes long, as on a CPU, a short
-    prompt in it would wait as long.
+    With it the cached blocks of its beginning. Its owner runs nothing while others run. The whole
+    prompt fits `budget` tokens, its images are encoded, and the step takes at most 3/4 as long as
+    one that has the `num_others` tokens of the others too. So they lose less than half of the time,
+    if every other step is a newcomer's. Where a step with many decodes takes long, as on a CPU, a
+    short prompt in it would wait as long.
     """
     head = queue.peek()
     if head is None or queue.owners.num_running[head.owner] or not blocks.has_images(head):
         return None
-    num_decodes = sum(sequence.is_decoding for sequence in running)
     shared = blocks.cached_blocks(head, 0)
     num_new = blocks.num_uncached(head, shared)
     is_due = (
-        num_decodes > 0
+        num_others > 0
         and num_new <= budget
         and blocks.can_start(head, shared, num_spare=2 * len(running))
-        and times.is_at_most_half(num_new, num_new + num_decodes)
+        and times.is_shorter(num_new, num_new + num_others)
     )
     return (head, shared) if is_due else None
 

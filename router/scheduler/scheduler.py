@@ -17,7 +17,8 @@ If owners want more tokens than 3 and 4 can give, each gets its part of the step
 (`step_budget.py`), and what one leaves goes to the others. An owner alone gets everything.
 
 If an owner runs nothing, its short prompt may be computed alone, before the next step with the
-others' decodes (`newcomer` in `preemption.py`).
+others' decodes, or inside the running step (`insert`; `newcomer` in `preemption.py`). Then one
+sequence too many may run, until the next step is planned.
 
 A step encodes a few images at most. While streams run, images use the token budget. A chunk ends
 before an image that must wait for another step.
@@ -43,18 +44,15 @@ to sample from its logits.
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from ...models.batch import ModelInfo, ScheduledSequence, StepBatch, StepResult
 from ..blocks.adapter_places import AdapterPlaces
 from ..blocks.image_pool import ImageEntry
 from ..blocks.tile_store import Ask, TileStore, ask_nobody
-from ..blocks.visibility import is_seen
 from .batch_rows import add_drafts, fill, record_decodes, row_of, sampled_of
-from .block_manager import BlockManager
+from .block_manager import NO_LACK, BlockManager
 from .interface import DraftCounts, Progress, SchedulerCounts, SchedulerLimits, SchedulerSnapshot
 from .lifecycle import Lifecycle
-from .preemption import has_far_less, newcomer, protected, yielding
+from .preemption import has_far_less, newcomer, protected, surplus, yielding
 from .request_queue import RequestQueue
 from .sequence import Part, Sequence
 from .sequence_states import SequenceEvent, Status
@@ -76,20 +74,18 @@ class Scheduler:
         self._num_images_encoded, self._draft_counts = 0, DraftCounts()
         self._limits, self._info = limits, info
         self._image_cost = ImageCost(info.image_cost_tokens, info.num_image_layers)
-        self.queue = queue
-        self.owners = queue.owners
-        queue.tiles = TileStore(self.blocks.image_pool, ask)
-        self.tiles = queue.tiles
+        self.queue, self.owners = queue, queue.owners
+        self.tiles = queue.tiles = TileStore(self.blocks.image_pool, ask)
         queue.places = AdapterPlaces(limits.max_loras)
         self._lifecycle = Lifecycle(self.blocks, queue, limits.max_num_seqs)
         self._running = self._lifecycle.running
         self._step: Step | None = None
-        # The rows that `plan_ahead` made for the decodes after the running step.
+        self._inserted: Step | None = None  # inside `_step`
+        # What `plan_ahead` made for the decodes after the running step.
         self._ahead: dict[Sequence, ScheduledSequence] = {}
-        # The one image of which the runner has encoded a part.
-        self._partial: ImageEntry | None = None
+        self._partial: ImageEntry | None = None  # the runner has encoded a part of it
         self._step_times, self._draft_times = StepTimes(), DraftTimes()
-        self._is_newcomers = False  # the last step had a newcomer's prompt alone
+        self._is_newcomers = False  # the last step had a newcomer's prompt, alone or inside
 
     @property
     def num_running(self) -> int:
@@ -107,15 +103,7 @@ class Scheduler:
 
     def snapshot(self) -> SchedulerSnapshot:
         """The state at this moment, for tests."""
-        counts = self.counts()
-        waiting = sorted(self.queue, key=lambda sequence: sequence.rank)
-        return SchedulerSnapshot(
-            **{one.name: getattr(counts, one.name) for one in fields(counts)},
-            waiting=tuple(sequence.sequence_id for sequence in waiting),
-            running=tuple(sequence.sequence_id for sequence in self._running),
-            waiting_tokens=self.queue.num_tokens,
-            waiting_bytes=self.queue.num_bytes,
-        )
+        return SchedulerSnapshot.of(self.counts(), self.queue, self._running)
 
     def counts(self) -> SchedulerCounts:
         """Counts at this moment, for metrics: heartbeats read them while a step computes."""
@@ -141,9 +129,8 @@ class Scheduler:
 
         Pass its result to `update`, or call `fail_step`, before the next call.
         """
-        assert self._step is None, "the last step has no result yet"
-        limits = self._limits
-        step = Step(limits.max_num_batched_tokens, limits.max_num_batched_images, self._image_cost)
+        assert self._step is self._inserted is None, "the last step has no result yet"
+        limits, step = self._limits, Step.of(self._limits, self._image_cost)
         self._make_way()
         if not self._plan_newcomer(step):
             self._plan_decodes(step)
@@ -157,11 +144,29 @@ class Scheduler:
         if not step.sequences:
             assert not self.has_work, "requests wait, but none can run"
             return None
-        step.copies = self._lifecycle.take_copies()
+        self._step, step.copies = step, self._lifecycle.take_copies()
+        return self._complete(step)
+
+    def insert(self) -> StepBatch | None:
+        """A newcomer's prompt, to compute between two layers of the running step; None if not due.
+
+        At most one a step, and none after a newcomer's step. With the running step it has at most
+        the tokens of one step. Pass its result to `update`, or call `fail_step`, both with
+        `is_inserted`, before the next `schedule`. It may take a place at the next step only.
+        """
+        if (outer := self._step) is None or self._is_newcomers:
+            return None
+        found = self._newcomer(outer.budget, outer.batch.num_tokens)
+        if found is None or not self._may_add(found[0]):
+            return None
+        self._inserted, self._is_newcomers = Step.of(self._limits, self._image_cost), True
+        self._start(self._inserted, *found)
+        return self._complete(self._inserted)
+
+    def _complete(self, step: Step) -> StepBatch:
         step.batch.copies = list(step.copies.values())
-        if limits.poison_freed_blocks:
+        if self._limits.poison_freed_blocks:
             self.blocks.poison_freed(step.batch)
-        self._step = step
         return step.batch
 
     def take_started(self) -> list[Sequence]:
@@ -169,7 +174,9 @@ class Scheduler:
         return self._lifecycle.take_started()
 
     def _make_way(self) -> None:
-        """Preempt for the owner whose turn it is, if it has far fewer places than another."""
+        """Preempt for what was inserted, and for the next owner if it has far fewer places."""
+        while len(self._running) > self._limits.max_num_seqs:
+            self._lifecycle.preempt(surplus(self._running, self.owners))
         head = self.queue.peek() if len(self.owners) > 1 else None
         if head is None or not self._running or not has_far_less(head.owner, self.owners):
             return
@@ -183,14 +190,22 @@ class Scheduler:
     def _plan_newcomer(self, step: Step) -> bool:
         """Start a newcomer's prompt alone in this step, if that is due; never twice in a row."""
         was_alone, self._is_newcomers = self._is_newcomers, False
-        if was_alone or len(self.owners) < 2 or not self._has_place:
+        if was_alone or not self._has_place:
             return False
-        found = newcomer(self.queue, self._running, self.blocks, self._step_times, step.budget)
-        if found is None:
-            return False
-        self._ahead, self._is_newcomers = {}, True
-        self._start(step, *found)
-        return True
+        found = self._newcomer(step.budget, sum(one.is_decoding for one in self._running))
+        if found is not None:
+            self._ahead, self._is_newcomers = {}, True
+            self._start(step, *found)
+        return found is not None
+
+    def _newcomer(self, budget: int, num_others: int) -> tuple[Sequence, list[int]] | None:
+        if len(self.owners) < 2:
+            return None
+        times = self._step_times
+        return newcomer(self.queue, self._running, self.blocks, times, budget, num_others)
+
+    def _may_add(self, head: Sequence) -> bool:
+        return self._has_place or bool(yielding(self._running, head, NO_LACK, self.owners))
 
     @property
     def _has_place(self) -> bool:
@@ -253,7 +268,7 @@ class Scheduler:
         """
         start, owner = sequence.num_computed_tokens, sequence.owner
         end = start + min(sequence.num_uncomputed_tokens, step.room(owner))
-        end = self._plan_images(step, sequence, start, end)
+        end = step.plan_images(sequence, start, end, self.tiles, self.owners)
         end = min(end, start + step.room(owner))  # images may have used some of it
         if end == start:
             return
@@ -268,29 +283,11 @@ class Scheduler:
     def _row(self, sequence: Sequence, start: int, end: int) -> ScheduledSequence:
         return row_of(sequence, start, end, self.blocks.num_blocks(end))
 
-    def _plan_images(self, step: Step, sequence: Sequence, start: int, end: int) -> int:
-        """Encode the images that these positions see and no step has encoded.
-
-        Returns where the chunk ends: before the first image that must wait for another step. That
-        image may begin before `start` if the tokens up to there came from the prefix cache.
-        """
-        owner, num_planned = sequence.owner, len(step.batch.images)
-        for entry, span in zip(sequence.images, sequence.request.spans, strict=True):
-            is_due = not entry.is_encoded and is_seen(span, start, end)
-            if is_due and not step.encode(entry, owner, self.tiles):
-                end = max(span.start, start)
-                break
-        for image in step.batch.images[num_planned:]:
-            total = self._image_cost.num_layers
-            num_layers = (total if image.end is None else image.end) - image.begin
-            self.owners.charge(owner, self._image_cost.of(num_layers))
-        return end
-
     def plan_ahead(self) -> list[ScheduledSequence]:
         """While a step is computed: the rows of the decodes after it, without their tokens.
 
-        The next `schedule` uses the rows of the sequences that continue. A block that a row needs
-        is allocated now; without a free block there is no row.
+        The next `schedule` uses those of sequences that continue. A block that a row needs is
+        allocated now; without a free block there is no row.
         """
         assert self._step is not None, "no step is being computed"
         rows = zip(self._step.sequences, self._step.batch.sequences, strict=True)
@@ -324,34 +321,34 @@ class Scheduler:
 
     # Applying results
 
-    def update(self, result: StepResult, seconds: float | None = None) -> list[Progress]:
-        """Apply the result of the step that `schedule` planned; returns what it changed.
+    def update(
+        self, result: StepResult, seconds: float | None = None, is_inserted: bool = False
+    ) -> list[Progress]:
+        """Apply the result of a planned step; returns what it changed, but chunks of prompts.
 
-        Sequences that only computed a chunk of their prompt are not included. seconds: how long
-        the step took, if it was measured.
+        seconds: how long the step took by itself, if it was measured.
         """
-        step = self._end_step()
+        step = self._end_step(is_inserted)
         if seconds is not None and not step.batch.images:
             self._step_times.record(step.batch.num_tokens, seconds)
             record_decodes(step.batch, seconds, self._draft_times)
         step.share_vision(result.vision_seconds)
         self._partial = step.record_images(self._partial, self.tiles)
         self._num_images_encoded += len(step.due_images) - len(step.loaded)
-        advanced = zip(step.sequences, step.batch.sequences, strict=True)
-        changes = (self._advance(sequence, planned, result) for sequence, planned in advanced)
+        rows = zip(step.sequences, step.batch.sequences, strict=True)
+        changes = (self._advance(*row, result) for row in rows)
         return [progress for progress in changes if progress is not None]
 
-    def fail_step(self) -> list[Sequence]:
-        """End and return the sequences of the planned step, whose computation failed.
+    def fail_step(self, is_inserted: bool = False) -> list[Sequence]:
+        """End and return the sequences of a planned step, whose computation failed.
 
         Its images stay unencoded, so other sequences encode them again. Sequences that wait for a
         copy from this step compute those tokens instead.
         """
-        step = self._end_step()
-        for entry in (self._partial, step.partial, *step.due_images):
-            if entry is not None:
-                entry.num_layers = 0
-        self._partial, self._ahead = None, {}
+        step = self._end_step(is_inserted)
+        if not is_inserted:
+            step.forget_images(self._partial)
+            self._partial, self._ahead = None, {}
         for sequence in step.sequences:
             self._lifecycle.finish(sequence, SequenceEvent.FAIL)
         for sequence in step.copies:
@@ -359,8 +356,11 @@ class Scheduler:
                 self._lifecycle.preempt(sequence)
         return step.sequences
 
-    def _end_step(self) -> Step:
-        step, self._step = self._step, None
+    def _end_step(self, is_inserted: bool) -> Step:
+        if is_inserted:
+            step, self._inserted = self._inserted, None
+        else:
+            step, self._step = self._step, None
         assert step is not None, "there is no step to end"
         for sequence in step.sequences:
             sequence.is_in_step = False

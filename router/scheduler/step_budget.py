@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from ...models.batch import BlockCopy, ImageToEncode, StepBatch
 from ..blocks.image_pool import ImageEntry
 from ..blocks.tile_store import TileStore
+from ..blocks.visibility import is_seen
+from .interface import SchedulerLimits
 from .owners import Owners
 from .request_queue import RequestQueue
 from .sequence import Sequence
@@ -61,6 +63,11 @@ class Step:
     partial_end: int = 0
     copies: dict[Sequence, BlockCopy] = field(default_factory=dict)
     quotas: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, limits: SchedulerLimits, image_cost: ImageCost) -> Step:
+        """A step of which nothing is planned."""
+        return cls(limits.max_num_batched_tokens, limits.max_num_batched_images, image_cost)
 
     def room(self, owner: str) -> int:
         """How many more tokens this owner may use."""
@@ -113,6 +120,26 @@ class Step:
         self.due_images.append(entry)
         return True
 
+    def plan_images(
+        self, sequence: Sequence, start: int, end: int, tiles: TileStore[Sequence], owners: Owners
+    ) -> int:
+        """Encode the images that these positions see and no step has encoded.
+
+        Returns where the chunk ends: before the first image that must wait for another step. That
+        image may begin before `start` if the tokens up to there came from the prefix cache.
+        """
+        owner, num_planned = sequence.owner, len(self.batch.images)
+        for entry, span in zip(sequence.images, sequence.request.spans, strict=True):
+            is_due = not entry.is_encoded and is_seen(span, start, end)
+            if is_due and not self.encode(entry, owner, tiles):
+                end = max(span.start, start)
+                break
+        for image in self.batch.images[num_planned:]:
+            total = self.image_cost.num_layers
+            num_layers = (total if image.end is None else image.end) - image.begin
+            owners.charge(owner, self.image_cost.of(num_layers))
+        return end
+
     def share(self, owners: Owners, running: list[Sequence], queue: RequestQueue | None) -> None:
         """Give each owner its part of what is left, if owners want more than that.
 
@@ -152,6 +179,12 @@ class Step:
             part.num_layers = 0  # the runner keeps only the newest part
         self.partial.num_layers = self.partial_end
         return self.partial
+
+    def forget_images(self, part: ImageEntry | None) -> None:
+        """After a failed step: its images, and the runner's `part` of one, are encoded again."""
+        for entry in (part, self.partial, *self.due_images):
+            if entry is not None:
+                entry.num_layers = 0
 
     def share_vision(self, seconds: float) -> None:
         """Add the seconds that the step spent in the vision encoder to its images, equal parts."""

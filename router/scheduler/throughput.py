@@ -20,6 +20,9 @@ MAX_RUNS, MIN_RUNS = 64, 4
 NUM_TIMES = 5
 # Steps after which the times of steps with drafts are measured anew. Up to 14 of these are trials.
 NUM_REMEMBERED = 1024
+# How long a step may take to be clearly shorter than another. Where all steps take as long, as on a
+# GPU, none is.
+SHORTER = 0.75
 
 
 class _Step(NamedTuple):
@@ -97,8 +100,8 @@ class StepTimes:
         times = self._times.get(size_of(num_tokens), ())
         return median_low(times) if len(times) > 1 else None
 
-    def is_at_most_half(self, num_tokens: int, num_more: int) -> bool:
-        """Whether a step of num_tokens takes at most half as long as one of num_more tokens.
+    def is_shorter(self, num_tokens: int, num_more: int) -> bool:
+        """Whether a step of num_tokens takes at most 3/4 as long as one of num_more tokens.
 
         True, so that it is measured, if no step of the first size was. Of the second size, the
         next smaller one that was measured counts; False without any.
@@ -106,8 +109,8 @@ class StepTimes:
         sizes = [size for size in self._times if size <= num_more]
         if not sizes:
             return False
-        alone = self._times.get(size_of(num_tokens))
-        return alone is None or 2 * median_low(alone) <= median_low(self._times[max(sizes)])
+        alone, both = self._times.get(size_of(num_tokens)), self._times[max(sizes)]
+        return alone is None or median_low(alone) <= SHORTER * median_low(both)
 
 
 class DraftTimes:

@@ -180,13 +180,14 @@ class FakeRunner:
     were computed from their start once more. num_rows_ahead: rows that had
     been planned ahead. repeats: most tokens repeat earlier ones; num_drafts, num_right_drafts: what
     rows had. before_step: called with each batch in the step's thread; what it
-    raises is the step's failure.
+    raises is the step's failure. between_layers: what the engine lets every step call.
     """
 
     info: ModelInfo = field(default_factory=fake_info)
     adapters: FakeAdapters | None = None
     step_seconds: float = 0.0
     before_step: Callable[[StepBatch], None] | None = None
+    between_layers: Callable[[], None] | None = None
     num_steps: int = 0
     num_layers_started: int = 0
     num_images_encoded: int = 0
@@ -209,6 +210,11 @@ class FakeRunner:
         """Keep what the rows held when they were planned ahead."""
         self._prepared = [(one, _layout_of(one)) for one in rows]
 
+    def call_between_layers(self, callback: Callable[[], None]) -> bool:
+        """Call it once in each step, before its tokens are written."""
+        self.between_layers = callback
+        return True
+
     def execute(self, batch: StepBatch, on_launch: OnLaunch = ignore) -> StepResult:
         """Write the batch into the pools and hash what its last positions see."""
         prepared, self._prepared = self._prepared, []
@@ -227,6 +233,8 @@ class FakeRunner:
             contents = _tile_contents(due.image, due.adapter)
             for block_id, content in zip(due.block_ids, contents, strict=True):
                 self._images[block_id] = content
+        if self.between_layers is not None:
+            self.between_layers()
         for sequence in batch.sequences:
             self._write(sequence)
         sampled = [sequence for sequence in batch.sequences if sequence.sampling is not None]

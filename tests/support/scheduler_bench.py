@@ -70,6 +70,7 @@ class Bench:
     max_loras: int = 0
     num_speculative_tokens: int = 0
     repeats: bool = False
+    poison_freed_blocks: bool = False
 
     def __post_init__(self) -> None:
         info = fake_info(
@@ -86,6 +87,7 @@ class Bench:
             self.limits.max_model_len,
             self.prefix_cache,
             self.image_cache,
+            poison_freed_blocks=self.poison_freed_blocks,
             max_loras=self.max_loras,
             num_speculative_tokens=self.num_speculative_tokens,
         )
@@ -103,6 +105,7 @@ class Bench:
         self._streaming: dict[str, int] = {}
         self.rows_ahead: list[ScheduledSequence] = []
         self._waited = False
+        self._inserted: StepBatch | None = None
 
     def add(self, request: AddRequest) -> Sequence:
         check_request(request, self.limits)
@@ -199,7 +202,28 @@ class Bench:
             if progress.token_ids:
                 sequence = progress.sequence
                 self._streaming[sequence.sequence_id] = sequence.num_preemptions
+        self.take_inserted()
         self.scheduler.check()
+
+    def insert(self, *, is_late: bool = False) -> StepBatch | None:
+        """A newcomer's step inside the planned one, if it is due.
+
+        is_late: it is computed after the planned one, before the next is planned.
+        """
+        batch = self._inserted = self.scheduler.insert()
+        if batch is not None:
+            self._have_run |= {one.request_id for one in batch.sequences}
+            self.runner.between_layers = None if is_late else self.take_inserted
+        return batch
+
+    def take_inserted(self) -> None:
+        """Compute what was inserted and is not computed yet."""
+        batch, self._inserted = self._inserted, None
+        if batch is not None:
+            seconds = None if self.seconds_of is None else self.seconds_of(batch)
+            result = self.runner.execute(batch)
+            for progress in self.scheduler.update(result, seconds, is_inserted=True):
+                self._take(progress)
 
     def _execute(self, batch: StepBatch) -> StepResult:
         """Compute; the rows planned ahead are laid out meanwhile."""
@@ -211,6 +235,7 @@ class Bench:
             self._execute(batch)
         for sequence in self.scheduler.fail_step():
             self._end(sequence.sequence_id, "failed")
+        self.take_inserted()
         self.scheduler.check()
 
     def step(self) -> StepBatch | None:

@@ -35,6 +35,7 @@ class Machine:
     def __init__(self, most: int = 2, num_cores: int = 2) -> None:
         self.others = 0.0
         self.contended_s = 0.04
+        self.inside_s = 0.0
         self.num_looks = 0
         self.set: list[int] = []
         self.clock = Clock()
@@ -51,6 +52,8 @@ class Machine:
             quiet_s, one_s = 0.01, 0.02
             several_s = quiet_s if self.others < 0.5 else self.contended_s
             self.clock.now += several_s if number > 1 else one_s
+            with self.cores.left_out():
+                self.clock.now += self.inside_s if number == 1 else 0.0
         return number
 
     def steps(self, seconds: float, kind=DECODE) -> list[int]:
@@ -74,6 +77,13 @@ def test_beside_a_process_the_faster_number_is_found_and_kept():
     machine.steps(2)
     later = machine.steps(20)
     assert later.count(1) / len(later) > 0.95
+
+
+def test_another_step_inside_a_step_is_not_its_time():
+    machine = Machine()
+    machine.others, machine.inside_s = 1.0, 0.5
+    machine.steps(5)
+    assert machine.step() == 1
 
 
 def test_all_threads_are_kept_where_they_are_faster_beside_others():

@@ -128,12 +128,12 @@ def test_a_size_is_known_after_two_steps_and_its_slow_first_does_not_count(num_t
     assert times.seconds(12) is None
 
 
-def test_half_as_long_is_measured_by_size() -> None:
+def test_three_quarters_as_long_is_measured_by_size() -> None:
     times = StepTimes()
-    assert not times.is_at_most_half(4, 20)
+    assert not times.is_shorter(4, 20)
     times.record(20, 2.0)
-    assert times.is_at_most_half(4, 20), "to measure it"
-    times.record(4, 1.1)
-    assert not times.is_at_most_half(4, 23)
+    assert times.is_shorter(4, 20), "to measure it"
+    times.record(4, 1.6)
+    assert not times.is_shorter(4, 23)
     times.record(4, 0.9)
-    assert times.is_at_most_half(5, 60)
+    assert times.is_shorter(5, 60)

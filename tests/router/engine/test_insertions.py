@@ -1,0 +1,135 @@
+"""The engine computes a newcomer's prompt inside the running step. No time is measured."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+from support.engine_rig import engine_of, request_of, tokens_of
+from support.fake_runner import FakeRunner, expected_token_ids
+from support.polling import FAR_S, until
+
+from vlmserve.models.batch import StepBatch
+from vlmserve.router.errors import EngineInternalError
+
+
+class PausedRunner(FakeRunner):
+    """Its step waits, when told to, before its tokens are written or right after.
+
+    batches: the names of each step's requests, in the order in which the steps ended.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_go_on, self.has_paused = threading.Event(), threading.Event()
+        self.pauses_before = self.pauses_after = False
+        self.fails: set[str] = set()
+        self.batches: list[list[str]] = []
+
+    def _pause(self) -> None:
+        self.has_paused.set()
+        assert self.may_go_on.wait(FAR_S)
+
+    def call_between_layers(self, callback) -> bool:
+        def paused() -> None:
+            if self.pauses_before:
+                self.pauses_before = False
+                self._pause()
+            callback()
+
+        return super().call_between_layers(paused)
+
+    def execute(self, batch: StepBatch, *on_launch) -> object:
+        result = super().execute(batch, *on_launch)
+        names = [row.request_id.split("/")[1] for row in batch.sequences]
+        if self.pauses_after and "flood 0" in names:
+            self.pauses_after = False
+            self._pause()
+        if self.fails & set(names):
+            raise RuntimeError("this step fails")
+        self.batches.append(names)
+        return result
+
+
+async def flooded(rig, num_requests=8):
+    """A client whose requests fill every step; returns its tasks when they run."""
+    client = await rig.connect()
+    requests = [request_of(f"flood {n}", max_tokens=300, owner="a") for n in range(num_requests)]
+    tasks = [asyncio.create_task(tokens_of(client, one)) for one in requests]
+    await until(lambda: rig.engine.scheduler.num_running == num_requests)
+    await until(lambda: rig.engine.snapshot().num_steps > 5)
+    return client, requests, tasks
+
+
+def pretend_times(rig) -> None:
+    """As if a step of one prompt were measured as much shorter than one of all answers."""
+    times = rig.engine.scheduler._step_times
+    times.is_shorter = lambda num_tokens, num_more: num_tokens < num_more / 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_newcomers_token_comes_while_the_step_is_computed_and_at_the_latest_next(tmp_path, when):
+    """before: it is inserted. after: the step had started its last layer, so it is the next."""
+
+    async def scenario() -> None:
+        runner = PausedRunner()
+        async with engine_of(tmp_path, runner, max_num_seqs=8) as rig:
+            pretend_times(rig)
+            client, requests, tasks = await flooded(rig)
+            setattr(runner, f"pauses_{when}", True)
+            await until(runner.has_paused.is_set)
+            new = request_of("new", max_tokens=5, owner="b")
+            answer = asyncio.create_task(tokens_of(client, new))
+            await until(lambda: rig.engine.scheduler.num_running == 9)
+            num_before = len(runner.batches)
+            runner.may_go_on.set()
+            assert await answer == expected_token_ids(new)
+            for task, request in zip(tasks, requests, strict=True):
+                assert await task == expected_token_ids(request)
+            names = runner.batches[num_before : num_before + 3]
+            first = 0 if when == "before" else 1
+            assert names[first] == ["new"]
+            assert names[1 - first] == [one.request_id for one in requests]
+            assert "new" in names[2]
+            assert len(names[2]) == 8, "an answer of the flood gave it its place"
+
+    asyncio.run(scenario())
+
+
+def test_an_inserted_step_that_fails_ends_its_request_alone(tmp_path):
+    async def scenario() -> None:
+        runner = PausedRunner()
+        runner.fails = {"new"}
+        async with engine_of(tmp_path, runner, max_num_seqs=8) as rig:
+            pretend_times(rig)
+            client, requests, tasks = await flooded(rig)
+            runner.pauses_before = True
+            await until(runner.has_paused.is_set)
+            answer = asyncio.create_task(tokens_of(client, request_of("new", owner="b")))
+            await until(lambda: rig.engine.scheduler.num_running == 9)
+            runner.may_go_on.set()
+            with pytest.raises(EngineInternalError):
+                await answer
+            for task, request in zip(tasks, requests, strict=True):
+                assert await task == expected_token_ids(request)
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_stops_waits_for_no_inserted_step(tmp_path):
+    async def scenario() -> None:
+        runner = PausedRunner()
+        async with engine_of(tmp_path, runner, max_num_seqs=8) as rig:
+            pretend_times(rig)
+            client, _, tasks = await flooded(rig)
+            runner.pauses_before = True
+            await until(runner.has_paused.is_set)
+            answer = asyncio.create_task(tokens_of(client, request_of("new", owner="b")))
+            await until(lambda: rig.engine.scheduler.num_running == 9)
+            for task in [*tasks, answer]:
+                task.cancel()
+            await asyncio.gather(*tasks, answer, return_exceptions=True)
+            runner.may_go_on.set()
+
+    asyncio.run(scenario())
