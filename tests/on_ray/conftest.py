@@ -41,6 +41,8 @@ NODE = {
     "include_dashboard": False,
     "include_log_monitor": False,
     "no_monitor": True,
+    # Ray would wait for 30 s.
+    "wait": False,
 }
 # Far off: on two cores shared with two other test processes, two engines that started at once were
 # not ready after 200 s.
@@ -118,6 +120,7 @@ def running(tmp_path_factory):
     cluster = Cluster()
     for _ in range(3):
         cluster.add_node(**NODE)
+    cluster.wait_for_nodes(FAR_S)
     port = free_port()
     ray.init(address=cluster.address, log_to_driver=False)
     try:
