@@ -7,7 +7,7 @@ In the order in which to read the files:
     sequence            the tokens of one answer, and how far they are computed
     owners              what each API key's requests have used, and whose turn it is
     request_queue       which sequences wait, in which order, and how many may
-    throughput          the estimated wait of a rejected request, and time of a step
+    throughput          the wait of a rejected request, the time of a step, how many drafts it has
     interface           the scheduler's limits, its progress, its snapshot
     scheduler           the plan of each step, and what its result changes
     step_budget         what one step may still compute
