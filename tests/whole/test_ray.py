@@ -53,8 +53,8 @@ CLUSTER_VARIABLES = {
     "RAY_prestart_worker_first_driver": "0",
 }
 CLUSTER_CHECKS = ("configuration.py", "router.py", "affinity.py", "faults.py")
-# Far off: on two cores shared with two other test processes they took 24 minutes.
-CLUSTER_TIMEOUT_S, STOP_TIMEOUT_S = 5400, 300
+# Far off: on two cores shared with two other test processes they take 7 minutes.
+CLUSTER_TIMEOUT_S, STOP_TIMEOUT_S = 1800, 300
 # The line of pytest's summary about a failed test.
 FAILED = re.compile(r"^(?:FAILED|ERROR) .*", re.MULTILINE)
 HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
