@@ -143,9 +143,13 @@ def test_mixed_steps_of_every_size_are_those_of_eager_ones(
     pair.assert_same_keys()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layout", "largest"), [("tiny", 16), ("cross-first", 8), ("one-kv-head", 8)]
+    ("layout", "largest"),
+    [
+        pytest.param("cross-first", 8, marks=pytest.mark.slow),
+        pytest.param("one-kv-head", 8, marks=pytest.mark.slow),
+        pytest.param("tiny", 16, marks=pytest.mark.torture),
+    ],
 )
 def test_larger_steps_of_other_layouts_are_those_of_eager_ones(
     layout: str, largest: int, monkeypatch: pytest.MonkeyPatch

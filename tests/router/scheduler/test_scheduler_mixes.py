@@ -109,8 +109,15 @@ def test_any_mix_of_arrivals_aborts_and_tiny_pools_answers_as_if_alone(scenario,
 
 @pytest.mark.slow
 @mixes
-@settings(quiet, max_examples=3000)
-def test_thousands_of_mixes_answer_as_if_alone(scenario, aborts_in_step):
+@settings(quiet, max_examples=1000)
+def test_a_thousand_mixes_answer_as_if_alone(scenario, aborts_in_step):
+    run_mix(scenario, aborts_in_step)
+
+
+@pytest.mark.torture
+@mixes
+@settings(quiet, max_examples=10_000)
+def test_ten_thousand_mixes_answer_as_if_alone(scenario, aborts_in_step):
     run_mix(scenario, aborts_in_step)
 
 
