@@ -77,7 +77,7 @@ def test_a_worker_has_room_for_one_engine_and_the_group_for_all_and_an_update(sp
 
 def test_no_engine_runs_on_the_head_and_both_have_the_keys(head, workers):
     assert {head["rayStartParams"][name] for name in ("num-cpus", "num-gpus")} == {"0"}
-    names = {"HF_TOKEN", "VLMSERVE_API_KEY", "RAY_USAGE_STATS_ENABLED"}
+    names = {"HF_TOKEN", "VLMSERVE_API_KEY", "RAY_USAGE_STATS_ENABLED", "RAY_worker_niceness"}
     for group in (head, workers):
         assert {one["name"] for one in container_of(group)["env"]} == names
         assert group["template"]["spec"]["securityContext"]["runAsUser"] == 1000
