@@ -1,7 +1,7 @@
 """Calls back before each decoder layer of a step, so that another step may be computed there.
 
-Owns when that is possible: a layer has no state of its own between two calls, so the caches of the
-two steps are all that they share, and the scheduler gives them different blocks.
+A layer keeps no state between two calls. So the two steps share only the caches, in which the
+scheduler gives them different blocks.
 """
 
 from __future__ import annotations

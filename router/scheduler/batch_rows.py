@@ -89,9 +89,11 @@ def add_drafts(
             step.spend(sequence.owner, len(drafts))
 
 
-def record_decodes(batch: StepBatch, seconds: float, times: DraftTimes) -> None:
-    """Record the time of a step, if it had decodes alone."""
-    if _has_decodes_alone(batch):
+def record_decodes(
+    batch: StepBatch, seconds: float, limits: SchedulerLimits, times: DraftTimes
+) -> None:
+    """Record the time of a step, if it had decodes alone and may have drafts."""
+    if limits.num_speculative_tokens and _has_decodes_alone(batch):
         times.record(len(batch.sequences), batch.num_tokens - len(batch.sequences), seconds)
 
 
@@ -106,7 +108,7 @@ def sampled_of(result: StepResult, sequence_id: str) -> Accepted:
 
 
 def _has_decodes_alone(batch: StepBatch) -> bool:
-    """Of each sequence one token, behind at least one that was generated, and its drafts."""
+    """Whether a step has the newest generated token of each sequence, drafts, and nothing else."""
     is_moving = batch.images or batch.loads or batch.copies
     return not is_moving and all(
         row.sampling is not None

@@ -92,9 +92,9 @@ def newcomer(
 
     With it the cached blocks of its beginning. Its owner runs nothing while others run. The whole
     prompt fits `budget` tokens, its images are encoded, and the step takes at most 3/4 as long as
-    one that has the `num_others` tokens of the others too. So they lose less than half of the time,
-    if every other step is a newcomer's. Where a step with many decodes takes long, as on a CPU, a
-    short prompt in it would wait as long.
+    one that has the `num_others` tokens of the others too. At most every second step is such a
+    step, so the others lose less than half of their time. Where a step with many decodes takes
+    long, as on a CPU, a short prompt in it would wait as long.
     """
     head = queue.peek()
     if head is None or queue.owners.num_running[head.owner] or not blocks.has_images(head):

@@ -331,7 +331,7 @@ class Scheduler:
         step = self._end_step(is_inserted)
         if seconds is not None and not step.batch.images:
             self._step_times.record(step.batch.num_tokens, seconds)
-            record_decodes(step.batch, seconds, self._draft_times)
+            record_decodes(step.batch, seconds, self._limits, self._draft_times)
         step.share_vision(result.vision_seconds)
         self._partial = step.record_images(self._partial, self.tiles)
         self._num_images_encoded += len(step.due_images) - len(step.loaded)

@@ -95,7 +95,7 @@ class StepTimes:
     def seconds(self, num_tokens: int) -> float | None:
         """The usual time of a step of this size; None if fewer than two were measured.
 
-        The first of a size may be slow for reasons of its own, such as kernels that compile.
+        The first step of a size may be slow, for example because kernels are compiled.
         """
         times = self._times.get(size_of(num_tokens), ())
         return median_low(times) if len(times) > 1 else None

@@ -2,13 +2,13 @@
 
 import os
 import signal
-from pathlib import Path
 
 import ray
 from conftest import FAR_S, NODE, under_load
 from ray import serve
 from support.polling import wait_until
-from support.running import descendants
+
+from server_state import descendants, is_running
 
 NUM_CLIENTS = 6
 # Looked for seldom: each look asks Ray's controller, and takes cores from what it waits for.
@@ -41,14 +41,6 @@ def processes_of_engines():
     """The process of each replica that is alive."""
     actors = ray._private.state.actors().values()
     return [one["Pid"] for one in actors if "#engine#" in one["Name"] and one["State"] == "ALIVE"]
-
-
-def runs(process):
-    """Whether a process is there, and has not only been left unread by its parent."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_the_death_of_a_node_costs_only_its_requests_and_the_cluster_is_whole_again(running):
@@ -118,4 +110,4 @@ def test_a_hung_server_is_replaced(running, size):
         os.kill(pid, signal.SIGSTOP)
     with under_load(running, 1, size.pause_s) as load:
         assert wait_until(lambda: bool(load.recent) and load.recent[-1] != first, FAR_S), load
-    assert wait_until(lambda: not any(map(runs, processes)), FAR_S), processes
+    assert wait_until(lambda: not any(map(is_running, processes)), FAR_S), processes

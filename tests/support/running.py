@@ -71,18 +71,6 @@ def free_port() -> int:
     return reserved.getsockname()[1]
 
 
-def descendants(pid: int) -> list[int]:
-    """The processes that a process started, those that they started, and so on."""
-    found, waiting = [], [pid]
-    while waiting:
-        for children in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                started = [int(child) for child in children.read_text().split()]
-                found += started
-                waiting += started
-    return found
-
-
 @contextlib.contextmanager
 def serving(folder: Path, *options: str, model: str | None = None) -> Iterator[RunningServer]:
     """`vlmserve serve` on a free port until the block ends; ready when the block starts.

@@ -24,8 +24,10 @@ from support.client_environments import (
 )
 from support.http_side import write_checkpoint
 from support.polling import wait_until
-from support.running import descendants, free_port, running_command
+from support.running import free_port, running_command
 from support.tool_template import TOOL_TEMPLATE
+
+from server_state import descendants
 
 # Small, so that three engines fit beside other tests.
 OPTIONS = ("--dtype", "float32", "--no-spare-engine", "--kv-cache-memory", "128MiB")

@@ -62,6 +62,15 @@ async def flooded(rig, num_requests=8):
     return client, requests, tasks
 
 
+async def ask_in_paused_step(rig, client, request, when="before") -> asyncio.Task:
+    """Pause the next step of eight answers, and send a request that runs beside them then."""
+    setattr(rig.runner, f"pauses_{when}", True)
+    await until(rig.runner.has_paused.is_set)
+    answer = asyncio.create_task(tokens_of(client, request))
+    await until(lambda: rig.engine.scheduler.num_running == 9)
+    return answer
+
+
 def pretend_times(rig) -> None:
     """As if a step of one prompt were measured as much shorter than one of all answers."""
     times = rig.engine.scheduler._step_times
@@ -77,11 +86,8 @@ def test_a_newcomers_token_comes_while_the_step_is_computed_and_at_the_latest_ne
         async with engine_of(tmp_path, runner, max_num_seqs=8) as rig:
             pretend_times(rig)
             client, requests, tasks = await flooded(rig)
-            setattr(runner, f"pauses_{when}", True)
-            await until(runner.has_paused.is_set)
             new = request_of("new", max_tokens=5, owner="b")
-            answer = asyncio.create_task(tokens_of(client, new))
-            await until(lambda: rig.engine.scheduler.num_running == 9)
+            answer = await ask_in_paused_step(rig, client, new, when)
             num_before = len(runner.batches)
             runner.may_go_on.set()
             assert await answer == expected_token_ids(new)
@@ -104,10 +110,7 @@ def test_an_inserted_step_that_fails_ends_its_request_alone(tmp_path):
         async with engine_of(tmp_path, runner, max_num_seqs=8) as rig:
             pretend_times(rig)
             client, requests, tasks = await flooded(rig)
-            runner.pauses_before = True
-            await until(runner.has_paused.is_set)
-            answer = asyncio.create_task(tokens_of(client, request_of("new", owner="b")))
-            await until(lambda: rig.engine.scheduler.num_running == 9)
+            answer = await ask_in_paused_step(rig, client, request_of("new", owner="b"))
             runner.may_go_on.set()
             with pytest.raises(EngineInternalError):
                 await answer
@@ -123,10 +126,7 @@ def test_an_engine_that_stops_waits_for_no_inserted_step(tmp_path):
         async with engine_of(tmp_path, runner, max_num_seqs=8) as rig:
             pretend_times(rig)
             client, _, tasks = await flooded(rig)
-            runner.pauses_before = True
-            await until(runner.has_paused.is_set)
-            answer = asyncio.create_task(tokens_of(client, request_of("new", owner="b")))
-            await until(lambda: rig.engine.scheduler.num_running == 9)
+            answer = await ask_in_paused_step(rig, client, request_of("new", owner="b"))
             for task in [*tasks, answer]:
                 task.cancel()
             await asyncio.gather(*tasks, answer, return_exceptions=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-from collections.abc import Iterator
 
 import pytest
+from support.collections_off import without_collections
 
 from vlmserve.router.processes.tasks import raise_stored, run_together
 
@@ -22,17 +22,6 @@ class Payload:
 
     def __del__(self) -> None:
         Payload.alive -= 1
-
-
-@contextlib.contextmanager
-def without_collections() -> Iterator[None]:
-    """What is not freed at once in here would wait for a full garbage collection."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 async def value(number: int) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
 import pytest
+from support.collections_off import without_collections
 from support.engine_side import engine_at
 from support.fake_runner import OrdinaryRunner
 from support.http_side import MODEL, ScriptedEngine, running_server, write_checkpoint
@@ -69,17 +69,6 @@ def png_header(width: int, height: int) -> bytes:
     """The start of a PNG of this size, and no pixels."""
     sides = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + b"IHDR" + sides + bytes(9)
-
-
-@contextlib.contextmanager
-def without_collections() -> Iterator[None]:
-    """What is not freed at once in here would wait for a full garbage collection."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 WAYS = {
