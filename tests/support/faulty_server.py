@@ -41,6 +41,8 @@ def main(options: dict[str, Any]) -> int:
         **options.get("server", {}),
     )
     supervision = {"drain_time_s": 2.0} | options.get("supervision", {})
+    # Its start takes a core from what is tested.
+    supervision.setdefault("has_standby", "standby_delay_s" in supervision)
     limits = EngineTimeouts(**supervision.pop("engine_timeouts", {}))
     worker_timeouts = WorkerTimeouts(**supervision.pop("worker_timeouts", {}))
     port = options.get("metrics_port")

@@ -7,6 +7,7 @@ A room is a folder of a floor, or a module that lies at the floor's root. The fe
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,8 @@ def module_name(path: Path) -> str:
     return ".".join(("vlmserve", *(part for part in parts if part != "__init__")))
 
 
-def imported_modules(path: Path) -> set[str]:
+@functools.cache
+def imported_modules(path: Path) -> frozenset[str]:
     """Absolute names of everything a file imports, lazily or not."""
     package = module_name(path).split(".")
     if path.name != "__init__.py":
@@ -40,9 +42,10 @@ def imported_modules(path: Path) -> set[str]:
             prefix = ".".join([*base, *([node.module] if node.module else [])])
             found.add(prefix)
             found.update(f"{prefix}.{alias.name}" for alias in node.names)
-    return found
+    return frozenset(found)
 
 
+@functools.cache
 def is_module(name: str) -> bool:
     path = ROOT.joinpath(*name.split(".")[1:])
     return path.is_dir() or path.with_suffix(".py").is_file()

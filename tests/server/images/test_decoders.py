@@ -16,10 +16,10 @@ import msgspec
 import pytest
 from PIL import Image
 from support.pictures import (
-    BOMBS,
     HEADERS,
     SETTINGS,
     TILING,
+    bombs,
     encoded,
     noise,
     picture,
@@ -64,7 +64,7 @@ def read_proc(pid: int, name: str) -> bytes:
 def test_hostile_and_broken_pictures_are_refused_and_leave_the_children_alive() -> None:
     async def use(pool: DecoderPool) -> None:
         pids = pool.pids
-        for name, data in BOMBS.items():
+        for name, data in bombs().items():
             if name not in ("text bomb", "profile bomb"):
                 with pytest.raises(ImageError, match=r"^image "):
                     await pool.decode(data)

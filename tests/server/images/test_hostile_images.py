@@ -32,7 +32,7 @@ from support.outside import (
     plain_response,
     redirect,
 )
-from support.pictures import BOMBS, encoded, noise, picture, png_of_zeros
+from support.pictures import bombs, encoded, noise, picture, png_of_zeros
 
 from vlmserve.server.images.settings import MEBI
 
@@ -73,7 +73,7 @@ def test_row_10_a_phone_photo_of_48_megapixels_is_taken(standing):
 
 
 def test_row_11_what_is_none_of_four_formats_by_its_bytes_is_refused(standing):
-    broken = [BOMBS[name] for name in BOMBS if "early" in name or name in ("HEIC", "empty")]
+    broken = [bombs()[name] for name in bombs() if "early" in name or name in ("HEIC", "empty")]
     others = [encoded(picture(), one) for one in ("TIFF", "BMP", "ICO", "PPM")]
     messages = refuse_all(standing, [*broken, *others, b"<svg onload=x>", bytes(range(256))])
     assert any("HEIC" in message and "convert it" in message for message in messages)
@@ -92,7 +92,7 @@ def test_row_12_bombs_beside_the_pixels_cost_nothing(standing):
     frames = [Image.new("P", (200, 200), number) for number in range(200)]
     animated = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     for route in GENERATION_ROUTES:
-        for data in (BOMBS["text bomb"], BOMBS["profile bomb"], animated):
+        for data in (bombs()["text bomb"], bombs()["profile bomb"], animated):
             answer = standing.post(route, body_for(route, images=[url_of(data)]))
             if answer.status != 200:
                 assert_error(answer, 400)

@@ -12,8 +12,10 @@ from support.http_side import (
     meta_like_tokenizer,
     tokens_one_by_one,
 )
+from support.invariants import STACK_ROUTES, STACK_SPELLINGS
 
 from vlmserve.router.errors import EngineDeadError
+from vlmserve.server.routes.llama_stack import ROUTES
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 TOKENIZER = meta_like_tokenizer()
@@ -82,6 +84,16 @@ def test_the_new_paths_always_carry_tool_calls(checkpoint):
             ("stop_reason", "end_of_turn"),
             ("tool_calls", []),
         ]
+
+
+def test_every_prefix_has_the_handlers_of_the_others():
+    """So a test of some of the nine paths, `STACK_SPELLINGS`, is a test of all."""
+    handlers = {one.path: one.handler for one in ROUTES.endpoints}
+    assert set(STACK_ROUTES) == {prefix + path for prefix in PREFIXES for path in OLD + NEW}
+    for prefix in PREFIXES:
+        assert {handlers[prefix + path] for path in OLD} == {handlers[OLD[0]]}
+        assert {handlers[prefix + path] for path in NEW} == {handlers[NEW[0]]}
+    assert {handlers[path] for path in STACK_SPELLINGS} == {handlers[OLD[0]], handlers[NEW[0]]}
 
 
 @pytest.mark.parametrize("path", OLD + NEW)
