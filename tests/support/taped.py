@@ -34,7 +34,7 @@ FORBIDDEN = {
     "aten::_unique2",
 }
 
-Entry = Callable[[], None]
+Entry = Callable[[], object]
 # triton's interpreter keeps a program's place in a global: one thread at a time
 INTERPRETER = threading.Lock()
 
@@ -106,21 +106,28 @@ class _TapeMode(TorchDispatchMode):
         name = func._schema.name
         assert name not in FORBIDDEN, f"{name} cannot be captured"
         assert self._recorder.tape is not None
-        self._recorder.tape.append(_again(func, args, kwargs, result))
+        entry = _again(func, args, kwargs, result)
+        if entry is not None:
+            self._recorder.tape.append(entry)
         return result
 
 
-def _again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Entry:
-    """Runs an operation once more, into the memory that its result has."""
+def _again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Entry | None:
+    """Runs an operation once more, into the memory that its result has.
+
+    None for a view: it shows the same memory in a replay.
+    """
     given = {_memory(one) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
     made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
-    own = [one for one in made if _memory(one) not in given]
+    if all(_memory(one) in given for one in made):
+        return (lambda: func(*args, **kwargs)) if func._schema.is_mutable else None
+    if isinstance(result, Tensor):
+        return lambda: result.copy_(func(*args, **kwargs))
 
     def again() -> None:
         fresh = [one for one in tree_leaves(func(*args, **kwargs)) if isinstance(one, Tensor)]
-        if own:
-            for target, source in zip(made, fresh, strict=True):
-                target.copy_(source)
+        for target, source in zip(made, fresh, strict=True):
+            target.copy_(source)
 
     return again
 
