@@ -30,6 +30,7 @@ from vlmserve.server.settings import ServerSettings
 from vlmserve.server.worker.app import build_app
 
 share_compiled_routes()
+IS_FIRST_SERVER = iter([True])
 CLIENT_DEADLINE_S = 120.0
 # Reading the system's authorities takes a third of a client's start.
 NO_AUTHORITIES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -304,15 +305,21 @@ async def running_server(
     settings: ServerSettings, *, tls: ssl.SSLContext | None = None, **parts: Any
 ) -> AsyncIterator[str]:
     """A real server on a free loopback port, in this event loop; gives its base URL."""
-    async with running_app(build_app(settings, **parts), tls) as url:
+    app = build_app(settings, **parts)
+    async with running_app(app, tls, touches_up=next(IS_FIRST_SERVER, False)) as url:
         yield url
 
 
 @asynccontextmanager
-async def running_app(app: Any, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
-    """The same of an application that was built before."""
-    # It rewrites Sanic's classes for the one application of a process; tests have many.
-    app.config.TOUCHUP = False
+async def running_app(
+    app: Any, tls: ssl.SSLContext | None = None, *, touches_up: bool = False
+) -> AsyncIterator[str]:
+    """The same of an application that was built before.
+
+    touches_up: Sanic rewrites its classes without the signals that this application does not use,
+    for all of the process. Every worker's uses the same, so the first one does it for the others.
+    """
+    app.config.TOUCHUP = touches_up
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = await app.create_server(
             sock=listening, ssl=tls, protocol=StrictProtocol, return_asyncio_server=True
