@@ -72,6 +72,12 @@ BODY_ROUTES = [
 POSTED_ROUTES = [
     *(*BODY_ROUTES, "/v1/chat/completions/render", "/v1/completions/render", "/v1/moderations"),
 ]
+# One path of each handler that reads a body, but for Llama Stack's: `STACK_SPELLINGS`. That they
+# are all is what tests/server/api/test_error_matrix.py asserts.
+BODY_HANDLERS = [
+    *(*TEXT_ROUTES, RESPONSES, *MESSAGES_ROUTES, TOKENIZE_ROUTES[0], "/v1/detokenize"),
+]
+POSTED_HANDLERS = [*BODY_HANDLERS, *POSTED_ROUTES[len(BODY_ROUTES) :]]
 # A 2 x 2 picture: enough to start decoders and to take an image block.
 PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQV"

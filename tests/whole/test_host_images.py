@@ -7,6 +7,7 @@ import signal
 import urllib.request
 from pathlib import Path
 
+import pytest
 from support.invariants import Standing
 from support.pictures import encoded, picture
 
@@ -37,6 +38,7 @@ def folders() -> set[Path]:
     return set(ROOT.glob(f"{PREFIX}*"))
 
 
+@pytest.mark.slow
 def test_a_killed_engine_answers_the_second_turn_without_encoding(start_server, wait_for) -> None:
     before = folders()
     server = start_server("--image-cache-host", "64MiB", "--image-cache-dtype", "int8")

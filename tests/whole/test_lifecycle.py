@@ -34,7 +34,7 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory):
-    """A server of the bundled model under another name; its tests leave it ready."""
+    """A server of the bundled model under another name; its tests but the last leave it ready."""
     with serving(tmp_path_factory.mktemp("named"), "--served-model-name", NAME) as running:
         yield running
 
@@ -69,14 +69,11 @@ def assert_the_signal_ends_the_tree(server, wait_for, signum):
     assert wait_for(lambda: not any(is_running(pid) for pid in family))
 
 
-def test_sigterm_ends_the_whole_tree_with_exit_code_0(start_server, wait_for):
-    assert_the_signal_ends_the_tree(start_server(), wait_for, signal.SIGTERM)
-
-
 def test_sigint_ends_the_whole_tree_with_exit_code_0(start_faulty_server, wait_for):
     assert_the_signal_ends_the_tree(start_faulty_server(), wait_for, signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_ends_open_requests_with_an_error_and_another_takes_over(
     named, wait_for
 ):
@@ -216,3 +213,8 @@ def test_a_slow_answer_does_not_block_others(server):
     order.append("short")
     thread.join(60)
     assert order == ["short", "long"]
+
+
+def test_sigterm_ends_the_whole_tree_with_exit_code_0(named, wait_for):
+    """The last test: it ends the server of the others."""
+    assert_the_signal_ends_the_tree(named, wait_for, signal.SIGTERM)

@@ -20,6 +20,7 @@ from support.http_side import (
     tokens_one_by_one,
     write_checkpoint,
 )
+from support.invariants import POSTED_HANDLERS, POSTED_ROUTES
 from support.schema_cases import cases_of
 
 from vlmserve.models.lora.files import CONFIG, WEIGHTS
@@ -119,6 +120,13 @@ def test_every_post_route_is_in_the_matrix():
         assert {case.field for case in cases} >= set(body.__struct_fields__)
         has_choices = body.__name__ not in WITHOUT_CHOICES
         assert not has_choices or len([case for case in cases if case.kind == "choice"]) > 2
+
+
+def test_rows_on_every_route_are_run_through_every_handler():
+    """A path more of a handler is read by the same code."""
+    handlers = {one.path: one.handler for one in POSTS}
+    of_all = {handlers[path] for path in POSTED_ROUTES}
+    assert {handlers[path] for path in POSTED_HANDLERS} == of_all
 
 
 @functools.cache

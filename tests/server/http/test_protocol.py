@@ -15,7 +15,15 @@ from pathlib import Path
 
 import pytest
 from support.http_side import MODEL, all_routes
-from support.invariants import CHAT, POSTED_ROUTES, SLACK, assert_error, body_for, peak_bytes
+from support.invariants import (
+    CHAT,
+    POSTED_HANDLERS,
+    POSTED_ROUTES,
+    SLACK,
+    assert_error,
+    body_for,
+    peak_bytes,
+)
 from support.polling import wait_until
 from support.raw_http import answers_in, exchange, only_answer
 from support.request_heads import BROKEN_CHUNKS, TWO_READINGS
@@ -54,7 +62,7 @@ def smuggling(route: str) -> list[bytes]:
 
 
 def test_row_01_what_two_servers_could_read_differently_is_refused_once(standing):
-    for route in [*POSTED_ROUTES, "/v1/models", "/nothing"]:
+    for route in [*POSTED_HANDLERS, "/v1/models", "/nothing"]:
         for raw in smuggling(route):
             assert_error(only_answer(exchange(standing.server.port, raw)), 400)
 
@@ -153,7 +161,7 @@ def client_tls() -> ssl.SSLContext:
 
 
 def test_row_02_a_head_over_16_kb_or_100_headers_is_a_431(standing):
-    for route in POSTED_ROUTES:
+    for route in POSTED_HANDLERS:
         for lines in ([b"X-A: " + b"a" * 16_384], [b"X-A: a"] * 100):
             raw = head_of(route, *lines, b"Content-Length: 0")
             assert_error(only_answer(exchange(standing.server.port, raw)), 431)
@@ -179,7 +187,7 @@ def test_row_02_the_limits_are_settings(checkpoint):
 def test_row_03_a_body_over_its_cap_is_a_413_before_it_has_come(standing):
     """Not a byte of the data is sent, and nobody is asked to go on and send it."""
     declared = b"Content-Length: %d" % (CAP + 1)
-    for route in POSTED_ROUTES:
+    for route in POSTED_HANDLERS:
         for raw in (
             head_of(route, declared),
             head_of(route, declared, b"Expect: 100-continue"),
@@ -201,7 +209,7 @@ def test_row_03_a_body_that_comes_all_the_same_is_not_kept(standing):
 def test_row_03_chunks_are_counted_together(checkpoint, size):
     chunk = b"%x\r\n%b\r\n" % (size, b"x" * size)
     with server_in_thread(checkpoint, max_body_bytes=16_000) as port:
-        for route in POSTED_ROUTES:
+        for route in POSTED_HANDLERS:
             head = head_of(route, b"Transfer-Encoding: chunked")
             assert_error(only_answer(exchange(port, head + chunk * (16_000 // size + 1))), 413)
             within = head + chunk * (16_000 // size) + b"0\r\n\r\n"
@@ -217,7 +225,7 @@ def trickle(port: int, start: bytes, rest: bytes, pause_s: float) -> bytes:
 def slow_requests() -> list[tuple[bytes, bytes]]:
     """What comes at once and what in drops, on each route: in the head, and in the body."""
     found = []
-    for route in POSTED_ROUTES:
+    for route in POSTED_HANDLERS:
         head = head_of(route, b"Content-Length: 999")
         chunked = head_of(route, b"Transfer-Encoding: chunked")
         found += [(head[:20], head[20:40] * 9), (head, b"{" * 99), (chunked, b"1\r\n{\r\n" * 20)]
@@ -274,7 +282,7 @@ def bodies_alive() -> list[LenientRequest]:
 
 def test_row_05_a_compressed_body_is_a_415(standing):
     bomb = gzip.compress(b"\0" * 10_000_000)
-    for route in POSTED_ROUTES:
+    for route in POSTED_HANDLERS:
         for coding in ("gzip", "deflate", "br", "zstd", "GZIP", "identity, gzip", "x-gzip"):
             answer = standing.post(route, bomb, **{"Content-Encoding": coding})
             assert_error(answer, 415)

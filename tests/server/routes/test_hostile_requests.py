@@ -108,7 +108,7 @@ def test_row_08_a_grammar_too_deep_or_too_long_is_refused(standing):
 
 def test_row_08_a_grammar_too_slow_to_compile_is_refused_when_its_child_was_killed(standing):
     """What was sent as a slow one was refused at once, as too long."""
-    for number, route in enumerate((CHAT, COMPLETIONS, STACK_ROUTES[-1])):
+    for number, route in enumerate((COMPLETIONS, STACK_ROUTES[-1])):
         before = standing.pids("grammars")
         # Another one on each route: the server keeps its verdict on a grammar.
         schema = SLOW_SCHEMA | {"minItems": number}
@@ -232,11 +232,14 @@ LONG_TEXTS = {
 }
 
 
-@pytest.mark.parametrize("name", LONG_TEXTS)
-def test_row_23_10_mb_of_text_are_refused_and_hold_up_nobody(standing, name):
+@pytest.mark.parametrize(
+    ("name", "other"),
+    zip(LONG_TEXTS, [STACK_ROUTES[0], COMPLETIONS, TOKENIZE_ROUTES[0]] * 2, strict=True),
+)
+def test_row_23_10_mb_of_text_are_refused_and_hold_up_nobody(standing, name, other):
     bodies = {
         route: json.dumps(body_for(route, LONG_TEXTS[name]), ensure_ascii=False).encode()
-        for route in (CHAT, STACK_ROUTES[0], COMPLETIONS, TOKENIZE_ROUTES[0])
+        for route in (CHAT, other)
     }
     with watching(standing) as delays:
         for route, body in bodies.items():
