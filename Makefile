@@ -10,9 +10,7 @@ EXAMPLES ?= 300
 REQUESTS ?= 10000
 SEED ?= 1
 # Processes that run the tests, and how they share them; WORKERS=0 runs them in one, as for `--pdb`.
-WORKERS ?= 4
-# Clusters and gateways of the slow tests start many processes themselves.
-test-slow: WORKERS := 3
+WORKERS ?= 3
 # Tests start many processes: compiled modules and rewritten assertions are kept for the next one.
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -1,6 +1,7 @@
 """Shared fixtures: a real server as a subprocess, and freshly drawn pictures."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """Little that is imported or collected becomes garbage: looking for it takes seconds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files of whole servers first: they take longest, and processes share the tests by files."""
     items.sort(key=lambda item: "tests/whole" not in item.path.as_posix())
@@ -50,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Files that ask the shared server go to two of the processes."""
+    """Files that ask the shared server go to one of the processes."""
     # Imported here: without xdist there is no such hook.
     from support.shared_server_files import make_scheduler
 

@@ -1,7 +1,7 @@
-"""Which files of tests share one server, so that few processes of a run start one.
+"""Which files of tests share one server, so that one process of a run starts it.
 
 `--dist loadfile` gives a process whole files, so that each process would come to a file that asks
-the shared server, and start its own: ten seconds of a core. Here these files go to few processes.
+the shared server, and start its own: ten seconds of a core. Here these files go to one process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from xdist.scheduler import LoadFileScheduling
 # whose tests ask a server of their own by that name.
 ASKS = re.compile(r"^(?:async )?def test_\w+\([^)]*\b(server|standing)\b", re.M)
 HAS_ITS_OWN = re.compile(r"^def (server|standing)\(", re.M)
-NUM_SERVERS = 2
+# Their tests take less than half of a run, so that no process waits for one that has them all.
+NUM_SERVERS = 1
 TESTS = Path(__file__).parents[1]
 
 

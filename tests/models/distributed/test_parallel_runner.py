@@ -166,7 +166,13 @@ UNSHARED = {
 GROUPS_OF_16 = Form(pack(4, symmetric=False, group=16), compressed("pack-quantized"))
 
 
-@pytest.mark.parametrize("form", [*SHARED, *UNSHARED])
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(form, marks=pytest.mark.slow) if form in ("w4a16-channel", "w8a8") else form
+        for form in (*SHARED, *UNSHARED)
+    ],
+)
 def test_two_ranks_share_a_quantized_checkpoint_exactly(form, tmp_path) -> None:
     """Its scales are the files', so the logits are those of the dequantized weights."""
     coded, dequantized = write(Path(checkpoint("tiny")), FORMS.get(form, GROUPS_OF_16), tmp_path)

@@ -315,6 +315,7 @@ def test_a_replay_copies_the_used_width_of_the_text_table(
         assert sent.pop() == layout.num_entries - table + count * width
 
 
+@pytest.mark.slow
 def test_a_staged_step_with_its_tokens_is_that_of_a_replay(pair: Pair) -> None:
     """Among others' rows: a staged step keeps nothing of the buffer that it is copied to."""
     running = [*texts(2), *requests("one")]

@@ -52,6 +52,7 @@ BUDGET = 640 << 10
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 def test_the_exams_answers_stay_and_their_logits_err_by_little() -> None:
     model = load_model(str(CHECKPOINT), "cpu", "float32")
     items = [item for item in exam(2, seed=5, shapes=(1, 3)) if item.picture is not None]
@@ -140,6 +141,7 @@ def test_freed_blocks_in_int8_are_poisoned() -> None:
     assert not layer.values.gather(slots - num_patches).any()
 
 
+@pytest.mark.slow
 def test_recorded_decode_steps_read_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = TapeRecorder()
     tape_operations(recorder, monkeypatch)

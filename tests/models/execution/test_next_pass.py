@@ -75,7 +75,7 @@ def engine(layout: str = "tiny", pools: PoolSizes = POOLS) -> SteppedEngine:
     return SteppedEngine(runner, plans_ahead=True)
 
 
-@pytest.mark.parametrize("layout", ["tiny", "cross-first"])
+@pytest.mark.parametrize("layout", [pytest.param("tiny", marks=pytest.mark.slow), "cross-first"])
 def test_greedy_tokens_equal_the_oracle_under_arrivals_aborts_and_preemption(layout: str) -> None:
     """Blocks are freed and given to others while a pass that was started still writes them."""
     rng, running = np.random.default_rng(3), engine(layout)

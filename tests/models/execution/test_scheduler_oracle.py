@@ -29,7 +29,7 @@ def engine(layout: str = "tiny", max_num_batched_tokens: int = 24) -> SteppedEng
     return SteppedEngine(runner, {"max_num_batched_tokens": max_num_batched_tokens})
 
 
-@pytest.mark.parametrize("layout", ["tiny", "cross-first"])
+@pytest.mark.parametrize("layout", ["tiny", pytest.param("cross-first", marks=pytest.mark.slow)])
 def test_greedy_tokens_equal_the_oracle_under_arrivals_aborts_and_preemption(layout: str) -> None:
     rng, running = np.random.default_rng(3), engine(layout)
     requests = [random_request(rng, str(i), GREEDY) for i in range(48)]

@@ -87,6 +87,7 @@ def test_the_example_is_small():
     assert size <= MAX_BYTES
 
 
+@pytest.mark.slow
 def test_the_merged_model_answers_held_out_questions_in_german(answers):
     """Exactly, word for word, greedily, about pictures of one and two shapes."""
     ref = AdapterRef("german", str(FOLDER), digest_of(FOLDER))

@@ -208,7 +208,15 @@ def test_adapters_are_added_to_quantized_weights(refs, quantize):
             assert change > 3 * error
 
 
-@pytest.mark.parametrize("form", ["nf4-nested", "gptq-act-order", "fp8-channel", "w8a8"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "nf4-nested",
+        pytest.param("gptq-act-order", marks=pytest.mark.slow),
+        pytest.param("fp8-channel", marks=pytest.mark.slow),
+        "w8a8",
+    ],
+)
 def test_adapters_on_a_quantized_checkpoint_equal_those_on_its_dequantized_weights(
     refs, form, tmp_path
 ):

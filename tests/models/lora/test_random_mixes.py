@@ -130,7 +130,9 @@ class Mix:
             self.counts["unloads"] += 1
 
 
-@pytest.mark.parametrize("seed", [12, 19, 27])
+@pytest.mark.parametrize(
+    "seed", [12, *(pytest.param(one, marks=pytest.mark.slow) for one in (19, 27))]
+)
 def test_a_random_mix_of_adapters_answers_as_the_merged_models(refs, seed):
     mix = Mix(seed, refs)
     mix.run()

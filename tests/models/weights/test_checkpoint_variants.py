@@ -75,7 +75,10 @@ PREFIXES: dict[str, Callable[[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "bitsandbytes"])
+@pytest.mark.parametrize(
+    "quantize",
+    [None, "int8", pytest.param("bitsandbytes", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("names", PREFIXES)
 def test_every_prefix_of_names_loads_the_same_weights(folder, names, quantize) -> None:
     rename(folder, PREFIXES[names])
@@ -84,7 +87,7 @@ def test_every_prefix_of_names_loads_the_same_weights(folder, names, quantize) -
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("dtype", "shard_size"),
     [(torch.float16, "1GB"), (torch.float16, "100KB"), (torch.bfloat16, "1GB"), (None, "100KB")],

@@ -196,7 +196,9 @@ def _whole(dtype: torch.dtype) -> LoadedModel:
     return load(opened(dtype), device_map.on_one_device(opened(dtype).meta_model, CPU))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("name", DISK_MAPS)
 def test_a_model_with_parts_on_disk_answers_as_the_whole_one(name: str, dtype: torch.dtype) -> None:
     """The whole one's layers are fused, which rounds otherwise; beside those on disk none is."""
@@ -245,7 +247,10 @@ def test_quantized_weights_are_not_offloaded(method: str) -> None:
         load(opened(), placed({"": "cpu", "lm_head": "disk"}), method)
 
 
-@pytest.mark.parametrize("method", [None, "bitsandbytes", "bitsandbytes-nf4"])
+@pytest.mark.parametrize(
+    "method",
+    [None, pytest.param("bitsandbytes", marks=pytest.mark.slow), "bitsandbytes-nf4"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_hooks_change_nothing_whatever_the_linear_layers_are(
     method: str | None, dtype: torch.dtype

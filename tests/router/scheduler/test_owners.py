@@ -124,6 +124,7 @@ def service_while_both_wait(bench: Bench) -> Counter[str]:
     return served
 
 
+@pytest.mark.slow
 def test_weights_of_3_to_1_divide_the_tokens_of_a_thousand_requests_3_to_1():
     bench = Bench(pools=PoolSizes(4096, 8, 4), max_num_seqs=16, max_num_batched_tokens=64)
     for number in range(500):

@@ -234,7 +234,7 @@ LONG_TEXTS = {
 
 @pytest.mark.parametrize(
     ("name", "other"),
-    zip(LONG_TEXTS, [STACK_ROUTES[0], COMPLETIONS, TOKENIZE_ROUTES[0]] * 2, strict=True),
+    [*zip(LONG_TEXTS, [STACK_ROUTES[0], COMPLETIONS, TOKENIZE_ROUTES[0]] * 2, strict=True)],
 )
 def test_row_23_10_mb_of_text_are_refused_and_hold_up_nobody(standing, name, other):
     bodies = {

@@ -114,7 +114,12 @@ def test_a_round_reads_one_scale_a_channel_for_groups_of_64_and_128() -> None:
     assert tiles_of(1, 96).block_k == 128  # no round fits its groups
 
 
-@pytest.mark.parametrize("coding", list(Coding))
+FIRST, *OTHERS = Coding
+
+
+@pytest.mark.parametrize(
+    "coding", [FIRST, *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS)]
+)
 def test_the_trial_that_loading_runs_is_right(coding) -> None:
     pairs = trial_pairs(coding, torch.device("cpu"), torch.float32)
     assert max(_largest_error(*pair) for pair in pairs) < TOLERANCE
