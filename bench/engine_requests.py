@@ -123,7 +123,7 @@ class Loop:
         def launched() -> None:
             on_launch()
             rows = self.scheduler.plan_ahead()
-            are_all = len(rows) == self.scheduler.num_running
+            are_all = self.scheduler.has_all_ahead
 
             def may_start() -> bool:
                 if may := are_all and not self._queue.has_ready:

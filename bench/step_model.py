@@ -13,7 +13,8 @@ No figure was measured on a GPU. Each term is what a row of `bench/gpu.py` measu
 Sources: data sheets, and the desk check of commit 33f2d30, which is where the times of a launch
 come from. What a step launches is counted in the code (`tests/bench/test_step_model.py`). The
 host's time is that from a step's tokens to the next launch, on two slow cores; a pass that starts
-before the tokens does not wait for it.
+before the tokens does not wait for it. A step with a chunk is launched operation by operation:
+where that takes the host longer than the device computes, the device waits for the host.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Code:
     greedy step outside its recorded pass. host_ms, host_row_ms: the host's work between two
     recorded steps, and for each row. starts_early: the pass of the next one is started before, so
     that the device waits only for what takes longer than that pass; else for all of it.
+    starts_chunks_early: also if the next step continues a prompt.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Code:
     host_ms: float
     host_row_ms: float
     starts_early: bool
+    starts_chunks_early: bool
 
 
 # what a recorded pass of text launches: for each layer with self-attention, and once
@@ -107,9 +110,11 @@ SAMPLING_LAUNCHES = {
     "aten::ne": 1,
     "aten::masked_fill_": 1,
 }
+# with which a started pass reads the tokens that are still on the device
+FEED_LAUNCHES = {"aten::index_select": 1, "aten::clamp_": 1, "aten::copy_": 1}
 NUM_COPIES = 2  # the inputs up, the tokens down
 
-BEFORE = Code("33f2d30", False, 1.5, 64, 0.7, 40, 150, 0.6, 13, 0.34, 0.01, False)
+BEFORE = Code("33f2d30", False, 1.5, 64, 0.7, 40, 150, 0.6, 13, 0.34, 0.01, False, False)
 TODAY = Code(
     name="today",
     has_pieces=True,
@@ -119,16 +124,18 @@ TODAY = Code(
     top_p_passes=12,
     top_p_float64=0,
     window_ms=0.15,
-    sampling_starts=sum(SAMPLING_LAUNCHES.values()) + NUM_COPIES,
+    sampling_starts=sum((SAMPLING_LAUNCHES | FEED_LAUNCHES).values()) + NUM_COPIES,
     host_ms=0.09,
     host_row_ms=0.0025,
     starts_early=True,
+    starts_chunks_early=True,
 )
 
 PRODUCT_US, SMALL_US, ATTENTION_US = 4.3, 2.7, 3.0  # starts and ends of kernels in a graph
 PRODUCTS_A_LAYER = LAYER_LAUNCHES["aten::linear"]
 SMALL_A_LAYER = sum(LAYER_LAUNCHES.values()) - PRODUCTS_A_LAYER - LAYER_LAUNCHES["attend_kernel"]
-# a step that is planned after the last one's tokens; the host alone, of a step that is not recorded
+# a step that is planned after the last one's tokens; all that the host does in a step that is not
+# recorded
 HOST_MS, HOST_ROW_MS, EAGER_MS = 0.34, 0.01, 9.0
 # of the desk check's 0.1 ms for sampling, copies and a graph's launch: all but the 13 starts
 SAMPLING_MS = 0.1 - 13 * SMALL_US / 1e3
@@ -197,7 +204,8 @@ def terms(card: Card, code: Code, step: Step, quantize: str | None = None) -> di
     if code.starts_early:
         host = max(0.0, host - sum(milliseconds.values()))
     if step.chunk:  # an eager step: the device waits where the host launches more slowly
-        host = max(HOST_MS + HOST_ROW_MS * step.rows, EAGER_MS - sum(milliseconds.values()))
+        host = 0.0 if code.starts_chunks_early else HOST_MS + HOST_ROW_MS * step.rows
+        host = max(host, EAGER_MS - sum(milliseconds.values()))
     return milliseconds | {"host": host}
 
 

@@ -31,19 +31,12 @@ from ..batch import (
     never,
 )
 from ..decoder.decoder import FusedDecoder, is_fused
-from ..decoder.multi_device import SplitCache, SplitStep
+from ..decoder.multi_device import SplitStep
 from ..device_copies import WorkTimes
 from ..errors import StepError
 from ..grammar import Grammars, Matcher
 from ..kv_cache.image_copies import ImageCopies
-from ..kv_cache.paged_cache import (
-    KVPools,
-    PagedCache,
-    PagedStep,
-    allocate_pools,
-    copy_blocks,
-    poison_blocks,
-)
+from ..kv_cache.paged_cache import KVPools, allocate_pools, copy_blocks, poison_blocks
 from ..kv_cache.pool_sizes import PoolPlan
 from ..kv_cache.step_inputs import PreparedRows, StepInputs, image_slots, pack
 from ..kv_cache.step_tensors import Hidden, StepTensors, send
@@ -57,6 +50,7 @@ from ..vision.encoder import VisionEncoder, as_it_is
 from ..vision.image_cost import image_cost_tokens
 from ..weights.device_map import VISION
 from ..weights.loader import LoadedModel
+from . import transformers_pass
 from .between_layers import BetweenLayers
 from .device_health import raise_if_lost
 from .graphs.decode import DecodeGraphs, GraphLimits
@@ -215,11 +209,9 @@ class ModelRunner:
         inputs = self._pack(batch, prepared)
         # Another thread fills the masks while the model computes; both release Python's lock.
         masks = self._start_masks(inputs)
-        hidden = None if started is None else started.of(batch)
+        hidden = self.next_pass.hidden_of(started, batch)
         if hidden is None:
             hidden = self._forward(batch, inputs, vision_states, adapters)
-        else:
-            self.next_pass.num_used += 1
         # the next pass may overwrite the hidden states, from which these log-probabilities come
         may_start = not any(row.prompt for row in batch.sequences)
         result = self._sample(hidden, inputs, masks, on_launch, may_start)
@@ -230,15 +222,15 @@ class ModelRunner:
         return result
 
     def prepare(self, rows: Sequence[ScheduledSequence], may_start: MayStart = never) -> None:
-        """Lay out one-token rows that the next step may have; their tokens are not known yet.
+        """Lay out rows that the next step may have; those that the step samples have no token yet.
 
         Called from another thread, between a step's `on_launch` and the next step. If `may_start`
-        is true then, the rows' pass starts behind the step's sampling, if it is recorded.
+        is true then, the rows' pass starts behind the step's sampling, if decodes are recorded.
         """
         following = None
         if rows:
             prepared = PreparedRows.of(rows, self._sizes.block_size, self._loaded.num_patches)
-            following = NextRows.of(prepared, self._graphs, may_start)
+            following = NextRows.of(prepared, self._graphs, self._start, may_start)
         self.next_pass.prepare(following)
 
     @torch.inference_mode()
@@ -299,42 +291,39 @@ class ModelRunner:
             slots = image_slots(finished, self._loaded.num_patches)
         devices = dict.fromkeys([self._loaded.device, *self._layer_devices])
         sent = {one: send(inputs, slots, self._backend, one, dtype) for one in devices}
-        if self._fused is None:
-            return self._by_transformers(sent, vision, adapters)
-        own, fused = sent[self._loaded.device], self._fused
-        operations = None if adapters is None else adapters.operations(fused.operations)
+        own = sent[self._loaded.device]
+        if self._fused is not None:
+            return self._by_fused(own, vision, adapters)
+        is_split = len(self._layer_devices) > 1
+        split = (
+            SplitStep({one: tensors.step for one, tensors in sent.items()}) if is_split else None
+        )
+        return transformers_pass.compute(self._text_model, self.pools, own, split, vision, adapters)
+
+    def _start(self, inputs: StepInputs, token_ids: Tensor, places: Sequence[int]) -> Hidden:
+        """Start a pass that is not recorded; its first tokens are on the device, at these places.
+
+        token_ids: int64; a negative one counts as 0.
+        """
+        assert self._fused is not None
+        known = inputs.token_ids.copy()
+        known[: len(places)] = places
+        device, dtype = self._loaded.device, self._loaded.dtype
+        own = send(replace(inputs, token_ids=known), None, self._backend, device, dtype)
+        fed = own.token_ids[: len(places)]
+        fed.copy_(token_ids.index_select(0, fed).clamp_(min=0))
+        return self._by_fused(own)
+
+    def _by_fused(
+        self, own: StepTensors, vision: Tensor | None = None, adapters: StepAdapters | None = None
+    ) -> Hidden:
+        assert self._fused is not None
+        operations = None if adapters is None else adapters.operations(self._fused.operations)
         with self._between.calling():
-            states = fused(
+            states = self._fused(
                 own.token_ids, own.positions, vision, own.row_mask, self.pools, own.step, operations
             )
         return Hidden(states, own.sampled)
-
-    def _by_transformers(
-        self,
-        sent: dict[torch.device, StepTensors],
-        vision: Tensor | None,
-        adapters: StepAdapters | None,
-    ) -> Hidden:
-        """The same by transformers' layers, which may be on several devices."""
-        own = sent[self._loaded.device]
-        row_mask = own.row_mask
-        step: PagedStep | SplitStep = own.step
-        cache = PagedCache(self.pools, own.step)
-        if len(self._layer_devices) > 1:
-            step = SplitStep({device: tensors.step for device, tensors in sent.items()})
-            cache = SplitCache(self.pools, step)
-        with nullcontext() if adapters is None else adapters.decoding():
-            output = self._text_model(
-                input_ids=own.token_ids[None],
-                position_ids=own.positions[None],
-                cross_attention_states=None if vision is None else vision[None],
-                full_text_row_masked_out_mask=None if row_mask is None else row_mask[None, None],
-                past_key_values=cache,
-                use_cache=True,
-                paged_step=step,
-            )
-        states: Tensor = output.last_hidden_state[0]
-        return Hidden(states, None if own.sampled is None else own.sampled.to(states.device))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._model.lm_head(hidden).float()
@@ -380,7 +369,7 @@ class ModelRunner:
             sequences,
             sampled,
             raw,
-            self._graphs if may_start else None,
+            may_start,
             on_launch if logits.is_cuda else ignore,  # the rest waits for the device
         )
         return places.result_of(*collected)

@@ -85,7 +85,7 @@ def _with_drafts(lasts: Ints, sequences: list[ScheduledSequence]) -> Ints:
 
 @dataclass(slots=True, frozen=True)
 class PreparedRows:
-    """One-token rows that were packed before their tokens were known."""
+    """Rows that were packed before their tokens were known."""
 
     rows: Sequence[ScheduledSequence]
     inputs: StepInputs
@@ -94,7 +94,7 @@ class PreparedRows:
     def of(
         cls, rows: Sequence[ScheduledSequence], block_size: int, num_patches: int
     ) -> PreparedRows:
-        """Pack rows with one token each, of any value."""
+        """Pack rows whose tokens have any value."""
         return cls(rows, pack(StepBatch(list(rows)), block_size, num_patches))
 
     def are_all_of(self, batch: StepBatch) -> bool:
@@ -103,8 +103,8 @@ class PreparedRows:
 
     def with_tokens(self) -> StepInputs:
         """The packed inputs with the rows' current tokens."""
-        token_ids = np.array([row.token_ids[0] for row in self.rows], dtype=np.int64)
-        return replace(self.inputs, token_ids=token_ids)
+        token_ids = [token_id for row in self.rows for token_id in row.token_ids]
+        return replace(self.inputs, token_ids=np.array(token_ids, dtype=np.int64))
 
 
 def image_slots(images: list[ImageToEncode], num_patches: int) -> Ints:

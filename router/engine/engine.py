@@ -263,8 +263,7 @@ class Engine:
         await is_launched.wait()
         if not computing.done():
             rows = self.scheduler.plan_ahead()
-            # a step that was started cannot get drafts
-            are_all = not self._config.max_drafts and len(rows) == self.scheduler.num_running
+            are_all = self.scheduler.has_all_ahead
             self._runner.prepare(rows, lambda: are_all and not self._queue.has_ready)
         return await computing
 

@@ -1,13 +1,14 @@
 """One sequence's part of one step, in the form that the runner takes.
 
-Owns how a sequence's state becomes a row of the batch, and which rows get drafts behind their
-token (`add_drafts`). Knows nothing of the order of sequences.
+Owns how a sequence's state becomes a row of the batch, which rows get drafts behind their token
+(`add_drafts`), and which rows the step after the running one will have (`rows_ahead`). Knows
+nothing of the order of sequences.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from ...models.batch import (
     Accepted,
@@ -17,11 +18,12 @@ from ...models.batch import (
     StepBatch,
     StepResult,
 )
-from ..blocks.visibility import cut_segments
+from ..blocks.visibility import cut_segments, is_seen
 from .block_manager import BlockManager
 from .drafts.draft_source import DraftSource
 from .interface import SchedulerLimits
 from .sequence import Sequence
+from .sequence_states import Status
 from .step_budget import Step
 from .throughput import DraftTimes
 
@@ -58,6 +60,105 @@ def fill(row: ScheduledSequence, sequence: Sequence) -> None:
     row.token_ids = sequence.token_ids[row.start : row.start + len(row.token_ids)]
     if row.sampling is not None:
         row.context = sequence.sampling_context()
+
+
+@dataclass(slots=True)
+class RowsAhead:
+    """Rows for the step after the running one.
+
+    decodes: of sequences that get a token in the running step; without that token. chunks: the next
+    tokens of prompts, with these. is_complete: the next step has these rows and no others, but for
+    those of answers that end, unless it is planned for what happens meanwhile.
+    """
+
+    decodes: dict[Sequence, ScheduledSequence] = field(default_factory=dict)
+    chunks: dict[Sequence, ScheduledSequence] = field(default_factory=dict)
+    is_complete: bool = False
+
+    def get(self, sequence: Sequence) -> ScheduledSequence | None:
+        """The row of a sequence that has kept its blocks since."""
+        return self.decodes.get(sequence) or self.chunks.get(sequence)
+
+    @property
+    def num_spare(self) -> int:
+        """How many tokens of the next step stay unused, so that its chunks are those planned here.
+
+        Those of the decodes that ended; 0 if a prompt's sequence ended.
+        """
+        if not self.chunks or any(one.status is not Status.RUNNING for one in self.chunks):
+            return 0
+        return sum(one.status is not Status.RUNNING for one in self.decodes)
+
+
+def rows_ahead(
+    step: Step, running: list[Sequence], blocks: BlockManager, limits: SchedulerLimits
+) -> RowsAhead:
+    """The rows of the step after `step`, which is being computed.
+
+    A block that a decode needs is allocated now; without a free block there is no row.
+    """
+    rows = dict(zip(step.sequences, step.batch.sequences, strict=True))
+    found = RowsAhead(is_complete=not limits.num_speculative_tokens)
+    behind: list[Sequence] = []
+    for sequence in running:
+        row = rows.get(sequence)
+        if row is None or row.sampling is None:
+            behind.append(sequence)
+        elif (
+            not row.num_drafts
+            and sequence.may_continue(limits.max_model_len)
+            and blocks.grow_ahead(sequence)
+        ):
+            start = sequence.num_tokens
+            num_blocks = blocks.num_blocks(start + 1)
+            found.decodes[sequence] = row_of(sequence, start, start + 1, num_blocks)
+        else:
+            found.is_complete = False
+    if found.is_complete:
+        _add_chunks(found, step, behind, blocks, limits.max_num_batched_tokens)
+    return found
+
+
+def _add_chunks(
+    found: RowsAhead, step: Step, behind: list[Sequence], blocks: BlockManager, budget: int
+) -> None:
+    """Add the next chunks of sequences that are behind, as `schedule` will plan them."""
+    rows = dict(zip(step.sequences, step.batch.sequences, strict=True))
+    budget -= len(found.decodes)
+    starts = [
+        one.num_computed_tokens + (len(rows[one].token_ids) if one in rows else 0) for one in behind
+    ]
+    num_wanted = sum(one.num_tokens - start for one, start in zip(behind, starts, strict=True))
+    if len({one.owner for one in behind}) > 1 and num_wanted > budget:
+        found.is_complete = False  # owners share the step by what each has used until then
+        return
+    for sequence, start in zip(behind, starts, strict=True):
+        end = min(sequence.num_tokens, start + budget)
+        if end == start:
+            return
+        if not _is_known(sequence, step, start, end):
+            found.is_complete = False
+            return
+        row = found.chunks[sequence] = row_of(sequence, start, end, blocks.num_blocks(end))
+        fill(row, sequence)
+        budget -= end - start
+
+
+def _is_known(sequence: Sequence, step: Step, start: int, end: int) -> bool:
+    """Whether these positions can be planned while `step` is computed.
+
+    Not if the sequence ends with it, if its images must be encoded first, or if it reports the
+    prompt's log-probabilities, which begin where those of `step` end.
+    """
+    images = zip(sequence.images, sequence.request.spans, strict=True)
+    return (
+        not sequence.is_aborted
+        and sequence.prompt_logprobs is None
+        and all(
+            entry.is_encoded or entry in step.due_images or not is_seen(span, start, end)
+            for entry, span in images
+        )
+    )
 
 
 def add_drafts(

@@ -23,8 +23,9 @@ sequence too many may run, until the next step is planned.
 A step encodes a few images at most. While streams run, images use the token budget. A chunk ends
 before an image that must wait for another step.
 
-While a step is computed, the decodes after it can be laid out (`plan_ahead`). This decides
-nothing: the next step is planned when the result is known, and uses the rows that fit.
+While a step is computed, the rows after it can be laid out (`plan_ahead`): decodes, and the next
+chunks of prompts. The next step is planned when the result is known, and uses the rows that fit. A
+chunk keeps the size that it was planned with, also if decodes have ended meanwhile.
 
 Why there is no deadlock: one running sequence is protected (`preemption.py`). It goes first in
 every step but a newcomer's, and is preempted only if it is alone; admission rejects what could not
@@ -48,7 +49,7 @@ from ...models.batch import ModelInfo, ScheduledSequence, StepBatch, StepResult
 from ..blocks.adapter_places import AdapterPlaces
 from ..blocks.image_pool import ImageEntry
 from ..blocks.tile_store import Ask, TileStore, ask_nobody
-from .batch_rows import add_drafts, fill, record_decodes, row_of, sampled_of
+from .batch_rows import RowsAhead, add_drafts, fill, record_decodes, row_of, rows_ahead, sampled_of
 from .block_manager import NO_LACK, BlockManager
 from .interface import DraftCounts, Progress, SchedulerCounts, SchedulerLimits, SchedulerSnapshot
 from .lifecycle import Lifecycle
@@ -81,8 +82,7 @@ class Scheduler:
         self._running = self._lifecycle.running
         self._step: Step | None = None
         self._inserted: Step | None = None  # inside `_step`
-        # What `plan_ahead` made for the decodes after the running step.
-        self._ahead: dict[Sequence, ScheduledSequence] = {}
+        self._ahead = RowsAhead()
         self._partial: ImageEntry | None = None  # the runner has encoded a part of it
         self._step_times, self._draft_times = StepTimes(), DraftTimes()
         self._is_newcomers = False  # the last step had a newcomer's prompt, alone or inside
@@ -133,9 +133,10 @@ class Scheduler:
         limits, step = self._limits, Step.of(self._limits, self._image_cost)
         self._make_way()
         if not self._plan_newcomer(step):
-            self._plan_decodes(step)
+            ahead, self._ahead = self._ahead, RowsAhead()
+            self._plan_decodes(step, ahead)
             step.share(self.owners, self._running, self.queue if self._has_place else None)
-            self._plan_chunks(step)
+            self._plan_chunks(step, ahead)
             self._admit(step)
             if step.quotas:
                 step.quotas = {}  # what owners left of their parts
@@ -194,7 +195,7 @@ class Scheduler:
             return False
         found = self._newcomer(step.budget, sum(one.is_decoding for one in self._running))
         if found is not None:
-            self._ahead, self._is_newcomers = {}, True
+            self._ahead, self._is_newcomers = RowsAhead(), True
             self._start(step, *found)
         return found is not None
 
@@ -211,8 +212,7 @@ class Scheduler:
     def _has_place(self) -> bool:
         return len(self._running) < self._limits.max_num_seqs
 
-    def _plan_decodes(self, step: Step) -> None:
-        ahead, self._ahead = self._ahead, {}
+    def _plan_decodes(self, step: Step, ahead: RowsAhead) -> None:
         decoding = [sequence for sequence in self._running if sequence.is_decoding]
         for sequence in decoding:
             # It may have been preempted for an earlier one.
@@ -222,8 +222,9 @@ class Scheduler:
             if sequence.status is Status.RUNNING:
                 self._plan(step, sequence, ahead.get(sequence))
         step.has_streams = bool(step.sequences)
+        step.budget -= min(step.budget, ahead.num_spare)
 
-    def _plan_chunks(self, step: Step) -> None:
+    def _plan_chunks(self, step: Step, ahead: RowsAhead) -> None:
         behind = [sequence for sequence in self._running if not sequence.is_in_step]
         if len({sequence.owner for sequence in behind}) > 1:
             first = protected(self._running)
@@ -237,7 +238,7 @@ class Scheduler:
             )
         for sequence in behind:
             if step.room(sequence.owner) > 0:
-                self._plan(step, sequence)
+                self._plan(step, sequence, ahead.get(sequence))
 
     def _admit(self, step: Step) -> None:
         while step.budget > 0 and self._has_place:
@@ -264,15 +265,19 @@ class Scheduler:
     def _plan(self, step: Step, sequence: Sequence, ahead: ScheduledSequence | None = None) -> None:
         """Add as many of the next tokens of `sequence` to the step as its budgets allow.
 
-        ahead: the row of its next token, if it was laid out while the last step ran.
+        ahead: the row of its next tokens, if it was laid out while the last step ran: no more.
         """
         start, owner = sequence.num_computed_tokens, sequence.owner
-        end = start + min(sequence.num_uncomputed_tokens, step.room(owner))
+        num_due = sequence.num_uncomputed_tokens if ahead is None else len(ahead.token_ids)
+        end = start + min(num_due, step.room(owner))
         end = step.plan_images(sequence, start, end, self.tiles, self.owners)
         end = min(end, start + step.room(owner))  # images may have used some of it
         if end == start:
             return
-        row = ahead or self._row(sequence, start, end)
+        if ahead is None or len(ahead.token_ids) != end - start:
+            ahead = row_of(sequence, start, end, self.blocks.num_blocks(end))
+        row = ahead
+        assert row.start == start, "a row was planned ahead for other tokens"
         fill(row, sequence)
         step.batch.sequences.append(row)
         step.sequences.append(sequence)
@@ -280,26 +285,20 @@ class Scheduler:
         self.owners.charge_positions(sequence, start, end)
         sequence.is_in_step = True
 
-    def _row(self, sequence: Sequence, start: int, end: int) -> ScheduledSequence:
-        return row_of(sequence, start, end, self.blocks.num_blocks(end))
-
     def plan_ahead(self) -> list[ScheduledSequence]:
-        """While a step is computed: the rows of the decodes after it, without their tokens.
+        """While a step is computed: the rows of the step after it; decodes first, then chunks.
 
-        The next `schedule` uses those of sequences that continue. A block that a row needs is
-        allocated now; without a free block there is no row.
+        The tokens of decodes are not known yet. The next `schedule` uses the rows of sequences that
+        continue. See `has_all_ahead`.
         """
         assert self._step is not None, "no step is being computed"
-        rows = zip(self._step.sequences, self._step.batch.sequences, strict=True)
-        sampled = {one for one, row in rows if row.sampling is not None and not row.num_drafts}
-        self._ahead = {
-            sequence: self._row(sequence, sequence.num_tokens, sequence.num_tokens + 1)
-            for sequence in self._running
-            if sequence in sampled
-            and sequence.may_continue(self._limits.max_model_len)
-            and self.blocks.grow_ahead(sequence)
-        }
-        return list(self._ahead.values())
+        self._ahead = rows_ahead(self._step, self._running, self.blocks, self._limits)
+        return [*self._ahead.decodes.values(), *self._ahead.chunks.values()]
+
+    @property
+    def has_all_ahead(self) -> bool:
+        """Whether the next step has the rows of `plan_ahead` and no others, if none can start."""
+        return self._ahead.is_complete
 
     # Changing states
 
@@ -348,7 +347,7 @@ class Scheduler:
         step = self._end_step(is_inserted)
         if not is_inserted:
             step.forget_images(self._partial)
-            self._partial, self._ahead = None, {}
+            self._partial, self._ahead = None, RowsAhead()
         for sequence in step.sequences:
             self._lifecycle.finish(sequence, SequenceEvent.FAIL)
         for sequence in step.copies:

@@ -8,10 +8,10 @@ After a thousand the same requests come again, in other company: each was comput
 What each must answer is what it answers alone: on roomy pools, with no cache and no company. A
 greedy one with an adapter must answer what the merged model answers. With drafts or overlap,
 requests have stop tokens, penalties and grammars too, and the one alone has neither. With overlap,
-decode steps are replayed from a tape, and fewer requests are open most of the time, since no pass
-is started while one waits. Where the first other
-token of a greedy answer is the oracle's second best by less than 1e-4, or a random number lies
-within 1e-6 of the other token's part, rounding decided between them: such excuses are counted.
+decode steps are replayed from a tape, many prompts are longer than a step, and fewer requests are
+open most of the time, since no pass is started while one waits. Where the first other token of a
+greedy answer is the oracle's second best by less than 1e-4, or a random number lies within 1e-6 of
+the other token's part, rounding decided between them: such excuses are counted.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class Report:
     num_accepted_tokens: int = 0
     num_passes_started: int = 0
     num_passes_used: int = 0
+    num_chunk_passes_used: int = 0
     rss_early: int = 0
     rss_late: int = 0
 
@@ -135,7 +136,8 @@ class Soak:
             model=LAYOUT,
             socket_path="unused",
             max_num_seqs=8,
-            max_num_batched_tokens=24,
+            # with overlap most prompts are longer than a step
+            max_num_batched_tokens=12 if has_overlap else 24,
             max_num_batched_images=2,
             poison_freed_blocks=True,
             max_loras=max_loras,
@@ -283,6 +285,7 @@ class Soak:
         self.report.num_accepted_tokens = stats.num_accepted_tokens
         self.report.num_passes_started = self.runner.next_pass.num_started
         self.report.num_passes_used = self.runner.next_pass.num_used
+        self.report.num_chunk_passes_used = self.runner.next_pass.num_chunks_used
         if self.runner.adapters is not None:
             self.report.num_slot_loads = self.runner.adapters.num_loads
 

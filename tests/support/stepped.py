@@ -67,7 +67,7 @@ class SteppedEngine:
         """As the engine's loop does when a step is launched."""
         if self.plans_ahead:
             rows = self.scheduler.plan_ahead()
-            are_all = len(rows) == self.scheduler.num_running
+            are_all = self.scheduler.has_all_ahead
             self.runner.prepare(rows, lambda: are_all and not self.queue.has_ready)
 
     def run(self) -> int:
