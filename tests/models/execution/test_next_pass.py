@@ -1,13 +1,12 @@
 """The next step's pass, started before its tokens are on the host: the same answers, and its use.
 
 Eager passes stand in for recorded ones, which tests/models/execution/test_decode_graphs.py compares
-with them.
+with them. test_next_chunk.py has passes with chunks of prompts.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -15,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from support.eager_graphs import EagerGraphs, engine
 from support.oracle import GREEDY, count_excuses, image, loaded, prompt, random_request
 from support.stepped import MAX_MODEL_LEN, SteppedEngine, message
 from support.taped import TapedTorchBackend, TapeRecorder
@@ -25,55 +25,14 @@ from vlmserve.models.device_copies import Download
 from vlmserve.models.execution.next_pass import NextPass, StartedPass
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
-from vlmserve.models.kv_cache.step_inputs import StepInputs
-from vlmserve.models.kv_cache.step_tensors import Hidden, send
+from vlmserve.models.kv_cache.step_tensors import Hidden
 from vlmserve.models.sampling import sampler
 
-POOLS = PoolSizes(num_text_blocks=16, num_image_blocks=12, block_size=4)
-LONG = "a question that is far longer than a step's tokens"
 ALIKE = {
     "a": SamplingParams(temperature=0.0, frequency_penalty=0.5, num_logprobs=2),
     "b": SamplingParams(temperature=0.9, seed=3),
     "c": SamplingParams(temperature=0.7, top_k=20, seed=4),
 }
-
-
-class EagerGraphs:
-    """Takes the steps that are recorded, and computes them eagerly, all into the same memory."""
-
-    def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
-        self._states: torch.Tensor | None = None
-
-    def takes(self, inputs: StepInputs, has_adapters: bool = False) -> bool:
-        return inputs.text_rows.num_queries == len(inputs.text_rows.key_lens)
-
-    def stage(self, inputs: StepInputs) -> StepInputs | None:
-        return inputs if self.takes(inputs) else None
-
-    def replay_staged(
-        self, staged: StepInputs, token_ids: torch.Tensor, places: list[int]
-    ) -> Hidden:
-        chosen = token_ids[torch.tensor(places)].clamp(min=0)
-        return self.replay(replace(staged, token_ids=chosen.numpy()))
-
-    def replay(self, inputs: StepInputs, row_slots: Any = None) -> Hidden:
-        runner = self._runner
-        own = send(inputs, None, runner._backend, torch.device("cpu"), torch.float32)
-        assert runner._fused is not None
-        with torch.inference_mode():
-            states = runner._fused(
-                own.token_ids, own.positions, None, own.row_mask, runner.pools, own.step
-            )
-        if self._states is None:
-            self._states = states.new_zeros(64, states.shape[-1])
-        return Hidden(self._states[: len(states)].copy_(states), own.sampled)
-
-
-def engine(layout: str = "tiny", pools: PoolSizes = POOLS, **limits: Any) -> SteppedEngine:
-    runner = ModelRunner(loaded(layout), PoolPlan(pools, MAX_MODEL_LEN))
-    runner._graphs = EagerGraphs(runner)  # type: ignore[assignment]
-    return SteppedEngine(runner, limits, plans_ahead=True)
 
 
 @pytest.mark.parametrize("layout", [pytest.param("tiny", marks=pytest.mark.slow), "cross-first"])
@@ -189,32 +148,6 @@ def test_a_pass_is_started_before_its_tokens_are_on_the_host(
     assert running.runner.next_pass.num_used == 5
 
 
-def test_a_chunk_is_started_before_the_tokens_beside_it_are_on_the_host(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    events: list[str] = []
-    wait, start = Download.wait, ModelRunner._start
-
-    def waiting(download: Download) -> Any:
-        events.append("tokens")
-        return wait(download)
-
-    def starting(*args: Any) -> Hidden:
-        events.append("chunk")
-        return start(*args)
-
-    running = engine(pools=PoolSizes(64, 4, 4), max_num_batched_tokens=12)
-    running.add(message(prompt("a", "ab"), max_tokens=20))
-    running.step()
-    running.add(message(prompt("d", LONG[:40]), max_tokens=2))
-    monkeypatch.setattr(Download, "wait", waiting)
-    monkeypatch.setattr(ModelRunner, "_start", starting)
-    for _ in range(4):  # of 11, 11, 11 and 7 tokens
-        running.step()
-    assert events == ["chunk", "tokens"] * 3 + ["tokens"]
-    assert running.runner.next_pass.num_chunks_used == 3
-
-
 def flat(plans_ahead: bool) -> tuple[list[list[int]], SteppedEngine]:
     """The tokens of two texts: the cut of one is outside the window in most steps."""
     running = engine(pools=PoolSizes(64, 4, 4))
@@ -239,92 +172,6 @@ def test_tokens_that_are_drawn_again_are_not_those_of_an_early_pass(
     counts: Any = running.runner.next_pass
     assert counts.num_used == 23
     assert 23 < counts.num_started < 2 * 23, "no early pass was thrown away, or every one"
-
-
-def beside_chunks(plans_ahead: bool, stop: int = 0) -> tuple[dict[str, list[int]], SteppedEngine]:
-    """Three answers beside which two long prompts are computed, one with a picture before it."""
-    running = engine(pools=PoolSizes(80, 8, 4), max_num_batched_tokens=12)
-    running.plans_ahead = plans_ahead
-    for name, text in zip("abc", ("ab c", "what", "or"), strict=True):
-        request = prompt(name, text)
-        request.sampling = ALIKE[name]
-        stops = [stop] if name == "b" and stop else []
-        asked = message(request, max_tokens=20)
-        running.add(msgspec.structs.replace(asked, stop_token_ids=stops))
-    running.step()
-    for name, text, images in (("d", LONG, []), ("e", "|" + LONG[:30], [image(2, 1)])):
-        request = prompt(name, text, images)
-        request.sampling = GREEDY if name == "d" else SamplingParams(temperature=0.8, seed=7)
-        running.add(message(request, max_tokens=9))
-        while not running.generated(name):
-            running.step()
-    running.run()
-    running.assert_all_free()
-    return {name: running.generated(name) for name in "abcde"}, running
-
-
-def test_chunks_beside_decodes_are_started_ahead_and_change_no_token() -> None:
-    """Also the last of a prompt, behind which a token is sampled."""
-    expected, _ = beside_chunks(plans_ahead=False)
-    actual, running = beside_chunks(plans_ahead=True)
-    assert actual == expected
-    counts: Any = running.runner.next_pass
-    # of 81 tokens, about nine a step, all but the steps that admit d and e
-    assert counts.num_chunks_used >= 7
-    assert counts.num_used == counts.num_started - 2
-
-
-def test_a_chunk_that_was_started_is_used_when_an_answer_beside_it_has_ended() -> None:
-    """The token that the answer leaves is not given to the chunk, which would be another one."""
-    plain, _ = beside_chunks(plans_ahead=False)
-    stop = plain["b"][4]
-    expected, _ = beside_chunks(plans_ahead=False, stop=stop)
-    actual, running = beside_chunks(plans_ahead=True, stop=stop)
-    assert len(expected["b"]) == 5
-    assert actual == expected
-    counts: Any = running.runner.next_pass
-    assert counts.num_chunks_used >= 7
-    assert counts.num_used == counts.num_started - 2
-
-
-def test_a_chunk_that_was_started_for_an_aborted_request_changes_no_other_answer() -> None:
-    expected, _ = beside_chunks(plans_ahead=False)
-    running = engine(pools=PoolSizes(32, 8, 4), max_num_batched_tokens=12)
-    for name, text in zip("abc", ("ab c", "what", "or"), strict=True):
-        request = prompt(name, text)
-        request.sampling = ALIKE[name]
-        running.add(message(request, max_tokens=20))
-    running.step()
-    counts: Any = running.runner.next_pass
-    for number in range(4):
-        running.add(message(prompt(f"d{number}", f"{number} {LONG}"), max_tokens=9))
-        running.step()
-        running.step()
-        started = counts._started
-        assert started is not None
-        assert started.has_chunks
-        running.abort(f"d{number}")
-        running.step()
-    running.run()
-    assert {name: running.generated(name) for name in "abc"} == {
-        name: expected[name] for name in "abc"
-    }
-    assert counts.num_used >= 12
-    running.assert_all_free()
-
-
-def test_a_pass_that_finds_no_memory_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, _ = beside_chunks(plans_ahead=False)
-
-    def start(*args: Any) -> Hidden:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(ModelRunner, "_start", start)
-    actual, running = beside_chunks(plans_ahead=True)
-    assert actual == expected
-    counts: Any = running.runner.next_pass
-    assert counts.num_chunks_used == 0
-    assert counts.num_used == counts.num_started - 2 > 0
 
 
 class SlowDownload:
