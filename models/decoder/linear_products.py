@@ -1,6 +1,6 @@
 """Products of linear layers that read the same states, joined into one.
 
-nn.Linear       weights joined; packed if the CPU has bfloat16 products, else widened by parts
+nn.Linear       weights joined; packed if the CPU gains by it; else bfloat16 is widened by parts
 Int8Linear      codes and scales joined: each output channel keeps its scale
 CodedLinear     the same, if coding, groups, tables and orders are equal
 SummedLinear    a rank's product, summed over the ranks; then the addend, once

@@ -1,9 +1,14 @@
-"""Linear layers with weights stored in the order of a CPU's bfloat16 instructions.
+"""Linear layers with weights stored in the order in which a CPU's products read them.
 
-torch's linear layer in bfloat16 reorders its weight at every call, which for the few rows of a
-decode step costs more than the product. Here the weight is reordered once, by the operators that
-torch's compiler uses for frozen weights (torch/_inductor/mkldnn_lowerings.py). They are private:
-without them the model keeps torch's layers.
+torch's linear layer reorders its weight at every call with more than one row, which for the few
+rows of a decode step costs more than the product. Here the weight is reordered once, by the
+operators that torch's compiler uses for frozen weights (torch/_inductor/mkldnn_lowerings.py). They
+are private: without them the model keeps torch's layers.
+
+bfloat16  where the CPU has instructions for it
+float32   large weights, unless a trial finds torch's own products clearly faster
+
+On a CPU with AVX2 a row of a packed float32 product has the same bits whatever rows are beside it.
 """
 
 from __future__ import annotations
@@ -13,12 +18,21 @@ import logging
 from typing import TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import float32_products
+from ..kernels.cpu_trial import fastest_s, one_thread
 from ..kernels.float32_products import WidenedLinear, WidenedPatches
 
 logger = logging.getLogger(__name__)
+
+# The fewest numbers of a weight to pack, by its type. A call costs 25 us more than torch's in
+# float32, and a smaller weight comes from the cache, where reordering it costs less.
+MIN_SIZES = {torch.bfloat16: 1, torch.float32: 1 << 18}
+# The trial in float32: the rows of its two products, the side of its square weight, and how much
+# slower than torch's own products packed ones may be, so that noise decides nothing.
+TRIED_ROWS, TRIED_SIZE, MOST_LOSS = (1, 9), 1024, 1.2
 
 
 class PackedWeight:
@@ -64,11 +78,11 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Replace every bfloat16 linear layer on a CPU, in place. Returns how many were packed.
+    """Replace every linear layer on a CPU that can be packed, in place. Returns how many were.
 
     One layer at a time, so that no second copy of the model is in memory. On a CPU without
-    bfloat16 instructions a layer keeps its weight and multiplies many rows in float32; so do
-    convolutions.
+    bfloat16 instructions a bfloat16 layer keeps its weight and multiplies many rows in float32; so
+    do convolutions.
     """
     count = 0
     for parent in list(model.modules()):
@@ -89,30 +103,47 @@ def _is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether to pack that weight: bfloat16 on a CPU that has the operators."""
-    return _is_half_on_cpu(weight) and _has_operators()
+    """Whether to pack that weight: on a CPU that has the operators for its type and gains by it."""
+    dtype, min_size = weight.dtype, MIN_SIZES.get(weight.dtype)
+    is_large = min_size is not None and weight.numel() >= min_size
+    if weight.device.type != "cpu" or not is_large or not _has_operators(dtype):
+        return False
+    return dtype != torch.float32 or not is_packed_slow()
 
 
 def _is_slow(weight: Tensor) -> bool:
     """Whether this CPU multiplies that weight faster in float32; tried while the model loads."""
-    return _is_half_on_cpu(weight) and float32_products.is_bfloat16_slow()
-
-
-def _is_half_on_cpu(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    is_half = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return is_half and float32_products.is_bfloat16_slow()
 
 
 @functools.cache
-def _has_operators() -> bool:
+def is_packed_slow() -> bool:
+    """Whether packed float32 products are clearly slower here: a trial of 20 ms decides, once.
+
+    Of one row and of a few, since one weight serves both.
+    """
+    with torch.inference_mode(), one_thread():
+        weight = torch.ones(TRIED_SIZE, TRIED_SIZE)
+        packed = PackedWeight(weight)
+        rows = [torch.ones(count, TRIED_SIZE) for count in TRIED_ROWS]
+        plain_s = sum(fastest_s(lambda x=x: F.linear(x, weight)) for x in rows)
+        packed_s = sum(fastest_s(lambda x=x: packed.product(x)) for x in rows)
+    logger.debug("trial products took %.2g s, %.2g s of a packed weight", plain_s, packed_s)
+    return packed_s > MOST_LOSS * plain_s
+
+
+@functools.cache
+def _has_operators(dtype: torch.dtype) -> bool:
     """Whether this torch and this CPU have the operators, by trying them."""
     if not torch.backends.mkldnn.is_available():
         return False
     try:
         with torch.inference_mode():
-            packed = PackedWeight(torch.ones(8, 8, dtype=torch.bfloat16))
-            states = torch.ones(1, 8, dtype=torch.bfloat16)
+            packed = PackedWeight(torch.ones(8, 8, dtype=dtype))
+            states = torch.ones(1, 8, dtype=dtype)
             packed.product_plus(packed.product(states), states)
     except (AttributeError, RuntimeError, TypeError) as error:
-        logger.info("linear layers keep torch's weight layout: %s", str(error).split("\n", 1)[0])
+        logger.info("%s layers keep torch's weight layout: %s", dtype, str(error).split("\n", 1)[0])
         return False
     return True

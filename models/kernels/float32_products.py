@@ -16,24 +16,22 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cpu_trial import fastest_s, one_thread
+
 logger = logging.getLogger(__name__)
 
 # Numbers of a weight to widen at once, for each thread that computes: 1 MiB.
 CHUNK = 1 << 18
 # With fewer rows reading the weight dominates, and bfloat16 is half the bytes.
-MIN_ROWS = 8
-# The trial: its rows, the side of its square weight, how often it is timed, and how much faster
-# float32 must be.
-TRIED_ROWS, TRIED_SIZE, NUM_TIMES, LEAST_GAIN = 16, 1024, 5, 1.2
+MIN_ROWS = 4
+# The trial: its rows, the side of its square weight, and how much faster float32 must be.
+TRIED_ROWS, TRIED_SIZE, LEAST_GAIN = 16, 1024, 1.2
 _buffers = threading.local()
 
 
@@ -114,11 +112,11 @@ def is_bfloat16_slow() -> bool:
     """
     if _has_instructions():
         return False
-    with torch.inference_mode(), _one_thread():
+    with torch.inference_mode(), one_thread():
         rows = torch.ones(TRIED_ROWS, TRIED_SIZE, dtype=torch.bfloat16)
         weight = torch.ones(TRIED_SIZE, TRIED_SIZE, dtype=torch.bfloat16)
-        half_s = _fastest_s(lambda: F.linear(rows, weight))
-        full_s = _fastest_s(lambda: sums(rows, weight).to(rows.dtype))
+        half_s = fastest_s(lambda: F.linear(rows, weight))
+        full_s = fastest_s(lambda: sums(rows, weight).to(rows.dtype))
     logger.debug("a trial product took %.2g s in bfloat16, %.2g s in float32", half_s, full_s)
     return half_s > LEAST_GAIN * full_s
 
@@ -129,25 +127,6 @@ def _has_instructions() -> bool:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError):  # a private name: torch's compiler asks it
         return True
-
-
-def _fastest_s(run: Callable[[], object]) -> float:
-    times = []
-    for _ in range(NUM_TIMES):
-        began = time.thread_time()
-        run()
-        times.append(time.thread_time() - began)
-    return min(times)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def _buffer(num_elements: int) -> Tensor:

@@ -183,9 +183,11 @@ def load(
     model.eval().requires_grad_(False)
     if group is not None:
         connect(model, share.sides, group)
-    if is_fused and fuse_layers(model.model.language_model) and placement.main.type == "cuda":
+    with large_buffers_mapped():
+        is_joined = is_fused and fuse_layers(model.model.language_model)
+        pack_linears(model)
+    if is_joined and placement.main.type == "cuda":
         torch.cuda.empty_cache()  # frees the parts of joined weights before memory is measured
-    pack_linears(model)
     loaded = LoadedModel(
         model,
         checkpoint.normalization,

@@ -4,38 +4,81 @@ import pytest
 import torch
 from torch import nn
 
-from vlmserve.models.decoder.packed_linear import PackedLinear, pack_linears
-
-needs_packing = pytest.mark.skipif(
-    pack_linears(nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16))) == 0,
-    reason="this torch or CPU has no packed bfloat16 products",
+from vlmserve.models.decoder import packed_linear
+from vlmserve.models.decoder.linear_products import product_of
+from vlmserve.models.decoder.packed_linear import (
+    MIN_SIZES,
+    PackedLinear,
+    PackedWeight,
+    is_packed_slow,
+    pack_linears,
 )
 
+HALF = torch.bfloat16
+TOLERANCES = {torch.float32: 1e-5, HALF: 2e-2}
 
-@needs_packing
+
+def needs(dtype: torch.dtype) -> None:
+    if not packed_linear._has_operators(dtype):
+        pytest.skip(f"this torch or CPU has no packed products in {dtype}")
+
+
+@pytest.fixture(params=list(TOLERANCES), ids=str)
+def dtype(request, monkeypatch):
+    """A type that this CPU packs, whatever the size of a weight and the outcome of the trial."""
+    needs(request.param)
+    monkeypatch.setitem(MIN_SIZES, torch.float32, 1)
+    monkeypatch.setattr(packed_linear, "is_packed_slow", lambda: False)
+    return request.param
+
+
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 48), (7, 48), (1, 300, 48), (2, 3, 5, 48)])
 @torch.inference_mode()
-def test_a_packed_layer_gives_what_its_linear_layer_gives(shape, has_bias):
+def test_a_packed_layer_gives_what_its_linear_layer_gives(shape, has_bias, dtype):
     torch.manual_seed(1)
-    linear = nn.Linear(48, 80, bias=has_bias, dtype=torch.bfloat16)
-    states = torch.randn(shape, dtype=torch.bfloat16)
+    linear = nn.Linear(48, 80, bias=has_bias, dtype=dtype)
+    states = torch.randn(shape, dtype=dtype)
     packed = PackedLinear(linear)(states)
     assert packed.shape == (*shape[:-1], 80)
-    # both round the same sums to bfloat16; the order of summing may differ
+    # both round the same sums; the order of summing may differ
     exact = linear.double()(states.double())
-    torch.testing.assert_close(packed.double(), exact, atol=2e-2, rtol=1e-2)
+    torch.testing.assert_close(packed.double(), exact, atol=TOLERANCES[dtype], rtol=1e-2)
 
 
-@needs_packing
-def test_only_bfloat16_linear_layers_are_exchanged_wherever_they_lie():
+@torch.inference_mode()
+def test_joined_layers_are_packed_and_take_an_addend(dtype):
+    torch.manual_seed(0)
+    linears = [nn.Linear(48, width, bias=False, dtype=dtype) for width in (32, 16)]
+    states, addend = torch.randn(5, 48, dtype=dtype), torch.randn(5, 48, dtype=dtype)
+    product = product_of(linears)
+    assert not list(product.parameters())
+    exact = torch.cat([linear.double()(states.double()) for linear in linears], dim=-1)
+    found = product.plus(states, addend).double()
+    atol = TOLERANCES[dtype]
+    torch.testing.assert_close(found, exact + addend.double(), atol=atol, rtol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(192, 64), (300, 130), (768, 2048)])
+@torch.inference_mode()
+def test_a_row_in_float32_has_the_same_bits_whatever_rows_are_beside_it(shape):
+    needs(torch.float32)
+    if torch.backends.cpu.get_cpu_capability() != "AVX2":
+        pytest.skip("seen with AVX2 only")
+    torch.manual_seed(0)
+    packed, states = PackedWeight(torch.randn(shape)), torch.randn(130, shape[1])
+    whole = packed.product(states)
+    for count in (1, 2, 7, 9, 33, 64):
+        assert torch.equal(packed.product(states[-count:]), whole[-count:])
+
+
+def test_only_linear_layers_are_exchanged_wherever_they_lie(dtype):
     class Special(nn.Linear):
         """A layer that only looks like a linear one, as quantized layers do."""
 
-    inner = nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16), nn.LayerNorm(8))
-    model = nn.Sequential(
-        inner, nn.Linear(8, 8), Special(8, 8, dtype=torch.bfloat16), nn.Embedding(3, 8)
-    )
+    inner = nn.Sequential(nn.Linear(8, 8, dtype=dtype), nn.LayerNorm(8))
+    other = nn.Linear(8, 8, dtype=torch.float16)
+    model = nn.Sequential(inner, other, Special(8, 8, dtype=dtype), nn.Embedding(3, 8))
     assert pack_linears(model) == 1
     assert [type(module).__name__ for module in model] == [
         "Sequential",
@@ -46,8 +89,28 @@ def test_only_bfloat16_linear_layers_are_exchanged_wherever_they_lie():
     assert isinstance(inner[0], PackedLinear)
 
 
-@needs_packing
-def test_the_original_weight_is_not_kept():
-    model = nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16))
+def test_the_original_weight_is_not_kept(dtype):
+    model = nn.Sequential(nn.Linear(64, 64, dtype=dtype))
     pack_linears(model)
-    assert not [p for p in model.parameters() if p.dtype == torch.bfloat16 and p.dim() == 2]
+    assert not [one for one in model.parameters() if one.dim() == 2]
+
+
+def test_small_weights_in_float32_stay(monkeypatch):
+    """A call of the packed product costs more than reordering a small weight."""
+    needs(torch.float32)
+    monkeypatch.setattr(packed_linear, "is_packed_slow", lambda: False)
+    assert pack_linears(nn.Sequential(nn.Linear(512, 511), nn.Linear(512, 512))) == 1
+
+
+@pytest.mark.parametrize(("plain", "packed", "is_slow"), [(1.0, 1.1, False), (1.0, 1.3, True)])
+def test_float32_stays_where_packed_products_are_clearly_slower(
+    plain, packed, is_slow, monkeypatch
+):
+    needs(torch.float32)
+    # one row and a few, by torch first
+    left = [plain, plain, packed, packed]
+    monkeypatch.setattr(packed_linear, "fastest_s", lambda run: left.pop(0))
+    found = is_packed_slow.__wrapped__()
+    assert (found, left) == (is_slow, [])
+    monkeypatch.setattr(packed_linear, "is_packed_slow", lambda: found)
+    assert pack_linears(nn.Sequential(nn.Linear(512, 512))) == (not is_slow)

@@ -1,4 +1,4 @@
-"""Products of bfloat16 states in float32: the exact sums, rounded once, from eight rows on."""
+"""Products of bfloat16 states in float32: the exact sums, rounded once, from MIN_ROWS rows on."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_product_plus_an_addend_is_rounded_once(is_faster, num_rows):
 @pytest.mark.parametrize("has_bias", [True, False])
 @torch.inference_mode()
 def test_a_layer_keeps_its_weight_and_shape(is_faster, has_bias, monkeypatch):
-    monkeypatch.setattr("vlmserve.models.decoder.packed_linear._has_operators", lambda: False)
+    monkeypatch.setattr("vlmserve.models.decoder.packed_linear._has_operators", lambda dtype: False)
     linear = nn.Linear(48, 80, bias=has_bias, dtype=HALF)
     weight = linear.weight
     model = nn.Sequential(linear, nn.Linear(80, 8))
@@ -132,7 +132,7 @@ def test_patches_are_those_of_the_convolution(is_faster, shape, monkeypatch):
     embedding = nn.Conv2d(3, 32, 14, stride=14, bias=False, dtype=HALF)
     model, tiles = nn.Sequential(embedding), random(*shape)
     exact = copy.deepcopy(embedding).float()(tiles.float())
-    monkeypatch.setattr("vlmserve.models.decoder.packed_linear._has_operators", lambda: False)
+    monkeypatch.setattr("vlmserve.models.decoder.packed_linear._has_operators", lambda dtype: False)
     pack_linears(model)
     assert type(model[0]) is WidenedPatches
     found = model(tiles)
@@ -160,14 +160,14 @@ def test_only_a_cpu_without_instructions_is_tried(
 ) -> None:
     left = list(seconds)
     monkeypatch.setattr(float32_products, "_has_instructions", lambda: has_instructions)
-    monkeypatch.setattr(float32_products, "_fastest_s", lambda run: left.pop(0))
+    monkeypatch.setattr(float32_products, "fastest_s", lambda run: left.pop(0))
     assert float32_products.is_bfloat16_slow.__wrapped__() is is_slow
     assert not left
 
 
 @pytest.mark.parametrize("is_faster", [False], indirect=True)
 def test_without_a_gain_layers_keep_their_class(is_faster, monkeypatch):
-    monkeypatch.setattr("vlmserve.models.decoder.packed_linear._has_operators", lambda: False)
+    monkeypatch.setattr("vlmserve.models.decoder.packed_linear._has_operators", lambda dtype: False)
     patches = nn.Conv2d(3, 8, 14, stride=14, bias=False, dtype=HALF)
     model = nn.Sequential(patches, nn.Linear(8, 8, dtype=HALF))
     assert pack_linears(model) == 0
