@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from support.oracle import checkpoint, oracle_logits, prefill_logits, requests
 from torch import nn
 
+from vlmserve.models.create_runner import create_runner
 from vlmserve.models.decoder import packed_linear
 from vlmserve.models.decoder.linear_products import product_of
 from vlmserve.models.decoder.packed_linear import (
@@ -13,6 +15,7 @@ from vlmserve.models.decoder.packed_linear import (
     is_packed_slow,
     pack_linears,
 )
+from vlmserve.models.settings.runner_config import RunnerConfig
 
 HALF = torch.bfloat16
 TOLERANCES = {torch.float32: 1e-5, HALF: 2e-2}
@@ -114,3 +117,20 @@ def test_float32_stays_where_packed_products_are_clearly_slower(
     assert (found, left) == (is_slow, [])
     monkeypatch.setattr(packed_linear, "is_packed_slow", lambda: found)
     assert pack_linears(nn.Sequential(nn.Linear(512, 512))) == (not is_slow)
+
+
+def test_a_model_of_packed_float32_layers_gives_the_oracles_logits(monkeypatch):
+    """The tests' models are too small to be packed otherwise."""
+    needs(torch.float32)
+    monkeypatch.setitem(MIN_SIZES, torch.float32, 1)
+    monkeypatch.setattr(packed_linear, "is_packed_slow", lambda: False)
+    config = RunnerConfig(
+        device="cpu", dtype="float32", block_size=4, num_text_blocks=200, num_image_blocks=40
+    )
+    runner = create_runner(checkpoint("tiny"), config)
+    linears = [one for one in runner._model.modules() if type(one) is nn.Linear]
+    assert not linears
+    batch = requests("apart", "text")
+    for name, logits in prefill_logits(runner, batch, chunk=6).items():
+        request = next(one for one in batch if one.request_id == name)
+        torch.testing.assert_close(logits, oracle_logits("tiny", request), atol=4e-5, rtol=0.0)
