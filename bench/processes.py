@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +114,14 @@ def _wait_ready(child: subprocess.Popen[bytes], url: str) -> None:
 
 def machine() -> dict[str, object]:
     """The processor, cores, versions, commit and load that belong to a figure."""
-    import torch
-    import transformers
-
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True)
     return {
         "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "torch": version("torch"),  # read without the seconds that an import takes
+        "transformers": version("transformers"),
         "commit": commit.stdout.strip() or "unknown",
         "command": " ".join(["python", *sys.argv]),
         # which stand before a command, not in it

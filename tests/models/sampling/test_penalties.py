@@ -120,13 +120,13 @@ def test_presence_and_frequency_count_what_was_generated_and_not_the_prompt() ->
 @pytest.mark.parametrize(
     "params",
     [
-        SamplingParams(min_p=0.1),
-        SamplingParams(min_p=0.5, temperature=2.0),
+        pytest.param(SamplingParams(min_p=0.1), marks=pytest.mark.slow),
+        pytest.param(SamplingParams(min_p=0.5, temperature=2.0), marks=pytest.mark.slow),
         SamplingParams(min_p=1.0, temperature=2.0),
         SamplingParams(min_p=0.05, top_k=9, top_p=0.9, temperature=1.5),
-        SamplingParams(repetition_penalty=1.7),
-        SamplingParams(presence_penalty=2.0),
-        SamplingParams(frequency_penalty=-1.0),
+        pytest.param(SamplingParams(repetition_penalty=1.7), marks=pytest.mark.slow),
+        pytest.param(SamplingParams(presence_penalty=2.0), marks=pytest.mark.slow),
+        pytest.param(SamplingParams(frequency_penalty=-1.0), marks=pytest.mark.slow),
         SamplingParams(logit_bias=((4, 3.0), (0, -100.0))),
         SamplingParams(
             repetition_penalty=1.2,

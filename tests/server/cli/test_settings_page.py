@@ -14,6 +14,7 @@ from support import settings_page
 from typer.testing import CliRunner
 
 from vlmserve.models.settings.option_parser import variable_of
+from vlmserve.server.cli import build_settings
 from vlmserve.server.cli import main as cli
 from vlmserve.server.cli.environment import (
     ADOPTED,
@@ -85,6 +86,8 @@ def settings_for(monkeypatch):
             monkeypatch.delenv(name)
     monkeypatch.setattr(cli, "Supervisor", Caught)
     monkeypatch.setattr(cli, "set_up_logging", lambda *_: None)
+    # It starts a process for the template; tests/server/cli/test_template_at_start.py tests it.
+    monkeypatch.setattr(build_settings, "check_template", lambda *_, **__: None)
 
     def start(*arguments, **variables):
         environ = dict(variables)
