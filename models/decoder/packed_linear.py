@@ -127,8 +127,8 @@ def is_packed_slow() -> bool:
         weight = torch.ones(TRIED_SIZE, TRIED_SIZE)
         packed = PackedWeight(weight)
         rows = [torch.ones(count, TRIED_SIZE) for count in TRIED_ROWS]
-        plain_s = sum(fastest_s(lambda x=x: F.linear(x, weight)) for x in rows)
-        packed_s = sum(fastest_s(lambda x=x: packed.product(x)) for x in rows)
+        plain_s = sum(fastest_s(functools.partial(F.linear, x, weight)) for x in rows)
+        packed_s = sum(fastest_s(functools.partial(packed.product, x)) for x in rows)
     logger.debug("trial products took %.2g s, %.2g s of a packed weight", plain_s, packed_s)
     return packed_s > MOST_LOSS * plain_s
 
