@@ -304,6 +304,11 @@ class BlockCopy:
     target: int
 
 
+# A step that is computed between two layers of another has at most this part of the tokens of the
+# largest step, beyond those that the other leaves. The estimate of a step's memory includes it.
+INSERTED_PART = 8
+
+
 @dataclass(slots=True)
 class StepBatch:
     """Everything one model step computes.

@@ -7,7 +7,7 @@ A step's peak is that of its largest phase, plus what stays from earlier phases:
 
     vision    the pixels, the encoder's taps, one block's work
     text      the images' projected states, the plans' slots and masks, one layer's work, the keys
-              gathered for one bucket of attention
+              gathered for one bucket of attention; or, between two layers, all of a small step
     sampling  the hidden states, logits in float32, weights in float64
     prompt    log-probabilities of PROMPT_ROWS rows at a time
 
@@ -17,13 +17,14 @@ Where a CPU multiplies bfloat16 states in float32, each phase has those of its l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import MllamaConfig
 
 from ..attention.sdpa import MAX_BUCKET_KEYS, MAX_MASKED_QUERIES
+from ..batch import INSERTED_PART
 from ..sampling.logprobs import PROMPT_ROWS
 from ..vision.encoder import images_per_pass
 from ..vision.image_cost import kv_width
@@ -177,6 +178,28 @@ def _vision_bytes(s: _Shape) -> int:
 
 def _text_bytes(s: _Shape) -> int:
     num_tokens, hidden = s.limits.max_num_batched_tokens, s.text.hidden_size
+    kept = s.vision_states + 2 * num_tokens * s.size * hidden + _plan_bytes(s)
+    return int(kept + max(_layer_bytes(s), _inserted_bytes(s)))
+
+
+def _inserted_bytes(s: _Shape) -> int:
+    """All of a step of one sequence, without log-probabilities of its prompt, between two layers.
+
+    See `execution/between_layers.py`.
+    """
+    num_tokens = s.limits.max_num_batched_tokens // INSERTED_PART
+    if not num_tokens:
+        return 0
+    limits = replace(
+        s.limits, max_num_seqs=1, max_num_batched_tokens=num_tokens, max_num_batched_images=0
+    )
+    one = replace(s, limits=limits)
+    states = 2 * num_tokens * one.size * one.text.hidden_size
+    return max(states + _plan_bytes(one) + _layer_bytes(one), states + _sampled_bytes(one))
+
+
+def _layer_bytes(s: _Shape) -> int:
+    num_tokens, hidden = s.limits.max_num_batched_tokens, s.text.hidden_size
     row = num_tokens * s.size
     norm = num_tokens * hidden * 3 * _FLOAT32
     # gate and up in one product, the activated gate, then their product
@@ -186,7 +209,7 @@ def _text_bytes(s: _Shape) -> int:
     attention = 8 * row * hidden + 4 * row * s.kv_width + gathered
     new_keys = s.limits.max_num_batched_images * s.image_patches * s.kv_width
     cross = 3 * row * hidden + new_keys * (3 * s.size + 3 * _FLOAT32)
-    return int(s.vision_states + 2 * row * hidden + _plan_bytes(s) + max(mlp, attention, cross))
+    return int(max(mlp, attention, cross))
 
 
 def _bucket_keys(s: _Shape) -> int:
@@ -213,8 +236,11 @@ def _plan_bytes(s: _Shape) -> int:
 def _sampling_bytes(s: _Shape) -> int:
     num_tokens, vocab_size = s.limits.max_num_batched_tokens, s.text.vocab_size
     hidden = num_tokens * s.text.hidden_size * s.size
-    # logits, their copies and log-probabilities; then weights, and what min-p drops
-    sampled = s.num_rows * vocab_size * (s.size + 5 * _FLOAT32 + 2 * _FLOAT64)
     prompt_rows = min(PROMPT_ROWS, num_tokens)
     prompt = prompt_rows * vocab_size * (s.size + 3 * _FLOAT32)
-    return int(hidden + s.vision_states + max(sampled, prompt))
+    return int(hidden + s.vision_states + max(_sampled_bytes(s), prompt))
+
+
+def _sampled_bytes(s: _Shape) -> int:
+    """Logits, their copies and log-probabilities; then weights, and what min-p drops."""
+    return int(s.num_rows * s.text.vocab_size * (s.size + 5 * _FLOAT32 + 2 * _FLOAT64))

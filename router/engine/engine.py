@@ -103,10 +103,11 @@ class Engine:
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="model")
         self.step_watchdog = StepWatchdog(lambda: runner.num_layers_started)
         self._plans_ahead = config.plans_ahead(runner.info.device)
-        self._insertions = Insertions(self.scheduler, self._execute, self._deliver, self._fail_step)
-        self._inserts = not self._plans_ahead and runner.call_between_layers(
-            self._insertions.compute
+        self._insertions = Insertions(
+            self.scheduler, self._execute, self._report_started, self._deliver, self._fail_step
         )
+        inserts = not self._plans_ahead and runner.call_between_layers(self._insertions.compute)
+        self._insert = self._insertions.insert if inserts else ignore
         self._num_steps, self._vision_seconds = 0, 0.0
         self._vision_step_counts = [0] * (len(VISION_BOUNDS_S) + 1)
 
@@ -142,8 +143,7 @@ class Engine:
             self._grammar_compiler.start(request, sequences)
         if self._adapters is not None and request.adapter is not None:
             self._adapters.use(request.adapter, sequences)
-        if self._inserts and self._insertions.insert():
-            self._report_started()
+        self._insert()
 
     def _sequences_of(self, worker_id: int, request: AddRequest) -> list[Sequence]:
         """Its answers, with their adapter if that is in memory. Raises InvalidRequestError."""

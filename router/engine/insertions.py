@@ -1,8 +1,8 @@
 """Steps that are computed inside another one, between two of its layers.
 
 On a CPU a step of many answers takes many times as long as one short prompt, and cannot be stopped.
-Between two layers its thread can compute another step first. Owns the hand-over of such a step to
-the thread and of its result to the loop, at most one at a time. The scheduler decides which.
+Between two layers its thread can compute another step first. Owns the hand-over of such steps to
+the thread and of their results to the loop, one at a time. The scheduler decides which.
 """
 
 from __future__ import annotations
@@ -34,30 +34,32 @@ class _Insertion:
 class Insertions:
     """Inserts steps into the running one.
 
-    execute: computes a step, in the thread of `executor`. deliver, fail: called on the loop with
-    what a step changed, or the sequences of a failed one.
+    execute: computes a step, in the thread of `executor`. Called on the loop: started when a step
+    is inserted; deliver, fail with what a step changed, or the sequences of a failed one.
     """
 
     def __init__(
         self,
         scheduler: Scheduler,
         execute: Callable[[StepBatch], StepResult],
+        started: Callable[[], None],
         deliver: Callable[[list[Progress]], None],
         fail: Callable[[list[Sequence]], None],
     ) -> None:
         self._scheduler, self._execute = scheduler, execute
-        self._deliver, self._fail = deliver, fail
+        self._started, self._deliver, self._fail = started, deliver, fail
+        self._seconds = 0.0
         self._current: _Insertion | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def insert(self) -> bool:
+    def insert(self) -> None:
         """On the loop, while a step is computed: insert a newcomer's if it is due."""
         batch = self._scheduler.insert() if self._current is None else None
         if batch is None:
-            return False
+            return
+        self._started()
         self._current = _Insertion(batch)
         self._task = asyncio.create_task(self._finish(self._current))
-        return True
 
     def compute(self) -> None:
         """In the thread, before each layer of a step, or after the step: compute what waits."""
@@ -77,17 +79,16 @@ class Insertions:
 
     @property
     def seconds(self) -> float:
-        """How much of the running step's time an inserted one has taken."""
-        return 0.0 if self._current is None else self._current.seconds
+        """How much of the running step's time inserted ones have taken."""
+        return self._seconds + (0.0 if self._current is None else self._current.seconds)
 
     async def end(self, executor: Executor) -> None:
         """After the step: wait for the inserted one, which is computed now if it came too late."""
-        if self._current is None or self._task is None:
-            return
-        if not self._current.is_taken:
-            await asyncio.get_running_loop().run_in_executor(executor, self.compute)
-        await self._task
-        self._current = self._task = None
+        while self._current is not None and (task := self._task) is not None:
+            if not self._current.is_taken:
+                await asyncio.get_running_loop().run_in_executor(executor, self.compute)
+            await task
+        self._seconds = 0.0
 
     def close(self) -> None:
         """Forget what is not finished. Call it after the last step."""
@@ -102,3 +103,6 @@ class Insertions:
             self._fail(self._scheduler.fail_step(is_inserted=True))
         else:
             self._deliver(self._scheduler.update(result, insertion.seconds, is_inserted=True))
+        self._seconds += insertion.seconds
+        self._current = self._task = None
+        self.insert()  # a newcomer may have come meanwhile

@@ -14,11 +14,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from .block_manager import BlockManager, Lack
+from .block_manager import NO_LACK, BlockManager, Lack
 from .owners import Owners
 from .request_queue import RequestQueue
 from .sequence import Sequence
 from .throughput import StepTimes
+
+# A sequence to start, and the cached blocks of its beginning.
+Start = tuple[Sequence, list[int]]
 
 
 def protected(running: list[Sequence]) -> Sequence:
@@ -53,8 +56,8 @@ def yielding(running: list[Sequence], head: Sequence, lack: Lack, owners: Owners
     """
     victims: list[Sequence] = []
     kept = {protected(running)}
-    num_places = Counter(owners.num_running)
-    own = owners.places(head.owner)
+    num_places = Counter(one.owner for one in running)
+    own = num_places[head.owner] / owners.weight(head.owner)
     own_after = own + 1 / owners.weight(head.owner)
     while not victims or lack.is_left:
         lasts = _lasts(running, kept)
@@ -77,7 +80,22 @@ def yielding(running: list[Sequence], head: Sequence, lack: Lack, owners: Owners
 def surplus(running: list[Sequence], owners: Owners) -> Sequence:
     """The sequence to preempt because one too many runs: the last of the owner with most places."""
     lasts = _lasts(running, {protected(running)})
-    return max(lasts.values(), key=lambda one: (one.level, owners.places(one.owner), one.arrival))
+    places = Counter(one.owner for one in running)
+    return max(
+        lasts.values(),
+        key=lambda one: (one.level, places[one.owner] / owners.weight(one.owner), one.arrival),
+    )
+
+
+def may_add(running: list[Sequence], head: Sequence, max_num_seqs: int, owners: Owners) -> bool:
+    """Whether `head` may start at once and take its place when the next step is planned.
+
+    A place is free, or a sequence will yield it that yields to nothing else that was added.
+    """
+    kept = list(running)
+    while len(kept) > max_num_seqs:
+        kept.remove(surplus(kept, owners))
+    return len(kept) < max_num_seqs or bool(yielding(kept, head, NO_LACK, owners))
 
 
 def newcomer(
@@ -87,17 +105,23 @@ def newcomer(
     times: StepTimes,
     budget: int,
     num_others: int,
-) -> tuple[Sequence, list[int]] | None:
+    *,
+    is_inside: bool = False,
+) -> Start | None:
     """The next waiting sequence, if its prompt is computed alone: in the next step, or inside one.
 
     With it the cached blocks of its beginning. Its owner runs nothing while others run. The whole
     prompt fits `budget` tokens, its images are encoded, and the step takes at most 3/4 as long as
     one that has the `num_others` tokens of the others too. At most every second step is such a
     step, so the others lose less than half of their time. Where a step with many decodes takes
-    long, as on a CPU, a short prompt in it would wait as long.
+    long, as on a CPU, a short prompt in it would wait as long. is_inside: it is computed inside the
+    step of the others, on a CPU. Then a step of a size that was not measured counts as long if it
+    has many times the tokens; and log-probabilities of a prompt take memory that was not planned.
     """
-    head = queue.peek()
+    head = queue.peek() if len(queue.owners) > 1 else None
     if head is None or queue.owners.num_running[head.owner] or not blocks.has_images(head):
+        return None
+    if is_inside and head.prompt_logprobs is not None:
         return None
     shared = blocks.cached_blocks(head, 0)
     num_new = blocks.num_uncached(head, shared)
@@ -105,7 +129,10 @@ def newcomer(
         num_others > 0
         and num_new <= budget
         and blocks.can_start(head, shared, num_spare=2 * len(running))
-        and times.is_shorter(num_new, num_new + num_others)
+        and (
+            times.is_shorter(num_new, num_new + num_others)
+            or (is_inside and times.is_certainly_shorter(num_new, num_others))
+        )
     )
     return (head, shared) if is_due else None
 

@@ -17,8 +17,8 @@ If owners want more tokens than 3 and 4 can give, each gets its part of the step
 (`step_budget.py`), and what one leaves goes to the others. An owner alone gets everything.
 
 If an owner runs nothing, its short prompt may be computed alone, before the next step with the
-others' decodes, or inside the running step (`insert`; `newcomer` in `preemption.py`). Then one
-sequence too many may run, until the next step is planned.
+others' decodes, or inside the running step (`insert`; `newcomer` in `preemption.py`). Then too
+many sequences may run, until the next step is planned.
 
 A step encodes a few images at most. While streams run, images use the token budget. A chunk ends
 before an image that must wait for another step.
@@ -50,10 +50,10 @@ from ..blocks.adapter_places import AdapterPlaces
 from ..blocks.image_pool import ImageEntry
 from ..blocks.tile_store import Ask, TileStore, ask_nobody
 from .batch_rows import RowsAhead, add_drafts, fill, record_decodes, row_of, rows_ahead, sampled_of
-from .block_manager import NO_LACK, BlockManager
+from .block_manager import BlockManager
 from .interface import DraftCounts, Progress, SchedulerCounts, SchedulerLimits, SchedulerSnapshot
 from .lifecycle import Lifecycle
-from .preemption import has_far_less, newcomer, protected, surplus, yielding
+from .preemption import Start, has_far_less, may_add, newcomer, protected, surplus, yielding
 from .request_queue import RequestQueue
 from .sequence import Part, Sequence
 from .sequence_states import SequenceEvent, Status
@@ -151,18 +151,23 @@ class Scheduler:
     def insert(self) -> StepBatch | None:
         """A newcomer's prompt, to compute between two layers of the running step; None if not due.
 
-        At most one a step, and none after a newcomer's step. With the running step it has at most
-        the tokens of one step. Pass its result to `update`, or call `fail_step`, both with
-        `is_inserted`, before the next `schedule`. It may take a place at the next step only.
+        One after the other, within `Step.room_inside`; none in a newcomer's own step. Pass its
+        result to `update`, or call `fail_step`, both with `is_inserted`, before the next call or
+        `schedule`. It may take a place at the next step only.
         """
-        if (outer := self._step) is None or self._is_newcomers:
+        limits, outer = self._limits, self._step
+        is_own = outer is not None and self._is_newcomers and not outer.num_inserted
+        if outer is None or self._inserted is not None or is_own:
             return None
-        found = self._newcomer(outer.budget, outer.batch.num_tokens)
-        if found is None or not self._may_add(found[0]):
+        room, num_others = outer.room_inside(limits), outer.batch.num_tokens
+        found = self._newcomer(room, num_others, is_inside=True)
+        if not (found and may_add(self._running, found[0], limits.max_num_seqs, self.owners)):
             return None
-        self._inserted, self._is_newcomers = Step.of(self._limits, self._image_cost), True
-        self._start(self._inserted, *found)
-        return self._complete(self._inserted)
+        step = self._inserted = Step.of(self._limits, self._image_cost)
+        self._is_newcomers = True
+        self._start(step, *found)
+        outer.num_inserted += step.batch.num_tokens
+        return self._complete(step)
 
     def _complete(self, step: Step) -> StepBatch:
         step.batch.copies = list(step.copies.values())
@@ -199,14 +204,9 @@ class Scheduler:
             self._start(step, *found)
         return found is not None
 
-    def _newcomer(self, budget: int, num_others: int) -> tuple[Sequence, list[int]] | None:
-        if len(self.owners) < 2:
-            return None
-        times = self._step_times
-        return newcomer(self.queue, self._running, self.blocks, times, budget, num_others)
-
-    def _may_add(self, head: Sequence) -> bool:
-        return self._has_place or bool(yielding(self._running, head, NO_LACK, self.owners))
+    def _newcomer(self, budget: int, num_others: int, *, is_inside: bool = False) -> Start | None:
+        known = self.queue, self._running, self.blocks, self._step_times
+        return newcomer(*known, budget, num_others, is_inside=is_inside)
 
     @property
     def _has_place(self) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ...models.batch import BlockCopy, ImageToEncode, StepBatch
+from ...models.batch import INSERTED_PART, BlockCopy, ImageToEncode, StepBatch
 from ..blocks.image_pool import ImageEntry
 from ..blocks.tile_store import TileStore
 from ..blocks.visibility import is_seen
@@ -48,7 +48,7 @@ class Step:
     many of these tokens each owner may use; empty if they do not share. has_streams: it has the
     next token of running streams. due_images: complete after this step. loaded: those of them that
     were encoded before. partial: the image
-    that is encoded up to the layer partial_end only.
+    that is encoded up to the layer partial_end only. num_inserted: tokens computed inside it.
     """
 
     budget: int
@@ -63,6 +63,7 @@ class Step:
     partial_end: int = 0
     copies: dict[Sequence, BlockCopy] = field(default_factory=dict)
     quotas: dict[str, int] = field(default_factory=dict)
+    num_inserted: int = 0
 
     @classmethod
     def of(cls, limits: SchedulerLimits, image_cost: ImageCost) -> Step:
@@ -82,6 +83,17 @@ class Step:
         self.budget -= num_tokens
         if owner in self.quotas:
             self.quotas[owner] -= num_tokens
+
+    def room_inside(self, limits: SchedulerLimits) -> int:
+        """How many tokens a step may have that is computed inside this one.
+
+        What this one leaves of the budget, at least a small part of it: between two layers it needs
+        less memory. Those after the first have with it at most half of this one's tokens.
+        """
+        room = max(self.budget, limits.max_num_batched_tokens // INSERTED_PART)
+        if not self.num_inserted:
+            return room
+        return min(room, self.batch.num_tokens // 2 - self.num_inserted)
 
     def can_begin_image(self, owner: str) -> bool:
         """True if a new image, or a part of it, can be encoded in this step too."""

@@ -23,6 +23,8 @@ NUM_REMEMBERED = 1024
 # How long a step may take to be clearly shorter than another. Where all steps take as long, as on a
 # GPU, none is.
 SHORTER = 0.75
+# A step with so many times the tokens takes longer on a CPU, also if no such step was measured.
+MANY_TIMES = 8
 
 
 class _Step(NamedTuple):
@@ -111,6 +113,13 @@ class StepTimes:
             return False
         alone, both = self._times.get(size_of(num_tokens)), self._times[max(sizes)]
         return alone is None or median_low(alone) <= SHORTER * median_low(both)
+
+    def is_certainly_shorter(self, num_tokens: int, num_more: int) -> bool:
+        """Whether a step of num_tokens is short against one of many times as many on a CPU.
+
+        False if the second size was measured: then `is_shorter` knows better.
+        """
+        return size_of(num_more) not in self._times and num_more >= MANY_TIMES * num_tokens
 
 
 class DraftTimes:

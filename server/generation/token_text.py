@@ -6,7 +6,9 @@ requests, or any API's format.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -19,23 +21,27 @@ class TokenText:
 
     text_bytes: what it adds to the answer in UTF-8, so that those of all tokens joined are the
     answer; None for special tokens that add nothing. text: the same as a string, and
-    `bytes:\\xe2\\x82` for a part of a character.
+    `bytes:\\xe2\\x82` for a part of a character. byte_values: the bytes as numbers, for JSON; all
+    documents share this list.
     """
 
     text: str
     text_bytes: bytes | None
+    byte_values: list[int] | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        values = None if self.text_bytes is None else list(self.text_bytes)
+        object.__setattr__(self, "byte_values", values)
 
 
-@dataclass(slots=True, frozen=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """A candidate for one place of the answer and its natural log-probability."""
 
     token: TokenText
     logprob: float
 
 
-@dataclass(slots=True, frozen=True)
-class TokenEntry:
+class TokenEntry(NamedTuple):
     """One generated token; top: the likeliest candidates for its place, best first."""
 
     chosen: TokenLogprob
@@ -76,11 +82,16 @@ class TokenReader:
 
     def entry(self, token_id: int, logprobs: TokenLogprobs) -> TokenEntry:
         """The log-probabilities at the place of a chosen token."""
-        top = zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
+        top = zip(self._read_all(logprobs.top_token_ids), logprobs.top_logprobs, strict=True)
         return TokenEntry(
             TokenLogprob(self.read(token_id), logprobs.logprob),
-            tuple(TokenLogprob(self.read(one), logprob) for one, logprob in top),
+            tuple([TokenLogprob(*one) for one in top]),
         )
+
+    def _read_all(self, token_ids: Sequence[int]) -> list[TokenText]:
+        known = self._known
+        # A whole answer may have a million candidates: most cost one lookup here.
+        return [known.get(one) or self.read(one) for one in token_ids]
 
     def prompt_entries(self, prompt: list[PromptLogprobs | None]) -> PromptEntries:
         """The log-probabilities at each place of a prompt."""

@@ -11,6 +11,7 @@ import os
 import random
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import httpx2
@@ -36,7 +37,7 @@ from vlmserve.server.generation.request import MAX_ANSWER_LOGPROBS
 
 MEBI = 2**20
 NUM_TOP = 20
-NUM_ANSWERS = 16
+NUM_ANSWERS = 64
 # An answer of the default bound takes seconds of a core: a lower one makes a thousand affordable.
 BOUND = int(os.environ.get("TORTURE_LOGPROBS", str(MAX_ANSWER_LOGPROBS)))
 MAX_TOKENS = BOUND // (NUM_ANSWERS * (1 + NUM_TOP))
@@ -63,12 +64,18 @@ class Likely(FakeRunner):
         for one in batch.sequences:
             if one.sampling is not None and one.sampling.num_logprobs is not None:
                 chosen = result.token_ids[one.request_id]
-                result.logprobs[one.request_id] = TokenLogprobs(
-                    logprob=-1.0 / (1 + chosen),
-                    top_token_ids=[(chosen + rank) % 500 for rank in range(NUM_TOP)],
-                    top_logprobs=[-(rank + 1) / (1 + chosen) for rank in range(NUM_TOP)],
-                )
+                result.logprobs[one.request_id] = likely_tokens(chosen)
         return result
+
+
+@cache
+def likely_tokens(chosen: int) -> TokenLogprobs:
+    """A token's log-probability, and those of NUM_TOP others."""
+    return TokenLogprobs(
+        logprob=-1.0 / (1 + chosen),
+        top_token_ids=[(chosen + rank) % 500 for rank in range(NUM_TOP)],
+        top_logprobs=[-(rank + 1) / (1 + chosen) for rank in range(NUM_TOP)],
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +102,9 @@ def test_row_57_memory_after_whole_answers_at_the_bound_is_that_after_the_first_
         pools = PoolSizes(num_text_blocks=2_048, num_image_blocks=8, block_size=16)
         async with (
             engine_at(path, Likely(fake_info(pools, max_model_len=4_096)), max_num_seqs=64),
-            worker_process(path, max_answer_logprobs=BOUND) as worker,
+            worker_process(
+                path, max_answer_logprobs=BOUND, max_answers_per_request=NUM_ANSWERS
+            ) as worker,
             httpx2.AsyncClient(base_url=worker.url, timeout=DEADLINE_S) as client,
         ):
             await until_ready(client)

@@ -325,14 +325,14 @@ def _logprobs(entries: Sequence[TokenEntry]) -> ChoiceLogprobs | None:
 def _chosen(entry: TokenEntry) -> ChosenToken:
     return {
         **_candidate(entry.chosen),
-        "top_logprobs": [_candidate(candidate) for candidate in entry.top],
+        # not by `_candidate`: a whole answer may have a million of these
+        "top_logprobs": [
+            {"token": text.text, "logprob": logprob, "bytes": text.byte_values}
+            for text, logprob in entry.top
+        ],
     }
 
 
 def _candidate(token: TokenLogprob) -> CandidateToken:
-    text_bytes = token.token.text_bytes
-    return {
-        "token": token.token.text,
-        "logprob": token.logprob,
-        "bytes": None if text_bytes is None else list(text_bytes),
-    }
+    text, logprob = token
+    return {"token": text.text, "logprob": logprob, "bytes": text.byte_values}

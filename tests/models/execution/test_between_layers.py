@@ -90,3 +90,24 @@ def test_an_error_inside_is_the_callbacks_and_the_next_step_calls_it_again() -> 
         model.execute(batch)
     model.execute(batch)
     assert len(calls) > 1
+
+
+def test_two_steps_one_after_the_other_inside_a_long_one_change_nothing_in_it() -> None:
+    asked = requests()
+    news = [prompt(name, name * 3) for name in ("new", "other")]
+    model = runner("tiny")
+    blocks = Blocks(model.info.pools, 0)
+    outer = prefill(blocks, asked)
+    inside = [prefill(blocks, [one]) for one in news]
+    last = decode(blocks, [*asked, *news])
+    alone = [model.compute_logits(one) for one in (outer, *inside, last)]
+
+    again = runner("tiny")
+    places = [InsertedAt(again, step, layer) for step, layer in zip(inside, (1, 4), strict=True)]
+    assert again.call_between_layers(lambda: [place() for place in places])
+    found = again.compute_logits(outer)
+    torch.testing.assert_close(found, alone[0], atol=0.0, rtol=0.0)
+    for place, expected in zip(places, alone[1:3], strict=True):
+        assert place.logits is not None
+        torch.testing.assert_close(place.logits, expected, atol=0.0, rtol=0.0)
+    torch.testing.assert_close(again.compute_logits(last), alone[3], atol=0.0, rtol=0.0)

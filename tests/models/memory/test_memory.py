@@ -19,7 +19,7 @@ from triton.runtime.errors import PTXASError
 
 from vlmserve.bench.checkpoints import build, layout
 from vlmserve.models.attention.choice import choose_backend
-from vlmserve.models.batch import PoolSizes
+from vlmserve.models.batch import INSERTED_PART, PoolSizes
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.decoder.decoder import LayerCount
 from vlmserve.models.decoder.int8.linear import Int8Linear
@@ -187,10 +187,26 @@ def model_of(layout: str, dtype: str) -> LoadedModel:
     return load_model(folder, "cpu", dtype)
 
 
-def measured_bytes(model: LoadedModel, limits: StepLimits) -> int:
-    """The most that torch held at once in the costliest step, by its own account."""
+def measured_bytes(model: LoadedModel, limits: StepLimits, *, is_inside: bool = False) -> int:
+    """The most that torch held at once in the costliest step, by its own account.
+
+    is_inside: the costliest step that may be inserted is computed before each of its layers.
+    """
     runner = ModelRunner(model, probe_plan(4, 16, limits.max_model_len))
     batch = peak_batch(runner.info, limits)
+    num_inserted = limits.max_num_batched_tokens // INSERTED_PART
+    if is_inside and num_inserted:
+        inserted = peak_batch(
+            runner.info,
+            replace(
+                limits,
+                max_num_seqs=1,
+                max_num_batched_tokens=num_inserted,
+                max_num_batched_images=0,
+            ),
+        )
+        inserted.sequences[0].prompt = None
+        assert runner.call_between_layers(lambda: runner.execute(inserted))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         runner.execute(batch)
     kineto: Any = profiler.profiler
@@ -238,6 +254,14 @@ def test_the_computed_peak_is_no_less_than_the_measured_one_and_not_twice_it(
     computed = peak_bytes(model.model.config, limits, model.dtype, is_widened=is_widened).most
     measured = measured_bytes(model, limits)
     assert measured <= computed <= 2 * measured, (computed / MIB, measured / MIB)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_with_another_inside_takes_no_more_than_the_computed_peak(step: str) -> None:
+    model, limits = model_of("tiny", "float32"), STEPS[step]
+    computed = peak_bytes(model.model.config, limits, model.dtype).most
+    measured = measured_bytes(model, limits, is_inside=True)
+    assert measured <= computed, (measured / MIB, computed / MIB)
 
 
 def test_the_costliest_step_is_within_its_limits() -> None:

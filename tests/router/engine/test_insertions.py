@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 
 import pytest
 from support.engine_rig import engine_of, request_of, tokens_of
 from support.fake_runner import FakeRunner, expected_token_ids
-from support.polling import FAR_S, until
+from support.polling import FAR_S, until, wait_until
 
 from vlmserve.models.batch import StepBatch
 from vlmserve.router.errors import EngineInternalError
@@ -24,6 +25,7 @@ class PausedRunner(FakeRunner):
         super().__init__()
         self.may_go_on, self.has_paused = threading.Event(), threading.Event()
         self.pauses_before = self.pauses_after = False
+        self.before_second_layer: Callable[[], object] | None = None
         self.fails: set[str] = set()
         self.batches: list[list[str]] = []
 
@@ -36,7 +38,11 @@ class PausedRunner(FakeRunner):
             if self.pauses_before:
                 self.pauses_before = False
                 self._pause()
+            wait, self.before_second_layer = self.before_second_layer, None
             callback()
+            if wait is not None:
+                wait()
+                callback()
 
         return super().call_between_layers(paused)
 
@@ -99,6 +105,37 @@ def test_a_newcomers_token_comes_while_the_step_is_computed_and_at_the_latest_ne
             assert names[1 - first] == [one.request_id for one in requests]
             assert "new" in names[2]
             assert len(names[2]) == 8, "an answer of the flood gave it its place"
+
+    asyncio.run(scenario())
+
+
+def test_a_newcomer_that_comes_while_another_is_inserted_is_inserted_into_the_same_step(tmp_path):
+    """It waited for the whole step: a step had at most one inside."""
+
+    async def scenario() -> None:
+        runner = PausedRunner()
+        async with engine_of(tmp_path, runner, max_num_seqs=8) as rig:
+            pretend_times(rig)
+            client, requests, tasks = await flooded(rig)
+            scheduler, insertions = rig.engine.scheduler, rig.engine._insertions
+            # the eight tokens of the step allow two prompts of two
+            scheduler._step_times.is_shorter = lambda num_tokens, num_more: True
+            runner.before_second_layer = lambda: wait_until(
+                lambda: insertions._current is not None and not insertions._current.is_taken, FAR_S
+            )
+            news = [request_of(f"new {n}", (1, 2), 1, owner=f"b {n}") for n in range(2)]
+            runner.pauses_before = True
+            await until(runner.has_paused.is_set)
+            answers = [asyncio.create_task(tokens_of(client, one)) for one in news]
+            await until(lambda: scheduler.num_running == 9 and len(rig.engine._open) == 10)
+            num_before = len(runner.batches)
+            runner.may_go_on.set()
+            for answer, one in zip(answers, news, strict=True):
+                assert await answer == expected_token_ids(one)
+            inside = [["new 0"], ["new 1"], [one.request_id for one in requests]]
+            assert runner.batches[num_before : num_before + 3] == inside
+            for task, request in zip(tasks, requests, strict=True):
+                assert await task == expected_token_ids(request)
 
     asyncio.run(scenario())
 

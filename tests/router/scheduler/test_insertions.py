@@ -43,6 +43,122 @@ def test_row_70_a_prompt_that_arrives_in_a_step_of_a_flood_gets_its_token_before
     assert_as_expected(bench)
 
 
+# Sixteen prompts of four tokens: a step's whole budget, and no step of that size was measured.
+FIRST = {"pools": PoolSizes(8192, 8, 4), "max_num_seqs": 16, "max_num_batched_tokens": 64}
+
+
+def before_first_step() -> Bench:
+    """A bench with a flood of one owner that has computed nothing yet."""
+    bench = Bench(max_model_len=400, **FIRST, seconds_of=by_tokens)
+    for number in range(300):
+        bench.add(request_of(f"flood {number}", "flooder", max_tokens=300))
+    return bench
+
+
+def test_row_70_a_prompt_that_arrives_in_the_first_step_of_a_flood_is_inserted():
+    """The step's time was not known and its budget was full, so the prompt waited for its end."""
+    bench = before_first_step()
+    batch = bench.plan()
+    assert batch.num_tokens == FIRST["max_num_batched_tokens"]
+    bench.add(request_of("small", "other", num_prompt=8, max_tokens=1))
+    assert bench.insert() is not None
+    bench.finish(batch)
+    assert bench.endings["small"] == "length"
+    assert_as_expected(bench)
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (request_of("x", "other", num_prompt=9), "a full step leaves room for an eighth of it"),
+        (
+            request_of("x", "other", num_prompt_logprobs=0),
+            "log-probabilities of a prompt take memory that a full step does not leave",
+        ),
+    ],
+)
+def test_other_prompts_wait_for_the_first_step_of_a_flood(request_, reason):
+    bench = before_first_step()
+    assert arrive(bench, request_) is None, reason
+    bench.step()
+    assert_as_expected(bench)
+
+
+def test_a_step_of_an_unknown_time_that_is_not_many_times_as_long_is_waited_for():
+    bench = Bench(max_model_len=400, **FIRST, seconds_of=by_tokens)
+    for number in range(6):
+        bench.add(request_of(f"a {number}", "a", num_prompt=4, max_tokens=30))
+    batch = bench.plan()
+    assert batch.num_tokens == 24
+    bench.add(request_of("four", "b", num_prompt=4))
+    assert bench.insert() is None
+    bench.add(request_of("three", "c", num_prompt=3))
+    bench.finish(batch)
+
+
+def num_inside(bench: Bench, num_new: int, max_tokens: int) -> tuple[int, int]:
+    """New owners ask during one step: how many prompts it inserts, and how many tokens it has."""
+    batch = bench.plan()
+    for number in range(num_new):
+        bench.add(request_of(f"new {number}", f"owner {number}", max_tokens=max_tokens))
+    num_inserted = 0
+    while bench.insert() is not None:
+        assert bench.scheduler.insert() is None, "the last one has no result yet"
+        bench.take_inserted()
+        num_inserted += 1
+    bench.finish(batch)
+    return num_inserted, batch.num_tokens
+
+
+def test_several_newcomers_are_inserted_into_one_long_step_up_to_half_of_its_tokens():
+    """Each of them but one waited for the whole step."""
+    bench = before_first_step()
+    num_inserted, num_tokens = num_inside(bench, 12, max_tokens=1)
+    assert num_tokens == 64
+    assert num_inserted == 8
+    ended = [name for name in bench.endings if name.startswith("new")]
+    assert len(ended) == 8
+    assert_as_expected(bench)
+
+
+def test_newcomers_inside_a_step_leave_a_flood_as_many_places_as_each_of_them_has():
+    """All were compared with the places before the first: the flood lost every place but one."""
+    places = {**FIRST, "max_num_seqs": 4}
+    bench = Bench(max_model_len=400, **places, seconds_of=by_tokens)
+    for number in range(20):
+        bench.add(request_of(f"flood {number}", "flooder", num_prompt=16, max_tokens=300))
+    num_inserted, _ = num_inside(bench, 12, max_tokens=30)
+    assert num_inserted == 3
+    num_preemptions = bench.scheduler.counts().num_preemptions
+    names = [row.request_id for row in bench.step().sequences]
+    assert len(names) == 4
+    assert sum(name.startswith("flood") for name in names) == 1
+    assert bench.scheduler.counts().num_preemptions == num_preemptions + 3
+
+
+def test_insertions_add_no_step_and_take_no_token_from_a_flood():
+    """The flood's tokens a step, over its whole answers, with and without another owner inside."""
+
+    def num_steps_of_flood(num_new: int) -> tuple[int, int]:
+        bench = Bench(max_model_len=400, **{**PLACES, "max_num_seqs": 17}, seconds_of=by_tokens)
+        for number in range(16):
+            bench.add(request_of(f"flood {number}", "flooder", max_tokens=200))
+        num_steps = num_inserted = 0
+        while not all(f"flood {number}" in bench.endings for number in range(16)):
+            batch = bench.plan()
+            num_steps += 1
+            if num_steps % 4 == 0 and num_inserted < num_new:
+                bench.add(request_of(f"new {num_steps}", "other", max_tokens=1))
+                num_inserted += bench.insert() is not None
+            bench.finish(batch)
+        return num_steps, num_inserted
+
+    alone, _ = num_steps_of_flood(0)
+    beside, num_inserted = num_steps_of_flood(40)
+    assert num_inserted == 40
+    assert beside == alone
+
+
 def assert_as_expected(bench: Bench) -> None:
     for name, tokens in bench.tokens.items():
         if tokens:
@@ -180,7 +296,12 @@ def test_random_requests_inserted_into_random_steps_answer_as_alone(seed):
             bench.add(random_request(rng, f"{number} {place}"))
         if batch is None:
             continue
-        num_inserted += bench.insert(is_late=rng.random() < 0.3) is not None
+        is_late = rng.random() < 0.3
+        while bench.insert(is_late=is_late) is not None:
+            num_inserted += 1
+            if is_late:
+                break
+            bench.take_inserted()
         open_ = [name for name in bench.tokens if name not in bench.endings]
         if open_ and rng.random() < 0.2:
             bench.abort(rng.choice(open_))
