@@ -100,6 +100,7 @@ class Bench:
         self.endings: dict[str, str] = {}
         self.sequences: dict[str, Sequence] = {}
         self.num_lost_runs = 0
+        self.num_inserted = 0
         self._num_preemptions: dict[str, int] = {}
         self._have_run: set[str] = set()
         self._streaming: dict[str, int] = {}
@@ -213,8 +214,15 @@ class Bench:
         batch = self._inserted = self.scheduler.insert()
         if batch is not None:
             self._have_run |= {one.request_id for one in batch.sequences}
-            self.runner.between_layers = None if is_late else self.take_inserted
+            self.runner.between_layers = None if is_late else self.take_all_inserted
+            self.num_inserted += 1
         return batch
+
+    def take_all_inserted(self) -> None:
+        """Compute what was inserted, and what is due then, one after the other."""
+        while self._inserted is not None:
+            self.take_inserted()
+            self.insert()
 
     def take_inserted(self) -> None:
         """Compute what was inserted and is not computed yet."""
