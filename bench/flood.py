@@ -26,7 +26,7 @@ from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.router.config import EngineConfig
 from vlmserve.router.engine.engine import Engine
 from vlmserve.router.errors import EngineDeadError
-from vlmserve.router.messages import AddRequest, FromEngine, StepOutputs
+from vlmserve.router.messages import AddRequest, FromEngine, RequestFailed, StepOutputs
 
 FLOODER, OTHER = "flooder", "other"
 
@@ -46,7 +46,12 @@ class Round:
 
     def __post_init__(self) -> None:
         config = EngineConfig(
-            model="", socket_path="", max_num_seqs=self.max_num_seqs, prefix_cache=False
+            model="",
+            socket_path="",
+            max_num_seqs=self.max_num_seqs,
+            prefix_cache=False,
+            max_queue_requests=100_000,  # a flood waits as a whole
+            max_queue_wait_s=100_000.0,
         )
         self.engine = Engine(self.runner, config, self._receive)
         self._rng = np.random.default_rng(self.seed)
@@ -60,6 +65,7 @@ class Round:
         self.engine.scheduler.insert = counted  # type: ignore[method-assign,assignment]
 
     def _receive(self, worker_id: int, message: FromEngine) -> None:
+        assert not isinstance(message, RequestFailed), message
         if isinstance(message, StepOutputs):
             for output in message.outputs:
                 self.first.setdefault(output.request_id, time.process_time())
