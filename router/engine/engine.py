@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from ...models.batch import (
     AdapterInfo,
@@ -252,12 +253,11 @@ class Engine:
         """Compute a step in its thread, and meanwhile prepare the next step."""
         loop = asyncio.get_running_loop()
         if not self._plans_ahead:
-            return await loop.run_in_executor(self._executor, self._execute, batch)
+            computing = loop.run_in_executor(self._executor, self._execute, batch)
+            self._insert()  # a newcomer may wait for this step already
+            return await computing
         is_launched = asyncio.Event()
-
-        def on_launch() -> None:
-            loop.call_soon_threadsafe(is_launched.set)
-
+        on_launch = partial(loop.call_soon_threadsafe, is_launched.set)
         computing = loop.run_in_executor(self._executor, self._execute, batch, on_launch)
         computing.add_done_callback(lambda _: is_launched.set())  # also if it fails before
         await is_launched.wait()

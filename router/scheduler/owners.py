@@ -83,6 +83,10 @@ class Owners:
         """The owner's places of the batch, by its weight."""
         return self.num_running[owner] / self.weight(owner)
 
+    def used(self, owner: str) -> float:
+        """The tokens that an owner with open sequences has used, by its weight."""
+        return self._shares.used(owner)
+
     def turn(self, owner: str) -> tuple[float, float]:
         """The order of owners: the least service first; of equal ones, the fewest places."""
-        return self._shares.used(owner), self.places(owner)
+        return self.used(owner), self.places(owner)

@@ -119,6 +119,8 @@ def newcomer(
     has many times the tokens; and log-probabilities of a prompt take memory that was not planned.
     """
     head = queue.peek() if len(queue.owners) > 1 else None
+    if is_inside and head is not None:
+        head = _idle_head(queue, head, num_others)
     if head is None or queue.owners.num_running[head.owner] or not blocks.has_images(head):
         return None
     if is_inside and head.prompt_logprobs is not None:
@@ -135,6 +137,17 @@ def newcomer(
         )
     )
     return (head, shared) if is_due else None
+
+
+def _idle_head(queue: RequestQueue, head: Sequence, num_ahead: int) -> Sequence | None:
+    """The head of an owner that runs nothing and is at most so many tokens ahead of its turn.
+
+    `head`: the sequence whose turn it is. One short prompt puts an owner behind a flood that waits.
+    """
+    owners = queue.owners
+    most = owners.used(head.owner) + num_ahead
+    idle = queue.peek(lambda owner: not owners.num_running[owner] and owners.used(owner) <= most)
+    return None if idle is None or idle.level > head.level else idle
 
 
 def has_far_less(owner: str, owners: Owners) -> bool:

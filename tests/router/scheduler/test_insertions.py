@@ -121,6 +121,31 @@ def test_several_newcomers_are_inserted_into_one_long_step_up_to_half_of_its_tok
     assert_as_expected(bench)
 
 
+def test_row_70_an_owner_that_asks_again_during_a_long_step_is_inserted_again():
+    """Its first prompt put it behind the flood that waits, so its second waited for the step."""
+    bench = before_first_step()
+    batch = bench.plan()
+    for number in range(3):
+        bench.add(request_of(f"small {number}", "other", max_tokens=1))
+        inserted = bench.insert()
+        assert inserted is not None
+        assert [row.request_id for row in inserted.sequences] == [f"small {number}"]
+        bench.take_inserted()
+    bench.finish(batch)
+    assert_as_expected(bench)
+
+
+def test_an_owner_far_ahead_of_its_turn_is_not_inserted():
+    """Else an owner of small weight would get half of every step."""
+    bench = before_first_step()
+    batch = bench.plan()
+    bench.add(request_of("small", "other", max_tokens=1))
+    bench.scheduler.owners.charge("other", batch.num_tokens + 1)
+    assert bench.insert() is None
+    bench.finish(batch)
+    assert_as_expected(bench)
+
+
 def test_newcomers_inside_a_step_leave_a_flood_as_many_places_as_each_of_them_has():
     """All were compared with the places before the first: the flood lost every place but one."""
     places = {**FIRST, "max_num_seqs": 4}
