@@ -85,7 +85,7 @@ docs: $(VENV)/.docs ## serve the documentation on port 8001 (DOCS_PORT= changes 
 test-fast: setup-test ## the rules alone, while you write (90 seconds on 2 cores)
 	$(PYTEST) -q -m "not slow and not ($(EXTRA))" $(wildcard $(FAST)) $(ARGS)
 
-test: setup-test ## the tests of every run (about 9 minutes on 2 cores)
+test: setup-test ## the tests of every run (about 8 minutes on 2 cores)
 	$(PYTEST) -q -m "not slow and not ($(EXTRA))" --durations=15 $(ARGS)
 
 test-slow: setup-test ## the long tests: training, real clients, the version range, the install steps
