@@ -93,7 +93,8 @@ def create_runner(
         checkpoint = open_checkpoint(checkpoint, choose_dtype(config.dtype, chosen))
     share = share_with(checkpoint, group)
     plan = plan_of(checkpoint, config, share)
-    plan = replace(plan, is_widened=widens(checkpoint.dtype, chosen))
+    is_widened = widens(checkpoint.dtype, chosen)
+    plan = replace(plan, is_widened=is_widened, has_inserted=chosen.type == "cpu")
     available = available or _free_memory(config)
     max_memory = config.max_memory
     bounded = available if max_memory is None else partial(_bounded, available, max_memory)

@@ -91,15 +91,20 @@ def by_kind(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def peak_bytes(
-    config: MllamaConfig, limits: StepLimits, dtype: torch.dtype, *, is_widened: bool = False
+    config: MllamaConfig,
+    limits: StepLimits,
+    dtype: torch.dtype,
+    *,
+    is_widened: bool = False,
+    has_inserted: bool = False,
 ) -> PeakBytes:
     """The activations of `peak_step.peak_batch`, with attention by the reference backend.
 
     is_widened: the device computes products in float32 (`kernels/float32_products.py`).
+    has_inserted: a small step may be computed between two layers of another, as on a CPU.
     """
-    shape = _Shape(
-        config.vision_config, config.text_config, limits, dtype.itemsize, is_widened=is_widened
-    )
+    parts = config.vision_config, config.text_config, limits, dtype.itemsize
+    shape = _Shape(*parts, is_widened=is_widened, has_inserted=has_inserted)
     phases = (_vision_bytes(shape), _text_bytes(shape), _sampling_bytes(shape))
     vision, text, sampling = (int(phase * _SMALL_TENSORS) for phase in phases)
     return PeakBytes(vision, text, sampling)
@@ -112,6 +117,7 @@ class _Shape:
     vision, text: the model's configurations
     size: bytes of a value
     is_widened: products of bfloat16 states are computed in float32
+    has_inserted: another step may be computed between two layers
     """
 
     vision: Any
@@ -119,6 +125,7 @@ class _Shape:
     limits: StepLimits
     size: int
     is_widened: bool
+    has_inserted: bool
 
     @property
     def num_patches(self) -> int:
@@ -188,7 +195,7 @@ def _inserted_bytes(s: _Shape) -> int:
     See `execution/between_layers.py`.
     """
     num_tokens = s.limits.max_num_batched_tokens // INSERTED_PART
-    if not num_tokens:
+    if not num_tokens or not s.has_inserted:
         return 0
     limits = replace(
         s.limits, max_num_seqs=1, max_num_batched_tokens=num_tokens, max_num_batched_images=0

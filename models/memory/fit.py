@@ -34,7 +34,8 @@ class Plan:
     """The model and the options that decide its memory.
 
     share: this rank's share of the cut layers; pools are in a rank's bytes already. adapters: None
-    without any. is_widened: the device computes products in float32.
+    without any. is_widened: the device computes products in float32. has_inserted: as in
+    `peak_bytes`.
     """
 
     checkpoint: Checkpoint
@@ -45,6 +46,7 @@ class Plan:
     share: RankShare = WHOLE
     adapters: AdapterLimits | None = None
     is_widened: bool = False
+    has_inserted: bool = False
 
 
 def plan_of(checkpoint: Checkpoint, config: RunnerConfig, share: RankShare) -> Plan:
@@ -107,7 +109,8 @@ class Needs:
 def peak_of(plan: Plan, limits: StepLimits) -> PeakBytes:
     """The activations of a step within these limits."""
     config, dtype = plan.checkpoint.meta_model.config, plan.checkpoint.dtype
-    return peak_bytes(config, limits, dtype, is_widened=plan.is_widened)
+    extra = {"is_widened": plan.is_widened, "has_inserted": plan.has_inserted}
+    return peak_bytes(config, limits, dtype, **extra)
 
 
 def needs_of(plan: Plan) -> Needs:

@@ -81,7 +81,8 @@ def peaks_by_device(
     if any(device.type == "cuda" for device in devices):
         return measure_peak(loaded, attention, limits, with_graphs)
     is_widened = widens(loaded.dtype, loaded.device)
-    peak = peak_bytes(loaded.model.config, limits, loaded.dtype, is_widened=is_widened)
+    extra = {"is_widened": is_widened, "has_inserted": True}
+    peak = peak_bytes(loaded.model.config, limits, loaded.dtype, **extra)
     return {device: peak_on(loaded.placement, peak, device) for device in devices}
 
 

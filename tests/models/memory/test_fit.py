@@ -57,7 +57,8 @@ def available(num_bytes: int) -> Callable[[torch.device], AvailableMemory]:
 def plan(quantize: str | None = None, max_model_len: int | None = None) -> Plan:
     opened = open_checkpoint(checkpoint("tiny"), torch.float32)
     pools = PoolRequest(16384, max_model_len, 1, 4, 16, token_bytes=768, tile_bytes=3840)
-    return Plan(opened, StepLimits(1, 64, 1, max_model_len or 16384), pools, quantize)
+    limits = StepLimits(1, 64, 1, max_model_len or 16384)
+    return Plan(opened, limits, pools, quantize, has_inserted=True)
 
 
 def refusal(room: int, **settings: Any) -> str:

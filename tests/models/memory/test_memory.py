@@ -259,7 +259,7 @@ def test_the_computed_peak_is_no_less_than_the_measured_one_and_not_twice_it(
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_with_another_inside_takes_no_more_than_the_computed_peak(step: str) -> None:
     model, limits = model_of("tiny", "float32"), STEPS[step]
-    computed = peak_bytes(model.model.config, limits, model.dtype).most
+    computed = peak_bytes(model.model.config, limits, model.dtype, has_inserted=True).most
     measured = measured_bytes(model, limits, is_inside=True)
     assert measured <= computed, (measured / MIB, computed / MIB)
 
@@ -380,7 +380,7 @@ def test_pools_take_what_weights_and_the_peak_step_leave(room: int) -> None:
     runner = create_runner(checkpoint("tiny"), RunnerConfig(**SMALL), available=available(room))
     pools = sum(one.keys.nbytes + one.values.nbytes for one in runner.pools.layers)
     limits = StepLimits(8, 64, 1, runner.info.max_model_len)
-    peak_size = peak_bytes(runner.config, limits, torch.float32).most
+    peak_size = peak_bytes(runner.config, limits, torch.float32, has_inserted=True).most
     assert pools + peak_size + weight_bytes() <= room
     # and what they leave is little, or they hold all that eight sequences can use
     sizes = runner.info.pools
