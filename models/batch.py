@@ -17,7 +17,7 @@ Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
 Bias = Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]
 # Called once a step, at the moment from which other Python threads delay it least: on a CPU when
 # the step starts, on a GPU when everything is launched and only the tokens are awaited.
-OnLaunch = Callable[[], None]
+OnLaunch = Callable[[], object]
 
 
 def ignore() -> None:
