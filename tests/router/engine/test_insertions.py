@@ -140,6 +140,39 @@ def test_a_newcomer_that_comes_while_another_is_inserted_is_inserted_into_the_sa
     asyncio.run(scenario())
 
 
+def test_a_newcomer_that_was_not_inserted_on_arrival_is_when_the_next_step_starts(
+    tmp_path,
+):
+    """Only an arrival looked for one: it waited through a step of a flood's prompts."""
+
+    async def scenario() -> None:
+        runner = PausedRunner()
+        async with engine_of(tmp_path, runner, max_num_seqs=8) as rig:
+            client, requests, tasks = await flooded(rig)
+            scheduler = rig.engine.scheduler
+            more = [request_of(f"flood {n}", max_tokens=5, owner="a") for n in range(8, 12)]
+            tasks += [asyncio.create_task(tokens_of(client, one)) for one in more]
+            await until(lambda: len(rig.engine._open) == 12)
+            scheduler._step_times.is_shorter = lambda num_tokens, num_more: False
+            runner.pauses_before = True
+            await until(runner.has_paused.is_set)
+            new = request_of("new", max_tokens=1, owner="b")
+            answer = asyncio.create_task(tokens_of(client, new))
+            await until(lambda: len(rig.engine._open) == 13)
+            assert scheduler.num_running == 8
+            scheduler.owners.charge("b", 4)  # another request of the flood is next in the queue
+            scheduler._step_times.is_shorter = lambda num_tokens, num_more: True
+            num_before = len(runner.batches)
+            runner.may_go_on.set()
+            assert await answer == expected_token_ids(new)
+            flood = [one.request_id for one in requests]
+            assert runner.batches[num_before : num_before + 3] == [flood, ["new"], flood]
+            for task, request in zip(tasks, requests + more, strict=True):
+                assert await task == expected_token_ids(request)
+
+    asyncio.run(scenario())
+
+
 def test_an_inserted_step_that_fails_ends_its_request_alone(tmp_path):
     async def scenario() -> None:
         runner = PausedRunner()
