@@ -109,8 +109,8 @@ class Needs:
 def peak_of(plan: Plan, limits: StepLimits) -> PeakBytes:
     """The activations of a step within these limits."""
     config, dtype = plan.checkpoint.meta_model.config, plan.checkpoint.dtype
-    extra = {"is_widened": plan.is_widened, "has_inserted": plan.has_inserted}
-    return peak_bytes(config, limits, dtype, **extra)
+    is_widened, has_inserted = plan.is_widened, plan.has_inserted
+    return peak_bytes(config, limits, dtype, is_widened=is_widened, has_inserted=has_inserted)
 
 
 def needs_of(plan: Plan) -> Needs:

@@ -80,9 +80,9 @@ def peaks_by_device(
     devices = loaded.placement.devices()
     if any(device.type == "cuda" for device in devices):
         return measure_peak(loaded, attention, limits, with_graphs)
-    is_widened = widens(loaded.dtype, loaded.device)
-    extra = {"is_widened": is_widened, "has_inserted": True}
-    peak = peak_bytes(loaded.model.config, limits, loaded.dtype, **extra)
+    config, dtype = loaded.model.config, loaded.dtype
+    is_widened = widens(dtype, loaded.device)
+    peak = peak_bytes(config, limits, dtype, is_widened=is_widened, has_inserted=True)
     return {device: peak_on(loaded.placement, peak, device) for device in devices}
 
 

@@ -81,7 +81,11 @@ class Owners:
 
     def places(self, owner: str) -> float:
         """The owner's places of the batch, by its weight."""
-        return self.num_running[owner] / self.weight(owner)
+        return self.by_weight(owner, self.num_running[owner])
+
+    def by_weight(self, owner: str, number: float) -> float:
+        """A number of anything that an owner has, by its weight."""
+        return number / self.weight(owner)
 
     def used(self, owner: str) -> float:
         """The tokens that an owner with open sequences has used, by its weight."""

@@ -42,7 +42,11 @@ def victim(running: list[Sequence], owners: Owners) -> Sequence:
     lasts = _lasts(running, {protected(running)})
     return max(
         lasts.values(),
-        key=lambda one: (one.level, num_blocks[one.owner] / owners.weight(one.owner), one.arrival),
+        key=lambda one: (
+            one.level,
+            owners.by_weight(one.owner, num_blocks[one.owner]),
+            one.arrival,
+        ),
         default=running[-1],
     )
 
@@ -57,18 +61,17 @@ def yielding(running: list[Sequence], head: Sequence, lack: Lack, owners: Owners
     victims: list[Sequence] = []
     kept = {protected(running)}
     num_places = Counter(one.owner for one in running)
-    own = num_places[head.owner] / owners.weight(head.owner)
-    own_after = own + 1 / owners.weight(head.owner)
+    own = owners.by_weight(head.owner, num_places[head.owner])
+    own_after = own + owners.by_weight(head.owner, 1)
     while not victims or lack.is_left:
         lasts = _lasts(running, kept)
         lasts.pop(head.owner, None)
         allowed = [one for one in lasts.values() if one.level >= head.level]
         if not allowed:
             return []
-        last = max(allowed, key=lambda one: num_places[one.owner] / owners.weight(one.owner))
-        weight = owners.weight(last.owner)
-        has_far_more = 2 * own < num_places[last.owner] / weight
-        if not has_far_more or own_after > (num_places[last.owner] - 1) / weight:
+        last = max(allowed, key=lambda one: owners.by_weight(one.owner, num_places[one.owner]))
+        has_far_more = 2 * own < owners.by_weight(last.owner, num_places[last.owner])
+        if not has_far_more or own_after > owners.by_weight(last.owner, num_places[last.owner] - 1):
             return []
         victims.append(last)
         kept.add(last)
@@ -83,7 +86,7 @@ def surplus(running: list[Sequence], owners: Owners) -> Sequence:
     places = Counter(one.owner for one in running)
     return max(
         lasts.values(),
-        key=lambda one: (one.level, places[one.owner] / owners.weight(one.owner), one.arrival),
+        key=lambda one: (one.level, owners.by_weight(one.owner, places[one.owner]), one.arrival),
     )
 
 
