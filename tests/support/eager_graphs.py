@@ -12,13 +12,19 @@ import torch
 from support.oracle import loaded
 from support.stepped import MAX_MODEL_LEN, SteppedEngine
 
-from vlmserve.models.batch import PoolSizes
+from vlmserve.models.batch import PoolSizes, SamplingParams
 from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
 from vlmserve.models.kv_cache.step_inputs import StepInputs
 from vlmserve.models.kv_cache.step_tensors import Hidden, send
 
 POOLS = PoolSizes(num_text_blocks=16, num_image_blocks=12, block_size=4)
+# how three requests that run beside each other sample: three different ways to a token
+ALIKE = {
+    "a": SamplingParams(temperature=0.0, frequency_penalty=0.5, num_logprobs=2),
+    "b": SamplingParams(temperature=0.9, seed=3),
+    "c": SamplingParams(temperature=0.7, top_k=20, seed=4),
+}
 
 
 class EagerGraphs:

@@ -7,6 +7,7 @@ torch through it.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import socket
@@ -30,7 +31,7 @@ from vlmserve.server.settings import ServerSettings
 from vlmserve.server.worker.app import build_app
 
 share_compiled_routes()
-IS_FIRST_SERVER = iter([True])
+NUM_SERVERS_BEFORE = itertools.count()
 CLIENT_DEADLINE_S = 120.0
 # Reading the system's authorities takes a third of a client's start.
 NO_AUTHORITIES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -306,7 +307,7 @@ async def running_server(
 ) -> AsyncIterator[str]:
     """A real server on a free loopback port, in this event loop; gives its base URL."""
     app = build_app(settings, **parts)
-    async with running_app(app, tls, touches_up=next(IS_FIRST_SERVER, False)) as url:
+    async with running_app(app, tls, touches_up=next(NUM_SERVERS_BEFORE) == 0) as url:
         yield url
 
 

@@ -17,28 +17,29 @@ from xdist.scheduler import LoadFileScheduling
 # whose tests ask a server of their own by that name.
 ASKS = re.compile(r"^(?:async )?def test_\w+\([^)]*\b(server|standing)\b", re.M)
 HAS_ITS_OWN = re.compile(r"^def (server|standing)\(", re.M)
-# Their tests take less than half of a run, so that no process waits for one that has them all.
-NUM_SERVERS = 1
+SHARED = "shared server"
 TESTS = Path(__file__).parents[1]
 
 
 class SharedServerScheduling(LoadFileScheduling):  # type: ignore[misc]
-    """`--dist loadfile`, with the files of the shared server as NUM_SERVERS files."""
+    """`--dist loadfile`, with the files of the shared server as one file.
+
+    One process has them all. They take less than half of a run, so the others do not wait for it.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
-        return shared_server_files().get(file, file)
+        return SHARED if file in shared_server_files() else file
 
 
 @functools.cache
-def shared_server_files() -> dict[str, str]:
-    """The files whose tests ask the shared server, from the root, and the server of each."""
+def shared_server_files() -> frozenset[str]:
+    """The files whose tests ask the shared server, from the root."""
     files = {path.relative_to(TESTS.parent).as_posix(): path for path in TESTS.rglob("test_*.py")}
     texts = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    names = sorted(
+    return frozenset(
         name for name, text in texts.items() if ASKS.search(text) and not HAS_ITS_OWN.search(text)
     )
-    return {name: f"shared server {index % NUM_SERVERS}" for index, name in enumerate(names)}
 
 
 def make_scheduler(config: Any, log: Any) -> SharedServerScheduling | None:

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from support.eager_graphs import engine
+from support.eager_graphs import ALIKE, engine
 from support.oracle import GREEDY, image, prompt
 from support.stepped import SteppedEngine, message
 
@@ -17,11 +17,6 @@ from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.step_tensors import Hidden
 
 LONG = "a question that is far longer than a step's tokens"
-ALIKE = {
-    "a": SamplingParams(temperature=0.0, frequency_penalty=0.5, num_logprobs=2),
-    "b": SamplingParams(temperature=0.9, seed=3),
-    "c": SamplingParams(temperature=0.7, top_k=20, seed=4),
-}
 
 
 def test_a_chunk_is_started_before_the_tokens_beside_it_are_on_the_host(
@@ -72,28 +67,28 @@ def beside_chunks(plans_ahead: bool, stop: int = 0) -> tuple[dict[str, list[int]
     return {name: running.generated(name) for name in "abcde"}, running
 
 
-def test_chunks_beside_decodes_are_started_ahead_and_change_no_token() -> None:
-    """Also the last of a prompt, behind which a token is sampled."""
-    expected, _ = beside_chunks(plans_ahead=False)
-    actual, running = beside_chunks(plans_ahead=True)
+def assert_used(stop: int = 0) -> dict[str, list[int]]:
+    """The chunks that were started ahead are used and change no token. Returns the tokens."""
+    expected, _ = beside_chunks(plans_ahead=False, stop=stop)
+    actual, running = beside_chunks(plans_ahead=True, stop=stop)
     assert actual == expected
     counts: Any = running.runner.next_pass
     # of 81 tokens, about nine a step, all but the steps that admit d and e
     assert counts.num_chunks_used >= 7
     assert counts.num_used == counts.num_started - 2
+    return actual
+
+
+def test_chunks_beside_decodes_are_started_ahead_and_change_no_token() -> None:
+    """Also the last of a prompt, behind which a token is sampled."""
+    assert_used()
 
 
 def test_a_chunk_that_was_started_is_used_when_an_answer_beside_it_has_ended() -> None:
     """The token that the answer leaves is not given to the chunk, which would be another one."""
     plain, _ = beside_chunks(plans_ahead=False)
     stop = plain["b"][4]
-    expected, _ = beside_chunks(plans_ahead=False, stop=stop)
-    actual, running = beside_chunks(plans_ahead=True, stop=stop)
-    assert len(expected["b"]) == 5
-    assert actual == expected
-    counts: Any = running.runner.next_pass
-    assert counts.num_chunks_used >= 7
-    assert counts.num_used == counts.num_started - 2
+    assert len(assert_used(stop)["b"]) == 5
 
 
 def test_a_chunk_that_was_started_for_an_aborted_request_changes_no_other_answer() -> None:

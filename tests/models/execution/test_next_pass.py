@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from support.eager_graphs import EagerGraphs, engine
+from support.eager_graphs import ALIKE, EagerGraphs, engine
 from support.oracle import GREEDY, count_excuses, image, loaded, prompt, random_request
 from support.stepped import MAX_MODEL_LEN, SteppedEngine, message
 from support.taped import TapedTorchBackend, TapeRecorder
@@ -27,12 +27,6 @@ from vlmserve.models.execution.runner import ModelRunner
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
 from vlmserve.models.kv_cache.step_tensors import Hidden
 from vlmserve.models.sampling import sampler
-
-ALIKE = {
-    "a": SamplingParams(temperature=0.0, frequency_penalty=0.5, num_logprobs=2),
-    "b": SamplingParams(temperature=0.9, seed=3),
-    "c": SamplingParams(temperature=0.7, top_k=20, seed=4),
-}
 
 
 @pytest.mark.parametrize("layout", [pytest.param("tiny", marks=pytest.mark.slow), "cross-first"])
