@@ -3,11 +3,12 @@
     python bench/checkpoints.py m100 --out m100
     python bench/flood.py --checkpoint m100 --dtype bfloat16 --floods 64 --max-tokens 20
 
-The real engine and runner in one thread, without a server. One key floods the engine; meanwhile
-a small request of another key arrives every few steps. Then the same with one key for all. The
-clock is this process's CPU time, so that other work on the machine changes it little. `cost` is
-the CPU time of all requests with shares, divided by that with one key; `times` is a small request's
-median first token beside the flood, divided by that alone. The last line is one JSON document.
+The real engine and runner, with one thread for the model, without a server. One key floods the
+engine; meanwhile a small request of another key arrives every few steps. Then the same with one key
+for all. The clock is this process's CPU time, so that other work on the machine changes it little.
+`cost` is the CPU time of all requests with shares, divided by that with one key; `times` is a small
+request's median first token beside the flood, divided by that alone. The last line is one JSON
+document.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import asyncio
 import math
 import statistics
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -127,11 +129,14 @@ async def alone(one: Round, load: Load, owner: str) -> float:
     return time.process_time() - started
 
 
-async def measure(one: Round, load: Load, what: object, owner: str) -> float:
+Send = Callable[[Round, Load, str], Awaitable[float]]
+
+
+async def measure(one: Round, load: Load, send: Send, owner: str) -> float:
     """Run an engine for one round. Returns its CPU seconds."""
     running = asyncio.create_task(one.engine.run())
     try:
-        return await (alone if what is alone else beside)(one, load, owner)
+        return await send(one, load, owner)
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -149,13 +154,13 @@ def main() -> None:
     waits: dict[str, list[float]] = {name: [] for name in seconds}
     counts = {}
     for seed in range(args.rounds):
-        for name, what, owner in (
+        for name, send, owner in (
             ("alone", alone, OTHER),
             ("two keys", beside, OTHER),
             ("one key", beside, FLOODER),
         ):
             one = Round(runner, args.max_num_seqs, seed)
-            seconds[name].append(asyncio.run(measure(one, load, what, owner)))
+            seconds[name].append(asyncio.run(measure(one, load, send, owner)))
             waits[name] += one.waits()
             counts[name] = {"steps": one.num_steps, "inside": one.num_inside}
             print(name, f"{seconds[name][-1]:.2f} s", counts[name], flush=True)
