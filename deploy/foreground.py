@@ -26,7 +26,9 @@ def foreground_terminal() -> int | None:
 def start(command: list[str], terminal: int) -> int:
     """Start the command in the foreground, in a separate group. Returns its process id."""
     pid = os.fork()
-    os.setpgid(pid, 0)
+    # Both do it, whichever runs first; refused if the child has already executed the command.
+    with contextlib.suppress(PermissionError):
+        os.setpgid(pid, 0)
     os.tcsetpgrp(terminal, pid or os.getpid())
     if pid == 0:
         signal.signal(signal.SIGTTOU, signal.SIG_DFL)

@@ -31,6 +31,19 @@ print("serving", flush=True)
 while True:
     signal.pause()
 """
+# The parent's `setpgid` comes after the child has executed its command.
+LATE_PARENT = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / "deploy")!r})
+import foreground
+setpgid = os.setpgid
+def late(pid, group):
+    while pid and b"python" in open(f"/proc/{{pid}}/comm", "rb").read():
+        pass
+    setpgid(pid, group)
+os.setpgid = late
+sys.exit(foreground.main(["sh", "-c", "echo serving; exit 3"]))
+"""
 CTRL_C, CTRL_Z = b"\x03", b"\x1a"
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -108,6 +121,12 @@ def test_row_65_ctrl_z_stops_make_and_fg_continues_it(bin_folder: Path) -> None:
 
 def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_row_65_a_server_that_starts_before_its_group_is_set_runs() -> None:
+    """The system then refuses the parent's `setpgid`, which the child has called already."""
+    with contextlib.closing(Terminal([sys.executable, "-c", LATE_PARENT])) as terminal:
+        assert terminal.exit_code() == 3
 
 
 def test_row_65_sigterm_to_make_stops_the_server_in_order(terminal: Terminal) -> None:
