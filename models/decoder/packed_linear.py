@@ -45,6 +45,11 @@ class PackedWeight:
         self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self._bias = None if bias is None else bias.detach()
 
+    @property
+    def nbytes(self) -> int:
+        """Of the weight and the bias."""
+        return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
+
     def product(self, states: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
         result: Tensor = torch.ops.mkldnn._linear_pointwise(

@@ -16,6 +16,7 @@ import ctypes, gc, json, sys, threading
 import torch
 import vlmserve.models.execution.runner
 from vlmserve.models.bundled import CHECKPOINT
+from vlmserve.models.decoder.packed_linear import PackedWeight
 from vlmserve.models.memory.estimate import part_bytes
 from vlmserve.models.weights.device_map import parts_of
 from vlmserve.models.weights.loader import load_model, open_checkpoint
@@ -31,6 +32,11 @@ def mapped_bytes(folder, tensors):
     return sum(
         one.nbytes for one in tensors if any(a <= one.data_ptr() < b for a, b in ranges)
     )
+
+def packed_bytes(model):
+    # opaque tensors without an address, so no parameters
+    values = [value for module in model.modules() for value in vars(module).values()]
+    return sum(one.nbytes for one in values if isinstance(one, PackedWeight))
 
 def released():
     gc.collect()
@@ -60,7 +66,7 @@ def measure(folder, dtype):
     return {
         "counted": sum(sizes.values()),
         "peak": peak - before,
-        "kept": sum(one.nbytes for one in tensors),
+        "kept": sum(one.nbytes for one in tensors) + packed_bytes(model),
         "resident": anonymous_bytes() - before + mapped_bytes(folder, tensors),
     }
 
