@@ -25,7 +25,14 @@ from ..admission.lanes import IMAGE_DECODERS
 from ..children.processes import ChildStartError, child_environment, end_child, start_python
 from ..errors import NotReadyError
 from .decoder_child import DecoderConfig
-from .decoder_frames import DecodeReply, read_reply, write_request
+from .decoder_frames import (
+    MAX_REPLY_BYTES,
+    PIECE_BYTES,
+    REPLY_HEAD,
+    REQUEST_HEAD,
+    DecodeReply,
+    ReplyHead,
+)
 from .header import check_header, read_header
 from .settings import ImageError, ImageSettings, PoolClosed
 from .tiling import TilingConfig
@@ -324,3 +331,43 @@ async def _fault_of(
     if is_too_slow:
         return DecodeReply(error=f"image takes over {limit_s:g} s of CPU time: scale it down")
     return None
+
+
+# Each of these lets the event loop run between two pieces: no turn copies a whole picture.
+
+
+async def read_reply(reader: asyncio.StreamReader) -> DecodeReply:
+    """The next reply. Raises IncompleteReadError at the end of the stream.
+
+    Raises ValueError or msgspec.DecodeError if it is invalid.
+    """
+    length, num_tile_bytes = REPLY_HEAD.unpack(await reader.readexactly(REPLY_HEAD.size))
+    if length + num_tile_bytes > MAX_REPLY_BYTES:
+        raise ValueError(
+            f"a decoder's reply of {length + num_tile_bytes} bytes is over {MAX_REPLY_BYTES}"
+        )
+    head = msgspec.msgpack.decode(await _read(reader, length), type=ReplyHead)
+    data = await _read(reader, num_tile_bytes)
+    if head.image is None:
+        return DecodeReply(error=head.error)
+    if len(data) != head.image.num_bytes:
+        raise ValueError(f"{len(data)} bytes of an image of {head.image.num_bytes}")
+    return DecodeReply(ImageTiles.of(head.image, data))
+
+
+async def write_request(writer: asyncio.StreamWriter, data: bytes, max_tiles: int | None) -> None:
+    """Send one encoded file. Raises ConnectionError or RuntimeError if the child is gone."""
+    writer.write(REQUEST_HEAD.pack(max_tiles or 0, len(data)))
+    view = memoryview(data)
+    for offset in range(0, len(data), PIECE_BYTES):
+        writer.write(bytes(view[offset : offset + PIECE_BYTES]))
+        await writer.drain()
+        await asyncio.sleep(0)  # also if the pipe took all of it
+
+
+async def _read(reader: asyncio.StreamReader, num_bytes: int) -> bytearray:
+    data = bytearray()
+    while len(data) < num_bytes:
+        data += await reader.readexactly(min(PIECE_BYTES, num_bytes - len(data)))
+        await asyncio.sleep(0)  # also if more of it is here already
+    return data

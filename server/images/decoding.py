@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 
-import numpy as np
 from PIL import (
     GifImagePlugin,
     Image,
@@ -124,9 +123,8 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 
 def _grey_to_8_bit(image: Image.Image) -> Image.Image:
     """16-bit grey (I;16, or 32-bit I with 16-bit values) to L."""
-    values = np.asarray(image)
-    high = np.clip(values, 0, 65_535) >> 8
-    return Image.fromarray(high.astype(np.uint8))
+    # Pillow cuts the fraction off; `convert` clips what is over 8 bits.
+    return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
 
 
 def _over_white(image: Image.Image) -> Image.Image:

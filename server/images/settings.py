@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Annotated
 
 from ... import __version__
@@ -28,6 +27,8 @@ _AGENT = re.compile(r"(?=.{1,256}\Z)[!-~](?:[ -~]*[!-~])?")
 @functools.cache
 def default_user_agent() -> str:
     """Name and version, and the project's page if the installed package names one."""
+    from importlib import metadata  # here: a decoder imports this module and asks for no agent
+
     try:
         page = metadata.metadata("vlmserve").json.get("home_page")
     except metadata.PackageNotFoundError:

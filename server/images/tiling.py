@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from ...models.batch import ImageTiles
@@ -134,18 +134,23 @@ def cut(
     grid = choose_grid(image.height, image.width, config.tile_limit(max_tiles), tile_size)
     size = fit_to_grid(image.height, image.width, grid, tile_size)
     resample = Image.Resampling(config.resample)
-    resized = np.asarray(image.resize((size.width, size.height), resample=resample))
-    canvas = np.zeros((grid.rows * tile_size, grid.columns * tile_size, 3), dtype=np.uint8)
-    canvas[: size.height, : size.width] = resized
-    # [rows, tile, columns, tile, 3] -> [rows, columns, 3, tile, tile]
-    tiles = canvas.reshape(grid.rows, tile_size, grid.columns, tile_size, 3)
+    canvas = Image.new("RGB", (grid.columns * tile_size, grid.rows * tile_size))
+    canvas.paste(image.resize((size.width, size.height), resample=resample), (0, 0))
     return ImageTiles(
-        data=tiles.transpose(0, 2, 4, 1, 3).tobytes(),
+        data=b"".join(_planes(canvas, grid, tile_size)),
         num_tiles=grid.num_tiles,
         tile_size=tile_size,
         aspect_ratio_id=aspect_ratio_id(grid, config.max_image_tiles),
         content_hash=content_hash,
     )
+
+
+def _planes(canvas: Image.Image, grid: TileGrid, side: int) -> Iterator[bytes]:
+    """The colour planes of each tile, by rows."""
+    for row, column in product(range(grid.rows), range(grid.columns)):
+        left, top = column * side, row * side
+        for plane in canvas.crop((left, top, left + side, top + side)).split():
+            yield plane.tobytes()
 
 
 @cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 
 import msgspec
 import pytest
@@ -15,8 +17,8 @@ from vlmserve.server.images.decoder_frames import (
     DecodeReply,
     ReplyHead,
     encode_reply,
-    read_reply,
 )
+from vlmserve.server.images.decoders import read_reply
 
 
 def read(frame: bytes) -> DecodeReply:
@@ -57,3 +59,13 @@ def test_a_reply_that_is_cut_or_nonsense_is_refused() -> None:
     body = msgspec.msgpack.encode(ReplyHead(error="no"))[:-1] + b"\xc1"
     with pytest.raises((ValueError, msgspec.MsgspecError)):
         read(REPLY_HEAD.pack(len(body), 0) + body)
+
+
+def test_a_child_imports_neither_asyncio_nor_numpy():
+    """Each would be a third of its start, and two children start with each server."""
+    code = (
+        "import sys, vlmserve.server.images.decoder_child\n"
+        "print({'asyncio', 'numpy', 'importlib.metadata'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "set()\n", done.stderr
