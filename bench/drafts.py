@@ -7,16 +7,20 @@ The scheduler and the runner alone, without a server. Tasks:
 
     json, table, question   answers that repeat their prompts; see `repeating_texts.py`
     free                    the model's own greedy answers to random prompts, which repeat nothing:
-                            what drafts cost
+                            what the look-up costs
+    misleading              answers of few different tokens in random order: drafts are found and
+                            most are wrong
 
-A random checkpoint repeats nothing. So in the first three tasks each sampled token is replaced by
+A random checkpoint repeats nothing. So in all tasks but `free` each sampled token is replaced by
 the next one of a written answer, right behind the sampling. All else is the server's: lookup, the
 number of drafts, the step that verifies them. So the share of right drafts is that of prompt
 lookup in such texts, in the bundled tokenizer's short tokens.
 
 Both ways share a scheduler, so prompts are computed once and come from its prefix cache then; the
-clock runs over the answers alone. Medians over the rounds, and of the rounds' ratios, after a round
-that does not count. The last line is one JSON document.
+clock runs over the answers alone. They take turns by answers, in `free` and `misleading` by steps,
+since what drafts cost there is less than the noise between answers.
+Medians over the rounds, and of the rounds' ratios, after a round that does not count. The last line
+is one JSON document.
 
 --clock cpu: the scheduler learns from the CPU seconds of steps. With one thread, on a machine that
 other programs use, these are what a quiet machine's wall clock shows.
@@ -30,6 +34,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -45,6 +50,9 @@ from vlmserve.router.messages import AddRequest
 from vlmserve.router.scheduler import scheduler
 from vlmserve.router.scheduler.interface import DraftCounts, SchedulerLimits
 
+# Tasks that show what drafts cost where they do not help.
+COSTS = ("free", "misleading")
+
 
 def parse_arguments() -> argparse.Namespace:
     return arguments(
@@ -54,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
         device="auto",
         concurrency="1,4,16",
         drafts=(8, "--num-speculative-tokens"),
-        tasks=",".join((*KINDS, "free")),
+        tasks=",".join((*KINDS, *COSTS)),
         records=(8, "records of a prompt"),
         answer=(400, "tokens of an answer, at most"),
         clock=["wall", "cpu"],
@@ -88,44 +96,53 @@ class Written:
 
 @dataclass(slots=True)
 class Side:
-    """Figures of the rounds with drafts or without, of a shared scheduler."""
+    """Figures of the steps with drafts or without, of a shared scheduler; lists by round."""
 
     loop: Loop
     clock: Callable[[], float]
+    has_drafts: bool
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     num_steps: int = 0
-    before: DraftCounts = field(default_factory=DraftCounts)
+    _num_tokens: int = 0
+    _wall_s: float = 0.0
+    _cpu_s: float = 0.0
 
-    def run(self, requests: list[AddRequest]) -> None:
-        """Answer these requests; the clock starts when all prompts are computed."""
-        for request in requests:
-            self.loop.put(request)
-        while not self._step(is_prompt=True):
-            pass
-        self.before = replace(self.loop.scheduler.counts().drafts)
-        wall, cpu, self.num_steps, num_tokens = time.perf_counter(), time.process_time(), 0, 0
-        while num_new := self._step():
-            num_tokens += num_new
-            self.num_steps += 1
-        self.wall.append(num_tokens / (time.perf_counter() - wall))
-        self.cpu.append(num_tokens / (time.process_time() - cpu))
+    def step(self) -> bool:
+        """Compute a step of the answers, on the clock. False: all have ended."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        with nullcontext() if self.has_drafts else without_drafts():
+            num_new = sum(compute(self.loop, self.clock))
+        self._wall_s += time.perf_counter() - wall
+        self._cpu_s += time.process_time() - cpu
+        self._num_tokens += num_new
+        self.num_steps += num_new > 0
+        return num_new > 0
 
-    def _step(self, *, is_prompt: bool = False) -> int:
-        """Compute a step as the engine does; how many tokens answers got. 0: all have ended.
+    def start_round(self) -> None:
+        self.num_steps, self._num_tokens, self._wall_s, self._cpu_s = 0, 0, 0.0, 0.0
 
-        is_prompt: 0 as well if some prompt is not computed afterwards.
-        """
-        plans = self.loop.scheduler
-        batch = plans.schedule()
-        if batch is None:
-            return 0
-        started_at = self.clock()
-        result = self.loop.runner.execute(batch)
-        progress = plans.update(result, self.clock() - started_at)
-        if is_prompt and len(progress) < self.loop.limits.max_num_seqs:
-            return 0
-        return sum(len(one.token_ids) for one in progress)
+    def end_round(self) -> None:
+        self.wall.append(self._num_tokens / self._wall_s)
+        self.cpu.append(self._num_tokens / self._cpu_s)
+
+
+def compute(loop: Loop, clock: Callable[[], float]) -> list[int]:
+    """Compute a step as the engine does; how many tokens each answer got."""
+    batch = loop.scheduler.schedule()
+    if batch is None:
+        return []
+    started_at = clock()
+    result = loop.runner.execute(batch)
+    progress = loop.scheduler.update(result, clock() - started_at)
+    return [len(one.token_ids) for one in progress]
+
+
+def compute_prompts(loop: Loop, requests: list[AddRequest], clock: Callable[[], float]) -> None:
+    for request in requests:
+        loop.put(request)
+    while len(compute(loop, clock)) < len(requests):
+        pass
 
 
 @contextmanager
@@ -163,7 +180,12 @@ def requests_of(
             rng = np.random.default_rng(number)
             requests.append(random_request(rng, runner, name, 48, args.answer))
             continue
-        prompt, answer = (tokenizer.encode(one).ids for one in texts_of(task, number, args.records))
+        if task == "misleading":
+            rng = np.random.default_rng(number)
+            prompt, answer = (rng.integers(300, 306, size).tolist() for size in (48, args.answer))
+        else:
+            texts = texts_of(task, number, args.records)
+            prompt, answer = (tokenizer.encode(one).ids for one in texts)
         answers[f"0/{name}"] = answer = answer[: args.answer]
         requests.append(
             AddRequest(
@@ -180,20 +202,30 @@ def requests_of(
 def measure(
     runner: ModelRunner, written: Written, args: argparse.Namespace, num_seqs: int, task: str
 ) -> dict[str, float]:
-    """Runs with and without drafts alternate; each round starts with the other of the two."""
+    """Steps or rounds with and without drafts alternate; each round starts with the other."""
     requests, written.answers = requests_of(runner, args, task, num_seqs)
     loop = loop_of(runner, num_seqs, args.drafts)
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    plain, drafted = Side(loop, clock), Side(loop, clock)
+    plain, drafted = (Side(loop, clock, has_drafts) for has_drafts in (False, True))
+    before = DraftCounts()
     for number in range(1 + args.rounds):
-        for side in (plain, drafted)[:: -1 if number % 2 else 1]:
-            with without_drafts() if side is plain else nullcontext():
-                side.run(requests)
-    return figures(plain, drafted)
+        before = replace(loop.scheduler.counts().drafts)
+        sides = (plain, drafted)[:: -1 if number % 2 else 1]
+        for side in sides:
+            side.start_round()
+        # Those whose steps take turns within one answer.
+        for group in [sides] if task in COSTS else [(side,) for side in sides]:
+            compute_prompts(loop, requests, clock)
+            turns = cycle(group)
+            while next(turns).step():
+                pass
+        for side in sides:
+            side.end_round()
+    return figures(plain, drafted, before)
 
 
-def figures(plain: Side, drafted: Side) -> dict[str, float]:
-    """Medians, ratios of drafts over none, and the share of drafts that were right."""
+def figures(plain: Side, drafted: Side, before: DraftCounts) -> dict[str, float]:
+    """Medians, ratios of drafts over none, and the share of right drafts in the last round."""
     pairs: Mapping[str, tuple[list[float], list[float]]] = {
         "wall": (plain.wall[1:], drafted.wall[1:]),
         "cpu": (plain.cpu[1:], drafted.cpu[1:]),
@@ -202,7 +234,7 @@ def figures(plain: Side, drafted: Side) -> dict[str, float]:
         f"{name}_ratio": round(statistics.median(b / a for a, b in zip(*both, strict=True)), 3)
         for name, both in pairs.items()
     }
-    counts, before = drafted.loop.scheduler.counts().drafts, drafted.before
+    counts = drafted.loop.scheduler.counts().drafts
     num_drafts = counts.num_tokens - before.num_tokens
     return {
         "tokens_per_s": round(statistics.median(pairs["wall"][0]), 1),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 
-from drafts import Side, Written, loop_of, requests_of, without_drafts
+from drafts import Side, Written, compute_prompts, loop_of, requests_of
 from engine_requests import open_runner
 from repeating_texts import KINDS, texts_of
 
@@ -30,18 +31,20 @@ def test_written_answers_are_given_with_drafts_and_without() -> None:
     written.place_behind(runner)
     loop = loop_of(runner, 2, 8)
     # each step takes a second of this clock: drafts pay as soon as they are right
-    side = Side(loop, itertools.count().__next__)
-    for _ in range(2):
-        side.run(requests)
+    clock = itertools.count().__next__
+    drafted, plain = (Side(loop, clock, has_drafts) for has_drafts in (True, False))
+    for side in (drafted, drafted, plain):
+        counts = replace(loop.scheduler.counts().drafts)
+        side.start_round()
+        compute_prompts(loop, requests, clock)
+        while side.step():
+            pass
         for one in loop.scheduler.take_started():
             assert (
                 one.token_ids[len(one.request.prompt_token_ids) :]
                 == written.answers[one.sequence_id]
             )
-    counts = loop.scheduler.counts().drafts
     assert counts.num_accepted > 10
-    assert side.num_steps < 59
-    with without_drafts():
-        side.run(requests)
+    assert drafted.num_steps < 59
     assert loop.scheduler.counts().drafts == counts
-    assert side.num_steps == 59
+    assert plain.num_steps == 59
