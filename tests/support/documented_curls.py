@@ -1,9 +1,11 @@
 """Runs every curl of the reference as it stands against a real worker and engine.
 
-Run inside a network namespace of its own (`unshare -rn`): the curls name port 8000.
-The https picture they name is served on loopback, by a resolver and a connector of
-this script and a certificate that only it trusts. Prints one JSON document: the
-answer of each curl, and what the picture shows.
+    unshare -rn python tests/support/documented_curls.py SOCKET
+
+SOCKET: of an engine that runs the bundled model; the worker is this process. In a network namespace
+of its own, as the curls name port 8000. The https picture they name is served on loopback, by a
+resolver and a connector of this script and a certificate that only it trusts. Prints one JSON
+document: the answer of each curl, and what the picture shows.
 """
 
 import fcntl
@@ -16,7 +18,6 @@ import ssl
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -24,7 +25,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import msgspec
 import numpy
 from support.polling import wait_until
 from support.running import START_TIMEOUT_S
@@ -32,7 +32,6 @@ from support.running import START_TIMEOUT_S
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.bundled.dataset.questions import describe
 from vlmserve.models.bundled.pictures import draw, encode, random_scene
-from vlmserve.router.config import EngineConfig
 from vlmserve.server.images.fetch import ImageFetcher, TcpConnector
 from vlmserve.server.images.settings import ImageSettings
 from vlmserve.server.settings import ServerSettings
@@ -98,20 +97,6 @@ class ToLoopback:
         return await self._tcp.connect("127.0.0.1", self._port, timeout_s)
 
 
-def start_engine(socket_path: str) -> subprocess.Popen:
-    config = EngineConfig(
-        model=str(CHECKPOINT), socket_path=socket_path, dtype="float32", parent_pid=os.getpid()
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-m", "vlmserve.router.engine.process"],
-        stdin=subprocess.PIPE,
-        stdout=sys.stderr,
-    )
-    child.stdin.write(msgspec.json.encode(config) + b"\n")
-    child.stdin.close()
-    return child
-
-
 def wait_ready() -> None:
     assert wait_until(is_ready, START_TIMEOUT_S), "the server under test did not become ready"
 
@@ -143,23 +128,18 @@ def main() -> None:
     bring_up_loopback()
     tls = ssl.create_default_context(cafile=str(DATA / "tls_test_only.pem"))
     answers: dict = {}
-    with tempfile.TemporaryDirectory() as folder:
-        socket_path = f"{folder}/engine.sock"
-        engine = start_engine(socket_path)
-        fetcher = ImageFetcher(
-            ImageSettings(),
-            resolver=OnlyWikimedia(),
-            connector=ToLoopback(serve_pictures()),
-            ssl_context=tls,
-        )
-        settings = ServerSettings(
-            model=str(CHECKPOINT), engine_socket=socket_path, served_model_names=[NAME]
-        )
-        app = build_app(settings, fetcher=fetcher)
-        threading.Thread(target=run_curls, args=(answers,), daemon=True).start()
-        app.run(host="0.0.0.0", port=8000, single_process=True, access_log=False, motd=False)
-        engine.terminate()
-        engine.wait(30)
+    fetcher = ImageFetcher(
+        ImageSettings(),
+        resolver=OnlyWikimedia(),
+        connector=ToLoopback(serve_pictures()),
+        ssl_context=tls,
+    )
+    settings = ServerSettings(
+        model=str(CHECKPOINT), engine_socket=sys.argv[1], served_model_names=[NAME]
+    )
+    app = build_app(settings, fetcher=fetcher)
+    threading.Thread(target=run_curls, args=(answers,), daemon=True).start()
+    app.run(host="0.0.0.0", port=8000, single_process=True, access_log=False, motd=False)
     print(json.dumps({"answers": answers, "picture": describe(SCENE)}))
 
 

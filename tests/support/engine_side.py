@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -30,3 +31,15 @@ async def engine_at(path: str | Path, runner: Runner, **options: Any) -> AsyncIt
         running.cancel()
         engine.close(EngineDeadError("over"))
         await server.close()
+
+
+def engine_socket(pid: int) -> str:
+    """The path of the socket that an engine process listens on."""
+    links = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+    with open("/proc/net/unix", encoding="ascii") as table:
+        rows = [line.split() for line in table]
+    (path,) = {
+        row[7] for row in rows if len(row) > 7 and row[7].endswith(".sock")
+        and f"socket:[{row[6]}]" in links and row[3] == "00010000"
+    }  # fmt: skip
+    return path

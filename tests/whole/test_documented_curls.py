@@ -1,4 +1,5 @@
-"""The reference's curls, run as they stand, against a real worker and engine."""
+"""The reference's curls, run as they stand, against a worker of their own and the shared
+server's engine."""
 
 import json
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.engine_side import engine_socket
 from support.shapes import shape_of
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -21,11 +23,16 @@ def can_unshare() -> bool:
 
 
 @pytest.fixture(scope="module")
-def printed() -> dict:
+def printed(session_standing) -> dict:
+    if session_standing.server.process is None:
+        pytest.skip("the server is elsewhere")
     if not can_unshare():
         pytest.skip("needs curl and network namespaces (unshare -rn)")
     done = subprocess.run(
-        ["unshare", "-rn", sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=600
+        ["unshare", "-rn", sys.executable, str(SCRIPT), engine_socket(session_standing.engine_pid)],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -42,7 +49,7 @@ def sample(name: str) -> dict:
     return json.loads((DATA / f"{name}.response.json").read_text())
 
 
-def test_every_documented_curl_was_run(answers):
+def test_every_documented_curl_was_run(standing, answers):
     assert set(answers) == {"models", "ready", "live", "chat_completions", "llama_stack"}
 
 

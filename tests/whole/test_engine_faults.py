@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
-from support.engine_side import engine_at
+from support.engine_side import engine_at, engine_socket
 from support.fake_runner import FakeRunner, fake_info
 from support.http_to_engine import body_of, server_at, until_free, until_ready
 from support.invariants import (
@@ -196,18 +196,6 @@ def test_row_44_a_bad_frame_drops_only_the_peer_that_sent_it(standing, frame):
         writer.close()
 
     asyncio.run(send())
-
-
-def engine_socket(pid):
-    """The path of the socket that an engine process listens on."""
-    links = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
-    with open("/proc/net/unix", encoding="ascii") as table:
-        rows = [line.split() for line in table]
-    (path,) = {
-        row[7] for row in rows if len(row) > 7 and row[7].endswith(".sock")
-        and f"socket:[{row[6]}]" in links and row[3] == "00010000"
-    }  # fmt: skip
-    return path
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -12,7 +12,6 @@ import urllib.request
 
 import pytest
 from support.invariants import Standing
-from support.running import serving
 
 from server_state import descendants, is_running
 
@@ -33,10 +32,9 @@ OPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def named(tmp_path_factory):
-    """A server of the bundled model under another name; its tests but the last leave it ready."""
-    with serving(tmp_path_factory.mktemp("named"), "--served-model-name", NAME) as running:
-        yield running
+def hashing(start_shared_faulty_server):
+    """A server whose engine hashes; its tests but the last leave it ready."""
+    return start_shared_faulty_server()
 
 
 def engine_pid(server) -> int:
@@ -75,9 +73,10 @@ def test_sigint_ends_the_whole_tree_with_exit_code_0(start_faulty_server, wait_f
 
 @pytest.mark.slow
 def test_an_engine_that_dies_ends_open_requests_with_an_error_and_another_takes_over(
-    named, wait_for
+    start_server, wait_for
 ):
     """The whole server ended with it."""
+    named = start_server("--served-model-name", NAME)
     streams = [open_stream(named, NAME) for _ in range(3)]
     for stream in streams:
         stream.readline()
@@ -146,18 +145,18 @@ def test_pickle_weights_are_refused_before_they_are_read(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_ready_is_503_while_the_engine_stands_still(named, wait_for):
-    assert wait_for(lambda: status_of(named, "/v1/health/ready") == 200)
-    body = json.loads(named.get("/v1/health/ready"))
+def test_ready_is_503_while_the_engine_stands_still(hashing, wait_for):
+    assert wait_for(lambda: status_of(hashing, "/v1/health/ready") == 200)
+    body = json.loads(hashing.get("/v1/health/ready"))
     assert body == {"object": "health.response", "message": "Service is ready."}
-    stopped = engine_pid(named)
+    stopped = engine_pid(hashing)
     os.kill(stopped, signal.SIGSTOP)
     try:
-        assert wait_for(lambda: status_of(named, "/v1/health/ready") == 503)
-        assert status_of(named, "/v1/health/live") == 200
+        assert wait_for(lambda: status_of(hashing, "/v1/health/ready") == 503)
+        assert status_of(hashing, "/v1/health/live") == 200
     finally:
         os.kill(stopped, signal.SIGCONT)
-    assert wait_for(lambda: status_of(named, "/v1/health/ready") == 200)
+    assert wait_for(lambda: status_of(hashing, "/v1/health/ready") == 200)
 
 
 def status_of(server, path: str) -> int:
@@ -166,14 +165,6 @@ def status_of(server, path: str) -> int:
             return response.status
     except urllib.error.HTTPError as error:
         return error.code
-
-
-def test_the_ready_line_names_the_url_and_the_model(named, wait_for):
-    assert wait_for(lambda: "vlmserve is ready on" in named.log.read_text())
-    (line,) = [x for x in named.log.read_text().splitlines() if "vlmserve is ready on" in x]
-    assert named.url in line
-    assert NAME in line
-    assert [m["id"] for m in json.loads(named.get("/v1/models"))["data"]] == [NAME]
 
 
 def test_help_groups_and_explains_every_option():
@@ -215,6 +206,6 @@ def test_a_slow_answer_does_not_block_others(server):
     assert order == ["short", "long"]
 
 
-def test_sigterm_ends_the_whole_tree_with_exit_code_0(named, wait_for):
+def test_sigterm_ends_the_whole_tree_with_exit_code_0(hashing, wait_for):
     """The last test: it ends the server of the others."""
-    assert_the_signal_ends_the_tree(named, wait_for, signal.SIGTERM)
+    assert_the_signal_ends_the_tree(hashing, wait_for, signal.SIGTERM)

@@ -24,8 +24,10 @@ from support.http_side import (
     tokens_one_by_one,
 )
 from support.invariants import CHAT, GENERATION_ROUTES, PICTURE, body_for
-from support.polling import until
+from support.polling import until, wait_until
+from support.running import MODEL_NAME, serving
 
+from server_state import descendants, is_running
 from vlmserve.router.errors import EngineInternalError, QueueFullError
 from vlmserve.router.messages import SequenceOutput
 from vlmserve.router.processes.logs import EventFormatter, StrayLines, escaped, request_id_of_task
@@ -37,6 +39,7 @@ from vlmserve.server.telemetry.usual_fields import USUAL_FOREIGN_FIELDS
 TOKENIZER = meta_like_tokenizer()
 CERTIFICATE = Path(__file__).resolve().parents[2] / "data" / "tls_test_only.pem"
 DEADLINE_S = 120.0
+OWN_NAME = "my-model"
 # Controls, an escape sequence, a bidirectional override, and what a log shipper splits at.
 HOSTILE = "a\x1b[31mb\r\nc\x85d\u2028e\u202ef\x00g"
 
@@ -387,14 +390,13 @@ def secret_calls(path):
 def secret_run(tmp_path_factory):
     """One server's whole log, and its figures, after planted secrets on every route; with the
     answers to a good key before and after a SIGHUP, over TLS."""
-    from conftest import serving, wait_until
-
     folder = tmp_path_factory.mktemp("secrets")
     keys = folder / "keys"
     keys.write_text(f"# one\n{SECRETS['key']}\n")
     options = [
         *("--dtype", "float32", "--log-format", "json", "--api-key-file", str(keys)),
         *("--tls-certfile", str(CERTIFICATE), "--max-model-len", "512"),
+        *("--served-model-name", f"{OWN_NAME},{MODEL_NAME}"),
     ]
     with serving(folder, *options) as server:
         result = {"headers": [], "server": server}
@@ -422,8 +424,12 @@ def secret_run(tmp_path_factory):
             assert wait_until(
                 lambda: client.get("/v1/models", headers=after).status_code == 200, DEADLINE_S
             )
+            result["models"] = client.get("/v1/models", headers=after).json()["data"]
             result["old key"] = client.get("/v1/models", headers=good).status_code
         result["calls"] = calls
+        result["family"] = descendants(server.process.pid)
+    # At the end of the block came a SIGTERM.
+    result["exit code"] = server.process.returncode
     result["log"] = server.log.read_text()
     return result
 
@@ -475,6 +481,20 @@ def test_every_line_of_the_run_is_an_event_and_each_request_has_one(secret_run):
     told = [event["request_id"] for event in events if event.get("logger") == "vlmserve.access"]
     sent = [request_id for _, request_id in secret_run["headers"]]
     assert [told.count(request_id) for request_id in sent] == [1] * len(sent)
+
+
+def test_sigterm_ended_the_whole_tree_of_the_run_with_exit_code_0(secret_run):
+    assert len(secret_run["family"]) >= 4, "expected an engine, a worker and two decoders"
+    assert secret_run["exit code"] == 0
+    assert wait_until(lambda: not any(is_running(pid) for pid in secret_run["family"]), DEADLINE_S)
+
+
+def test_the_ready_line_names_the_url_and_the_first_name_of_the_model(secret_run):
+    events = [json.loads(line)["message"] for line in secret_run["log"].splitlines()]
+    (line,) = [one for one in events if "vlmserve is ready on" in one]
+    assert secret_run["server"].url in line
+    assert OWN_NAME in line
+    assert [model["id"] for model in secret_run["models"]] == [OWN_NAME, MODEL_NAME]
 
 
 def test_the_run_was_over_tls_and_says_so(secret_run):
