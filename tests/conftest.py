@@ -42,12 +42,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Iterator[None]:
-    """Little that is imported or collected becomes garbage: looking for it takes seconds."""
+    """Little that is imported or collected becomes garbage: looking for it takes seconds.
+
+    All of it stays, so that the collections of tests need not look at it either.
+    """
     gc.disable()
     try:
         return (yield)
     finally:
+        gc.freeze()
         gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A process of xdist that reported all its tests ends at once.
+
+    Freeing what it imported takes seconds, and the run waits for it. Nothing that happens after
+    its last report would be reported.
+    """
+    if hasattr(config, "workerinput"):
+        os._exit(0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
