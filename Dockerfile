@@ -26,12 +26,9 @@ RUN pip install --no-deps . && \
 
 FROM python:3.11-slim
 
-# Triton compiles a small launcher of each kernel with a C compiler; the CPU image needs none.
-ARG TORCH_INDEX_URL=""
-RUN if [ -z "$TORCH_INDEX_URL" ]; then \
-      apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
-      && rm -rf /var/lib/apt/lists/*; \
-    fi
+# Triton compiles a small launcher of each kernel; on a CPU vlmserve compiles its products.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 # KubeRay's probes call wget.
 ARG EXTRA=""
 RUN if [ "$EXTRA" = ray ]; then \

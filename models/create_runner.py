@@ -22,6 +22,7 @@ from .execution.graphs.recorder import CudaRecorder
 from .execution.runner import ModelRunner
 from .execution.shared_cores import CoreUse, SharedCores
 from .execution.warm_up import warm_up
+from .kernels import row_products
 from .kernels.float32_products import widens
 from .kv_cache.pool_sizes import PoolPlan
 from .malloc import SLACK_BYTES, keep_freed_buffers, private_bytes
@@ -101,7 +102,8 @@ def create_runner(
     placement = _place(plan, chosen, config.device_map, max_memory, bounded)
     check_fits(plan, placement, bounded)
     before = {device: bounded(device).num_bytes for device in placement.devices()}
-    loaded = load(checkpoint, placement, config.quantize, group=group)
+    with row_products.allowed(config.cpu_products == "auto"):
+        loaded = load(checkpoint, placement, config.quantize, group=group)
     reason = _why_no_graphs(loaded, config, group)
     geometry = replace(loaded.geometry, has_int8_images=config.has_int8_images)
     attention = choose_backend(

@@ -1,7 +1,8 @@
 """Products of linear layers that read the same states, joined into one.
 
 nn.Linear       weights joined; packed if the CPU gains by it; else bfloat16 is widened by parts
-Int8Linear      codes and scales joined: each output channel keeps its scale
+Int8Linear      codes and scales joined: each output channel keeps its scale; packed if the CPU
+                gains by it
 CodedLinear     the same, if coding, groups, tables and orders are equal
 SummedLinear    a rank's product, summed over the ranks; then the addend, once
 """
@@ -22,7 +23,7 @@ from .coded.weight import can_join as can_join_weights
 from .coded.weight import join
 from .int8.linear import Int8Linear
 from .int8.quantizer import Int8Weight
-from .packed_linear import PackedWeight, can_pack
+from .packed_linear import packed_weight
 
 # adds to a product of states in place: change(product, states)
 Change = Callable[[Tensor, Tensor], None]
@@ -57,7 +58,7 @@ class PlainProduct(LinearProduct):
         super().__init__()
         weights = [linear.weight.detach() for linear in linears]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self._packed = PackedWeight(weight) if can_pack(weight) else None
+        self._packed = packed_weight(weight)
         kept = None if self._packed is not None else nn.Parameter(weight, requires_grad=False)
         self._weight: nn.Parameter | None
         self.register_parameter("_weight", kept)
@@ -83,20 +84,30 @@ class PlainProduct(LinearProduct):
 
 
 class Int8Product(LinearProduct):
-    """Of int8 weights."""
+    """Of int8 weights; packed if the CPU gains by it."""
 
     def __init__(self, linears: Sequence[Int8Linear]) -> None:
         super().__init__()
-        if len(linears) == 1:
-            self._linear = linears[0]
-            return
-        codes = torch.cat([linear.codes for linear in linears])
-        scales = torch.cat([linear.scales for linear in linears])
-        self._linear = Int8Linear(Int8Weight(codes, scales))
+        linear = linears[0]
+        if len(linears) > 1:
+            codes = torch.cat([linear.codes for linear in linears])
+            scales = torch.cat([linear.scales for linear in linears])
+            linear = Int8Linear(Int8Weight(codes, scales))
+        self._packed = linear.packed()
+        self._linear = linear if self._packed is None else None
 
     def forward(self, states: Tensor) -> Tensor:
+        if self._packed is not None:
+            return self._packed.product(states)
+        assert self._linear is not None
         product: Tensor = self._linear(states)
         return product
+
+    def plus(self, states: Tensor, addend: Tensor) -> Tensor:
+        """See `LinearProduct.plus`; rounded once where the weight is packed."""
+        if self._packed is not None:
+            return self._packed.product_plus(states, addend)
+        return super().plus(states, addend)
 
 
 class CodedProduct(LinearProduct):

@@ -1,14 +1,18 @@
 """Linear layers with weights stored in the order in which a CPU's products read them.
 
 torch's linear layer reorders its weight at every call with more than one row, which for the few
-rows of a decode step costs more than the product. Here the weight is reordered once, by the
-operators that torch's compiler uses for frozen weights (torch/_inductor/mkldnn_lowerings.py). They
-are private: without them the model keeps torch's layers.
+rows of a decode step costs more than the product. Here the weight is reordered once, for one of:
 
-bfloat16  where the CPU has instructions for it
-float32   large weights, unless a trial finds torch's own products clearly faster
+RowWeight     this project's C (`kernels/row_products.py`), for large weights, where a compiler is
+              installed and a trial finds it faster; of bfloat16 only without instructions for it
+PackedWeight  the operators that torch's compiler uses for frozen weights
+              (torch/_inductor/mkldnn_lowerings.py): of bfloat16 where the CPU has instructions for
+              it; of large float32 weights, unless a trial finds torch's own clearly faster
 
-On a CPU with AVX2 a row of a packed float32 product has the same bits whatever rows are beside it.
+The operators are private: without them and without the C the model keeps torch's layers.
+
+By the C, and by the operators in float32 on a CPU with AVX2, a row has the same bits whatever rows
+are beside it.
 """
 
 from __future__ import annotations
@@ -21,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import float32_products
+from ..kernels import float32_products, row_products
 from ..kernels.cpu_trial import fastest_s, one_thread
 from ..kernels.float32_products import WidenedLinear, WidenedPatches
+from ..kernels.row_products import RowWeight
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +77,9 @@ class PackedLinear(nn.Module):
         """Copies the layer's weight: drop the layer to free it."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._packed = PackedWeight(linear.weight, linear.bias)
+        packed = packed_weight(linear.weight, linear.bias)
+        assert packed is not None, "ask can_pack first"
+        self._packed = packed
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
@@ -108,7 +115,28 @@ def _is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether to pack that weight: on a CPU that has the operators for its type and gains by it."""
+    """Whether to pack that weight: on a CPU that has products for its type and gains by it."""
+    return _takes_rows(weight) or _takes_operators(weight)
+
+
+def packed_weight(weight: Tensor, bias: Tensor | None = None) -> RowWeight | PackedWeight | None:
+    """The weight, packed for the faster product; None if torch's own is the fastest."""
+    if _takes_rows(weight):
+        return RowWeight(weight, bias)
+    return PackedWeight(weight, bias) if _takes_operators(weight) else None
+
+
+def _takes_rows(weight: Tensor) -> bool:
+    """Whether this project's C is the fastest product of that weight."""
+    dtype = weight.dtype
+    if dtype not in (torch.float32, torch.bfloat16) or not row_products.can_pack(weight):
+        return False
+    has_instructions = dtype == torch.bfloat16 and _has_operators(dtype)
+    return not has_instructions and are_rows_faster(dtype)
+
+
+def _takes_operators(weight: Tensor) -> bool:
+    """Whether to use oneDNN's product of a reordered weight."""
     dtype, min_size = weight.dtype, MIN_SIZES.get(weight.dtype)
     is_large = min_size is not None and weight.numel() >= min_size
     if weight.device.type != "cpu" or not is_large or not _has_operators(dtype):
@@ -120,6 +148,16 @@ def _is_slow(weight: Tensor) -> bool:
     """Whether this CPU multiplies that weight faster in float32; tried while the model loads."""
     is_half = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     return is_half and float32_products.is_bfloat16_slow()
+
+
+@functools.cache
+def are_rows_faster(dtype: torch.dtype) -> bool:
+    """Whether this project's C is faster here than the best other product: a trial, once."""
+    weight = torch.ones(TRIED_SIZE, TRIED_SIZE, dtype=dtype)
+    others = [lambda rows: float32_products.linear(rows, weight)]
+    if dtype == torch.float32 and _has_operators(dtype):
+        others.append(PackedWeight(weight).product)
+    return row_products.is_faster(weight, others)
 
 
 @functools.cache

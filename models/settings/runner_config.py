@@ -82,6 +82,14 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_images: Annotated[
         Positive, Option("Maximum number of images encoded per step.", ENGINE)
     ] = 4
+    cpu_products: Annotated[
+        Literal["auto", "torch"],
+        Option(
+            "Matrix products on a CPU. auto: this project's C, if gcc is installed and a trial "
+            "finds it faster; it is compiled once into the user's cache folder. torch: torch's.",
+            MODEL,
+        ),
+    ] = "auto"
     attention_backend: Annotated[
         Literal["auto", "sdpa", "flash_attn", "triton", "varlen"],
         Option(

@@ -11,6 +11,8 @@ With few rows, reading the weight dominates, and int8 halves that. With many row
 dominates: codes are converted to the compute dtype once for all rows, some channels at a time so
 that they stay in a CPU's cache. Scales are applied to the sums, but in float16 to the codes, since
 sums of codes overflow for outputs over about 40.
+
+On a CPU where this project's C is faster, `packed` gives the weight that a decoder's product uses.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import float32_products
+from ...kernels import float32_products, row_products
+from ...kernels.row_products import RowWeight
 from ...kernels.self_test import are_usable
 from .quantizer import Int8Weight
 
@@ -34,6 +37,8 @@ FEW_ROWS_CUDA = 256
 # codes to unpack at once
 CHUNK_CPU = 1 << 20
 CHUNK_CUDA = 1 << 24
+# the side of the square weight of a trial
+TRIED_SIZE = 1024
 
 
 class Int8Linear(nn.Module):
@@ -91,8 +96,23 @@ class Int8Linear(nn.Module):
         joined = sums[0] if len(sums) == 1 else torch.cat(sums, 1)
         return joined if scales_codes else joined * self.scales
 
+    def packed(self) -> RowWeight | None:
+        """A packed copy, without the bias, for this project's C; None if it is not the fastest."""
+        dtype = self.scales.dtype
+        if dtype not in (torch.float32, torch.bfloat16) or not row_products.can_pack(self.codes):
+            return None
+        return RowWeight(self.codes, scales=self.scales) if are_rows_faster(dtype) else None
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+@functools.cache
+def are_rows_faster(dtype: torch.dtype) -> bool:
+    """Whether this project's C is faster than the layer for rows of that type: a trial, once."""
+    codes = torch.ones(TRIED_SIZE, TRIED_SIZE, dtype=torch.int8)
+    layer = Int8Linear(Int8Weight(codes, torch.ones(TRIED_SIZE, dtype=dtype)))
+    return row_products.is_faster(codes, [layer], dtype)
 
 
 @functools.cache

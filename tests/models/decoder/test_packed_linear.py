@@ -1,4 +1,4 @@
-"""Packed linear layers: the same results from a weight that is reordered once."""
+"""Layers packed for oneDNN: the same results from a weight that is reordered once."""
 
 import pytest
 import torch
@@ -24,6 +24,12 @@ TOLERANCES = {torch.float32: 1e-5, HALF: 2e-2}
 def needs(dtype: torch.dtype) -> None:
     if not packed_linear._has_operators(dtype):
         pytest.skip(f"this torch or CPU has no packed products in {dtype}")
+
+
+@pytest.fixture(autouse=True)
+def no_rows(monkeypatch):
+    """As without a C compiler."""
+    monkeypatch.setattr(packed_linear, "_takes_rows", lambda weight: False)
 
 
 @pytest.fixture(params=list(TOLERANCES), ids=str)

@@ -23,7 +23,8 @@ from vlmserve.models.decoder.int8.product import (
     trial_pairs,
 )
 from vlmserve.models.decoder.int8.quantizer import Int8Weight, quantize
-from vlmserve.models.kernels import float32_products
+from vlmserve.models.decoder.linear_products import product_of
+from vlmserve.models.kernels import float32_products, row_products
 from vlmserve.models.kernels.self_test import TOLERANCE, _largest_error
 
 HAS_CUDA = torch.cuda.is_available()
@@ -218,3 +219,30 @@ def test_few_rows_of_bfloat16_take_the_int8_kernel_and_others_are_unpacked_for(
         layer(torch.ones(num_rows, 8, dtype=torch.bfloat16))
     layer(torch.ones(2, 8))
     assert taken == ["few", "many", "many"]
+
+
+@torch.inference_mode()
+def test_a_cpus_product_takes_the_c_where_it_is_faster_and_rounds_once(monkeypatch):
+    if row_products._loaded() is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(row_products, "MIN_SIZE", 1)
+    generator = torch.Generator().manual_seed(0)
+    for dtype, unit in ((torch.float32, 2**-20), (torch.bfloat16, 2**-8)):
+        weights = [torch.randn(width, 96, generator=generator) for width in (40, 24)]
+        layers = [Int8Linear(quantize(weight, dtype)) for weight in weights]
+        for is_faster in (True, False):
+            monkeypatch.setattr(linear, "are_rows_faster", lambda dtype, found=is_faster: found)
+            product = product_of(layers)
+            assert (product._packed is not None) is is_faster
+        monkeypatch.setattr(linear, "are_rows_faster", lambda dtype: True)
+        product = product_of(layers)
+        assert not list(product.buffers())
+        rows = torch.randn(5, 96, generator=generator).to(dtype)
+        addend = torch.randn(5, 64, generator=generator).to(dtype)
+        codes = torch.cat(
+            [layer.codes.double() * layer.scales.double()[:, None] for layer in layers]
+        )
+        exact = rows.double() @ codes.T
+        torch.testing.assert_close(product(rows).double(), exact, atol=1e-4, rtol=unit)
+        found = product.plus(rows, addend).double()
+        torch.testing.assert_close(found, exact + addend.double(), atol=1e-4, rtol=unit)
