@@ -33,7 +33,7 @@ def load(source: Path) -> ctypes.CDLL | None:
     """The library of a C file; None, with a line in the log, if it cannot be built or loaded."""
     try:
         return _load(source)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         reason = " ".join(str(detail).split())[:300]
         logger.info("%s is not used, torch computes instead: %s", source.name, reason)
