@@ -21,6 +21,7 @@ from support.http_side import (
     write_checkpoint,
 )
 from support.invariants import POSTED_HANDLERS, POSTED_ROUTES
+from support.quick_posts import quick_posts
 from support.schema_cases import cases_of
 
 from vlmserve.models.lora.files import CONFIG, WEIGHTS
@@ -175,12 +176,12 @@ def with_turns_that_fit(schema, body):
     return body
 
 
-async def make_ready(client, schema):
+async def make_ready(posts, schema):
     """Serve the adapter new before it is unloaded, and not before it is loaded."""
     if schema == "LoadAdapterRequest":
-        await client.post(UNLOAD, json=BASES["UnloadAdapterRequest"])
+        await posts.post(UNLOAD, BASES["UnloadAdapterRequest"])
     elif schema == "UnloadAdapterRequest":
-        await client.post(LOAD, json=BASES["LoadAdapterRequest"])
+        await posts.post(LOAD, BASES["LoadAdapterRequest"])
 
 
 def send(server, path, body, cases, unknown_fields="refuse"):
@@ -196,12 +197,15 @@ def send(server, path, body, cases, unknown_fields="refuse"):
         if schema in ADAPTERS:
             options["adapters"] = AdapterSettings(allow_lora_updates=True, lora_root=server.root)
         answers = []
-        async with client_of(server.checkpoint, engine, **options) as client:
+        async with (
+            client_of(server.checkpoint, engine, **options) as client,
+            quick_posts(client) as posts,
+        ):
             for case in cases:
-                await make_ready(client, schema)
-                answers.append(await client.post(path, json=completed(schema, case)))
-            await make_ready(client, schema)
-            assert (await client.post(path, json=BASES[schema])).status_code == 200
+                await make_ready(posts, schema)
+                answers.append(await posts.post(path, completed(schema, case)))
+            await make_ready(posts, schema)
+            assert (await posts.post(path, BASES[schema])).status_code == 200
             assert engine.open == set()
             return answers
 
