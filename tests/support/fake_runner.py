@@ -11,6 +11,7 @@ no correct scheduler may do raises `SchedulingError`. Knows nothing of tensors.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,12 +47,17 @@ class SchedulingError(AssertionError):
 
 @dataclass(frozen=True, slots=True)
 class _Cell:
-    """What one position's keys and values depend on."""
+    """What one position's keys and values depend on. text: all of it, as it is hashed."""
 
     token_id: int
     position: int
     visible: tuple[bytes, ...]
     adapter: str = ""
+    text: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Once: every later token of a sequence hashes it again.
+        object.__setattr__(self, "text", repr(self))
 
 
 @dataclass
@@ -355,7 +361,7 @@ class FakeRunner:
         """Sample behind the known tokens, and behind each draft that was right."""
         assert sequence.sampling is not None
         end = sequence.start + len(sequence.token_ids)
-        cells = [self._text[self._slot(sequence, position)] for position in range(end)]
+        cells = self._cells(sequence, end)
         first = end - sequence.num_drafts
         token_ids: list[int] = []
         for place in range(first, end + 1):
@@ -379,10 +385,15 @@ class FakeRunner:
         entries: list[PromptLogprobs | None] = []
         for place, token_id in enumerate(sequence.prompt.token_ids, sequence.prompt.first):
             end = sequence.start + place + 1
-            cells = [self._text[self._slot(sequence, position)] for position in range(end)]
+            cells = self._cells(sequence, end)
             has_logit = token_id < self.info.vocab_size
             entries.append(_prompt_entry(cells, token_id) if has_logit else None)
         return entries
+
+    def _cells(self, sequence: ScheduledSequence, end: int) -> list[_Cell]:
+        """What the positions before `end` hold, in order. Raises KeyError for one without."""
+        slots = itertools.product(sequence.block_ids, range(self.info.pools.block_size))
+        return [self._text[slot] for slot in itertools.islice(slots, end)]
 
     def _slot(self, sequence: ScheduledSequence, position: int) -> tuple[int, int]:
         block_index, offset = divmod(position, self.info.pools.block_size)
@@ -410,7 +421,8 @@ def _tile_contents(image: ImageTiles, adapter: str = "") -> tuple[bytes, ...]:
 
 def _next_token_id(cells: list[_Cell], seed: int, vocab_size: int, repeats: bool = False) -> int:
     """repeats: three of four times the token three places before, which drafts find."""
-    digest = hashlib.blake2b(repr((seed, cells)).encode(), digest_size=8).digest()
+    text = f"({seed}, [{', '.join([cell.text for cell in cells])}])"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "big")
     if repeats and len(cells) > 2 and number % 4:
         return cells[-3].token_id
