@@ -13,7 +13,6 @@ import os
 import resource
 import signal
 import sys
-from dataclasses import dataclass
 from typing import BinaryIO
 
 import msgspec
@@ -23,10 +22,9 @@ from ...router.processes.parent_death import (
     die_with_parent,
     limit_address_space,
 )
-from .decoder_frames import REQUEST_HEAD, DecodeReply, encode_reply
+from .decoder_frames import REQUEST_HEAD, DecoderConfig, DecodeReply, encode_reply
 from .decoding import decode, prepare_pillow
-from .settings import ImageError, ImageSettings
-from .tiling import TilingConfig
+from .settings import ImageError
 
 # The parent kills the child first. These limits, of CPU time and of real time, are for a parent
 # that cannot.
@@ -34,15 +32,6 @@ CPU_FACTOR = 3
 ALARM_FACTOR = 8
 BROKEN = "image cannot be decoded: the file is damaged, cut off or does not match its header"
 TOO_MUCH_MEMORY = "image takes too much memory to decode: scale it down or save it again"
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderConfig:
-    """The configuration of a child. parent_pid: the child exits with this process."""
-
-    settings: ImageSettings
-    tiling: TilingConfig
-    parent_pid: int
 
 
 def main() -> None:

@@ -3,23 +3,35 @@
     to a child    u32 max_tiles (0: the checkpoint's limit)   u64 length   the encoded file
     from a child  u32 length   u64 length   msgpack of a ReplyHead   the tiles
 
-Owns their layout and their size limits. Knows nothing of images or processes, nor of asyncio, which
-would be a third of a child's imports.
+Owns their layout and their size limits, and what a child is started with. Knows nothing of images
+or processes, nor of asyncio, which would be a third of a child's imports.
 """
 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 import msgspec
 
 from ...models.batch import ImageRef, ImageTiles
+from .settings import ImageSettings
+from .tiling import TilingConfig
 
 REQUEST_HEAD = struct.Struct(">IQ")
 REPLY_HEAD = struct.Struct(">IQ")
 MAX_REPLY_BYTES = 256 * 1024 * 1024
 # Read and written at a time.
 PIECE_BYTES = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """The configuration of a child. parent_pid: the child exits with this process."""
+
+    settings: ImageSettings
+    tiling: TilingConfig
+    parent_pid: int
 
 
 class DecodeReply(msgspec.Struct, frozen=True):

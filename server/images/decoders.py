@@ -24,12 +24,12 @@ from ..admission.fair_lane import FairLane, LaneLimits
 from ..admission.lanes import IMAGE_DECODERS
 from ..children.processes import ChildStartError, child_environment, end_child, start_python
 from ..errors import NotReadyError
-from .decoder_child import DecoderConfig
 from .decoder_frames import (
     MAX_REPLY_BYTES,
     PIECE_BYTES,
     REPLY_HEAD,
     REQUEST_HEAD,
+    DecoderConfig,
     DecodeReply,
     ReplyHead,
 )

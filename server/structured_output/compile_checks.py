@@ -25,7 +25,7 @@ from ..admission.lanes import GRAMMARS
 from ..children.processes import ChildStartError, child_environment, end_child, start_python
 from ..children.questions import LENGTH_BYTES, question_frame
 from ..errors import BadRequestError, NotReadyError
-from .compile_child import Verdict
+from .reasons import Verdict
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from ...models.grammar import Grammars
 from ...router.processes.parent_death import die_with_parent
 from ..children.questions import answer_questions
-from .reasons import plain_reason
+from .reasons import Verdict, plain_reason
 from .regex_dialect import lark_with_ascii_classes
 
 MAX_MEMORY_BYTES = 2 << 30
@@ -29,13 +29,6 @@ MAX_MASK_S = 0.25
 _ESCAPE = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|x([0-9A-Fa-f]{2})|.)", re.DOTALL)
 _ASCII_END, _UNICODE_END = 0x80, 0x110000
 _SURROGATES = range(0xD800, 0xE000)
-
-
-class Verdict(msgspec.Struct, frozen=True):
-    """The grammar for the engine, or the reason against it in one line."""
-
-    grammar: str | None = None
-    error: str | None = None
 
 
 def judge(text: str, grammars: Grammars) -> Verdict:

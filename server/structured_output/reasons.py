@@ -1,11 +1,13 @@
 """Why a grammar does not compile, in words that name no part or option of the library.
 
-Owns the translation. Knows no field and no grammar.
+Owns the translation, and the answer of a check. Knows no field and no grammar.
 """
 
 from __future__ import annotations
 
 import re
+
+import msgspec
 
 MAX_LENGTH = 300
 
@@ -50,6 +52,13 @@ _REASONS = (
 )  # fmt: skip
 # The place in a grammar, and its lines around the place.
 _EXCERPT = re.compile(r" \d+ \| .*")
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """The grammar for the engine, or the reason against it in one line."""
+
+    grammar: str | None = None
+    error: str | None = None
 
 
 def plain_reason(message: str) -> str:

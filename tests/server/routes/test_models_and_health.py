@@ -333,10 +333,11 @@ def test_a_worker_serves_an_inherited_socket_and_knows_no_torch(checkpoint, tmp_
         assert process.wait(CLIENT_DEADLINE_S) == 0
 
 
-def test_importing_the_worker_loads_no_torch_and_no_transformers():
+def test_importing_the_worker_loads_no_torch_no_transformers_and_no_numpy():
     code = (
         "import sys, vlmserve.server.worker.process; "
-        "print(sorted({'torch', 'transformers', 'sanic_ext'} & set(sys.modules)))"
+        "heavy = {'torch', 'transformers', 'sanic_ext', 'numpy', 'llguidance'}; "
+        "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
