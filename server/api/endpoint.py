@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
-from sanic import Blueprint, HTTPResponse, Request
+from sanic import HTTPResponse, Request, Sanic
 
 from .services import read_body
 
@@ -160,16 +160,13 @@ class Routes:
             for path in paths
         ]
 
-    def blueprint(self) -> Blueprint:
-        """The routes for one application."""
-        routes = Blueprint(self._name)
+    def add_to(self, app: Sanic[Any, Any]) -> None:
+        """Add the routes, each by itself: a blueprint would register every one of them twice."""
         for one in self.endpoints:
             methods = ["GET", "HEAD"] if one.method == "GET" else [one.method]
+            name = f"{self._name}.{one.name}"
             # Otherwise Sanic parses each handler's source to guess the format.
-            routes.add_route(
-                one.handler, one.path, methods=methods, name=one.name, error_format="json"
-            )
-        return routes
+            app.add_route(one.handler, one.path, methods=methods, name=name, error_format="json")
 
 
 def _reading(body: type[T], handler: BodyHandler[T]) -> Handler:

@@ -136,7 +136,7 @@ def build_app(
     if tracer is not None:
         app.after_server_stop(lambda app: tracer.close())
     for group in _served(settings):
-        app.blueprint(group.blueprint())
+        group.add_to(app)
     app.ctx.document = functools.cache(lambda: _document(settings))
     memory = WorkerMemory(settings.max_memory_bytes, lambda: services.generator.num_open)
     _add_middleware(app, settings, access, memory)
