@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from support.forked_command import run_forked
 from support.invariants import Standing
 
 from server_state import descendants, is_running
@@ -111,7 +112,7 @@ def test_a_port_in_use_is_one_clear_line():
 def test_steps_too_small_for_the_running_requests_are_one_clear_line():
     """A decode left out of every step would wait until another request ends."""
     few = ["--max-num-batched-tokens", "7", "--max-num-seqs", "8", "--port", "0"]
-    done = subprocess.run([*VLMSERVE, "serve", *few], capture_output=True, text=True, timeout=60)
+    done = run_forked(["serve", *few])
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("vlmserve: --max-num-batched-tokens is 7, --max-num-seqs is 8")
@@ -119,9 +120,7 @@ def test_steps_too_small_for_the_running_requests_are_one_clear_line():
 
 @pytest.mark.parametrize("model", ["/nonexistent/model", "./nothing-here", "no-such-model"])
 def test_a_model_that_is_not_there_is_one_clear_line(model):
-    done = subprocess.run(
-        [*VLMSERVE, "serve", model, "--port", "0"], capture_output=True, text=True, timeout=60
-    )
+    done = run_forked(["serve", model, "--port", "0"])
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(f"vlmserve: no model at {model!r}")
@@ -134,12 +133,7 @@ def test_pickle_weights_are_refused_before_they_are_read(tmp_path):
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(b"not to be read")
-    done = subprocess.run(
-        [*VLMSERVE, "serve", str(tmp_path), "--port", "0"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_forked(["serve", str(tmp_path), "--port", "0"])
     assert done.returncode == 1
     assert "safetensors" in done.stderr
     assert "Traceback" not in done.stderr

@@ -11,6 +11,7 @@ import sys
 import pytest
 import typer
 from support import settings_page
+from support.forked_command import run_forked
 from typer.testing import CliRunner
 
 from vlmserve.models.settings.option_parser import variable_of
@@ -163,8 +164,7 @@ def test_the_port_may_come_from_the_documented_variable(monkeypatch):
 def test_a_variable_that_says_nothing_is_one_clear_line(name, value):
     with pytest.raises(VariableError, match=f"{name} is '{value}'; it must be "):
         adopt({name: value})
-    environ = {**os.environ, name: value}
-    done = subprocess.run(SERVE, capture_output=True, text=True, timeout=60, env=environ)
+    done = run_forked(["serve"], {name: value})
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"vlmserve: {name} is {value!r}")
@@ -192,10 +192,7 @@ def test_what_has_no_effect_is_named_without_its_value():
     ],
 )
 def test_a_setting_that_does_not_serve_is_one_clear_line(arguments, words):
-    environ = {**os.environ, "NGC_API_KEY": ""}
-    done = subprocess.run(
-        [*SERVE, "--port", "0", *arguments], capture_output=True, text=True, timeout=60, env=environ
-    )
+    done = run_forked(["serve", "--port", "0", *arguments], {"NGC_API_KEY": ""})
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"vlmserve: {words}")
