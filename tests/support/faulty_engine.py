@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.fake_runner import OrdinaryRunner, fake_info
+from support.fake_runner import FakeAdapters, OrdinaryRunner, fake_info
 
 from vlmserve.models.batch import OnLaunch, PoolSizes, StepBatch, StepResult
 from vlmserve.models.bundled import CHECKPOINT
@@ -78,7 +78,8 @@ def load(config: EngineConfig) -> FaultyRunner:
     )
     info = fake_info(pools, config.max_model_len or 4096)
     tile_size = json.loads((CHECKPOINT / "preprocessor_config.json").read_text())["size"]["height"]
-    return FaultyRunner(replace(info, tile_size=tile_size))
+    adapters = FakeAdapters(config.max_loras) if config.max_loras else None
+    return FaultyRunner(replace(info, tile_size=tile_size), adapters)
 
 
 if __name__ == "__main__":

@@ -222,13 +222,25 @@ def test_metrics_name_the_adapters_in_use(adapted):
     assert adapted.metrics()['vlmserve_adapter_requests_total{adapter="text"}'] >= 1
 
 
-def test_a_new_engine_has_the_adapters_that_were_loaded(adapted):
-    assert adapted.post(LOAD, {"lora_name": "kept", "lora_path": "both"}).status == 200
-    before = ask(adapted, "kept")
-    engine = adapted.engine_pid
+@pytest.fixture
+def hashing(folders, start_faulty_server) -> Standing:
+    """A server whose engine hashes; an adapter changes its answers to pictures and text."""
+    adapters = {"allow_lora_updates": True, "lora_root": str(folders / "root")}
+    return Standing(start_faulty_server(server={"adapters": adapters}, engine={"max_loras": 2}))
+
+
+@pytest.mark.parametrize("name", ["hashing", pytest.param("adapted", marks=pytest.mark.slow)])
+def test_a_new_engine_has_the_adapters_that_were_loaded(request, name):
+    server = request.getfixturevalue(name)
+    # The hashing engine knows by its name what an adapter changes.
+    loaded = {"lora_name": "kept-both", "lora_path": "both"}
+    assert server.post(LOAD, loaded).status == 200
+    before = ask(server, "kept-both")
+    assert before != ask(server, MODEL)
+    engine = server.engine_pid
     os.kill(engine, signal.SIGKILL)
-    assert wait_until(lambda: adapted.get("/v1/health/ready").status == 503)
-    assert wait_until(lambda: adapted.get("/v1/health/ready").status == 200)
-    assert adapted.engine_pid != engine
-    assert wait_until(lambda: adapted.post(CHAT, body_of("kept")).status == 200)
-    assert ask(adapted, "kept") == before
+    assert wait_until(lambda: server.get("/v1/health/ready").status == 503)
+    assert wait_until(lambda: server.get("/v1/health/ready").status == 200)
+    assert server.engine_pid != engine
+    assert wait_until(lambda: server.post(CHAT, body_of("kept-both")).status == 200)
+    assert ask(server, "kept-both") == before
