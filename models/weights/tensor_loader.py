@@ -29,7 +29,7 @@ from ..errors import ModelError
 from ..tensor_parallel.plan import Side, narrow, rank_slice
 from .formats.coded_tensor import CodedTensor
 from .formats.safetensors_headers import StoredTensor, module_name
-from .meta_model import NUM_EXTRA_ROWS, is_short
+from .meta_model import NUM_EXTRA_ROWS, is_short, undrawn_model
 from .quantization import FP8, is_quantized
 
 
@@ -79,7 +79,7 @@ def load_tensors(
     Raises ModelError for a weight that cannot be quantized.
     """
     with init_empty_weights(include_buffers=False):
-        model = cast(MllamaForConditionalGeneration, MllamaForConditionalGeneration(config))
+        model = undrawn_model(config)
     if recipe.share.size > 1:
         narrow(model, recipe.share.sides, recipe.share.size)
     wanted = {name for name, _ in model.named_parameters()}
