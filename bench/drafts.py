@@ -148,12 +148,13 @@ def compute_prompts(loop: Loop, requests: list[AddRequest], clock: Callable[[], 
 @contextmanager
 def without_drafts() -> Iterator[None]:
     """As without the option, for a scheduler that has it: nothing is looked up or measured."""
-    parts = {name: getattr(scheduler, name) for name in ("add_drafts", "record_decodes")}
-    for name in parts:
-        setattr(scheduler, name, lambda *_: None)
+    parts = ((scheduler, "add_drafts"), (scheduler.DraftRecord, "record_decodes"))
+    found = [getattr(*part) for part in parts]
+    for owner, name in parts:
+        setattr(owner, name, lambda *_: None)
     yield
-    for name, part in parts.items():
-        setattr(scheduler, name, part)
+    for (owner, name), part in zip(parts, found, strict=True):
+        setattr(owner, name, part)
 
 
 def loop_of(runner: ModelRunner, num_seqs: int, num_drafts: int) -> Loop:

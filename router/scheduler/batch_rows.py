@@ -20,7 +20,7 @@ from ...models.batch import (
 )
 from ..blocks.visibility import cut_segments, is_seen
 from .block_manager import BlockManager
-from .drafts.draft_source import DraftSource
+from .drafts.draft_source import DraftSource, Shares
 from .interface import SchedulerLimits
 from .sequence import Sequence
 from .sequence_states import Status
@@ -161,8 +161,22 @@ def _is_known(sequence: Sequence, step: Step, start: int, end: int) -> bool:
     )
 
 
+@dataclass(slots=True)
+class DraftRecord:
+    """What steps showed of drafts: their times, and the shares of right ones."""
+
+    times: DraftTimes = field(default_factory=DraftTimes)
+    shares: Shares = field(default_factory=Shares)
+
+    def record_decodes(self, batch: StepBatch, seconds: float) -> None:
+        """Record the time of a step, if it had decodes alone."""
+        if _has_decodes_alone(batch):
+            num_decodes = len(batch.sequences)
+            self.times.record(num_decodes, batch.num_tokens - num_decodes, seconds)
+
+
 def add_drafts(
-    step: Step, blocks: BlockManager, limits: SchedulerLimits, info: ModelInfo, times: DraftTimes
+    step: Step, blocks: BlockManager, limits: SchedulerLimits, info: ModelInfo, record: DraftRecord
 ) -> None:
     """Put drafts behind the decodes of a planned step of decodes alone, as many as pay.
 
@@ -171,7 +185,7 @@ def add_drafts(
     rows = step.batch.sequences
     if not limits.num_speculative_tokens or not _has_decodes_alone(step.batch):
         return
-    found = [_find_drafts(sequence, limits, info) for sequence in step.sequences]
+    found = [_find_drafts(sequence, limits, info, record.shares) for sequence in step.sequences]
     chances = [
         (chance, place)
         for place, sequence in enumerate(step.sequences)
@@ -179,7 +193,7 @@ def add_drafts(
         for chance in sequence.drafts.chances()
     ]
     chances = sorted(chances, reverse=True)[: max(0, min(step.budget, MOST_TOKENS - len(rows)))]
-    num_drafts = times.num_worth(len(rows), [chance for chance, _ in chances])
+    num_drafts = record.times.num_worth(len(rows), [chance for chance, _ in chances])
     for place, count in Counter(place for _, place in chances[:num_drafts]).items():
         sequence = step.sequences[place]
         # As at admission, a block stays available for each sequence of the step.
@@ -188,14 +202,6 @@ def add_drafts(
             num_blocks = blocks.num_blocks(sequence.num_tokens + len(drafts))
             rows[place] = _with_drafts(rows[place], sequence, drafts, num_blocks)
             step.spend(sequence.owner, len(drafts))
-
-
-def record_decodes(
-    batch: StepBatch, seconds: float, limits: SchedulerLimits, times: DraftTimes
-) -> None:
-    """Record the time of a step, if it had decodes alone and may have drafts."""
-    if limits.num_speculative_tokens and _has_decodes_alone(batch):
-        times.record(len(batch.sequences), batch.num_tokens - len(batch.sequences), seconds)
 
 
 def sampled_of(result: StepResult, sequence_id: str) -> Accepted:
@@ -219,12 +225,14 @@ def _has_decodes_alone(batch: StepBatch) -> bool:
     )
 
 
-def _find_drafts(sequence: Sequence, limits: SchedulerLimits, info: ModelInfo) -> list[int]:
+def _find_drafts(
+    sequence: Sequence, limits: SchedulerLimits, info: ModelInfo, shares: Shares
+) -> list[int]:
     most = sequence.num_drafts_allowed(limits.max_model_len)
     if most < 1:
         return []
     if sequence.drafts is None:
-        sequence.drafts = DraftSource(limits.num_speculative_tokens, info.vocab_size)
+        sequence.drafts = DraftSource(limits.num_speculative_tokens, info.vocab_size, shares)
     ends = sequence.end_token_ids | sequence.stop_token_ids
     return sequence.drafts.next(sequence.token_ids, sequence.matcher, ends, most)
 

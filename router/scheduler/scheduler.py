@@ -49,7 +49,7 @@ from ...models.batch import ModelInfo, ScheduledSequence, StepBatch, StepResult
 from ..blocks.adapter_places import AdapterPlaces
 from ..blocks.image_pool import ImageEntry
 from ..blocks.tile_store import Ask, TileStore, ask_nobody
-from .batch_rows import RowsAhead, add_drafts, fill, record_decodes, row_of, rows_ahead, sampled_of
+from .batch_rows import DraftRecord, RowsAhead, add_drafts, fill, row_of, rows_ahead, sampled_of
 from .block_manager import BlockManager
 from .interface import DraftCounts, Progress, SchedulerCounts, SchedulerLimits, SchedulerSnapshot
 from .lifecycle import Lifecycle
@@ -58,7 +58,7 @@ from .request_queue import RequestQueue
 from .sequence import Part, Sequence
 from .sequence_states import SequenceEvent, Status
 from .step_budget import ImageCost, Step
-from .throughput import DraftTimes, StepTimes
+from .throughput import StepTimes
 
 
 class Scheduler:
@@ -84,7 +84,7 @@ class Scheduler:
         self._inserted: Step | None = None  # inside `_step`
         self._ahead = RowsAhead()
         self._partial: ImageEntry | None = None  # the runner has encoded a part of it
-        self._step_times, self._draft_times = StepTimes(), DraftTimes()
+        self._step_times, self._drafts = StepTimes(), DraftRecord()
         self._is_newcomers = False  # the last step had a newcomer's prompt, alone or inside
 
     @property
@@ -141,7 +141,7 @@ class Scheduler:
             if step.quotas:
                 step.quotas = {}  # what owners left of their parts
                 self._admit(step)
-            add_drafts(step, self.blocks, limits, self._info, self._draft_times)
+            add_drafts(step, self.blocks, limits, self._info, self._drafts)
         if not step.sequences:
             assert not self.has_work, "requests wait, but none can run"
             return None
@@ -330,7 +330,8 @@ class Scheduler:
         step = self._end_step(is_inserted)
         if seconds is not None and not step.batch.images:
             self._step_times.record(step.batch.num_tokens, seconds)
-            record_decodes(step.batch, seconds, self._limits, self._draft_times)
+            if self._limits.num_speculative_tokens:
+                self._drafts.record_decodes(step.batch, seconds)
         step.share_vision(result.vision_seconds)
         self._partial = step.record_images(self._partial, self.tiles)
         self._num_images_encoded += len(step.due_images) - len(step.loaded)

@@ -23,6 +23,8 @@ NUM_REMEMBERED = 1024
 # How long a step may take to be clearly shorter than another. Where all steps take as long, as on a
 # GPU, none is.
 SHORTER = 0.75
+# How many times the expected tokens a second drafts must give: less may be noise in the times.
+LEAST_GAIN = 1.05
 # A step with so many times the tokens takes longer on a CPU, also if no such step was measured.
 MANY_TIMES = 8
 
@@ -145,7 +147,7 @@ class DraftTimes:
         times.record(num_decodes + num_drafts, seconds)
 
     def num_worth(self, num_decodes: int, chances: list[float]) -> int:
-        """How many drafts give the most expected tokens a second; 0 if none is best.
+        """How many drafts give the most expected tokens a second; 0 if they gain under 5 %.
 
         chances: of each draft that there is, that it counts, the largest first. A size that was
         not measured is tried, the smallest first, if at least half of its drafts are expected to
@@ -154,7 +156,7 @@ class DraftTimes:
         plain_s = self._plain.seconds(num_decodes)
         if plain_s is None:
             return 0
-        best, most_per_s = 0, num_decodes / plain_s
+        best, most_per_s = 0, LEAST_GAIN * num_decodes / plain_s
         for num_drafts in _ends_of_sizes(num_decodes, len(chances)):
             num_right = sum(chances[:num_drafts])
             seconds = self._drafted.seconds(num_decodes + num_drafts)

@@ -1,7 +1,7 @@
 """The drafts of one request: what its grammar forces, else what its text had before.
 
-Owns the request's index, and the share of its drafts that were right. Whether drafts are right, the
-model decides; how many are computed, `throughput.py`.
+Owns the request's index, and the share of right drafts, its own and that of all requests. Whether
+drafts are right, the model decides; how many are computed, `throughput.py`.
 """
 
 from __future__ import annotations
@@ -11,24 +11,46 @@ from collections.abc import Collection, Sequence
 from ....models.batch import TokenMatcher
 from .token_index import TokenIndex
 
-# What is expected of a request's first drafts, and the weight of a new one.
-FIRST_SHARE, NEW_DRAFT = 0.5, 0.125
+# What is expected of the first drafts of all, and the weight of a new one: for the request's own
+# share, and for that of all requests.
+FIRST_SHARE, NEW_DRAFT, NEW_DRAFT_OF_ALL = 0.5, 0.125, 1 / 64
+
+
+class Shares:
+    """The share of right drafts by their source, `grammar` or `text`."""
+
+    __slots__ = ("_by_source", "_weight")
+
+    def __init__(self, weight: float = NEW_DRAFT_OF_ALL, start: Shares | None = None) -> None:
+        """weight: of a new draft. start: the shares to start from."""
+        self._weight = weight
+        self._by_source: dict[str, float] = {"grammar": FIRST_SHARE, "text": FIRST_SHARE}
+        if start is not None:
+            self._by_source |= start._by_source
+
+    def __getitem__(self, source: str) -> float:
+        return self._by_source[source]
+
+    def record(self, source: str, is_right: bool) -> None:
+        share = self._by_source[source]
+        self._by_source[source] = share + self._weight * (is_right - share)
 
 
 class DraftSource:
     """Drafts for one sequence of tokens. most: --num-speculative-tokens.
 
-    vocab_size: a prompt's tokens from there on, such as `<|image|>`, have no logit.
+    vocab_size: a prompt's tokens from there on, such as `<|image|>`, have no logit. of_all: the
+    shares of all requests, where this one's start.
     """
 
-    __slots__ = ("_drafts", "_index", "_most", "_shares", "_source", "_vocab_size")
+    __slots__ = ("_drafts", "_index", "_most", "_of_all", "_shares", "_source", "_vocab_size")
 
-    def __init__(self, most: int, vocab_size: int) -> None:
+    def __init__(self, most: int, vocab_size: int, of_all: Shares) -> None:
         self._most, self._vocab_size = most, vocab_size
         self._index = TokenIndex()
         self._drafts: list[int] = []
         self._source = "text"
-        self._shares = {"grammar": FIRST_SHARE, "text": FIRST_SHARE}
+        self._of_all, self._shares = of_all, Shares(NEW_DRAFT, of_all)
 
     def next(
         self,
@@ -69,9 +91,9 @@ class DraftSource:
 
         So drafts that are never computed, since few were right, are when they become right.
         """
-        share = self._shares[self._source]
         for draft, token_id in zip(self._drafts, token_ids, strict=False):
-            share += NEW_DRAFT * ((draft == token_id) - share)
+            for shares in (self._shares, self._of_all):
+                shares.record(self._source, draft == token_id)
             if draft != token_id:
                 break
-        self._shares[self._source], self._drafts = share, []
+        self._drafts = []

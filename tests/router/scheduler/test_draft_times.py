@@ -94,6 +94,14 @@ def test_drafts_of_which_fewer_than_half_are_expected_to_count_are_not_tried() -
     assert times.num_worth(1, [0.9, 0.5]) == 2
 
 
+def test_a_gain_within_the_noise_of_the_times_is_none() -> None:
+    times = DraftTimes()
+    for num_drafts, seconds in ((0, 1.0), (0, 1.0), (1, 1.0), (1, 1.0)):
+        times.record(1, num_drafts, seconds)
+    assert times.num_worth(1, [0.04]) == 0
+    assert times.num_worth(1, [0.06]) == 1
+
+
 def test_the_likeliest_drafts_of_many_requests_are_computed() -> None:
     """One request repeats its text, fifteen do not: as many drafts as one request has."""
 

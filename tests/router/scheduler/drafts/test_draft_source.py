@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlmserve.router.scheduler.drafts.draft_source import FIRST_SHARE, DraftSource
+from vlmserve.router.scheduler.drafts.draft_source import FIRST_SHARE, DraftSource, Shares
 
 TEXT = [1, 2, 3, 4, 5, 6, 1, 2]
 
@@ -31,7 +31,7 @@ class Forcing:
 
 
 def test_each_right_draft_makes_the_next_likelier_and_a_wrong_one_less() -> None:
-    source = DraftSource(8, 1000)
+    source = DraftSource(8, 1000, Shares())
     shares = []
     for followed in ([3, 4, 5, 6], [3, 9], [9], [9], [9, 4, 5, 6]):
         assert source.next(TEXT, None, set(), 4) == [3, 4, 5, 6]
@@ -44,7 +44,7 @@ def test_each_right_draft_makes_the_next_likelier_and_a_wrong_one_less() -> None
 
 
 def test_drafts_that_are_not_computed_count_too_and_only_once() -> None:
-    source = DraftSource(8, 1000)
+    source = DraftSource(8, 1000, Shares())
     for _ in range(30):
         source.next(TEXT, None, set(), 1)
         source.record([9])
@@ -59,22 +59,48 @@ def test_drafts_that_are_not_computed_count_too_and_only_once() -> None:
 
 
 def test_drafts_end_before_a_stop_token_and_before_a_token_without_a_logit() -> None:
-    assert DraftSource(8, 1000).next(TEXT, None, {5}, 8) == [3, 4]
-    assert DraftSource(8, 4).next(TEXT, None, set(), 8) == [3]
-    assert DraftSource(2, 1000).next(TEXT, None, set(), 8) == [3, 4]
-    assert DraftSource(8, 1000).next(TEXT, None, set(), 1) == [3]
+    assert DraftSource(8, 1000, Shares()).next(TEXT, None, {5}, 8) == [3, 4]
+    assert DraftSource(8, 4, Shares()).next(TEXT, None, set(), 8) == [3]
+    assert DraftSource(2, 1000, Shares()).next(TEXT, None, set(), 8) == [3, 4]
+    assert DraftSource(8, 1000, Shares()).next(TEXT, None, set(), 1) == [3]
 
 
 def test_a_grammar_s_forced_tokens_come_first_and_forbidden_drafts_never() -> None:
-    assert DraftSource(8, 1000).next(TEXT, Forcing([4, 4]), set(), 8) == [4, 4]
-    assert DraftSource(8, 1000).next(TEXT, Forcing([]), set(), 8) == [3, 4, 5]
+    assert DraftSource(8, 1000, Shares()).next(TEXT, Forcing([4, 4]), set(), 8) == [4, 4]
+    assert DraftSource(8, 1000, Shares()).next(TEXT, Forcing([]), set(), 8) == [3, 4, 5]
 
 
 def test_wrong_forced_tokens_make_no_drafts_from_the_text_less_likely() -> None:
-    source = DraftSource(8, 1000)
+    source = DraftSource(8, 1000, Shares())
     assert source.next(TEXT, Forcing([4]), set(), 8) == [4]
     source.record([9])
     assert source.next(TEXT, Forcing([4]), set(), 8) == [4]
     assert source.chances()[0] < FIRST_SHARE
     assert source.next(TEXT, None, set(), 8) == [3, 4, 5, 6, 1, 2, 3, 4]
     assert source.chances()[0] == FIRST_SHARE
+
+
+def test_a_new_request_starts_where_those_before_it_ended() -> None:
+    of_all = Shares()
+    for is_right in (False, True):
+        for _ in range(300):
+            source = DraftSource(8, 1000, of_all)
+            source.next(TEXT, None, set(), 1)
+            source.record([3 if is_right else 9])
+        new = DraftSource(8, 1000, of_all)
+        new.next(TEXT, None, set(), 1)
+        (share,) = new.chances()
+        assert share == of_all["text"]
+        assert share > 0.9 if is_right else share < 0.1
+        assert of_all["grammar"] == FIRST_SHARE
+
+
+def test_one_request_moves_the_share_of_all_little() -> None:
+    of_all = Shares()
+    source = DraftSource(8, 1000, of_all)
+    for _ in range(3):
+        source.next(TEXT, None, set(), 1)
+        source.record([9])
+    source.next(TEXT, None, set(), 1)
+    assert FIRST_SHARE - 0.03 < of_all["text"] < FIRST_SHARE
+    assert source.chances()[0] < FIRST_SHARE - 0.1
