@@ -22,7 +22,7 @@ from .execution.graphs.recorder import CudaRecorder
 from .execution.runner import ModelRunner
 from .execution.shared_cores import CoreUse, SharedCores
 from .execution.warm_up import warm_up
-from .kernels import row_products
+from .kernels import c_library
 from .kernels.float32_products import widens
 from .kv_cache.pool_sizes import PoolPlan
 from .malloc import SLACK_BYTES, keep_freed_buffers, private_bytes
@@ -102,7 +102,7 @@ def create_runner(
     placement = _place(plan, chosen, config.device_map, max_memory, bounded)
     check_fits(plan, placement, bounded)
     before = {device: bounded(device).num_bytes for device in placement.devices()}
-    with row_products.allowed(config.cpu_products == "auto"):
+    with c_library.allowed(config.cpu_products == "auto"):
         loaded = load(checkpoint, placement, config.quantize, group=group)
     reason = _why_no_graphs(loaded, config, group)
     geometry = replace(loaded.geometry, has_int8_images=config.has_int8_images)
@@ -115,7 +115,8 @@ def create_runner(
         reason = agreed(group, reason)  # a rank's trial may have chosen another backend
     readings = MemoryReadings(available, before)
     sized = size_pools(plan, loaded, attention, readings, group, with_graphs=reason is None)
-    runner = ModelRunner(loaded, sized, attention.backend, plan.adapters)
+    with c_library.allowed(config.cpu_products == "auto"):
+        runner = ModelRunner(loaded, sized, attention.backend, plan.adapters)
     if loaded.device.type == "cuda":
         _warm_up(runner, plan.limits, checkpoint.dtype)
     reason = reason or _record_graphs(runner, config.max_num_seqs, loaded.device, group)

@@ -1,6 +1,7 @@
 """The operations between a decoder's linear products: norms, rotation, gated MLP, sums.
 
-    CPU     torch's operations; each sum is part of the product before it
+    CPU     torch's operations; each sum is part of the product before it. In large models norms,
+            rotation and the gated MLP's middle by C, if a compiler is installed
     CUDA    one Triton kernel each for: a sum and the norm after it; the rotation of queries and
             keys and the write of keys and values; the gated MLP's middle (fused_kernels.py)
 
@@ -11,6 +12,7 @@ both.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,11 +23,16 @@ from transformers.activations import ACT2FN
 
 from ..attention import AttentionBackend
 from ..attention.sdpa import SdpaBackend
-from ..kernels.self_test import are_usable
+from ..kernels import c_library, row_operations
+from ..kernels.self_test import are_usable, what_is_wrong
 from ..kv_cache.paged_cache import LayerCache
 from .linear_products import Change, LinearProduct
 
+logger = logging.getLogger(__name__)
+
 Activation = Callable[[Tensor], Tensor]
+# Smaller models are not worth a compiler's seconds at their first start.
+MIN_COMPILED_HIDDEN = 512
 # transformers has its own class
 SILU_CLASSES = (nn.SiLU, type(ACT2FN["silu"]))
 
@@ -152,6 +159,33 @@ class LayerOperations:
         return activation(gate).mul_(up)
 
 
+class CompiledOperations(LayerOperations):
+    """By this project's C on a CPU, which computes in float32 and rounds each result once."""
+
+    def norm(self, stream: Stream, weight: Tensor, eps: float) -> Tensor:
+        return row_operations.rms_norm(stream.hidden, weight, eps)
+
+    def rotate_and_write(
+        self,
+        joined: Tensor,
+        heads: Heads,
+        rotation: Rotation,
+        cache: LayerCache,
+        slots: Tensor,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        """As the base class; all backends use the same layout of a layer's cache."""
+        return row_operations.rotate_and_write(
+            joined, rotation.cos, rotation.sin, *cache.tensors, slots, heads.num_heads
+        )
+
+    def gated(self, joined: Tensor, activation: Activation) -> Tensor:
+        """As the base class; only SiLU is compiled."""
+        if not isinstance(activation, SILU_CLASSES):
+            return super().gated(joined, activation)
+        return row_operations.silu_gated(joined)
+
+
 class TritonOperations(LayerOperations):
     """By this project's kernels, which compute in float32 and round each result once."""
 
@@ -221,7 +255,21 @@ def choose_operations(
     device: torch.device, dtype: torch.dtype, sizes: TrialSizes
 ) -> LayerOperations:
     """The fastest operations of the device; kernels are tried once before they are used."""
+    is_worth_it = device.type == "cpu" and sizes.hidden >= MIN_COMPILED_HIDDEN
+    if is_worth_it and c_library.is_allowed() and _has_c(dtype, sizes):
+        return CompiledOperations()
     return TritonOperations() if _has_kernels(device, dtype, sizes) else LayerOperations()
+
+
+@functools.cache
+def _has_c(dtype: torch.dtype, sizes: TrialSizes) -> bool:
+    if not row_operations.fits(dtype, sizes.inner, sizes.heads.head_dim):
+        return False
+    device = torch.device("cpu")
+    wrong = what_is_wrong(lambda: trial_pairs(CompiledOperations(), device, dtype, sizes))
+    if wrong is not None:
+        logger.warning("norms, rotation and the gated MLP use torch's operations: %s", wrong)
+    return wrong is None
 
 
 @functools.cache

@@ -16,17 +16,37 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 
 logger = logging.getLogger(__name__)
 
+_is_allowed = ContextVar("is_allowed", default=True)
+
 COMPILERS = ("gcc", "cc")
 FLAGS = ("-O2", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 BUILD_TIMEOUT_S = 120
 # what of /proc/cpuinfo names the instructions that -march=native may use
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "stepping", "flags", "Features")
+
+
+@contextmanager
+def allowed(is_allowed: bool) -> Iterator[None]:
+    """Whether what is created within the context may use the C."""
+    token = _is_allowed.set(is_allowed)
+    try:
+        yield
+    finally:
+        _is_allowed.reset(token)
+
+
+def is_allowed() -> bool:
+    """Whether to use the C; see `allowed`."""
+    return _is_allowed.get()
 
 
 def load(source: Path) -> ctypes.CDLL | None:
@@ -100,7 +120,15 @@ def _folder() -> Path:
 def _key(source: Path, compiler: str) -> str:
     """Names everything that decides the compiled file."""
     built = os.stat(compiler)
-    parts = [source.read_text(), " ".join(FLAGS), compiler, str(built.st_mtime_ns), _processor()]
+    headers = [one.read_text() for one in sorted(source.parent.glob("*.h"))]
+    parts = [
+        source.read_text(),
+        *headers,
+        " ".join(FLAGS),
+        compiler,
+        str(built.st_mtime_ns),
+        _processor(),
+    ]
     return hashlib.sha256("\n".join([*parts, torch.__version__]).encode()).hexdigest()[:24]
 
 

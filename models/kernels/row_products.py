@@ -14,9 +14,7 @@ import ctypes
 import functools
 import logging
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +27,6 @@ from .self_test import what_is_wrong
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("row_products.c")
-_is_allowed = ContextVar("is_allowed", default=True)
 # the order of the C file's kinds
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 # Smaller weights come from the cache, where torch's products are as fast.
@@ -100,17 +97,7 @@ class RowWeight:
 def can_pack(weight: Tensor) -> bool:
     """Whether the C is there and right for that weight, and the weight is large enough."""
     is_large = weight.device.type == "cpu" and weight.numel() >= MIN_SIZE
-    return is_large and _is_allowed.get() and weight.dtype in _KINDS and is_right(weight.dtype)
-
-
-@contextmanager
-def allowed(is_allowed: bool) -> Iterator[None]:
-    """Whether weights that are packed within the context may use the C."""
-    token = _is_allowed.set(is_allowed)
-    try:
-        yield
-    finally:
-        _is_allowed.reset(token)
+    return is_large and c_library.is_allowed() and weight.dtype in _KINDS and is_right(weight.dtype)
 
 
 @functools.cache

@@ -85,8 +85,9 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     cpu_products: Annotated[
         Literal["auto", "torch"],
         Option(
-            "Matrix products on a CPU. auto: this project's C, if gcc is installed and a trial "
-            "finds it faster; it is compiled once into the user's cache folder. torch: torch's.",
+            "A CPU's matrix products, and what lies between them. auto: this project's C in large "
+            "models, if gcc is installed and a trial finds it faster; it is compiled once into the "
+            "user's cache folder. torch: torch's operations.",
             MODEL,
         ),
     ] = "auto"

@@ -29,14 +29,18 @@ from vlmserve.models.decoder.int8.linear import Int8Linear
 from vlmserve.models.decoder.int8.quantizer import quantize
 from vlmserve.models.decoder.linear_products import product_of
 from vlmserve.models.decoder.operations import (
+    CompiledOperations,
     Heads,
     LayerOperations,
     Rotation,
     Stream,
+    TrialSizes,
     TritonOperations,
+    choose_operations,
     trial_pairs,
 )
 from vlmserve.models.execution.runner import ModelRunner
+from vlmserve.models.kernels import c_library, row_operations
 from vlmserve.models.kernels.self_test import are_usable, what_is_wrong
 from vlmserve.models.kv_cache.paged_cache import LayerCache
 from vlmserve.models.kv_cache.pool_sizes import PoolPlan
@@ -255,3 +259,75 @@ def test_the_parts_of_joined_weights_are_given_back_to_the_gpu() -> None:
     assert is_fused(model.model.model.language_model)
     allocated = torch.cuda.memory_allocated(model.device)
     assert torch.cuda.memory_reserved(model.device) < 1.2 * allocated + (32 << 20)
+
+
+@pytest.fixture
+def compiled() -> CompiledOperations:
+    if not row_operations.fits(torch.float32, 128, 64):
+        pytest.skip("no C compiler")
+    return CompiledOperations()
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-6)])
+@pytest.mark.parametrize("hidden", [256, 100, 7])
+@torch.inference_mode()
+def test_compiled_operations_are_torchs(
+    compiled: CompiledOperations, hidden: int, dtype: torch.dtype, atol: float
+) -> None:
+    sizes = TrialSizes(hidden, 160, Heads(6, 2, 96))
+    for actual, expected in trial_pairs(compiled, torch.device("cpu"), dtype, sizes):
+        torch.testing.assert_close(actual.float(), expected, atol=atol, rtol=atol)
+
+
+@torch.inference_mode()
+def test_compiled_silu_is_torchs_over_its_whole_range(compiled: CompiledOperations) -> None:
+    gate = torch.cat([torch.linspace(-120, 120, 4000), torch.tensor([0.0, 1e30, 1e-30])])
+    gate = torch.cat([gate, torch.zeros(-len(gate) % 16)])
+    found = compiled.gated(torch.cat([gate, torch.ones(len(gate))])[None], nn.SiLU())[0]
+    expected = nn.functional.silu(gate.double())
+    torch.testing.assert_close(found.double(), expected, atol=1e-36, rtol=1e-6)
+    extreme = torch.tensor([-1e30, float("nan")]).repeat(8)
+    found = compiled.gated(torch.cat([extreme, torch.ones(16)])[None], nn.SiLU())[0]
+    assert found[::2].abs().max() < 1e-8
+    assert found[1::2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_a_compiled_row_has_the_same_bits_whatever_rows_are_beside_it(
+    compiled: CompiledOperations, dtype: torch.dtype
+) -> None:
+    """Also where threads share the rows: 500 x 300 numbers."""
+    torch.manual_seed(0)
+    states, weight = torch.randn(500, 300).to(dtype), torch.rand(300).to(dtype)
+    joined, heads = torch.randn(500, 8 * 64).to(dtype), Heads(4, 2, 64)
+    cos, sin = (torch.randn(500, 32).repeat(1, 2).to(dtype) for _ in range(2))
+
+    def results(rows: slice) -> list[torch.Tensor]:
+        cache = LayerCache(*(torch.zeros(1, 500, 2, 64, dtype=dtype) for _ in range(2)))
+        slots = torch.arange(500)[rows]
+        part, rotation = joined[rows], Rotation(cos[rows], sin[rows])
+        query = compiled.rotate_and_write(part, heads, rotation, cache, slots, SdpaBackend())
+        written = [one[0, rows] for one in cache.tensors]
+        normed = compiled.norm(Stream(states[rows]), weight, 1e-5)
+        return [normed, query, compiled.gated(part, nn.SiLU()), *written]
+
+    whole = results(slice(0, 500))
+    for rows in (slice(0, 1), slice(499, 500), slice(3, 20), slice(100, 400)):
+        for found, expected in zip(results(rows), whole, strict=True):
+            assert torch.equal(found, expected[rows])
+
+
+def test_only_large_models_are_compiled_for_and_only_if_allowed(
+    compiled: CompiledOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    large, small = TrialSizes(512, 128), TrialSizes(256, 128)
+    assert type(choose_operations(cpu, torch.float32, large)) is CompiledOperations
+    assert type(choose_operations(cpu, torch.float32, small)) is LayerOperations
+    assert type(choose_operations(cpu, torch.float16, large)) is LayerOperations
+    with c_library.allowed(False):
+        assert type(choose_operations(cpu, torch.float32, large)) is LayerOperations
+    monkeypatch.setattr(row_operations, "silu_gated", lambda joined: joined[:, :128] + 1)
+    monkeypatch.setattr(operations, "_has_c", operations._has_c.__wrapped__)
+    assert type(choose_operations(cpu, torch.float32, large)) is LayerOperations
