@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmserve.models.decoder.packed_linear import PackedWeight, can_pack
+from vlmserve.models.decoder.packed_linear import packed_weight
 
 # rows of the product that measures the peak: enough to leave the weight's read behind
 PEAK_ROWS = 1024
@@ -137,8 +137,8 @@ class MachineProbe:
         yield lambda: torch.nn.functional.linear(self._left, self._weight)
         left, weight = self._left.float(), self._weight.float()
         yield lambda: torch.nn.functional.linear(left, weight)
-        if can_pack(self._weight):
-            packed = PackedWeight(self._weight)
+        packed = packed_weight(self._weight)
+        if packed is not None:
             yield lambda: packed.product(self._left)
 
 

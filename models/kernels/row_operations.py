@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -99,10 +100,11 @@ def rotate_and_write(
 
 
 @functools.cache
-def _function(name: str) -> ctypes._CFuncPtr:
+def _function(name: str) -> Callable[..., None]:
     library = _library()
     assert library is not None, "ask fits() first"
-    return getattr(library, name)
+    function: Callable[..., None] = getattr(library, name)
+    return function
 
 
 @functools.cache
@@ -111,7 +113,7 @@ def _library() -> ctypes.CDLL | None:
     if library is None:
         return None
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    norm = [number, size, size, pointer, size, pointer, ctypes.c_float, pointer, number]
+    norm = (number, size, size, pointer, size, pointer, ctypes.c_float, pointer, number)
     library.rms_norm.argtypes = norm
     library.silu_gated.argtypes = [number, size, size, pointer, pointer, number]
     library.rotate_and_write.argtypes = [number, *[size] * 4, *[pointer] * 7, number]
