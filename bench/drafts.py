@@ -17,8 +17,8 @@ number of drafts, the step that verifies them. So the share of right drafts is t
 lookup in such texts, in the bundled tokenizer's short tokens.
 
 Both ways share a scheduler, so prompts are computed once and come from its prefix cache then; the
-clock runs over the answers alone. They take turns by answers, in `free` and `misleading` by steps,
-since what drafts cost there is less than the noise between answers.
+clock runs over the answers alone. They take turns by steps, within the same answers, so that a
+slower moment of the machine slows both; with `--turns answers` by whole answers.
 Medians over the rounds, and of the rounds' ratios, after a round that does not count. The last line
 is one JSON document.
 
@@ -50,9 +50,6 @@ from vlmserve.router.messages import AddRequest
 from vlmserve.router.scheduler import scheduler
 from vlmserve.router.scheduler.interface import DraftCounts, SchedulerLimits
 
-# Tasks that show what drafts cost where they do not help.
-COSTS = ("free", "misleading")
-
 
 def parse_arguments() -> argparse.Namespace:
     return arguments(
@@ -62,10 +59,11 @@ def parse_arguments() -> argparse.Namespace:
         device="auto",
         concurrency="1,4,16",
         drafts=(8, "--num-speculative-tokens"),
-        tasks=",".join((*KINDS, *COSTS)),
+        tasks=",".join((*KINDS, "free", "misleading")),
         records=(8, "records of a prompt"),
         answer=(400, "tokens of an answer, at most"),
         clock=["wall", "cpu"],
+        turns=["steps", "answers"],
         rounds=5,
     )
 
@@ -215,7 +213,7 @@ def measure(
         for side in sides:
             side.start_round()
         # Those whose steps take turns within one answer.
-        for group in [sides] if task in COSTS else [(side,) for side in sides]:
+        for group in [sides] if args.turns == "steps" else [(side,) for side in sides]:
             compute_prompts(loop, requests, clock)
             turns = cycle(group)
             while next(turns).step():

@@ -168,11 +168,15 @@ class DraftRecord:
     times: DraftTimes = field(default_factory=DraftTimes)
     shares: Shares = field(default_factory=Shares)
 
-    def record_decodes(self, batch: StepBatch, seconds: float) -> None:
-        """Record the time of a step, if it had decodes alone."""
+    num_expected: float = 0.0  # of the running step's drafts, to be right
+
+    def record_decodes(self, batch: StepBatch, result: StepResult, seconds: float) -> None:
+        """Record the time of a step of decodes alone, and how many of its drafts were right."""
         if _has_decodes_alone(batch):
             num_decodes = len(batch.sequences)
+            num_right = sum(len(one.token_ids) for one in result.accepted.values())
             self.times.record(num_decodes, batch.num_tokens - num_decodes, seconds)
+            self.times.record_right(num_right, self.num_expected)
 
 
 def add_drafts(
@@ -194,11 +198,13 @@ def add_drafts(
     ]
     chances = sorted(chances, reverse=True)[: max(0, min(step.budget, MOST_TOKENS - len(rows)))]
     num_drafts = record.times.num_worth(len(rows), [chance for chance, _ in chances])
+    record.num_expected = 0.0
     for place, count in Counter(place for _, place in chances[:num_drafts]).items():
         sequence = step.sequences[place]
         # As at admission, a block stays available for each sequence of the step.
         drafts = found[place][: blocks.grow_for_drafts(sequence, count, len(rows))]
-        if drafts:
+        if drafts and sequence.drafts is not None:
+            record.num_expected += sum(sequence.drafts.chances()[: len(drafts)])
             num_blocks = blocks.num_blocks(sequence.num_tokens + len(drafts))
             rows[place] = _with_drafts(rows[place], sequence, drafts, num_blocks)
             step.spend(sequence.owner, len(drafts))

@@ -331,7 +331,7 @@ class Scheduler:
         if seconds is not None and not step.batch.images:
             self._step_times.record(step.batch.num_tokens, seconds)
             if self._limits.num_speculative_tokens:
-                self._drafts.record_decodes(step.batch, seconds)
+                self._drafts.record_decodes(step.batch, result, seconds)
         step.share_vision(result.vision_seconds)
         self._partial = step.record_images(self._partial, self.tiles)
         self._num_images_encoded += len(step.due_images) - len(step.loaded)

@@ -25,6 +25,9 @@ NUM_REMEMBERED = 1024
 SHORTER = 0.75
 # How many times the expected tokens a second drafts must give: less may be noise in the times.
 LEAST_GAIN = 1.05
+# How much the right drafts of a step count after the next one, against those of that one, and how
+# many right drafts that were expected are assumed at the start.
+OLDER_STEPS, NUM_ASSUMED = 0.9, 8.0
 # A step with so many times the tokens takes longer on a CPU, also if no such step was measured.
 MANY_TIMES = 8
 
@@ -128,8 +131,10 @@ class DraftTimes:
     """How many drafts of a step are worth their time, from the times of recent steps.
 
     Only steps of decodes alone count. Those with drafts are apart from those without: a device may
-    compute them in another way. After NUM_REMEMBERED steps all is measured anew, since texts grow
-    and other programs come and go.
+    compute them in another way. Chances are reduced by the share of expected right drafts that were
+    right: requests whose texts are alike fail together, and of many chances the highest are often
+    too high. After NUM_REMEMBERED steps all is measured anew, since texts grow and other programs
+    come and go.
     """
 
     def __init__(self) -> None:
@@ -137,6 +142,7 @@ class DraftTimes:
 
     def _forget(self) -> None:
         self._plain, self._drafted, self._num_steps = StepTimes(), StepTimes(), 0
+        self._num_right = self._num_expected = NUM_ASSUMED
 
     def record(self, num_decodes: int, num_drafts: int, seconds: float) -> None:
         """Record the time of a step of decodes alone."""
@@ -145,6 +151,12 @@ class DraftTimes:
         self._num_steps += 1
         times = self._drafted if num_drafts else self._plain
         times.record(num_decodes + num_drafts, seconds)
+
+    def record_right(self, num_right: int, num_expected: float) -> None:
+        """Record how many drafts of a step were right, and how many were expected to be."""
+        if num_expected > 0:
+            self._num_right = OLDER_STEPS * self._num_right + num_right
+            self._num_expected = OLDER_STEPS * self._num_expected + num_expected
 
     def num_worth(self, num_decodes: int, chances: list[float]) -> int:
         """How many drafts give the most expected tokens a second; 0 if they gain under 5 %.
@@ -156,9 +168,10 @@ class DraftTimes:
         plain_s = self._plain.seconds(num_decodes)
         if plain_s is None:
             return 0
+        trust = min(1.0, self._num_right / self._num_expected)
         best, most_per_s = 0, LEAST_GAIN * num_decodes / plain_s
         for num_drafts in _ends_of_sizes(num_decodes, len(chances)):
-            num_right = sum(chances[:num_drafts])
+            num_right = trust * sum(chances[:num_drafts])
             seconds = self._drafted.seconds(num_decodes + num_drafts)
             if seconds is None:
                 if 2 * num_right >= num_drafts:

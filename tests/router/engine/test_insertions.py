@@ -132,10 +132,11 @@ def test_a_newcomer_that_comes_while_another_is_inserted_is_inserted_into_the_sa
             runner.may_go_on.set()
             for answer, one in zip(answers, news, strict=True):
                 assert await answer == expected_token_ids(one)
-            inside = [["new 0"], ["new 1"], [one.request_id for one in requests]]
-            assert runner.batches[num_before : num_before + 3] == inside
             for task, request in zip(tasks, requests, strict=True):
                 assert await task == expected_token_ids(request)
+            # the outer step is recorded when it ends, after the answers inside it
+            inside = [["new 0"], ["new 1"], [one.request_id for one in requests]]
+            assert runner.batches[num_before : num_before + 3] == inside
 
     asyncio.run(scenario())
 

@@ -94,6 +94,23 @@ def test_drafts_of_which_fewer_than_half_are_expected_to_count_are_not_tried() -
     assert times.num_worth(1, [0.9, 0.5]) == 2
 
 
+def test_chances_that_were_too_high_count_for_less_until_others_are_right() -> None:
+    times = DraftTimes()
+    for num_drafts, seconds in ((0, 1.0), (0, 1.0), (1, 1.4), (1, 1.4)):
+        times.record(1, num_drafts, seconds)
+    assert times.num_worth(1, [0.6]) == 1
+    for _ in range(10):
+        times.record_right(2, 4.0)
+    assert times.num_worth(1, [0.6]) == 0
+    times.record_right(0, 0.0)  # a step without drafts
+    for _ in range(20):
+        times.record_right(4, 4.0)
+    assert times.num_worth(1, [0.6]) == 1
+    for _ in range(20):
+        times.record_right(8, 4.0)
+    assert times.num_worth(1, [0.4]) == 0, "they are never raised"
+
+
 def test_a_gain_within_the_noise_of_the_times_is_none() -> None:
     times = DraftTimes()
     for num_drafts, seconds in ((0, 1.0), (0, 1.0), (1, 1.0), (1, 1.0)):
