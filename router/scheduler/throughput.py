@@ -169,6 +169,8 @@ class DraftTimes:
         if plain_s is None:
             return 0
         trust = min(1.0, self._num_right / self._num_expected)
+        if trust * sum(chances) < (LEAST_GAIN - 1) * num_decodes:
+            return 0  # also if they cost nothing
         best, most_per_s = 0, LEAST_GAIN * num_decodes / plain_s
         for num_drafts in _ends_of_sizes(num_decodes, len(chances)):
             num_right = trust * sum(chances[:num_drafts])
