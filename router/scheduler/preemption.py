@@ -18,6 +18,7 @@ from .block_manager import NO_LACK, BlockManager, Lack
 from .owners import Owners
 from .request_queue import RequestQueue
 from .sequence import Sequence
+from .step_budget import Step
 from .throughput import StepTimes
 
 # A sequence to start, and the cached blocks of its beginning.
@@ -109,7 +110,7 @@ def newcomer(
     budget: int,
     num_others: int,
     *,
-    is_inside: bool = False,
+    inside: Step | None = None,
 ) -> Start | None:
     """The next waiting sequence, if its prompt is computed alone: in the next step, or inside one.
 
@@ -117,16 +118,16 @@ def newcomer(
     prompt fits `budget` tokens, its images are encoded, and the step takes at most 3/4 as long as
     one that has the `num_others` tokens of the others too. At most every second step is such a
     step, so the others lose less than half of their time. Where a step with many decodes takes
-    long, as on a CPU, a short prompt in it would wait as long. is_inside: it is computed inside the
+    long, as on a CPU, a short prompt in it would wait as long. inside: it is computed inside this
     step of the others, on a CPU. Then a step of a size that was not measured counts as long if it
     has many times the tokens; and log-probabilities of a prompt take memory that was not planned.
     """
     head = queue.peek() if len(queue.owners) > 1 else None
-    if is_inside and head is not None:
+    if inside is not None and head is not None:
         head = _idle_head(queue, head, num_others)
     if head is None or queue.owners.num_running[head.owner] or not blocks.has_images(head):
         return None
-    if is_inside and head.prompt_logprobs is not None:
+    if inside is not None and head.prompt_logprobs is not None:
         return None
     shared = blocks.cached_blocks(head, 0)
     num_new = blocks.num_uncached(head, shared)
@@ -134,9 +135,10 @@ def newcomer(
         num_others > 0
         and num_new <= budget
         and blocks.can_start(head, shared, num_spare=2 * len(running))
+        and (inside is None or inside.has_time_inside(num_new, times))
         and (
             times.is_shorter(num_new, num_new + num_others)
-            or (is_inside and times.is_certainly_shorter(num_new, num_others))
+            or (inside is not None and times.is_certainly_shorter(num_new, num_others))
         )
     )
     return (head, shared) if is_due else None

@@ -151,22 +151,22 @@ class Scheduler:
     def insert(self) -> StepBatch | None:
         """A newcomer's prompt, to compute between two layers of the running step; None if not due.
 
-        One after the other, within `Step.room_inside`; none in a newcomer's own step. Pass its
-        result to `update`, or call `fail_step`, both with `is_inserted`, before the next call or
-        `schedule`. It may take a place at the next step only.
+        One after the other, while the outer step has time and room; none in a newcomer's own step.
+        Pass its result to `update`, or call `fail_step`, both with `is_inserted`, before the next
+        call or `schedule`. It may take a place at the next step only.
         """
         limits, outer = self._limits, self._step
         is_own = outer is not None and self._is_newcomers and not outer.num_inserted
         if outer is None or self._inserted is not None or is_own:
             return None
         room, num_others = outer.room_inside(limits), outer.batch.num_tokens
-        found = self._newcomer(room, num_others, is_inside=True)
+        found = self._newcomer(room, num_others, outer)
         if not (found and may_add(self._running, found[0], limits.max_num_seqs, self.owners)):
             return None
         step = self._inserted = Step.of(self._limits, self._image_cost)
         self._is_newcomers = True
         self._start(step, *found)
-        outer.num_inserted += step.batch.num_tokens
+        outer.count_inside(step.batch.num_tokens, self._step_times)
         return self._complete(step)
 
     def _complete(self, step: Step) -> StepBatch:
@@ -204,9 +204,9 @@ class Scheduler:
             self._start(step, *found)
         return found is not None
 
-    def _newcomer(self, budget: int, num_others: int, *, is_inside: bool = False) -> Start | None:
+    def _newcomer(self, budget: int, num_others: int, inside: Step | None = None) -> Start | None:
         known = self.queue, self._running, self.blocks, self._step_times
-        return newcomer(*known, budget, num_others, is_inside=is_inside)
+        return newcomer(*known, budget, num_others, inside=inside)
 
     @property
     def _has_place(self) -> bool:

@@ -22,6 +22,7 @@ from .interface import SchedulerLimits
 from .owners import Owners
 from .request_queue import RequestQueue
 from .sequence import Sequence
+from .throughput import StepTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,8 @@ class Step:
     many of these tokens each owner may use; empty if they do not share. has_streams: it has the
     next token of running streams. due_images: complete after this step. loaded: those of them that
     were encoded before. partial: the image
-    that is encoded up to the layer partial_end only. num_inserted: tokens computed inside it.
+    that is encoded up to the layer partial_end only. num_inserted, inserted_s: tokens computed
+    inside it, and how long that usually takes.
     """
 
     budget: int
@@ -64,6 +66,7 @@ class Step:
     copies: dict[Sequence, BlockCopy] = field(default_factory=dict)
     quotas: dict[str, int] = field(default_factory=dict)
     num_inserted: int = 0
+    inserted_s: float = 0.0
 
     @classmethod
     def of(cls, limits: SchedulerLimits, image_cost: ImageCost) -> Step:
@@ -88,12 +91,27 @@ class Step:
         """How many tokens a step may have that is computed inside this one.
 
         What this one leaves of the budget, at least a small part of it: between two layers it needs
-        less memory. Those after the first have with it at most half of this one's tokens.
+        less memory.
         """
-        room = max(self.budget, limits.max_num_batched_tokens // INSERTED_PART)
+        return max(self.budget, limits.max_num_batched_tokens // INSERTED_PART)
+
+    def has_time_inside(self, num_tokens: int, times: StepTimes) -> bool:
+        """Whether a step of so many tokens may be computed inside this one.
+
+        The first may. With the others, all of them take at most as long as this one by itself;
+        where that was not measured, they have at most half of its tokens.
+        """
         if not self.num_inserted:
-            return room
-        return min(room, self.batch.num_tokens // 2 - self.num_inserted)
+            return True
+        seconds, own_s = times.seconds(num_tokens), times.seconds(self.batch.num_tokens)
+        if seconds is None or own_s is None:
+            return self.num_inserted + num_tokens <= self.batch.num_tokens // 2
+        return self.inserted_s + seconds <= own_s
+
+    def count_inside(self, num_tokens: int, times: StepTimes) -> None:
+        """Count a step that is computed inside this one."""
+        self.num_inserted += num_tokens
+        self.inserted_s += times.seconds(num_tokens) or 0.0
 
     def can_begin_image(self, owner: str) -> bool:
         """True if a new image, or a part of it, can be encoded in this step too."""

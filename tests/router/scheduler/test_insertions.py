@@ -121,6 +121,17 @@ def test_several_newcomers_are_inserted_into_one_long_step_up_to_half_of_its_tok
     assert_as_expected(bench)
 
 
+@pytest.mark.parametrize(("seconds", "num_expected"), [(0.25, 4), (0.1, 10)])
+def test_newcomers_inside_a_step_take_together_no_longer_than_it_takes(seconds, num_expected):
+    """Where times are measured, they decide, not the tokens."""
+    bench = before_first_step()
+    bench.seconds_of = lambda batch: 1.0 if batch.num_tokens == 64 else seconds
+    for num_tokens in (4, 4, 64, 64):
+        bench.scheduler._step_times.record(num_tokens, 1.0 if num_tokens == 64 else seconds)
+    assert num_inside(bench, 12, max_tokens=1) == (num_expected, 64)
+    assert_as_expected(bench)
+
+
 def test_row_70_an_owner_that_asks_again_during_a_long_step_is_inserted_again():
     """Its first prompt put it behind the flood that waits, so its second waited for the step."""
     bench = before_first_step()
