@@ -57,6 +57,9 @@ BOUNDS = {
     HALF_OPEN: 3.0,
 }
 
+# Of a neighbour before each of its requests.
+MAX_PAUSE_S = 0.5
+
 
 def _plain(rng: random.Random, port: int) -> dict[str, Any]:
     return chat(f"hello {rng.random()}", max_tokens=1)
@@ -89,7 +92,11 @@ SMALL: dict[str, Callable[[random.Random, int], dict[str, Any]]] = {
 
 
 class Neighbour:
-    """A client that asks one thing after the other, each on a new connection."""
+    """A client that asks one thing after the other, each on a new connection.
+
+    It waits a random time before each, so that it asks for less than its share, at any moment of a
+    step. Without a pause its next question would come right behind its last answer.
+    """
 
     def __init__(self, url: str, site_port: int, seed: int) -> None:
         self._url = url
@@ -99,8 +106,11 @@ class Neighbour:
 
     async def latencies(self, name: str, count: int) -> list[float]:
         """Seconds from each request to the end of its answer."""
-        make = SMALL.get(name, _plain)
-        return [await self._ask(make(self._rng, self._site_port)) for _ in range(count)]
+        make, found = SMALL.get(name, _plain), []
+        for _ in range(count):
+            await asyncio.sleep(self._rng.uniform(0, MAX_PAUSE_S))
+            found.append(await self._ask(make(self._rng, self._site_port)))
+        return found
 
     async def _ask(self, body: dict[str, Any]) -> float:
         headers = {"Authorization": f"Bearer {NEIGHBOUR}", "Connection": "close"}
