@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import MllamaConfig, MllamaForConditionalGeneration
-from transformers.initialization import no_init_weights
 
 from ..checkpoint import INDEX, SINGLE
 from ..errors import ModelError
@@ -61,22 +62,35 @@ def without_quantization(config: MllamaConfig) -> MllamaConfig:
     return config
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves out torch's initialization of weights, half of the time also on the meta device.
+
+    For this thread alone: transformers' `no_init_weights` and accelerate's `init_empty_weights`
+    replace functions for the whole process, and two threads at once leave them replaced.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def empty_model(config: MllamaConfig, dtype: torch.dtype) -> MllamaForConditionalGeneration:
     """The model of a configuration on the meta device, in `dtype`."""
-    with torch.device("meta"):
-        model: Any = undrawn_model(config)
+    with torch.device("meta"), _Undrawn():
+        model: Any = MllamaForConditionalGeneration(config)
     return cast(MllamaForConditionalGeneration, model.to(dtype))
 
 
-def undrawn_model(config: MllamaConfig) -> MllamaForConditionalGeneration:
-    """The model of a configuration, without drawing the weights that are read later.
-
-    Drawing takes half of the time, also on the meta device.
-    """
-    with no_init_weights():
-        model: Any = MllamaForConditionalGeneration(config)
-    model.tie_weights()  # where drawing would have done it
-    return cast(MllamaForConditionalGeneration, model)
+def model_without_weights(config: MllamaConfig) -> MllamaForConditionalGeneration:
+    """The model of a configuration: its weights on the meta device, its buffers on the CPU."""
+    model = empty_model(config, torch.float32)
+    text: Any = model.model.language_model
+    text.rotary_emb = type(text.rotary_emb)(config.text_config)  # has all buffers of a Mllama
+    return model
 
 
 def _check_depths(folder: Path, config: MllamaConfig, tensors: Mapping[str, StoredTensor]) -> None:

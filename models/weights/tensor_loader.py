@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from ..errors import ModelError
 from ..tensor_parallel.plan import Side, narrow, rank_slice
 from .formats.coded_tensor import CodedTensor
 from .formats.safetensors_headers import StoredTensor, module_name
-from .meta_model import NUM_EXTRA_ROWS, is_short, undrawn_model
+from .meta_model import NUM_EXTRA_ROWS, is_short, model_without_weights
 from .quantization import FP8, is_quantized
 
 
@@ -78,8 +77,7 @@ def load_tensors(
     count: called with the bytes of each tensor that was read. source: the checkpoint, for messages.
     Raises ModelError for a weight that cannot be quantized.
     """
-    with init_empty_weights(include_buffers=False):
-        model = undrawn_model(config)
+    model = model_without_weights(config)
     if recipe.share.size > 1:
         narrow(model, recipe.share.sides, recipe.share.size)
     wanted = {name for name, _ in model.named_parameters()}

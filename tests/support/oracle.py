@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -45,11 +46,17 @@ LARGE_LAYOUTS = ("m100", "vision-heavy", "wide")
 TINY_LAYOUTS = [name for name in LAYOUTS if name not in LARGE_LAYOUTS]
 GREEDY = SamplingParams(temperature=0.0)
 EXCUSED_GAP = 1e-4
+_DRAWING = threading.Lock()
+
+
+def checkpoint(layout: str) -> str:
+    """A folder with the random checkpoint of a layout, kept for the test run."""
+    with _DRAWING:  # all threads draw from one generator
+        return _drawn_checkpoint(layout)
 
 
 @functools.cache
-def checkpoint(layout: str) -> str:
-    """A folder with the random checkpoint of a layout, kept for the test run."""
+def _drawn_checkpoint(layout: str) -> str:
     folder = tempfile.mkdtemp(prefix=f"vlmserve-{layout}-")
     build(layout, folder, seed=1, with_processor=False)
     return folder

@@ -57,17 +57,14 @@ from vlmserve.models.memory.available import AvailableMemory
 from vlmserve.models.settings.runner_config import RunnerConfig
 from vlmserve.models.tensor_parallel.group import DistributedGroup
 from vlmserve.models.tensor_parallel.plan import Side, check_size, cut_linears, narrow, rank_slice
-from vlmserve.models.weights.loader import LoadedModel, load, load_model, open_checkpoint
+from vlmserve.models.weights.loader import LoadedModel, load_model, open_checkpoint
 
 SIZES = PoolSizes(200, 40, BLOCK_SIZE)
-# transformers and accelerate build modules under process-wide switches
-BUILDING = threading.Lock()
 
 
 def rank_part(layout: str, group: ThreadGroup | None, quantize: str | None = None) -> LoadedModel:
     """A rank's part of a checkpoint in float32, or the whole."""
-    with BUILDING:
-        return load_model(checkpoint(layout), "cpu", "float32", quantize, group)
+    return load_model(checkpoint(layout), "cpu", "float32", quantize, group)
 
 
 def meta_model(layout: str = "tiny"):
@@ -178,8 +175,7 @@ def test_two_ranks_share_a_quantized_checkpoint_exactly(form, tmp_path) -> None:
     coded, dequantized = write(Path(checkpoint("tiny")), FORMS.get(form, GROUPS_OF_16), tmp_path)
 
     def compute(group=None, folder=coded):
-        with BUILDING:
-            model = load_model(folder, "cpu", "float32", group=group)
+        model = load_model(folder, "cpu", "float32", group=group)
         return prefill_logits(ModelRunner(model, PoolPlan(SIZES, 800)), requests(), chunk=5)
 
     expected = compute(folder=dequantized)
@@ -208,11 +204,6 @@ def test_a_rank_holds_half_of_the_cut_weights_and_half_of_the_cache() -> None:
         assert part[2].num_kv_heads * 2 == geometry.num_kv_heads
 
 
-def load_one_at_a_time(*args, **kwargs) -> LoadedModel:
-    with BUILDING:
-        return load(*args, **kwargs)
-
-
 def test_ranks_size_their_pools_together_by_the_one_with_the_least_room(monkeypatch) -> None:
     """A step that is measured has collectives in it, so that each must measure as often as all.
 
@@ -227,7 +218,6 @@ def test_ranks_size_their_pools_together_by_the_one_with_the_least_room(monkeypa
         measured[threading.get_ident()].append(limits.max_model_len)
         return measured_peaks(model, attention, limits, with_graphs)
 
-    monkeypatch.setattr("vlmserve.models.create_runner.load", load_one_at_a_time)
     monkeypatch.setattr(sizing, "peaks_by_device", peaks)
     options = OPTIONS | {"num_text_blocks": None, "num_image_blocks": None, "max_num_seqs": 8}
     limits = {"max_num_batched_tokens": 64, "max_num_batched_images": 1}
@@ -254,7 +244,6 @@ def test_a_step_that_is_too_large_for_a_rank_is_not_tried_again_shorter(monkeypa
     def peaks(model, attention, limits, with_graphs):
         raise StepTooLargeError("a step does not fit beside the weights")
 
-    monkeypatch.setattr("vlmserve.models.create_runner.load", load_one_at_a_time)
     monkeypatch.setattr(sizing, "peaks_by_device", peaks)
     with pytest.raises(StepTooLargeError):
         on_ranks(

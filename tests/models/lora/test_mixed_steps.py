@@ -7,7 +7,6 @@ adapter merged, on a random checkpoint with all gates at 0.7.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,8 +41,6 @@ from vlmserve.models.weights.device_map import given_map, on_one_device
 from vlmserve.models.weights.loader import LoadedModel, load, load_model, open_checkpoint
 
 TOLERANCE = 1e-4
-# transformers and accelerate build modules under process-wide switches
-BUILDING = threading.Lock()
 LAYOUT = "tiny"
 TEXTS = {"text": "only words", "one": "|what is it?", "two": "a|b|c and more"}
 
@@ -180,9 +177,8 @@ def test_two_ranks_apply_their_shares_of_the_adapters(refs):
     """A and B are cut as the layers are; changes of a rank's inputs are summed over the ranks."""
 
     def compute(group):
-        with BUILDING:
-            model = load_model(checkpoint(LAYOUT), "cpu", "float32", None, group)
-            runner = runner_of(model, refs)
+        model = load_model(checkpoint(LAYOUT), "cpu", "float32", None, group)
+        runner = runner_of(model, refs)
         return prefill_logits(runner, requests(refs, ["", *MIXED]), chunk=6)
 
     first, second = on_ranks(2, compute)

@@ -8,6 +8,7 @@ import json
 import mmap
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.oracle import checkpoint, generate, loaded, prompt
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MllamaForConditionalGeneration, MllamaProcessor, MllamaTextConfig
 
 from vlmserve.bench.checkpoints import build
@@ -50,6 +51,19 @@ def test_a_checkpoint_loads_in_eval_mode_without_gradients() -> None:
     assert not any(parameter.requires_grad for parameter in model.model.parameters())
     assert {parameter.dtype for parameter in model.model.parameters()} == {torch.float32}
     assert model.num_patches == 5
+
+
+def test_models_that_load_at_once_leave_no_switch_of_the_process_on() -> None:
+    """Ranks in threads once left torch's functions replaced, and later weights were undefined."""
+    functions = [nn.init.normal_, nn.init.uniform_, nn.Module.register_parameter]
+    with ThreadPoolExecutor(4) as threads:
+        loads = [
+            threads.submit(load_model, checkpoint("tiny"), "cpu", "float32", "int8")
+            for _ in range(8)
+        ]
+        for load in loads:
+            load.result()
+    assert [nn.init.normal_, nn.init.uniform_, nn.Module.register_parameter] == functions
 
 
 def test_only_the_text_model_gets_the_paged_attention() -> None:
