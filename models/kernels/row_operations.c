@@ -9,32 +9,6 @@
 #define MIN_SHARED 65536
 #define THREADS(size) num_threads((size) >= MIN_SHARED ? num_threads : 1)
 
-INLINE float sum_of(vf v) {
-  float sum = 0;
-  for (int i = 0; i < LANES; i++) sum += v[i];
-  return sum;
-}
-
-/* exp, of numbers that are not NaN, to two units in the last place (Cephes) */
-INLINE vf exp_of(vf x) {
-  const vf low = (vf){0} - 87.3f, high = (vf){0} + 88.0f;
-  vi is_low = x < low, is_high = x > high;
-  x = (vf)(((vi)x & ~is_low & ~is_high) | ((vi)low & is_low) | ((vi)high & is_high));
-  vf y = x * 1.44269504088896341f + 0.5f;
-  vi n = __builtin_convertvector(y, vi);
-  n += __builtin_convertvector(n, vf) > y; /* true is -1: floor */
-  vf f = __builtin_convertvector(n, vf);
-  x -= f * 0.693359375f;
-  x -= f * -2.12194440e-4f;
-  vf p = x * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * x + 8.3334519073e-3f;
-  p = p * x + 4.1665795894e-2f;
-  p = p * x + 1.6666665459e-1f;
-  p = p * x + 5.0000001201e-1f;
-  p = p * x * x + x + 1.0f;
-  return p * (vf)((n + 127) << 23);
-}
-
 INLINE void norm_row(int kind, const void *rows, int64_t from, const void *weight, float eps,
                      void *result, int64_t to, int64_t H) {
   vf sums[2] = {{0}, {0}};

@@ -8,7 +8,7 @@
    A tile is some rows by one or more panels, whose sums stay in registers. Each sum adds its K
    products one by one in the same order, whatever tile it is in: a row's bits do not depend on the
    rows beside it, nor on the number of threads. Few rows read several panels at once, so that
-   enough loads are in flight. Many rows widen a part of a panel once for all of them. */
+   enough loads are in flight. Every tile widens what it reads: that is hidden behind its sums. */
 
 #include "vectors.h"
 
@@ -19,13 +19,11 @@
 #endif
 #define WIDTH (2 * LANES)
 #define MAX_PANELS 4
-/* most rows for which a narrower weight is widened at every use */
-#define MAX_NARROW 6
 /* rows whose sums are kept between parts of K, a multiple of MAX_ROWS; inputs of a part */
 #define BLOCK_ROWS 240
 #define BLOCK_K 1024
-
-static const int SIZES[] = {4, 2, 1};
+/* bytes ahead of their use that P panels are loaded */
+#define AHEAD(P) ((P) > 1 ? 512 : 2048)
 
 int64_t row_products_width(void) { return WIDTH; }
 
@@ -39,7 +37,7 @@ INLINE void tile(int kind, int R, int P, const float *rows, int64_t K, const voi
   for (int64_t k = 0; k < count; k++)
     UNROLL for (int p = 0; p < P; p++) {
       int64_t at = p * panel_size + k * WIDTH;
-      if (R < 4) __builtin_prefetch((const char *)weight + at * SIZES[kind] + 1024);
+      __builtin_prefetch((const char *)weight + at * SIZES[kind] + AHEAD(P));
       vf low = load(kind, weight, at), high = load(kind, weight, at + LANES);
       UNROLL for (int r = 0; r < R; r++) {
         float x = rows[r * K + k];
@@ -95,49 +93,23 @@ INLINE void finish(const Product *p, int kind, int64_t row, int64_t M, int64_t f
   }
 }
 
-/* One to three rows and P panels at once. */
+/* One row or two, and P panels at once. */
 INLINE void few(const Product *p, int kind, int R, int P, const float *rows, int64_t panel) {
-  float sums[3 * MAX_PANELS * WIDTH] __attribute__((aligned(64)));
+  float sums[2 * MAX_PANELS * WIDTH] __attribute__((aligned(64)));
   const char *weight = (const char *)p->weight + panel * p->K * WIDTH * SIZES[kind];
   tile(kind, R, P, rows, p->K, weight, p->K * WIDTH, p->K, sums, 1);
   if (p->row_kind == FLOAT32) finish(p, FLOAT32, 0, R, panel * WIDTH, P * WIDTH, sums);
   else finish(p, BFLOAT16, 0, R, panel * WIDTH, P * WIDTH, sums);
 }
 
-/* Of a weight in float32. */
-static void wide_tiles(int64_t M, const float *rows, int64_t K, const float *weight, int64_t count,
-                       float *sums, int is_first) {
-  tiles(FLOAT32, M, rows, K, weight, count, sums, is_first);
-}
-
-/* Of a weight of another type, for rows that are too few to widen it first. */
-INLINE void some_tiles(int kind, int64_t M, const float *rows, int64_t K, const void *weight,
-                       int64_t count, float *sums, int is_first) {
-  switch (M) {
-    TILE_OF(1) TILE_OF(2) TILE_OF(3) TILE_OF(4) TILE_OF(5) TILE_OF(6)
-  }
-}
-
 /* One panel and M rows. */
 INLINE void block(const Product *p, int kind, int64_t row, int64_t M, const float *rows,
                   int64_t panel) {
   float sums[BLOCK_ROWS * WIDTH] __attribute__((aligned(64)));
-  float wide[BLOCK_K * WIDTH] __attribute__((aligned(64)));
   const char *weight = (const char *)p->weight + panel * p->K * WIDTH * SIZES[kind];
-  for (int64_t k = 0; k < p->K; k += BLOCK_K) {
-    int64_t count = MIN(BLOCK_K, p->K - k);
-    const void *part = weight + k * WIDTH * SIZES[kind];
-    if (kind == FLOAT32) {
-      wide_tiles(M, rows + k, p->K, part, count, sums, k == 0);
-      continue;
-    }
-    if (M <= MAX_NARROW) {
-      some_tiles(kind, M, rows + k, p->K, part, count, sums, k == 0);
-      continue;
-    }
-    for (int64_t i = 0; i < count * WIDTH; i += LANES) store(FLOAT32, wide, i, load(kind, part, i));
-    wide_tiles(M, rows + k, p->K, wide, count, sums, k == 0);
-  }
+  for (int64_t k = 0; k < p->K; k += BLOCK_K)
+    tiles(kind, M, rows + k, p->K, weight + k * WIDTH * SIZES[kind], MIN(BLOCK_K, p->K - k), sums,
+          k == 0);
   if (p->row_kind == FLOAT32) finish(p, FLOAT32, row, M, panel * WIDTH, WIDTH, sums);
   else finish(p, BFLOAT16, row, M, panel * WIDTH, WIDTH, sums);
 }
@@ -149,8 +121,6 @@ INLINE void panels(const Product *p, int kind, const float *rows, int64_t first,
     for (; panel + 4 <= end; panel += 4) few(p, kind, 1, 4, rows, panel);
   else if (p->M == 2)
     for (; panel + 2 <= end; panel += 2) few(p, kind, 2, 2, rows, panel);
-  else if (p->M == 3)
-    for (; panel + 2 <= end; panel += 2) few(p, kind, 3, 2, rows, panel);
   for (int64_t row = 0; row < p->M; row += BLOCK_ROWS)
     for (int64_t i = panel; i < end; i++)
       block(p, kind, row, MIN(BLOCK_ROWS, p->M - row), rows + row * p->K, i);

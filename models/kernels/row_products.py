@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("row_products.c")
 # the order of the C file's kinds
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-# Smaller weights come from the cache, where torch's products are as fast.
-MIN_SIZE = 1 << 18
+# the least inputs and outputs of a weight: smaller models are not worth a compiler's seconds
+MIN_SIDE = 256
 # The trial: its rows, how much faster the C must be over all of them, and at least for each.
 TRIED_ROWS, LEAST_GAIN, MOST_LOSS = (1, 9, 128), 1.1, 0.85
 
@@ -96,7 +96,7 @@ class RowWeight:
 
 def can_pack(weight: Tensor) -> bool:
     """Whether the C is there and right for that weight, and the weight is large enough."""
-    is_large = weight.device.type == "cpu" and weight.numel() >= MIN_SIZE
+    is_large = weight.device.type == "cpu" and min(weight.shape) >= MIN_SIDE
     return is_large and c_library.is_allowed() and weight.dtype in _KINDS and is_right(weight.dtype)
 
 

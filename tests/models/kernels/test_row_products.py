@@ -30,7 +30,7 @@ def library():
 @pytest.fixture
 def always(library, monkeypatch):
     """The C multiplies every weight, however small, whatever the trial finds."""
-    monkeypatch.setattr(row_products, "MIN_SIZE", 1)
+    monkeypatch.setattr(row_products, "MIN_SIDE", 1)
     monkeypatch.setattr(packed_linear, "are_rows_faster", lambda dtype: True)
     monkeypatch.setattr(packed_linear, "_has_operators", lambda dtype: False)
 
@@ -143,7 +143,7 @@ def test_the_trial_asks_for_a_gain_and_for_no_loss_with_many_rows(
 
 
 def test_bfloat16_instructions_are_preferred(library, monkeypatch):
-    monkeypatch.setattr(row_products, "MIN_SIZE", 1)
+    monkeypatch.setattr(row_products, "MIN_SIDE", 1)
     monkeypatch.setattr(packed_linear, "are_rows_faster", lambda dtype: True)
     for has in (True, False):
         monkeypatch.setattr(packed_linear, "_has_operators", lambda dtype, has=has: has)

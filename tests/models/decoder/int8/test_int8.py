@@ -225,7 +225,7 @@ def test_few_rows_of_bfloat16_take_the_int8_kernel_and_others_are_unpacked_for(
 def test_a_cpus_product_takes_the_c_where_it_is_faster_and_rounds_once(monkeypatch):
     if row_products._loaded() is None:
         pytest.skip("no C compiler")
-    monkeypatch.setattr(row_products, "MIN_SIZE", 1)
+    monkeypatch.setattr(row_products, "MIN_SIDE", 1)
     generator = torch.Generator().manual_seed(0)
     for dtype, unit in ((torch.float32, 2**-20), (torch.bfloat16, 2**-8)):
         weights = [torch.randn(width, 96, generator=generator) for width in (40, 24)]
