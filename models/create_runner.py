@@ -84,6 +84,16 @@ def create_runner(
     tests pass their own. Raises ModelError, one line with the remedy, before a weight is read if
     the model cannot fit. Shows progress on stderr.
     """
+    with c_library.allowed(config.cpu_products == "auto"):
+        return _create(model, config, available, group)
+
+
+def _create(
+    model: str | Checkpoint,
+    config: RunnerConfig,
+    available: AvailableMemoryOf | None,
+    group: Group | None,
+) -> ModelRunner:
     set_threads(config.num_threads)
     chosen = choose_device(config.device)
     if chosen.type == "cuda":
@@ -102,8 +112,7 @@ def create_runner(
     placement = _place(plan, chosen, config.device_map, max_memory, bounded)
     check_fits(plan, placement, bounded)
     before = {device: bounded(device).num_bytes for device in placement.devices()}
-    with c_library.allowed(config.cpu_products == "auto"):
-        loaded = load(checkpoint, placement, config.quantize, group=group)
+    loaded = load(checkpoint, placement, config.quantize, group=group)
     reason = _why_no_graphs(loaded, config, group)
     geometry = replace(loaded.geometry, has_int8_images=config.has_int8_images)
     attention = choose_backend(
@@ -115,8 +124,7 @@ def create_runner(
         reason = agreed(group, reason)  # a rank's trial may have chosen another backend
     readings = MemoryReadings(available, before)
     sized = size_pools(plan, loaded, attention, readings, group, with_graphs=reason is None)
-    with c_library.allowed(config.cpu_products == "auto"):
-        runner = ModelRunner(loaded, sized, attention.backend, plan.adapters)
+    runner = ModelRunner(loaded, sized, attention.backend, plan.adapters)
     if loaded.device.type == "cuda":
         _warm_up(runner, plan.limits, checkpoint.dtype)
     reason = reason or _record_graphs(runner, config.max_num_seqs, loaded.device, group)

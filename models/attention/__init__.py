@@ -5,6 +5,7 @@ This file registers the backends by name. In the order in which to read the othe
     base                                  the interface, and the rows of a step
     int8_states                           images' keys and values in int8
     sdpa                                  the reference backend: torch's SDPA on gathered keys
+    paged_on_cpu                          decodes on a CPU by this project's C
     work_items                            cuts the keys of long rows into pieces
     triton_paged, triton_kernels          this project's kernels
     flash, tiles                          what both FlashAttention backends share
@@ -31,6 +32,7 @@ __all__ = [
 # name -> module and class; a backend's dependencies are imported only with its module
 _BACKENDS: dict[str, tuple[str, str]] = {
     "sdpa": (".sdpa", "SdpaBackend"),
+    "cpu": (".paged_on_cpu", "CpuBackend"),
     "flash_attn": (".flash_attn_package", "FlashAttnBackend"),
     "varlen": (".torch_varlen", "VarlenBackend"),
     "triton": (".triton_paged", "TritonBackend"),

@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BLOCK_SIZE = 16
 # fastest first; the last runs anywhere
-PREFERRED = ("flash_attn", "triton", "varlen", "sdpa")
+PREFERRED = ("flash_attn", "triton", "varlen", "cpu", "sdpa")
 # Decode steps are recorded as graphs with triton only: without them the host limits small steps.
-PREFERRED_WITH_GRAPHS = ("triton", "flash_attn", "varlen", "sdpa")
+PREFERRED_WITH_GRAPHS = ("triton", "flash_attn", "varlen", "cpu", "sdpa")
 REFERENCE = "sdpa"
 
 

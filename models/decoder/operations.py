@@ -31,8 +31,6 @@ from .linear_products import Change, LinearProduct
 logger = logging.getLogger(__name__)
 
 Activation = Callable[[Tensor], Tensor]
-# Smaller models are not worth a compiler's seconds at their first start.
-MIN_COMPILED_HIDDEN = 512
 # transformers has its own class
 SILU_CLASSES = (nn.SiLU, type(ACT2FN["silu"]))
 
@@ -255,8 +253,8 @@ def choose_operations(
     device: torch.device, dtype: torch.dtype, sizes: TrialSizes
 ) -> LayerOperations:
     """The fastest operations of the device; kernels are tried once before they are used."""
-    is_worth_it = device.type == "cpu" and sizes.hidden >= MIN_COMPILED_HIDDEN
-    if is_worth_it and c_library.is_allowed() and _has_c(dtype, sizes):
+    is_worth_it = device.type == "cpu" and c_library.is_worth_it(sizes.hidden)
+    if is_worth_it and _has_c(dtype, sizes):
         return CompiledOperations()
     return TritonOperations() if _has_kernels(device, dtype, sizes) else LayerOperations()
 

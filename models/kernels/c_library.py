@@ -30,6 +30,8 @@ _is_allowed = ContextVar("is_allowed", default=True)
 COMPILERS = ("gcc", "cc")
 FLAGS = ("-O2", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 BUILD_TIMEOUT_S = 120
+# Smaller models are not worth a compiler's seconds at their first start.
+MIN_HIDDEN = 512
 # what of /proc/cpuinfo names the instructions that -march=native may use
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "stepping", "flags", "Features")
 
@@ -47,6 +49,11 @@ def allowed(is_allowed: bool) -> Iterator[None]:
 def is_allowed() -> bool:
     """Whether to use the C; see `allowed`."""
     return _is_allowed.get()
+
+
+def is_worth_it(hidden: int) -> bool:
+    """Whether to use the C in a model of this hidden size."""
+    return hidden >= MIN_HIDDEN and is_allowed()
 
 
 def load(source: Path) -> ctypes.CDLL | None:

@@ -92,10 +92,10 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = "auto"
     attention_backend: Annotated[
-        Literal["auto", "sdpa", "flash_attn", "triton", "varlen"],
+        Literal["auto", "sdpa", "cpu", "flash_attn", "triton", "varlen"],
         Option(
-            "Attention implementation. sdpa runs on any device; flash_attn, triton and varlen need "
-            "CUDA. auto: the fastest that works; the log shows the reason.",
+            "Attention implementation. sdpa runs on any device; cpu needs gcc; flash_attn, triton "
+            "and varlen need CUDA. auto: the fastest that works; the log shows the reason.",
             ENGINE,
         ),
     ] = "auto"
@@ -161,7 +161,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
         Literal["auto", "int8"],
         Option(
             "Type of cached keys and values of images. auto: the compute type. int8: about half "
-            "the memory of bfloat16, at a small error. Needs sdpa or triton attention.",
+            "the memory of bfloat16, at a small error. Needs sdpa, cpu or triton attention.",
             ENGINE,
         ),
     ] = "auto"

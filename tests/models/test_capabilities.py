@@ -78,7 +78,7 @@ def test_each_generation_gets_its_dtype_attention_and_kernels(card, caplog) -> N
         attention, norms = caplog.messages
         assert attention == (
             f"attention by sdpa, blocks of 16 tokens (not triton: {TOO_OLD}; not flash_attn: "
-            f"{TOO_OLD}; not varlen: {TOO_OLD})"
+            f"{TOO_OLD}; not varlen: {TOO_OLD}; not cpu: it needs a CPU, and this is cuda)"
         )
         assert norms == f"norms use torch's operations: {TOO_OLD}"
         assert "the attention backend is sdpa" in str(why_not_with(chosen.backend))

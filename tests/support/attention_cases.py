@@ -25,6 +25,7 @@ from vlmserve.models.attention import (
 from vlmserve.models.attention.flash_attn_package import FlashAttnBackend
 from vlmserve.models.attention.torch_varlen import VarlenBackend
 from vlmserve.models.attention.triton_paged import TritonBackend
+from vlmserve.models.kernels import paged_attention
 
 HEAD_DIM = 16
 SCALE = 0.25
@@ -67,6 +68,12 @@ def needs_interpreter() -> pytest.MarkDecorator:
     return pytest.mark.skipif(not fits, reason="triton's interpreter is older than numpy 2.4")
 
 
+def needs_c() -> pytest.MarkDecorator:
+    """Skips where no C compiler is installed, or the CPU's vectors are wider than a head."""
+    fits = paged_attention.fits(torch.bfloat16, HEAD_DIM)
+    return pytest.mark.skipif(not fits, reason="no gcc, or vectors of more than 8 numbers")
+
+
 def interpreted(name: str, piece: int | None = None):
     """The Triton backend on a CPU, its kernels run by triton's interpreter (see conftest.py)."""
     subject = Subject(lambda: TritonBackend(piece))
@@ -77,6 +84,7 @@ def interpreted(name: str, piece: int | None = None):
 
 SUBJECTS = [
     pytest.param(Subject(lambda: get_backend("sdpa")), id="sdpa"),
+    pytest.param(Subject(lambda: get_backend("cpu")), id="cpu", marks=needs_c()),
     pytest.param(Subject(lambda: FlashAttnBackend(FLASH_ATTN), 256), id="flash_attn-fake"),
     pytest.param(
         Subject(lambda: VarlenBackend(varlen_attn_of("FA2"), "FA2"), 256), id="varlen-fake"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
+from support.attention_cases import needs_c
 from support.fake_kernels import FLASH_ATTN, varlen_attn_of
 from support.oracle import checkpoint
 
@@ -17,6 +19,7 @@ from vlmserve.models.attention.trial import what_is_wrong
 from vlmserve.models.attention.triton_paged import TritonBackend, keys_at_once
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.errors import ModelError
+from vlmserve.models.kernels import c_library, paged_attention
 from vlmserve.models.settings.runner_config import RunnerConfig
 
 LOGGER = "vlmserve.models.attention.choice"
@@ -57,8 +60,25 @@ def test_a_cpu_gets_sdpa_and_the_log_says_why_not_the_others(caplog) -> None:
     assert [record.getMessage() for record in caplog.records] == [
         "attention by sdpa, blocks of 16 tokens (not flash_attn: it needs a CUDA device, and this "
         "is cpu; not triton: it needs a CUDA device, and this is cpu; not varlen: it needs a CUDA "
-        "device, and this is cpu)"
+        "device, and this is cpu; not cpu: a hidden size of 96 is below 512)"
     ]
+
+
+@needs_c()
+def test_a_large_model_on_a_cpu_reads_decodes_in_place(caplog) -> None:
+    large = replace(CPU, num_heads=8, head_dim=64)
+    assert choose_backend("auto", large).backend.name == "cpu"
+    caplog.set_level(logging.INFO, logger=LOGGER)
+    with c_library.allowed(False):
+        assert choose_backend("auto", large).backend.name == "sdpa"
+    assert "not cpu: --cpu-products is torch" in caplog.text
+
+
+def test_without_a_compiler_a_large_model_keeps_sdpa(monkeypatch, caplog) -> None:
+    caplog.set_level(logging.INFO, logger=LOGGER)
+    monkeypatch.setattr(paged_attention, "_library", lambda: None)
+    assert choose_backend("auto", replace(CPU, num_heads=8, head_dim=64)).backend.name == "sdpa"
+    assert "not cpu: it needs gcc" in caplog.text
 
 
 def test_a_backend_that_cannot_be_had_is_refused_with_the_reason() -> None:

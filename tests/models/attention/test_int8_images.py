@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.attention_cases import SCALE, Case, dense, make_case, needs_interpreter
+from support.attention_cases import SCALE, Case, dense, make_case, needs_c, needs_interpreter
 from torch import Tensor
 
 from vlmserve.models.attention import AttentionBackend, Geometry
@@ -22,9 +22,11 @@ from vlmserve.models.attention.int8_states import (
     entry_bytes,
     gather_states,
 )
+from vlmserve.models.attention.paged_on_cpu import CpuBackend
 from vlmserve.models.attention.sdpa import SdpaBackend
 from vlmserve.models.attention.trial import what_is_wrong
 from vlmserve.models.attention.triton_paged import TritonBackend
+from vlmserve.models.kernels import c_library
 
 CPU, TILE = torch.device("cpu"), 5
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -34,6 +36,7 @@ ROWS = {
 }
 BACKENDS = [
     pytest.param(SdpaBackend, id="sdpa"),
+    pytest.param(CpuBackend, id="cpu", marks=needs_c()),
     pytest.param(TritonBackend, id="triton", marks=needs_interpreter()),
     pytest.param(lambda: TritonBackend(16), id="triton-pieces", marks=needs_interpreter()),
 ]
@@ -139,5 +142,6 @@ def test_the_trial_of_a_backend_reads_int8_and_finds_a_wrong_scale(monkeypatch) 
 def test_backends_that_cannot_read_int8_say_so_and_are_not_chosen() -> None:
     cuda = Geometry(torch.device("cuda"), torch.bfloat16, 32, 8, 128, 1601, has_int8_images=True)
     assert FlashAttnBackend.why_not(cuda) == "it cannot read images in int8"
-    chosen = choose_backend("auto", replace(cuda, device=CPU))
+    with c_library.allowed(False):
+        chosen = choose_backend("auto", replace(cuda, device=CPU))
     assert (chosen.backend.name, chosen.has_int8_images) == ("sdpa", True)
