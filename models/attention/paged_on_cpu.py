@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels import c_library, paged_attention
@@ -76,7 +77,7 @@ def _tensor(states: States) -> Tensor:
     return states.codes if isinstance(states, Int8States) else states
 
 
-def _queries(rows: PagedRows, is_short: np.ndarray) -> PagedQueries:
+def _queries(rows: PagedRows, is_short: NDArray[np.bool_]) -> PagedQueries:
     """Each query of the short rows with the keys that it sees."""
     tables = np.repeat(np.flatnonzero(is_short), rows.query_lens[is_short])
     is_taken = np.repeat(is_short, rows.query_lens)
@@ -84,5 +85,10 @@ def _queries(rows: PagedRows, is_short: np.ndarray) -> PagedQueries:
     key_lens = rows.key_lens[tables]
     if rows.is_causal:
         key_lens = key_lens - (rows.query_start_loc[tables + 1] - 1 - positions)
-    numbers = (positions, key_lens, tables, rows.block_table)
-    return PagedQueries(*map(torch.from_numpy, map(np.ascontiguousarray, numbers)), rows.block_size)
+
+    def copy(numbers: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(numbers))
+
+    return PagedQueries(
+        copy(positions), copy(key_lens), copy(tables), copy(rows.block_table), rows.block_size
+    )

@@ -93,11 +93,8 @@ def _library() -> ctypes.CDLL | None:
     if library is None:
         return None
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.paged_attention.argtypes = [
-        *(number, number, *[size] * 5, ctypes.c_float),
-        *([pointer] * 9),
-        *(size, pointer, number),
-    ]
+    library.paged_attention.argtypes = [number, number, *[size] * 5]
+    library.paged_attention.argtypes += [ctypes.c_float, *[pointer] * 9, size, pointer, number]
     library.paged_attention.restype = None
     for limit in (library.paged_attention_multiple, library.paged_attention_most):
         limit.restype = size
