@@ -67,7 +67,7 @@ EVERY = range(len(KEY_LENS))
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8])
 def test_every_group_of_heads_and_width_is_right(group: int, head_dim: int) -> None:
     pool = Pool(group, head_dim)
-    torch.testing.assert_close(pool.attend(*EVERY).double(), pool.expected(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(pool.attend(*EVERY).double(), pool.expected(), atol=5e-6, rtol=1e-5)
 
 
 def test_the_other_rows_and_the_threads_change_no_bit() -> None:
