@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels import c_library, paged_attention
 from ..kernels.paged_attention import PagedQueries
-from .base import Geometry, PagedRows
+from .base import AttentionBackend, Geometry, PagedRows
 from .int8_states import Int8States, States
 from .sdpa import Bucket, SdpaBackend
 
@@ -33,10 +33,11 @@ class CpuPlan:
     buckets: list[Bucket]
 
 
-class CpuBackend(SdpaBackend):
+class CpuBackend(AttentionBackend):
     """Attention of few queries a row over blocks in place; of many by gathering keys, and SDPA."""
 
     name: ClassVar[str] = "cpu"
+    _longer: ClassVar[SdpaBackend] = SdpaBackend()
 
     @classmethod
     def why_not(cls, geometry: Geometry) -> str | None:
@@ -47,23 +48,23 @@ class CpuBackend(SdpaBackend):
         if not c_library.is_worth_it(hidden := geometry.num_heads * geometry.head_dim):
             return f"a hidden size of {hidden} is below {c_library.MIN_HIDDEN}"
         if not paged_attention.fits(geometry.dtype, geometry.head_dim):
-            return "it needs gcc, float32 or bfloat16, and heads of a multiple of 32 numbers"
+            return "it needs gcc, float32 or bfloat16, and heads of a multiple of 16 numbers (32 with AVX512)"
         return None
 
-    def prepare(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> CpuPlan:  # type: ignore[override]
+    def prepare(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> CpuPlan:
         """The plan of these rows; see `AttentionBackend.prepare`."""
         most = MAX_TEXT_QUERIES if rows.is_causal else MAX_IMAGE_QUERIES
         is_short = (rows.query_lens <= most) & (rows.key_lens > 0)
         others = replace(rows, key_lens=np.where(is_short, 0, rows.key_lens))
-        buckets = super().prepare(others, device, dtype)
+        buckets = self._longer.prepare(others, device, dtype)
         return CpuPlan(_queries(rows, is_short) if is_short.any() else None, buckets)
 
-    def attend(  # type: ignore[override]
+    def attend(
         self, query: Tensor, key_cache: States, value_cache: States, plan: CpuPlan, scale: float
     ) -> Tensor:
         """The attention output; see `AttentionBackend.attend`."""
         query = query.contiguous()
-        output = super().attend(query, key_cache, value_cache, plan.buckets, scale)
+        output = self._longer.attend(query, key_cache, value_cache, plan.buckets, scale)
         if plan.queries is not None:
             keys, values = _tensor(key_cache), _tensor(value_cache)
             scales = None
