@@ -48,7 +48,7 @@ class CpuBackend(AttentionBackend):
         if not c_library.is_worth_it(hidden := geometry.num_heads * geometry.head_dim):
             return f"a hidden size of {hidden} is below {c_library.MIN_HIDDEN}"
         if not paged_attention.fits(geometry.dtype, geometry.head_dim):
-            return "it needs gcc, float32 or bfloat16, and heads of a multiple of 16 numbers (32 with AVX512)"
+            return "it needs gcc, float32 or bfloat16, and heads of 32, 64, ... numbers"
         return None
 
     def prepare(self, rows: PagedRows, device: torch.device, dtype: torch.dtype) -> CpuPlan:

@@ -1,4 +1,4 @@
-/* Attention of single queries to paged keys where they lie; paged_attention.py compiles and calls it.
+/* Attention of single queries to paged keys where they lie; paged_attention.py calls it.
 
    query, result  [...][num_heads][D], float32 or bfloat16
    keys, values   [slots][num_kv_heads][D], float32 or bfloat16, or int8 with a bfloat16 scale for
@@ -30,7 +30,7 @@ typedef struct {
   void *result;
 } Attention;
 
-/* Of some heads, after the keys so far: greatest scores, sums of weights, sums of weighted values. */
+/* Of some heads, after the keys so far: greatest scores, sums of weights, and of weighted values. */
 typedef struct {
   float greatest[MAX_GROUP], total[MAX_GROUP];
   float sums[MAX_GROUP * MAX_D] __attribute__((aligned(64)));
