@@ -16,14 +16,18 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+# the types of the C's arguments
+POINTER, SIZE, NUMBER, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 _is_allowed = ContextVar("is_allowed", default=True)
 
@@ -56,15 +60,22 @@ def is_worth_it(hidden: int) -> bool:
     return hidden >= MIN_HIDDEN and is_allowed()
 
 
-def load(source: Path) -> ctypes.CDLL | None:
-    """The library of a C file; None, with a line in the log, if it cannot be built or loaded."""
+def load(source: Path, **arguments: Sequence[Any]) -> ctypes.CDLL | None:
+    """The library of a C file; None, with a line in the log, if it cannot be built or loaded.
+
+    arguments: the types of a function's arguments, by its name; such functions return nothing.
+    """
     try:
-        return _load(source)
+        library = _load(source)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         reason = " ".join(str(detail).split())[:300]
         logger.info("%s is not used, torch computes instead: %s", source.name, reason)
         return None
+    for name, types in arguments.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None
+    return library
 
 
 def _load(source: Path) -> ctypes.CDLL:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import c_library
+from .c_library import FLOAT, NUMBER, POINTER, SIZE
 
 SOURCE = Path(__file__).with_name("paged_attention.c")
 # the order of the C file's kinds
@@ -89,13 +90,9 @@ def attend(
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    library = c_library.load(SOURCE)
-    if library is None:
-        return None
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.paged_attention.argtypes = [number, number, *[size] * 5]
-    library.paged_attention.argtypes += [ctypes.c_float, *[pointer] * 9, size, pointer, number]
-    library.paged_attention.restype = None
-    for limit in (library.paged_attention_multiple, library.paged_attention_most):
-        limit.restype = size
+    head = [NUMBER, NUMBER, *[SIZE] * 5, FLOAT]
+    library = c_library.load(SOURCE, paged_attention=[*head, *[POINTER] * 9, SIZE, POINTER, NUMBER])
+    if library is not None:
+        library.paged_attention_multiple.restype = SIZE
+        library.paged_attention_most.restype = SIZE
     return library

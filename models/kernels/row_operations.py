@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import c_library
+from .c_library import FLOAT, NUMBER, POINTER, SIZE
 
 SOURCE = Path(__file__).with_name("row_operations.c")
 # the order of the C file's kinds
@@ -109,14 +110,9 @@ def _function(name: str) -> Callable[..., None]:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    library = c_library.load(SOURCE)
-    if library is None:
-        return None
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    norm = (number, size, size, pointer, size, pointer, ctypes.c_float, pointer, number)
-    library.rms_norm.argtypes = norm
-    library.silu_gated.argtypes = [number, size, size, pointer, pointer, number]
-    library.rotate_and_write.argtypes = [number, *[size] * 4, *[pointer] * 7, number]
-    for function in (library.rms_norm, library.silu_gated, library.rotate_and_write):
-        function.restype = None
-    return library
+    return c_library.load(
+        SOURCE,
+        rms_norm=[NUMBER, SIZE, SIZE, POINTER, SIZE, POINTER, FLOAT, POINTER, NUMBER],
+        silu_gated=[NUMBER, SIZE, SIZE, POINTER, POINTER, NUMBER],
+        rotate_and_write=[NUMBER, *[SIZE] * 4, *[POINTER] * 7, NUMBER],
+    )

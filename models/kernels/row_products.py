@@ -10,7 +10,6 @@ A row has the same bits whatever rows are beside it, and with any number of thre
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import statistics
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import c_library
+from .c_library import NUMBER, POINTER, SIZE
 from .cpu_trial import fastest_s, one_thread
 from .self_test import what_is_wrong
 
@@ -171,12 +171,11 @@ def _library() -> tuple[Function, int]:
 @functools.cache
 def _loaded() -> tuple[Function, int] | None:
     """The C's product and the channels of a panel; None without a library."""
-    library = c_library.load(SOURCE)
+    library = c_library.load(
+        SOURCE,
+        row_products=[NUMBER, NUMBER, SIZE, SIZE, SIZE, *[POINTER] * 5, SIZE, POINTER, NUMBER],
+    )
     if library is None:
         return None
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.row_products_width.restype = size
-    product = library.row_products
-    product.restype = None
-    product.argtypes = [number, number, size, size, size, *[pointer] * 5, size, pointer, number]
-    return product, int(library.row_products_width())
+    library.row_products_width.restype = SIZE
+    return library.row_products, int(library.row_products_width())
