@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.attention_cases import needs_c
+from support.attention_cases import cpu_backend
 from support.fake_kernels import FLASH_ATTN, varlen_attn_of
 from support.oracle import checkpoint
 
@@ -64,8 +64,8 @@ def test_a_cpu_gets_sdpa_and_the_log_says_why_not_the_others(caplog) -> None:
     ]
 
 
-@needs_c()
 def test_a_large_model_on_a_cpu_reads_decodes_in_place(caplog) -> None:
+    cpu_backend()
     large = replace(CPU, num_heads=8, head_dim=64)
     assert choose_backend("auto", large).backend.name == "cpu"
     caplog.set_level(logging.INFO, logger=LOGGER)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.attention_cases import SCALE, Case, dense, make_case, needs_c, needs_interpreter
+from support.attention_cases import SCALE, Case, cpu_backend, dense, make_case, needs_interpreter
 from torch import Tensor
 
 from vlmserve.models.attention import AttentionBackend, Geometry
@@ -22,7 +22,6 @@ from vlmserve.models.attention.int8_states import (
     entry_bytes,
     gather_states,
 )
-from vlmserve.models.attention.paged_on_cpu import CpuBackend
 from vlmserve.models.attention.sdpa import SdpaBackend
 from vlmserve.models.attention.trial import what_is_wrong
 from vlmserve.models.attention.triton_paged import TritonBackend
@@ -36,7 +35,7 @@ ROWS = {
 }
 BACKENDS = [
     pytest.param(SdpaBackend, id="sdpa"),
-    pytest.param(CpuBackend, id="cpu", marks=needs_c()),
+    pytest.param(cpu_backend, id="cpu"),
     pytest.param(TritonBackend, id="triton", marks=needs_interpreter()),
     pytest.param(lambda: TritonBackend(16), id="triton-pieces", marks=needs_interpreter()),
 ]

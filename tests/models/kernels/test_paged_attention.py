@@ -19,9 +19,11 @@ BLOCK_SIZE, NUM_KV_HEADS = 16, 2
 # keys that fill no chunk, one, and more than two, which the sums are carried through
 KEY_LENS = [1, 7, 64, 65, 150]
 
-pytestmark = pytest.mark.skipif(
-    not paged_attention.fits(torch.float32, 64), reason="no C compiler is installed"
-)
+
+@pytest.fixture(autouse=True)
+def library() -> None:
+    if not paged_attention.fits(torch.float32, 64):
+        pytest.skip("no C compiler is installed")
 
 
 class Pool:
@@ -124,9 +126,10 @@ def test_codes_with_scales_are_their_products(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), plain.expected(), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.skipif(not paged_attention.fits(torch.float32, 16), reason="vectors are wider")
 def test_a_model_that_reads_blocks_in_place_gives_the_oracles_logits(monkeypatch) -> None:
     """The tests' models are too small to do so otherwise. Chunks of 6 tokens are a few queries."""
+    if not paged_attention.fits(torch.float32, 16):
+        pytest.skip("vectors are wider than a head")
     monkeypatch.setattr(c_library, "MIN_HIDDEN", 1)
     attend = mock.Mock(wraps=paged_attention.attend)
     monkeypatch.setattr(paged_attention, "attend", attend)
