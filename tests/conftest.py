@@ -102,6 +102,17 @@ def server(request, tmp_path_factory) -> Iterator[RunningServer]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def sdk(server) -> Iterator:
+    """An `openai.OpenAI` of the shared server, closed with the module."""
+    # Imported here: tests of models run where no HTTP library is installed.
+    from openai import OpenAI
+
+    url = f"{server.url}/v1"
+    with OpenAI(base_url=url, api_key="unused", max_retries=0, timeout=120) as client:
+        yield client
+
+
 @pytest.fixture(scope="session")
 def session_standing(server) -> Standing:
     return Standing(server) if server.process is not None else StandingElsewhere(server)

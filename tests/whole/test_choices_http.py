@@ -7,7 +7,6 @@ import contextlib
 import json
 
 import pytest
-from openai import OpenAI
 from support.http_side import (
     CLIENT_DEADLINE_S,
     MODEL,
@@ -222,8 +221,7 @@ def test_time_spent_on_images_counts_and_the_loss_is_counted(checkpoint, stream)
     assert engine.requests == []
 
 
-def test_answers_of_the_real_server_share_one_computed_prompt(server, draw_picture, wait_for):
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=120)
+def test_answers_of_the_real_server_share_one_computed_prompt(server, sdk, draw_picture, wait_for):
     picture = draw_picture(4242, num_shapes=2)
     encoded = server.metric("vlmserve_images_encoded_total")
     call = {
@@ -239,10 +237,10 @@ def test_answers_of_the_real_server_share_one_computed_prompt(server, draw_pictu
         ],
         "max_tokens": 48,
     }
-    greedy = client.chat.completions.create(**call, temperature=0, n=4)
+    greedy = sdk.chat.completions.create(**call, temperature=0, n=4)
     assert len({one.message.content for one in greedy.choices}) == 1
-    drawn = client.chat.completions.create(**call, temperature=2, seed=3, n=5)
+    drawn = sdk.chat.completions.create(**call, temperature=2, seed=3, n=5)
     assert len({one.message.content for one in drawn.choices}) > 1
-    first = client.chat.completions.create(**call, temperature=2, seed=3)
+    first = sdk.chat.completions.create(**call, temperature=2, seed=3)
     assert first.choices[0].message.content == drawn.choices[0].message.content
     assert wait_for(lambda: server.metric("vlmserve_images_encoded_total") == encoded + 1)

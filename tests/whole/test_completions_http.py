@@ -6,19 +6,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
-import pytest
-from openai import OpenAI
 
 MODEL = "vlmserve-tiny-vision"
 GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 12}
-
-
-@pytest.fixture(scope="module")
-def sdk(server):
-    with OpenAI(
-        base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=120
-    ) as client:
-        yield client
 
 
 def post(server, path, body):

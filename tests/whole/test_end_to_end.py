@@ -8,15 +8,10 @@ from dataclasses import dataclass
 import httpx2
 import numpy
 import pytest
-from openai import OpenAI
 
 from vlmserve.models.bundled.dataset.questions import ask
 
 MODEL = "vlmserve-tiny-vision"
-
-
-def client_of(server) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=120)
 
 
 def user_message(text, *urls, image_first=True):
@@ -39,15 +34,15 @@ QUESTIONS = ["shape", "colour", "background", "count", "describe"]
 
 
 @pytest.mark.parametrize("image_first", [True, False])
-def test_answers_about_fresh_pictures_are_right(server, draw_picture, image_first):
-    client, right, wrong = client_of(server), 0, []
+def test_answers_about_fresh_pictures_are_right(sdk, draw_picture, image_first):
+    right, wrong = 0, []
     rng = numpy.random.default_rng(5 + image_first)
     for seed in range(12):
         picture = draw_picture(1000 + seed, num_shapes=1 + seed % 2)
         question = ask(picture.scene, QUESTIONS[seed % len(QUESTIONS)], rng)
         if question is None:
             continue
-        answer = client.chat.completions.create(
+        answer = sdk.chat.completions.create(
             model=MODEL,
             messages=[user_message(question.text, picture.url, image_first=image_first)],
             temperature=0,
@@ -60,8 +55,7 @@ def test_answers_about_fresh_pictures_are_right(server, draw_picture, image_firs
     assert right >= 11, wrong
 
 
-def test_streamed_pieces_joined_equal_the_plain_answer(server, draw_picture):
-    client = client_of(server)
+def test_streamed_pieces_joined_equal_the_plain_answer(sdk, draw_picture):
     num_pieces = []
     for seed, text in enumerate(["What is in this image?", "Who are you?", "What can you do?"]):
         urls = [draw_picture(seed, 2).url] if seed == 0 else []
@@ -71,11 +65,9 @@ def test_streamed_pieces_joined_equal_the_plain_answer(server, draw_picture):
             "temperature": 0,
             "max_tokens": 64,
         }
-        plain = client.chat.completions.create(**call)
+        plain = sdk.chat.completions.create(**call)
         chunks = list(
-            client.chat.completions.create(
-                **call, stream=True, stream_options={"include_usage": True}
-            )
+            sdk.chat.completions.create(**call, stream=True, stream_options={"include_usage": True})
         )
         pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
         assert plain.choices[0].message.content

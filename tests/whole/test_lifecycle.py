@@ -158,7 +158,8 @@ def status_of(server, path: str) -> int:
         with urllib.request.urlopen(server.url + path, timeout=30) as response:
             return response.status
     except urllib.error.HTTPError as error:
-        return error.code
+        with error:
+            return error.code
 
 
 def test_help_groups_and_explains_every_option():

@@ -175,8 +175,9 @@ def test_a_response_is_found_on_the_replica_that_keeps_it(server):
         assert got["output"] == kept["output"]
         answer = post(server, "/v1/responses", body | {"previous_response_id": kept["id"]})
         assert json.load(answer)["previous_response_id"] == kept["id"]
-    with pytest.raises(urllib.error.HTTPError, match="404"):
+    with pytest.raises(urllib.error.HTTPError, match="404") as unknown:
         server.get("/v1/responses/resp_unknown")
+    unknown.value.close()
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import urllib.error
 import urllib.request
 
 import pytest
-from openai import OpenAI
 
 MODEL = "vlmserve-tiny-vision"
 
@@ -26,14 +25,9 @@ def asked(draw_picture, **fields):
     } | fields
 
 
-def client_of(server):
-    return OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=120)
-
-
-def test_logprobs_of_a_greedy_answer_name_its_tokens_as_the_likeliest(server, draw_picture):
-    client = client_of(server)
+def test_logprobs_of_a_greedy_answer_name_its_tokens_as_the_likeliest(sdk, draw_picture):
     call = asked(draw_picture, logprobs=True, top_logprobs=3)
-    answer = client.chat.completions.create(**call)
+    answer = sdk.chat.completions.create(**call)
     (choice,) = answer.choices
     content = choice.logprobs.content
     assert len(content) == answer.usage.completion_tokens
@@ -45,7 +39,7 @@ def test_logprobs_of_a_greedy_answer_name_its_tokens_as_the_likeliest(server, dr
         assert values[0] == one.logprob
         assert values == sorted(values, reverse=True)
         assert sum(map(math.exp, values)) <= 1.0001
-    chunks = list(client.chat.completions.create(**call, stream=True))
+    chunks = list(sdk.chat.completions.create(**call, stream=True))
     streamed = [e for c in chunks if c.choices[0].logprobs for e in c.choices[0].logprobs.content]
     assert [one.token for one in streamed] == [one.token for one in content]
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
@@ -122,11 +116,10 @@ def test_a_parameter_that_the_model_cannot_take_is_a_400_that_names_it(server, d
 
 
 def test_prompt_logprobs_tell_of_every_token_but_the_picture_and_do_not_depend_on_caches(
-    server, draw_picture
+    sdk, draw_picture
 ):
-    client = client_of(server)
     call = asked(draw_picture, max_tokens=4, extra_body={"prompt_logprobs": 2})
-    first, second = (client.chat.completions.create(**call) for _ in range(2))
+    first, second = (sdk.chat.completions.create(**call) for _ in range(2))
     entries = first.prompt_logprobs
     assert len(entries) == first.usage.prompt_tokens
     assert sum(entry is None for entry in entries) == 2, "the first token and the picture"

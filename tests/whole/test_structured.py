@@ -10,7 +10,6 @@ from pathlib import Path
 import httpx2
 import pytest
 from llguidance import LLMatcher, LLTokenizer
-from openai import OpenAI
 
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.grammar import Grammars
@@ -119,13 +118,11 @@ def test_an_answer_that_ran_out_of_tokens_is_the_beginning_of_a_whole_one(server
         assert matcher.consume_tokens(tokenizer.tokenize_str(choice["message"]["content"]))
 
 
-def test_streamed_pieces_joined_are_the_plain_answer(server):
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=120)
+def test_streamed_pieces_joined_are_the_plain_answer(server, sdk):
     call = body(response_format=JSON_FORMAT, temperature=1, seed=11)
-    plain = client.chat.completions.create(**call).choices[0].message.content
+    plain = sdk.chat.completions.create(**call).choices[0].message.content
     pieces = [
-        c.choices[0].delta.content or ""
-        for c in client.chat.completions.create(**call, stream=True)
+        c.choices[0].delta.content or "" for c in sdk.chat.completions.create(**call, stream=True)
     ]
     assert "".join(pieces) == plain
 

@@ -433,8 +433,10 @@ def test_ranks_end_when_the_first_one_goes_away(tmp_path: Path) -> None:
 def test_a_server_over_two_ranks_sees_what_is_drawn(tmp_path: Path, quantize) -> None:
     scene = random_scene(numpy.random.default_rng(5), 2)
     options = ("--tensor-parallel-size", "2", "--dtype", "float32", *quantize)
-    with serving(tmp_path, *options) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
+    with (
+        serving(tmp_path, *options) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client,
+    ):
         picture = {"type": "image_url", "image_url": {"url": data_url(draw(scene))}}
         text = {"type": "text", "text": "How many shapes are there?"}
         answer = client.chat.completions.create(
