@@ -8,6 +8,7 @@ nothing of the order of sequences.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ...models.batch import (
@@ -31,6 +32,8 @@ from .throughput import DraftTimes
 _UNKNOWN = 0
 # Tokens of a step with drafts, at most: each has a row of logits, and more were not measured.
 MOST_TOKENS = 64
+# Steps in a row that look nothing up, at most, where likely drafts were not worth their time.
+MOST_WITHOUT = 7
 
 
 def row_of(sequence: Sequence, start: int, end: int, num_blocks: int) -> ScheduledSequence:
@@ -167,8 +170,8 @@ class DraftRecord:
 
     times: DraftTimes = field(default_factory=DraftTimes)
     shares: Shares = field(default_factory=Shares)
-
     num_expected: float = 0.0  # of the running step's drafts, to be right
+    num_without: int = 0  # the next steps that look nothing up
 
     def record_decodes(self, batch: StepBatch, result: StepResult, seconds: float) -> None:
         """Record the time of a step of decodes alone, and how many of its drafts were right."""
@@ -178,6 +181,19 @@ class DraftRecord:
             self.times.record(num_decodes, batch.num_tokens - num_decodes, seconds)
             self.times.record_right(num_right, self.num_expected)
 
+    def num_worth(
+        self, sequences: list[Sequence], chances: Callable[[DraftSource], list[float]], most: int
+    ) -> int:
+        """How many drafts with these chances of each request are worth their time, up to `most`."""
+        found = [
+            chance
+            for sequence in sequences
+            if sequence.drafts is not None
+            for chance in chances(sequence.drafts)
+        ]
+        found.sort(reverse=True)
+        return self.times.num_worth(len(sequences), found[:most])
+
 
 def add_drafts(
     step: Step, blocks: BlockManager, limits: SchedulerLimits, info: ModelInfo, record: DraftRecord
@@ -186,19 +202,25 @@ def add_drafts(
 
     Nothing is preempted for drafts, and they change no answer. The likeliest come first.
     """
-    rows = step.batch.sequences
-    if not limits.num_speculative_tokens or not _has_decodes_alone(step.batch):
+    rows, record.num_expected = step.batch.sequences, 0.0
+    most = min(step.budget, MOST_TOKENS - len(rows)) if limits.num_speculative_tokens else 0
+    if most < 1 or not record.times.are_known(len(rows)) or not _has_decodes_alone(step.batch):
+        return
+    if record.num_without:
+        record.num_without -= 1
         return
     found = [_find_drafts(sequence, limits, info, record.shares) for sequence in step.sequences]
+    if not (num_drafts := record.num_worth(step.sequences, DraftSource.chances, most)):
+        is_hopeless = not record.num_worth(step.sequences, DraftSource.highest_chances, most)
+        record.num_without = min(len(rows) // (2 if is_hopeless else 8), MOST_WITHOUT)
+        return
     chances = [
         (chance, place)
         for place, sequence in enumerate(step.sequences)
-        if found[place] and sequence.drafts is not None
+        if sequence.drafts is not None
         for chance in sequence.drafts.chances()
     ]
-    chances = sorted(chances, reverse=True)[: max(0, min(step.budget, MOST_TOKENS - len(rows)))]
-    num_drafts = record.times.num_worth(len(rows), [chance for chance, _ in chances])
-    record.num_expected = 0.0
+    chances.sort(reverse=True)
     for place, count in Counter(place for _, place in chances[:num_drafts]).items():
         sequence = step.sequences[place]
         # As at admission, a block stays available for each sequence of the step.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median_low
 from typing import NamedTuple
 
@@ -28,6 +28,9 @@ LEAST_GAIN = 1.05
 # How much the right drafts of a step count after the next one, against those of that one, and how
 # many right drafts that were expected are assumed at the start.
 OLDER_STEPS, NUM_ASSUMED = 0.9, 8.0
+# The part of earlier rows' time that a further row takes at least, and below how many rows of a
+# step nothing is known of further ones: CPUs multiply few rows in another way than many.
+LEAST_ROW, FEW_ROWS = 0.75, 8
 # A step with so many times the tokens takes longer on a CPU, also if no such step was measured.
 MANY_TIMES = 8
 
@@ -158,12 +161,18 @@ class DraftTimes:
             self._num_right = OLDER_STEPS * self._num_right + num_right
             self._num_expected = OLDER_STEPS * self._num_expected + num_expected
 
+    def are_known(self, num_decodes: int) -> bool:
+        """Whether decodes of this number were measured without drafts; else none is worth it."""
+        return self._plain.seconds(num_decodes) is not None
+
     def num_worth(self, num_decodes: int, chances: list[float]) -> int:
         """How many drafts give the most expected tokens a second; 0 if they gain under 5 %.
 
         chances: of each draft that there is, that it counts, the largest first. A size that was
         not measured is tried, the smallest first, if at least half of its drafts are expected to
-        count: then the trial wastes little, even where each row costs the same.
+        count: then the trial wastes little, even where each row costs the same. Beside eight
+        decodes or more it must be worth its time if a further row costs at least 3/4 of what those
+        of the next smaller size cost.
         """
         plain_s = self._plain.seconds(num_decodes)
         if plain_s is None:
@@ -172,13 +181,22 @@ class DraftTimes:
         if trust * sum(chances) < (LEAST_GAIN - 1) * num_decodes:
             return 0  # also if they cost nothing
         best, most_per_s = 0, LEAST_GAIN * num_decodes / plain_s
+        num_before, num_right, row_s, known_s = 0, 0.0, 0.0, plain_s
         for num_drafts in _ends_of_sizes(num_decodes, len(chances)):
-            num_right = trust * sum(chances[:num_drafts])
+            num_right += trust * sum(chances[num_before:num_drafts])
+            least_s = known_s + row_s * (num_drafts - num_before)
+            num_before = num_drafts
             seconds = self._drafted.seconds(num_decodes + num_drafts)
             if seconds is None:
-                if 2 * num_right >= num_drafts:
+                is_worth = (num_decodes + num_right) / least_s > most_per_s
+                if is_worth and 2 * num_right >= num_drafts:
                     return num_drafts
-            elif (num_decodes + num_right) / seconds > most_per_s:
+                known_s = least_s
+                continue
+            known_s = seconds
+            if num_decodes >= FEW_ROWS:
+                row_s = max(0.0, LEAST_ROW * (seconds - plain_s) / num_drafts)
+            if (num_decodes + num_right) / seconds > most_per_s:
                 best, most_per_s = num_drafts, (num_decodes + num_right) / seconds
         return best
 
@@ -189,10 +207,11 @@ def size_of(num_tokens: int) -> int:
     return num_tokens >> shift << shift
 
 
-def _ends_of_sizes(num_decodes: int, most: int) -> list[int]:
+def _ends_of_sizes(num_decodes: int, most: int) -> Iterator[int]:
     """Numbers of drafts, 1 to most, with which a step is the last of its size, or has most."""
-    return [
-        count
-        for count in range(1, most + 1)
-        if count == most or size_of(num_decodes + count) != size_of(num_decodes + count + 1)
-    ]
+    count = 0
+    while count < most:
+        size = size_of(num_decodes + count + 1)
+        shift = max(0, size.bit_length() - 2)
+        count = min(most, size + (1 << shift) - 1 - num_decodes)
+        yield count

@@ -7,6 +7,8 @@ drafts are right, the model decides; how many are computed, `throughput.py`.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import accumulate, repeat
+from operator import mul
 
 from ....models.batch import TokenMatcher
 from .token_index import TokenIndex
@@ -43,13 +45,23 @@ class DraftSource:
     shares of all requests, where this one's start.
     """
 
-    __slots__ = ("_drafts", "_index", "_most", "_of_all", "_shares", "_source", "_vocab_size")
+    __slots__ = (
+        "_drafts",
+        "_index",
+        "_most",
+        "_of_all",
+        "_shares",
+        "_source",
+        "_sources",
+        "_vocab_size",
+    )
 
     def __init__(self, most: int, vocab_size: int, of_all: Shares) -> None:
         self._most, self._vocab_size = most, vocab_size
         self._index = TokenIndex()
         self._drafts: list[int] = []
         self._source = "text"
+        self._sources: tuple[str, ...] = ("text",)  # those that the request has
         self._of_all, self._shares = of_all, Shares(NEW_DRAFT, of_all)
 
     def next(
@@ -64,6 +76,7 @@ class DraftSource:
         matcher: at its position behind them. ends: tokens that end the answer, which are no drafts.
         """
         most = min(most, self._most)
+        self._sources = ("text",) if matcher is None else ("text", "grammar")
         forced = matcher.forced()[:most] if matcher is not None else []
         self._source = "grammar" if forced else "text"
         drafts = forced or self._from_text(token_ids, most)
@@ -83,8 +96,16 @@ class DraftSource:
 
     def chances(self) -> list[float]:
         """Of each of the last drafts, that it and all before it are right."""
-        share = self._shares[self._source]
-        return [share**count for count in range(1, len(self._drafts) + 1)]
+        return self._chances(self._source, len(self._drafts))
+
+    def highest_chances(self) -> list[float]:
+        """The chances of as many drafts as a look-up gives, if it finds any."""
+        likeliest = max(self._sources, key=self._shares.__getitem__)
+        return self._chances(likeliest, self._most)
+
+    def _chances(self, source: str, count: int) -> list[float]:
+        share = self._shares[source]
+        return list(accumulate(repeat(share, count), mul))
 
     def record(self, token_ids: Sequence[int]) -> None:
         """The tokens that followed: the share of right drafts changes, computed or not.

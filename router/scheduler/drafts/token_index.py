@@ -52,7 +52,7 @@ class TokenIndex:
         num_tokens = len(token_ids)
         if num_tokens < 3 or count < 1:
             return []
-        place = self._place_of(token_ids[-LONGEST_MATCH:], token_ids)
+        place = self._place_of(token_ids)
         if not place:
             return []
         found = list(token_ids[place : place + count])
@@ -61,23 +61,23 @@ class TokenIndex:
             found.append(found[len(found) - period])
         return found
 
-    def _place_of(self, last: Sequence[int], token_ids: Sequence[int]) -> int:
-        """The place behind the longest match with `last`, the latest of equals; 0: none."""
+    def _place_of(self, token_ids: Sequence[int]) -> int:
+        """The place behind the longest match with the last tokens, the latest of equals; 0: none.
+
+        It is called for each request in each step, so it compares tokens one by one and copies
+        none: at most places two tokens match and the third does not.
+        """
+        last = token_ids[-LONGEST_MATCH:]
         place, best, longest = self._latest.get((last[-2], last[-1]), 0), 0, 0
         for _ in range(MOST_PLACES):
             if not place:
                 break
-            before = token_ids[max(0, place - len(last)) : place]
-            length = _num_equal_at_end(before, last)
+            most, length = min(place, len(last)), 2
+            while length < most and token_ids[place - 1 - length] == last[-1 - length]:
+                length += 1
             if length > longest:
                 best, longest = place, length
             if length == len(last):
                 break
             place = self._before[place]
         return best
-
-
-def _num_equal_at_end(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens of two texts are equal, from their ends."""
-    pairs = enumerate(zip(reversed(one), reversed(other), strict=False))
-    return next((count for count, (a, b) in pairs if a != b), min(len(one), len(other)))

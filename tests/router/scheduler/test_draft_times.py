@@ -74,6 +74,12 @@ def test_where_each_row_costs_the_same_there_are_no_drafts_after_the_trials() ->
         assert 0 < sum(count > 0 for count in found) <= 14
 
 
+def test_beside_many_decodes_no_further_size_is_tried_where_rows_cost_the_same() -> None:
+    found = chosen(linear, [0.65] * 16, 100)
+    assert sum(count > 0 for count in found) == 2, "the two that measure the first size"
+    assert chosen(alike, [0.9] * 16, 100)[-1] == 16 * 8, "all sizes, where rows cost nothing"
+
+
 def test_it_finds_that_eight_rows_are_cheaper_than_three() -> None:
     assert chosen(dear_below_eight, [0.9])[-1] == 8
     assert chosen(dear_below_eight, [0.95] * 2)[-1] > 6

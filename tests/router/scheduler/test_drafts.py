@@ -11,6 +11,7 @@ from support.scheduler_bench import Bench
 from vlmserve.models.batch import ImageSpan, PoolSizes, SamplingParams, StepBatch
 from vlmserve.models.sampling.token_counts import TokenCounts
 from vlmserve.router.messages import AddRequest
+from vlmserve.router.scheduler.drafts.draft_source import DraftSource
 from vlmserve.router.scheduler.sequence import Sequence
 
 PENALTIES = SamplingParams(
@@ -70,6 +71,44 @@ def test_the_times_of_steps_decide_whether_many_requests_have_drafts() -> None:
         assert bench.runner.max_batched_tokens <= 64
         num_drafts[curve] = bench.runner.num_drafts
     assert num_drafts[alike] > 2 * num_drafts[by_tokens] > 0
+
+
+@pytest.mark.parametrize(
+    ("num_requests", "seconds_of", "least", "most"),
+    [
+        (1, by_tokens, 0.9, 1.0),
+        (16, alike, 0.6, 1.0),
+        (16, by_tokens, 0.05, 0.25),
+        (64, alike, 0, 0),
+    ],
+    ids=["one", "many", "many, of linear times", "as many as tokens of a step"],
+)
+def test_texts_are_looked_up_less_often_where_drafts_are_not_worth_it(
+    monkeypatch: pytest.MonkeyPatch, num_requests: int, seconds_of, least: float, most: float
+) -> None:
+    num_calls = 0
+    next_drafts = DraftSource.next
+
+    def counted(*args):
+        nonlocal num_calls
+        num_calls += 1
+        return next_drafts(*args)
+
+    monkeypatch.setattr(DraftSource, "next", counted)
+    bench = bench_of(
+        8,
+        pools=PoolSizes(4000, 8, 4),
+        max_num_seqs=64,
+        max_num_batched_tokens=1024,
+        max_model_len=220,
+        seconds_of=seconds_of,
+    )
+    for number in range(num_requests):
+        bench.add(request(str(number), sampling=SamplingParams(seed=number), max_tokens=200))
+    bench.run()
+    looked_up = num_calls / num_requests / bench.runner.num_steps
+    assert least <= looked_up <= most
+    assert (bench.runner.num_drafts > 0) == (most > 0)
 
 
 def test_a_step_with_a_chunk_has_no_drafts() -> None:
