@@ -4,8 +4,9 @@
     python bench/quantization.py --pictures 20
 
 One self-attention layer of Llama-3.2-11B's shape (hidden 4096, MLP 14336, 32 heads, 8 KV heads)
-with random weights, a small head on top of it. Milliseconds are CPU time. The last line is one JSON
-document.
+with random weights, a small head on top of it. Milliseconds are CPU time. The method `int8, rounded
+rows` is int8 with inputs that are rounded too, as on a CPU with VNNI: the error alone, on any CPU.
+The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from processes import arguments
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.bundled.exam.exam import exam
 from vlmserve.models.bundled.exam.grading import Grader
+from vlmserve.models.decoder.int8.linear import Int8Linear
+from vlmserve.models.decoder.int8.quantizer import LARGEST
 from vlmserve.models.decoder.mllama_fixes import mend
 from vlmserve.models.decoder.packed_linear import pack_linears
 from vlmserve.models.weights.loader import open_checkpoint
@@ -107,15 +110,34 @@ def layer_ms(model: MllamaForConditionalGeneration, num_tokens: int, rounds: int
     return 1000 * statistics.median(seconds[2:])
 
 
-def measure(layer: Path, method: str | None, dtype: str, pictures: int) -> dict[str, Any]:
+def round_rows(model: MllamaForConditionalGeneration) -> None:
+    """Round the inputs of int8 layers to int8, as `decoder/int8/dynamic.py` does."""
+
+    def rounded(layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        rows = inputs[0].float()
+        scales = rows.abs().amax(-1, keepdim=True).clamp_(min=1e-30) / LARGEST
+        return ((rows / scales).round_().mul_(scales).to(inputs[0].dtype),)
+
+    for layer in model.modules():
+        if isinstance(layer, Int8Linear):
+            layer.register_forward_pre_hook(rounded)
+
+
+def measure(
+    layer: Path, method: str | None, dtype: str, pictures: int, *, rounds_rows: bool = False
+) -> dict[str, Any]:
     """A row of the table; `logits` is dropped before it is printed."""
     bundled = load(Path(CHECKPOINT), DTYPES[dtype], method)
-    row: dict[str, Any] = {"method": method or "none", "dtype": dtype}
-    row["right_answers"] = answers(bundled, pictures) if dtype == "float32" else None
     model = load(layer, DTYPES[dtype], method)
-    row["layer_bytes"] = layer_bytes(model)
-    pack_linears(model)  # as the server does; quantized layers are left alone
-    row["ms_1_token"], row["ms_16_tokens"] = layer_ms(model, 1), layer_ms(model, 16)
+    name = f"{method or 'none'}, rounded rows" if rounds_rows else method or "none"
+    row: dict[str, Any] = {"method": name, "dtype": dtype, "layer_bytes": layer_bytes(model)}
+    if rounds_rows:
+        round_rows(bundled)
+        round_rows(model)
+    else:
+        pack_linears(model)  # as the server does; quantized layers are left alone
+        row["ms_1_token"], row["ms_16_tokens"] = layer_ms(model, 1), layer_ms(model, 16)
+    row["right_answers"] = answers(bundled, pictures) if dtype == "float32" or rounds_rows else None
     row["logits"] = logits(model)
     return row
 
@@ -132,6 +154,7 @@ def main() -> None:
         path = build(config, Path(folder), with_processor=False)
         for dtype in DTYPES:
             rows += [measure(path, m, dtype, options.pictures) for m in (None, *METHODS)]
+            rows.append(measure(path, "int8", dtype, options.pictures, rounds_rows=True))
     exact = rows[0]["logits"]
     for row in rows:
         error = (row.pop("logits") - exact).square().mean().sqrt()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from . import c_library
 from .c_library import NUMBER, POINTER, SIZE
-from .cpu_trial import fastest_s, one_thread
+from .cpu_trial import Product, is_product_faster
 from .self_test import what_is_wrong
 
 logger = logging.getLogger(__name__)
@@ -31,8 +30,6 @@ SOURCE = Path(__file__).with_name("row_products.c")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 # the least inputs and outputs of a weight: smaller models are not worth a compiler's seconds
 MIN_SIDE = 256
-# The trial: its rows, how much faster the C must be over all of them, and at least for each.
-TRIED_ROWS, LEAST_GAIN, MOST_LOSS = (1, 9, 128), 1.1, 0.85
 
 # row_products of the C file
 Function = Callable[..., None]
@@ -113,24 +110,15 @@ def is_right(dtype: torch.dtype) -> bool:
 
 def is_faster(
     weight: Tensor,
-    others: Sequence[Callable[[Tensor], Tensor]],
+    others: Sequence[Product],
     row_dtype: torch.dtype | None = None,
 ) -> bool:
     """Whether the C is clearly faster than the best of other products of that weight.
 
     others: each from rows [n, in] to [n, out]; row_dtype: the rows' type, by default the weight's.
-    Of one row, a few and many, since one weight serves all; many rows must not be slower. By the
-    processor time of one thread, in 30 ms.
     """
-    gains = []
-    with torch.inference_mode(), one_thread():
-        packed = RowWeight(weight)
-        for count in TRIED_ROWS:
-            rows = torch.ones(count, weight.shape[1], dtype=row_dtype or weight.dtype)
-            other_s = min(fastest_s(functools.partial(other, rows)) for other in others)
-            gains.append(other_s / fastest_s(functools.partial(packed.product, rows)))
-    logger.debug("products in %s by C: %s times as fast", weight.dtype, gains)
-    return min(gains) > MOST_LOSS and statistics.mean(gains) > LEAST_GAIN
+    product, dtype = RowWeight(weight).product, row_dtype or weight.dtype
+    return is_product_faster(product, others, weight.shape[1], dtype)
 
 
 def _trial_pairs(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:

@@ -12,21 +12,29 @@ dominates: codes are converted to the compute dtype once for all rows, some chan
 that they stay in a CPU's cache. Scales are applied to the sums, but in float16 to the codes, since
 sums of codes overflow for outputs over about 40.
 
-On a CPU where this project's C is faster, `packed` gives the weight that a decoder's product uses.
+`packed` gives the weight that a decoder's product uses on a CPU where another is faster: this
+project's C, which widens codes in registers; or oneDNN's product of rows that are rounded to int8
+too (`dynamic.py`), in bfloat16 and with VNNI instructions.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import float32_products, row_products
+from ...kernels.cpu_trial import Product, is_product_faster
 from ...kernels.row_products import RowWeight
 from ...kernels.self_test import are_usable
+from . import dynamic
+from .dynamic import DynamicInt8Weight
 from .quantizer import Int8Weight
+
+logger = logging.getLogger(__name__)
 
 # With more rows arithmetic dominates: measured on a CPU. On a GPU unpacking costs 5 bytes a weight
 # (read 1, write 2, read 2) and the fused product at most 1 for each line of 64 rows: estimated.
@@ -39,6 +47,9 @@ CHUNK_CPU = 1 << 20
 CHUNK_CUDA = 1 << 24
 # the side of the square weight of a trial
 TRIED_SIZE = 1024
+# Rows are rounded to int8 for weights of at least so many inputs and outputs, and only for such a
+# gain: it costs accuracy.
+MIN_DYNAMIC_SIDE, LEAST_DYNAMIC_GAIN = 1024, 1.25
 
 
 class Int8Linear(nn.Module):
@@ -96,23 +107,57 @@ class Int8Linear(nn.Module):
         joined = sums[0] if len(sums) == 1 else torch.cat(sums, 1)
         return joined if scales_codes else joined * self.scales
 
-    def packed(self) -> RowWeight | None:
-        """A packed copy, without the bias, for this project's C; None if it is not the fastest."""
-        dtype = self.scales.dtype
-        if dtype not in (torch.float32, torch.bfloat16) or not row_products.can_pack(self.codes):
-            return None
-        return RowWeight(self.codes, scales=self.scales) if are_rows_faster(dtype) else None
+    def packed(self) -> RowWeight | DynamicInt8Weight | None:
+        """A packed copy, without the bias, for the fastest product; None if it is the layer's."""
+        weight = Int8Weight(self.codes, self.scales)
+        if _takes_dynamic(weight):
+            return DynamicInt8Weight(weight)
+        return RowWeight(self.codes, scales=self.scales) if _takes_rows(weight) else None
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+def _takes_rows(weight: Int8Weight) -> bool:
+    dtype = weight.scales.dtype
+    has_kind = dtype in (torch.float32, torch.bfloat16) and row_products.can_pack(weight.codes)
+    return has_kind and are_rows_faster(dtype)
+
+
+def _takes_dynamic(weight: Int8Weight) -> bool:
+    codes, dtype = weight.codes, weight.scales.dtype
+    is_large = codes.device.type == "cpu" and min(codes.shape) >= MIN_DYNAMIC_SIDE
+    return is_large and dtype == torch.bfloat16 and dynamic.is_exact() and is_dynamic_faster()
+
+
+@functools.cache
+def is_dynamic_faster() -> bool:
+    """Whether rows rounded to int8 are clearly faster here than the best other product.
+
+    By a trial, once, in bfloat16. One weight serves all numbers of rows: two forms of it would
+    take bfloat16's memory.
+    """
+    weight = _trial_weight(torch.bfloat16)
+    others: list[Product] = [Int8Linear(weight)]
+    if row_products.can_pack(weight.codes):
+        others.append(RowWeight(weight.codes, scales=weight.scales).product)
+    product = DynamicInt8Weight(weight).product
+    if not is_product_faster(product, others, TRIED_SIZE, torch.bfloat16, LEAST_DYNAMIC_GAIN):
+        return False
+    logger.info("int8 layers round their inputs to int8 too: it is faster on this CPU")
+    return True
+
+
+def _trial_weight(dtype: torch.dtype) -> Int8Weight:
+    codes = torch.ones(TRIED_SIZE, TRIED_SIZE, dtype=torch.int8)
+    return Int8Weight(codes, torch.ones(TRIED_SIZE, dtype=dtype))
+
+
 @functools.cache
 def are_rows_faster(dtype: torch.dtype) -> bool:
     """Whether this project's C is faster than the layer for rows of that type: a trial, once."""
-    codes = torch.ones(TRIED_SIZE, TRIED_SIZE, dtype=torch.int8)
-    layer = Int8Linear(Int8Weight(codes, torch.ones(TRIED_SIZE, dtype=dtype)))
-    return row_products.is_faster(codes, [layer], dtype)
+    weight = _trial_weight(dtype)
+    return row_products.is_faster(weight.codes, [Int8Linear(weight)], dtype)
 
 
 @functools.cache

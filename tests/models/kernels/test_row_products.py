@@ -11,7 +11,7 @@ from torch import nn
 from vlmserve.models.create_runner import create_runner
 from vlmserve.models.decoder import packed_linear
 from vlmserve.models.decoder.packed_linear import PackedLinear, PackedWeight, pack_linears
-from vlmserve.models.kernels import c_library, row_products
+from vlmserve.models.kernels import c_library, cpu_trial, row_products
 from vlmserve.models.kernels.row_products import RowWeight
 from vlmserve.models.settings.runner_config import RunnerConfig
 
@@ -137,7 +137,7 @@ def test_the_trial_asks_for_a_gain_and_for_no_loss_with_many_rows(
     library, gains, is_taken, monkeypatch
 ):
     left = [seconds for gain in gains for seconds in (gain, 1.0)]
-    monkeypatch.setattr(row_products, "fastest_s", lambda run: left.pop(0))
+    monkeypatch.setattr(cpu_trial, "fastest_s", lambda run: left.pop(0))
     assert row_products.is_faster(torch.ones(64, 64), [lambda rows: rows]) is is_taken
     assert not left
 
