@@ -7,8 +7,9 @@
 
 The other is `transformers serve` with the same checkpoint, dtype and number of threads, or any
 server that runs already and speaks OpenAI's chat completions. Both stay up and take turns, so other
-work on the machine slows both. A level has a ratio only if every answer of both servers has the
-requested length. The last line is one JSON document.
+work on the machine slows both. Some servers use a part of a core while they are idle: with
+--peer-pid the other is stopped during this one's turns. A level has a ratio only if every answer of
+both servers has the requested length. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import argparse
 import asyncio
 import contextlib
 import os
+import signal
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from processes import BIN, arguments, free_port, numbers, print_document, running, serving
+from server_state import descendants
 from vlmserve.server.bench.client import Client
 from vlmserve.server.bench.settings import Level, Load
 from vlmserve.server.bench.summary import Summary, median_summary
@@ -55,9 +58,11 @@ async def measure(servers: dict[str, tuple[str, str]], args: argparse.Namespace)
             seed += 1
             count = args.requests or max(6, 2 * concurrency)
             load = replace(load, num_requests=count, seed=seed)
+            level = Level(concurrency=concurrency)
             for name, (url, model) in servers.items():
-                async with Client(url) as client:
-                    run = await run_load(client, load, Level(concurrency=concurrency), model)
+                with stopped(args.peer_pid if name == OURS else 0):
+                    async with Client(url) as client:
+                        run = await run_load(client, load, level, model)
                 results[name].setdefault(concurrency, []).append(run)
                 print(
                     f"{concurrency:>4} at once, {name:>18}: {run.tokens_per_s:8.1f} tokens/s, TTFT "
@@ -65,6 +70,19 @@ async def measure(servers: dict[str, tuple[str, str]], args: argparse.Namespace)
                     flush=True,
                 )
     return results
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Stop a process and its descendants while the block runs; 0: none."""
+    family = [pid, *descendants(pid)] if pid else []
+    for one in family:
+        os.kill(one, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for one in family:
+            os.kill(one, signal.SIGCONT)
 
 
 def report(results: Results) -> list[dict[str, object]]:
@@ -109,6 +127,7 @@ def main() -> None:
         __doc__,
         checkpoint=(..., "folder; see checkpoints.py"),
         peer_url=("", "a server that runs already, without /v1; default: transformers serve"),
+        peer_pid=(0, "its process, to stop it during the other's turns"),
         peer_model=("", "its model's name; default: the checkpoint's folder"),
         images=(1, "a request; 0: text only"),
         ignore_eos=(False, "ask both to continue each answer to max_tokens"),
