@@ -18,13 +18,12 @@ import argparse
 import asyncio
 import contextlib
 import os
-import signal
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from processes import BIN, arguments, free_port, numbers, print_document, running, serving
+from processes import BIN, arguments, free_port, numbers, print_document, running, serving, stopped
 from server_state import descendants
 from vlmserve.server.bench.client import Client
 from vlmserve.server.bench.settings import Level, Load
@@ -40,6 +39,7 @@ Results = dict[str, dict[int, list[Summary]]]
 async def measure(servers: dict[str, tuple[str, str]], args: argparse.Namespace) -> Results:
     """servers: name -> (url, model). Every level: a turn for each server, `runs` times."""
     results: Results = {name: {} for name in servers}
+    peer = [args.peer_pid, *descendants(args.peer_pid)] if args.peer_pid else []
     sizes = ((args.image_size, args.image_size),)
     load = Load(
         WARM_UP_REQUESTS,
@@ -60,7 +60,7 @@ async def measure(servers: dict[str, tuple[str, str]], args: argparse.Namespace)
             load = replace(load, num_requests=count, seed=seed)
             level = Level(concurrency=concurrency)
             for name, (url, model) in servers.items():
-                with stopped(args.peer_pid if name == OURS else 0):
+                with stopped(peer if name == OURS else []):
                     async with Client(url) as client:
                         run = await run_load(client, load, level, model)
                 results[name].setdefault(concurrency, []).append(run)
@@ -70,19 +70,6 @@ async def measure(servers: dict[str, tuple[str, str]], args: argparse.Namespace)
                     flush=True,
                 )
     return results
-
-
-@contextlib.contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """Stop a process and its descendants while the block runs; 0: none."""
-    family = [pid, *descendants(pid)] if pid else []
-    for one in family:
-        os.kill(one, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for one in family:
-            os.kill(one, signal.SIGCONT)
 
 
 def report(results: Results) -> list[dict[str, object]]:

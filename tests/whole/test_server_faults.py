@@ -7,10 +7,8 @@ had on demand and its answers told from wrong ones. What only a look into the en
 
 import base64
 import contextlib
-import os
 import random
 import re
-import signal
 import socket
 import threading
 import time
@@ -32,6 +30,8 @@ from support.invariants import (
     text_of,
 )
 from support.pictures import encoded, noise
+
+from processes import stopped
 
 REFUSAL_S = 0.05
 READER_TIMEOUT_S = 0.2
@@ -319,19 +319,6 @@ def test_row_49_a_client_that_leaves_the_queue_the_prefill_or_the_answer_frees_i
                 until_figure(standing, wait_for, "num_requests_running", 1)
             hasty.suffer("")
             assert wait_for(lambda b=before: num_left() == b + 4)
-
-
-@contextlib.contextmanager
-def stopped(pids):
-    """These processes stand still until the block ends."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
 
 
 def test_row_49_a_client_that_leaves_while_its_picture_comes_or_is_decoded_frees_it(
