@@ -26,8 +26,8 @@ from processes import arguments
 from vlmserve.models.bundled import CHECKPOINT
 from vlmserve.models.bundled.exam.exam import exam
 from vlmserve.models.bundled.exam.grading import Grader
+from vlmserve.models.decoder.int8.dynamic import quantize_rows
 from vlmserve.models.decoder.int8.linear import Int8Linear
-from vlmserve.models.decoder.int8.quantizer import LARGEST
 from vlmserve.models.decoder.mllama_fixes import mend
 from vlmserve.models.decoder.packed_linear import pack_linears
 from vlmserve.models.weights.loader import open_checkpoint
@@ -114,9 +114,8 @@ def round_rows(model: MllamaForConditionalGeneration) -> None:
     """Round the inputs of int8 layers to int8, as `decoder/int8/dynamic.py` does."""
 
     def rounded(layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        rows = inputs[0].float()
-        scales = rows.abs().amax(-1, keepdim=True).clamp_(min=1e-30) / LARGEST
-        return ((rows / scales).round_().mul_(scales).to(inputs[0].dtype),)
+        codes, scales = quantize_rows(inputs[0])
+        return (codes.mul_(scales).to(inputs[0].dtype),)
 
     for layer in model.modules():
         if isinstance(layer, Int8Linear):

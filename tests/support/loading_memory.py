@@ -16,11 +16,14 @@ import ctypes, gc, json, sys, threading
 import torch
 import vlmserve.models.execution.runner
 from vlmserve.models.bundled import CHECKPOINT
+from vlmserve.models.decoder.int8.dynamic import DynamicInt8Weight
 from vlmserve.models.decoder.packed_linear import PackedWeight
 from vlmserve.models.kernels.row_products import RowWeight
 from vlmserve.models.memory.estimate import part_bytes
 from vlmserve.models.weights.device_map import parts_of
 from vlmserve.models.weights.loader import load_model, open_checkpoint
+
+PACKED = (PackedWeight, RowWeight, DynamicInt8Weight)
 
 def anonymous_bytes():
     lines = open("/proc/self/status").read().splitlines()
@@ -37,7 +40,7 @@ def mapped_bytes(folder, tensors):
 def packed_bytes(model):
     # opaque tensors without an address, so no parameters
     values = [value for module in model.modules() for value in vars(module).values()]
-    return sum(one.nbytes for one in values if isinstance(one, (PackedWeight, RowWeight)))
+    return sum(one.nbytes for one in values if isinstance(one, PACKED))
 
 def released():
     gc.collect()

@@ -50,13 +50,10 @@ class DynamicInt8Weight:
 
     def _sums(self, states: Tensor) -> Tensor:
         """The product in float32. A row with NaN or infinity becomes no finite number."""
-        rows = states.flatten(0, -2)
-        largest = rows.abs().amax(1, keepdim=True).float()
-        scales = largest.div_(self._largest).clamp_(min=torch.finfo(torch.float32).tiny)
+        codes, scales = quantize_rows(states.flatten(0, -2), self._largest)
         zero = self._largest + 1
-        codes = torch.div(rows, scales).round_().add_(zero).to(torch.uint8)
         sums: Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes,
+            codes.add_(zero).to(torch.uint8),
             1.0,
             zero,
             self._packed,
@@ -71,6 +68,13 @@ class DynamicInt8Weight:
             "",
         )
         return sums.mul_(scales).view(*states.shape[:-1], self._num_out)
+
+
+def quantize_rows(rows: Tensor, largest: int = LARGEST) -> tuple[Tensor, Tensor]:
+    """Codes of rows [..., in_features], whole numbers in float32, and their scales [..., 1]."""
+    scales = rows.abs().amax(-1, keepdim=True).float().div_(largest)
+    scales.clamp_(min=torch.finfo(torch.float32).tiny)  # a row of zeros may have any scale
+    return torch.div(rows, scales).round_(), scales
 
 
 @functools.cache
