@@ -257,8 +257,6 @@ def _find_drafts(
     sequence: Sequence, limits: SchedulerLimits, info: ModelInfo, shares: Shares
 ) -> list[int]:
     most = sequence.num_drafts_allowed(limits.max_model_len)
-    if most < 1:
-        return []
     if sequence.drafts is None:
         sequence.drafts = DraftSource(limits.num_speculative_tokens, info.vocab_size, shares)
     ends = sequence.end_token_ids | sequence.stop_token_ids

@@ -181,37 +181,38 @@ class DraftTimes:
         if trust * sum(chances) < (LEAST_GAIN - 1) * num_decodes:
             return 0  # also if they cost nothing
         best, most_per_s = 0, LEAST_GAIN * num_decodes / plain_s
-        num_before, num_right, row_s, known_s = 0, 0.0, 0.0, plain_s
+        num_before, num_right, row_s, step_s = 0, 0.0, 0.0, plain_s
         for num_drafts in _ends_of_sizes(num_decodes, len(chances)):
             num_right += trust * sum(chances[num_before:num_drafts])
-            least_s = known_s + row_s * (num_drafts - num_before)
-            num_before = num_drafts
-            seconds = self._drafted.seconds(num_decodes + num_drafts)
-            if seconds is None:
-                is_worth = (num_decodes + num_right) / least_s > most_per_s
-                if is_worth and 2 * num_right >= num_drafts:
-                    return num_drafts
-                known_s = least_s
-                continue
-            known_s = seconds
-            if num_decodes >= FEW_ROWS:
-                row_s = max(0.0, LEAST_ROW * (seconds - plain_s) / num_drafts)
-            if (num_decodes + num_right) / seconds > most_per_s:
-                best, most_per_s = num_drafts, (num_decodes + num_right) / seconds
+            measured_s = self._drafted.seconds(num_decodes + num_drafts)
+            if measured_s is None:
+                step_s += row_s * (num_drafts - num_before)  # at least
+            else:
+                step_s = measured_s
+                if num_decodes >= FEW_ROWS:
+                    row_s = max(0.0, LEAST_ROW * (step_s - plain_s) / num_drafts)
+            num_before, per_s = num_drafts, (num_decodes + num_right) / step_s
+            if measured_s is None and per_s > most_per_s and 2 * num_right >= num_drafts:
+                return num_drafts
+            if measured_s is not None and per_s > most_per_s:
+                best, most_per_s = num_drafts, per_s
         return best
 
 
 def size_of(num_tokens: int) -> int:
     """The smallest number of tokens of the same size of step: its first two bits."""
-    shift = max(0, num_tokens.bit_length() - 2)
-    return num_tokens >> shift << shift
+    return num_tokens & ~_later_bits(num_tokens)
+
+
+def _later_bits(num_tokens: int) -> int:
+    """All bits behind the first two of a number."""
+    return (1 << max(0, num_tokens.bit_length() - 2)) - 1
 
 
 def _ends_of_sizes(num_decodes: int, most: int) -> Iterator[int]:
     """Numbers of drafts, 1 to most, with which a step is the last of its size, or has most."""
     count = 0
     while count < most:
-        size = size_of(num_decodes + count + 1)
-        shift = max(0, size.bit_length() - 2)
-        count = min(most, size + (1 << shift) - 1 - num_decodes)
+        following = num_decodes + count + 1
+        count = min(most, (following | _later_bits(following)) - num_decodes)
         yield count

@@ -75,9 +75,9 @@ class DraftSource:
 
         matcher: at its position behind them. ends: tokens that end the answer, which are no drafts.
         """
-        most = min(most, self._most)
+        most = max(0, min(most, self._most))
         self._sources = ("text",) if matcher is None else ("text", "grammar")
-        forced = matcher.forced()[:most] if matcher is not None else []
+        forced = matcher.forced()[:most] if matcher is not None and most else []
         self._source = "grammar" if forced else "text"
         drafts = forced or self._from_text(token_ids, most)
         for place, token_id in enumerate(drafts):
